@@ -1,0 +1,32 @@
+"""
+A character-level GPT on Shakespeare, nanoGPT's settings: 10.65M parameters, 5000 steps of 16,384 characters.
+
+    $ python train.py config/train_shakespeare_char.py
+
+A GPU takes a few minutes; on two CPU cores a step takes seconds, so there add --max_iters=500 or take the smaller model
+of the README. It overfits: the lowest val loss, about 1.47, comes between steps 1000 and 2500, and is kept in best.pt.
+"""
+
+out_dir = 'out-shakespeare-char'
+dataset = 'shakespeare_char'
+eval_interval = 250  # often, because it overfits
+eval_iters = 200
+log_interval = 10
+always_save_checkpoint = False
+wandb_project = 'shakespeare-char'
+wandb_run_name = 'mini-gpt'
+
+n_layer = 6
+n_head = 6
+n_embd = 384
+block_size = 256
+dropout = 0.2
+
+batch_size = 64
+gradient_accumulation_steps = 1
+learning_rate = 1e-3  # small networks stand more than large ones
+min_lr = 1e-4
+beta2 = 0.99  # averages over more steps, because a step has few tokens
+warmup_iters = 100
+max_iters = 5000
+lr_decay_iters = 5000

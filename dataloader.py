@@ -1,0 +1,170 @@
+"""
+Token files and the batches drawn from them.
+
+A dataset is a folder under data/: train.bin and val.bin, headerless arrays of token ids, and meta.json, which says how
+to read them. A folder that nanoGPT prepared (uint16 files, perhaps meta.pkl) reads the same.
+
+Training batches are a pure function of (seed, step). There is no loader state to save, so a resumed run sees the
+batches it would have seen; and the global batch is cut among the processes, so their number does not change the data.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+import torch
+
+import tokenizer
+
+
+def load_meta(data_dir):
+    """
+    -> {'dtype', 'vocab_size', 'tokenizer', 'tokens'} of a dataset; all but dtype are None where the folder doesn't say.
+
+    'tokens' is {'train': count, 'val': count}; 'tokenizer' is what tokenizer.from_dict() takes, not built here because
+    training needs none. Raises ValueError on a damaged file.
+    """
+    path = os.path.join(data_dir, 'meta.json')
+    if os.path.exists(path):
+        try:
+            with open(path, encoding='utf-8') as f:
+                meta = json.load(f)
+            return {'dtype': np.dtype(meta['dtype']), 'vocab_size': int(meta['vocab_size']),
+                    'tokenizer': dict(meta['tokenizer']), 'tokens': {s: int(meta['tokens'][s]) for s in ('train', 'val')}}
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f'{path} is damaged ({type(error).__name__}: {error}); '
+                             f'prepare the dataset again: python {data_dir}/prepare.py') from error
+    meta = {'dtype': np.dtype(np.uint16), 'vocab_size': None, 'tokens': None, 'tokenizer': None}
+    path = os.path.join(data_dir, 'meta.pkl')
+    if os.path.exists(path):
+        char_tokenizer = tokenizer.from_meta_pkl(path)
+        meta['tokenizer'], meta['vocab_size'] = char_tokenizer.to_dict(), char_tokenizer.vocab_size
+    return meta
+
+
+def open_tokens(data_dir, split, meta, block_size):
+    """
+    -> read-only array of the ids of a split ('train' or 'val'), mapped from disk, not read. Raises ValueError if the
+    file is truncated, other than meta.json says, or too short for one window of block_size tokens and its targets.
+    """
+    path = os.path.join(data_dir, f'{split}.bin')
+    size, item = os.path.getsize(path), meta['dtype'].itemsize
+    expected = meta['tokens'][split] * item if meta['tokens'] else size - size % item
+    if size != expected:
+        raise ValueError(f'{path} has {size:,} bytes, expected {expected:,}: it is truncated or of another preparation; '
+                         f'delete it and prepare the dataset again (python {data_dir}/prepare.py)')
+    if size // item <= block_size:
+        raise ValueError(f'{path} has {size // item:,} tokens, fewer than block_size + 1 = {block_size + 1:,}; use more '
+                         f'text, a larger --val_fraction when preparing, or --block_size={max(1, size // item - 1)}')
+    return np.asarray(np.memmap(path, dtype=meta['dtype'], mode='r'))  # plain array: np.memmap indexes slower
+
+
+def prepare_if_missing(data_dir, is_first):
+    """
+    Run the dataset's prepare.py where its .bin files are missing; under torchrun one process a machine (is_first) does,
+    and the others wait. Raises ValueError if there is nothing to run or it fails.
+    """
+    files = [os.path.join(data_dir, f'{split}.bin') for split in ('train', 'val')]
+    if all(os.path.exists(f) for f in files):
+        return
+    script = os.path.join(data_dir, 'prepare.py')
+    if not os.path.exists(script):
+        there = sorted(d for d in os.listdir('data') if os.path.isdir(os.path.join('data', d))) \
+            if os.path.isdir('data') else []
+        raise ValueError(f'no dataset in {data_dir}: expected train.bin and val.bin, or a prepare.py that makes them. '
+                         f'Datasets here: {", ".join(there) or "none"}. Your own text: '
+                         f'python data/text/prepare.py --input=FILE --name={os.path.basename(data_dir)}')
+    if is_first:
+        print(f'{data_dir} is not prepared yet; running: python {script}', flush=True)
+        if subprocess.run([sys.executable, script]).returncode != 0:
+            raise ValueError(f'python {script} failed; what it said is above')
+    while not all(os.path.exists(f) for f in files):
+        time.sleep(0.2)
+
+
+# Which windows make a batch ------------------------------------------------------------------------------------------
+
+
+def mix(x, key):
+    """Scramble uint64 numbers x under keys of the same type: the finaliser of SplitMix64 (Steele et al. 2014)."""
+    with np.errstate(over='ignore'):  # arithmetic modulo 2**64 is the point
+        x = x + ((key << np.uint64(1)) | np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)  # an odd multiple each
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
+
+
+def shuffled(i, n, key):
+    """
+    Places of the indices i in a random order of 0..n-1: a bijection of the range that depends on (n, key) alone.
+
+    i, key: uint64 arrays of one shape, n: int. A Feistel network over the smallest even number of bits that hold n, walked
+    again where it leaves the range (Black & Rogaway 2002), so that no permutation of billions of windows is ever held.
+    """
+    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
+    low = (np.uint64(1) << half) - np.uint64(1)
+    i, outside = i.copy(), np.ones(len(i), dtype=bool)
+    while outside.any():  # the bits hold less than 4 n numbers, so a walk takes less than 4 rounds on average
+        left, right = i[outside] >> half, i[outside] & low
+        for round in range(4):
+            left, right = right, left ^ (mix(right, key[outside] + np.uint64(round)) & low)
+        i[outside] = (left << half) | right
+        outside = i >= np.uint64(n)
+    return i
+
+
+def train_windows(step, n_sequences, n_tokens, block_size, seed):
+    """
+    First positions of the n_sequences windows of the global batch at `step`, shape (n_sequences,).
+
+    Each epoch cuts the tokens into windows end to end, from an offset of its own, and visits them in an order of its own,
+    each once. A window spans block_size + 1 tokens: inputs and, one further, targets.
+    """
+    index = np.uint64(step) * np.uint64(n_sequences) + np.arange(n_sequences, dtype=np.uint64)
+    per_epoch = max(1, (n_tokens - block_size) // block_size)
+    epoch, place = index // np.uint64(per_epoch), index % np.uint64(per_epoch)
+    key = mix(epoch, np.full_like(epoch, seed))
+    n_offsets = min(block_size, n_tokens - per_epoch * block_size)
+    starts = shuffled(place, per_epoch, key) * np.uint64(block_size) + key % np.uint64(n_offsets)
+    return starts.astype(np.int64)
+
+
+def even_windows(n_windows, n_tokens, block_size):
+    """First positions of n_windows windows evenly spaced over the tokens: the same at every evaluation."""
+    return np.linspace(0, n_tokens - block_size - 1, n_windows).astype(np.int64)
+
+
+def whole_windows(n_tokens, block_size):
+    """First positions of the windows that cover every token of a split as a target once; the last may be shorter."""
+    return np.arange(0, n_tokens - 1, block_size)
+
+
+# From windows to tensors ---------------------------------------------------------------------------------------------
+
+
+def gather(tokens, starts, block_size, vocab_size):
+    """
+    -> inputs x and targets y, int64 tensors (len(starts), block_size); y is x shifted by one token.
+
+    Past the end of the tokens x is 0 and y is -1, which the loss ignores. Raises ValueError on an id that the model has
+    no embedding for.
+    """
+    index = np.asarray(starts)[:, None] + np.arange(block_size + 1)
+    ids = tokens[np.minimum(index, len(tokens) - 1)].astype(np.int64)
+    if ids.max() >= vocab_size:
+        row, column = np.argwhere(ids >= vocab_size)[0]
+        raise ValueError(f'token {index[row, column]:,} of the data has id {ids[row, column]}, but vocab_size is '
+                         f'{vocab_size}: the data was prepared with another tokenizer than the model has')
+    beyond = index[:, 1:] >= len(tokens)
+    x, y = np.where(index[:, :-1] >= len(tokens), 0, ids[:, :-1]), np.where(beyond, -1, ids[:, 1:])
+    return torch.from_numpy(x), torch.from_numpy(y)
+
+
+def to_device(batch, device):
+    """(x, y) on the device; to a GPU from pinned memory, so that the copy runs beside the computation."""
+    if device.type == 'cuda':
+        return tuple(t.pin_memory().to(device, non_blocking=True) for t in batch)
+    return tuple(t.to(device) for t in batch)

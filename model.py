@@ -1,0 +1,342 @@
+"""
+The GPT: GPT-2's architecture under GPT-2's parameter names, so that its checkpoints load without renaming.
+
+    model = GPT(GPTConfig(n_layer=6, n_head=6, n_embd=384, vocab_size=65, block_size=256))
+    logits, loss = model(idx, targets)            # train
+    model = GPT.from_pretrained('gpt2-xl')        # or a folder in Hugging Face's layout
+
+Shapes: B sequences, T positions, C = n_embd channels, H = n_head heads of D = C / H channels, V = vocab_size ids.
+
+Sources: "Language Models are Unsupervised Multitask Learners" (GPT-2, Radford et al. 2019) and its released code
+(github.com/openai/gpt-2, src/model.py) for the architecture and the initialisation.
+"""
+
+import json
+import math
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+@dataclass
+class GPTConfig:
+    """What the network is. The defaults are GPT-2 (124M). Raises ValueError naming the field that can't be."""
+
+    block_size: int = 1024  # longest context, tokens
+    vocab_size: int = 50304  # GPT-2's 50257 padded to a multiple of 64, so that the head's matmul tiles evenly
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True  # biases in the linear layers and LayerNorms, as GPT-2 has them; False: a bit better and faster
+    mlp: str = 'gelu'  # 'gelu': tanh approximation, GPT-2's; 'gelu_erf': exact, nanoGPT's
+
+    def __post_init__(self):
+        for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
+            if getattr(self, name) is None or getattr(self, name) < 1:
+                raise ValueError(f'{name}={getattr(self, name)}: expected 1 or more')
+        if self.n_embd % self.n_head:
+            raise ValueError(f'n_embd={self.n_embd} is not divisible by n_head={self.n_head}; the nearest n_embd that '
+                             f'is: {max(1, round(self.n_embd / self.n_head)) * self.n_head}')
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f'dropout={self.dropout}: expected a probability, 0 <= dropout < 1')
+        if self.mlp not in ('gelu', 'gelu_erf'):
+            raise ValueError(f"mlp={self.mlp!r}: expected 'gelu' or 'gelu_erf'")
+
+
+class KVCache:
+    """
+    Keys and values of the tokens seen so far, so that the next token costs one position instead of the whole context.
+
+    k, v: (n_layer, B, H, block_size, D), of which the first `length` positions are filled. GPT.forward advances
+    `length`. Memory: 2 * n_layer * B * block_size * C numbers; GPT-2 124M at B = 1 in fp32: 75 MB.
+    """
+
+    def __init__(self, config, batch_size, device=None, dtype=None):
+        shape = (config.n_layer, batch_size, config.n_head, config.block_size, config.n_embd // config.n_head)
+        self.k = torch.empty(shape, device=device, dtype=dtype)
+        self.v = torch.empty(shape, device=device, dtype=dtype)
+        self.length = 0
+
+    def append(self, layer, k, v):
+        """Store this layer's new k, v (B, H, T, D) behind those it has; -> all of them, (B, H, length + T, D) each."""
+        end = self.length + k.size(2)
+        self.k[layer, :, :, self.length : end] = k
+        self.v[layer, :, :, self.length : end] = v
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head attention of each position to itself and the positions before it."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k, v side by side
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+
+    def forward(self, x, cache=None, layer=0):
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, D)
+        if cache is not None:
+            k, v = cache.append(layer, k, v)  # (B, H, S, D), S >= T positions in all
+        S = k.size(2)
+        # is_causal aligns query 0 with key 0, which is right only without a past; behind a past the mask says it:
+        # query t, at position S - T + t, sees the keys up to there. A single query sees everything
+        mask = None if T in (1, S) else torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T == S,
+                                           dropout_p=self.dropout if self.training else 0.0)
+        y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
+        return self.resid_dropout(self.c_proj(y))
+
+
+class MLP(nn.Module):
+    """Two linear layers, four times as wide in between."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.gelu = nn.GELU(approximate='tanh' if config.mlp == 'gelu' else 'none')
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))
+
+
+class Block(nn.Module):
+    """Communicate, then compute; each adds to the residual stream what it reads off its norm."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cache=None, layer=0):
+        x = x + self.attn(self.ln_1(x), cache, layer)
+        x = x + self.mlp(self.ln_2(x))
+        return x
+
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict({
+            'wte': nn.Embedding(config.vocab_size, config.n_embd),
+            'wpe': nn.Embedding(config.block_size, config.n_embd),
+            'drop': nn.Dropout(config.dropout),
+            'h': nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
+            'ln_f': nn.LayerNorm(config.n_embd, bias=config.bias),
+        })
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.transformer.wte.weight = self.lm_head.weight  # tied: "Using the Output Embedding", Press & Wolf 2017
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """
+        GPT-2's: matrices and embeddings N(0, 0.02), biases 0, norms 1. Projections back into the residual stream are
+        scaled by 1 / sqrt(2 * n_layer), because that many of them add up there.
+        """
+        for name, p in self.named_parameters():
+            if name.endswith('c_proj.weight'):
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer))
+            elif p.dim() == 2:
+                nn.init.normal_(p, std=0.02)
+            elif name.endswith('.bias'):
+                nn.init.zeros_(p)
+            elif '.ln_' in name:
+                nn.init.ones_(p)
+            else:
+                raise AssertionError(f'no initialisation is written for parameter {name}')
+
+    def forward(self, idx, targets=None, cache=None):
+        """
+        idx: (B, T) ids. -> (logits, loss)
+
+        With targets (B, T), -1 where there is none: logits (B, T, V) and their mean cross-entropy in nats. Without:
+        logits (B, 1, V) of the last position alone, all that sampling needs, and None. With a KVCache, idx continues
+        the tokens in it. Raises ValueError when the context would exceed block_size.
+        """
+        T = idx.size(1)
+        start = 0 if cache is None else cache.length
+        if start + T > self.config.block_size:
+            raise ValueError(f'a context of {start + T} tokens is longer than block_size={self.config.block_size}')
+        x = self.transformer.wte(idx) + self.transformer.wpe.weight[start : start + T]  # (B, T, C)
+        x = self.transformer.drop(x)
+        for layer, block in enumerate(self.transformer.h):
+            x = block(x, cache, layer)
+        x = self.transformer.ln_f(x)
+        if cache is not None:
+            cache.length += T
+        if targets is None:
+            return self.lm_head(x[:, -1:]), None
+        logits = self.lm_head(x)
+        # in fp32: a bf16 log-sum-exp would round the loss itself to three digits
+        loss = F.cross_entropy(logits.float().view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-1)
+        return logits, loss
+
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
+        """
+        Continue idx (B, T) by max_new_tokens sampled ids; -> (B, T + max_new_tokens). temperature 0 takes the likeliest.
+
+        The plain definition: the whole context again for every token, its last block_size tokens once it is longer.
+        generate.py gives the same greedy tokens from a cache, and has the other controls. Call model.eval() first.
+        """
+        for _ in range(max_new_tokens):
+            logits = self(idx[:, -self.config.block_size :])[0][:, -1].float()  # (B, V)
+            if top_k is not None:
+                kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+                logits = logits.masked_fill(logits < kth, -math.inf)
+            if temperature == 0:
+                next_id = logits.argmax(-1, keepdim=True)
+            else:
+                next_id = torch.multinomial(F.softmax(logits / temperature, dim=-1), num_samples=1)
+            idx = torch.cat((idx, next_id), dim=1)
+        return idx
+
+    def crop_block_size(self, block_size):
+        """Shorten the context to block_size tokens: forget the later position embeddings. The parameter stays itself."""
+        if not 1 <= block_size <= self.config.block_size:
+            raise ValueError(f'block_size={block_size}: this model has {self.config.block_size} positions and can only '
+                             f'be cropped')
+        self.config.block_size = block_size
+        wpe = self.transformer.wpe
+        wpe.weight.data = wpe.weight.data[:block_size].clone()
+        wpe.weight.grad = None
+        wpe.num_embeddings = block_size
+
+    def get_num_params(self, non_embedding=True):
+        """Number of parameters; without the position embeddings unless told. The tied head's count once."""
+        count = sum(p.numel() for p in self.parameters())
+        return count - self.transformer.wpe.weight.numel() if non_embedding else count
+
+    def flops_per_token(self):
+        """
+        FLOPs to train on one token of a full context: 6 N for the matrices and 12 L H D T for attention's two products,
+        forward and backward ("PaLM", Chowdhery et al. 2022, appendix B; nothing off for causality, as is customary).
+        """
+        c = self.config
+        return 6 * self.get_num_params() + 12 * c.n_layer * c.n_embd * c.block_size
+
+    def estimate_mfu(self, fwdbwd_per_iter, dt):
+        """
+        Model FLOPs utilisation: the share of the device's peak that training fwdbwd_per_iter sequences of block_size
+        tokens in dt seconds amounts to. None on a device whose peak is not known.
+        """
+        peak = peak_flops(self.lm_head.weight.device)
+        if peak is None:
+            return None
+        return self.flops_per_token() * self.config.block_size * fwdbwd_per_iter / dt / peak
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder, override_args=None):
+        """
+        GPT-2's weights: 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl' from the Hugging Face hub, or a local folder with
+        config.json and safetensors. override_args: {'dropout': p}. Raises ValueError for what is not a GPT-2.
+        """
+        unknown = set(override_args or {}) - {'dropout'}
+        if unknown:
+            raise ValueError(f'{sorted(unknown)}: only dropout can be overridden, the weights fix the rest')
+        folder = name_or_folder if os.path.isdir(name_or_folder) else download_gpt2(name_or_folder)
+        config = gpt2_config(folder)
+        config.dropout = (override_args or {}).get('dropout', config.dropout)
+        model = cls(config)
+        state = {k.removeprefix('transformer.'): v for k, v in read_safetensors(folder).items()}
+        # the published files carry the causal mask as a buffer, and some the tied head as well
+        state = {k: v for k, v in state.items() if not k.endswith(('.attn.bias', '.attn.masked_bias', 'lm_head.weight'))}
+        for name, p in model.transformer.named_parameters():
+            if name not in state:
+                raise ValueError(f'{folder}: no tensor {name!r} in the safetensors; a GPT-2 checkpoint has it')
+            tensor = state.pop(name)
+            if name.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight')):
+                tensor = tensor.t()  # stored (in, out), for OpenAI's Conv1D; nn.Linear has (out, in)
+            if tensor.shape != p.shape:
+                raise ValueError(f'{folder}: {name} has shape {tuple(tensor.shape)}, config.json says {tuple(p.shape)}')
+            p.data.copy_(tensor)
+        if state:
+            raise ValueError(f'{folder}: unexpected tensors {sorted(state)[:5]}; this is not a plain GPT-2')
+        return model
+
+
+# GPT-2 from files ----------------------------------------------------------------------------------------------------
+
+GPT2_NAMES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
+
+
+def download_gpt2(name):
+    """Fetch one of OpenAI's GPT-2 models into the hub's cache, or find it there; -> its folder."""
+    if name not in GPT2_NAMES:
+        raise ValueError(f'{name!r} is neither a folder nor one of {", ".join(GPT2_NAMES)}')
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise ValueError(f"{name} is downloaded by huggingface_hub: pip install -c constraints.txt -e '.[hf]'") from None
+    try:
+        return snapshot_download(f'openai-community/{name}', allow_patterns=['config.json', 'model.safetensors'])
+    except Exception as error:  # the hub's errors have no common base across its versions and its HTTP libraries
+        raise ValueError(f'{name} could not be downloaded ({type(error).__name__}: {str(error).splitlines()[0]}). Without '
+                         f'a network: copy config.json and model.safetensors of huggingface.co/openai-community/{name} '
+                         f'into a folder and pass --init_from=FOLDER') from error
+
+
+def gpt2_config(folder):
+    """GPTConfig from a Hugging Face config.json; ValueError naming whatever this model does not do."""
+    path = os.path.join(folder, 'config.json')
+    if not os.path.isfile(path):
+        raise ValueError(f'{folder}: no config.json; expected a folder in Hugging Face layout with config.json and '
+                         f'model.safetensors')
+    with open(path, encoding='utf-8') as f:
+        hf = json.load(f)
+    if hf.get('model_type') != 'gpt2':
+        raise ValueError(f'{path}: model_type is {hf.get("model_type")!r}; only gpt2 can be read')
+    gelu = {'gelu_new': 'gelu', 'gelu_pytorch_tanh': 'gelu', 'gelu': 'gelu_erf'}
+    activation = hf.get('activation_function', 'gelu_new')
+    expected = {'activation_function': tuple(gelu), 'layer_norm_epsilon': (1e-5,), 'scale_attn_weights': (True,),
+                'scale_attn_by_inverse_layer_idx': (False,), 'tie_word_embeddings': (True,),
+                'add_cross_attention': (False,), 'n_inner': (None, 4 * hf['n_embd'])}
+    for key, values in expected.items():
+        if hf.get(key, values[0]) not in values:
+            raise ValueError(f'{path}: {key} = {hf[key]!r} is not supported, expected {" or ".join(map(repr, values))}')
+    return GPTConfig(block_size=hf['n_positions'], vocab_size=hf['vocab_size'], n_layer=hf['n_layer'],
+                     n_head=hf['n_head'], n_embd=hf['n_embd'], dropout=0.0, bias=True, mlp=gelu[activation])
+
+
+def read_safetensors(folder):
+    """{name: tensor} of all *.safetensors files in the folder (a large model comes in several)."""
+    try:
+        from safetensors.torch import load_file
+    except ImportError:
+        raise ValueError("safetensors is not installed: pip install -c constraints.txt -e '.[hf]'") from None
+    files = sorted(f for f in os.listdir(folder) if f.endswith('.safetensors'))
+    if not files:
+        raise ValueError(f'{folder}: no .safetensors file in it (a pytorch_model.bin is a pickle and is not read)')
+    return {k: v for file in files for k, v in load_file(os.path.join(folder, file)).items()}
+
+
+# Devices -------------------------------------------------------------------------------------------------------------
+
+# dense bf16 or fp16 FLOP/s of the vendors' datasheets, without sparsity; the first name found in the device's wins
+PEAK_FLOPS = {
+    'B200': 2250e12, 'H200': 989e12, 'H100 PCIe': 756e12, 'H100 NVL': 835e12, 'H100': 989e12, 'H800': 989e12,
+    'H20': 148e12, 'A100': 312e12, 'A800': 312e12, 'A40': 150e12, 'A10G': 70e12, 'A10': 125e12, 'L40S': 362e12,
+    'L40': 181e12, 'L4': 121e12, 'RTX 6000 Ada': 364e12, 'RTX A6000': 155e12, 'RTX 5090': 210e12, 'RTX 4090': 165e12,
+    'RTX 4080': 97e12, 'RTX 3090': 71e12, 'V100': 125e12, 'T4': 65e12, 'MI300X': 1307e12, 'MI250X': 383e12,
+}
+
+
+def peak_flops(device):
+    """Peak FLOP/s of a torch.device in bf16 or fp16, or None if it is not in the table."""
+    if device.type != 'cuda':
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)

@@ -1,0 +1,152 @@
+"""
+The machine: which device, which precision, how many processes, and what they say to each other.
+
+Under torchrun every process runs the same script; RANK, LOCAL_RANK and WORLD_SIZE in the environment say which it is.
+"""
+
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
+
+
+@dataclass
+class World:
+    """This process among all. rank: 0..size-1 over all machines; local_rank: on this one."""
+
+    rank: int
+    local_rank: int
+    size: int
+
+    @property
+    def is_main(self):
+        return self.rank == 0
+
+    def print(self, *args):
+        """print, from one process only."""
+        if self.is_main:
+            print(*args, flush=True)
+
+    def sum(self, values):
+        """Sum a list of numbers over the processes; -> list of floats, the same in every process."""
+        total = torch.tensor(values, dtype=torch.float64)
+        if self.size > 1:
+            dist.all_reduce(total)  # on the CPU, over gloo: no synchronisation with a GPU
+        return total.tolist()
+
+
+def from_environment():
+    """-> World as torchrun describes it, or the only process there is."""
+    env = os.environ
+    return World(int(env.get('RANK', 0)), int(env.get('LOCAL_RANK', 0)), int(env.get('WORLD_SIZE', 1)))
+
+
+def connect(world, device, backend):
+    """Join the other processes, if there are any. backend: 'auto' is nccl between GPUs, gloo between CPUs."""
+    if 'RANK' not in os.environ:
+        return
+    if device.type == 'cpu':  # torchrun allows each process one thread; share the cores instead
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
+    if sys.platform == 'win32':
+        os.environ.setdefault('USE_LIBUV', '0')  # torch's Windows builds come without libuv
+    gpu_backend = 'nccl' if backend == 'auto' else backend
+    if device.type == 'cuda':
+        torch.cuda.set_device(device)
+        # a gloo group beside nccl, for the few numbers that live on the CPU
+        dist.init_process_group('gloo' if gpu_backend == 'gloo' else f'cpu:gloo,cuda:{gpu_backend}')
+    else:
+        if backend == 'nccl':
+            world.print('backend nccl needs GPUs; using gloo')
+        dist.init_process_group('gloo')
+
+
+def disconnect():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def choose_device(device, local_rank=0):
+    """
+    'auto' -> torch.device of the best accelerator here, else the CPU; a name is checked. Under torchrun each process
+    takes the GPU of its local rank. Raises ValueError for a device that isn't there.
+    """
+    if device == 'auto':
+        device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device={device!r} is no device; examples: 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'") from None
+    if chosen.type == 'cuda':
+        if not torch.cuda.is_available():
+            raise ValueError(f'device={device!r}: torch {torch.__version__} finds no CUDA GPU here. Use --device=auto or '
+                             f'--device=cpu; for an NVIDIA GPU install a CUDA build of torch (pytorch.org/get-started)')
+        if chosen.index is None or 'LOCAL_RANK' in os.environ:
+            chosen = torch.device('cuda', local_rank)
+        if chosen.index >= torch.cuda.device_count():
+            raise ValueError(f'device={chosen}: there are {torch.cuda.device_count()} GPUs here; start at most as many '
+                             f'processes on this machine (--nproc_per_node)')
+    if chosen.type == 'mps' and not torch.backends.mps.is_available():
+        raise ValueError(f'device={device!r}: no Apple GPU that torch {torch.__version__} can use; try --device=cpu')
+    return chosen
+
+
+def choose_dtype(dtype, device, n_embd):
+    """
+    'auto' -> (name in DTYPES, reason). bf16 wherever the hardware multiplies it natively; a GPU without it takes fp16
+    with a gradient scaler; everything else fp32. Raises ValueError for an unknown name.
+    """
+    if dtype != 'auto':
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype={dtype!r}: expected 'auto', {', '.join(map(repr, DTYPES))}")
+        return dtype, 'as set'
+    if device.type == 'cuda':
+        if torch.cuda.get_device_capability(device) >= (8, 0):
+            return 'bfloat16', 'native on this GPU'
+        return 'float16', 'this GPU has no native bf16; with a gradient scaler'
+    if device.type == 'cpu' and cpu_multiplies_bf16():
+        if n_embd >= 256:
+            return 'bfloat16', 'this CPU multiplies bf16 natively (AMX or AVX512-BF16)'
+        return 'float32', 'matrices this narrow gain less from bf16 than the conversions cost'
+    return 'float32', 'no native bf16 here'
+
+
+def cpu_multiplies_bf16():
+    """Whether this CPU has AMX or AVX512-BF16 units. torch names the probes differently from version to version."""
+    probes = [getattr(torch.cpu, name, None) for name in ('_is_amx_tile_supported', '_is_avx512_bf16_supported')]
+    return any(probe() for probe in probes if probe is not None)
+
+
+def choose_compile(setting, device, iterations):
+    """
+    'auto' -> (whether to use torch.compile, reason). It takes about half a minute, so short runs do without; on the CPU
+    it needs a C++ compiler.
+    """
+    if setting != 'auto':
+        if not isinstance(setting, bool):
+            raise ValueError(f"compile={setting!r}: expected True, False or 'auto'")
+        return setting, 'as set'
+    if device.type == 'cuda':
+        if sys.platform == 'win32':
+            return False, 'no Triton on Windows'
+        if torch.cuda.get_device_capability(device) < (7, 0):
+            return False, 'this GPU is too old for Triton'
+    elif device.type == 'mps':
+        return False, 'not reliable on mps yet'
+    else:
+        compiler = os.environ.get('CXX') or ('cl' if sys.platform == 'win32' else 'g++')
+        if not (shutil.which(compiler) or shutil.which('clang++')):
+            return False, f'no C++ compiler ({compiler}) here'
+    if iterations < 200:
+        return False, f'{iterations} steps would not earn back the compilation'
+    return True, 'default'
+
+
+def out_of_memory(error):
+    """Whether an exception means that memory ran out, on a GPU or on the CPU."""
+    text = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text or 'not enough memory' in text

@@ -1,0 +1,783 @@
+"""corpus.py and the prepare.py scripts: what they write, what they refuse, and what a crash leaves behind.
+
+Run: pytest tests/test_corpus.py (about 20 s on two cores, no network)
+"""
+
+import hashlib
+import http.server
+import json
+import os
+import pickle
+import random
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+if (ROOT.parent / 'shared' / 'tiktoken').is_dir():
+    os.environ.setdefault('TIKTOKEN_CACHE_DIR', str(ROOT.parent / 'shared' / 'tiktoken'))
+
+import corpus  # noqa: E402
+import tokenizer  # noqa: E402
+
+SHAKESPEARE = ROOT.parent / 'shared' / 'data' / 'tinyshakespeare' / 'input.txt'
+POSIX = pytest.mark.skipif(os.name != 'posix', reason='needs fork and signals')
+# A proxy that nobody listens at makes every machine one without a network.
+OFFLINE = {**os.environ, 'no_proxy': '', 'NO_PROXY': '',
+           **{name: 'http://127.0.0.1:9' for name in ('http_proxy', 'https_proxy', 'HTTP_PROXY', 'HTTPS_PROXY')}}
+
+
+def gpt2_or_skip():
+    try:
+        return tokenizer.load('gpt2')
+    except ValueError as error:
+        pytest.skip(f"GPT-2's vocabulary cannot be had here: {str(error)[:60]}")
+
+
+def words(count, seed=0):
+    """Some lines of made-up text."""
+    rng = random.Random(seed)
+    return ''.join(rng.choice(['lorem', 'ipsum', 'dölor', 'sit', '12', 'amet.', '日本']) + rng.choice('   \n')
+                   for _ in range(count))
+
+
+def write(out_dir, documents, val_fraction=0.3, tok=None):
+    tok = tok or tokenizer.ByteTokenizer()
+    return corpus.write_dataset(out_dir, corpus.split_documents(documents, val_fraction), tok, documents=True,
+                                source='test', val_fraction=val_fraction)
+
+
+def ids(out_dir, split):
+    meta = json.loads((Path(out_dir) / 'meta.json').read_text())
+    return np.fromfile(Path(out_dir) / f'{split}.bin', dtype=meta['dtype'])
+
+
+def names(folder):
+    return sorted(os.listdir(folder))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# reading
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(alphabet='ab \n\té日', max_size=80), size=st.integers(1, 20))
+def test_pieces_join_to_the_text(tmp_path_factory, text, size):
+    path = tmp_path_factory.getbasetemp() / 'pieces.txt'
+    path.write_bytes(text.encode())
+    pieces = list(corpus.read_text(path, size))
+    assert ''.join(pieces) == text
+    assert all(pieces) and all(len(piece) <= 2 * size for piece in pieces)
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=st.text(alphabet="ab1 \n\r\t.!'sé日\u00a0/\u0301²", min_size=2, max_size=40))
+@pytest.mark.parametrize('name', ['gpt2', 'cl100k_base', 'o200k_base'])
+def test_cuts_do_not_change_the_ids(name, text):
+    try:
+        tok = tokenizer.load(name)
+    except ValueError as error:
+        pytest.skip(f'{name} cannot be had here: {str(error)[:60]}')
+    end = corpus.piece_end(text)
+    assert 0 < end <= len(text)
+    if end < len(text) and text[end].isalnum() and end > 1 and not text[end - 2].isspace():
+        assert tok.encode(text[:end]) + tok.encode(text[end:]) == tok.encode(text)
+
+
+def test_line_ends_and_byte_order_mark(tmp_path):
+    path = tmp_path / 'windows.txt'
+    path.write_bytes('\ufeffeins\r\nzwei\rdrei\n'.encode())
+    assert ''.join(corpus.read_text(path)) == 'eins\nzwei\ndrei\n'
+
+
+@pytest.mark.parametrize('before', [0, 5, (1 << 20) - 1, (1 << 20) + 3, 3 << 20])
+@pytest.mark.parametrize('after', [b'', b'abc'])
+def test_invalid_utf8_says_where(tmp_path, before, after):
+    path = tmp_path / 'latin.txt'
+    path.write_bytes(('é' * (before // 2) + 'x' * (before % 2)).encode() + b'\xe4' + after)
+    with pytest.raises(ValueError, match=f'latin.txt is not UTF-8: at byte {before:,} there is e4.*iconv -f latin1'):
+        list(corpus.read_documents(path))
+
+
+def test_utf16_and_binary_files_are_recognised(tmp_path):
+    (tmp_path / 'a.txt').write_bytes('hällo'.encode('utf-16'))
+    with pytest.raises(ValueError, match='iconv -f utf-16'):
+        list(corpus.read_documents(tmp_path / 'a.txt'))
+    (tmp_path / 'b.gz').write_bytes(b'\x1f\x8b\x08\x00\x00')
+    with pytest.raises(ValueError, match='binary'):
+        list(corpus.read_documents(tmp_path / 'b.gz'))
+
+
+def test_folder(tmp_path):
+    for name in ('b.txt', 'a/z.md', 'a/.hidden.txt', '.git/x.txt', 'image.png', 'a/empty.py', 'a/rows.jsonl'):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text('' if 'empty' in name else name)
+    (tmp_path / 'a/rows.jsonl').write_text('{"text": "one"}\n\n{"text": "two"}\n{"text": null}\n{"text": " "}\n')
+    files, skipped = corpus.find_files(tmp_path)
+    assert [os.path.relpath(path, tmp_path) for path in files] == [
+        'b.txt', *(os.path.join('a', name) for name in ('empty.py', 'rows.jsonl', 'z.md'))]
+    assert skipped == 1
+    assert list(corpus.read_documents(tmp_path)) == ['b.txt', 'one', 'two', 'a/z.md']
+
+
+def test_long_file_is_several_documents(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, 'DOCUMENT_CHARS', 1000)
+    path = tmp_path / 'long.txt'
+    path.write_text(words(2000), encoding='utf-8')
+    documents = list(corpus.read_documents(path))
+    assert len(documents) > 5 and ''.join(documents) == words(2000)
+    assert all(document.endswith('\n') for document in documents[:-1])
+
+
+def test_rows(tmp_path):
+    texts = ['plain', 'two\nlines, "quoted"', 'ünï 日本 🙂', 'x' * 200_000]
+    (tmp_path / 'a.jsonl').write_text(''.join(json.dumps({'body': text}) + '\n' for text in texts))
+    import csv
+    for suffix, delimiter in (('csv', ','), ('tsv', '\t')):
+        with open(tmp_path / f'a.{suffix}', 'w', newline='', encoding='utf-8') as file:
+            writer = csv.writer(file, delimiter=delimiter)
+            writer.writerows([['id', 'body']] + [[i, text] for i, text in enumerate(texts)])
+    suffixes = ['jsonl', 'csv', 'tsv']
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+        pq.write_table(pa.table({'id': range(4), 'body': texts}), tmp_path / 'a.parquet')
+        suffixes.append('parquet')
+    except ImportError:
+        pass
+    for suffix in suffixes:
+        assert list(corpus.read_documents(tmp_path / f'a.{suffix}', 'body')) == texts
+        with pytest.raises(ValueError, match="no field 'text'.*body.*--text_key="):
+            list(corpus.read_documents(tmp_path / f'a.{suffix}'))
+
+
+def test_lone_surrogate_in_json(tmp_path):
+    (tmp_path / 'a.jsonl').write_text('{"text": "a\\ud83d b"}\n')
+    assert list(corpus.read_documents(tmp_path / 'a.jsonl')) == ['a\ufffd b']
+
+
+@pytest.mark.parametrize('content, message', [
+    ('{"text": "a"}\n{"text": \n', r'a.jsonl, line 2, is not JSON.*'),
+    ('["a"]\n', 'line 1, holds .*expected an object'),
+    ('{"text": 5}\n', "line 1, has '5'.*expected a string"),
+    ('{"body": "a"}\n', 'line 1, has no field.*--text_key=body'),
+    ('{"text": ""}\n', 'holds no text'),
+    ('', 'is empty'),
+])
+def test_broken_rows(tmp_path, content, message):
+    (tmp_path / 'a.jsonl').write_text(content)
+    with pytest.raises(ValueError, match=message):
+        list(corpus.read_documents(tmp_path / 'a.jsonl'))
+
+
+def test_broken_parquet_and_wrong_type(tmp_path):
+    pa = pytest.importorskip('pyarrow')
+    import pyarrow.parquet as pq
+    (tmp_path / 'a.parquet').write_bytes(b'PAR1 no, it is not')
+    with pytest.raises(ValueError, match='a.parquet cannot be read as Parquet'):
+        list(corpus.read_documents(tmp_path / 'a.parquet'))
+    pq.write_table(pa.table({'text': [1, 2]}), tmp_path / 'b.parquet')
+    with pytest.raises(ValueError, match="int64 in the column 'text'"):
+        list(corpus.read_documents(tmp_path / 'b.parquet'))
+
+
+def test_pyarrow_missing(tmp_path, monkeypatch):
+    (tmp_path / 'a.parquet').write_bytes(b'PAR1')
+    monkeypatch.setitem(sys.modules, 'pyarrow', None)
+    with pytest.raises(ValueError, match=r"pip install -e '\.\[data\]'"):
+        list(corpus.read_documents(tmp_path / 'a.parquet'))
+
+
+def test_nothing_there(tmp_path):
+    (tmp_path / 'input.txt').write_text('x')
+    with pytest.raises(ValueError, match='inptu.txt does not exist.*did you mean input.txt'):
+        list(corpus.read_documents(tmp_path / 'inptu.txt'))
+    (tmp_path / 'folder').mkdir()
+    (tmp_path / 'folder' / 'x.png').write_text('x')
+    with pytest.raises(ValueError, match='no text files.*1 files'):
+        list(corpus.read_documents(tmp_path / 'folder'))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# splitting
+
+def val_of(documents, val_fraction=0.3):
+    return {text for split, text in corpus.split_documents(documents, val_fraction) if split == 'val'}
+
+
+def test_split_ignores_order_and_company():
+    documents = [words(20, seed) for seed in range(300)]
+    shuffled = random.Random(1).sample(documents, 300)
+    assert val_of(shuffled) == val_of(documents)
+    assert 60 < len(val_of(documents)) < 120
+    assert val_of(documents[:150]) == val_of(documents) & set(documents[:150])
+    assert val_of(documents, 0.1) < val_of(documents, 0.3)  # a smaller split is part of a larger one
+
+
+def test_duplicates_stay_on_one_side():
+    documents = [words(20, seed) for seed in range(50)] * 3
+    sides = {}
+    for split, text in corpus.split_documents(documents, 0.5):
+        sides.setdefault(text, set()).add(split)
+    assert len(sides) == 50 and all(len(side) == 1 for side in sides.values())
+
+
+def test_split_is_this_one_forever():
+    # blake2b of the UTF-8 text, first 48 bits as a fraction: another choice would change everyone's val split
+    expected = int.from_bytes(hashlib.blake2b('hällo'.encode(), digest_size=6).digest(), 'big') / 2**48
+    assert corpus.text_hash('hällo') == expected == 0.0918754632096892
+
+
+def test_fraction_for_a_size():
+    documents = [words(20 + seed, seed) for seed in range(300)]
+    longest = 600
+    fraction = corpus.fraction_for(documents, 20_000, longest)
+    chosen = [text for split, text in corpus.split_documents(documents, fraction, longest) if split == 'val']
+    sizes = [len(text.encode()) for text in chosen]
+    assert 20_000 <= sum(sizes) < 20_000 + max(sizes)
+    assert max(len(text) for text in chosen) <= longest < max(len(text) for text in documents)
+    with pytest.raises(ValueError, match='at most'):
+        corpus.fraction_for(documents, 10**9, longest)
+
+
+@pytest.mark.parametrize('val_fraction', [0, 1, -0.1, 90])
+def test_senseless_fraction(tmp_path, val_fraction):
+    with pytest.raises(ValueError, match=f'val_fraction is {val_fraction}; expected'):
+        write(tmp_path, ['a'], val_fraction)
+
+
+@pytest.mark.parametrize('text', [words(500), 'x' * 999, 'é' * 77 + '\n'])
+def test_text_is_split_by_characters(tmp_path, monkeypatch, text):
+    monkeypatch.setattr(corpus.read_text, '__defaults__', (64,))  # many pieces
+    path = tmp_path / 'a.txt'
+    path.write_text(text, encoding='utf-8')
+    sides = {'train': '', 'val': ''}
+    for split, piece in corpus.split_text(path, 0.1):
+        sides[split] += piece
+    assert sides['train'] == text[:int(len(text) * 0.9)] and sides['val'] == text[int(len(text) * 0.9):]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what is written
+
+def test_dataset(tmp_path):
+    documents = [words(10, seed) for seed in range(40)]
+    meta = write(tmp_path, documents)
+    assert names(tmp_path) == ['meta.json', 'train.bin', 'val.bin']
+    assert meta == json.loads((tmp_path / 'meta.json').read_text())
+    for split in ('train', 'val'):
+        chosen = [text + '\n\n' for side, text in corpus.split_documents(documents, 0.3) if side == split]
+        assert bytes(ids(tmp_path, split).astype(np.uint8)).decode() == ''.join(chosen)
+        assert meta['tokens'][split] == len(ids(tmp_path, split)) == meta['bytes'][split]
+        assert meta['documents'][split] == len(chosen)
+    assert meta['sha256'] == hashlib.sha256(''.join(text + '\n\n' for text in documents).encode()).hexdigest()
+    assert (meta['version'], meta['dtype'], meta['vocab_size']) == (1, 'uint16', 256)
+    assert isinstance(tokenizer.from_dict(meta['tokenizer']), tokenizer.ByteTokenizer)
+
+
+def test_separator_is_in_a_char_vocabulary(tmp_path):
+    documents = ['no line end in any', 'of these documents']
+    tok = corpus.make_tokenizer('char', documents, documents=True)
+    corpus.write_dataset(tmp_path, corpus.split_each(documents, 0.5), tok, documents=True, source='', val_fraction=0.5)
+    assert tok.decode(ids(tmp_path, 'val')).endswith('\n\n')
+    assert '\n' not in corpus.make_tokenizer('char', documents, documents=False).chars
+
+
+def test_end_of_text_ids(tmp_path):
+    gpt2 = gpt2_or_skip()
+    documents = [words(10, seed) for seed in range(40)]
+    meta = write(tmp_path, documents, tok=gpt2)
+    for split in ('train', 'val'):
+        expected = []
+        for side, text in corpus.split_documents(documents, 0.3):
+            expected += gpt2.encode(text) + [50256] if side == split else []
+        assert ids(tmp_path, split).tolist() == expected
+    assert sum(meta['bytes'].values()) == len(''.join(documents).encode())
+
+
+def test_uint32_vocabulary(tmp_path):
+    tok = tokenizer.CharTokenizer([chr(code) for code in range(0x10000, 0x10000 + 65537)])
+    text = chr(0x10000 + 65536) * 10
+    meta = corpus.write_dataset(tmp_path, [('train', text), ('val', text)], tok, documents=False, source='test',
+                                val_fraction=0.5)
+    assert meta['dtype'] == 'uint32' and os.path.getsize(tmp_path / 'val.bin') == 40
+    assert ids(tmp_path, 'val').tolist() == [65536] * 10
+
+
+@pytest.mark.parametrize('threads', [1, 5])
+def test_same_bytes_whatever_the_threads(tmp_path, monkeypatch, threads):
+    monkeypatch.setattr(corpus, 'BATCH_CHARS', 300)
+    documents = [words(15, seed) for seed in range(100)]
+    corpus.write_dataset(tmp_path / 'a', corpus.split_documents(documents, 0.3), gpt2_or_skip(), documents=True,
+                         source='test', val_fraction=0.3, threads=threads)
+    monkeypatch.undo()
+    write(tmp_path / 'b', documents, tok=tokenizer.load('gpt2'))
+    for name in ('train.bin', 'val.bin', 'meta.json'):
+        assert (tmp_path / 'a' / name).read_bytes() == (tmp_path / 'b' / name).read_bytes()
+
+
+def test_splits_too_short(tmp_path):
+    with pytest.raises(ValueError, match=r'the val split has 0 token\(s\).*larger --val_fraction'):
+        write(tmp_path, ['only one document'], 1e-9)
+    with pytest.raises(ValueError, match=r'the train split has 0 token\(s\).*smaller --val_fraction'):
+        write(tmp_path, ['only one document'], 1 - 1e-9)
+    assert names(tmp_path) == []
+    with pytest.raises(ValueError, match='val split'):
+        write(tmp_path / 'new folder', ['only one document'], 1e-9)
+    assert names(tmp_path) == []  # no empty folder is left behind
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# all or nothing
+
+OLD, NEW = [words(30, seed) for seed in range(20)], [words(50, seed) for seed in range(100, 150)]
+
+
+def state(folder, references):
+    """Which of the complete datasets this folder holds, or None when it counts as not prepared."""
+    if not (folder / 'train.bin').exists():
+        return None
+    for name, reference in references.items():
+        if all((folder / file).read_bytes() == (reference / file).read_bytes()
+               for file in ('train.bin', 'val.bin', 'meta.json')):
+            return name
+    raise AssertionError(f'a mixture: {names(folder)}')
+
+
+@pytest.fixture
+def references(tmp_path):
+    write(tmp_path / 'old', OLD)
+    write(tmp_path / 'new', NEW)
+    return {'old': tmp_path / 'old', 'new': tmp_path / 'new'}
+
+
+def die_at(step):
+    """End this process without any clean-up just before the step-th call that changes or syncs a folder."""
+    calls = 0
+
+    def or_die(function):
+        def counted(*arguments):
+            nonlocal calls
+            calls += 1
+            if calls == step:
+                os._exit(9)
+            return function(*arguments)
+        return counted
+
+    for name in ('fsync', 'replace', 'remove'):
+        setattr(os, name, or_die(getattr(os, name)))
+
+
+@POSIX
+def test_a_crash_at_every_step(tmp_path, references):
+    """Die, as if by kill -9, just before the 1st, 2nd, ... call that changes the folder."""
+    seen = []
+    for step in range(1, 100):
+        folder = tmp_path / f'step{step}'
+        shutil.copytree(references['old'], folder)
+        (folder / 'meta.pkl').write_bytes(b'left over from before')
+        child = os.fork()
+        if child == 0:
+            die_at(step)
+            try:
+                write(folder, NEW)
+            finally:
+                os._exit(0)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        seen.append(state(folder, references))
+        write(folder, NEW)  # the next run succeeds and tidies up
+        assert names(folder) == ['meta.json', 'train.bin', 'val.bin']
+        assert state(folder, references) == 'new'
+        if status == 0:
+            break
+    assert status == 0 and len(seen) > 10
+    assert seen == sorted(seen, key=['old', None, 'new'].index)  # first the old one, then none, then the new one
+    assert set(seen) == {'old', None, 'new'}
+
+
+@POSIX
+def test_kill_at_any_moment(tmp_path, references):
+    code = ('import sys, corpus, tests_data as d\n'
+            'while True:\n'
+            '    for documents in (d.OLD, d.NEW):\n'
+            '        d.write(sys.argv[1], documents)\n'
+            '        print("x", flush=True)\n')
+    # the module under another name, so that pytest's own import of it is left alone
+    shutil.copy(__file__, tmp_path / 'tests_data.py')
+    environment = {**os.environ, 'PYTHONPATH': os.pathsep.join([str(tmp_path), str(ROOT)])}
+    folder = tmp_path / 'killed'
+    rng = random.Random(0)
+    for _ in range(5):
+        child = subprocess.Popen([sys.executable, '-c', code, str(folder)], env=environment, stdout=subprocess.PIPE)
+        child.stdout.readline()
+        time.sleep(rng.uniform(0, 0.2))
+        child.kill()
+        child.communicate()
+        state(folder, references)  # raises for a mixture
+    write(folder, NEW)
+    assert state(folder, references) == 'new' and len(names(folder)) == 3
+
+
+@pytest.mark.parametrize('error', [KeyboardInterrupt, ValueError('broken input')])
+def test_an_error_keeps_the_old_dataset(tmp_path, references, error):
+    def documents():
+        yield from NEW
+        raise error
+
+    folder = tmp_path / 'folder'
+    shutil.copytree(references['old'], folder)
+    with pytest.raises(type(error) if isinstance(error, Exception) else error):
+        write(folder, documents())
+    assert names(folder) == ['meta.json', 'train.bin', 'val.bin']
+    assert state(folder, references) == 'old'
+
+
+@POSIX
+def test_a_full_disk_keeps_the_old_dataset(tmp_path, references):
+    """A limit on the size of files stands in for a small disk: writes fail half-way in the same manner."""
+    folder = tmp_path / 'folder'
+    shutil.copytree(references['old'], folder)
+    code = ('import resource, sys, corpus, tokenizer\n'
+            'resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n'
+            'pieces = (("train" if i % 9 else "val", "hello world " * 500) for i in range(90))\n'
+            'corpus.run(lambda: corpus.write_dataset(sys.argv[1], pieces, tokenizer.ByteTokenizer(), documents=True,\n'
+            '                                        source="test", val_fraction=0.1))\n')
+    done = subprocess.run([sys.executable, '-c', code, str(folder)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert 'has no room for the token files' in done.stderr and 'MB free' in done.stderr
+    assert 'Traceback' not in done.stderr
+    assert names(folder) == ['meta.json', 'train.bin', 'val.bin']
+    assert state(folder, references) == 'old'
+
+
+@POSIX
+def test_two_at_once(tmp_path):
+    import fcntl
+    folder = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    with pytest.raises(ValueError, match='another process is preparing'):
+        write(tmp_path, NEW)
+    os.close(folder)
+    write(tmp_path, NEW)
+
+
+def test_stale_meta_pkl_goes(tmp_path):
+    (tmp_path / 'meta.pkl').write_bytes(b'of another tokenizer')
+    write(tmp_path, NEW)
+    assert names(tmp_path) == ['meta.json', 'train.bin', 'val.bin']
+
+
+@POSIX
+def test_memory_is_constant(tmp_path):
+    """Ten times the text must not need more memory; nor may a text without a single line end."""
+    line = words(2000).replace('\n', ' ').encode()
+    sources = {}
+    for name, size, end in (('small', 20, b'\n'), ('large', 200, b'\n'), ('one line', 40, b' ')):
+        sources[name] = tmp_path / f'{name}.txt'
+        with open(sources[name], 'wb') as file:
+            for _ in range(size * 1_000_000 // len(line)):
+                file.write(line + end)
+    code = ('import resource, sys, corpus, tokenizer\n'
+            'path, out = sys.argv[1:]\n'
+            'tok = corpus.make_tokenizer("char", corpus.read_text(path), documents=True)\n'
+            'for pieces, documents in ((corpus.split_text(path, 0.1), False),\n'
+            '                          (corpus.split_each(corpus.read_documents(path), 0.1), True)):\n'
+            '    corpus.write_dataset(out, pieces, tok, documents=documents, source="", val_fraction=0.1)\n'
+            'print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3))\n')
+    peak = {}
+    for name, path in sources.items():
+        done = subprocess.run([sys.executable, '-c', code, str(path), str(tmp_path / 'out')], cwd=ROOT,
+                              capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        peak[name] = float(done.stdout)
+    assert peak['small'] < 300 and max(peak.values()) < 1.2 * peak['small'], peak  # MB
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# downloading
+
+CONTENT = random.Random(0).randbytes(300_000)
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.server.ranges.append(self.headers.get('Range'))
+        start = int(self.headers['Range'][6:-1])
+        if self.path == '/missing':
+            return self.send_error(404)
+        if self.path == '/norange':
+            start = 0
+        if start >= len(CONTENT):
+            return self.send_error(416)
+        self.send_response(206 if start else 200)
+        self.send_header('Content-Length', str(len(CONTENT) - start))
+        self.end_headers()
+        end = 100_000 if self.path == '/cut' and start == 0 else len(CONTENT)
+        self.wfile.write(CONTENT[start:end])
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setenv('no_proxy', '*')
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Server)
+    server.ranges = []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    server.url = f'http://127.0.0.1:{server.server_port}'
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+SHA = hashlib.sha256(CONTENT).hexdigest()
+
+
+def test_download(tmp_path, server):
+    corpus.download(server.url + '/file', tmp_path / 'f', SHA, 'COMMAND')
+    assert (tmp_path / 'f').read_bytes() == CONTENT and names(tmp_path) == ['f']
+
+
+@pytest.mark.parametrize('page, have', [('/cut', 0), ('/file', 123), ('/norange', 123), ('/file', len(CONTENT))])
+def test_download_goes_on(tmp_path, server, page, have):
+    if have:
+        (tmp_path / 'f.part').write_bytes(CONTENT[:have])
+    else:
+        with pytest.raises(ValueError, match='cut short at 100,000 of 300,000.*run again'):
+            corpus.download(server.url + page, tmp_path / 'f', SHA, 'COMMAND')
+        have = 100_000
+        assert names(tmp_path) == ['f.part']
+    corpus.download(server.url + page, tmp_path / 'f', SHA, 'COMMAND')
+    assert server.ranges[-1] == f'bytes={have}-'
+    assert (tmp_path / 'f').read_bytes() == CONTENT and names(tmp_path) == ['f']
+
+
+def test_download_of_something_else(tmp_path, server):
+    with pytest.raises(ValueError, match='SHA-256.*expected 0000.*COMMAND'):
+        corpus.download(server.url + '/file', tmp_path / 'f', '0' * 64, 'COMMAND')
+    assert names(tmp_path) == []
+    with pytest.raises(ValueError, match='404.*COMMAND'):
+        corpus.download(server.url + '/missing', tmp_path / 'f', SHA, 'COMMAND')
+
+
+def test_download_offline(tmp_path, monkeypatch):
+    monkeypatch.setenv('no_proxy', '*')
+    with pytest.raises(ValueError, match='offline.*COMMAND'):
+        corpus.download('http://127.0.0.1:9/file', tmp_path / 'f', SHA, 'COMMAND')
+    (tmp_path / 'f.part').write_bytes(b'12345')
+    with pytest.raises(ValueError, match='5 bytes so far are kept'):
+        corpus.download('http://127.0.0.1:9/file', tmp_path / 'f', SHA, 'COMMAND')
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the scripts, as a person runs them: from another folder, in a copy of the repository
+
+@pytest.fixture(scope='module')
+def copy(tmp_path_factory):
+    root = tmp_path_factory.mktemp('repository')
+    for path in [ROOT / 'tokenizer.py', ROOT / 'corpus.py', *ROOT.glob('data/*/prepare.py')]:
+        target = root / path.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+    return root
+
+
+def prepare(copy, name, *arguments, cwd, ok=True, env=OFFLINE):
+    done = subprocess.run([sys.executable, str(copy / 'data' / name / 'prepare.py'), *arguments], cwd=cwd, env=env,
+                          capture_output=True, text=True)
+    assert 'Traceback' not in done.stderr
+    assert (done.returncode == 0) == ok, done.stdout + done.stderr
+    return done.stdout if ok else done.stderr
+
+
+@pytest.fixture
+def play(tmp_path):
+    """Tiny Shakespeare where it is at hand, else some made-up text."""
+    if SHAKESPEARE.exists():
+        return SHAKESPEARE
+    (tmp_path / 'play.txt').write_text(words(20_000), encoding='utf-8')
+    return tmp_path / 'play.txt'
+
+
+def test_shakespeare_char(copy, play, tmp_path):
+    said = prepare(copy, 'shakespeare_char', f'--input={play}', cwd=tmp_path)
+    assert 'python train.py config/train_shakespeare_char.py' in said
+    folder = copy / 'data' / 'shakespeare_char'
+    text = play.read_text(encoding='utf-8')
+    stoi = {char: i for i, char in enumerate(sorted(set(text)))}
+    assert ids(folder, 'train').tolist() == [stoi[char] for char in text[:int(len(text) * 0.9)]]
+    assert ids(folder, 'val').tolist() == [stoi[char] for char in text[int(len(text) * 0.9):]]
+    meta = pickle.loads((folder / 'meta.pkl').read_bytes())
+    assert meta == {'vocab_size': len(stoi), 'stoi': stoi, 'itos': {i: char for char, i in stoi.items()}}
+    assert tokenizer.from_meta_pkl(folder / 'meta.pkl').chars == sorted(stoi)
+    if play == SHAKESPEARE:
+        assert (len(ids(folder, 'train')), len(ids(folder, 'val'))) == (1_003_854, 111_540)
+        assert json.loads((folder / 'meta.json').read_text())['sha256'] == corpus.file_sha256(SHAKESPEARE)
+
+
+def test_shakespeare_bpe(copy, play, tmp_path):
+    tok = gpt2_or_skip()
+    prepare(copy, 'shakespeare', f'--input={play}', cwd=tmp_path)
+    folder = copy / 'data' / 'shakespeare'
+    text = play.read_text(encoding='utf-8')
+    assert ids(folder, 'train').tolist() == tok.encode(text[:int(len(text) * 0.9)])
+    assert ids(folder, 'val').tolist() == tok.encode(text[int(len(text) * 0.9):])
+    if play == SHAKESPEARE:
+        assert (len(ids(folder, 'train')), len(ids(folder, 'val'))) == (301_966, 36_059)
+
+
+def test_input_txt_beside_the_script_is_used(copy, tmp_path):
+    folder = copy / 'data' / 'shakespeare_char'
+    (folder / 'input.txt').write_text('abcdefghij' * 10)
+    assert '90 tokens' in prepare(copy, 'shakespeare_char', cwd=tmp_path)
+    (folder / 'input.txt').unlink()
+
+
+def test_shakespeare_offline(copy, tmp_path):
+    said = prepare(copy, 'shakespeare_char', cwd=tmp_path, ok=False)
+    assert 'offline' in said and 'python data/shakespeare_char/prepare.py --input=FILE' in said
+
+
+def test_python_stdlib(copy, tmp_path):
+    started = time.time()
+    said = prepare(copy, 'python_stdlib', f'--out_dir={tmp_path / "a"}', cwd=tmp_path)
+    assert time.time() - started < 30
+    assert 'python train.py config/quickstart.py' in said
+    prepare(copy, 'python_stdlib', f'--out_dir={tmp_path / "b"}', cwd=tmp_path)
+    for name in ('train.bin', 'val.bin', 'meta.json'):
+        assert (tmp_path / 'a' / name).read_bytes() == (tmp_path / 'b' / name).read_bytes()
+    train, val = ids(tmp_path / 'a', 'train'), ids(tmp_path / 'a', 'val')
+    assert len(train) > 5_000_000 and 350_000 <= len(val) < 410_000
+    val_files = set(bytes(val.astype(np.uint8)).decode().split('\n\n\n'))
+    assert len(val_files) > 20
+    with open(os.path.join(os.path.dirname(os.__file__), 'argparse.py'), encoding='utf-8') as file:
+        source = file.read()
+    text = bytes(train.astype(np.uint8)).decode() + bytes(val.astype(np.uint8)).decode()
+    assert source + '\n\n' in text
+
+
+def test_text_from_a_file(copy, tmp_path):
+    (tmp_path / 'My Book.txt').write_text(words(1000), encoding='utf-8')
+    said = prepare(copy, 'text', '--input=My Book.txt', '--tokenizer=char', cwd=tmp_path)
+    assert 'python train.py --dataset=My_Book' in said
+    folder = copy / 'data' / 'My_Book'
+    tok = tokenizer.from_dict(json.loads((folder / 'meta.json').read_text())['tokenizer'])
+    assert tok.decode(ids(folder, 'train')) + tok.decode(ids(folder, 'val')) == words(1000)
+    prepare(copy, 'text', '--input=My Book.txt', '--tokenizer=byte', cwd=tmp_path)  # again is fine
+
+
+@pytest.mark.parametrize('count', [5, 400])
+def test_text_from_rows(copy, tmp_path, count):
+    documents = [words(20, seed) for seed in range(count)]
+    (tmp_path / 'rows.jsonl').write_text(''.join(json.dumps({'body': text}) + '\n' for text in documents))
+    prepare(copy, 'text', '--input=rows.jsonl', '--text_key=body', f'--name=rows{count}', cwd=tmp_path)
+    folder = copy / 'data' / f'rows{count}'
+    train, val = (bytes(ids(folder, split).astype(np.uint8)).decode() for split in ('train', 'val'))
+    if count == 5:  # few documents: the end of each
+        assert train == ''.join(text[:int(len(text) * 0.9)] + '\n\n' for text in documents)
+        assert val == ''.join(text[int(len(text) * 0.9):] + '\n\n' for text in documents)
+    else:  # many: whole ones
+        assert all((text in train) != (text in val) for text in documents)
+        assert 0.05 < len(val) / len(train + val) < 0.15
+
+
+def test_text_folder_says_what_it_left_out(copy, tmp_path):
+    (tmp_path / 'notes').mkdir()
+    (tmp_path / 'notes' / 'a.md').write_text(words(100), encoding='utf-8')
+    (tmp_path / 'notes' / 'b.png').write_bytes(b'\x89PNG')
+    done = subprocess.run([sys.executable, str(copy / 'data/text/prepare.py'), '--input=notes'], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and '1 more were left out' in done.stderr
+
+
+@pytest.mark.parametrize('arguments, message', [
+    (['--name=shakespeare'], 'data/shakespeare is a dataset with its own prepare.py; .*--name=my_shakespeare'),
+    (['--name=text'], 'data/text is a dataset with its own'),
+    (['--name=../outside'], 'not a plain name'),
+    (['--name=theirs'], 'train.bin that this script did not make'),
+    (['--tokenizer=gpt9'], 'unknown tokenizer .gpt9.*did you mean gpt2'),
+    (['--val_fraction=5'], 'val_fraction is 5.0; expected'),
+    (['--input=nothing.txt'], 'nothing.txt does not exist'),
+    (['--vall_fraction=0.2'], 'unrecognized arguments: --vall_fraction'),
+])
+def test_text_refuses(copy, tmp_path, arguments, message):
+    (copy / 'data' / 'theirs').mkdir(exist_ok=True)
+    (copy / 'data' / 'theirs' / 'train.bin').write_bytes(b'precious')
+    before = sorted(str(path) for path in copy.rglob('*'))
+    (tmp_path / 'a.txt').write_text(words(100), encoding='utf-8')
+    import re
+    assert re.search(message, prepare(copy, 'text', '--input=a.txt', *arguments, cwd=tmp_path, ok=False))
+    assert sorted(str(path) for path in copy.rglob('*')) == before
+
+
+def test_openwebtext_shard(copy, tmp_path):
+    pa = pytest.importorskip('pyarrow')
+    import pyarrow.parquet as pq
+    tok = gpt2_or_skip()
+    documents = [words(20, seed) for seed in range(300)]
+    (tmp_path / 'shards').mkdir()
+    for i in range(2):
+        pq.write_table(pa.table({'text': documents[150 * i:150 * i + 150]}), tmp_path / 'shards' / f'{i}.parquet')
+    said = prepare(copy, 'openwebtext', '--input=shards', '--val_fraction=0.05', '--num_proc=2', cwd=tmp_path)
+    assert '300 documents' in said and 'python train.py config/train_gpt2.py' in said
+    expected = {'train': [], 'val': []}
+    for split, text in corpus.split_documents(documents, 0.05):
+        expected[split] += tok.encode(text) + [50256]
+    for split in ('train', 'val'):
+        assert ids(copy / 'data' / 'openwebtext', split).tolist() == expected[split]
+
+
+def test_openwebtext_offline(copy, tmp_path):
+    pytest.importorskip('datasets')
+    gpt2_or_skip()
+    env = {**OFFLINE, 'HF_HOME': str(tmp_path), 'HF_HUB_OFFLINE': '1'}
+    said = prepare(copy, 'openwebtext', f'--out_dir={tmp_path / "out"}', cwd=tmp_path, ok=False, env=env)
+    if '18.2 GB. Use --out_dir' in said:
+        pytest.skip('this disk is too small to get as far as the network')
+    assert 'offline' in said and '--input=FOLDER' in said
+
+
+@pytest.mark.parametrize('name', ['shakespeare', 'shakespeare_char', 'openwebtext', 'python_stdlib', 'text'])
+def test_help(copy, tmp_path, name):
+    said = prepare(copy, name, '--help', cwd=tmp_path)
+    assert f'python data/{name}/prepare.py' in said and 'python train.py' in said or 'shakespeare' in name
+    assert max(map(len, said.splitlines())) <= 120
+
+
+@POSIX
+def test_interrupt_is_one_line(copy, tmp_path):
+    import signal
+    with open(tmp_path / 'big.txt', 'w') as file:
+        for _ in range(60):
+            file.write(('hello world ' * 10 + '\n') * 10_000)
+    child = subprocess.Popen([sys.executable, str(copy / 'data/text/prepare.py'), '--input=big.txt', '--name=big',
+                              '--tokenizer=char'], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    folder = copy / 'data' / 'big'
+    for _ in range(500):
+        if folder.exists() and '.train.bin.tmp' in names(folder):
+            break
+        time.sleep(0.01)
+    child.send_signal(signal.SIGINT)
+    said = child.communicate()[1]
+    assert child.returncode == 130 and said.strip().splitlines()[-1].startswith('interrupted;')
+    assert 'Traceback' not in said and not folder.exists()
+
+
+def test_produced_files_are_ignored_by_git():
+    if not (ROOT / '.git').exists():
+        pytest.skip('not a git checkout')
+    paths = ['data/x/train.bin', 'data/x/meta.json', 'data/shakespeare/input.txt', 'data/x/.train.bin.tmp',
+             'data/shakespeare_char/meta.pkl', 'data/shakespeare/input.txt.part', 'data/x/anything.jsonl',
+             'data/shakespeare/prepare.py', 'data/shakespeare/README.md']
+    done = subprocess.run(['git', 'check-ignore', '--no-index', *paths], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines() == paths[:-2]

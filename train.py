@@ -1,0 +1,426 @@
+"""
+Train a GPT: from scratch, from a checkpoint, or from GPT-2.
+
+    $ python train.py config/quickstart.py                              # a laptop, minutes, no network
+    $ python train.py config/train_shakespeare_char.py --batch_size=32  # a config file, then overrides
+    $ python train.py config/quickstart.py --init_from=resume           # go on where out_dir/ckpt.pt stands
+    $ torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
+
+On two machines of 8 GPUs (without Infiniband prepend NCCL_IB_DISABLE=1):
+
+    $ torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 --master_port=1234 train.py ...
+    $ torchrun --nproc_per_node=8 --nnodes=2 --node_rank=1 --master_addr=10.0.0.1 --master_port=1234 train.py ...
+
+Writes to out_dir: ckpt.pt (the last state, to resume from), best.pt (lowest validation loss), log.jsonl, config.json.
+Ctrl-C or SIGTERM finishes the step, saves and says how to go on. A dataset that is missing is prepared first.
+"""
+
+import json
+import math
+import os
+import platform
+import shlex
+import signal
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import asdict
+
+import torch
+from torch.nn.parallel import DistributedDataParallel as DDP
+from tqdm import tqdm
+
+import checkpoint
+import dataloader
+import optim
+import parallel
+import tokenizer
+from configurator import explain_errors, override
+from generate import generate_texts
+from model import GPT, GPTConfig
+
+# settings: the defaults are GPT-2 (124M) on OpenWebText -------------------------------------------------------------
+# where, and how often
+out_dir = 'out'
+eval_interval = 2000  # steps between evaluations; each is followed by a checkpoint
+log_interval = 1  # steps between log lines
+eval_iters = 200  # batches of the training split in an evaluation; the val split is always evaluated whole
+eval_only = False  # True: evaluate once and exit
+always_save_checkpoint = True  # False: after an evaluation save only if val improved; the end and signals always save
+init_from = 'scratch'  # 'scratch', 'resume', 'auto' (resume if there is a checkpoint), 'gpt2*' or a Hugging Face folder
+patience = 0  # stop after this many evaluations in a row without a lower val loss; 0: never
+sample_tokens = 0  # tokens of a sample to print at the end; 0: none
+# wandb; its offline mode (WANDB_MODE=offline) needs no network
+wandb_log = False
+wandb_project = 'owt'
+wandb_run_name = 'gpt2'
+# data
+dataset = 'openwebtext'  # a folder under data/
+total_batch_size = 0  # tokens a step, over all processes; 0: gradient_accumulation_steps * batch_size * block_size
+gradient_accumulation_steps = 5 * 8  # micro-batches a step, over all processes, if total_batch_size is 0
+batch_size = 12  # sequences in a micro-batch: as many as fit in memory; does not change the mathematics
+block_size = 1024  # context length, tokens
+# model
+n_layer = 12
+n_head = 12
+n_embd = 768
+dropout = 0.0  # 0 for pretraining; for finetuning or little data try 0.1 or more
+bias = False  # biases in linear layers and LayerNorms
+# AdamW
+learning_rate = 6e-4  # the highest
+max_iters = 600000  # steps in all
+weight_decay = 1e-1
+beta1 = 0.9
+beta2 = 0.95
+grad_clip = 1.0  # largest norm of the gradient; 0: no clipping
+# learning rate over time
+decay_lr = True  # False: constant
+lr_schedule = 'cosine'  # 'cosine', or 'wsd': warmup, stable, linear decay
+warmup_iters = 2000
+lr_decay_iters = 600000  # where min_lr is reached; usually max_iters
+min_lr = 6e-5  # usually learning_rate / 10
+decay_fraction = 0.2  # wsd: the last share of lr_decay_iters, in which the rate falls
+# machine
+seed = 1337  # of weights, batches and dropout
+backend = 'auto'  # between processes: 'nccl' for GPUs, 'gloo' for CPUs
+device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps', ...
+dtype = 'auto'  # 'float32', 'bfloat16', or 'float16' with a gradient scaler
+compile: bool | str = 'auto'  # torch.compile the training step
+config = override(globals())
+# ---------------------------------------------------------------------------------------------------------------------
+
+sys.excepthook = explain_errors
+for name in ('eval_interval', 'log_interval', 'eval_iters', 'batch_size', 'block_size', 'gradient_accumulation_steps'):
+    if config[name] < 1:
+        raise ValueError(f'{name}={config[name]}: expected 1 or more')
+if lr_schedule not in ('cosine', 'wsd'):
+    raise ValueError(f"lr_schedule={lr_schedule!r}: expected 'cosine' or 'wsd'")
+if decay_lr and lr_decay_iters < warmup_iters:
+    raise ValueError(f'lr_decay_iters={lr_decay_iters} is below warmup_iters={warmup_iters}: the rate would fall before '
+                     f'it has risen; lower --warmup_iters')
+
+# this process, its device, its data
+world = parallel.from_environment()
+device = parallel.choose_device(device, world.local_rank)
+data_dir = os.path.join('data', dataset)
+dataloader.prepare_if_missing(data_dir, is_first=world.local_rank == 0)
+meta = dataloader.load_meta(data_dir)
+parallel.connect(world, device, backend)
+
+# the model; a checkpoint decides over its architecture, and a setting that contradicts it is an error
+ckpt_path = os.path.join(out_dir, 'ckpt.pt')
+if init_from == 'auto':
+    init_from = 'resume' if os.path.exists(ckpt_path) else 'scratch'
+state, text_tokenizer = None, meta['tokenizer']
+torch.manual_seed(seed)
+if init_from == 'scratch':
+    vocab_size = meta['vocab_size'] or 50304
+    vocab_size = 50304 if vocab_size == 50257 else vocab_size  # GPT-2's, padded to a multiple of 64: faster
+    model = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias))
+elif init_from == 'resume':
+    state = checkpoint.load(ckpt_path, device)
+    for name in ('n_layer', 'n_head', 'n_embd', 'bias'):
+        if name in config.given and config[name] != state['model_args'][name]:
+            raise ValueError(f'{name}={config[name]}, but {ckpt_path} has {name}={state["model_args"][name]}: a resumed run '
+                             f'keeps its architecture. Leave the setting out, or start anew in another --out_dir')
+    model = GPT(GPTConfig(**{**state['model_args'], 'dropout': dropout}))
+    model.load_state_dict(state['model'])
+    saved_tokenizer = state.get('tokenizer')
+    if saved_tokenizer and text_tokenizer and saved_tokenizer != text_tokenizer:
+        raise ValueError(f'{ckpt_path} was trained with another tokenizer ({saved_tokenizer["kind"]}, {len(saved_tokenizer)}'
+                         f') than {data_dir} was prepared with ({text_tokenizer["kind"]}); go on with its own dataset')
+    text_tokenizer = text_tokenizer or saved_tokenizer
+else:
+    model = GPT.from_pretrained(init_from, {'dropout': dropout})
+    if meta['vocab_size'] not in (None, model.config.vocab_size):
+        raise ValueError(f'{data_dir} was prepared for a vocabulary of {meta["vocab_size"]}, {init_from} has '
+                         f'{model.config.vocab_size}; prepare the text with its tokenizer (--tokenizer=gpt2)')
+if text_tokenizer is None and model.config.vocab_size >= 50257:
+    text_tokenizer = {'kind': 'tiktoken', 'name': 'gpt2'}  # as nanoGPT takes a dataset without meta.pkl
+if 'block_size' not in config.given:
+    block_size = min(block_size, model.config.block_size)
+if block_size > model.config.block_size:
+    raise ValueError(f'block_size={block_size} is above the {model.config.block_size} positions of the model from '
+                     f'{init_from}; use --block_size={model.config.block_size} or less')
+model.to(device)
+optimizer = optim.adamw(model, weight_decay, learning_rate, (beta1, beta2))
+if state is not None and 'optimizer' in state:
+    optim.load_optimizer(optimizer, state['optimizer'])
+if block_size < model.config.block_size:  # crop the position embeddings, and what the optimizer remembers of them
+    model.crop_block_size(block_size)
+    moments = optimizer.state[model.transformer.wpe.weight]
+    moments.update({name: m[:block_size].clone() for name, m in moments.items() if m.dim() == 2})
+
+# how the tokens of a step are cut: sequences -> processes -> micro-batches
+total_batch_size = total_batch_size or gradient_accumulation_steps * batch_size * block_size
+if total_batch_size % (block_size * world.size):
+    whole = max(1, total_batch_size // (block_size * world.size)) * block_size * world.size
+    raise ValueError(f'a step of {total_batch_size:,} tokens is not a whole number of sequences of {block_size} tokens for '
+                     f'each of {world.size} processes; try --total_batch_size={whole}')
+n_sequences = total_batch_size // block_size  # a step, over all processes
+per_process = n_sequences // world.size
+batch_size = min(batch_size, per_process)
+if per_process % batch_size:
+    fits = max(b for b in range(1, batch_size) if per_process % b == 0)
+    raise ValueError(f'{per_process} sequences a step and process are not a whole number of micro-batches of batch_size='
+                     f'{batch_size}; try --batch_size={fits}, which keeps the mathematics')
+micro_steps = per_process // batch_size
+tokens = {split: dataloader.open_tokens(data_dir, split, meta, block_size) for split in ('train', 'val')}
+
+# precision, compilation
+dtype, dtype_reason = parallel.choose_dtype(dtype, device, model.config.n_embd)
+compile, compile_reason = parallel.choose_compile(compile, device, 0 if eval_only else max_iters)
+autocast = nullcontext() if dtype == 'float32' else torch.autocast(device.type, parallel.DTYPES[dtype])
+scaler = torch.amp.GradScaler(device.type, enabled=dtype == 'float16')
+if state is not None and state.get('scaler'):
+    scaler.load_state_dict(state['scaler'])
+
+# where the run stands: all that a checkpoint has to remember beside the tensors
+iter_num = state['iter_num'] if state else 0  # updates done
+best_val_loss = float(state['best_val_loss']) if state else math.inf
+evals_since_best = state.get('evals_since_best', 0) if state else 0
+train_time = state.get('train_time', 0.0) if state else 0.0  # seconds, without evaluations
+start_iter, state = iter_num, None  # the loaded tensors are no longer needed
+
+world.print(f'device {device}, dtype {dtype} ({dtype_reason}), compile {compile} ({compile_reason})')
+world.print(f'{model.get_num_params() / 1e6:.2f}M parameters; a step of {total_batch_size:,} tokens = {world.size} '
+            f'process(es) x {micro_steps} micro-batch(es) x {batch_size} x {block_size}; '
+            f'{max_iters * total_batch_size / len(tokens["train"]):.2f} epochs in {max_iters} steps')
+
+
+def get_batch(step):
+    """The micro-batches of this process at a step, on the device: [(x, y), ...], each (batch_size, block_size)."""
+    starts = dataloader.train_windows(step, n_sequences, len(tokens['train']), block_size, seed)
+    mine = starts[world.rank * per_process : (world.rank + 1) * per_process]
+    return [dataloader.to_device(dataloader.gather(tokens['train'], chunk, block_size, model.config.vocab_size), device)
+            for chunk in mine.reshape(micro_steps, batch_size)]
+
+
+def evaluate():
+    """
+    Mean loss in nats a token, {'train': over fixed windows, eval_iters batches of them, 'val': over the whole split}.
+    The processes share the work, the uncompiled model does it, and dropout is off.
+    """
+    model.eval()
+    windows = {'train': dataloader.even_windows(eval_iters * batch_size, len(tokens['train']), block_size),
+               'val': dataloader.whole_windows(len(tokens['val']), block_size)}
+    losses = {}
+    for split, starts in windows.items():
+        total, count = torch.zeros((), device=device), 0
+        mine = starts[world.rank :: world.size]
+        for i in range(0, len(mine), batch_size):
+            x, y = dataloader.gather(tokens[split], mine[i : i + batch_size], block_size, model.config.vocab_size)
+            n_targets = int((y >= 0).sum())
+            x, y = dataloader.to_device((x, y), device)
+            with torch.no_grad(), autocast:
+                total += model(x, y)[1] * n_targets
+            count += n_targets
+        total, count = world.sum([total.item(), count])
+        losses[split] = total / count
+    model.train()
+    return losses
+
+
+def learning_rate_at(step):
+    if not decay_lr:
+        return learning_rate
+    if lr_schedule == 'wsd':
+        return optim.wsd(step, learning_rate, warmup_iters, lr_decay_iters, min_lr, decay_fraction)
+    return optim.cosine(step, learning_rate, warmup_iters, lr_decay_iters, min_lr)
+
+
+def command(**changes):
+    """The command line of this run with some settings changed, for the messages that say what to do next."""
+    kept = [a for a in sys.argv[1:] if a.removeprefix('--').split('=')[0] not in changes]
+    launch = f'torchrun --standalone --nproc_per_node={world.size}' if world.size > 1 else 'python'
+    return shlex.join([*launch.split(), 'train.py', *kept, *(f'--{key}={value}' for key, value in changes.items())])
+
+
+def save_checkpoint(is_best):
+    """Write ckpt.pt, and best.pt if the last evaluation was the best. -> whether it could be written."""
+    if not world.is_main:
+        return True
+    state = {'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'model_args': asdict(model.config),
+             'iter_num': iter_num, 'best_val_loss': best_val_loss, 'config': dict(config), 'tokenizer': text_tokenizer,
+             'scaler': scaler.state_dict(), 'evals_since_best': evals_since_best, 'train_time': train_time}
+    try:
+        checkpoint.save(out_dir, state, is_best)
+    except OSError as error:
+        bar.write(f'WARNING: {ckpt_path} could not be saved at step {iter_num} ({error}). The checkpoint that was there is '
+                  f'untouched, training goes on; free some space before the next evaluation')
+        return False
+    bar.write(f'saved {ckpt_path} at step {iter_num}' + (' (best so far)' if is_best else ''))
+    return True
+
+
+def log(**record):
+    """Append a line to out_dir/log.jsonl."""
+    if world.is_main:
+        with open(os.path.join(out_dir, 'log.jsonl'), 'a', encoding='utf-8') as f:
+            f.write(json.dumps(record) + '\n')
+        if wandb_log:
+            wandb.log(record, step=record['step'])
+
+
+# the folder of the run: what an earlier run left there is moved, not overwritten
+wandb_log = wandb_log and world.is_main
+if world.is_main and not eval_only:
+    try:
+        os.makedirs(out_dir, exist_ok=True)
+        checkpoint.clean(out_dir)
+        if init_from != 'resume' and (folder := checkpoint.put_aside(out_dir)):
+            print(f'{out_dir} held an earlier run; it is in {folder} now')
+        checkpoint.keep_log_until(out_dir, start_iter)
+        with open(os.path.join(out_dir, 'config.json'), 'w', encoding='utf-8') as f:
+            json.dump({key: globals()[key] if key != 'device' else str(device) for key in config}, f, indent=2)
+    except OSError as error:
+        raise ValueError(f'out_dir={out_dir!r} can not be written: {error}; choose another with --out_dir') from error
+if wandb_log:
+    import wandb
+
+    wandb.init(project=wandb_project, name=wandb_run_name, config=dict(config))
+
+# the training step, compiled if that works here
+step_model = model
+if compile:
+    world.print('compiling the training step (about half a minute; --compile=False starts at once)')
+    step_model = torch.compile(model, dynamic=False)
+    try:
+        x, y = get_batch(iter_num)[0]
+        with autocast:
+            loss = step_model(x, y)[1]
+        loss.backward()
+    except Exception as error:  # whatever is wrong with a compiler, training goes on without it
+        if parallel.out_of_memory(error):
+            raise
+        print(f'WARNING: torch.compile failed ({type(error).__name__}: {str(error).strip().splitlines()[-1]}); going on '
+              f'without it, slower. --compile=False silences this', file=sys.stderr)
+        step_model = model
+    optimizer.zero_grad(set_to_none=True)
+if world.size > 1:
+    step_model = DDP(step_model, device_ids=[device.index] if device.type == 'cuda' else None)
+
+# a signal only asks to stop; the loop does so between two steps. A second Ctrl-C, more than a second later, is obeyed
+stop_signal, stop_time = None, 0.0
+
+
+def ask_to_stop(number, frame):
+    global stop_signal, stop_time
+    if number == signal.SIGINT and stop_signal == signal.SIGINT and time.monotonic() > stop_time + 1:
+        raise KeyboardInterrupt
+    stop_signal, stop_time = number, time.monotonic()
+
+
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, ask_to_stop)
+
+# the loop ------------------------------------------------------------------------------------------------------------
+bar = tqdm(total=max_iters, initial=start_iter, unit='step', disable=not (world.is_main and sys.stderr.isatty()),
+           dynamic_ncols=True, smoothing=0.05)
+prefetch = ThreadPoolExecutor(max_workers=1)  # reads the next batch while the current one computes
+next_batch = prefetch.submit(get_batch, iter_num)
+saved, saved_iter = True, start_iter
+stop_reason = None
+logged_iter, logged_time = iter_num, train_time
+t0 = time.perf_counter()
+while True:
+    # evaluate and save
+    finished = iter_num >= max_iters
+    if (iter_num % eval_interval == 0 or finished) and (iter_num > start_iter or iter_num == 0 or eval_only):
+        losses = evaluate()
+        is_best = losses['val'] < best_val_loss
+        best_val_loss, evals_since_best = min(best_val_loss, losses['val']), 0 if is_best else evals_since_best + 1
+        if world.is_main:
+            bar.write(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}')
+        if eval_only:
+            break
+        log(step=iter_num, train_loss=losses['train'], val_loss=losses['val'], train_time=round(train_time, 3))
+        if iter_num > 0 and (is_best or always_save_checkpoint):
+            saved, saved_iter = save_checkpoint(is_best), iter_num
+        if patience and evals_since_best >= patience:
+            stop_reason = f'val loss has not improved for {patience} evaluations'
+        t0 = time.perf_counter()  # evaluating and saving is not training time
+    if finished or stop_reason:
+        break
+
+    # one step: forward and backward over the micro-batches, the gradient of their mean loss adding up in .grad
+    torch.manual_seed(seed + 1_000_003 * (iter_num + 1) + world.rank)  # dropout too depends on (seed, step) alone
+    lr = learning_rate_at(iter_num)
+    for group in optimizer.param_groups:
+        group['lr'] = lr
+    micro_batches, next_batch = next_batch.result(), prefetch.submit(get_batch, iter_num + 1)
+    loss_sum = torch.zeros((), device=device)
+    try:
+        for micro_step, (x, y) in enumerate(micro_batches):
+            if world.size > 1:  # average gradients over the processes once, with the last micro-batch
+                step_model.require_backward_grad_sync = micro_step == micro_steps - 1
+            with autocast:
+                loss = step_model(x, y)[1] / micro_steps
+            loss_sum += loss.detach()
+            scaler.scale(loss).backward()
+    except RuntimeError as error:
+        if not parallel.out_of_memory(error):
+            raise
+        smaller = max((b for b in range(1, batch_size) if per_process % b == 0), default=None)
+        raise SystemExit('out of memory. ' + (
+            f'The same mathematics in smaller pieces:\n  {command(batch_size=smaller, total_batch_size=total_batch_size)}'
+            if smaller else 'A micro-batch of one sequence does not fit: lower --block_size, --n_layer or --n_embd')) from None
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf).item()
+
+    # stop before an update that would ruin the weights; and all processes together when one is asked to stop
+    loss_mean, stop_requests = world.sum([loss_sum.item() / world.size, stop_signal is not None])
+    if not math.isfinite(loss_mean) or (not math.isfinite(norm) and not scaler.is_enabled()):
+        what = f'loss is {loss_mean}' if not math.isfinite(loss_mean) else f'the norm of the gradient is {norm}'
+        where = f'{ckpt_path} is of step {saved_iter}' if saved_iter else 'there is no checkpoint yet'
+        raise SystemExit(f'step {iter_num}: {what} (learning rate {lr:.3g}). Stopped before the update; {where}. Try a lower '
+                         f'--learning_rate, a longer warmup, or --dtype=float32')
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    iter_num += 1
+    bar.update()
+
+    # report
+    t1 = time.perf_counter()
+    train_time, t0 = train_time + t1 - t0, t1
+    if stop_requests:
+        stop_reason = f'stopped by {signal.Signals(stop_signal or signal.SIGTERM).name}'
+    if world.is_main and ((iter_num - 1) % log_interval == 0 or iter_num == max_iters):
+        dt = (train_time - logged_time) / (iter_num - logged_iter)  # seconds a step since the last line
+        logged_iter, logged_time = iter_num, train_time
+        tokens_per_s = total_batch_size / dt
+        mfu = model.estimate_mfu(n_sequences / world.size, dt)
+        shown_mfu = 'n/a' if mfu is None else f'{mfu:.1%}'
+        left = tqdm.format_interval((max_iters - iter_num) * dt)
+        bar.set_postfix_str(f'loss {loss_mean:.3f}, {tokens_per_s:,.0f} tok/s', refresh=False)
+        bar.write(f'iter {iter_num - 1}: loss {loss_mean:.4f}, time {dt * 1e3:.2f}ms, mfu {shown_mfu}, norm {norm:.2f}, '
+                  f'{tokens_per_s / 1e3:.1f}k tok/s, {left} left')
+        log(step=iter_num - 1, loss=loss_mean, lr=lr, grad_norm=norm, ms=round(dt * 1e3, 3), mfu=mfu,
+            tokens_per_s=round(tokens_per_s), tokens=iter_num * total_batch_size, train_time=round(train_time, 3))
+
+# the end: save what was not saved, say what can be done with it ------------------------------------------------------
+bar.close()
+prefetch.shutdown(wait=False, cancel_futures=True)
+if not eval_only and (saved_iter < iter_num or not saved):
+    saved = save_checkpoint(is_best=False)
+parallel.disconnect()
+if world.is_main and not eval_only:
+    if stop_reason:
+        print(f'{stop_reason} after step {iter_num}. To go on:\n  {command(init_from="resume")}')
+    else:
+        print(f'{iter_num} steps, {train_time:.1f} s of training; best val loss {best_val_loss:.4f}')
+        if sample_tokens and text_tokenizer:
+            model.eval()
+            print('a sample:')
+            prompt, texts = '\n', ['']
+            for texts, _ in generate_texts(model, tokenizer.from_dict(text_tokenizer), prompt, 1, sample_tokens,
+                                           temperature=0.8, top_k=200):
+                pass
+            print(texts[0])
+        print(f'sample from it:\n  python sample.py --out_dir={shlex.quote(out_dir)}')
+    if wandb_log:
+        wandb.finish()
+if not saved:
+    raise SystemExit(f'the state of step {iter_num} could not be saved; {ckpt_path} is older')

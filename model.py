@@ -51,8 +51,8 @@ class KVCache:
     """
     Keys and values of the tokens seen so far, so that the next token costs one position instead of the whole context.
 
-    k, v: (n_layer, B, H, block_size, D), of which the first `length` positions are filled. GPT.forward advances
-    `length`. Memory: 2 * n_layer * B * block_size * C numbers; GPT-2 124M at B = 1 in fp32: 75 MB.
+    k, v: (n_layer, B, H, block_size, D), of which the first `length` positions are filled; GPT.forward fills them and
+    advances `length`. Memory: 2 * n_layer * B * block_size * C numbers; GPT-2 124M at B = 1 in fp32: 75 MB.
     """
 
     def __init__(self, config, batch_size, device=None, dtype=None):
@@ -61,12 +61,22 @@ class KVCache:
         self.v = torch.empty(shape, device=device, dtype=dtype)
         self.length = 0
 
-    def append(self, layer, k, v):
-        """Store this layer's new k, v (B, H, T, D) behind those it has; -> all of them, (B, H, length + T, D) each."""
-        end = self.length + k.size(2)
-        self.k[layer, :, :, self.length : end] = k
-        self.v[layer, :, :, self.length : end] = v
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+class Dropout(nn.Dropout):
+    """
+    nn.Dropout, but cheap in compiled code on the CPU. There torch draws one random number after the other, which would
+    take longer than the rest of a training step; instead each element's number is hashed from its index and a random
+    key, a few vector instructions that fuse with what surrounds them.
+    """
+
+    def forward(self, x):
+        if not (self.training and self.p > 0 and x.device.type == 'cpu' and torch.compiler.is_compiling()):
+            return super().forward(x)
+        h = torch.arange(x.numel(), dtype=torch.int32).view(x.shape) ^ torch.randint(2**31 - 1, (), dtype=torch.int32)
+        for _ in range(2):  # multiply and fold the high bits down; 0x45D9F3B after Thomas Mueller's integer hash
+            h = (h ^ ((h >> 16) & 0xFFFF)) * 0x45D9F3B
+        h = (h ^ ((h >> 16) & 0xFFFF)) & 0x7FFFFFFF
+        return torch.where(h >= round(self.p * 2**31), x / (1 - self.p), 0.0)
 
 
 class CausalSelfAttention(nn.Module):
@@ -76,23 +86,58 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k, v side by side
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.resid_dropout = nn.Dropout(config.dropout)
+        self.attn_dropout = Dropout(config.dropout)
+        self.resid_dropout = Dropout(config.dropout)
         self.n_head = config.n_head
-        self.dropout = config.dropout
 
-    def forward(self, x, cache=None, layer=0):
+    def forward(self, x, past=None):
+        """x: (B, T, C). past: (k, v, length) of this layer's cache, to which the T new positions are added."""
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, D)
-        if cache is not None:
-            k, v = cache.append(layer, k, v)  # (B, H, S, D), S >= T positions in all
-        S = k.size(2)
-        # is_causal aligns query 0 with key 0, which is right only without a past; behind a past the mask says it:
-        # query t, at position S - T + t, sees the keys up to there. A single query sees everything
-        mask = None if T in (1, S) else torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T == S,
-                                           dropout_p=self.dropout if self.training else 0.0)
+        if past is None and x.device.type == 'cpu' and torch.compiler.is_compiling():
+            y = self.attend_in_blocks(q, k, v)
+        else:
+            if past is not None:
+                past_k, past_v, length = past
+                past_k[:, :, length : length + T], past_v[:, :, length : length + T] = k, v
+                k, v = past_k[:, :, : length + T], past_v[:, :, : length + T]  # (B, H, S, D), S = length + T
+            # is_causal lets query t see the keys up to t: right without a past. Behind one, query t stands at position
+            # S - T + t, and a mask says so; a single query sees everything
+            S = k.size(2)
+            mask = None if T in (1, S) else torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T == S,
+                                               dropout_p=self.attn_dropout.p if self.training else 0.0)
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
         return self.resid_dropout(self.c_proj(y))
+
+    def attend_in_blocks(self, q, k, v):
+        """
+        Causal attention written out, for blocks of queries that skip the keys after them. Compiled for the CPU its
+        forward and backward take about half the time of torch's flash kernel there (bench/results), which with dropout
+        is not used at all. It keeps half of the (B, H, T, T) weights for the backward pass.
+        """
+        T, D = q.shape[2:]
+        y, start = [], 0
+        for q_block in q.split(max(64, T // 8), dim=2):
+            end = start + q_block.size(2)
+            weights = (q_block @ k[:, :, :end].transpose(2, 3)).float() * D**-0.5  # (B, H, block, end)
+            future = torch.ones(end - start, end, dtype=torch.bool, device=q.device).triu(start + 1)
+            weights = self.attn_dropout(weights.masked_fill(future, -math.inf).softmax(dim=-1))
+            y.append(weights.to(v.dtype) @ v[:, :, :end])
+            start = end
+        return torch.cat(y, dim=2)
+
+
+class GELU(nn.GELU):
+    """
+    GPT-2's GELU, 0.5 x (1 + tanh u) with u = sqrt(2/pi) (x + 0.044715 x^3), which is x sigmoid(2u): compiled for the
+    CPU that form, with its one exp, takes half the time ("Gaussian Error Linear Units", Hendrycks & Gimpel 2016).
+    """
+
+    def forward(self, x):
+        if self.approximate == 'tanh' and x.device.type == 'cpu' and torch.compiler.is_compiling():
+            return x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x * x * x))
+        return super().forward(x)
 
 
 class MLP(nn.Module):
@@ -101,9 +146,9 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.gelu = nn.GELU(approximate='tanh' if config.mlp == 'gelu' else 'none')
+        self.gelu = GELU(approximate='tanh' if config.mlp == 'gelu' else 'none')
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x):
         return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))
@@ -119,8 +164,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x, cache=None, layer=0):
-        x = x + self.attn(self.ln_1(x), cache, layer)
+    def forward(self, x, past=None):
+        x = x + self.attn(self.ln_1(x), past)
         x = x + self.mlp(self.ln_2(x))
         return x
 
@@ -132,7 +177,7 @@ class GPT(nn.Module):
         self.transformer = nn.ModuleDict({
             'wte': nn.Embedding(config.vocab_size, config.n_embd),
             'wpe': nn.Embedding(config.block_size, config.n_embd),
-            'drop': nn.Dropout(config.dropout),
+            'drop': Dropout(config.dropout),
             'h': nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
             'ln_f': nn.LayerNorm(config.n_embd, bias=config.bias),
         })
@@ -173,7 +218,7 @@ class GPT(nn.Module):
         x = self.transformer.wte(idx) + self.transformer.wpe.weight[start : start + T]  # (B, T, C)
         x = self.transformer.drop(x)
         for layer, block in enumerate(self.transformer.h):
-            x = block(x, cache, layer)
+            x = block(x) if cache is None else block(x, (cache.k[layer], cache.v[layer], start))
         x = self.transformer.ln_f(x)
         if cache is not None:
             cache.length += T

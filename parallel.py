@@ -4,6 +4,7 @@ The machine: which device, which precision, how many processes, and what they sa
 Under torchrun every process runs the same script; RANK, LOCAL_RANK and WORLD_SIZE in the environment say which it is.
 """
 
+import ctypes
 import os
 import shutil
 import sys
@@ -95,7 +96,7 @@ def choose_device(device, local_rank=0):
     return chosen
 
 
-def choose_dtype(dtype, device, n_embd):
+def choose_dtype(dtype, device):
     """
     'auto' -> (name in DTYPES, reason). bf16 wherever the hardware multiplies it natively; a GPU without it takes fp16
     with a gradient scaler; everything else fp32. Raises ValueError for an unknown name.
@@ -109,9 +110,7 @@ def choose_dtype(dtype, device, n_embd):
             return 'bfloat16', 'native on this GPU'
         return 'float16', 'this GPU has no native bf16; with a gradient scaler'
     if device.type == 'cpu' and cpu_multiplies_bf16():
-        if n_embd >= 256:
-            return 'bfloat16', 'this CPU multiplies bf16 natively (AMX or AVX512-BF16)'
-        return 'float32', 'matrices this narrow gain less from bf16 than the conversions cost'
+        return 'bfloat16', 'this CPU multiplies it natively'
     return 'float32', 'no native bf16 here'
 
 
@@ -121,29 +120,39 @@ def cpu_multiplies_bf16():
     return any(probe() for probe in probes if probe is not None)
 
 
-def choose_compile(setting, device, iterations):
+def choose_compile(setting, device, flops):
     """
-    'auto' -> (whether to use torch.compile, reason). It takes about half a minute, so short runs do without; on the CPU
-    it needs a C++ compiler.
+    'auto' -> (whether to use torch.compile, reason). Compiling takes 10 to 60 s, which a run of few `flops` would not
+    earn back; on the CPU it needs a C++ compiler, on a GPU Triton.
     """
     if setting != 'auto':
         if not isinstance(setting, bool):
             raise ValueError(f"compile={setting!r}: expected True, False or 'auto'")
         return setting, 'as set'
-    if device.type == 'cuda':
-        if sys.platform == 'win32':
-            return False, 'no Triton on Windows'
-        if torch.cuda.get_device_capability(device) < (7, 0):
-            return False, 'this GPU is too old for Triton'
-    elif device.type == 'mps':
+    if device.type == 'mps':
         return False, 'not reliable on mps yet'
-    else:
+    if device.type == 'cuda' and (sys.platform == 'win32' or torch.cuda.get_device_capability(device) < (7, 0)):
+        return False, 'Triton does not support this GPU or system'
+    if device.type == 'cpu':
         compiler = os.environ.get('CXX') or ('cl' if sys.platform == 'win32' else 'g++')
         if not (shutil.which(compiler) or shutil.which('clang++')):
             return False, f'no C++ compiler ({compiler}) here'
-    if iterations < 200:
-        return False, f'{iterations} steps would not earn back the compilation'
-    return True, 'default'
+    if flops < 60 * (1e11 if device.type == 'cpu' else 5e13):  # what a modest CPU or GPU does in a minute
+        return False, 'the run is too short to earn it back'
+    return True, 'the run is long enough to earn it back'
+
+
+def keep_freed_memory():
+    """
+    Tell glibc to keep freed memory instead of returning it to the kernel, which would hand it out again page by page,
+    zeroed: on the CPU that takes a sixth of a training step (bench/results). Nothing happens on other C libraries.
+    """
+    if sys.platform == 'linux':
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, 'mallopt'):
+            M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from malloc.h
+            libc.mallopt(M_MMAP_MAX, 0)
+            libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def out_of_memory(error):

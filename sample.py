@@ -67,7 +67,7 @@ else:
     text_tokenizer = tokenizer.load('gpt2')
 model.eval().to(device)
 # on the CPU 'auto' is fp32: converting every weight for every token costs more than bf16 saves
-dtype = 'float32' if dtype == 'auto' and device.type == 'cpu' else parallel.choose_dtype(dtype, device, 0)[0]
+dtype = 'float32' if dtype == 'auto' and device.type == 'cpu' else parallel.choose_dtype(dtype, device)[0]
 autocast = nullcontext() if dtype == 'float32' else torch.autocast(device.type, parallel.DTYPES[dtype])
 if compile is True:
     model.compile(dynamic=True)

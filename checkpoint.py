@@ -76,12 +76,11 @@ def load(path, device='cpu'):
         state = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # by kind of damage: RuntimeError, EOFError, UnpicklingError, zipfile's, KeyError ...
         if 'weights_only' in str(error) or 'Unsupported' in str(error):
-            raise ValueError(f'{path} was refused: it is no plain checkpoint, it asks to run code when loaded. Only '
-                             f'tensors and plain values are read. Do not load it elsewhere unless you trust its source') \
-                from error
-        raise ValueError(f'{path} can not be read ({type(error).__name__}: {str(error).splitlines()[0][:200]}): it is '
-                         f'damaged or truncated. Restore a copy, or use best.pt in the same folder if there is one') \
-            from error
+            raise ValueError(f'{path} was refused: it asks to run code when loaded, which a checkpoint of tensors and '
+                             f'plain values does not. Do not load it elsewhere unless you trust its source') from error
+        why = f'{type(error).__name__}: {str(error).splitlines()[0][:200]}' if str(error) else type(error).__name__
+        raise ValueError(f'{path} can not be read ({why}): it is damaged or truncated. Restore a copy, or use best.pt '
+                         f'in the same folder if there is one') from error
     if not isinstance(state, dict) or 'model' not in state or 'model_args' not in state:
         raise ValueError(f'{path} holds no checkpoint: expected a dict with the keys model and model_args')
     if state.get('version', 0) > VERSION:
@@ -104,8 +103,8 @@ def tokenizer_of(state):
     if found is not None:
         return tokenizer.from_dict(found)
     if state['model_args']['vocab_size'] < 50257:
-        raise ValueError(f'the checkpoint has no tokenizer in it, and there is no meta.pkl in {data_dir} either; prepare '
-                         f'that dataset as it was for training: python {data_dir}/prepare.py')
+        raise ValueError(f'the checkpoint has no tokenizer in it, and there is no meta.pkl in {data_dir} either; '
+                         f'prepare that dataset as it was for training: python {data_dir}/prepare.py')
     return tokenizer.load('gpt2')
 
 
@@ -128,7 +127,7 @@ def put_aside(out_dir):
 
 
 def keep_log_until(out_dir, iter_num):
-    """Drop the lines of log.jsonl from step iter_num on: a run killed after its last checkpoint takes those steps again."""
+    """Drop log.jsonl's lines from step iter_num on: a run killed after its last checkpoint takes those steps again."""
     path = os.path.join(out_dir, 'log.jsonl')
     if os.path.exists(path):
         with open(path, encoding='utf-8') as f:

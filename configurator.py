@@ -45,7 +45,7 @@ def override(settings, argv=None):
         source = f.read()
     page = read_page(source)
     if '--help' in argv or '-h' in argv:
-        print(f'{(settings["__doc__"] or "").strip()}\n\nSettings, each set by --key=value:\n\n{page_text(source, page)}')
+        print(settings['__doc__'].strip(), 'Settings, each set by --key=value:', page_text(source, page), sep='\n\n')
         raise SystemExit(0)
     allowed = {key: allowed_types(node, settings[key]) for key, node in page.items()}
     given = set()
@@ -55,8 +55,8 @@ def override(settings, argv=None):
             changes = {key: parse(text, allowed[key])} if key in page else {key: text}
         elif argument.startswith('-'):
             key = argument.lstrip('-')
-            hint = f'a setting takes a value, as in --{key}={settings[key]!r}' if key in page else 'expected --key=value'
-            raise SystemExit(f'{argument}: {hint}, or the path of a config file. All settings: --help')
+            example = f'--{key}={settings[key]}' if key in page else '--key=value'
+            raise SystemExit(f'{argument}: expected {example} or the path of a config file. All settings: --help')
         else:
             changes = run_config_file(argument, {key: settings[key] for key in page})
         for key, value in changes.items():

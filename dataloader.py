@@ -33,7 +33,8 @@ def load_meta(data_dir):
             with open(path, encoding='utf-8') as f:
                 meta = json.load(f)
             return {'dtype': np.dtype(meta['dtype']), 'vocab_size': int(meta['vocab_size']),
-                    'tokenizer': dict(meta['tokenizer']), 'tokens': {s: int(meta['tokens'][s]) for s in ('train', 'val')}}
+                    'tokenizer': dict(meta['tokenizer']),
+                    'tokens': {split: int(meta['tokens'][split]) for split in ('train', 'val')}}
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f'{path} is damaged ({type(error).__name__}: {error}); '
                              f'prepare the dataset again: python {data_dir}/prepare.py') from error
@@ -54,11 +55,11 @@ def open_tokens(data_dir, split, meta, block_size):
     size, item = os.path.getsize(path), meta['dtype'].itemsize
     expected = meta['tokens'][split] * item if meta['tokens'] else size - size % item
     if size != expected:
-        raise ValueError(f'{path} has {size:,} bytes, expected {expected:,}: it is truncated or of another preparation; '
-                         f'delete it and prepare the dataset again (python {data_dir}/prepare.py)')
+        raise ValueError(f'{path} has {size:,} bytes, expected {expected:,}: it is truncated or of another '
+                         f'preparation; prepare the dataset again: python {data_dir}/prepare.py')
     if size // item <= block_size:
         raise ValueError(f'{path} has {size // item:,} tokens, fewer than block_size + 1 = {block_size + 1:,}; use more '
-                         f'text, a larger --val_fraction when preparing, or --block_size={max(1, size // item - 1)}')
+                         f'text, prepare with a larger --val_fraction, or --block_size={max(1, size // item - 1)}')
     return np.asarray(np.memmap(path, dtype=meta['dtype'], mode='r'))  # plain array: np.memmap indexes slower
 
 
@@ -101,8 +102,8 @@ def shuffled(i, n, key):
     """
     Places of the indices i in a random order of 0..n-1: a bijection of the range that depends on (n, key) alone.
 
-    i, key: uint64 arrays of one shape, n: int. A Feistel network over the smallest even number of bits that hold n, walked
-    again where it leaves the range (Black & Rogaway 2002), so that no permutation of billions of windows is ever held.
+    i, key: uint64 arrays of one shape, n: int. A Feistel network over the smallest even number of bits that hold n,
+    walked again where it leaves the range (Black & Rogaway 2002), so that no permutation of a billion windows is held.
     """
     half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     low = (np.uint64(1) << half) - np.uint64(1)
@@ -120,8 +121,8 @@ def train_windows(step, n_sequences, n_tokens, block_size, seed):
     """
     First positions of the n_sequences windows of the global batch at `step`, shape (n_sequences,).
 
-    Each epoch cuts the tokens into windows end to end, from an offset of its own, and visits them in an order of its own,
-    each once. A window spans block_size + 1 tokens: inputs and, one further, targets.
+    Each epoch cuts the tokens into windows end to end, from an offset of its own, and visits them in an order of its
+    own, each once. A window spans block_size + 1 tokens: inputs and, one further, targets.
     """
     index = np.uint64(step) * np.uint64(n_sequences) + np.arange(n_sequences, dtype=np.uint64)
     per_epoch = max(1, (n_tokens - block_size) // block_size)

@@ -72,7 +72,8 @@ def generate_texts(model, tokenizer, prompt, num_samples, max_new_tokens, stop='
     idx = torch.tensor(ids, device=device).expand(num_samples, -1)
     decoders = [codecs.getincrementaldecoder('utf-8')('replace') for _ in range(num_samples)]
     texts, done = [''] * num_samples, [False] * num_samples
-    for next_id in generate(model, idx, max_new_tokens, vocab_size=tokenizer.vocab_size, generator=generator, **controls):
+    for next_id in generate(model, idx, max_new_tokens, vocab_size=tokenizer.vocab_size, generator=generator,
+                            **controls):
         for row, token in enumerate(next_id[:, 0].tolist()):
             if not done[row]:
                 texts[row] += decoders[row].decode(tokenizer.decode_bytes([token]))

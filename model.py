@@ -232,7 +232,7 @@ class GPT(nn.Module):
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
         """
-        Continue idx (B, T) by max_new_tokens sampled ids; -> (B, T + max_new_tokens). temperature 0 takes the likeliest.
+        Continue idx (B, T) by max_new_tokens sampled ids; -> (B, T + max_new_tokens). temperature 0: the likeliest.
 
         The plain definition: the whole context again for every token, its last block_size tokens once it is longer.
         generate.py gives the same greedy tokens from a cache, and has the other controls. Call model.eval() first.
@@ -250,7 +250,7 @@ class GPT(nn.Module):
         return idx
 
     def crop_block_size(self, block_size):
-        """Shorten the context to block_size tokens: forget the later position embeddings. The parameter stays itself."""
+        """Shorten the context to block_size tokens, forgetting the later positions. The parameter object stays."""
         if not 1 <= block_size <= self.config.block_size:
             raise ValueError(f'block_size={block_size}: this model has {self.config.block_size} positions and can only '
                              f'be cropped')
@@ -286,8 +286,8 @@ class GPT(nn.Module):
     @classmethod
     def from_pretrained(cls, name_or_folder, override_args=None):
         """
-        GPT-2's weights: 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl' from the Hugging Face hub, or a local folder with
-        config.json and safetensors. override_args: {'dropout': p}. Raises ValueError for what is not a GPT-2.
+        GPT-2's weights: 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl' from the Hugging Face hub, or a local folder
+        with config.json and safetensors. override_args: {'dropout': p}. ValueError for what is not a GPT-2.
         """
         unknown = set(override_args or {}) - {'dropout'}
         if unknown:
@@ -298,7 +298,8 @@ class GPT(nn.Module):
         model = cls(config)
         state = {k.removeprefix('transformer.'): v for k, v in read_safetensors(folder).items()}
         # the published files carry the causal mask as a buffer, and some the tied head as well
-        state = {k: v for k, v in state.items() if not k.endswith(('.attn.bias', '.attn.masked_bias', 'lm_head.weight'))}
+        extra = ('.attn.bias', '.attn.masked_bias', 'lm_head.weight')
+        state = {k: v for k, v in state.items() if not k.endswith(extra)}
         for name, p in model.transformer.named_parameters():
             if name not in state:
                 raise ValueError(f'{folder}: no tensor {name!r} in the safetensors; a GPT-2 checkpoint has it')
@@ -325,13 +326,14 @@ def download_gpt2(name):
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise ValueError(f"{name} is downloaded by huggingface_hub: pip install -c constraints.txt -e '.[hf]'") from None
+        raise ValueError(f"{name} needs huggingface_hub: pip install -c constraints.txt -e '.[hf]'") from None
     try:
         return snapshot_download(f'openai-community/{name}', allow_patterns=['config.json', 'model.safetensors'])
     except Exception as error:  # the hub's errors have no common base across its versions and its HTTP libraries
-        raise ValueError(f'{name} could not be downloaded ({type(error).__name__}: {str(error).splitlines()[0]}). Without '
-                         f'a network: copy config.json and model.safetensors of huggingface.co/openai-community/{name} '
-                         f'into a folder and pass --init_from=FOLDER') from error
+        why = f'{type(error).__name__}: {(str(error).splitlines() or [""])[0]}'
+        raise ValueError(f'{name} could not be downloaded ({why}). Without a network: copy config.json and '
+                         f'model.safetensors of huggingface.co/openai-community/{name} into a folder and pass '
+                         f'--init_from=FOLDER') from error
 
 
 def gpt2_config(folder):

@@ -84,8 +84,8 @@ def choose_device(device, local_rank=0):
         raise ValueError(f"device={device!r} is no device; examples: 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'") from None
     if chosen.type == 'cuda':
         if not torch.cuda.is_available():
-            raise ValueError(f'device={device!r}: torch {torch.__version__} finds no CUDA GPU here. Use --device=auto or '
-                             f'--device=cpu; for an NVIDIA GPU install a CUDA build of torch (pytorch.org/get-started)')
+            raise ValueError(f'device={device!r}: torch {torch.__version__} finds no CUDA GPU here. Use --device=auto '
+                             f'or --device=cpu; for an NVIDIA GPU install a CUDA build of torch (pytorch.org)')
         if chosen.index is None or 'LOCAL_RANK' in os.environ:
             chosen = torch.device('cuda', local_rank)
         if chosen.index >= torch.cuda.device_count():

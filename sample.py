@@ -15,7 +15,6 @@ from contextlib import nullcontext
 import torch
 
 import checkpoint
-import dataloader
 import parallel
 import tokenizer
 from configurator import explain_errors, override
@@ -23,7 +22,7 @@ from generate import generate_texts
 from model import GPT, GPTConfig
 
 # settings ------------------------------------------------------------------------------------------------------------
-init_from = 'resume'  # 'resume': a checkpoint in out_dir; 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', or a HF folder
+init_from = 'resume'  # 'resume': a checkpoint in out_dir; 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'; a HF folder
 out_dir = 'out'  # where train.py wrote ckpt.pt and best.pt
 which = 'best'  # 'best': best.pt where there is one, else ckpt.pt; 'last': ckpt.pt
 start = '\n'  # the prompt, or FILE:path of a text file that holds it
@@ -41,11 +40,15 @@ config = override(globals())
 # ---------------------------------------------------------------------------------------------------------------------
 
 sys.excepthook = explain_errors
-for name, ok, expected in (('num_samples', num_samples >= 1, '1 or more'), ('temperature', temperature >= 0, '0 or more'),
-                           ('max_new_tokens', max_new_tokens >= 0, '0 or more'), ('top_k', (top_k or 0) >= 0, '1 or more'),
-                           ('top_p', top_p is None or 0 < top_p <= 1, 'a probability above 0'),
-                           ('which', which in ('best', 'last'), "'best' or 'last'")):
-    if not ok:
+for name, is_valid, expected in (
+    ('num_samples', num_samples >= 1, '1 or more'),
+    ('max_new_tokens', max_new_tokens >= 0, '0 or more'),
+    ('temperature', temperature >= 0, '0 or more'),
+    ('top_k', top_k is None or top_k >= 0, '1 or more, or None'),
+    ('top_p', top_p is None or 0 < top_p <= 1, 'a probability above 0, or None'),
+    ('which', which in ('best', 'last'), "'best' or 'last'"),
+):
+    if not is_valid:
         raise ValueError(f'{name}={config[name]!r}: expected {expected}')
 
 # the model and its tokenizer
@@ -62,8 +65,8 @@ if init_from == 'resume':
 else:
     model = GPT.from_pretrained(init_from)
     if model.config.vocab_size != 50257:
-        raise ValueError(f'{init_from}: vocab_size is {model.config.vocab_size}, so the tokenizer is not GPT-2\'s, which '
-                         f'has 50257; it is not known here')
+        raise ValueError(f"{init_from}: vocab_size is {model.config.vocab_size}, not GPT-2's 50257, so its tokenizer "
+                         f'is unknown here')
     text_tokenizer = tokenizer.load('gpt2')
 model.eval().to(device)
 # on the CPU 'auto' is fp32: converting every weight for every token costs more than bf16 saves

@@ -18,7 +18,6 @@ Ctrl-C or SIGTERM finishes the step, saves and says how to go on. A dataset that
 import json
 import math
 import os
-import platform
 import shlex
 import signal
 import sys
@@ -97,8 +96,8 @@ for name in ('eval_interval', 'log_interval', 'eval_iters', 'batch_size', 'block
 if lr_schedule not in ('cosine', 'wsd'):
     raise ValueError(f"lr_schedule={lr_schedule!r}: expected 'cosine' or 'wsd'")
 if decay_lr and lr_decay_iters < warmup_iters:
-    raise ValueError(f'lr_decay_iters={lr_decay_iters} is below warmup_iters={warmup_iters}: the rate would fall before '
-                     f'it has risen; lower --warmup_iters')
+    raise ValueError(f'lr_decay_iters={lr_decay_iters} is below warmup_iters={warmup_iters}: the rate would fall '
+                     f'before it has risen; lower --warmup_iters')
 
 # this process, its device, its data
 world = parallel.from_environment()
@@ -122,14 +121,15 @@ elif init_from == 'resume':
     state = checkpoint.load(ckpt_path, device)
     for name in ('n_layer', 'n_head', 'n_embd', 'bias'):
         if name in config.given and config[name] != state['model_args'][name]:
-            raise ValueError(f'{name}={config[name]}, but {ckpt_path} has {name}={state["model_args"][name]}: a resumed run '
-                             f'keeps its architecture. Leave the setting out, or start anew in another --out_dir')
+            raise ValueError(f'{name}={config[name]}, but {ckpt_path} has {name}={state["model_args"][name]}: a resumed '
+                             f'run keeps its architecture. Leave it out, or start anew in another --out_dir')
     model = GPT(GPTConfig(**{**state['model_args'], 'dropout': dropout}))
     model.load_state_dict(state['model'])
     saved_tokenizer = state.get('tokenizer')
     if saved_tokenizer and text_tokenizer and saved_tokenizer != text_tokenizer:
-        raise ValueError(f'{ckpt_path} was trained with another tokenizer ({saved_tokenizer["kind"]}, {len(saved_tokenizer)}'
-                         f') than {data_dir} was prepared with ({text_tokenizer["kind"]}); go on with its own dataset')
+        raise ValueError(f'{ckpt_path} was trained with another tokenizer ({saved_tokenizer["kind"]}, vocab_size '
+                         f'{model.config.vocab_size}) than {data_dir} was prepared with ({text_tokenizer["kind"]}, '
+                         f'{meta["vocab_size"]}); resume on its own dataset (--dataset={state["config"]["dataset"]})')
     text_tokenizer = text_tokenizer or saved_tokenizer
 else:
     model = GPT.from_pretrained(init_from, {'dropout': dropout})
@@ -156,15 +156,15 @@ if block_size < model.config.block_size:  # crop the position embeddings, and wh
 total_batch_size = total_batch_size or gradient_accumulation_steps * batch_size * block_size
 if total_batch_size % (block_size * world.size):
     whole = max(1, total_batch_size // (block_size * world.size)) * block_size * world.size
-    raise ValueError(f'a step of {total_batch_size:,} tokens is not a whole number of sequences of {block_size} tokens for '
-                     f'each of {world.size} processes; try --total_batch_size={whole}')
+    raise ValueError(f'a step of {total_batch_size:,} tokens is not a whole number of sequences of {block_size} tokens '
+                     f'for each of {world.size} processes; try --total_batch_size={whole}')
 n_sequences = total_batch_size // block_size  # a step, over all processes
 per_process = n_sequences // world.size
 batch_size = min(batch_size, per_process)
 if per_process % batch_size:
     fits = max(b for b in range(1, batch_size) if per_process % b == 0)
-    raise ValueError(f'{per_process} sequences a step and process are not a whole number of micro-batches of batch_size='
-                     f'{batch_size}; try --batch_size={fits}, which keeps the mathematics')
+    raise ValueError(f'{per_process} sequences a step and process are not a whole number of micro-batches of '
+                     f'batch_size={batch_size}; try --batch_size={fits}, which keeps the mathematics')
 micro_steps = per_process // batch_size
 tokens = {split: dataloader.open_tokens(data_dir, split, meta, block_size) for split in ('train', 'val')}
 
@@ -202,8 +202,8 @@ def get_batch(step):
 
 def evaluate():
     """
-    Mean loss in nats a token: {'train': over eval_iters batches of fixed windows, or as many as val has if that is less,
-    'val': over the whole split}. The processes share the work, the uncompiled model does it, and dropout is off.
+    Mean loss in nats a token: {'train': over eval_iters batches of fixed windows, or as many as val has if that is
+    less, 'val': over the whole split}. The processes share the work, uncompiled, and dropout is off.
     """
     model.eval()
     val = dataloader.whole_windows(len(tokens['val']), block_size)
@@ -251,8 +251,8 @@ def save_checkpoint(is_best):
     try:
         checkpoint.save(out_dir, state, is_best)
     except OSError as error:
-        bar.write(f'WARNING: {ckpt_path} could not be saved at step {iter_num} ({error}). The checkpoint that was there is '
-                  f'untouched, training goes on; free some space before the next evaluation')
+        bar.write(f'WARNING: {ckpt_path} could not be saved at step {iter_num} ({error}). What was there is untouched '
+                  f'and training goes on; free some space before the next evaluation')
         return False
     bar.write(f'saved {ckpt_path} at step {iter_num}' + (' (best so far)' if is_best else ''))
     return True
@@ -302,8 +302,9 @@ if compile:
     except Exception as error:  # whatever is wrong with a compiler, training goes on without it
         if parallel.out_of_memory(error):
             raise
-        print(f'WARNING: torch.compile failed ({type(error).__name__}: {str(error).strip().splitlines()[-1]}); going on '
-              f'without it, slower. --compile=False silences this', file=sys.stderr)
+        why = f'{type(error).__name__}: {(str(error).strip().splitlines() or [""])[0]}'
+        print(f'WARNING: torch.compile failed ({why}); going on without it, slower. --compile=False silences this',
+              file=sys.stderr)
         torch.compiler.set_stance('force_eager')
         step_model = model
     optimizer.zero_grad(set_to_none=True)
@@ -371,10 +372,11 @@ while True:
     except RuntimeError as error:
         if not parallel.out_of_memory(error):
             raise
-        smaller = max((b for b in range(1, batch_size) if per_process % b == 0), default=None)
-        raise SystemExit('out of memory. ' + (
-            f'The same mathematics in smaller pieces:\n  {command(batch_size=smaller, total_batch_size=total_batch_size)}'
-            if smaller else 'A micro-batch of one sequence does not fit: lower --block_size, --n_layer or --n_embd')) from None
+        smaller = max((b for b in range(1, batch_size) if per_process % b == 0), default=0)
+        retry = command(batch_size=smaller, total_batch_size=total_batch_size)
+        raise SystemExit(f'out of memory at step {iter_num}. ' + (
+            f'The same mathematics in smaller pieces:\n  {retry}' if smaller else
+            'Not even one sequence fits: lower --block_size, --n_layer or --n_embd')) from None
     scaler.unscale_(optimizer)
     grads = [p.grad for p in model.parameters()]
     norm = torch.nn.utils.get_total_norm(grads).item()
@@ -386,8 +388,8 @@ while True:
     if not math.isfinite(loss_mean) or (not math.isfinite(norm) and not scaler.is_enabled()):
         what = f'loss is {loss_mean}' if not math.isfinite(loss_mean) else f'the norm of the gradient is {norm}'
         where = f'{ckpt_path} is of step {saved_iter}' if saved_iter else 'there is no checkpoint yet'
-        raise SystemExit(f'step {iter_num}: {what} (learning rate {lr:.3g}). Stopped before the update; {where}. Try a lower '
-                         f'--learning_rate, a longer warmup, or --dtype=float32')
+        raise SystemExit(f'step {iter_num}: {what} (learning rate {lr:.3g}). Stopped before the update; {where}. Try a '
+                         f'lower --learning_rate, a longer warmup, or --dtype=float32')
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
@@ -407,8 +409,8 @@ while True:
         shown_mfu = 'n/a' if mfu is None else f'{mfu:.1%}'
         left = tqdm.format_interval((max_iters - iter_num) * dt)
         bar.set_postfix_str(f'loss {loss_mean:.3f}, {tokens_per_s:,.0f} tok/s', refresh=False)
-        bar.write(f'iter {iter_num - 1}: loss {loss_mean:.4f}, time {dt * 1e3:.2f}ms, mfu {shown_mfu}, norm {norm:.2f}, '
-                  f'{tokens_per_s / 1e3:.1f}k tok/s, {left} left')
+        bar.write(f'iter {iter_num - 1}: loss {loss_mean:.4f}, time {dt * 1e3:.2f}ms, mfu {shown_mfu}, '
+                  f'norm {norm:.2f}, {tokens_per_s / 1e3:.1f}k tok/s, {left} left')
         log(step=iter_num - 1, loss=loss_mean, lr=lr, grad_norm=norm, ms=round(dt * 1e3, 3), mfu=mfu,
             tokens_per_s=round(tokens_per_s), tokens=iter_num * total_batch_size, train_time=round(train_time, 3))
 
@@ -425,11 +427,10 @@ if world.is_main and not eval_only:
         print(f'{iter_num} steps, {train_time:.1f} s of training; best val loss {best_val_loss:.4f}')
         if sample_tokens and text_tokenizer:
             model.eval()
+            torch.compiler.set_stance('force_eager')
             print('a sample:')
-            prompt, texts = '\n', ['']
-            for texts, _ in generate_texts(model, tokenizer.from_dict(text_tokenizer), prompt, 1, sample_tokens,
-                                           temperature=0.8, top_k=200):
-                pass
+            *_, (texts, _) = generate_texts(model, tokenizer.from_dict(text_tokenizer), '\n', 1, sample_tokens,
+                                            temperature=0.8, top_k=200)
             print(texts[0])
         print(f'sample from it:\n  python sample.py --out_dir={shlex.quote(out_dir)}')
     if wandb_log:

@@ -58,8 +58,8 @@ def open_tokens(data_dir, split, meta, block_size):
         raise ValueError(f'{path} has {size:,} bytes, expected {expected:,}: it is truncated or of another '
                          f'preparation; prepare the dataset again: python {data_dir}/prepare.py')
     if size // item <= block_size:
-        raise ValueError(f'{path} has {size // item:,} tokens, fewer than block_size + 1 = {block_size + 1:,}; use more '
-                         f'text, prepare with a larger --val_fraction, or --block_size={max(1, size // item - 1)}')
+        raise ValueError(f'{path} has {size // item:,} tokens, fewer than block_size + 1 = {block_size + 1:,}; use '
+                         f'more text, prepare with a larger --val_fraction, or --block_size={max(1, size // item - 1)}')
     return np.asarray(np.memmap(path, dtype=meta['dtype'], mode='r'))  # plain array: np.memmap indexes slower
 
 

@@ -121,8 +121,8 @@ elif init_from == 'resume':
     state = checkpoint.load(ckpt_path, device)
     for name in ('n_layer', 'n_head', 'n_embd', 'bias'):
         if name in config.given and config[name] != state['model_args'][name]:
-            raise ValueError(f'{name}={config[name]}, but {ckpt_path} has {name}={state["model_args"][name]}: a resumed '
-                             f'run keeps its architecture. Leave it out, or start anew in another --out_dir')
+            raise ValueError(f'{name}={config[name]}, but {ckpt_path} has {name}={state["model_args"][name]}: a '
+                             f'resumed run keeps its architecture. Leave it out, or start anew in another --out_dir')
     model = GPT(GPTConfig(**{**state['model_args'], 'dropout': dropout}))
     model.load_state_dict(state['model'])
     saved_tokenizer = state.get('tokenizer')

@@ -1,0 +1,145 @@
+"""
+What the measuring scripts of this folder share: running a command, reading its steps, tables, and the last line.
+
+Imports neither torch nor anything that does, so that a script which only starts others is quick.
+"""
+
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+from importlib import metadata
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ITER = re.compile(r'^iter (\d+): loss (\S+), time ([\d.]+)ms')  # train.py's line, and nanoGPT's
+SAVED = re.compile(r'^saved (.+) at step (\d+)')
+
+# nanoGPT's two documented commands that a CPU can run: its README's small one, and the config file as it is
+SMALL = ['config/train_shakespeare_char.py', '--device=cpu', '--compile=False', '--eval_iters=20', '--log_interval=1',
+         '--block_size=64', '--batch_size=12', '--n_layer=4', '--n_head=4', '--n_embd=128', '--max_iters=2000',
+         '--lr_decay_iters=2000', '--dropout=0.0']
+CHAR = ['config/train_shakespeare_char.py', '--device=cpu', '--compile=False', '--log_interval=1']
+
+
+def train_command(arguments=(), auto=False, python=sys.executable, script='train.py'):
+    """The command line of a training run; with auto, device and compile are left for train.py to choose."""
+    kept = [a for a in arguments if not (auto and a.startswith(('--device=', '--compile=')))]
+    return [python, script, *kept]
+
+
+def environment(**changes):
+    """This process's environment, output of a child unbuffered, with changes (None removes a variable)."""
+    env = {**os.environ, 'PYTHONUNBUFFERED': '1', **changes}
+    return {key: value for key, value in env.items() if value is not None}
+
+
+def run(command, cwd=ROOT, **changes):
+    """-> what a command printed; SystemExit with the end of it if it failed. changes: to its environment."""
+    done = subprocess.run(command, cwd=cwd, env=environment(**changes), text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT)
+    if done.returncode != 0:
+        raise SystemExit(f'{" ".join(command)}\nfailed with exit status {done.returncode}:\n{done.stdout[-2000:]}')
+    return done.stdout
+
+
+def step_times(command, n, cwd=ROOT):
+    """
+    -> [ms of steps 0, 1, ..., n-1] of a training command, which is asked to stop (SIGTERM) once it has printed them:
+    so a run can be measured under exactly the settings of the whole one. Raises SystemExit if it ends earlier.
+    """
+    process = subprocess.Popen(command, cwd=cwd, env=environment(), text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT)
+    lines, times = [], []
+    try:
+        for line in process.stdout:
+            lines.append(line)
+            match = ITER.match(line)
+            if match and len(times) < n:
+                times.append(float(match[3]))
+                if len(times) == n:
+                    process.terminate()
+    finally:
+        process.kill()  # nothing happens if it has ended
+        process.wait()
+    if len(times) < n:
+        raise SystemExit(f'{" ".join(command)}\nended after {len(times)} of {n} steps:\n{"".join(lines)[-2000:]}')
+    return times
+
+
+def check_peer(peer, dataset='shakespeare_char'):
+    """SystemExit unless `peer` is a nanoGPT checkout whose dataset is prepared."""
+    for path, remedy in (('train.py', 'expected a checkout of github.com/karpathy/nanoGPT'),
+                         (f'data/{dataset}/train.bin', f'in it run: python data/{dataset}/prepare.py')):
+        if not os.path.isfile(os.path.join(peer, path)):
+            raise SystemExit(f'--peer={peer}: there is no {path}; {remedy}')
+
+
+def spread(values, digits=3):
+    """-> {'median', 'min', 'max', 'n'} of some numbers."""
+    return {'median': round(statistics.median(values), digits), 'min': round(min(values), digits),
+            'max': round(max(values), digits), 'n': len(values)}
+
+
+def show(figures, unit='', form='{:,.1f}'):
+    """A spread as text: median, and the range in brackets."""
+    low, middle, high = (form.format(figures[key]) for key in ('min', 'median', 'max'))
+    return f'{middle}{unit} ({low}-{high})' if figures['n'] > 1 else f'{middle}{unit}'
+
+
+def table(rows):
+    """Rows of cells, the first of them the header -> text in aligned columns, the first column to the left."""
+    rows = [[str(cell) for cell in row] for row in rows]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ['  '.join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
+             for row in rows]
+    return '\n'.join([lines[0], '-' * (sum(widths) + 2 * len(widths) - 2), *lines[1:]])
+
+
+def hardware():
+    """One line about this machine: processor, cores, the units that multiply bf16, and a GPU if torch sees one."""
+    name, flags = platform.processor() or platform.machine(), ''
+    if os.path.exists('/proc/cpuinfo'):
+        with open('/proc/cpuinfo', encoding='utf-8') as f:
+            fields = dict(line.split(':', 1) for line in f if ':' in line)  # the last core's, as good as any
+        fields = {key.strip(): value.strip() for key, value in fields.items()}
+        name, flags = fields.get('model name', name), fields.get('flags', '').split()
+    units = [unit for flag, unit in (('amx_bf16', 'AMX'), ('avx512_bf16', 'AVX512-BF16'), ('avx512f', 'AVX-512'))
+             if flag in flags]
+    parts = [name, f'{os.cpu_count()} cores', *units[:2]]
+    torch = sys.modules.get('torch')
+    if torch is not None and torch.cuda.is_available():
+        parts.append(f'{torch.cuda.device_count()} x {torch.cuda.get_device_name()}')
+    return ', '.join(parts)
+
+
+def commit():
+    """The commit of this checkout, with '-dirty' behind it if files were changed; 'unknown' without git."""
+    try:
+        done = subprocess.run(['git', 'describe', '--always', '--dirty', '--exclude=*'], cwd=ROOT, text=True,
+                              capture_output=True)
+    except OSError:
+        return 'unknown'
+    return done.stdout.strip() or 'unknown'
+
+
+def load():
+    """How many processes wanted a core over the last minute, where the system tells: the machine's noise."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, 'getloadavg') else None
+
+
+def heading(name, load_before):
+    """The line above a table."""
+    return f'{name} | {hardware()}\ntorch {torch_version()}, commit {commit()}, load before {load_before}\n'
+
+
+def torch_version():
+    return metadata.version('torch')
+
+
+def finish(name, load_before, n, **figures):
+    """Print the last line of a script: everything that is needed to quote the figures, as one JSON object."""
+    print(json.dumps({'bench': name, 'hardware': hardware(), 'torch': torch_version(), 'commit': commit(),
+                      'load_before': load_before, 'n': n, **figures}))

@@ -1,0 +1,25 @@
+"""
+GPT-2 (124M) on OpenWebText to a loss of about 2.85, nanoGPT's settings: 8 A100 40GB, about 4 days.
+
+    $ python data/openwebtext/prepare.py
+    $ torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
+    $ python train.py config/train_gpt2.py --wandb_log=True   # one GPU: the same mathematics, eight times as long
+"""
+
+out_dir = 'out'
+dataset = 'openwebtext'
+eval_interval = 1000
+eval_iters = 200
+log_interval = 10
+wandb_project = 'owt'
+wandb_run_name = 'gpt2-124M'
+
+# 12 sequences x 1024 tokens x 40 micro-batches = 491,520 tokens a step
+batch_size = 12
+block_size = 1024
+gradient_accumulation_steps = 5 * 8
+
+# 600,000 steps x 491,520 tokens = 295B tokens, 33 epochs of OpenWebText's 9B
+max_iters = 600000
+lr_decay_iters = 600000
+weight_decay = 1e-1

@@ -1,0 +1,215 @@
+"""Shared by the tests: tiny datasets, and running train.py and sample.py as processes of their own."""
+
+import json
+import multiprocessing
+import os
+import pickle
+import random
+import re
+import runpy
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+
+ROOT = Path(__file__).resolve().parent.parent
+if (ROOT.parent / 'shared' / 'tiktoken').is_dir():
+    os.environ.setdefault('TIKTOKEN_CACHE_DIR', str(ROOT.parent / 'shared' / 'tiktoken'))
+settings.register_profile('shared machine', deadline=None)  # an example that waited for a core is no failure
+settings.load_profile('shared machine')
+
+# a model and a run of it that take a second; every test says what it changes
+TINY = {'n_layer': 2, 'n_head': 2, 'n_embd': 16, 'block_size': 16, 'batch_size': 4, 'gradient_accumulation_steps': 2,
+        'dropout': 0.0, 'learning_rate': 1e-2, 'max_iters': 20, 'lr_decay_iters': 20, 'warmup_iters': 2,
+        'min_lr': 1e-3, 'eval_interval': 10, 'eval_iters': 2, 'dataset': 'tiny', 'out_dir': 'out', 'device': 'cpu',
+        'dtype': 'float32', 'compile': False}
+
+
+# processes ------------------------------------------------------------------------------------------------------------
+# Starting Python and importing torch takes three seconds, most of a tiny run. A fork server has imported it once and
+# forks for every run: otherwise each run is what `python train.py ...` would be, with its own exit code and signals.
+context = multiprocessing.get_context('forkserver' if 'forkserver' in multiprocessing.get_all_start_methods()
+                                      else 'spawn')
+if context.get_start_method() == 'forkserver':
+    context.set_forkserver_preload(['torch', 'torch._dynamo', 'torch.distributed', 'torch.nn.parallel', 'tqdm', 'numpy',
+                                    'runpy', 'pytest', 'hypothesis', 'torch.distributed.algorithms.join'])
+
+
+def execute(script, argv, cwd, env, output):
+    """In the child: become `python script argv`, everything printed going to the file `output`."""
+    fd = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(fd, 1)
+    os.dup2(fd, 2)
+    sys.stdout, sys.stderr = open(1, 'w', buffering=1, closefd=False), open(2, 'w', buffering=1, closefd=False)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the fork server ignores it
+    os.environ.update(env)
+    os.chdir(cwd)
+    sys.argv = [script, *argv]
+    sys.path.insert(0, os.path.dirname(script))
+    try:
+        runpy.run_path(script, run_name='__main__')
+    except SystemExit:
+        raise
+    except BaseException:
+        sys.excepthook(*sys.exc_info())  # which train.py and sample.py replace; multiprocessing would not call it
+        sys.exit(1)
+
+
+class Run:
+    """A script that runs in its own process. `out` is all it has printed so far, `code` its exit code once it ended."""
+
+    def __init__(self, script, settings, files, cwd, env=None):
+        self.argv = [*map(str, files), *(f'--{key}={value}' for key, value in settings.items())]
+        self.path = Path(cwd) / f'.output-{time.monotonic_ns()}'
+        self.process = context.Process(
+            target=execute, args=(str(ROOT / script), self.argv, str(cwd), env or {}, str(self.path)))
+        self.process.start()
+
+    @property
+    def out(self):
+        return self.path.read_text(encoding='utf-8', errors='replace') if self.path.exists() else ''
+
+    @property
+    def code(self):
+        return self.process.exitcode
+
+    def wait(self, timeout=60):
+        self.process.join(timeout)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+            pytest.fail(f'{self.argv} still ran after {timeout} s. It said:\n{self.out}')
+        return self
+
+    def wait_for(self, pattern, timeout=60):
+        """Until the output matches `pattern`; -> the match."""
+        end = time.monotonic() + timeout
+        while (found := re.search(pattern, self.out)) is None:
+            if time.monotonic() > end or not self.process.is_alive():
+                self.process.kill()
+                pytest.fail(f'{self.argv}: no {pattern!r} in:\n{self.out}')
+            time.sleep(0.005)
+        return found
+
+    def kill(self, number):
+        os.kill(self.process.pid, number)
+        return self
+
+    def ok(self):
+        assert self.wait().code == 0, self.out
+        return self
+
+    def refused(self, *said):
+        """It ended with an error whose message has all of `said`, addressed to the user: without a traceback."""
+        assert self.wait().code not in (0, None), self.out
+        for text in said:
+            assert text in self.out, f'{text!r} is not in:\n{self.out}'
+        assert 'Traceback' not in self.out, self.out
+        return self
+
+
+class Folder:
+    """A folder in which scripts run, with datasets under data/."""
+
+    def __init__(self, path):
+        self.path = Path(path)
+
+    def start(self, script, *files, env=None, **settings):
+        return Run(script, settings, files, self.path, env)
+
+    def train(self, *files, env=None, **changes):
+        """train.py with the TINY settings under `changes`, to its end. A change to None leaves the setting out."""
+        return self.start_train(*files, env=env, **changes).wait()
+
+    def start_train(self, *files, env=None, **changes):
+        settings = {key: value for key, value in {**TINY, **changes}.items() if value is not None}
+        return self.start('train.py', *files, env=env, **settings)
+
+    def train_two(self, *files, **changes):
+        """The same by two processes, in the environment that torchrun would give them; -> the first."""
+        with socket.socket() as s:
+            s.bind(('localhost', 0))
+            port = s.getsockname()[1]
+        ranks = [self.start_train(*files, **changes, env={
+            'RANK': str(rank), 'LOCAL_RANK': str(rank), 'WORLD_SIZE': '2', 'LOCAL_WORLD_SIZE': '2',
+            'MASTER_ADDR': 'localhost', 'MASTER_PORT': str(port)}) for rank in range(2)]
+        for run in ranks:
+            run.ok()
+        return ranks[0]
+
+    def sample(self, **settings):
+        """sample.py to its end."""
+        return self.start('sample.py', **{'device': 'cpu', 'out_dir': 'out', **settings}).wait()
+
+    def checkpoint(self, out_dir='out', name='ckpt.pt'):
+        return torch.load(self.path / out_dir / name, weights_only=True)
+
+    def log(self, out_dir='out'):
+        return [json.loads(line) for line in (self.path / out_dir / 'log.jsonl').read_text().splitlines()]
+
+
+def same_state(a, b):
+    """Two checkpoints hold the same bits: weights, optimizer moments, and where the run stands."""
+    assert a['model'].keys() == b['model'].keys()
+    for name in a['model']:
+        assert torch.equal(a['model'][name], b['model'][name]), f'{name} differs'
+    assert a['optimizer']['state'].keys() == b['optimizer']['state'].keys()
+    for i, moments in a['optimizer']['state'].items():
+        for name, value in moments.items():
+            assert torch.equal(value, b['optimizer']['state'][i][name]), f'{name} of parameter {i} differs'
+    for key in ('iter_num', 'best_val_loss', 'evals_since_best', 'model_args', 'scaler', 'tokenizer'):
+        assert a[key] == b[key], key
+
+
+def close_state(a, b, tolerance=1e-5):
+    """Two checkpoints hold the same weights but for the rounding of float32."""
+    for name in a['model']:
+        torch.testing.assert_close(a['model'][name], b['model'][name], atol=tolerance, rtol=0)
+
+
+# datasets -------------------------------------------------------------------------------------------------------------
+
+WORDS = 'the cat sat on a mat and ran to its den; who saw it go? no one, but me.'.split()
+CHARS = sorted(set('\n ' + ''.join(WORDS)))
+
+
+def make_text(n, seed=0):
+    """n characters of made-up text, in which a character does tell something about the next."""
+    rng = random.Random(seed)
+    text = ''
+    while len(text) < n:
+        text += rng.choice(WORDS) + rng.choice('  \n')
+    return text[:n]
+
+
+def encode(text):
+    return np.array([CHARS.index(char) for char in text])
+
+
+def write_dataset(folder, train, val, dtype='uint16', meta='json', chars=CHARS):
+    """Token ids as a dataset in `folder`. meta: 'json' as flatgpt writes it, 'pkl' as nanoGPT does, None."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, ids in (('train', train), ('val', val)):
+        np.asarray(ids).astype(dtype).tofile(folder / f'{split}.bin')
+    if meta == 'json':
+        (folder / 'meta.json').write_text(json.dumps({
+            'dtype': dtype, 'vocab_size': len(chars), 'tokens': {'train': len(train), 'val': len(val)},
+            'tokenizer': {'kind': 'char', 'chars': ''.join(chars)}}))
+    elif meta == 'pkl':
+        with open(folder / 'meta.pkl', 'wb') as f:
+            pickle.dump({'vocab_size': len(chars), 'itos': dict(enumerate(chars)),
+                         'stoi': {char: i for i, char in enumerate(chars)}}, f)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """An empty working folder with the dataset data/tiny in it."""
+    write_dataset(tmp_path / 'data' / 'tiny', encode(make_text(3000)), encode(make_text(333, seed=1)))
+    return Folder(tmp_path)

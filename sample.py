@@ -85,17 +85,15 @@ if start.startswith('FILE:'):
 
 # the first sample as it comes, without the tail that may yet turn out to be the beginning of `stop`
 sys.stdout.reconfigure(errors='replace')  # a terminal that can't show a character still gets the rest
-print(prompt, end='', flush=True)
 printed, texts = 0, [''] * num_samples
 with autocast:
     for texts, done in generate_texts(model, text_tokenizer, prompt, num_samples, max_new_tokens, stop, seed,
                                       temperature=temperature, top_k=top_k or None, top_p=top_p,
                                       cache_dtype=parallel.DTYPES[dtype]):
-        safe = len(texts[0]) if done[0] else len(texts[0]) - max(0, len(stop) - 1)
-        print(texts[0][printed:safe], end='', flush=True)
+        first = prompt + texts[0]
+        safe = len(first) if done[0] else max(len(prompt), len(first) - max(0, len(stop) - 1))
+        print(first[printed:safe], end='', flush=True)
         printed = max(printed, safe)
-print(texts[0][printed:])
-print('---------------')
+print((prompt + texts[0])[printed:] + '\n---------------')
 for text in texts[1:]:
-    print(prompt + text)
-    print('---------------')
+    print(prompt + text + '\n---------------')

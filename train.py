@@ -50,6 +50,7 @@ always_save_checkpoint = True  # False: after an evaluation save only if val imp
 init_from = 'scratch'  # 'scratch', 'resume', 'auto' (resume if there is a checkpoint), 'gpt2*' or a Hugging Face folder
 patience = 0  # stop after this many evaluations in a row without a lower val loss; 0: never
 sample_tokens = 0  # tokens of a sample to print at the end; 0: none
+sample_prompt = '\n'  # what the sample continues
 # wandb; its offline mode (WANDB_MODE=offline) needs no network
 wandb_log = False
 wandb_project = 'owt'
@@ -206,6 +207,8 @@ def evaluate():
     less, 'val': over the whole split}. The processes share the work, uncompiled, and dropout is off.
     """
     model.eval()
+    # more windows at once than in training, for speed, as long as their logits stay below 16 MB
+    n_windows = max(batch_size, 2**22 // (block_size * model.config.vocab_size))
     val = dataloader.whole_windows(len(tokens['val']), block_size)
     n_train = min(eval_iters * batch_size, max(len(val), batch_size))
     windows = {'train': dataloader.even_windows(n_train, len(tokens['train']), block_size), 'val': val}
@@ -213,8 +216,8 @@ def evaluate():
     for split, starts in windows.items():
         total, count = torch.zeros((), device=device), 0
         mine = starts[world.rank :: world.size]
-        for i in range(0, len(mine), batch_size):
-            x, y = dataloader.gather(tokens[split], mine[i : i + batch_size], block_size, model.config.vocab_size)
+        for i in range(0, len(mine), n_windows):
+            x, y = dataloader.gather(tokens[split], mine[i : i + n_windows], block_size, model.config.vocab_size)
             n_targets = int((y >= 0).sum())
             x, y = dataloader.to_device((x, y), device)
             with torch.no_grad(), autocast, torch.compiler.set_stance('force_eager'):
@@ -428,11 +431,11 @@ if world.is_main and not eval_only:
         if sample_tokens and text_tokenizer:
             model.eval()
             torch.compiler.set_stance('force_eager')
-            print('a sample:')
-            *_, (texts, _) = generate_texts(model, tokenizer.from_dict(text_tokenizer), '\n', 1, sample_tokens,
+            *_, (texts, _) = generate_texts(model, tokenizer.from_dict(text_tokenizer), sample_prompt, 1, sample_tokens,
                                             temperature=0.8, top_k=200)
-            print(texts[0])
-        print(f'sample from it:\n  python sample.py --out_dir={shlex.quote(out_dir)}')
+            print(f'---------------\n{sample_prompt}{texts[0]}\n---------------')
+        start = shlex.join([f'--start={sample_prompt}']) if sample_prompt.strip() else ''
+        print(f"sample from it:\n  python sample.py --out_dir={shlex.quote(out_dir)} {start}".rstrip())
     if wandb_log:
         wandb.finish()
 if not saved:

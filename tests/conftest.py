@@ -23,6 +23,7 @@ if (ROOT.parent / 'shared' / 'tiktoken').is_dir():
     os.environ.setdefault('TIKTOKEN_CACHE_DIR', str(ROOT.parent / 'shared' / 'tiktoken'))
 settings.register_profile('shared machine', deadline=None)  # an example that waited for a core is no failure
 settings.load_profile('shared machine')
+torch.set_num_threads(1)  # of pytest's own process: threads cost more than they bring with tensors this small
 
 # a model and a run of it that take a second; every test says what it changes
 TINY = {'n_layer': 2, 'n_head': 2, 'n_embd': 16, 'block_size': 16, 'batch_size': 4, 'gradient_accumulation_steps': 2,

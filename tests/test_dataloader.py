@@ -1,0 +1,270 @@
+"""dataloader.py: which windows make a batch, and what damaged data says. Run: pytest tests/test_dataloader.py"""
+
+import json
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from conftest import CHARS, write_dataset
+from hypothesis import given
+from hypothesis import strategies as st
+
+import dataloader
+from dataloader import even_windows, gather, mix, shuffled, train_windows, whole_windows
+
+seeds = st.integers(0, 2**63 - 1)
+
+
+# the order of the windows ---------------------------------------------------------------------------------------------
+
+@given(n=st.integers(1, 3000), key=st.integers(0, 2**64 - 1))
+def test_shuffled_is_a_bijection(n, key):
+    places = shuffled(np.arange(n, dtype=np.uint64), n, np.full(n, key, dtype=np.uint64))
+    assert sorted(places.tolist()) == list(range(n))
+
+
+@pytest.mark.parametrize('n', [1, 2, 3, 4, 5, 16, 17, 4096, 4097])
+def test_shuffled_at_the_edges(n):
+    i = np.arange(n, dtype=np.uint64)
+    before = i.copy()
+    assert sorted(shuffled(i, n, np.zeros_like(i)).tolist()) == list(range(n))
+    assert np.array_equal(i, before)  # the argument is left as it was
+
+
+def test_shuffled_of_a_huge_range():
+    """A billion places: distinct, in range, spread evenly, and not in the order of the indices."""
+    n, i = 10**9, np.arange(100_000, dtype=np.uint64)
+    places = shuffled(i, n, np.full_like(i, 5)).astype(np.int64)
+    assert len(np.unique(places)) == len(i) and places.min() >= 0 and places.max() < n
+    counts = np.histogram(places, bins=100, range=(0, n))[0]
+    assert ((counts - 1000) ** 2 / 1000).sum() < 180  # chi-squared of 99 degrees of freedom: 99 +- 14
+    assert abs(np.corrcoef(i, places)[0, 1]) < 0.02
+
+
+def test_shuffled_keys_give_independent_orders():
+    i = np.arange(5000, dtype=np.uint64)
+    orders = [shuffled(i, 5000, np.full_like(i, key)).astype(float) for key in range(6)]
+    for a in range(6):
+        for b in range(a):
+            assert abs(np.corrcoef(orders[a], orders[b])[0, 1]) < 0.07  # 5 / sqrt(5000)
+            assert (orders[a] == orders[b]).sum() < 12  # fixed points are Poisson(1)
+
+
+def test_mix_by_plain_python():
+    def reference(x, key):
+        mask = 2**64 - 1
+        x = (x + ((2 * key | 1) & mask) * 0x9E3779B97F4A7C15) & mask
+        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & mask
+        x = (x ^ x >> 27) * 0x94D049BB133111EB & mask
+        return x ^ x >> 31
+
+    numbers = [0, 1, 2, 12345, 2**63, 2**64 - 1]
+    for key in numbers:
+        got = mix(np.array(numbers, dtype=np.uint64), np.full(len(numbers), key, dtype=np.uint64))
+        assert got.tolist() == [reference(x, key) for x in numbers]
+
+
+@given(n_tokens=st.integers(2, 5000), block_size=st.integers(1, 300), n=st.integers(1, 50),
+       step=st.integers(0, 10**9), seed=seeds)
+def test_no_window_out_of_range(n_tokens, block_size, n, step, seed):
+    block_size = min(block_size, n_tokens - 1)
+    starts = train_windows(step, n, n_tokens, block_size, seed)
+    assert starts.shape == (n,) and starts.dtype == np.int64
+    assert starts.min() >= 0 and starts.max() + block_size + 1 <= n_tokens
+
+
+@given(n_tokens=st.integers(20, 2000), block_size=st.integers(1, 64), n=st.integers(1, 12), seed=seeds)
+def test_every_epoch_visits_each_window_once(n_tokens, block_size, n, seed):
+    block_size = min(block_size, n_tokens - 1)
+    per_epoch = max(1, (n_tokens - block_size) // block_size)
+    starts = np.concatenate([train_windows(step, n, n_tokens, block_size, seed) for step in range(3 * per_epoch // n + 1)])
+    offsets = []
+    for epoch in range(3):
+        visited = starts[epoch * per_epoch : (epoch + 1) * per_epoch]
+        if len(visited) == per_epoch:
+            offset = visited.min()
+            assert sorted(visited) == [offset + block_size * i for i in range(per_epoch)]  # end to end
+            assert offset + per_epoch * block_size + block_size + 1 > n_tokens - block_size  # little is left out
+            offsets.append(offset)
+    assert len(offsets) >= 2 or per_epoch < 3
+
+
+def test_epochs_differ_in_offset_and_order():
+    n_tokens, block_size, per_epoch = 100_064, 64, 1562
+    epochs = [train_windows(0, 20 * per_epoch, n_tokens, block_size, 1)[i * per_epoch :][:per_epoch] for i in range(20)]
+    assert len({epoch.min() for epoch in epochs}) > 12  # of 64 offsets
+    assert all(0 <= epoch.min() < 64 for epoch in epochs)
+    assert len({tuple(epoch // 64) for epoch in epochs}) == 20
+    seen = np.unique(np.concatenate(epochs))
+    assert len(seen) > 12 * per_epoch  # windows that no other epoch cuts like this
+
+
+@given(step=st.integers(0, 10**6), n=st.integers(1, 40), seed=seeds)
+def test_pure_function_of_seed_and_step(step, n, seed):
+    starts = train_windows(step, n, 9999, 16, seed)
+    assert np.array_equal(starts, train_windows(step, n, 9999, 16, seed))
+    # a step of n sequences sees what n steps of one see: the global batch alone counts
+    assert starts.tolist() == [train_windows(step * n + i, 1, 9999, 16, seed)[0] for i in range(n)]
+
+
+def test_other_seeds_other_batches():
+    a, b = (train_windows(0, 1000, 10**6, 16, seed) for seed in (1, 2))
+    assert (a == b).mean() < 0.01 and abs(np.corrcoef(a, b)[0, 1]) < 0.16
+
+
+@given(n_tokens=st.integers(2, 3000), block_size=st.integers(1, 100))
+def test_whole_windows_cover_each_target_once(n_tokens, block_size):
+    tokens = np.arange(n_tokens)
+    x, y = gather(tokens, whole_windows(n_tokens, block_size), block_size, n_tokens)
+    assert y[y >= 0].tolist() == list(range(1, n_tokens))
+    assert torch.equal(x[y >= 0] + 1, y[y >= 0])
+
+
+@given(n_windows=st.integers(1, 100), n_tokens=st.integers(2, 3000), block_size=st.integers(1, 100))
+def test_even_windows_stay_inside(n_windows, n_tokens, block_size):
+    block_size = min(block_size, n_tokens - 1)
+    starts = even_windows(n_windows, n_tokens, block_size)
+    assert len(starts) == n_windows and starts.min() >= 0 and starts.max() + block_size + 1 <= n_tokens
+    assert n_windows == 1 or starts.max() + block_size + 1 == n_tokens
+
+
+def test_gather_by_hand():
+    x, y = gather(np.array([5, 6, 7, 8, 9], dtype=np.uint16), [0, 2, 3], 3, 10)
+    assert x.tolist() == [[5, 6, 7], [7, 8, 9], [8, 9, 0]]
+    assert y.tolist() == [[6, 7, 8], [8, 9, -1], [9, -1, -1]]
+    assert x.dtype == y.dtype == torch.int64
+
+
+def test_gather_names_an_id_beyond_the_vocabulary():
+    tokens = np.array([1, 2, 3, 500, 4, 5], dtype=np.uint16)
+    with pytest.raises(ValueError, match='token 3 of the data has id 500, but vocab_size is 500'):
+        gather(tokens, [0, 1], 3, 500)
+    gather(tokens, [0, 1], 3, 501)
+
+
+# files ----------------------------------------------------------------------------------------------------------------
+
+def opened(folder, split='train', block_size=8):
+    return dataloader.open_tokens(str(folder), split, dataloader.load_meta(str(folder)), block_size)
+
+
+@pytest.mark.parametrize('dtype', ['uint16', 'uint32'])
+def test_round_trip(tmp_path, dtype):
+    ids = np.arange(100) * (655 if dtype == 'uint16' else 700_000)
+    write_dataset(tmp_path, ids, ids[:20], dtype)
+    assert np.array_equal(opened(tmp_path), ids) and np.array_equal(opened(tmp_path, 'val'), ids[:20])
+    meta = dataloader.load_meta(str(tmp_path))
+    assert meta['dtype'] == np.dtype(dtype) and meta['tokens'] == {'train': 100, 'val': 20}
+    assert meta['vocab_size'] == len(CHARS) and meta['tokenizer'] == {'kind': 'char', 'chars': ''.join(CHARS)}
+
+
+def test_nanogpts_folders(tmp_path):
+    """Headerless uint16, with a meta.pkl or without anything."""
+    write_dataset(tmp_path / 'pkl', np.arange(20), np.arange(10), meta='pkl')
+    meta = dataloader.load_meta(str(tmp_path / 'pkl'))
+    assert meta == {'dtype': np.dtype('uint16'), 'vocab_size': len(CHARS), 'tokens': None,
+                    'tokenizer': {'kind': 'char', 'chars': ''.join(CHARS)}}
+    write_dataset(tmp_path / 'bare', np.arange(20), np.arange(10), meta=None)
+    meta = dataloader.load_meta(str(tmp_path / 'bare'))
+    assert meta == {'dtype': np.dtype('uint16'), 'vocab_size': None, 'tokens': None, 'tokenizer': None}
+    assert opened(tmp_path / 'bare').tolist() == list(range(20))
+
+
+def test_meta_pkl_runs_no_code(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / 'ran'),)
+
+    write_dataset(tmp_path, np.arange(20), np.arange(10), meta=None)
+    (tmp_path / 'meta.pkl').write_bytes(pickle.dumps({'vocab_size': 1, 'stoi': Evil(), 'itos': {}}))
+    with pytest.raises(ValueError, match='meta.pkl was refused'):
+        dataloader.load_meta(str(tmp_path))
+    assert not (tmp_path / 'ran').exists()
+
+
+@pytest.mark.parametrize('cut', [1, 2, 20])
+@pytest.mark.parametrize('meta', ['json', 'pkl'])
+def test_truncated(tmp_path, cut, meta):
+    """meta.json tells the length; without one only half a token can be told."""
+    write_dataset(tmp_path, np.arange(100), np.arange(20), meta=meta)
+    path = tmp_path / 'train.bin'
+    path.write_bytes(path.read_bytes()[:-cut])
+    if meta == 'json' or cut % 2:
+        with pytest.raises(ValueError) as error:
+            opened(tmp_path)
+        assert str(path) in str(error.value) and f'{200 - cut} bytes' in str(error.value)
+        assert f'python {tmp_path}/prepare.py' in str(error.value)
+    else:
+        assert len(opened(tmp_path)) == 100 - cut // 2
+
+
+def test_too_short(tmp_path):
+    write_dataset(tmp_path, np.arange(100), np.arange(8))
+    with pytest.raises(ValueError, match='val.bin has 8 tokens, fewer than block_size [+] 1 = 9.*--block_size=7'):
+        opened(tmp_path, 'val', 8)
+    assert len(opened(tmp_path, 'val', 7)) == 8  # the suggestion works
+    with pytest.raises(ValueError, match='block_size [+] 1 = 101'):
+        opened(tmp_path, 'train', 100)
+    write_dataset(tmp_path, np.arange(100), [])
+    with pytest.raises(ValueError, match='val.bin has 0 tokens'):
+        opened(tmp_path, 'val', 8)
+
+
+@pytest.mark.parametrize('damage', [
+    lambda meta: '', lambda meta: '{', lambda meta: '[]', lambda meta: 'null', lambda meta: '"text"',
+    lambda meta: json.dumps({**meta, 'dtype': 'uint17'}), lambda meta: json.dumps({**meta, 'tokens': 5}),
+    lambda meta: json.dumps({**meta, 'vocab_size': None}), lambda meta: json.dumps({**meta, 'tokenizer': 'char'}),
+    lambda meta: json.dumps({**meta, 'tokens': {'train': 3}}), lambda meta: json.dumps(meta)[:-9],
+    *[lambda meta, key=key: json.dumps({k: v for k, v in meta.items() if k != key})
+      for key in ('dtype', 'vocab_size', 'tokens', 'tokenizer')]])
+def test_damaged_meta_json(tmp_path, damage):
+    write_dataset(tmp_path, np.arange(100), np.arange(20))
+    path = tmp_path / 'meta.json'
+    path.write_text(damage(json.loads(path.read_text())))
+    with pytest.raises(ValueError) as error:
+        dataloader.load_meta(str(tmp_path))
+    assert f'{path} is damaged' in str(error.value) and f'python {tmp_path}/prepare.py' in str(error.value)
+
+
+def test_meta_json_that_is_no_text(tmp_path):
+    write_dataset(tmp_path, np.arange(100), np.arange(20))
+    (tmp_path / 'meta.json').write_bytes(b'\xff\xfe\x00')
+    with pytest.raises(ValueError, match='is damaged'):
+        dataloader.load_meta(str(tmp_path))
+
+
+# datasets that are not there ------------------------------------------------------------------------------------------
+
+def test_missing_dataset_lists_those_there_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match='no dataset in data/novel.*Datasets here: none'):
+        dataloader.prepare_if_missing('data/novel', True)
+    for name in ('poems', 'code'):
+        (tmp_path / 'data' / name).mkdir(parents=True)
+    with pytest.raises(ValueError) as error:
+        dataloader.prepare_if_missing('data/novel', True)
+    assert 'Datasets here: code, poems' in str(error.value)
+    assert 'python data/text/prepare.py --input=FILE --name=novel' in str(error.value)
+
+
+def test_prepare_runs_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / 'data' / 'novel'
+    folder.mkdir(parents=True)
+    (folder / 'prepare.py').write_text(
+        'import pathlib\nhere = pathlib.Path(__file__).parent\nassert not (here / "train.bin").exists()\n'
+        '(here / "val.bin").write_bytes(bytes(40))\n(here / "train.bin").write_bytes(bytes(80))\n')
+    dataloader.prepare_if_missing('data/novel', True)
+    assert len(opened(folder)) == 40 and len(opened(folder, 'val')) == 20
+    dataloader.prepare_if_missing('data/novel', True)  # would fail its assertion
+
+
+def test_prepare_that_fails(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / 'data' / 'novel'
+    folder.mkdir(parents=True)
+    (folder / 'prepare.py').write_text('raise SystemExit("no network")')
+    with pytest.raises(ValueError, match='python data/novel/prepare.py failed'):
+        dataloader.prepare_if_missing('data/novel', True)

@@ -1,0 +1,500 @@
+"""model.py against transformers, torch and arithmetic by hand. Run: pytest tests/test_model.py"""
+
+import json
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+import model as model_module
+from model import GELU, GPT, Block, CausalSelfAttention, Dropout, GPTConfig, KVCache
+
+transformers = pytest.importorskip('transformers')
+safetensors_torch = pytest.importorskip('safetensors.torch')
+
+
+def tiny(**changes):
+    torch.manual_seed(0)
+    return GPT(GPTConfig(**{'block_size': 16, 'vocab_size': 40, 'n_layer': 2, 'n_head': 2, 'n_embd': 16, **changes}))
+
+
+def sharpened(model):
+    """The model with larger random weights: attention that attends, logits that differ, biases that are not 0."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.3)
+    return model
+
+
+def huggingface(**changes):
+    torch.manual_seed(2)
+    config = transformers.GPT2Config(**{
+        'vocab_size': 41, 'n_positions': 16, 'n_embd': 24, 'n_layer': 2, 'n_head': 3, 'resid_pdrop': 0.0,
+        'embd_pdrop': 0.0, 'attn_pdrop': 0.0, 'initializer_range': 0.2, 'bos_token_id': 0, 'eos_token_id': 0,
+        **changes})
+    return sharpened(transformers.GPT2LMHeadModel(config)).eval()
+
+
+# GPT-2 ----------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def gpt2_folder(tmp_path):
+    """-> (transformers' model, a folder where it saved itself)."""
+    theirs = huggingface()
+    theirs.save_pretrained(tmp_path)
+    return theirs, tmp_path
+
+
+@settings(max_examples=8)
+@given(layers=st.integers(1, 3), heads=st.integers(1, 4), width=st.integers(1, 12), vocab=st.integers(2, 70),
+       positions=st.integers(1, 20), activation=st.sampled_from(['gelu_new', 'gelu']), data=st.data())
+def test_logits_equal_transformers(tmp_path_factory, layers, heads, width, vocab, positions, activation, data):
+    theirs = huggingface(n_layer=layers, n_head=heads, n_embd=heads * width, vocab_size=vocab, n_positions=positions,
+                         activation_function=activation)
+    folder = tmp_path_factory.mktemp('hf')
+    theirs.save_pretrained(folder)
+    ours = GPT.from_pretrained(str(folder)).eval()
+    idx = torch.randint(vocab, (2, data.draw(st.integers(1, positions))))
+    with torch.no_grad():
+        expected = theirs(idx).logits
+        torch.testing.assert_close(ours(idx, idx)[0], expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(ours(idx)[0], expected[:, -1:], atol=1e-4, rtol=1e-4)
+        targets = torch.randint(vocab, idx.shape)
+        torch.testing.assert_close(ours(idx, targets)[1], F.cross_entropy(expected.flatten(0, 1), targets.flatten()))
+
+
+def test_gradients_equal_transformers(gpt2_folder):
+    theirs, folder = gpt2_folder
+    ours = GPT.from_pretrained(str(folder))
+    idx = torch.randint(41, (2, 16))
+    ours(idx, idx)[1].backward()
+    F.cross_entropy(theirs(idx).logits.flatten(0, 1), idx.flatten()).backward()
+    torch.testing.assert_close(ours.lm_head.weight.grad, theirs.lm_head.weight.grad, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(ours.transformer.h[0].attn.c_attn.weight.grad.t(),
+                               theirs.transformer.h[0].attn.c_attn.weight.grad, atol=1e-4, rtol=1e-4)
+
+
+def test_state_dict_names_are_gpt2s():
+    theirs, ours = huggingface(), tiny(n_embd=24, n_head=3)
+    assert set(ours.state_dict()) == set(theirs.state_dict())
+    without = {name for name in theirs.state_dict() if not name.endswith('.bias')}
+    assert set(tiny(bias=False).state_dict()) == without
+
+
+def test_pretrained_layouts(gpt2_folder, tmp_path_factory):
+    """The layouts in which GPT-2 is published: with the prefix and without, causal masks, the head, several files."""
+    theirs, folder = gpt2_folder
+    expected = GPT.from_pretrained(str(folder)).state_dict()
+    saved = safetensors_torch.load_file(folder / 'model.safetensors')
+    assert all(name.startswith('transformer.') for name in saved)
+    bare = {name.removeprefix('transformer.'): tensor for name, tensor in saved.items()}
+    bare['h.0.attn.bias'] = torch.ones(1, 1, 16, 16)
+    bare['h.1.attn.masked_bias'] = torch.tensor(-1e4)
+    with_head = {**saved, 'lm_head.weight': saved['transformer.wte.weight'].clone()}
+    half = sorted(saved)[: len(saved) // 2]
+    shards = [{name: t for name, t in saved.items() if (name in half) == first} for first in (True, False)]
+    for parts in ([bare], [with_head], shards):
+        other = tmp_path_factory.mktemp('layout')
+        (other / 'config.json').write_text((folder / 'config.json').read_text())
+        for i, part in enumerate(parts, 1):
+            safetensors_torch.save_file(part, other / f'model-{i:05}-of-{len(parts):05}.safetensors')
+        loaded = GPT.from_pretrained(str(other)).state_dict()
+        assert all(torch.equal(loaded[name], expected[name]) for name in expected)
+
+
+def test_pretrained_errors_name_what_is_wrong(gpt2_folder):
+    _, folder = gpt2_folder
+    path = folder / 'model.safetensors'
+    saved = safetensors_torch.load_file(path)
+
+    def refused(tensors, *said):
+        safetensors_torch.save_file(tensors, path)
+        with pytest.raises(ValueError) as error:
+            GPT.from_pretrained(str(folder))
+        for text in said:
+            assert text in str(error.value)
+
+    refused({name: t for name, t in saved.items() if 'h.1.mlp.c_fc.bias' not in name}, 'no tensor', 'h.1.mlp.c_fc.bias')
+    refused({**saved, 'transformer.wpe.weight': torch.zeros(17, 24)}, 'wpe.weight', '(17, 24)', '(16, 24)')
+    refused({**saved, 'transformer.h.2.ln_1.bias': torch.zeros(24)}, 'unexpected', 'h.2.ln_1.bias')
+    path.unlink()
+    with pytest.raises(ValueError, match='no .safetensors file'):
+        GPT.from_pretrained(str(folder))
+
+
+@pytest.mark.parametrize('key, value', [
+    ('model_type', 'llama'), ('activation_function', 'relu'), ('layer_norm_epsilon', 1e-6), ('n_inner', 50),
+    ('scale_attn_weights', False), ('scale_attn_by_inverse_layer_idx', True), ('tie_word_embeddings', False),
+    ('add_cross_attention', True)])
+def test_unsupported_options_are_named(gpt2_folder, key, value):
+    _, folder = gpt2_folder
+    path = folder / 'config.json'
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    with pytest.raises(ValueError) as error:
+        GPT.from_pretrained(str(folder))
+    assert key in str(error.value) and repr(value) in str(error.value)
+
+
+def test_pretrained_wrong_names(tmp_path):
+    with pytest.raises(ValueError, match="'gpt3' is neither a folder nor one of gpt2, gpt2-medium"):
+        GPT.from_pretrained('gpt3')
+    with pytest.raises(ValueError, match='no config.json'):
+        GPT.from_pretrained(str(tmp_path))
+    with pytest.raises(ValueError, match="n_layer.*only dropout"):
+        GPT.from_pretrained(str(tmp_path), {'n_layer': 3})
+
+
+def test_pretrained_dropout_can_be_set(gpt2_folder):
+    model = GPT.from_pretrained(str(gpt2_folder[1]), {'dropout': 0.25})
+    assert model.config.dropout == model.transformer.h[1].attn.attn_dropout.p == model.transformer.drop.p == 0.25
+
+
+# causality ------------------------------------------------------------------------------------------------------------
+
+def gradients_to_the_future(function, x):
+    """For x (B, T, C): the largest gradient of any output position with respect to any later input position."""
+    x = x.requires_grad_()
+    y = function(x)
+    largest = 0.0
+    for t in range(x.size(1) - 1):
+        grad, = torch.autograd.grad(y[:, t].sum(), x, retain_graph=True)
+        assert grad[:, : t + 1].abs().max() > 0  # the test would otherwise pass on a function of nothing
+        largest = max(largest, grad[:, t + 1 :].abs().max().item())
+    return largest
+
+
+@pytest.mark.parametrize('n', [2, 5, 16])
+def test_no_gradient_to_later_inputs(n):
+    model = sharpened(tiny())
+    for block in model.transformer.h:
+        assert gradients_to_the_future(block, torch.randn(2, n, 16)) == 0
+
+
+def test_no_gradient_to_later_tokens_of_the_whole_model():
+    model = sharpened(tiny())
+    seen = []
+    model.transformer.drop.register_forward_hook(lambda module, args, x: seen.append(x) or x.requires_grad_())
+    logits, _ = model(torch.randint(40, (1, 16)), torch.randint(40, (1, 16)))
+    for t in range(15):
+        grad, = torch.autograd.grad(logits[:, t].sum(), seen[0], retain_graph=True)
+        assert grad[:, : t + 1].abs().max() > 0 and grad[:, t + 1 :].abs().max() == 0
+
+
+def in_blocks(attention, x):
+    """A CausalSelfAttention by the path that compiled code takes on the CPU, but run eagerly."""
+    B, T, C = x.shape
+    q, k, v = attention.c_attn(x).view(B, T, 3, attention.n_head, -1).permute(2, 0, 3, 1, 4)
+    return attention.attend_in_blocks(q, k, v).transpose(1, 2).reshape(B, T, C)
+
+
+@pytest.mark.parametrize('n', [1, 2, 63, 64, 65, 127, 128, 130])  # blocks of 64 queries, the last shorter
+def test_attention_in_blocks(n):
+    torch.manual_seed(0)
+    attention = CausalSelfAttention(GPTConfig(n_head=2, n_embd=8, block_size=256))
+    q, k, v = torch.randn(3, 2, 2, n, 4)
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    torch.testing.assert_close(attention.attend_in_blocks(q, k, v), expected, atol=1e-5, rtol=1e-5)
+    if n in (2, 65, 130):
+        assert gradients_to_the_future(lambda x: in_blocks(attention, x), torch.randn(1, n, 8)) == 0
+
+
+def test_attention_in_blocks_gradients():
+    torch.manual_seed(0)
+    attention = CausalSelfAttention(GPTConfig(n_head=2, n_embd=8, block_size=256))
+    grads = []
+    for attend in (attention.attend_in_blocks, lambda *qkv: F.scaled_dot_product_attention(*qkv, is_causal=True)):
+        qkv = torch.randn(3, 2, 2, 600, 4, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        attend(*qkv).square().sum().backward()
+        grads.append(qkv.grad)
+    torch.testing.assert_close(*grads, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize('past, n', [(1, 2), (3, 5), (7, 9)])
+def test_no_gradient_to_later_inputs_behind_a_cache(past, n):
+    """Several new tokens at once, behind others: the path with an explicit mask."""
+    attention = sharpened(CausalSelfAttention(GPTConfig(n_head=2, n_embd=16, block_size=16)))
+
+    def attend(x):
+        k, v = torch.randn(2, 2, 2, 16, 8, generator=torch.Generator().manual_seed(0))
+        return attention(x, (k.clone(), v.clone(), past))
+
+    assert gradients_to_the_future(attend, torch.randn(2, n, 16)) == 0
+
+
+@pytest.mark.filterwarnings('ignore')  # of torch.compile's own modules
+def test_compiled_block():
+    """Compiled as train.py does on the CPU: same numbers as eager, no gradient to later inputs."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    config = GPTConfig(n_head=2, n_embd=16, block_size=128, mlp='gelu')
+    eager, compiled = sharpened(Block(config)), sharpened(Block(config))
+    compiled.load_state_dict(eager.state_dict())
+    compiled.compile(dynamic=False, options={'fallback_random': True})
+    x = torch.randn(2, 65, 16, requires_grad=True)
+    torch.testing.assert_close(compiled(x), eager(x), atol=1e-4, rtol=1e-4)
+    assert gradients_to_the_future(compiled, x) == 0
+    eager(x).square().mean().backward()
+    compiled(x).square().mean().backward()
+    for (name, p), q in zip(eager.named_parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad, atol=1e-4, rtol=1e-4, msg=lambda m, name=name: f'{name}: {m}')
+
+
+# the cache ------------------------------------------------------------------------------------------------------------
+
+@settings(max_examples=20)
+@given(cuts=st.lists(st.integers(1, 15), max_size=5))
+def test_cached_logits_equal_uncached(cuts):
+    """However a context is cut into calls, the logits at its cuts are those of the whole."""
+    model = sharpened(tiny()).eval()
+    idx = torch.randint(40, (3, 16), generator=torch.Generator().manual_seed(3))
+    cache = KVCache(model.config, 3)
+    with torch.no_grad():
+        whole = model(idx, idx)[0]
+        ends = sorted({*cuts, 16})
+        for start, end in zip([0, *ends], ends, strict=False):
+            logits = model(idx[:, start:end], cache=cache)[0]
+            assert cache.length == end
+            torch.testing.assert_close(logits[:, 0], whole[:, end - 1], atol=1e-4, rtol=1e-4)
+        with pytest.raises(ValueError, match='17 tokens is longer than block_size=16'):
+            model(idx[:, :1], cache=cache)
+
+
+def test_cache_shapes():
+    cache = KVCache(GPTConfig(block_size=8, n_layer=3, n_head=2, n_embd=10), 4, dtype=torch.bfloat16)
+    assert cache.k.shape == cache.v.shape == (3, 4, 2, 8, 5) and cache.k.dtype == torch.bfloat16 and cache.length == 0
+
+
+# dropout --------------------------------------------------------------------------------------------------------------
+
+def test_eval_loss_is_independent_of_dropout():
+    losses = []
+    for dropout in (0.0, 0.5):
+        model = sharpened(tiny(dropout=dropout)).eval()
+        idx = torch.randint(40, (2, 16), generator=torch.Generator().manual_seed(0))
+        losses += [model(idx, idx)[1].item(), model(idx, idx)[1].item()]
+    assert len(set(losses)) == 1
+    model.train()
+    assert model(idx, idx)[1].item() != losses[0] and model(idx, idx)[1].item() != model(idx, idx)[1].item()
+
+
+@pytest.mark.parametrize('where', ['transformer.drop', 'transformer.h.0.attn.resid_dropout', 'transformer.h.0.mlp.dropout',
+                                   'transformer.h.0.attn.attn_dropout'])
+def test_every_dropout_drops(where):
+    model = sharpened(tiny(dropout=0.0)).train()
+    idx = torch.randint(40, (2, 16))
+    assert torch.equal(model(idx)[0], model(idx)[0])
+    model.get_submodule(where).p = 0.5
+    assert not torch.equal(model(idx)[0], model(idx)[0])
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_compiled_dropout():
+    """The hashed numbers of compiled dropout have the statistics of random ones."""
+    torch._dynamo.reset()
+    p, shape = 0.2, (64, 4096)
+    drop = Dropout(p)
+    compiled = torch.compile(lambda x: drop(x), dynamic=False, options={'fallback_random': True})
+
+    def masks(seed, n):
+        torch.manual_seed(seed)
+        return torch.stack([compiled(torch.ones(shape)) for _ in range(n)])
+
+    y = masks(0, 20)
+    assert torch.equal(masks(0, 2), y[:2])  # a function of the seed
+    assert not torch.equal(masks(1, 2), y[:2])
+    assert set(y.unique().tolist()) == {0.0, 1.25}  # dropped, or scaled so that the expectation stays
+    dropped = (y == 0).double()
+    n = dropped.numel()
+
+    def agrees(observed, expected, count, what):
+        sigma = math.sqrt(expected * (1 - expected) / count)
+        assert abs(observed - expected) < 5 * sigma, f'{what}: {observed}, expected {expected} +- {sigma}'
+
+    agrees(dropped.mean().item(), p, n, 'rate')
+    for call in dropped:
+        agrees(call.mean().item(), p, call.numel(), 'rate in one call')
+    assert (dropped.mean((0, 2)) - p).abs().max() < 5 * math.sqrt(p * (1 - p) / (n / shape[0]))  # every row
+    assert (dropped.mean((0, 1)) - p).abs().max() < 5.5 * math.sqrt(p * (1 - p) / (n / shape[1]))  # every column
+    # two dropped together as often as chance has it: neighbours, power-of-two distances, rows, calls
+    for shift in (1, 2, 3, 4, 7, 8, 16, 64, 256, 1024):
+        both = (dropped[..., shift:] * dropped[..., :-shift]).mean().item()
+        agrees(both, p * p, n, f'both at distance {shift}')
+    agrees((dropped[:, 1:] * dropped[:, :-1]).mean().item(), p * p, n, 'both in neighbouring rows')
+    agrees((dropped[1:] * dropped[:-1]).mean().item(), p * p, n, 'both in consecutive calls')
+    drop.eval()
+    assert torch.equal(drop(torch.ones(9)), torch.ones(9))
+
+
+def test_eager_dropout_is_torchs():
+    x = torch.randn(100)
+    torch.manual_seed(0)
+    ours = Dropout(0.3)(x)
+    torch.manual_seed(0)
+    assert torch.equal(ours, F.dropout(x, 0.3))
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_compiled_gelu_is_the_tanh_gelu():
+    torch._dynamo.reset()
+    gelu = GELU(approximate='tanh')
+    compiled = torch.compile(lambda x: gelu(x), dynamic=False)
+    x = torch.cat((torch.linspace(-12, 12, 10_001), torch.tensor([0.0, -100.0, 100.0, 1e4, -1e4])))
+    expected = F.gelu(x.double(), approximate='tanh')
+    torch.testing.assert_close(compiled(x).double(), expected, atol=1e-6, rtol=1e-6)
+    assert torch.equal(gelu(x), F.gelu(x, approximate='tanh'))
+    assert torch.equal(GELU(approximate='none')(x), F.gelu(x))
+
+
+# the rest -------------------------------------------------------------------------------------------------------------
+
+def test_init_statistics():
+    model = tiny(n_layer=8, n_embd=128, n_head=4, block_size=64, vocab_size=200)
+    for name, p in model.named_parameters():
+        if name.endswith('c_proj.weight'):
+            expected = 0.02 / math.sqrt(16)
+        elif p.dim() == 2:
+            expected = 0.02
+        else:
+            value = 1.0 if name.endswith('weight') else 0.0
+            assert torch.equal(p, torch.full_like(p, value)), name
+            continue
+        assert abs(p.std().item() / expected - 1) < 0.05, name
+        assert abs(p.mean().item()) < 5 * expected / math.sqrt(p.numel()), name
+    loss = model(torch.randint(200, (8, 64)), torch.randint(200, (8, 64)))[1]
+    assert abs(loss.item() - math.log(200)) < 0.1  # knows nothing yet
+
+
+def test_every_parameter_is_initialised():
+    """init_weights leaves none of the values that were there before."""
+    model = tiny()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(math.nan)
+    model.init_weights()
+    assert all(p.isfinite().all() for p in model.parameters())
+    model.odd = torch.nn.Parameter(torch.ones(3))
+    with pytest.raises(AssertionError, match='odd'):
+        model.init_weights()
+
+
+def test_head_is_tied():
+    model = tiny()
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert len(list(model.parameters())) == 2 + 2 * 12 + 2
+
+
+def test_loss_ignores_missing_targets_and_is_fp32():
+    model = sharpened(tiny()).eval()
+    idx, targets = torch.randint(40, (2, 16)), torch.randint(40, (2, 16))
+    targets[0, 3:] = -1
+    logits, loss = model(idx, targets)
+    rows = [-F.log_softmax(logits[b, t].double(), -1)[targets[b, t]] for b, t in (targets >= 0).nonzero().tolist()]
+    assert abs(loss.item() - torch.stack(rows).mean().item()) < 1e-5
+    with torch.autocast('cpu', torch.bfloat16):
+        logits, loss = model(idx, targets)
+    assert logits.dtype == torch.bfloat16 and loss.dtype == torch.float32
+
+
+def test_context_too_long():
+    with pytest.raises(ValueError, match='17 tokens is longer than block_size=16'):
+        tiny()(torch.zeros(1, 17, dtype=torch.long))
+
+
+@pytest.mark.parametrize('changes, said', [
+    ({'n_embd': 18, 'n_head': 4}, 'n_embd=18 is not divisible by n_head=4; the nearest n_embd that is: 16'),
+    ({'n_embd': 3, 'n_head': 8}, 'is: 8'), ({'dropout': 1.0}, 'dropout=1.0'), ({'dropout': -0.1}, 'dropout=-0.1'),
+    ({'n_layer': 0}, 'n_layer=0: expected 1 or more'), ({'vocab_size': None}, 'vocab_size=None'),
+    ({'block_size': -4}, 'block_size=-4'), ({'n_head': 0}, 'n_head=0'), ({'n_embd': 0}, 'n_embd=0'),
+    ({'mlp': 'swish'}, "mlp='swish'")])
+def test_config_errors(changes, said):
+    with pytest.raises(ValueError) as error:
+        GPTConfig(**changes)
+    assert said in str(error.value)
+
+
+def test_config_suggestion_works():
+    with pytest.raises(ValueError) as error:
+        GPTConfig(n_embd=100, n_head=16)
+    GPTConfig(n_embd=int(str(error.value).split()[-1]), n_head=16)
+
+
+def test_crop_block_size():
+    model = sharpened(tiny()).eval()
+    idx = torch.randint(40, (2, 6))
+    before, wpe = model(idx, idx)[0].detach(), model.transformer.wpe.weight
+    model(idx, idx)[1].backward()
+    model.crop_block_size(6)
+    assert torch.equal(model(idx, idx)[0], before)
+    assert model.config.block_size == 6 and model.transformer.wpe.weight is wpe and wpe.shape == (6, 16)
+    assert model.transformer.wpe.num_embeddings == 6
+    model.zero_grad()
+    model(idx, idx)[1].backward()
+    assert wpe.grad.shape == (6, 16)
+    with pytest.raises(ValueError, match='longer than block_size=6'):
+        model(torch.zeros(1, 7, dtype=torch.long))
+    for size in (0, 7):
+        with pytest.raises(ValueError, match=f'block_size={size}: this model has 6'):
+            model.crop_block_size(size)
+
+
+def test_counts_by_hand():
+    # one block of width 16: ln 2*16, c_attn 16*48 + 48, c_proj 16*16 + 16, ln 2*16, c_fc 16*64 + 64, c_proj 64*16 + 16
+    block = 32 + 816 + 272 + 32 + 1088 + 1040
+    model = tiny()
+    assert model.get_num_params() == 40 * 16 + 2 * block + 32
+    assert model.get_num_params(non_embedding=False) == model.get_num_params() + 16 * 16
+    assert model.flops_per_token() == 6 * model.get_num_params() + 12 * 2 * 16 * 16
+    with torch.device('meta'):
+        gpt2 = GPT(GPTConfig(vocab_size=50257))
+    assert gpt2.get_num_params(non_embedding=False) == 124_439_808  # what GPT-2 (124M) has
+
+
+def test_flops_are_those_of_the_matmuls():
+    """Of a model so wide that all but matrix products is small, torch counts the same in forward and backward."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = tiny(n_embd=256, n_head=4, block_size=32, vocab_size=256)
+    idx = torch.randint(256, (2, 32))
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        model(idx, idx)[1].backward()
+    assert abs(counter.get_total_flops() / 64 / model.flops_per_token() - 1) < 0.03
+
+
+def test_mfu(monkeypatch):
+    model = tiny()
+    assert model.estimate_mfu(8, 0.1) is None  # the CPU's peak is not known
+    monkeypatch.setattr(model_module, 'peak_flops', lambda device: 1e9)
+    assert model.estimate_mfu(8, 0.1) == pytest.approx(model.flops_per_token() * 16 * 8 / 0.1 / 1e9)
+
+
+@pytest.mark.parametrize('name, peak', [
+    ('NVIDIA H200', 989e12), ('NVIDIA H100 PCIe', 756e12), ('NVIDIA H100 80GB HBM3', 989e12), ('NVIDIA H20', 148e12),
+    ('NVIDIA A100-SXM4-80GB', 312e12), ('NVIDIA A10G', 70e12), ('NVIDIA A10', 125e12), ('NVIDIA L4', 121e12),
+    ('NVIDIA L40S', 362e12), ('NVIDIA L40', 181e12), ('Tesla T4', 65e12), ('Tesla V100-SXM2-16GB', 125e12),
+    ('NVIDIA GeForce RTX 4090', 165e12), ('NVIDIA RTX 6000 Ada Generation', 364e12), ('NVIDIA A40', 150e12),
+    ('NVIDIA GeForce GTX 1080', None), ('NVIDIA RTX A4000', None), ('NVIDIA T400', None), ('NVIDIA A2', None)])
+def test_peak_flops(monkeypatch, name, peak):
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: name)
+    assert model_module.peak_flops(torch.device('cuda')) == peak
+    assert model_module.peak_flops(torch.device('cpu')) is None
+
+
+def test_generate_of_the_model():
+    """The plain definition: greedy is the argmax of the logits; top_k=1 too; the same seed, the same text."""
+    model = sharpened(tiny()).eval()
+    idx = torch.randint(40, (2, 3))
+    out = model.generate(idx, 20, temperature=0)
+    assert out.shape == (2, 23) and torch.equal(out[:, :3], idx)
+    for t in range(3, 23):
+        expected = model(out[:, max(0, t - 16) : t], out[:, max(0, t - 16) : t])[0][:, -1].argmax(-1)
+        assert torch.equal(out[:, t], expected)
+    assert torch.equal(model.generate(idx, 20, top_k=1), out)
+    torch.manual_seed(5)
+    first = model.generate(idx, 20, temperature=1.5, top_k=100)
+    torch.manual_seed(5)
+    assert torch.equal(model.generate(idx, 20, temperature=1.5, top_k=100), first)
+    assert not torch.equal(model.generate(idx, 20, temperature=1.5), first)

@@ -2,25 +2,30 @@
 The first run: a byte-level GPT on the source code of Python's own standard library, which every machine has.
 
     $ python train.py config/quickstart.py
+
+1.8M parameters, about 3 minutes on two CPU cores, val loss about 1.4 nats a byte. The sample at the end looks like Python
+from afar. Twice the steps are twice the time and better by 0.1: --max_iters=4400 --lr_decay_iters=4400.
 """
 
 out_dir = 'out-quickstart'
 dataset = 'python_stdlib'
-eval_interval = 500
-eval_iters = 20
-log_interval = 50
+eval_interval = 1100
+eval_iters = 100
+log_interval = 100
 sample_tokens = 500
+sample_prompt = 'def '
 
 n_layer = 4
 n_head = 4
 n_embd = 192
-block_size = 256
+block_size = 128
 
-batch_size = 12
+# small batches and many updates: at this size each update teaches more than a smoother gradient would
+batch_size = 8
 gradient_accumulation_steps = 1
-learning_rate = 2e-3
+learning_rate = 3e-3
 min_lr = 0.0
 beta2 = 0.99
-warmup_iters = 50
-max_iters = 1000
-lr_decay_iters = 1000
+warmup_iters = 100
+max_iters = 2200
+lr_decay_iters = 2200

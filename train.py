@@ -262,12 +262,14 @@ def save_checkpoint(is_best):
 
 
 def log(**record):
-    """Append a line to out_dir/log.jsonl."""
-    if world.is_main:
+    """Append a line to out_dir/log.jsonl; a disk without room for it is no reason to stop training."""
+    try:
         with open(os.path.join(out_dir, 'log.jsonl'), 'a', encoding='utf-8') as f:
             f.write(json.dumps(record) + '\n')
-        if wandb_log:
-            wandb.log(record, step=record['step'])
+    except OSError as error:
+        bar.write(f'WARNING: log.jsonl lacks the line of step {record["step"]}: {error}')
+    if wandb_log:
+        wandb.log(record, step=record['step'])
 
 
 # the folder of the run: what an earlier run left there is moved, not overwritten
@@ -348,7 +350,8 @@ while True:
             bar.write(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}')
         if eval_only:
             break
-        log(step=iter_num, train_loss=losses['train'], val_loss=losses['val'], train_time=round(train_time, 3))
+        if world.is_main:
+            log(step=iter_num, train_loss=losses['train'], val_loss=losses['val'], train_time=round(train_time, 3))
         if iter_num > 0 and (is_best or always_save_checkpoint):
             saved, saved_iter = save_checkpoint(is_best), iter_num
         if patience and evals_since_best >= patience:

@@ -93,7 +93,7 @@ def table(rows):
     """Rows of cells, the first of them the header -> text in aligned columns, the first column to the left."""
     rows = [[str(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ['  '.join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
+    lines = ['  '.join(cell.rjust(widths[i]) if i else cell.ljust(widths[i]) for i, cell in enumerate(row))
              for row in rows]
     return '\n'.join([lines[0], '-' * (sum(widths) + 2 * len(widths) - 2), *lines[1:]])
 
@@ -106,9 +106,8 @@ def hardware():
             fields = dict(line.split(':', 1) for line in f if ':' in line)  # the last core's, as good as any
         fields = {key.strip(): value.strip() for key, value in fields.items()}
         name, flags = fields.get('model name', name), fields.get('flags', '').split()
-    units = [unit for flag, unit in (('amx_bf16', 'AMX'), ('avx512_bf16', 'AVX512-BF16'), ('avx512f', 'AVX-512'))
-             if flag in flags]
-    parts = [name, f'{os.cpu_count()} cores', *units[:2]]
+    units = [unit for flag, unit in (('amx_bf16', 'AMX'), ('avx512_bf16', 'AVX512-BF16')) if flag in flags]
+    parts = [name, f'{os.cpu_count()} cores', *(units or ['no native bf16'])]
     torch = sys.modules.get('torch')
     if torch is not None and torch.cuda.is_available():
         parts.append(f'{torch.cuda.device_count()} x {torch.cuda.get_device_name()}')

@@ -5,15 +5,14 @@ Draw the loss curves of one or more runs into a PNG.
     $ python bench/plot.py out-a out-b --out=ab.png --x=time           # compare two runs by training time
 
 Reads out_dir/log.jsonl. Thin lines are the training loss as it was logged, thick ones its moving average; markers are
-evaluations on the val split, and each run's lowest is marked and named. Prints the lowest val loss of each run and a JSON line.
-Needs matplotlib: pip install -c constraints.txt -e '.[plot]'
+evaluations on the val split, and each run's lowest is marked and named. Prints the lowest val loss of each run, then
+a JSON line. Needs matplotlib: pip install -c constraints.txt -e '.[plot]'
 """
 
 import argparse
 import json
 import math
 import os
-import statistics
 
 # Okabe and Ito's colours, told apart by colour-blind readers too; the markers differ for those who print in grey
 STYLES = [('#0072B2', 'o'), ('#D55E00', 's'), ('#009E73', '^'), ('#CC79A7', 'D'), ('#E69F00', 'v'), ('#56B4E9', 'P'),
@@ -37,7 +36,7 @@ def read_log(folder):
                 break
             try:
                 record = json.loads(line)
-                finite = all(math.isfinite(record[key]) for key in ('step', 'val_loss' if 'val_loss' in record else 'loss'))
+                finite = math.isfinite(record['step'] + record['val_loss' if 'val_loss' in record else 'loss'])
             except (ValueError, KeyError, TypeError) as error:
                 raise SystemExit(f'{path}, line {number} is damaged ({type(error).__name__}: {error}): {line[:60]!r}. '
                                  f'Remove that line to draw the rest') from None
@@ -85,8 +84,8 @@ def draw(folders, out, axis='step', ymax=None):
     matplotlib.use('Agg')  # writes files, needs no display
     from matplotlib import pyplot as plt
 
-    runs = [(name, *read_log(folder)) for name, folder in zip(names_of(folders), folders)]
-    unit, unit_name = 1, 'seconds' if axis == 'time' else ''
+    runs = [(name, *read_log(folder)) for name, folder in zip(names_of(folders), folders, strict=True)]
+    unit, unit_name = 1, ''
     if axis in SCALES:
         longest = max(x for _, train, val in runs for xs in positions(train, val, axis) for x in xs)
         unit, unit_name = [scale for scale in SCALES[axis] if scale[0] * 3 <= longest or scale[0] == 1][-1]
@@ -106,8 +105,8 @@ def draw(folders, out, axis='step', ymax=None):
         if val:
             val_losses = [r['val_loss'] for r in val]
             every = max(1, len(val) // 40)  # markers that touch would read as a thick line
-            ax.plot(val_x, val_losses, color=color, marker=marker, markersize=5, markevery=every, markeredgecolor='white',
-                    markeredgewidth=0.6, linestyle='--', linewidth=1.4, zorder=3,
+            ax.plot(val_x, val_losses, color=color, linestyle='--', linewidth=1.4, marker=marker, markersize=5,
+                    markevery=every, markeredgecolor='white', markeredgewidth=0.6, zorder=3,
                     label=f'{name}: val, lowest {best["val_loss"]:.4f}')
             tops.append(max(val_losses[1:] or val_losses))
             ax.plot(val_x[val.index(best)], best['val_loss'], marker=marker, markersize=10, color=color,

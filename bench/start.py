@@ -1,0 +1,86 @@
+"""
+How long a beginning takes: from `python train.py` to the end of the first step, and preparing python_stdlib.
+
+    $ python bench/start.py                       # a minute
+    $ python bench/start.py --config_file=config/train_shakespeare_char.py
+
+The start is with --compile=False and the data prepared, and includes the evaluation that precedes the first step; it is
+measured from outside, from the start of the process to its line `iter 0: ...`. The bars: the quickstart's first step
+in under 6 s, python_stdlib in under 30 s and 500 MB. Prints a table, then a JSON line.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # Python looks only beside the script
+
+from bench import common
+from configurator import override
+
+# settings ------------------------------------------------------------------------------------------------------------
+config_file = 'config/quickstart.py'
+n = 5  # starts, and preparations
+config = override(globals())
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def until(command, pattern):
+    """Seconds from the start of a command to the first line that matches; it is then killed."""
+    t0 = time.perf_counter()
+    process = subprocess.Popen(command, cwd=common.ROOT, env=common.environment(), text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT)
+    lines = []
+    try:
+        for line in process.stdout:
+            lines.append(line)
+            if pattern.match(line):
+                return time.perf_counter() - t0
+    finally:
+        process.kill()
+        process.wait()
+    raise SystemExit(f'{" ".join(command)}\nended before its first step:\n{"".join(lines)[-2000:]}')
+
+
+def time_and_memory(command):
+    """-> (wall seconds, peak resident MB) of a command and the processes it waits for."""
+    t0 = time.perf_counter()
+    process = subprocess.Popen(command, cwd=common.ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)  # its own usage; getrusage would mix that of all children so far
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f'{" ".join(command)} failed with exit status {process.returncode}')
+    return time.perf_counter() - t0, usage.ru_maxrss / (2**20 if sys.platform == 'darwin' else 2**10)
+
+
+load_before = common.load()
+imports, starts, seconds, memory = [], [], [], []
+with tempfile.TemporaryDirectory() as folder:
+    train = [sys.executable, 'train.py', config_file, '--compile=False', f'--out_dir={folder}/out']
+    until(train, common.ITER)  # prepares the dataset if need be, and warms the file cache
+    for _ in range(n):
+        imports.append(time_and_memory([sys.executable, '-c', 'import torch'])[0])
+        starts.append(until(train, common.ITER))
+    for i in range(n):
+        out = os.path.join(folder, f'stdlib-{i}')
+        time_spent, peak = time_and_memory([sys.executable, 'data/python_stdlib/prepare.py', f'--out_dir={out}'])
+        seconds.append(time_spent)
+        memory.append(peak)
+        with open(os.path.join(out, 'meta.json'), encoding='utf-8') as f:
+            n_bytes = sum(json.load(f)['bytes'].values())
+
+figures = {'import_torch_s': common.spread(imports), 'first_step_s': common.spread(starts),
+           'prepare_s': common.spread(seconds), 'prepare_mb': common.spread(memory, 1)}
+print(common.heading('start', load_before))
+print(common.table([
+    ['', 'measured', 'bar'],
+    ['import torch alone, s', common.show(figures['import_torch_s'], form='{:.2f}'), ''],
+    [f'{os.path.basename(config_file)}: to the end of the first step, s',
+     common.show(figures['first_step_s'], form='{:.2f}'), '6'],
+    [f'preparing python_stdlib ({n_bytes / 1e6:.1f} MB), s', common.show(figures['prepare_s'], form='{:.2f}'), '30'],
+    ['its peak memory, MB', common.show(figures['prepare_mb'], form='{:.0f}'), '500'],
+]))
+common.finish('start', load_before, n, config=config_file, python_stdlib_bytes=n_bytes, **figures)

@@ -1,0 +1,138 @@
+"""parallel.py: what 'auto' chooses, what is refused, and numbers summed over processes. Run: pytest tests/test_parallel.py"""
+
+import shutil
+
+import pytest
+import torch
+
+import parallel
+from parallel import World, choose_compile, choose_device, choose_dtype
+
+CPU, CUDA, MPS = torch.device('cpu'), torch.device('cuda'), torch.device('mps')
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Pretend to a machine with two GPUs, or as many as called with, of some compute capability."""
+    def pretend(count=2, capability=(9, 0)):
+        monkeypatch.setattr(torch.cuda, 'is_available', lambda: count > 0)
+        monkeypatch.setattr(torch.cuda, 'device_count', lambda: count)
+        monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device=None: capability)
+    monkeypatch.delenv('LOCAL_RANK', raising=False)
+    pretend()
+    return pretend
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: False)
+
+
+def test_device_without_a_gpu(no_gpu, monkeypatch):
+    assert choose_device('auto') == choose_device('cpu') == CPU
+    for name in ('cuda', 'cuda:1'):
+        with pytest.raises(ValueError, match=f"device='{name}'.*no CUDA GPU.*--device=cpu"):
+            choose_device(name)
+    with pytest.raises(ValueError, match="device='mps'.*--device=cpu"):
+        choose_device('mps')
+    for name in ('gpu', '', 'cuda:x', 'CPU 1'):
+        with pytest.raises(ValueError, match="is no device; examples: 'auto', 'cpu'"):
+            choose_device(name)
+    monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: True)
+    assert choose_device('auto') == choose_device('mps') == MPS
+
+
+def test_device_with_gpus(gpus, monkeypatch):
+    assert choose_device('auto') == choose_device('cuda') == torch.device('cuda:0')
+    assert choose_device('cuda:1') == torch.device('cuda:1') and choose_device('cpu') == CPU
+    with pytest.raises(ValueError, match='device=cuda:2: there are 2 GPUs'):
+        choose_device('cuda:2')
+    monkeypatch.setenv('LOCAL_RANK', '1')
+    assert choose_device('auto', 1) == choose_device('cuda', 1) == choose_device('cuda:0', 1) == torch.device('cuda:1')
+    with pytest.raises(ValueError, match='--nproc_per_node'):
+        choose_device('cuda', 2)
+
+
+@pytest.mark.parametrize('capability, expected', [((9, 0), 'bfloat16'), ((8, 0), 'bfloat16'), ((7, 5), 'float16'),
+                                                  ((6, 1), 'float16')])
+def test_dtype_on_gpus(gpus, capability, expected):
+    gpus(capability=capability)
+    assert choose_dtype('auto', CUDA)[0] == expected
+
+
+def test_dtype_elsewhere(monkeypatch):
+    assert choose_dtype('auto', MPS)[0] == 'float32'
+    for has_units, expected in ((True, 'bfloat16'), (False, 'float32')):
+        monkeypatch.setattr(parallel, 'cpu_multiplies_bf16', lambda has_units=has_units: has_units)
+        assert choose_dtype('auto', CPU)[0] == expected
+    for name in parallel.DTYPES:
+        assert choose_dtype(name, CPU) == (name, 'as set')
+    for name in ('bf16', 'float64', ''):
+        with pytest.raises(ValueError, match=f"dtype='{name}': expected 'auto', 'float32', 'bfloat16', 'float16'"):
+            choose_dtype(name, CPU)
+
+
+def test_probes_of_the_cpu(monkeypatch):
+    """torch's probes come and go with its versions; one that says yes is enough, none is no."""
+    for name in ('_is_amx_tile_supported', '_is_avx512_bf16_supported'):
+        monkeypatch.setattr(torch.cpu, name, lambda: False, raising=False)
+    assert not parallel.cpu_multiplies_bf16()
+    monkeypatch.setattr(torch.cpu, '_is_amx_tile_supported', lambda: True, raising=False)
+    assert parallel.cpu_multiplies_bf16()
+    monkeypatch.delattr(torch.cpu, '_is_amx_tile_supported', raising=False)
+    monkeypatch.delattr(torch.cpu, '_is_avx512_bf16_supported', raising=False)
+    assert not parallel.cpu_multiplies_bf16()
+
+
+def test_compile(gpus, monkeypatch):
+    monkeypatch.delenv('CXX', raising=False)
+    monkeypatch.setattr(shutil, 'which', lambda name: '/usr/bin/' + name)
+    assert choose_compile(True, CPU, 0) == (True, 'as set') and choose_compile(False, CUDA, 1e30) == (False, 'as set')
+    assert choose_compile('auto', CPU, 1e15)[0] and choose_compile('auto', CUDA, 1e18)[0]
+    for device, flops, why in ((CPU, 1e10, 'short'), (CUDA, 1e10, 'short'), (MPS, 1e30, 'mps')):
+        chosen, reason = choose_compile('auto', device, flops)
+        assert not chosen and why in reason
+    gpus(capability=(6, 1))
+    assert choose_compile('auto', CUDA, 1e18) == (False, 'Triton does not support this GPU or system')
+    monkeypatch.setattr(shutil, 'which', lambda name: None)
+    assert choose_compile('auto', CPU, 1e15) == (False, 'no C++ compiler (g++) here')
+    for setting in ('yes', '1', ''):
+        with pytest.raises(ValueError, match=f"compile='{setting}': expected True, False or 'auto'"):
+            choose_compile(setting, CPU, 0)
+
+
+def test_world_alone(monkeypatch, capsys):
+    for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE'):
+        monkeypatch.delenv(name, raising=False)
+    world = parallel.from_environment()
+    assert world == World(0, 0, 1) and world.is_main
+    parallel.connect(world, CPU, 'auto')
+    assert not torch.distributed.is_initialized()
+    assert world.sum([1, 2.5, True]) == [1.0, 2.5, 1.0]
+    parallel.disconnect()
+    world.print('one', 2)
+    World(1, 0, 2).print('unheard')
+    assert capsys.readouterr().out == 'one 2\n'
+
+
+def test_world_of_torchrun(monkeypatch):
+    for name, value in (('RANK', '5'), ('LOCAL_RANK', '1'), ('WORLD_SIZE', '8')):
+        monkeypatch.setenv(name, value)
+    assert parallel.from_environment() == World(5, 1, 8) and not parallel.from_environment().is_main
+
+
+@pytest.mark.parametrize('error, expected', [
+    (torch.OutOfMemoryError('CUDA out of memory'), True),
+    (RuntimeError("[enforce fail at alloc_cpu.cpp:121] data. DefaultCPUAllocator: can't allocate memory: you tried to "
+                  'allocate 8000000000000 bytes. Error code 12 (Cannot allocate memory)'), True),
+    (RuntimeError('DefaultCPUAllocator: not enough memory: you tried to allocate 80 bytes.'), True),
+    (RuntimeError('mat1 and mat2 shapes cannot be multiplied'), False), (ValueError('memory of an elephant'), False)])
+def test_out_of_memory(error, expected):
+    assert parallel.out_of_memory(error) == expected
+
+
+def test_out_of_memory_of_this_torch():
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(2**60)
+    assert parallel.out_of_memory(error.value)

@@ -12,13 +12,15 @@ validation loss. Random state is not among what is saved: batches and dropout ar
 import glob
 import json
 import os
+import pickle
 import shutil
-import sys
+import zipfile
 
 import torch
 
 import dataloader
 import tokenizer
+from corpus import lock_folder, sync_folder
 
 VERSION = 1  # of the layout described above; a file without the key is nanoGPT's
 
@@ -30,7 +32,7 @@ def save(out_dir, state, is_best):
     The bytes go to a temporary file, which is fsynced and then renamed. Once this returns, they survive a power cut; if
     it raises OSError (disk full, no permission), the checkpoints that were there are untouched.
     """
-    temporary = os.path.join(out_dir, f'ckpt.pt.tmp-{os.getpid()}')
+    temporary = os.path.join(out_dir, 'ckpt.pt.tmp')
     try:
         with open(temporary, 'wb') as f:
             torch.save({'version': VERSION, **state}, f)
@@ -43,44 +45,58 @@ def save(out_dir, state, is_best):
                 shutil.copyfile(temporary, f'{temporary}-best')
             os.replace(f'{temporary}-best', os.path.join(out_dir, 'best.pt'))
         os.replace(temporary, os.path.join(out_dir, 'ckpt.pt'))
-    except RuntimeError as error:  # torch's zip writer hides the OSError of the file it was given
-        raise OSError(f'{type(error).__name__}: {str(error).splitlines()[0]}') from error
+    except RuntimeError as error:
+        if 'writ' not in str(error):  # "PytorchStreamWriter failed writing file": how torch reports a full disk
+            raise
+        raise OSError(str(error).splitlines()[0]) from error
     finally:
-        clean(out_dir, os.getpid())
+        remove_temporaries(out_dir)
     sync_folder(out_dir)
 
 
-def clean(out_dir, pid='*'):
-    """Remove the temporary files that a failed save, or a process killed while saving, left in out_dir."""
-    for path in glob.glob(os.path.join(glob.escape(out_dir), f'ckpt.pt.tmp-{pid}*')):
+def remove_temporaries(out_dir):
+    """Remove what a failed save, or a process killed while saving, left in out_dir."""
+    for path in glob.glob(os.path.join(glob.escape(out_dir), 'ckpt.pt.tmp*')):
         os.remove(path)
 
 
-def sync_folder(folder):
-    """Make renames in a folder durable; nothing to do on Windows, which can't open one."""
-    if sys.platform != 'win32':
-        fd = os.open(folder, os.O_RDONLY)
-        os.fsync(fd)
-        os.close(fd)
-
-
-def load(path, device='cpu'):
+def open_folder(out_dir):
     """
-    -> the checkpoint at `path`, its tensors on `device`, prefixes of torch.compile and DDP removed from the names.
+    Make out_dir this process's own: create it, lock it against other runs, remove what a killed one left half-written.
+    Raises ValueError if it can't be written or another process trains in it.
+    """
+    try:
+        os.makedirs(out_dir, exist_ok=True)
+        lock_folder(out_dir, 'training in')
+        remove_temporaries(out_dir)
+        with open(os.path.join(out_dir, 'log.jsonl'), 'a', encoding='utf-8'):
+            pass
+    except OSError as error:
+        raise ValueError(f'out_dir={out_dir!r} can not be written: {error}; choose another with --out_dir') from error
+
+
+def load(path):
+    """
+    -> the checkpoint at `path`, its tensors on the CPU, prefixes of torch.compile and DDP removed from the names.
     Raises ValueError when there is none, it is damaged, it holds more than data, or a newer flatgpt wrote it.
     """
     if not os.path.exists(path):
         raise ValueError(f'no checkpoint at {path}; train one first (python train.py --out_dir='
                          f'{os.path.dirname(path) or "."}) or name another --out_dir')
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # by kind of damage: RuntimeError, EOFError, UnpicklingError, zipfile's, KeyError ...
-        if 'weights_only' in str(error) or 'Unsupported' in str(error):
-            raise ValueError(f'{path} was refused: it asks to run code when loaded, which a checkpoint of tensors and '
-                             f'plain values does not. Do not load it elsewhere unless you trust its source') from error
+        if zipfile.is_zipfile(path) and (bad := zipfile.ZipFile(path).testzip()):  # torch.load checks no checksums
+            raise ValueError(f'the checksum of {bad} is wrong')
+        state = torch.load(path, map_location='cpu', weights_only=True)
+    except (OSError, MemoryError):
+        raise
+    except pickle.UnpicklingError as error:
+        raise ValueError(f'{path} was refused: it holds more than tensors and plain values. Either it is no checkpoint, or '
+                         f'it would run code when loaded; nothing in it was run') from error
+    except Exception as error:  # by kind of damage: RuntimeError, EOFError, KeyError, zipfile's ...
         why = f'{type(error).__name__}: {str(error).splitlines()[0][:200]}' if str(error) else type(error).__name__
-        raise ValueError(f'{path} can not be read ({why}): it is damaged or truncated. Restore a copy, or use best.pt '
-                         f'in the same folder if there is one') from error
+        best = os.path.join(os.path.dirname(path), 'best.pt')
+        remedy = f'cp {best} {path}' if os.path.exists(best) and best != path else 'restore a copy of it'
+        raise ValueError(f'{path} can not be read ({why}): it is damaged or truncated; {remedy}') from error
     if not isinstance(state, dict) or 'model' not in state or 'model_args' not in state:
         raise ValueError(f'{path} holds no checkpoint: expected a dict with the keys model and model_args')
     if state.get('version', 0) > VERSION:
@@ -99,12 +115,13 @@ def tokenizer_of(state):
     if state.get('tokenizer') is not None:
         return tokenizer.from_dict(state['tokenizer'])
     data_dir = os.path.join('data', state.get('config', {}).get('dataset', ''))
-    found = dataloader.load_meta(data_dir)['tokenizer']
-    if found is not None:
-        return tokenizer.from_dict(found)
-    if state['model_args']['vocab_size'] < 50257:
-        raise ValueError(f'the checkpoint has no tokenizer in it, and there is no meta.pkl in {data_dir} either; '
-                         f'prepare that dataset as it was for training: python {data_dir}/prepare.py')
+    meta = dataloader.load_meta(data_dir)
+    vocab_size = state['model_args']['vocab_size']
+    if meta['tokenizer'] is not None and meta['vocab_size'] == vocab_size:
+        return tokenizer.from_dict(meta['tokenizer'])
+    if vocab_size < 50257:
+        raise ValueError(f'the checkpoint has no tokenizer in it, and {data_dir} has none of its {vocab_size} ids; '
+                         f'prepare that dataset as it was for training: {dataloader.prepare_command(data_dir)}')
     return tokenizer.load('gpt2')
 
 
@@ -113,7 +130,7 @@ def put_aside(out_dir):
     Move the files of an earlier run in out_dir to out_dir/previous-N, so that a new one loses nothing.
     -> that folder, or None if there was no checkpoint.
     """
-    if not os.path.exists(os.path.join(out_dir, 'ckpt.pt')):
+    if not any(os.path.exists(os.path.join(out_dir, name)) for name in ('ckpt.pt', 'best.pt')):
         return None
     n = 1
     while os.path.exists(os.path.join(out_dir, f'previous-{n}')):
@@ -129,11 +146,16 @@ def put_aside(out_dir):
 def keep_log_until(out_dir, iter_num):
     """Drop log.jsonl's lines from step iter_num on: a run killed after its last checkpoint takes those steps again."""
     path = os.path.join(out_dir, 'log.jsonl')
-    if os.path.exists(path):
-        with open(path, encoding='utf-8') as f:
-            lines = [line for line in f if line.endswith('\n')]  # a kill can leave half a line
-        # an evaluation at step n is before update n, and was saved with it; the line of update n itself comes after
-        kept = [line for line in lines if json.loads(line)['step'] < iter_num + ('val_loss' in line)]
-        with open(f'{path}.tmp', 'w', encoding='utf-8') as f:
-            f.writelines(kept)
-        os.replace(f'{path}.tmp', path)
+    kept = []
+    with open(path, encoding='utf-8') as f:
+        for line in f:
+            try:
+                record = json.loads(line)
+            except ValueError:  # half a line: the machine lost power
+                continue
+            # an evaluation at step n comes before update n and was saved with it; the line of update n comes after
+            if record['step'] < iter_num + ('val_loss' in record):
+                kept.append(line)
+    with open(f'{path}.tmp', 'w', encoding='utf-8') as f:
+        f.writelines(kept)
+    os.replace(f'{path}.tmp', path)

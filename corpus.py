@@ -463,8 +463,15 @@ def remove(paths):
             pass
 
 
-def lock_folder(path):
-    """Keep other processes from writing a dataset into this folder; returns the descriptor that holds the lock."""
+class Busy(ValueError):
+    """Another process holds the lock of a folder."""
+
+
+def lock_folder(path, doing='preparing'):
+    """
+    Keep other processes from writing into this folder for as long as this one lives; returns the descriptor that holds
+    the lock. Raises Busy, saying that another process is `doing` the folder, if one is.
+    """
     try:
         import fcntl
     except ImportError:  # Windows
@@ -474,7 +481,7 @@ def lock_folder(path):
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(folder)
-        raise ValueError(f'another process is preparing {path} right now; wait until it has finished') from None
+        raise Busy(f'another process is {doing} {path} right now; wait until it has finished') from None
     except OSError:  # some network file systems have no locks
         pass
     return folder
@@ -588,5 +595,8 @@ def run(main):
     except KeyboardInterrupt:
         print('\ninterrupted; no half-written dataset was left behind', file=sys.stderr)
         sys.exit(130)
+    except Busy as error:
+        print(f'error: {error}', file=sys.stderr)
+        sys.exit(os.EX_TEMPFAIL if hasattr(os, 'EX_TEMPFAIL') else 1)  # train.py waits for the other process then
     except (ValueError, OSError) as error:
         sys.exit(f'error: {error}')

@@ -37,13 +37,21 @@ def load_meta(data_dir):
                     'tokens': {split: int(meta['tokens'][split]) for split in ('train', 'val')}}
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f'{path} is damaged ({type(error).__name__}: {error}); '
-                             f'prepare the dataset again: python {data_dir}/prepare.py') from error
+                             f'prepare the dataset again: {prepare_command(data_dir)}') from error
     meta = {'dtype': np.dtype(np.uint16), 'vocab_size': None, 'tokens': None, 'tokenizer': None}
     path = os.path.join(data_dir, 'meta.pkl')
     if os.path.exists(path):
         char_tokenizer = tokenizer.from_meta_pkl(path)
         meta['tokenizer'], meta['vocab_size'] = char_tokenizer.to_dict(), char_tokenizer.vocab_size
     return meta
+
+
+def prepare_command(data_dir):
+    """The command that makes a dataset anew."""
+    script = os.path.join(data_dir, 'prepare.py')
+    if os.path.exists(script):
+        return f'python {script}'
+    return f'python data/text/prepare.py --input=FILE --name={os.path.basename(data_dir)}'
 
 
 def open_tokens(data_dir, split, meta, block_size):
@@ -56,10 +64,11 @@ def open_tokens(data_dir, split, meta, block_size):
     expected = meta['tokens'][split] * item if meta['tokens'] else size - size % item
     if size != expected:
         raise ValueError(f'{path} has {size:,} bytes, expected {expected:,}: it is truncated or of another '
-                         f'preparation; prepare the dataset again: python {data_dir}/prepare.py')
+                         f'preparation; prepare the dataset again: {prepare_command(data_dir)}')
     if size // item <= block_size:
-        raise ValueError(f'{path} has {size // item:,} tokens, fewer than block_size + 1 = {block_size + 1:,}; use '
-                         f'more text, prepare with a larger --val_fraction, or --block_size={max(1, size // item - 1)}')
+        shorter = f', or --block_size={size // item - 1}' if size // item > 1 else ''
+        raise ValueError(f'{path} has {size // item:,} tokens, fewer than block_size + 1 = {block_size + 1:,}; prepare '
+                         f'more text or another --val_fraction{shorter}')
     return np.asarray(np.memmap(path, dtype=meta['dtype'], mode='r'))  # plain array: np.memmap indexes slower
 
 
@@ -68,22 +77,22 @@ def prepare_if_missing(data_dir, is_first):
     Run the dataset's prepare.py where its .bin files are missing; under torchrun one process a machine (is_first) does,
     and the others wait. Raises ValueError if there is nothing to run or it fails.
     """
-    files = [os.path.join(data_dir, f'{split}.bin') for split in ('train', 'val')]
-    if all(os.path.exists(f) for f in files):
-        return
+    def is_missing():
+        return not all(os.path.exists(os.path.join(data_dir, f'{split}.bin')) for split in ('train', 'val'))
+
     script = os.path.join(data_dir, 'prepare.py')
-    if not os.path.exists(script):
+    if is_missing() and not os.path.exists(script):
         there = sorted(d for d in os.listdir('data') if os.path.isdir(os.path.join('data', d))) \
             if os.path.isdir('data') else []
         raise ValueError(f'no dataset in {data_dir}: expected train.bin and val.bin, or a prepare.py that makes them. '
-                         f'Datasets here: {", ".join(there) or "none"}. Your own text: '
-                         f'python data/text/prepare.py --input=FILE --name={os.path.basename(data_dir)}')
-    if is_first:
-        print(f'{data_dir} is not prepared yet; running: python {script}', flush=True)
-        if subprocess.run([sys.executable, script]).returncode != 0:
-            raise ValueError(f'python {script} failed; what it said is above')
-    while not all(os.path.exists(f) for f in files):
-        time.sleep(0.2)
+                         f'Datasets here: {", ".join(there) or "none"}. Your own text: {prepare_command(data_dir)}')
+    while is_missing():
+        if is_first:
+            print(f'{data_dir} is not prepared yet; running: python {script}', flush=True)
+            code = subprocess.run([sys.executable, script]).returncode
+            if code not in (0, 75):  # 75, EX_TEMPFAIL: another machine on this disk is at it
+                raise ValueError(f'python {script} failed; what it said is above')
+        time.sleep(1)
 
 
 # Which windows make a batch ------------------------------------------------------------------------------------------
@@ -165,7 +174,7 @@ def gather(tokens, starts, block_size, vocab_size):
 
 
 def to_device(batch, device):
-    """(x, y) on the device; to a GPU from pinned memory, so that the copy runs beside the computation."""
+    """(x, y) on the device; to a GPU from pinned memory, so that the CPU need not wait for the copy."""
     if device.type == 'cuda':
         return tuple(t.pin_memory().to(device, non_blocking=True) for t in batch)
     return tuple(t.to(device) for t in batch)

@@ -41,19 +41,20 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None
     position; beyond, the context slides and costs a whole forward pass, because learned positions change with it.
     """
     block_size = model.config.block_size
-    cache = KVCache(model.config, len(idx), device=idx.device, dtype=cache_dtype or model.lm_head.weight.dtype)
-    logits = model(idx[:, -block_size:], cache=cache)[0]
+    length = min(block_size, idx.size(1) + max_new_tokens)
+    cache = KVCache(model.config, len(idx), idx.device, cache_dtype or model.lm_head.weight.dtype, length)
+    new = idx[:, -block_size:]  # what the cache has not seen
     # torch.multinomial on mps can draw ids of probability zero (pytorch issue 192577), so the CPU draws for it
     draw_on = 'cpu' if idx.device.type == 'mps' else idx.device
     for _ in range(max_new_tokens):
-        next_id = sample_next(logits[:, -1, :vocab_size].to(draw_on), temperature, top_k, top_p, generator)
-        next_id = next_id.to(idx.device)
-        yield next_id
-        idx = torch.cat((idx, next_id), dim=1)[:, -block_size:]
         if cache.length < block_size:
-            logits = model(next_id, cache=cache)[0]
+            logits = model(new, cache=cache)[0]
         else:
-            logits = model(idx)[0]
+            logits = model(idx[:, -block_size:])[0]
+        next_id = sample_next(logits[:, -1, :vocab_size].to(draw_on), temperature, top_k, top_p, generator)
+        new = next_id.to(idx.device)
+        yield new
+        idx = torch.cat((idx, new), dim=1)
 
 
 def generate_texts(model, tokenizer, prompt, num_samples, max_new_tokens, stop='', seed=1337, **controls):

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from corpus import core_count
+
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
 
@@ -52,7 +54,7 @@ def connect(world, device, backend):
     if 'RANK' not in os.environ:
         return
     if device.type == 'cpu':  # torchrun allows each process one thread; share the cores instead
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
+        torch.set_num_threads(max(1, core_count() // int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
     if sys.platform == 'win32':
         os.environ.setdefault('USE_LIBUV', '0')  # torch's Windows builds come without libuv
     gpu_backend = 'nccl' if backend == 'auto' else backend
@@ -158,4 +160,5 @@ def keep_freed_memory():
 def out_of_memory(error):
     """Whether an exception means that memory ran out, on a GPU or on the CPU."""
     text = str(error).lower()
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text or 'not enough memory' in text
+    return isinstance(error, RuntimeError) and any(
+        words in text for words in ('out of memory', "can't allocate memory", 'not enough memory'))

@@ -35,7 +35,7 @@ stop = ''  # end a sample before this text; '': never
 seed = 1337
 device = 'auto'  # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps', ...
 dtype = 'auto'  # 'auto', 'float32', 'bfloat16' or 'float16'
-compile: bool | str = False  # torch.compile the model; pays only for many tokens
+compile = False  # True: torch.compile the model; pays only for many tokens
 config = override(globals())
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -57,7 +57,7 @@ if init_from == 'resume':
     path = os.path.join(out_dir, 'best.pt')
     if which == 'last' or not os.path.exists(path):
         path = os.path.join(out_dir, 'ckpt.pt')
-    state = checkpoint.load(path, device)
+    state = checkpoint.load(path)
     model = GPT(GPTConfig(**{**state['model_args'], 'dropout': 0.0}))
     model.load_state_dict(state['model'])
     text_tokenizer = checkpoint.tokenizer_of(state)
@@ -72,7 +72,8 @@ model.eval().to(device)
 # on the CPU 'auto' is fp32: converting every weight for every token costs more than bf16 saves
 dtype = 'float32' if dtype == 'auto' and device.type == 'cpu' else parallel.choose_dtype(dtype, device)[0]
 autocast = nullcontext() if dtype == 'float32' else torch.autocast(device.type, parallel.DTYPES[dtype])
-if compile is True:
+if compile:
+    torch._dynamo.config.suppress_errors = True  # without a working compiler: a warning, and go on without
     model.compile(dynamic=True)
 
 prompt = start

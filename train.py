@@ -6,7 +6,7 @@ Train a GPT: from scratch, from a checkpoint, or from GPT-2.
     $ python train.py config/quickstart.py --init_from=resume           # go on where out_dir/ckpt.pt stands
     $ torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 
-On two machines of 8 GPUs (without Infiniband prepend NCCL_IB_DISABLE=1):
+On two machines of 8 GPUs (with NCCL_IB_DISABLE=1 in front if plain Ethernet connects them):
 
     $ torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 --master_port=1234 train.py ...
     $ torchrun --nproc_per_node=8 --nnodes=2 --node_rank=1 --master_addr=10.0.0.1 --master_port=1234 train.py ...
@@ -37,7 +37,7 @@ import parallel
 import tokenizer
 from configurator import explain_errors, override
 from generate import generate_texts
-from model import GPT, GPTConfig
+from model import GPT, GPT2_NAMES, GPTConfig
 
 # settings: the defaults are GPT-2 (124M) on OpenWebText -------------------------------------------------------------
 # where, and how often
@@ -65,7 +65,7 @@ block_size = 1024  # context length, tokens
 n_layer = 12
 n_head = 12
 n_embd = 768
-dropout = 0.0  # 0 for pretraining; for finetuning or little data try 0.1 or more
+dropout = 0.0  # helps where the same text is seen many times: 0.1 to 0.3
 bias = False  # biases in linear layers and LayerNorms
 # AdamW
 learning_rate = 6e-4  # the highest
@@ -91,35 +91,51 @@ config = override(globals())
 # ---------------------------------------------------------------------------------------------------------------------
 
 sys.excepthook = explain_errors
-for name in ('eval_interval', 'log_interval', 'eval_iters', 'batch_size', 'block_size', 'gradient_accumulation_steps'):
-    if config[name] < 1:
-        raise ValueError(f'{name}={config[name]}: expected 1 or more')
-if lr_schedule not in ('cosine', 'wsd'):
-    raise ValueError(f"lr_schedule={lr_schedule!r}: expected 'cosine' or 'wsd'")
-if decay_lr and lr_decay_iters < warmup_iters:
-    raise ValueError(f'lr_decay_iters={lr_decay_iters} is below warmup_iters={warmup_iters}: the rate would fall '
-                     f'before it has risen; lower --warmup_iters')
+sources = ('scratch', 'resume', 'auto', *GPT2_NAMES)
+for names, is_valid, expected in (
+    (('eval_interval', 'log_interval', 'eval_iters', 'batch_size', 'block_size', 'gradient_accumulation_steps'),
+     lambda value: value >= 1, '1 or more'),
+    (('total_batch_size', 'max_iters', 'warmup_iters', 'patience', 'sample_tokens', 'learning_rate', 'min_lr',
+      'weight_decay', 'grad_clip', 'seed'), lambda value: value >= 0, '0 or more'),
+    (('beta1', 'beta2'), lambda value: 0 <= value < 1, 'at least 0 and below 1'),
+    (('decay_fraction',), lambda value: 0 < value <= 1, 'above 0 and at most 1'),
+    (('lr_schedule',), lambda value: value in ('cosine', 'wsd'), "'cosine' or 'wsd'"),
+    (('lr_decay_iters',), lambda value: not decay_lr or value >= warmup_iters,
+     f'at least warmup_iters={warmup_iters}, or the rate would fall before it has risen'),
+    (('init_from',), lambda value: value in sources or os.path.isdir(value),
+     f'a folder in Hugging Face layout or one of {", ".join(sources)}'),
+):
+    for name in names:
+        if not is_valid(config[name]):
+            raise ValueError(f'{name}={config[name]!r}: expected {expected}')
 
 # this process, its device, its data
 world = parallel.from_environment()
 device = parallel.choose_device(device, world.local_rank)
 data_dir = os.path.join('data', dataset)
+ckpt_path = os.path.join(out_dir, 'ckpt.pt')
+architecture = GPTConfig(block_size, 50304, n_layer, n_head, n_embd, dropout, bias)  # checks before the work begins
+state = checkpoint.load(ckpt_path) if init_from == 'resume' else None
 dataloader.prepare_if_missing(data_dir, is_first=world.local_rank == 0)
 meta = dataloader.load_meta(data_dir)
 parallel.connect(world, device, backend)
+if device.type == 'cuda':
+    torch.set_float32_matmul_precision('high')  # where products are fp32, TF32's ten bits are enough, and much faster
+if init_from == 'auto':
+    n_found = int(world.sum([os.path.exists(ckpt_path)])[0])
+    if n_found not in (0, world.size):
+        raise ValueError(f'{n_found} of {world.size} processes find {ckpt_path}; out_dir must be on a disk they share')
+    init_from = 'resume' if n_found else 'scratch'
+    state = checkpoint.load(ckpt_path) if n_found else None
 
 # the model; a checkpoint decides over its architecture, and a setting that contradicts it is an error
-ckpt_path = os.path.join(out_dir, 'ckpt.pt')
-if init_from == 'auto':
-    init_from = 'resume' if os.path.exists(ckpt_path) else 'scratch'
-state, text_tokenizer = None, meta['tokenizer']
+text_tokenizer = meta['tokenizer']
 torch.manual_seed(seed)
 if init_from == 'scratch':
-    vocab_size = meta['vocab_size'] or 50304
-    vocab_size = 50304 if vocab_size == 50257 else vocab_size  # GPT-2's, padded to a multiple of 64: faster
-    model = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias))
+    # GPT-2's 50257 ids are padded to a multiple of 64, which is faster
+    architecture.vocab_size = 50304 if meta['vocab_size'] in (None, 50257) else meta['vocab_size']
+    model = GPT(architecture)
 elif init_from == 'resume':
-    state = checkpoint.load(ckpt_path, device)
     for name in ('n_layer', 'n_head', 'n_embd', 'bias'):
         if name in config.given and config[name] != state['model_args'][name]:
             raise ValueError(f'{name}={config[name]}, but {ckpt_path} has {name}={state["model_args"][name]}: a '
@@ -132,6 +148,10 @@ elif init_from == 'resume':
                          f'{model.config.vocab_size}) than {data_dir} was prepared with ({text_tokenizer["kind"]}, '
                          f'{meta["vocab_size"]}); resume on its own dataset (--dataset={state["config"]["dataset"]})')
     text_tokenizer = text_tokenizer or saved_tokenizer
+    if meta['vocab_size'] and {meta['vocab_size'], model.config.vocab_size} not in (
+            {meta['vocab_size']}, {50257, 50304}):  # nanoGPT's checkpoints have no tokenizer that could be compared
+        raise ValueError(f'{ckpt_path} has a vocabulary of {model.config.vocab_size}, {data_dir} one of '
+                         f'{meta["vocab_size"]}; resume on the dataset it was trained with (--dataset)')
 else:
     model = GPT.from_pretrained(init_from, {'dropout': dropout})
     if meta['vocab_size'] not in (None, model.config.vocab_size):
@@ -139,8 +159,8 @@ else:
                          f'{model.config.vocab_size}; prepare the text with its tokenizer (--tokenizer=gpt2)')
 if text_tokenizer is None and model.config.vocab_size >= 50257:
     text_tokenizer = {'kind': 'tiktoken', 'name': 'gpt2'}  # as nanoGPT takes a dataset without meta.pkl
-if 'block_size' not in config.given:
-    block_size = min(block_size, model.config.block_size)
+if init_from != 'scratch' and 'block_size' not in config.given:
+    block_size = model.config.block_size
 if block_size > model.config.block_size:
     raise ValueError(f'block_size={block_size} is above the {model.config.block_size} positions of the model from '
                      f'{init_from}; use --block_size={model.config.block_size} or less')
@@ -149,6 +169,7 @@ optimizer = optim.adamw(model, weight_decay, learning_rate, (beta1, beta2))
 if state is not None and 'optimizer' in state:
     optim.load_optimizer(optimizer, state['optimizer'])
 if block_size < model.config.block_size:  # crop the position embeddings, and what the optimizer remembers of them
+    world.print(f'the context is cropped from {model.config.block_size} to {block_size} tokens')
     model.crop_block_size(block_size)
     moments = optimizer.state[model.transformer.wpe.weight]
     moments.update({name: m[:block_size].clone() for name, m in moments.items() if m.dim() == 2})
@@ -182,7 +203,8 @@ if state is not None and state.get('scaler'):
 
 # where the run stands: all that a checkpoint has to remember beside the tensors
 iter_num = state['iter_num'] if state else 0  # updates done
-best_val_loss = float(state['best_val_loss']) if state else math.inf
+same_data = state is not None and state.get('config', {}).get('dataset', dataset) == dataset
+best_val_loss = float(state['best_val_loss']) if same_data else math.inf
 evals_since_best = state.get('evals_since_best', 0) if state else 0
 train_time = state.get('train_time', 0.0) if state else 0.0  # seconds, without evaluations
 start_iter, state = iter_num, None  # the loaded tensors are no longer needed
@@ -240,8 +262,28 @@ def learning_rate_at(step):
 def command(**changes):
     """The command line of this run with some settings changed, for the messages that say what to do next."""
     kept = [a for a in sys.argv[1:] if a.removeprefix('--').split('=')[0] not in changes]
-    launch = f'torchrun --standalone --nproc_per_node={world.size}' if world.size > 1 else 'python'
-    return shlex.join([*launch.split(), 'train.py', *kept, *(f'--{key}={value}' for key, value in changes.items())])
+    here = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    launch = ['python'] if world.size == 1 else ['torchrun', '--standalone', f'--nproc_per_node={here}']
+    if here < world.size:  # on several machines each has options of its own
+        launch = ['torchrun', '...']
+    return shlex.join([*launch, 'train.py', *kept, *(f'--{key}={value}' for key, value in changes.items())])
+
+
+def explain_out_of_memory(kind, error, trace):
+    """For sys.excepthook: where memory ran out, say which command takes the same steps with less of it."""
+    if not parallel.out_of_memory(error):
+        return explain_errors(kind, error, trace)
+    smaller = max((b for b in range(1, batch_size) if per_process % b == 0), default=0)
+    changes = {'batch_size': smaller, 'total_batch_size': total_batch_size}
+    if saved_iter:
+        changes['init_from'] = 'resume'
+    remedy = (f'The same mathematics in smaller pieces:\n  {command(**changes)}' if smaller else
+              'Not even one sequence fits: lower --block_size, --n_layer or --n_embd')
+    print(f'out of memory at step {iter_num} ({str(error).splitlines()[0][:120]}). {remedy}', file=sys.stderr)
+
+
+saved, saved_iter = True, start_iter  # whether the last save worked, and the step of ckpt.pt
+sys.excepthook = explain_out_of_memory
 
 
 def save_checkpoint(is_best):
@@ -263,11 +305,14 @@ def save_checkpoint(is_best):
 
 def log(**record):
     """Append a line to out_dir/log.jsonl; a disk without room for it is no reason to stop training."""
+    path = os.path.join(out_dir, 'log.jsonl')
+    size = os.path.getsize(path)
     try:
-        with open(os.path.join(out_dir, 'log.jsonl'), 'a', encoding='utf-8') as f:
+        with open(path, 'a', encoding='utf-8') as f:
             f.write(json.dumps(record) + '\n')
     except OSError as error:
-        bar.write(f'WARNING: log.jsonl lacks the line of step {record["step"]}: {error}')
+        os.truncate(path, size)  # the part of the line that still found room
+        bar.write(f'WARNING: {path} lacks the line of step {record["step"]}: {error}')
     if wandb_log:
         wandb.log(record, step=record['step'])
 
@@ -275,16 +320,12 @@ def log(**record):
 # the folder of the run: what an earlier run left there is moved, not overwritten
 wandb_log = wandb_log and world.is_main
 if world.is_main and not eval_only:
-    try:
-        os.makedirs(out_dir, exist_ok=True)
-        checkpoint.clean(out_dir)
-        if init_from != 'resume' and (folder := checkpoint.put_aside(out_dir)):
-            print(f'{out_dir} held an earlier run; it is in {folder} now')
-        checkpoint.keep_log_until(out_dir, start_iter)
-        with open(os.path.join(out_dir, 'config.json'), 'w', encoding='utf-8') as f:
-            json.dump({key: globals()[key] if key != 'device' else str(device) for key in config}, f, indent=2)
-    except OSError as error:
-        raise ValueError(f'out_dir={out_dir!r} can not be written: {error}; choose another with --out_dir') from error
+    checkpoint.open_folder(out_dir)
+    if init_from != 'resume' and (folder := checkpoint.put_aside(out_dir)):
+        print(f'{out_dir} held an earlier run; it is in {folder} now')
+    checkpoint.keep_log_until(out_dir, start_iter)
+    with open(os.path.join(out_dir, 'config.json'), 'w', encoding='utf-8') as f:
+        json.dump({key: globals()[key] if key != 'device' else str(device) for key in config}, f, indent=2)
 if wandb_log:
     import wandb
 
@@ -335,7 +376,6 @@ bar = tqdm(total=max_iters, initial=start_iter, unit='step', disable=not (world.
            dynamic_ncols=True, smoothing=0.05)
 prefetch = ThreadPoolExecutor(max_workers=1)  # reads the next batch while the current one computes
 next_batch = prefetch.submit(get_batch, iter_num)
-saved, saved_iter = True, start_iter
 stop_reason = None
 logged_iter, logged_time = iter_num, train_time
 t0 = time.perf_counter()
@@ -344,7 +384,7 @@ while True:
     finished = iter_num >= max_iters
     if (iter_num % eval_interval == 0 or finished) and (iter_num > start_iter or iter_num == 0 or eval_only):
         losses = evaluate()
-        is_best = losses['val'] < best_val_loss
+        is_best, former_best = losses['val'] < best_val_loss, best_val_loss
         best_val_loss, evals_since_best = min(best_val_loss, losses['val']), 0 if is_best else evals_since_best + 1
         if world.is_main:
             bar.write(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}')
@@ -353,7 +393,9 @@ while True:
         if world.is_main:
             log(step=iter_num, train_loss=losses['train'], val_loss=losses['val'], train_time=round(train_time, 3))
         if iter_num > 0 and (is_best or always_save_checkpoint):
-            saved, saved_iter = save_checkpoint(is_best), iter_num
+            saved = save_checkpoint(is_best)
+            saved_iter = iter_num if saved else saved_iter
+            best_val_loss = best_val_loss if saved else former_best  # the best is the best that is on disk
         if patience and evals_since_best >= patience:
             stop_reason = f'val loss has not improved for {patience} evaluations'
         t0 = time.perf_counter()  # evaluating and saving is not training time
@@ -367,22 +409,13 @@ while True:
         group['lr'] = lr
     micro_batches, next_batch = next_batch.result(), prefetch.submit(get_batch, iter_num + 1)
     loss_sum = torch.zeros((), device=device)
-    try:
-        for micro_step, (x, y) in enumerate(micro_batches):
-            if world.size > 1:  # average gradients over the processes once, with the last micro-batch
-                step_model.require_backward_grad_sync = micro_step == micro_steps - 1
-            with autocast:
-                loss = step_model(x, y)[1] / micro_steps
-            loss_sum += loss.detach()
-            scaler.scale(loss).backward()
-    except RuntimeError as error:
-        if not parallel.out_of_memory(error):
-            raise
-        smaller = max((b for b in range(1, batch_size) if per_process % b == 0), default=0)
-        retry = command(batch_size=smaller, total_batch_size=total_batch_size)
-        raise SystemExit(f'out of memory at step {iter_num}. ' + (
-            f'The same mathematics in smaller pieces:\n  {retry}' if smaller else
-            'Not even one sequence fits: lower --block_size, --n_layer or --n_embd')) from None
+    for micro_step, (x, y) in enumerate(micro_batches):
+        if world.size > 1:  # average gradients over the processes once, with the last micro-batch
+            step_model.require_backward_grad_sync = micro_step == micro_steps - 1
+        with autocast:
+            loss = step_model(x, y)[1] / micro_steps
+        loss_sum += loss.detach()
+        scaler.scale(loss).backward()
     scaler.unscale_(optimizer)
     grads = [p.grad for p in model.parameters()]
     norm = torch.nn.utils.get_total_norm(grads).item()
@@ -434,9 +467,12 @@ if world.is_main and not eval_only:
         if sample_tokens and text_tokenizer:
             model.eval()
             torch.compiler.set_stance('force_eager')
-            *_, (texts, _) = generate_texts(model, tokenizer.from_dict(text_tokenizer), sample_prompt, 1, sample_tokens,
-                                            temperature=0.8, top_k=200)
-            print(f'---------------\n{sample_prompt}{texts[0]}\n---------------')
+            try:
+                *_, (texts, _) = generate_texts(model, tokenizer.from_dict(text_tokenizer), sample_prompt, 1,
+                                                sample_tokens, temperature=0.8, top_k=200)
+                print(f'---------------\n{sample_prompt}{texts[0]}\n---------------')
+            except ValueError as error:  # the run is done and saved; a prompt that can't be encoded must not fail it
+                print(f'no sample: {error}')
         start = shlex.join([f'--start={sample_prompt}']) if sample_prompt.strip() else ''
         print(f"sample from it:\n  python sample.py --out_dir={shlex.quote(out_dir)} {start}".rstrip())
     if wandb_log:

@@ -11,6 +11,7 @@ import re
 import statistics
 import subprocess
 import sys
+import time
 from importlib import metadata
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -124,21 +125,52 @@ def commit():
     return done.stdout.strip() or 'unknown'
 
 
-def load():
-    """How many processes wanted a core over the last minute, where the system tells: the machine's noise."""
-    return round(os.getloadavg()[0], 2) if hasattr(os, 'getloadavg') else None
+def cpu_seconds():
+    """-> (CPU seconds that everyone on this machine has used since it started, those of this process and its children
+    that have ended), or None where the system doesn't tell: the difference is what disturbs a measurement."""
+    try:
+        with open('/proc/stat', encoding='utf-8') as f:
+            user, nice, system, _idle, _wait, irq, soft, *_ = map(int, f.readline().split()[1:])
+    except OSError:
+        return None
+    own = os.times()
+    return (user + nice + system + irq + soft) / os.sysconf('SC_CLK_TCK'), sum(own[:4])
 
 
-def heading(name, load_before):
-    """The line above a table."""
-    return f'{name} | {hardware()}\ntorch {torch_version()}, commit {commit()}, load before {load_before}\n'
+def others_since(before):
+    """How many cores the processes of others have kept busy on average since a moment, (time, cpu_seconds())."""
+    t0, cpu0 = before
+    cpu = cpu_seconds()
+    if cpu is None or cpu0 is None:
+        return None
+    return round(max(0.0, (cpu[0] - cpu0[0]) - (cpu[1] - cpu0[1])) / (time.perf_counter() - t0), 2)
+
+
+STARTED = time.perf_counter(), cpu_seconds()
+
+
+def wait_for_quiet(seconds):
+    """Wait until others leave the machine alone, all but a tenth of a core for three seconds, or `seconds` are over."""
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        before = time.perf_counter(), cpu_seconds()
+        time.sleep(3)
+        if (others_since(before) or 0) < 0.1:
+            return
+
+
+def heading(name):
+    """The lines above a table."""
+    others = others_since(STARTED)
+    noise = '' if others is None else f', others kept {others} cores busy meanwhile'
+    return f'{name} | {hardware()}\ntorch {torch_version()}, commit {commit()}{noise}\n'
 
 
 def torch_version():
     return metadata.version('torch')
 
 
-def finish(name, load_before, n, **figures):
+def finish(name, n, **figures):
     """Print the last line of a script: everything that is needed to quote the figures, as one JSON object."""
-    print(json.dumps({'bench': name, 'hardware': hardware(), 'torch': torch_version(), 'commit': commit(),
-                      'load_before': load_before, 'n': n, **figures}))
+    print(json.dumps({'bench': name, 'hardware': hardware(), 'torch': torch_version(), 'commit': commit(), 'n': n,
+                      'others_cores_busy': others_since(STARTED), **figures}))

@@ -33,6 +33,7 @@ peer = ''  # path of a nanoGPT checkout; '': without it
 runs = 'peer,same flags,auto cold,auto warm'  # which, in this order
 rounds = 1
 max_iters = 2000  # fewer for a quick look; the comparison is meant at 2000
+wait = 0  # seconds to wait before each run, at most, until other processes leave the machine alone
 config = override(globals())
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -70,13 +71,13 @@ if peer:
     common.check_peer(peer)
 arguments = [*common.SMALL, '--always_save_checkpoint=True', f'--max_iters={max_iters}',
              f'--lr_decay_iters={max_iters}', f'--eval_interval={min(250, max_iters)}']
-load_before = common.load()
 seconds, losses, step_ms = ({name: [] for name in names} for _ in range(3))
 with tempfile.TemporaryDirectory() as folder:
     for turn in range(rounds):
         cache = os.path.join(folder, f'cache-{turn}')  # torch's, for compiled code
         for name in names:
             print(f'{name}: round {turn + 1} of {rounds}', file=sys.stderr)
+            common.wait_for_quiet(wait)
             out_dir = os.path.join(folder, f'{name}-{turn}'.replace(' ', '-'))
             command = [*common.train_command(arguments, auto=name.startswith('auto')), f'--out_dir={out_dir}']
             if name == 'peer':
@@ -90,10 +91,10 @@ with tempfile.TemporaryDirectory() as folder:
             times = [float(match[3]) for match in map(common.ITER.match, text.splitlines()) if match]
             step_ms[name].append(statistics.median(times))
 
-print(common.heading('small_cpu', load_before))
+print(common.heading('small_cpu'))
 titles = {'peer': 'nanoGPT', 'same flags': 'train.py, same flags', 'auto cold': 'train.py, auto, cold cache',
           'auto warm': 'train.py, auto, warm cache'}
-rows, figures = [['', 'wall s', 'ms a step', 'val loss', 'of nanoGPT\'s time']], {}
+rows, figures = [['', 'wall s', 'ms a step', 'val loss', "of nanoGPT's"]], {}
 for name in names:
     figures[name.replace(' ', '_')] = run = {'wall_s': common.spread(seconds[name]),
                                              'step_ms': common.spread(step_ms[name]),
@@ -104,4 +105,4 @@ for name in names:
                  common.show(run['val_loss'], form='{:.4f}'),
                  common.show(run['share_of_peer_time'], form='{:.2f}') if peer else '-'])
 print(common.table(rows))
-common.finish('small_cpu', load_before, rounds, steps=max_iters, **figures)
+common.finish('small_cpu', rounds, steps=max_iters, **figures)

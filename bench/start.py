@@ -28,17 +28,25 @@ config = override(globals())
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def until(command, pattern):
-    """Seconds from the start of a command to the first line that matches; it is then killed."""
+def until_first_step(command):
+    """
+    -> (seconds from the start of a training command to the line that describes the model, to the first evaluation, to
+    the end of the first step); the command is then killed. The second is the first where there is no evaluation.
+    """
     t0 = time.perf_counter()
     process = subprocess.Popen(command, cwd=common.ROOT, env=common.environment(), text=True, stdout=subprocess.PIPE,
                                stderr=subprocess.STDOUT)
-    lines = []
+    lines, ready, evaluated = [], None, None
     try:
         for line in process.stdout:
             lines.append(line)
-            if pattern.match(line):
-                return time.perf_counter() - t0
+            now = time.perf_counter() - t0
+            if 'M parameters; ' in line:
+                ready = now
+            elif line.startswith('step 0: '):
+                evaluated = now
+            elif common.ITER.match(line):
+                return ready, evaluated or ready, now
     finally:
         process.kill()
         process.wait()
@@ -56,14 +64,13 @@ def time_and_memory(command):
     return time.perf_counter() - t0, usage.ru_maxrss / (2**20 if sys.platform == 'darwin' else 2**10)
 
 
-load_before = common.load()
 imports, starts, seconds, memory = [], [], [], []
 with tempfile.TemporaryDirectory() as folder:
     train = [sys.executable, 'train.py', config_file, '--compile=False', f'--out_dir={folder}/out']
-    until(train, common.ITER)  # prepares the dataset if need be, and warms the file cache
+    until_first_step(train)  # prepares the dataset if need be, and warms the file cache
     for _ in range(n):
         imports.append(time_and_memory([sys.executable, '-c', 'import torch'])[0])
-        starts.append(until(train, common.ITER))
+        starts.append(until_first_step(train))
     for i in range(n):
         out = os.path.join(folder, f'stdlib-{i}')
         time_spent, peak = time_and_memory([sys.executable, 'data/python_stdlib/prepare.py', f'--out_dir={out}'])
@@ -72,15 +79,19 @@ with tempfile.TemporaryDirectory() as folder:
         with open(os.path.join(out, 'meta.json'), encoding='utf-8') as f:
             n_bytes = sum(json.load(f)['bytes'].values())
 
-figures = {'import_torch_s': common.spread(imports), 'first_step_s': common.spread(starts),
+ready, evaluated, stepped = zip(*starts, strict=True)
+evaluation = [b - a for a, b in zip(ready, evaluated, strict=True)]
+figures = {'import_torch_s': common.spread(imports), 'ready_s': common.spread(ready),
+           'evaluation_s': common.spread(evaluation), 'first_step_s': common.spread(stepped),
            'prepare_s': common.spread(seconds), 'prepare_mb': common.spread(memory, 1)}
-print(common.heading('start', load_before))
+print(common.heading(f'start of {config_file}'))
 print(common.table([
     ['', 'measured', 'bar'],
     ['import torch alone, s', common.show(figures['import_torch_s'], form='{:.2f}'), ''],
-    [f'{os.path.basename(config_file)}: to the end of the first step, s',
-     common.show(figures['first_step_s'], form='{:.2f}'), '6'],
+    ['train.py: settings, model and data ready after, s', common.show(figures['ready_s'], form='{:.2f}'), ''],
+    ['its evaluation before the first step, s', common.show(figures['evaluation_s'], form='{:.2f}'), ''],
+    ['end of the first step after, s', common.show(figures['first_step_s'], form='{:.2f}'), '6'],
     [f'preparing python_stdlib ({n_bytes / 1e6:.1f} MB), s', common.show(figures['prepare_s'], form='{:.2f}'), '30'],
     ['its peak memory, MB', common.show(figures['prepare_mb'], form='{:.0f}'), '500'],
 ]))
-common.finish('start', load_before, n, config=config_file, python_stdlib_bytes=n_bytes, **figures)
+common.finish('start', n, config=config_file, python_stdlib_bytes=n_bytes, **figures)

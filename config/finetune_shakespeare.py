@@ -18,11 +18,11 @@ always_save_checkpoint = False  # save only when val improves
 dataset = 'shakespeare'
 init_from = 'gpt2-xl'
 
-# 1 sequence x 32 micro-batches x 1024 tokens = 32,768 tokens a step; the 301,966 of Shakespeare are 9.2 steps
+# a step is 32 sequences of 1024 tokens, one at a time so that XL fits; two passes over the text in all
 batch_size = 1
 gradient_accumulation_steps = 32
 max_iters = 20
 
-# a constant, small rate: the weights are good already
+# constant and small: the weights are good already and few steps are taken
 learning_rate = 3e-5
 decay_lr = False

@@ -3,8 +3,8 @@ The first run: a byte-level GPT on the source code of Python's own standard libr
 
     $ python train.py config/quickstart.py
 
-1.8M parameters, about 3 minutes on two CPU cores, val loss about 1.4 nats a byte. The sample at the end looks like Python
-from afar. Twice the steps are twice the time and better by 0.1: --max_iters=4400 --lr_decay_iters=4400.
+1.8M parameters, about 3 minutes on two CPU cores, val loss about 1.4 nats a byte: the sample at the end has the look of
+Python, not its sense. Twice the steps, for twice the time: --max_iters=4400 --lr_decay_iters=4400.
 """
 
 out_dir = 'out-quickstart'

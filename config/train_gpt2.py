@@ -14,7 +14,7 @@ log_interval = 10
 wandb_project = 'owt'
 wandb_run_name = 'gpt2-124M'
 
-# 12 sequences x 1024 tokens x 40 micro-batches = 491,520 tokens a step
+# half a million tokens a step, GPT-3's batch for this size; 40 micro-batches are 5 on each of 8 GPUs
 batch_size = 12
 block_size = 1024
 gradient_accumulation_steps = 5 * 8

@@ -9,7 +9,7 @@ of the README. It overfits: the lowest val loss, about 1.47, comes between steps
 
 out_dir = 'out-shakespeare-char'
 dataset = 'shakespeare_char'
-eval_interval = 250  # often, because it overfits
+eval_interval = 250  # 20 evaluations, so that the lowest val loss is not missed
 eval_iters = 200
 log_interval = 10
 always_save_checkpoint = False
@@ -24,9 +24,9 @@ dropout = 0.2
 
 batch_size = 64
 gradient_accumulation_steps = 1
-learning_rate = 1e-3  # small networks stand more than large ones
+learning_rate = 1e-3
 min_lr = 1e-4
-beta2 = 0.99  # averages over more steps, because a step has few tokens
+beta2 = 0.99  # 16,384 tokens give a noisy second moment; average it over 100 steps
 warmup_iters = 100
 max_iters = 5000
 lr_decay_iters = 5000

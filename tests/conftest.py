@@ -1,5 +1,6 @@
 """Shared by the tests: tiny datasets, and running train.py and sample.py as processes of their own."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -23,7 +24,9 @@ if (ROOT.parent / 'shared' / 'tiktoken').is_dir():
     os.environ.setdefault('TIKTOKEN_CACHE_DIR', str(ROOT.parent / 'shared' / 'tiktoken'))
 settings.register_profile('shared machine', deadline=None)  # an example that waited for a core is no failure
 settings.load_profile('shared machine')
-torch.set_num_threads(1)  # of pytest's own process: threads cost more than they bring with tensors this small
+# threads cost more than they bring with tensors this small, and very much more where others use the same cores
+torch.set_num_threads(1)
+os.environ.update(OMP_NUM_THREADS='1', OMP_WAIT_POLICY='passive')  # of the processes started from here
 
 # a model and a run of it that take a second; every test says what it changes
 TINY = {'n_layer': 2, 'n_head': 2, 'n_embd': 16, 'block_size': 16, 'batch_size': 4, 'gradient_accumulation_steps': 2,
@@ -69,7 +72,8 @@ class Run:
         self.argv = [*map(str, files), *(f'--{key}={value}' for key, value in settings.items())]
         self.path = Path(cwd) / f'.output-{time.monotonic_ns()}'
         self.process = context.Process(
-            target=execute, args=(str(ROOT / script), self.argv, str(cwd), env or {}, str(self.path)))
+            target=execute, args=(str(ROOT / script), self.argv, str(cwd), env or {}, str(self.path)),
+            daemon=True)  # ends with pytest, however a test left it
         self.process.start()
 
     @property
@@ -99,7 +103,8 @@ class Run:
         return found
 
     def kill(self, number):
-        os.kill(self.process.pid, number)
+        with contextlib.suppress(ProcessLookupError):  # it may have ended just now
+            os.kill(self.process.pid, number)
         return self
 
     def ok(self):
@@ -132,17 +137,18 @@ class Folder:
         settings = {key: value for key, value in {**TINY, **changes}.items() if value is not None}
         return self.start('train.py', *files, env=env, **settings)
 
-    def train_two(self, *files, **changes):
-        """The same by two processes, in the environment that torchrun would give them; -> the first."""
+    def start_two(self, *files, **changes):
+        """The same by two processes, in the environment that torchrun would give them; -> both."""
         with socket.socket() as s:
             s.bind(('localhost', 0))
             port = s.getsockname()[1]
-        ranks = [self.start_train(*files, **changes, env={
+        return [self.start_train(*files, **changes, env={
             'RANK': str(rank), 'LOCAL_RANK': str(rank), 'WORLD_SIZE': '2', 'LOCAL_WORLD_SIZE': '2',
             'MASTER_ADDR': 'localhost', 'MASTER_PORT': str(port)}) for rank in range(2)]
-        for run in ranks:
-            run.ok()
-        return ranks[0]
+
+    def train_two(self, *files, **changes):
+        """Both, to their end; -> the first."""
+        return [run.ok() for run in self.start_two(*files, **changes)][0]
 
     def sample(self, **settings):
         """sample.py to its end."""

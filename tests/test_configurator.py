@@ -65,7 +65,8 @@ def test_defaults(tmp_path):
     ('--out_dir=', 'out_dir', ''), ('--out_dir=true', 'out_dir', 'true'), ("--out_dir='q'", 'out_dir', 'q'),
     ('--out_dir=[1, 2]', 'out_dir', '[1, 2]'), ('--out_dir=--x', 'out_dir', '--x'),
     ('--out_dir=a b', 'out_dir', 'a b'), ('--out_dir=ü', 'out_dir', 'ü'), ('--out_dir=((((', 'out_dir', '(((('),
-    ('--top_k=None', 'top_k', None), ('--top_k=5', 'top_k', 5), ('--top_p=0.5', 'top_p', 0.5), ('--top_p=1', 'top_p', 1.0),
+    ('--top_k=None', 'top_k', None), ('--top_k=5', 'top_k', 5), ('--top_p=0.5', 'top_p', 0.5),
+    ('--top_p=1', 'top_p', 1.0),
     ('--compile=True', 'compile', True), ('--compile=false', 'compile', False), ('--compile=auto', 'compile', 'auto')])
 def test_one_argument(tmp_path, argument, key, value):
     namespace, printed = resolve(tmp_path, argument)
@@ -84,7 +85,8 @@ def test_one_argument(tmp_path, argument, key, value):
     ('--override=4', ["unknown setting 'override'"]), ('--=4', ["unknown setting ''"]),
     ('--batch_size=four', ["batch_size = 'four'", 'str', 'expected int']),
     ('--batch_size=4.0', ['batch_size = 4.0', 'float', 'expected int']),
-    ('--batch_size=', ["batch_size = ''", 'expected int']), ('--batch_size=True', ['batch_size', 'bool', 'expected int']),
+    ('--batch_size=', ["batch_size = ''", 'expected int']),
+    ('--batch_size=True', ['batch_size', 'bool', 'expected int']),
     ('--learning_rate=True', ['learning_rate', 'expected float']), ('--learning_rate=None', ['expected float']),
     ('--learning_rate=1e', ["'1e'", 'expected float']), ('--bias=1', ['bias = 1', 'int', 'expected bool']),
     ('--bias=yes', ["'yes'", 'expected bool']), ('--top_k=2.5', ['top_k = 2.5', 'expected int or None']),
@@ -188,10 +190,10 @@ def test_pages_of_the_scripts(script):
         values[key] = eval(compile(configurator.ast.Expression(node.value), script, 'eval'), {})
         assert type(values[key]) in configurator.allowed_types(node, values[key]), key
     nanogpt = {
-        'train.py': 'out_dir eval_interval log_interval eval_iters eval_only always_save_checkpoint init_from wandb_log '
-        'wandb_project wandb_run_name dataset gradient_accumulation_steps batch_size block_size n_layer n_head n_embd '
-        'dropout bias learning_rate max_iters weight_decay beta1 beta2 grad_clip decay_lr warmup_iters lr_decay_iters '
-        'min_lr backend device dtype compile',
+        'train.py': 'out_dir eval_interval log_interval eval_iters eval_only always_save_checkpoint init_from '
+        'wandb_log wandb_project wandb_run_name dataset gradient_accumulation_steps batch_size block_size '
+        'n_layer n_head n_embd dropout bias learning_rate max_iters weight_decay beta1 beta2 grad_clip decay_lr warmup_iters '
+        'lr_decay_iters min_lr backend device dtype compile',
         'sample.py': 'init_from out_dir start num_samples max_new_tokens temperature top_k seed device dtype compile'}
     assert set(nanogpt[script].split()) <= set(page)
     if script == 'train.py':

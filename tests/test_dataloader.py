@@ -79,7 +79,8 @@ def test_no_window_out_of_range(n_tokens, block_size, n, step, seed):
 def test_every_epoch_visits_each_window_once(n_tokens, block_size, n, seed):
     block_size = min(block_size, n_tokens - 1)
     per_epoch = max(1, (n_tokens - block_size) // block_size)
-    starts = np.concatenate([train_windows(step, n, n_tokens, block_size, seed) for step in range(3 * per_epoch // n + 1)])
+    steps = range(3 * per_epoch // n + 1)
+    starts = np.concatenate([train_windows(step, n, n_tokens, block_size, seed) for step in steps])
     offsets = []
     for epoch in range(3):
         visited = starts[epoch * per_epoch : (epoch + 1) * per_epoch]

@@ -281,8 +281,8 @@ def test_eval_loss_is_independent_of_dropout():
     assert model(idx, idx)[1].item() != losses[0] and model(idx, idx)[1].item() != model(idx, idx)[1].item()
 
 
-@pytest.mark.parametrize('where', ['transformer.drop', 'transformer.h.0.attn.resid_dropout', 'transformer.h.0.mlp.dropout',
-                                   'transformer.h.0.attn.attn_dropout'])
+@pytest.mark.parametrize('where', ['transformer.drop', 'transformer.h.0.attn.resid_dropout',
+                                   'transformer.h.0.attn.attn_dropout', 'transformer.h.0.mlp.dropout'])
 def test_every_dropout_drops(where):
     model = sharpened(tiny(dropout=0.0)).train()
     idx = torch.randint(40, (2, 16))

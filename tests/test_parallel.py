@@ -1,4 +1,4 @@
-"""parallel.py: what 'auto' chooses, what is refused, and numbers summed over processes. Run: pytest tests/test_parallel.py"""
+"""parallel.py: what 'auto' chooses, what is refused, who may speak. Run: pytest tests/test_parallel.py"""
 
 import shutil
 

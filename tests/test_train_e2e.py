@@ -1,5 +1,6 @@
-"""train.py as its users run it: processes, signals, broken input, files left behind. Run: pytest tests/test_train_e2e.py"""
+"""train.py as its users run it: processes, signals, broken input, files left. Run: pytest tests/test_train_e2e.py"""
 
+import contextlib
 import json
 import math
 import os
@@ -17,6 +18,7 @@ import pytest
 import torch
 from conftest import CHARS, ROOT, TINY, Folder, close_state, encode, make_text, same_state, write_dataset
 
+import dataloader
 from model import GPT, GPTConfig
 
 STEP = r'iter {}: loss'  # the line of a step, for Run.wait_for
@@ -73,7 +75,7 @@ def test_the_log(finished):
     assert {line['step']: (round(line['train_loss'], 4), round(line['val_loss'], 4))
             for line in log if 'val_loss' in line} == evals
     rates = {line['step']: line['lr'] for line in log if 'lr' in line}
-    assert rates[0] == pytest.approx(1e-2 / 3) and rates[2] == 1e-2 and rates[19] > 1e-3  # warmup, then the cosine
+    assert [rates[0], rates[2], rates[11]] == pytest.approx([1e-2 / 3, 1e-2, 5.5e-3])  # warmup, then the cosine
     assert [line['tokens'] for line in log if 'tokens' in line] == [128 * n for n in range(1, 21)]
     times = [line['train_time'] for line in log]
     assert times == sorted(times) and all(line['grad_norm'] > 0 for line in log if 'loss' in line)
@@ -127,16 +129,19 @@ CASES = {
     'float32': {'dropout': 0.1},
     'bfloat16': {'dropout': 0.1, 'dtype': 'bfloat16', 'bias': True},
     'float16': {'dropout': 0.1, 'dtype': 'float16'},  # with a gradient scaler, whose state is part of the run
+    'two threads': {'dropout': 0.1},
     'wsd': {'lr_schedule': 'wsd', 'grad_clip': 0.0, 'always_save_checkpoint': False},
 }
 
 
 @pytest.mark.parametrize('case', CASES)
 def test_resume_is_exact(folder, case):
-    folder.train(out_dir='whole', **CASES[case]).ok()
-    folder.train(out_dir='half', **CASES[case], max_iters=10).ok()
+    threads = folder.path / 'threads.py'
+    threads.write_text('import torch\ntorch.set_num_threads(2)\n' if case == 'two threads' else '')
+    folder.train(threads, out_dir='whole', **CASES[case]).ok()
+    folder.train(threads, out_dir='half', **CASES[case], max_iters=10).ok()
     assert folder.checkpoint('half')['iter_num'] == 10
-    run = folder.train(out_dir='half', **CASES[case], init_from='resume').ok()
+    run = folder.train(threads, out_dir='half', **CASES[case], init_from='resume').ok()
     assert list(losses(run)[0]) == list(range(10, 20))
     same_state(folder.checkpoint('half'), folder.checkpoint('whole'))
     assert case != 'float16' or folder.checkpoint('half')['scaler']['scale'] > 0
@@ -271,21 +276,21 @@ def test_second_ctrl_c_is_obeyed(folder):
 
 def test_kills_lose_nothing(folder):
     """SIGKILL at random moments: what was reported saved is there, and init_from=auto goes on to the same weights."""
-    changes = {'max_iters': 40, 'eval_interval': 2, 'dropout': 0.1}
+    changes = {'max_iters': 200, 'eval_interval': 2, 'dropout': 0.1, 'log_interval': 20}
     folder.train(out_dir='whole', **changes).ok()
-    rng, kills, reported, run = random.Random(0), 0, 0, None
-    for _ in range(60):
+    rng, kills, reported = random.Random(0), 0, 0
+    while kills < 8:
         run = folder.start_train(init_from='auto', **changes)
         run.wait_for('M parameters')
-        time.sleep(rng.uniform(0, 0.25))
+        time.sleep(rng.uniform(0, 0.3))
         run.kill(signal.SIGKILL).wait()
         kills += run.code == -signal.SIGKILL
         reported = max([reported, *map(int, re.findall(r'saved out/ckpt.pt at step (\d+)', run.out))])
         if reported:
             assert folder.checkpoint()['iter_num'] >= reported and folder.checkpoint(name='best.pt')['iter_num'] > 0
-        if kills >= 6 and reported > 10 or run.code == 0:
+        if run.code == 0:
             break
-    assert kills >= 3
+    assert kills >= 3 and reported > 0
     run = folder.train(init_from='auto', **changes).ok()
     same_state(folder.checkpoint(), folder.checkpoint('whole'))
     same_state(folder.checkpoint(name='best.pt'), folder.checkpoint('whole', 'best.pt'))
@@ -301,13 +306,18 @@ def test_torchrun_brings_a_run_back(folder):
         '    open("marker", "w").close()\n    os.kill(os.getpid(), signal.SIGKILL)\n'
         'if os.environ["RANK"] == "1" and not os.path.exists("marker"):\n'
         '    threading.Thread(target=_kill, daemon=True).start()\n')
-    settings = {**TINY, 'init_from': 'auto', 'dropout': 0.1, 'max_iters': 600, 'eval_interval': 100, 'log_interval': 50}
-    done = subprocess.run(
+    settings = {**TINY, 'init_from': 'auto', 'dropout': 0.1, 'max_iters': 300, 'eval_interval': 50, 'log_interval': 50}
+    process = subprocess.Popen(
         [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '--max-restarts=1',
          '--monitor-interval=0.1', str(ROOT / 'train.py'), 'config.py', *(f'--{k}={v}' for k, v in settings.items())],
-        cwd=folder.path, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert (folder.path / 'marker').exists() and '600 steps' in done.stdout
+        cwd=folder.path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    try:
+        out = process.communicate(timeout=60)[0]
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)  # the workers are in its session, and would outlive it
+    assert process.returncode == 0, out
+    assert (folder.path / 'marker').exists() and '300 steps' in out
     folder.train_two(**{**settings, 'init_from': 'scratch', 'out_dir': 'whole'})
     same_state(folder.checkpoint(), folder.checkpoint('whole'))
 
@@ -369,6 +379,8 @@ def test_eval_only(trained):
     assert losses(run) == ({}, {20: losses(run)[1][20]}) and 'saved' not in run.out
     assert losses(run)[1][20][1] == pytest.approx(trained.checkpoint()['best_val_loss'], abs=1e-4)
     assert {f.name: f.read_bytes() for f in (trained.path / 'out').iterdir()} == before
+    run = trained.train(eval_only=True, init_from='resume', eval_interval=7).ok()  # step 20 is no multiple of it
+    assert list(losses(run)[0]) == [] and list(losses(run)[1]) == [20]
     run = trained.train(eval_only=True, out_dir='new').ok()
     assert list(losses(run)[1]) == [0] and not (trained.path / 'new').exists()
 
@@ -380,7 +392,7 @@ def test_patience(folder):
     assert 'val loss has not improved for 3 evaluations after step 20. To go on:' in run.out
     assert folder.checkpoint()['iter_num'] == 20 and folder.checkpoint(name='best.pt')['iter_num'] == 5
     # the count goes on across a resume
-    folder.train(out_dir='b', max_iters=12, eval_interval=5, patience=3, lr_decay_iters=5, min_lr=0.0).ok()
+    folder.train(out_dir='b', max_iters=10, eval_interval=5, patience=3, lr_decay_iters=5, min_lr=0.0).ok()
     run = folder.train(out_dir='b', init_from='resume', max_iters=100, eval_interval=5, patience=3, lr_decay_iters=5,
                        min_lr=0.0).ok()
     assert list(losses(run)[1]) == [15, 20]
@@ -407,7 +419,6 @@ def test_an_earlier_run_is_moved(trained):
 
 def test_a_run_that_died_before_its_first_checkpoint(folder):
     """It leaves a log; the run that starts anew leaves one as if nothing had been."""
-    folder.start_train(max_iters=10**6, eval_interval=10**6).wait_for(STEP.format(3))
     run = folder.start_train(max_iters=10**6, eval_interval=10**6)
     run.wait_for(STEP.format(3))
     run.kill(signal.SIGKILL).wait()
@@ -443,7 +454,7 @@ def test_wandb_offline(folder):
     ({'n_embd': 18, 'n_head': 4}, ['n_embd=18 is not divisible by n_head=4']),
     ({'dropout': 1.5}, ['dropout=1.5']), ({'batch_size': 0}, ['batch_size=0: expected 1 or more']),
     ({'eval_interval': 0}, ['eval_interval=0: expected 1 or more']),
-    ({'total_batch_size': -64}, ['total_batch_size=-64']),
+    ({'total_batch_size': -64}, ['total_batch_size=-64']), ({'grad_clip': -1.0}, ['grad_clip=-1.0']),
     ({'dataset': 'novel'}, ['no dataset in data/novel', 'Datasets here: tiny', 'prepare.py --input=FILE --name=novel']),
     ({'lr_schedule': 'linear'}, ["lr_schedule='linear': expected 'cosine' or 'wsd'"]),
     ({'lr_decay_iters': 1}, ['lr_decay_iters=1 is below warmup_iters=2']),
@@ -467,18 +478,16 @@ def test_cuda_without_a_gpu(folder):
     ({'total_batch_size': 16 * 7, 'batch_size': 3}, False), ({'total_batch_size': 16 * 3}, True)])
 def test_batch_suggestions_work(folder, changes, two):
     """Batch sizes that do not divide are refused, with others, which do."""
-    if two:
-        run = folder.start_train(**changes, env={'RANK': '0', 'WORLD_SIZE': '1', 'MASTER_ADDR': 'localhost',
-                                                 'MASTER_PORT': '0'}, max_iters=1)
-        run.ok()  # a whole batch for one process; not for two
-        with pytest.raises(AssertionError) as error:
-            folder.train_two(**changes, max_iters=1)
-        said = str(error.value)
-    else:
-        said = folder.train(**changes).refused('not a whole number').out
-    key, value = re.search(r'try --(\w+)=(\d+)', said).groups()
-    run = (folder.train_two if two else folder.train)(**{**changes, key: value, 'max_iters': 1})
-    assert run.code == 0, run.out
+    settings, suggestions = {**changes, 'max_iters': 1}, []
+    while True:
+        runs = folder.start_two(**settings) if two else [folder.start_train(**settings)]
+        if [run.wait().code for run in runs] == [0] * len(runs):
+            break
+        said = runs[0].refused('not a whole number').out
+        suggestions.append(re.search(r'try --(\w+)=(\d+)', said).groups())
+        settings.update([suggestions[-1]])
+        assert len(suggestions) <= 2, said  # the total first, then its pieces
+    assert suggestions
 
 
 def test_out_dir_that_can_not_be_written(folder):
@@ -560,13 +569,13 @@ def test_prepares_what_is_missing(folder):
     assert 'running: python data/late/prepare.py' in run.out and 'preparing' in run.out
     (data / 'val.bin').unlink()
     (data / 'prepare.py').write_text('pass')  # succeeds, but makes nothing
-    folder.start_train(dataset='late').wait(20).refused('python data/late/prepare.py', 'val.bin')
+    folder.start_train(dataset='late').wait(10).refused('python data/late/prepare.py', 'val.bin')
 
 
 # nanoGPT's habits -----------------------------------------------------------------------------------------------------
 
 def nanogpt_checkpoint(path, dataset='tiny'):
-    """A ckpt.pt as nanoGPT's train.py saves it after two steps of a compiled model. -> its state_dict without prefix."""
+    """A ckpt.pt as nanoGPT's train.py saves it after two steps of a compiled model. -> that model."""
     args = {'n_layer': 2, 'n_head': 2, 'n_embd': 16, 'block_size': 16, 'bias': False, 'vocab_size': len(CHARS),
             'dropout': 0.1}
     torch.manual_seed(0)
@@ -595,6 +604,7 @@ def test_nanogpts_checkpoint_and_data(folder):
     model = nanogpt_checkpoint(folder.path / 'out' / 'ckpt.pt')
     ids = torch.from_numpy(encode(make_text(333, 1))[:321]).long()
     run = folder.train(init_from='resume', eval_only=True).ok()
+    assert losses(run)[0] == {}
     expected = model(ids[:-1].view(20, 16), ids[1:].view(20, 16))[1].item()
     assert losses(run)[1][2][1] == pytest.approx(expected, abs=0.03)  # but for the last 12 targets
     run = folder.train(init_from='resume', max_iters=4, eval_interval=2).ok()
@@ -605,7 +615,7 @@ def test_nanogpts_checkpoint_and_data(folder):
     run = folder.sample(num_samples=1, max_new_tokens=20).ok()
     assert 'step 4' in run.out
     nanogpt_checkpoint(folder.path / 'out' / 'ckpt.pt')
-    (folder.path / 'out' / 'best.pt').unlink()
+    (folder.path / 'out' / 'best.pt').unlink(missing_ok=True)
     run = folder.sample(num_samples=2, max_new_tokens=20, start='the').ok()
     assert 'step 2, best val loss 2.9' in run.out and run.out.count('the') >= 2
 
@@ -622,7 +632,6 @@ def test_resuming_nanogpts_optimizer(folder):
         group['lr'] = 5e-3
     folder.train(init_from='resume', max_iters=3, decay_lr=False, learning_rate=5e-3, beta2=0.99, grad_clip=0.0,
                  weight_decay=0.1).ok()
-    import dataloader
     ids = encode(make_text(3000)).astype(np.uint16)
     starts = dataloader.train_windows(2, 8, len(ids), 16, 1337)
     optimizer.zero_grad()

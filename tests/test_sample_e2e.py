@@ -1,0 +1,217 @@
+"""sample.py as its users run it. Run: pytest tests/test_sample_e2e.py"""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+
+import pytest
+import torch
+from conftest import CHARS, ROOT, Folder, encode, make_text, write_dataset
+
+from model import GPT, GPTConfig
+
+VOCAB = len(CHARS)
+
+
+def save(folder, model, out_dir='out', name='ckpt.pt', **changes):
+    """A checkpoint of `model` as train.py writes it, as far as sampling needs it."""
+    (folder.path / out_dir).mkdir(exist_ok=True)
+    torch.save({'version': 1, 'model': model.state_dict(), 'model_args': asdict(model.config), 'iter_num': 7,
+                'best_val_loss': 1.25, 'config': {'dataset': 'tiny'},
+                'tokenizer': {'kind': 'char', 'chars': ''.join(CHARS)}, **changes}, folder.path / out_dir / name)
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    """A folder with a model trained until it writes words. No test changes it."""
+    path = tmp_path_factory.mktemp('sample')
+    write_dataset(path / 'data' / 'tiny', encode(make_text(3000)), encode(make_text(333, seed=1)))
+    folder = Folder(path)
+    folder.train(max_iters=200, lr_decay_iters=200, eval_interval=100, n_embd=32).ok()
+    return folder
+
+
+def samples(run):
+    """The texts that a run printed, each with its prompt."""
+    *_, out = run.ok().out.split('best val loss ', 1)
+    *texts, end = out.split('\n', 1)[1].split('\n---------------\n')
+    assert end == ''
+    return texts
+
+
+def test_samples(trained):
+    run = trained.sample(num_samples=3, max_new_tokens=60, start='the cat')
+    texts = samples(run)
+    assert f'out/best.pt: step {trained.checkpoint(name="best.pt")["iter_num"]}, best val loss' in run.out
+    assert len(texts) == 3 and len(set(texts)) == 3
+    assert all(text.startswith('the cat') and len(text) == 67 and set(text) <= set(CHARS) for text in texts)
+    words = ' '.join(texts).split()
+    known = set(make_text(3000).split())
+    assert sum(word in known for word in words) > len(words) / 2  # it writes what it has read
+
+
+def test_defaults(trained):
+    texts = samples(trained.sample())
+    assert len(texts) == 10 and all(text.startswith('\n') and len(text) == 501 for text in texts)
+
+
+def test_seeds(trained):
+    a, b, c = (samples(trained.sample(num_samples=2, max_new_tokens=40, seed=seed)) for seed in (1, 1, 2))
+    assert a == b != c
+
+
+@pytest.mark.parametrize('controls', [{'temperature': 0}, {'top_k': 1}, {'top_p': 1e-6, 'top_k': None}])
+def test_greedy(trained, controls):
+    """All of these take the likeliest token, as the plain definition in model.py does, far beyond block_size."""
+    state = trained.checkpoint(name='best.pt')
+    model = GPT(GPTConfig(**state['model_args']))
+    model.load_state_dict(state['model'])
+    ids = model.eval().generate(torch.from_numpy(encode('the cat'))[None], 50, temperature=0)[0]
+    expected = ''.join(CHARS[i] for i in ids)
+    assert samples(trained.sample(start='the cat', num_samples=2, max_new_tokens=50, **controls)) == [expected] * 2
+
+
+def test_prompt_longer_than_the_context(trained):
+    prompt = make_text(100)
+    text, = samples(trained.sample(start=prompt, num_samples=1, max_new_tokens=30))
+    assert text.startswith(prompt) and len(text) == 130
+
+
+def test_prompt_from_a_file(trained, tmp_path):
+    (tmp_path / 'prompt.txt').write_text('the\ncat', encoding='utf-8')
+    text, = samples(trained.sample(start=f'FILE:{tmp_path}/prompt.txt', num_samples=1, max_new_tokens=5))
+    assert text.startswith('the\ncat') and len(text) == 12
+    trained.sample(start=f'FILE:{tmp_path}/none.txt').refused(f'{tmp_path}/none.txt', 'No such file')
+    (tmp_path / 'binary').write_bytes(b'\xff\xfe')
+    trained.sample(start=f'FILE:{tmp_path}/binary').refused(f'{tmp_path}/binary', 'utf-8')
+
+
+@pytest.mark.parametrize('settings, said', [
+    ({'start': 'the @ é'}, ["'@' (U+0040)", "'é' (U+00E9)"]), ({'start': ''}, ['the prompt is empty']),
+    ({'out_dir': 'nowhere'}, ['no checkpoint at nowhere/ckpt.pt', 'python train.py --out_dir=nowhere']),
+    ({'num_samples': 0}, ['num_samples=0: expected 1 or more']), ({'temperature': -1}, ['temperature=-1.0']),
+    ({'top_k': -1}, ['top_k=-1']), ({'top_p': 0}, ['top_p=0.0']), ({'top_p': 1.5}, ['top_p=1.5']),
+    ({'max_new_tokens': -1}, ['max_new_tokens=-1']), ({'which': 'worst'}, ["which='worst': expected 'best' or 'last'"]),
+    ({'init_from': 'gpt5'}, ["'gpt5' is neither a folder nor one of gpt2"]), ({'dtype': 'int4'}, ["dtype='int4'"]),
+    ({'number': 3}, ["unknown setting 'number'"])])
+def test_refused(trained, settings, said):
+    run = trained.sample(**settings).refused(*said)
+    assert '---------------' not in run.out
+
+
+def test_no_tokens(trained):
+    assert samples(trained.sample(start='the', num_samples=2, max_new_tokens=0)) == ['the', 'the']
+
+
+def test_stop(trained):
+    """A sample ends before the stop text, which nothing printed on the way may show."""
+    long, = samples(trained.sample(start='the', num_samples=1, max_new_tokens=80, temperature=0))
+    new = long.removeprefix('the')
+    stop = new[40:45]
+    cut = new[: new.index(stop)]
+    texts = samples(trained.sample(start='the', num_samples=2, max_new_tokens=80, temperature=0, stop=stop))
+    assert texts == ['the' + cut] * 2
+
+
+@pytest.mark.parametrize('stop', ['@', '@@', '@@@@@@', '@' * 20, '@' * 100])
+def test_stop_that_never_comes(trained, stop):
+    """What is held back, because it could be the beginning of the stop text, is printed in the end, and only once."""
+    kw = {'start': 'the', 'num_samples': 1, 'max_new_tokens': 30, 'temperature': 0}
+    assert samples(trained.sample(**kw, stop=stop)) == samples(trained.sample(**kw))
+
+
+def test_best_and_last(folder):
+    """best.pt unless told otherwise; ckpt.pt where there is no other."""
+    model = GPT(GPTConfig(block_size=8, vocab_size=VOCAB, n_layer=1, n_head=1, n_embd=8))
+    save(folder, model, iter_num=100)
+    kw = {'num_samples': 1, 'max_new_tokens': 3}
+    assert 'out/ckpt.pt: step 100, best val loss 1.2500' in folder.sample(**kw).ok().out
+    save(folder, model, name='best.pt', iter_num=50)
+    assert 'out/best.pt: step 50' in folder.sample(**kw).ok().out
+    assert 'out/ckpt.pt: step 100' in folder.sample(**kw, which='last').ok().out
+
+
+def test_padded_vocabulary(folder):
+    """Ids that the vocabulary is padded with are never drawn, however large their logits are."""
+    model = GPT(GPTConfig(block_size=8, vocab_size=64, n_layer=1, n_head=1, n_embd=8))
+    with torch.no_grad():
+        model.transformer.ln_f.weight.zero_()
+        model.transformer.ln_f.bias.fill_(1.0)
+        model.lm_head.weight[VOCAB:] = 50.0
+    save(folder, model)
+    for temperature in (0, 1.0, 50.0):
+        texts = samples(folder.sample(num_samples=4, max_new_tokens=30, temperature=temperature, top_k=None))
+        assert all(len(text) == 31 and set(text) <= set(CHARS) for text in texts)
+
+
+def test_bytes(folder):
+    """A byte model may say what is no UTF-8; its text still prints, in any locale."""
+    model = GPT(GPTConfig(block_size=8, vocab_size=256, n_layer=1, n_head=1, n_embd=8))
+    save(folder, model, tokenizer={'kind': 'byte'})
+    assert len(samples(folder.sample(start='é🙂', num_samples=2, max_new_tokens=50, temperature=2.0))) == 2
+    done = subprocess.run([sys.executable, str(ROOT / 'sample.py'), '--start=é', '--num_samples=1'], cwd=folder.path,
+                          env={**os.environ, 'PYTHONIOENCODING': 'ascii'}, capture_output=True)
+    assert done.returncode == 0 and done.stdout.endswith(b'---------------\n'), done.stderr
+
+
+@pytest.mark.parametrize('settings', [{'dtype': 'bfloat16'}, {'dtype': 'float16'}])
+def test_precisions(trained, settings):
+    """In half the bits the text is another, but still words."""
+    words = samples(trained.sample(num_samples=1, max_new_tokens=200, temperature=0.5, **settings))[0].split()
+    known = set(make_text(3000).split())
+    assert sum(word in known for word in words) > len(words) / 2
+
+
+def test_bad_checkpoint(trained, folder):
+    whole = (trained.path / 'out' / 'best.pt').read_bytes()
+    (folder.path / 'out').mkdir()
+    (folder.path / 'out' / 'best.pt').write_bytes(whole[:5000])
+    folder.sample().refused('out/best.pt can not be read')
+    (folder.path / 'out' / 'best.pt').write_bytes(b'not a checkpoint')
+    folder.sample().refused('out/best.pt can not be read')
+
+
+def test_checkpoint_without_a_tokenizer(folder):
+    """nanoGPT's way: the vocabulary is in the dataset's meta.pkl; without that, what to do is said."""
+    save(folder, GPT(GPTConfig(block_size=8, vocab_size=VOCAB, n_layer=1, n_head=1, n_embd=8)), tokenizer=None)
+    for name in ('meta.json', 'train.bin', 'val.bin'):
+        (folder.path / 'data' / 'tiny' / name).unlink()
+    folder.sample().refused('no tokenizer in it', 'python data/tiny/prepare.py')
+    write_dataset(folder.path / 'data' / 'tiny', [], [], meta='pkl')
+    assert len(samples(folder.sample(num_samples=1, max_new_tokens=20))[0]) == 21
+
+
+def huggingface_folder(path, **changes):
+    """A small GPT-2 as transformers would save it, written without it."""
+    safetensors_torch = pytest.importorskip('safetensors.torch')
+    torch.manual_seed(0)
+    config = {'model_type': 'gpt2', 'n_positions': 16, 'n_layer': 1, 'n_head': 1, 'n_embd': 8, 'vocab_size': 50257}
+    config.update(changes)
+    model = GPT(GPTConfig(16, config['vocab_size'], 1, 1, 8))
+    state = {name: t.t().contiguous() if name.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight')) else t
+             for name, t in model.state_dict().items() if name != 'lm_head.weight'}
+    path.mkdir()
+    safetensors_torch.save_file(state, path / 'model.safetensors')
+    (path / 'config.json').write_text(json.dumps(config))
+
+
+def test_huggingface_folder(folder):
+    huggingface_folder(folder.path / 'small', vocab_size=300)
+    folder.sample(init_from='small').refused('small: vocab_size is 300', '50257')
+    folder.sample(init_from='data').refused('data: no config.json')
+    huggingface_folder(folder.path / 'gpt2-like')
+    run = folder.sample(init_from='gpt2-like', num_samples=1, max_new_tokens=20, start='Hello there')
+    if "cannot get the vocabulary 'gpt2'" in run.out:
+        pytest.skip("GPT-2's vocabulary cannot be had here")
+    text = run.ok().out
+    assert 'Hello there' in text and text.endswith('\n---------------\n')
+
+
+def test_nanogpts_commands(trained):
+    """As nanoGPT's README gives them, by python itself."""
+    done = subprocess.run([sys.executable, str(ROOT / 'sample.py'), '--out_dir=out', '--device=cpu', '--num_samples=2',
+                           '--max_new_tokens=10', '--init_from=resume'],
+                          cwd=trained.path, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count('---------------') == 2, done.stderr

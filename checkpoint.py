@@ -46,7 +46,7 @@ def save(out_dir, state, is_best):
             os.replace(f'{temporary}-best', os.path.join(out_dir, 'best.pt'))
         os.replace(temporary, os.path.join(out_dir, 'ckpt.pt'))
     except RuntimeError as error:
-        if 'writ' not in str(error):  # "PytorchStreamWriter failed writing file": how torch reports a full disk
+        if 'inline_container' not in str(error):  # torch's zip writer, which hides the OSError of the file it was given
             raise
         raise OSError(str(error).splitlines()[0]) from error
     finally:
@@ -89,13 +89,12 @@ def load(path):
         state = torch.load(path, map_location='cpu', weights_only=True)
     except (OSError, MemoryError):
         raise
-    except pickle.UnpicklingError as error:
-        raise ValueError(f'{path} was refused: it holds more than tensors and plain values. Either it is no checkpoint, or '
-                         f'it would run code when loaded; nothing in it was run') from error
-    except Exception as error:  # by kind of damage: RuntimeError, EOFError, KeyError, zipfile's ...
+    except Exception as error:  # by kind of damage: RuntimeError, EOFError, UnpicklingError, zipfile's, KeyError ...
         why = f'{type(error).__name__}: {str(error).splitlines()[0][:200]}' if str(error) else type(error).__name__
         best = os.path.join(os.path.dirname(path), 'best.pt')
-        remedy = f'cp {best} {path}' if os.path.exists(best) and best != path else 'restore a copy of it'
+        remedy = f'cp {best} {path}' if os.path.exists(best) and best != path else 'restore a copy (no best.pt here)'
+        if isinstance(error, pickle.UnpicklingError):
+            why = 'it was refused, as it asks for more than tensors and plain values and may run code; none was run'
         raise ValueError(f'{path} can not be read ({why}): it is damaged or truncated; {remedy}') from error
     if not isinstance(state, dict) or 'model' not in state or 'model_args' not in state:
         raise ValueError(f'{path} holds no checkpoint: expected a dict with the keys model and model_args')
@@ -146,6 +145,8 @@ def put_aside(out_dir):
 def keep_log_until(out_dir, iter_num):
     """Drop log.jsonl's lines from step iter_num on: a run killed after its last checkpoint takes those steps again."""
     path = os.path.join(out_dir, 'log.jsonl')
+    if not os.path.exists(path):
+        return
     kept = []
     with open(path, encoding='utf-8') as f:
         for line in f:
@@ -154,7 +155,8 @@ def keep_log_until(out_dir, iter_num):
             except ValueError:  # half a line: the machine lost power
                 continue
             # an evaluation at step n comes before update n and was saved with it; the line of update n comes after
-            if record['step'] < iter_num + ('val_loss' in record):
+            was_saved = 'val_loss' in record and iter_num > 0
+            if record['step'] < iter_num + was_saved:
                 kept.append(line)
     with open(f'{path}.tmp', 'w', encoding='utf-8') as f:
         f.writelines(kept)

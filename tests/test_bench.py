@@ -1,4 +1,4 @@
-"""bench/: the plot on made-up logs, and the helpers that the measuring scripts share. Run: pytest tests/test_bench.py"""
+"""bench/: the plot on made-up logs, and what the measuring scripts share. Run: pytest tests/test_bench.py"""
 
 import json
 import os
@@ -35,7 +35,7 @@ def png_size(path):
     return int.from_bytes(header[16:20], 'big'), int.from_bytes(header[20:24], 'big')
 
 
-# plot.py ---------------------------------------------------------------------------------------------------------------
+# plot.py -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('axis', ['step', 'time', 'tokens'])
@@ -106,7 +106,7 @@ def test_names_of_runs():
     assert plot.names_of(['1/out', '2/out']) == ['1/out', '2/out']
 
 
-# common.py ---------------------------------------------------------------------------------------------------------------
+# common.py -----------------------------------------------------------------------------------------------------------
 
 
 def test_step_times_stops_the_run_it_measures(tmp_path):
@@ -163,6 +163,7 @@ def test_last_line_is_json(capsys):
 
 @pytest.mark.parametrize('name', ['start', 'kill'])
 def test_scripts_explain_themselves(name):
-    done = subprocess.run([sys.executable, str(ROOT / 'bench' / f'{name}.py'), '--help'], text=True, capture_output=True)
+    script = ROOT / 'bench' / f'{name}.py'
+    done = subprocess.run([sys.executable, str(script), '--help'], text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
     assert f'$ python bench/{name}.py' in done.stdout and 'config = ' not in done.stdout

@@ -192,8 +192,8 @@ def test_pages_of_the_scripts(script):
     nanogpt = {
         'train.py': 'out_dir eval_interval log_interval eval_iters eval_only always_save_checkpoint init_from '
         'wandb_log wandb_project wandb_run_name dataset gradient_accumulation_steps batch_size block_size '
-        'n_layer n_head n_embd dropout bias learning_rate max_iters weight_decay beta1 beta2 grad_clip decay_lr warmup_iters '
-        'lr_decay_iters min_lr backend device dtype compile',
+        'n_layer n_head n_embd dropout bias learning_rate max_iters weight_decay beta1 beta2 grad_clip decay_lr '
+        'warmup_iters lr_decay_iters min_lr backend device dtype compile',
         'sample.py': 'init_from out_dir start num_samples max_new_tokens temperature top_k seed device dtype compile'}
     assert set(nanogpt[script].split()) <= set(page)
     if script == 'train.py':

@@ -196,7 +196,7 @@ def test_truncated(tmp_path, cut, meta):
         with pytest.raises(ValueError) as error:
             opened(tmp_path)
         assert str(path) in str(error.value) and f'{200 - cut} bytes' in str(error.value)
-        assert f'python {tmp_path}/prepare.py' in str(error.value)
+        assert f'--name={tmp_path.name}' in str(error.value)
     else:
         assert len(opened(tmp_path)) == 100 - cut // 2
 
@@ -226,7 +226,7 @@ def test_damaged_meta_json(tmp_path, damage):
     path.write_text(damage(json.loads(path.read_text())))
     with pytest.raises(ValueError) as error:
         dataloader.load_meta(str(tmp_path))
-    assert f'{path} is damaged' in str(error.value) and f'python {tmp_path}/prepare.py' in str(error.value)
+    assert f'{path} is damaged' in str(error.value) and f'--name={tmp_path.name}' in str(error.value)
 
 
 def test_meta_json_that_is_no_text(tmp_path):

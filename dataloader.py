@@ -90,9 +90,11 @@ def prepare_if_missing(data_dir, is_first):
         if is_first:
             print(f'{data_dir} is not prepared yet; running: python {script}', flush=True)
             code = subprocess.run([sys.executable, script]).returncode
+            if code == 0 and is_missing():
+                raise ValueError(f'python {script} ended without writing train.bin and val.bin to {data_dir}')
             if code not in (0, 75):  # 75, EX_TEMPFAIL: another machine on this disk is at it
                 raise ValueError(f'python {script} failed; what it said is above')
-        time.sleep(1)
+        time.sleep(1 if is_missing() else 0)
 
 
 # Which windows make a batch ------------------------------------------------------------------------------------------
@@ -136,7 +138,7 @@ def train_windows(step, n_sequences, n_tokens, block_size, seed):
     index = np.uint64(step) * np.uint64(n_sequences) + np.arange(n_sequences, dtype=np.uint64)
     per_epoch = max(1, (n_tokens - block_size) // block_size)
     epoch, place = index // np.uint64(per_epoch), index % np.uint64(per_epoch)
-    key = mix(epoch, np.full_like(epoch, seed))
+    key = mix(epoch, np.full_like(epoch, seed % 2**64))
     n_offsets = min(block_size, n_tokens - per_epoch * block_size)
     starts = shuffled(place, per_epoch, key) * np.uint64(block_size) + key % np.uint64(n_offsets)
     return starts.astype(np.int64)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from corpus import core_count
 
@@ -57,15 +58,19 @@ def connect(world, device, backend):
         torch.set_num_threads(max(1, core_count() // int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
     if sys.platform == 'win32':
         os.environ.setdefault('USE_LIBUV', '0')  # torch's Windows builds come without libuv
-    gpu_backend = 'nccl' if backend == 'auto' else backend
     if device.type == 'cuda':
         torch.cuda.set_device(device)
-        # a gloo group beside nccl, for the few numbers that live on the CPU
-        dist.init_process_group('gloo' if gpu_backend == 'gloo' else f'cpu:gloo,cuda:{gpu_backend}')
+        # beside nccl a gloo group, for the few numbers that live on the CPU
+        backend = 'gloo' if backend == 'gloo' else f'cpu:gloo,cuda:{"nccl" if backend == "auto" else backend}'
     else:
-        if backend == 'nccl':
-            world.print('backend nccl needs GPUs; using gloo')
-        dist.init_process_group('gloo')
+        if backend not in ('auto', 'gloo'):
+            world.print(f'backend {backend} needs GPUs; using gloo')
+        backend = 'gloo'
+    # torchrun's store outlives the workers it restarts, with the addresses of the dead ones in it; so each attempt
+    # gets a corner of its own
+    store = next(rendezvous('env://'))[0]
+    store = dist.PrefixStore(f'attempt {os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)}', store)
+    dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size)
 
 
 def disconnect():

@@ -21,6 +21,8 @@ from configurator import explain_errors, override
 from generate import generate_texts
 from model import GPT, GPTConfig
 
+sys.stdout.reconfigure(errors='replace')  # a terminal that can't show a character still gets the rest
+
 # settings ------------------------------------------------------------------------------------------------------------
 init_from = 'resume'  # 'resume': a checkpoint in out_dir; 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'; a HF folder
 out_dir = 'out'  # where train.py wrote ckpt.pt and best.pt
@@ -85,7 +87,6 @@ if start.startswith('FILE:'):
         raise ValueError(f'start={start!r}: {error}') from error
 
 # the first sample as it comes, without the tail that may yet turn out to be the beginning of `stop`
-sys.stdout.reconfigure(errors='replace')  # a terminal that can't show a character still gets the rest
 printed, texts = 0, [''] * num_samples
 with autocast:
     for texts, done in generate_texts(model, text_tokenizer, prompt, num_samples, max_new_tokens, stop, seed,

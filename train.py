@@ -96,7 +96,7 @@ for names, is_valid, expected in (
     (('eval_interval', 'log_interval', 'eval_iters', 'batch_size', 'block_size', 'gradient_accumulation_steps'),
      lambda value: value >= 1, '1 or more'),
     (('total_batch_size', 'max_iters', 'warmup_iters', 'patience', 'sample_tokens', 'learning_rate', 'min_lr',
-      'weight_decay', 'grad_clip', 'seed'), lambda value: value >= 0, '0 or more'),
+      'weight_decay', 'grad_clip'), lambda value: value >= 0, '0 or more'),
     (('beta1', 'beta2'), lambda value: 0 <= value < 1, 'at least 0 and below 1'),
     (('decay_fraction',), lambda value: 0 < value <= 1, 'above 0 and at most 1'),
     (('lr_schedule',), lambda value: value in ('cosine', 'wsd'), "'cosine' or 'wsd'"),
@@ -303,10 +303,18 @@ def save_checkpoint(is_best):
     return True
 
 
+def stop_not_finite(what):
+    """End the run, with the last good checkpoint as it is."""
+    where = f'{ckpt_path} is of step {saved_iter}' if saved_iter else 'there is no checkpoint yet'
+    lr = learning_rate_at(iter_num)
+    raise SystemExit(f'step {iter_num}: {what} (learning rate {lr:.3g}). Stopped before the update; {where}. Try a lower '
+                     f'--learning_rate, a longer warmup, or --dtype=float32')
+
+
 def log(**record):
     """Append a line to out_dir/log.jsonl; a disk without room for it is no reason to stop training."""
     path = os.path.join(out_dir, 'log.jsonl')
-    size = os.path.getsize(path)
+    size = os.path.getsize(path) if os.path.exists(path) else 0
     try:
         with open(path, 'a', encoding='utf-8') as f:
             f.write(json.dumps(record) + '\n')
@@ -382,7 +390,8 @@ t0 = time.perf_counter()
 while True:
     # evaluate and save
     finished = iter_num >= max_iters
-    if (iter_num % eval_interval == 0 or finished) and (iter_num > start_iter or iter_num == 0 or eval_only):
+    is_due = (iter_num % eval_interval == 0 or finished) and (iter_num > start_iter or iter_num == 0)
+    if is_due or eval_only:
         losses = evaluate()
         is_best, former_best = losses['val'] < best_val_loss, best_val_loss
         best_val_loss, evals_since_best = min(best_val_loss, losses['val']), 0 if is_best else evals_since_best + 1
@@ -390,6 +399,8 @@ while True:
             bar.write(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}')
         if eval_only:
             break
+        if not math.isfinite(losses['val']):  # the last update ruined the weights: they must not be saved
+            stop_not_finite(f'val loss is {losses["val"]}')
         if world.is_main:
             log(step=iter_num, train_loss=losses['train'], val_loss=losses['val'], train_time=round(train_time, 3))
         if iter_num > 0 and (is_best or always_save_checkpoint):
@@ -425,10 +436,7 @@ while True:
     # stop before an update that would ruin the weights; and all processes together when one is asked to stop
     loss_mean, stop_requests = world.sum([loss_sum.item() / world.size, stop_signal is not None])
     if not math.isfinite(loss_mean) or (not math.isfinite(norm) and not scaler.is_enabled()):
-        what = f'loss is {loss_mean}' if not math.isfinite(loss_mean) else f'the norm of the gradient is {norm}'
-        where = f'{ckpt_path} is of step {saved_iter}' if saved_iter else 'there is no checkpoint yet'
-        raise SystemExit(f'step {iter_num}: {what} (learning rate {lr:.3g}). Stopped before the update; {where}. Try a '
-                         f'lower --learning_rate, a longer warmup, or --dtype=float32')
+        stop_not_finite(f'loss is {loss_mean}, norm of the gradient {norm}')
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)

@@ -4,8 +4,8 @@ Is anything lost? Kill training again and again, and fill its disk.
     $ python bench/kill.py               # 100 kills, 8 minutes or more
     $ python bench/kill.py --runs=10     # a quick look
 
-A tiny model trains with --init_from=auto, saving after every step, and is killed with SIGKILL: seven times in ten while
-it trains, the moment drawn at random, three times at a random moment from its start on. After each kill
+A tiny model trains with --init_from=auto, saving after every step, and is killed with SIGKILL at a moment drawn at
+random: of ten times, five while it trains, three in the milliseconds in which it saves, two from its start on. Then
   - ckpt.pt must exist if train.py ever said that it saved one, load, and be of the last step reported or a later one;
   - best.pt likewise; the next run must go on at exactly the step of ckpt.pt, and at the end log.jsonl must hold every
     step once.
@@ -67,24 +67,28 @@ def logged_steps(out_dir):
     return [record['step'] for record in records if 'loss' in record]
 
 
-def run_and_kill(folder, delay, from_start):
+def run_and_kill(folder, moment, delay):
     """
-    Start train.py and kill it `delay` seconds after its start or after its first step. -> (first step it trained or
-    None, last step it reported as saved or None, everything it printed).
+    Start train.py and kill it `delay` seconds after its 'start', the first 'step' or the beginning of a 'save'.
+    -> (first step it trained or None, last step it reported as saved or None, everything it printed).
     """
     process = subprocess.Popen([*TRAIN, '--init_from=auto'], cwd=folder, env=common.environment(), text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    if from_start:
-        threading.Timer(delay, process.kill).start()
+    killer = threading.Timer(delay, process.kill)
+    if moment == 'start':
+        killer.start()
     first, reported, lines = None, None, []
     for line in process.stdout:  # to its end, which the kill makes
         lines.append(line)
         if match := common.ITER.match(line):
-            if first is None and not from_start:
-                threading.Timer(delay, process.kill).start()
             first = int(match[1]) if first is None else first
         elif match := common.SAVED.match(line):
             reported = int(match[2])
+        # the evaluation's line precedes a save at once; the first is left alone, so that there is progress
+        if not killer.is_alive() and (moment == 'step' and first is not None or
+                                      moment == 'save' and reported is not None and line.startswith('step ')):
+            moment = 'over'
+            killer.start()
     if process.wait() != -9:
         raise SystemExit(f'train.py ended by itself:\n{"".join(lines)[-2000:]}')
     return first, reported, ''.join(lines)
@@ -97,16 +101,16 @@ def kill_runs(folder):
     counts = {'kills': runs, 'before the first step': 0, 'with a half-written file': 0, 'saves reported': 0}
     failures, on_disk, longest_start = [], 0, 4.0
     for kill in range(runs):
-        from_start = kill % 10 >= 7
-        delay = chance.uniform(0, longest_start if from_start else longest)
+        moment = ['step', 'step', 'save', 'step', 'start', 'save', 'step', 'save', 'step', 'start'][kill % 10]
+        delay = chance.uniform(0, {'start': longest_start, 'step': longest, 'save': 0.01}[moment])
         t0 = time.perf_counter()
-        first, reported, text = run_and_kill(folder, delay, from_start)
-        if not from_start:
+        first, reported, text = run_and_kill(folder, moment, delay)
+        if moment == 'step':
             longest_start = time.perf_counter() - t0  # a start that long reaches the training
         counts['before the first step'] += first is None
         counts['saves reported'] += text.count('\nsaved ')
         if os.path.isdir(out_dir):
-            counts['with a half-written file'] += any('.tmp-' in name for name in os.listdir(out_dir))
+            counts['with a half-written file'] += os.path.exists(f'{out_dir}/ckpt.pt.tmp')
         if first is not None and first != on_disk:
             failures.append(f'kill {kill}: the run began at step {first}, ckpt.pt was of step {on_disk}')
         expected = on_disk if reported is None else reported

@@ -178,6 +178,7 @@ def test_checkpoint_without_a_tokenizer(folder):
     save(folder, GPT(GPTConfig(block_size=8, vocab_size=VOCAB, n_layer=1, n_head=1, n_embd=8)), tokenizer=None)
     for name in ('meta.json', 'train.bin', 'val.bin'):
         (folder.path / 'data' / 'tiny' / name).unlink()
+    (folder.path / 'data' / 'tiny' / 'prepare.py').write_text('')
     folder.sample().refused('no tokenizer in it', 'python data/tiny/prepare.py')
     write_dataset(folder.path / 'data' / 'tiny', [], [], meta='pkl')
     assert len(samples(folder.sample(num_samples=1, max_new_tokens=20))[0]) == 21

@@ -424,6 +424,15 @@ def test_an_earlier_run_is_moved(trained):
     assert not (trained.path / 'out' / 'previous-2').exists() and trained.checkpoint()['iter_num'] == 3
 
 
+def test_two_runs_in_one_folder(folder):
+    """The second is refused; the first goes on, and leaves the folder to others when it ends."""
+    run = folder.start_train(max_iters=10**6, eval_interval=10**6)
+    run.wait_for(STEP.format(3))
+    folder.train(max_iters=2).refused('another process is training in out')
+    run.kill(signal.SIGTERM).ok()
+    folder.train(max_iters=2, init_from='auto').ok()
+
+
 def test_a_run_that_died_before_its_first_checkpoint(folder):
     """It leaves a log; the run that starts anew leaves one as if nothing had been."""
     run = folder.start_train(max_iters=10**6, eval_interval=10**6)
@@ -462,12 +471,13 @@ def test_wandb_offline(folder):
     ({'dropout': 1.5}, ['dropout=1.5']), ({'batch_size': 0}, ['batch_size=0: expected 1 or more']),
     ({'eval_interval': 0}, ['eval_interval=0: expected 1 or more']),
     ({'total_batch_size': -64}, ['total_batch_size=-64']), ({'grad_clip': -1.0}, ['grad_clip=-1.0']),
+    ({'beta2': 1.0}, ['beta2=1.0']), ({'max_iters': -1}, ['max_iters=-1']),
     ({'dataset': 'novel'}, ['no dataset in data/novel', 'Datasets here: tiny', 'prepare.py --input=FILE --name=novel']),
     ({'lr_schedule': 'linear'}, ["lr_schedule='linear': expected 'cosine' or 'wsd'"]),
-    ({'lr_decay_iters': 1}, ['lr_decay_iters=1 is below warmup_iters=2']),
+    ({'lr_decay_iters': 1}, ['lr_decay_iters=1: expected at least warmup_iters=2']),
     ({'dtype': 'float8'}, ["dtype='float8': expected 'auto', 'float32', 'bfloat16', 'float16'"]),
     ({'device': 'gpu'}, ["device='gpu' is no device"]), ({'compile': 'maybe'}, ["compile='maybe'"]),
-    ({'init_from': 'gpt3'}, ["'gpt3' is neither a folder nor one of gpt2"]),
+    ({'init_from': 'gpt3'}, ["init_from='gpt3': expected a folder in Hugging Face layout or one of scratch"]),
     ({'init_from': 'resume'}, ['no checkpoint at out/ckpt.pt', 'python train.py --out_dir=out']),
     ({'block_size': 400}, ['val.bin has 333 tokens, fewer than block_size + 1 = 401', '--block_size=332'])])
 def test_refused(folder, changes, said):
@@ -549,6 +559,7 @@ def test_other_tokenizer(trained):
 
 def test_bad_data(folder):
     tiny = folder.path / 'data' / 'tiny'
+    (tiny / 'prepare.py').write_text('')  # there are .bin files: named, not run
     train = (tiny / 'train.bin').read_bytes()
     (tiny / 'train.bin').write_bytes(train[:-6])
     folder.train().refused('data/tiny/train.bin has 5,994 bytes, expected 6,000', 'python data/tiny/prepare.py')

@@ -307,8 +307,8 @@ def stop_not_finite(what):
     """End the run, with the last good checkpoint as it is."""
     where = f'{ckpt_path} is of step {saved_iter}' if saved_iter else 'there is no checkpoint yet'
     lr = learning_rate_at(iter_num)
-    raise SystemExit(f'step {iter_num}: {what} (learning rate {lr:.3g}). Stopped before the update; {where}. Try a lower '
-                     f'--learning_rate, a longer warmup, or --dtype=float32')
+    raise SystemExit(f'step {iter_num}: {what} (learning rate {lr:.3g}). Stopped before the update; {where}. Try a '
+                     f'lower --learning_rate, a longer warmup, or --dtype=float32')
 
 
 def log(**record):

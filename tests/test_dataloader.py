@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CHARS, write_dataset
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dataloader
@@ -76,6 +76,7 @@ def test_no_window_out_of_range(n_tokens, block_size, n, step, seed):
 
 
 @given(n_tokens=st.integers(20, 2000), block_size=st.integers(1, 64), n=st.integers(1, 12), seed=seeds)
+@settings(max_examples=40)
 def test_every_epoch_visits_each_window_once(n_tokens, block_size, n, seed):
     block_size = min(block_size, n_tokens - 1)
     per_epoch = max(1, (n_tokens - block_size) // block_size)

@@ -100,7 +100,9 @@ def load(path):
         raise ValueError(f'{path} holds no checkpoint: expected a dict with the keys model and model_args')
     if state.get('version', 0) > VERSION:
         raise ValueError(f'{path} has layout version {state["version"]}, this flatgpt reads up to {VERSION}; update it')
-    state['model'] = {k.removeprefix('module.').removeprefix('_orig_mod.'): v for k, v in state['model'].items()}
+    # .attn.bias is no parameter: nanoGPT stores its causal mask there, where torch has no fused attention
+    state['model'] = {k.removeprefix('module.').removeprefix('_orig_mod.'): v for k, v in state['model'].items()
+                      if not k.endswith('.attn.bias')}
     if 'version' not in state:
         state['model_args'] = {**state['model_args'], 'mlp': 'gelu_erf'}  # nanoGPT's MLP uses the exact GELU
     return state

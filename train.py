@@ -39,6 +39,9 @@ from configurator import explain_errors, override
 from generate import generate_texts
 from model import GPT, GPT2_NAMES, GPTConfig
 
+# each line as it comes, also into a file or a pipe, and whatever the terminal can't show as '?'
+sys.stdout.reconfigure(errors='replace', line_buffering=True)
+
 # settings: the defaults are GPT-2 (124M) on OpenWebText -------------------------------------------------------------
 # where, and how often
 out_dir = 'out'
@@ -266,7 +269,7 @@ def command(**changes):
     launch = ['python'] if world.size == 1 else ['torchrun', '--standalone', f'--nproc_per_node={here}']
     if here < world.size:  # on several machines each has options of its own
         launch = ['torchrun', '...']
-    return shlex.join([*launch, 'train.py', *kept, *(f'--{key}={value}' for key, value in changes.items())])
+    return shlex.join([*launch, sys.argv[0], *kept, *(f'--{key}={value}' for key, value in changes.items())])
 
 
 def explain_out_of_memory(kind, error, trace):

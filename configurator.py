@@ -74,7 +74,8 @@ def explain_errors(kind, error, trace):
     all that is shown. Anything else is unexpected and keeps its traceback.
     """
     raised_in = traceback.extract_tb(trace)[-1].filename if trace else ''
-    if issubclass(kind, ValueError) and os.path.dirname(os.path.abspath(raised_in)) == os.path.dirname(os.path.abspath(__file__)):
+    ours = os.path.dirname(os.path.abspath(raised_in)) == os.path.dirname(os.path.abspath(__file__))
+    if ours and issubclass(kind, ValueError):
         print(f'error: {error}', file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)

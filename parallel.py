@@ -74,7 +74,9 @@ def connect(world, device, backend):
 
 
 def disconnect():
+    """Leave together: gloo's threads abort a process whose peers close their connections before it does."""
     if dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()
 
 

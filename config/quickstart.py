@@ -4,12 +4,12 @@ The first run: a byte-level GPT on the source code of Python's own standard libr
     $ python train.py config/quickstart.py
 
 1.8M parameters, about 3 minutes on two CPU cores, val loss about 1.4 nats a byte: the sample at the end has the look of
-Python, not its sense. Twice the steps, for twice the time: --max_iters=4400 --lr_decay_iters=4400.
+Python, not its sense. Twice the steps, for twice the time: --max_iters=5000 --lr_decay_iters=5000.
 """
 
 out_dir = 'out-quickstart'
 dataset = 'python_stdlib'
-eval_interval = 1100
+eval_interval = 1250
 eval_iters = 100
 log_interval = 100
 sample_tokens = 500
@@ -27,5 +27,5 @@ learning_rate = 3e-3
 min_lr = 0.0
 beta2 = 0.99
 warmup_iters = 100
-max_iters = 2200
-lr_decay_iters = 2200
+max_iters = 2500
+lr_decay_iters = 2500

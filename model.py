@@ -96,7 +96,8 @@ class CausalSelfAttention(nn.Module):
         """x: (B, T, C). past: (k, v, length) of this layer's cache, to which the T new positions are added."""
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, D)
-        if past is None and x.device.type == 'cpu' and torch.compiler.is_compiling():
+        in_blocks = past is None and x.device.type == 'cpu' and torch.compiler.is_compiling()
+        if in_blocks and (T <= 512 or self.attn_dropout.p > 0):
             y = self.attend_in_blocks(q, k, v)
         else:
             if past is not None:
@@ -115,8 +116,9 @@ class CausalSelfAttention(nn.Module):
     def attend_in_blocks(self, q, k, v):
         """
         Causal attention written out, for blocks of queries that skip the keys after them. Compiled for the CPU its
-        forward and backward take about half the time of torch's flash kernel there (bench/results), which with dropout
-        is not used at all. It keeps half of the (B, H, T, T) weights for the backward pass.
+        forward and backward take about half the time of torch's flash kernel there up to 512 positions (bench/results),
+        and of what torch has instead with dropout. It keeps half of the (B, H, T, T) weights for the backward pass,
+        which beyond that no longer fit into the cache.
         """
         T, D = q.shape[2:]
         y, start = [], 0

@@ -49,6 +49,7 @@ eval_interval = 2000  # steps between evaluations; each is followed by a checkpo
 log_interval = 1  # steps between log lines
 eval_iters = 200  # batches of the training split in an evaluation; the val split is always evaluated whole
 eval_only = False  # True: evaluate once and exit
+eval_first = True  # evaluate before the first step too, when nothing is learnt yet; False: start at once
 always_save_checkpoint = True  # False: after an evaluation save only if val improved; the end and signals always save
 init_from = 'scratch'  # 'scratch', 'resume', 'auto' (resume if there is a checkpoint), 'gpt2*' or a Hugging Face folder
 patience = 0  # stop after this many evaluations in a row without a lower val loss; 0: never
@@ -393,7 +394,7 @@ t0 = time.perf_counter()
 while True:
     # evaluate and save
     finished = iter_num >= max_iters
-    is_due = (iter_num % eval_interval == 0 or finished) and (iter_num > start_iter or iter_num == 0)
+    is_due = (iter_num % eval_interval == 0 or finished) and (iter_num > start_iter or (iter_num == 0 and eval_first))
     if is_due or eval_only:
         losses = evaluate()
         is_best, former_best = losses['val'] < best_val_loss, best_val_loss

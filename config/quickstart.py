@@ -11,6 +11,7 @@ out_dir = 'out-quickstart'
 dataset = 'python_stdlib'
 eval_interval = 1250
 eval_iters = 100
+eval_first = False
 log_interval = 100
 sample_tokens = 500
 sample_prompt = 'def '

@@ -57,7 +57,9 @@ def time_and_memory(command):
     """-> (wall seconds, peak resident MB) of a command and the processes it waits for."""
     t0 = time.perf_counter()
     process = subprocess.Popen(command, cwd=common.ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)  # its own usage; getrusage would mix that of all children so far
+    # its own usage; getrusage would mix that of all children so far. It begins with this process's size, which is small
+    # because nothing here imports torch
+    _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f'{" ".join(command)} failed with exit status {process.returncode}')

@@ -47,7 +47,7 @@ config = override(globals())
 # ---------------------------------------------------------------------------------------------------------------------
 
 CASES = {'small': (common.SMALL, small_steps), 'char': (common.CHAR, char_steps)}
-ONCE = ['--eval_iters=1']  # the evaluation before the first step can't be left out; it need not be long
+ONCE = ['--eval_iters=1']  # nanoGPT always evaluates before the first step; it need not be long
 
 
 def steady(times):
@@ -114,7 +114,7 @@ def matmul_speed(s, model):
 def measure(case, folder):
     """Take turns, -> the figures of one case."""
     arguments, n = CASES[case]
-    ours = common.train_command([*arguments, *ONCE, f'--out_dir={folder}/ours'], auto=True)
+    ours = common.train_command([*arguments, '--eval_first=False', f'--out_dir={folder}/ours'], auto=True)
     theirs = common.train_command([*arguments, *ONCE, f'--out_dir={folder}/peer'])
     step, turns = None, {'ours': [], 'bare': [], 'peer': []}
     for turn in range(rounds):

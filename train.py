@@ -335,9 +335,14 @@ if world.is_main and not eval_only:
     checkpoint.open_folder(out_dir)
     if init_from != 'resume' and (folder := checkpoint.put_aside(out_dir)):
         print(f'{out_dir} held an earlier run; it is in {folder} now')
-    checkpoint.keep_log_until(out_dir, start_iter)
-    with open(os.path.join(out_dir, 'config.json'), 'w', encoding='utf-8') as f:
-        json.dump({key: globals()[key] if key != 'device' else str(device) for key in config}, f, indent=2)
+    try:
+        checkpoint.keep_log_until(out_dir, start_iter)
+        settings_path = os.path.join(out_dir, 'config.json')
+        with open(f'{settings_path}.tmp', 'w', encoding='utf-8') as f:
+            json.dump({key: globals()[key] if key != 'device' else str(device) for key in config}, f, indent=2)
+        os.replace(f'{settings_path}.tmp', settings_path)
+    except OSError as error:
+        raise ValueError(f'out_dir={out_dir!r} can not be written: {error}; free space or choose another') from error
 if wandb_log:
     import wandb
 

@@ -15,12 +15,14 @@ import os
 import pickle
 import shutil
 import zipfile
+from dataclasses import fields
 
 import torch
 
 import dataloader
 import tokenizer
-from corpus import lock_folder, sync_folder
+from corpus import lock_folder, sync_folder, write_synced
+from model import GPT, GPTConfig
 
 VERSION = 1  # of the layout described above; a file without the key is nanoGPT's
 
@@ -39,11 +41,7 @@ def save(out_dir, state, is_best):
             f.flush()
             os.fsync(f.fileno())
         if is_best:  # first, so that a crash in between leaves a best.pt no older than ckpt.pt
-            try:
-                os.link(temporary, f'{temporary}-best')
-            except OSError:  # a file system without hard links
-                shutil.copyfile(temporary, f'{temporary}-best')
-            os.replace(f'{temporary}-best', os.path.join(out_dir, 'best.pt'))
+            call_best(temporary)
         os.replace(temporary, os.path.join(out_dir, 'ckpt.pt'))
     except RuntimeError as error:
         if 'inline_container' not in str(error):  # torch's zip writer, which hides the OSError of the file it was given
@@ -54,31 +52,67 @@ def save(out_dir, state, is_best):
     sync_folder(out_dir)
 
 
+def call_best(path):
+    """Let best.pt be a second name of the checkpoint at `path`, in the same folder: a link, or else a copy."""
+    folder = os.path.dirname(path)
+    temporary = os.path.join(folder, 'ckpt.pt.tmp-best')
+    try:
+        os.link(path, temporary)
+    except OSError:  # a file system without hard links
+        with open(path, 'rb') as source, open(temporary, 'wb') as f:
+            shutil.copyfileobj(source, f, 1 << 20)
+            f.flush()
+            os.fsync(f.fileno())
+    os.replace(temporary, os.path.join(folder, 'best.pt'))
+
+
 def remove_temporaries(out_dir):
     """Remove what a failed save, or a process killed while saving, left in out_dir."""
-    for path in glob.glob(os.path.join(glob.escape(out_dir), 'ckpt.pt.tmp*')):
-        os.remove(path)
+    for name in ('ckpt.pt', 'config.json', 'log.jsonl'):
+        for path in glob.glob(os.path.join(glob.escape(out_dir), f'{name}.tmp*')):
+            os.remove(path)
 
 
-def open_folder(out_dir):
+def open_folder(out_dir, settings, iter_num, version):
     """
-    Make out_dir this process's own: create it, lock it against other runs, remove what a killed one left half-written.
-    Raises ValueError if it can't be written or another process trains in it.
+    Make out_dir this process's own and ready for a run from step iter_num on: create it, lock it against other runs,
+    remove what a killed one left half-written, write `settings`, a dict, to config.json.
+
+    version: of the layout of the ckpt.pt the run resumes from, None if it starts anew. Resuming keeps what is there;
+    nanoGPT's ckpt.pt (0) is also the only copy of its best weights, so it becomes best.pt too, before the next save
+    replaces it. Starting anew moves the files of an earlier run; -> the folder they are in now, or None if there were
+    none. Raises ValueError if out_dir can't be written or another process trains in it.
     """
+    moved_to = None
     try:
         os.makedirs(out_dir, exist_ok=True)
         lock_folder(out_dir, 'training in')
         remove_temporaries(out_dir)
-        with open(os.path.join(out_dir, 'log.jsonl'), 'a', encoding='utf-8'):
-            pass
+        if version is None:
+            moved_to = put_aside(out_dir)
+        elif version == 0 and not os.path.exists(os.path.join(out_dir, 'best.pt')):
+            call_best(os.path.join(out_dir, 'ckpt.pt'))
+            sync_folder(out_dir)
+        keep_log_until(out_dir, iter_num)
+        replace_text(os.path.join(out_dir, 'config.json'), json.dumps(settings, indent=2))
     except OSError as error:
-        raise ValueError(f'out_dir={out_dir!r} can not be written: {error}; choose another with --out_dir') from error
+        moved = f'; the earlier run in it is in {moved_to} now' if moved_to else ''
+        raise ValueError(f'out_dir={out_dir!r} can not be written: {error}{moved}; free some space, or choose another '
+                         f'with --out_dir') from error
+    return moved_to
+
+
+def replace_text(path, text):
+    """Write a file anew; whenever the power fails, it is the old one or the new one."""
+    write_synced(f'{path}.tmp', text.encode())
+    os.replace(f'{path}.tmp', path)
 
 
 def load(path):
     """
     -> the checkpoint at `path`, its tensors on the CPU, prefixes of torch.compile and DDP removed from the names.
-    Raises ValueError when there is none, it is damaged, it holds more than data, or a newer flatgpt wrote it.
+    Raises ValueError when there is none, it is damaged or incomplete, it holds more than data, or a newer flatgpt wrote
+    it.
     """
     if not os.path.exists(path):
         raise ValueError(f'no checkpoint at {path}; train one first (python train.py --out_dir='
@@ -96,8 +130,11 @@ def load(path):
         if isinstance(error, pickle.UnpicklingError):
             why = 'it was refused, as it asks for more than tensors and plain values and may run code; none was run'
         raise ValueError(f'{path} can not be read ({why}): it is damaged or truncated; {remedy}') from error
-    if not isinstance(state, dict) or 'model' not in state or 'model_args' not in state:
-        raise ValueError(f'{path} holds no checkpoint: expected a dict with the keys model and model_args')
+    required = {'model': dict, 'model_args': dict, 'iter_num': int, 'best_val_loss': (float, int, torch.Tensor)}
+    lacking = [key for key in required if not isinstance(state, dict) or not isinstance(state.get(key), required[key])]
+    if lacking:
+        raise ValueError(f'{path} holds no checkpoint: expected a dict with the keys {", ".join(required)}, but it has '
+                         f'no {", ".join(lacking)}')
     if state.get('version', 0) > VERSION:
         raise ValueError(f'{path} has layout version {state["version"]}, this flatgpt reads up to {VERSION}; update it')
     # .attn.bias is no parameter: nanoGPT stores its causal mask there, where torch has no fused attention
@@ -106,6 +143,30 @@ def load(path):
     if 'version' not in state:
         state['model_args'] = {**state['model_args'], 'mlp': 'gelu_erf'}  # nanoGPT's MLP uses the exact GELU
     return state
+
+
+def model_of(state, path, dropout):
+    """
+    The GPT inside the checkpoint that load(path) gave, on the CPU. Raises ValueError naming what of its architecture or
+    its weights is missing, too much, or of another shape.
+    """
+    known = {field.name for field in fields(GPTConfig)}
+    args = state['model_args']
+    nanogpts = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size')
+    wrong = [f'model_args lacks {name}' for name in nanogpts if name not in args]
+    wrong += [f'model_args has {name}, which this model does not' for name in args if name not in known]
+    if not wrong:
+        model, weights = GPT(GPTConfig(**{**args, 'dropout': dropout})), state['model']
+        expected = model.state_dict()
+        wrong = [f'{name} is missing' for name in expected if name not in weights]
+        wrong += [f'{name} is unknown' for name in weights if name not in expected]
+        wrong += [f'{name} has shape {tuple(weights[name].shape)}, expected {tuple(tensor.shape)}'
+                  for name, tensor in expected.items() if name in weights and weights[name].shape != tensor.shape]
+    if wrong:
+        more = f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''
+        raise ValueError(f'{path} holds no model of this repository or of nanoGPT: {"; ".join(wrong[:3])}{more}')
+    model.load_state_dict(weights)
+    return model
 
 
 def tokenizer_of(state):
@@ -160,6 +221,4 @@ def keep_log_until(out_dir, iter_num):
             was_saved = 'val_loss' in record and iter_num > 0
             if record['step'] < iter_num + was_saved:
                 kept.append(line)
-    with open(f'{path}.tmp', 'w', encoding='utf-8') as f:
-        f.writelines(kept)
-    os.replace(f'{path}.tmp', path)
+    replace_text(path, ''.join(kept))

@@ -18,6 +18,7 @@ import ast
 import difflib
 import os
 import sys
+import textwrap
 import tokenize
 import traceback
 
@@ -64,7 +65,9 @@ def override(settings, argv=None):
             settings[key] = check_type(key, value, allowed[key], argument)
         given.update(changes)
         if os.environ.get('RANK', '0') == '0':  # one voice under torchrun
-            print(f'{argument}: ' + ', '.join(f'{key}={settings[key]!r}' for key in changes))
+            given_now = ', '.join(f'{key}={settings[key]!r}' for key in changes)
+            print(textwrap.fill(f'{argument}: {given_now}', 80, subsequent_indent='  ', break_long_words=False,
+                                break_on_hyphens=False))
     return Settings({key: settings[key] for key in page}, given)
 
 
@@ -95,9 +98,14 @@ def read_page(source):
 
 
 def page_text(source, page):
-    """The settings as the script shows them: its own lines, comments included."""
+    """The settings as the script shows them: its own lines, comments included, those past 80 columns broken."""
     nodes = list(page.values())
-    return '\n'.join(source.splitlines()[nodes[0].lineno - 1 : nodes[-1].end_lineno])
+    lines = []
+    for line in source.splitlines()[nodes[0].lineno - 1 : nodes[-1].end_lineno]:
+        code, _, comment = line.partition('  # ')
+        lines += [line] if len(line) <= 80 else [code, *textwrap.wrap(comment, 80, initial_indent='    # ',
+                                                                      subsequent_indent='    # ')]
+    return '\n'.join(lines)
 
 
 def allowed_types(node, default):
@@ -139,6 +147,8 @@ def check_type(key, value, types_allowed, where):
 def run_config_file(path, current):
     """Run a config file with the `current` settings in sight; -> the settings it changed or named anew."""
     if not os.path.isfile(path):
+        if '=' in path:
+            raise SystemExit(f'{path}: no such config file; a setting is written --{path}')
         beside = os.path.dirname(path) or '.'
         files = [os.path.join(beside, f) for f in sorted(os.listdir(beside)) if f.endswith('.py')] \
             if os.path.isdir(beside) else []

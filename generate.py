@@ -18,7 +18,7 @@ def sample_next(logits, temperature=1.0, top_k=None, top_p=None, generator=None)
     likeliest ids that holds probability p ("The Curious Case of Neural Text Degeneration", Holtzman et al. 2020).
     """
     logits = logits.float()
-    if temperature == 0:
+    if temperature < 1e-30:  # 0, or so small that dividing overflows float32 and the likeliest has all probability
         return logits.argmax(-1, keepdim=True)
     logits = logits / temperature
     if top_k is not None and top_k < logits.size(-1):
@@ -62,10 +62,11 @@ def generate_texts(model, tokenizer, prompt, num_samples, max_new_tokens, stop='
     Sample num_samples continuations of the text `prompt` as one batch. After every token yield (texts, done): what each
     has so far, in whole characters, and whether it has met the text `stop`, which it then ends before.
 
-    controls: temperature, top_k, top_p and cache_dtype of generate(). Raises ValueError for an empty prompt or one the
+    controls: temperature, top_k, top_p and cache_dtype of generate(). A special token such as <|endoftext|> in the
+    prompt is that token, since whoever asks wrote the prompt himself. Raises ValueError for an empty prompt or one the
     tokenizer can't encode.
     """
-    ids = tokenizer.encode(prompt)
+    ids = tokenizer.encode(prompt, allowed_special='all')
     if not ids:
         raise ValueError('the prompt is empty, and the model continues at least one token; try --start="The"')
     device = model.lm_head.weight.device

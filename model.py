@@ -346,10 +346,15 @@ def gpt2_config(folder):
     if not os.path.isfile(path):
         raise ValueError(f'{folder}: no config.json; expected a folder in Hugging Face layout with config.json and '
                          f'model.safetensors')
-    with open(path, encoding='utf-8') as f:
-        hf = json.load(f)
+    try:
+        with open(path, encoding='utf-8') as f:
+            hf = dict(json.load(f))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f'{path} is damaged ({error}); copy it again') from error
     if hf.get('model_type') != 'gpt2':
         raise ValueError(f'{path}: model_type is {hf.get("model_type")!r}; only gpt2 can be read')
+    if missing := {'n_positions', 'vocab_size', 'n_layer', 'n_head', 'n_embd'} - set(hf):
+        raise ValueError(f'{path} lacks {", ".join(sorted(missing))}')
     gelu = {'gelu_new': 'gelu', 'gelu_pytorch_tanh': 'gelu', 'gelu': 'gelu_erf'}
     activation = hf.get('activation_function', 'gelu_new')
     expected = {'activation_function': tuple(gelu), 'layer_norm_epsilon': (1e-5,), 'scale_attn_weights': (True,),
@@ -365,13 +370,21 @@ def gpt2_config(folder):
 def read_safetensors(folder):
     """{name: tensor} of all *.safetensors files in the folder (a large model comes in several)."""
     try:
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
     except ImportError:
         raise ValueError("safetensors is not installed: pip install -c constraints.txt -e '.[hf]'") from None
     files = sorted(f for f in os.listdir(folder) if f.endswith('.safetensors'))
     if not files:
         raise ValueError(f'{folder}: no .safetensors file in it (a pytorch_model.bin is a pickle and is not read)')
-    return {k: v for file in files for k, v in load_file(os.path.join(folder, file)).items()}
+    tensors = {}
+    for path in (os.path.join(folder, file) for file in files):
+        try:
+            tensors.update(load_file(path))
+        except SafetensorError as error:
+            raise ValueError(f'{path}, {os.path.getsize(path):,} bytes, can not be read ({error}): it is truncated or '
+                             f'something else, such as a pointer of git-lfs; copy it again') from error
+    return tensors
 
 
 # Devices -------------------------------------------------------------------------------------------------------------

@@ -5,10 +5,14 @@ Under torchrun every process runs the same script; RANK, LOCAL_RANK and WORLD_SI
 """
 
 import ctypes
+import hashlib
 import os
 import shutil
 import sys
+import time
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -66,11 +70,33 @@ def connect(world, device, backend):
         if backend not in ('auto', 'gloo'):
             world.print(f'backend {backend} needs GPUs; using gloo')
         backend = 'gloo'
-    # torchrun's store outlives the workers it restarts, with the addresses of the dead ones in it; so each attempt
-    # gets a corner of its own
     store = next(rendezvous('env://'))[0]
-    store = dist.PrefixStore(f'attempt {os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)}', store)
+    store = dist.PrefixStore(meet(store, world), store)  # a corner of its own for each attempt
     dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size)
+
+
+def meet(store, world, patience=1800):
+    """
+    Wait until all processes of this attempt are there, `patience` seconds at most; -> a name for the attempt, the same
+    in all of them and in no other attempt. Raises ValueError when they don't all come.
+
+    torchrun's store outlives the workers it restarts, with the addresses of the dead ones in it, and
+    TORCHELASTIC_RESTART_COUNT does not tell the attempts apart: the agent of each machine counts the failures of its
+    own workers, not the restarts that another machine's failure caused (torch 2.6 to 2.13, distributed/elastic/agent).
+    So each process writes a name of its own, then all the names it reads. Once all have read the same, all are alive.
+    """
+    store.set(f'name of {world.rank}', os.urandom(8).hex())
+    end = time.monotonic() + patience
+    store.set_timeout(timedelta(seconds=patience))  # of multi_get, for a key that is not there yet
+    with suppress(dist.DistStoreError):
+        while time.monotonic() < end:
+            names = b' '.join(store.multi_get([f'name of {rank}' for rank in range(world.size)]))
+            store.set(f'names read by {world.rank}', names)
+            if set(store.multi_get([f'names read by {rank}' for rank in range(world.size)])) == {names}:
+                return f'attempt {hashlib.sha256(names).hexdigest()[:16]}'
+            time.sleep(0.1)
+    raise ValueError(f'process {world.rank} has waited {patience / 60:.0f} minutes for the other {world.size - 1}; '
+                     f'look for errors of theirs above or on the other machines, and start all of them again')
 
 
 def disconnect():
@@ -119,7 +145,7 @@ def choose_dtype(dtype, device):
             return 'bfloat16', 'native on this GPU'
         return 'float16', 'this GPU has no native bf16; with a gradient scaler'
     if device.type == 'cpu' and cpu_multiplies_bf16():
-        return 'bfloat16', 'this CPU multiplies it natively'
+        return 'bfloat16', 'native on this CPU'
     return 'float32', 'no native bf16 here'
 
 
@@ -147,8 +173,8 @@ def choose_compile(setting, device, flops):
         if not (shutil.which(compiler) or shutil.which('clang++')):
             return False, f'no C++ compiler ({compiler}) here'
     if flops < 60 * (1e11 if device.type == 'cpu' else 5e13):  # what a modest CPU or GPU does in a minute
-        return False, 'the run is too short to earn it back'
-    return True, 'the run is long enough to earn it back'
+        return False, 'too short a run'
+    return True, 'a long enough run'
 
 
 def keep_freed_memory():

@@ -2,10 +2,11 @@
 Sample text from a checkpoint of this repository or of nanoGPT, or from GPT-2.
 
     $ python sample.py --out_dir=out-shakespeare-char
-    $ python sample.py --init_from=gpt2-xl --start="What is the answer?" --num_samples=5 --max_new_tokens=100
+    $ python sample.py --init_from=gpt2-xl --start="What is it?" --num_samples=5
     $ python sample.py --start=FILE:prompt.txt --temperature=0 --num_samples=1
 
-The samples are generated as one batch. The first is printed as it comes, the others when all are done.
+The samples are generated as one batch. The first is printed as it comes, the
+others when all are done.
 """
 
 import os
@@ -19,7 +20,7 @@ import parallel
 import tokenizer
 from configurator import explain_errors, override
 from generate import generate_texts
-from model import GPT, GPTConfig
+from model import GPT
 
 sys.stdout.reconfigure(errors='replace')  # a terminal that can't show a character still gets the rest
 
@@ -60,10 +61,12 @@ if init_from == 'resume':
     if which == 'last' or not os.path.exists(path):
         path = os.path.join(out_dir, 'ckpt.pt')
     state = checkpoint.load(path)
-    model = GPT(GPTConfig(**{**state['model_args'], 'dropout': 0.0}))
-    model.load_state_dict(state['model'])
+    model = checkpoint.model_of(state, path, dropout=0.0)
     text_tokenizer = checkpoint.tokenizer_of(state)
-    print(f'{path}: step {state["iter_num"]}, best val loss {float(state["best_val_loss"]):.4f}')
+    # a checkpoint knows the lowest val loss of its run so far, which is its own in best.pt unless nanoGPT wrote that
+    of_what = 'val loss' if path.endswith('best.pt') and 'version' in state else 'lowest val loss so far'
+    best_val_loss = float(state['best_val_loss'])
+    print(f'{path}: step {state["iter_num"]}' + (f', {of_what} {best_val_loss:.4f}' if best_val_loss < 1e9 else ''))
 else:
     model = GPT.from_pretrained(init_from)
     if model.config.vocab_size != 50257:

@@ -1,18 +1,20 @@
 """
 Train a GPT: from scratch, from a checkpoint, or from GPT-2.
 
-    $ python train.py config/quickstart.py                              # a laptop, minutes, no network
-    $ python train.py config/train_shakespeare_char.py --batch_size=32  # a config file, then overrides
-    $ python train.py config/quickstart.py --init_from=resume           # go on where out_dir/ckpt.pt stands
+    $ python train.py config/quickstart.py     # a laptop, minutes, no network
+    $ python train.py config/quickstart.py --init_from=resume         # to go on
+    $ python train.py config/train_shakespeare_char.py --batch_size=32
     $ torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 
-On two machines of 8 GPUs (with NCCL_IB_DISABLE=1 in front if plain Ethernet connects them):
+On two machines of 8 GPUs, with --node_rank=1 on the second (and in front, if
+plain Ethernet connects them, NCCL_IB_DISABLE=1):
 
-    $ torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 --master_port=1234 train.py ...
-    $ torchrun --nproc_per_node=8 --nnodes=2 --node_rank=1 --master_addr=10.0.0.1 --master_port=1234 train.py ...
+    $ torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 \\
+        --master_addr=10.0.0.1 --master_port=1234 train.py config/train_gpt2.py
 
-Writes to out_dir: ckpt.pt (the last state, to resume from), best.pt (lowest validation loss), log.jsonl, config.json.
-Ctrl-C or SIGTERM finishes the step, saves and says how to go on. A dataset that is missing is prepared first.
+Writes to out_dir: ckpt.pt (the last state, to resume from), best.pt (lowest
+validation loss), log.jsonl, config.json. Ctrl-C or SIGTERM finishes the step,
+saves and says how to go on. A dataset that is missing is prepared first.
 """
 
 import json
@@ -23,7 +25,7 @@ import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 
 import torch
@@ -104,6 +106,7 @@ for names, is_valid, expected in (
     (('beta1', 'beta2'), lambda value: 0 <= value < 1, 'at least 0 and below 1'),
     (('decay_fraction',), lambda value: 0 < value <= 1, 'above 0 and at most 1'),
     (('lr_schedule',), lambda value: value in ('cosine', 'wsd'), "'cosine' or 'wsd'"),
+    (('backend',), lambda value: value in ('auto', 'nccl', 'gloo'), "'auto', 'nccl' or 'gloo'"),
     (('lr_decay_iters',), lambda value: not decay_lr or value >= warmup_iters,
      f'at least warmup_iters={warmup_iters}, or the rate would fall before it has risen'),
     (('init_from',), lambda value: value in sources or os.path.isdir(value),
@@ -116,7 +119,10 @@ for names, is_valid, expected in (
 # this process, its device, its data
 world = parallel.from_environment()
 device = parallel.choose_device(device, world.local_rank)
-data_dir = os.path.join('data', dataset)
+data_dir = os.path.join('data', dataset)  # here, or else beside this script, where prepare.py of a dataset writes
+beside_script = os.path.join(os.path.dirname(os.path.abspath(__file__)), data_dir)
+if not os.path.isdir(data_dir) and os.path.isdir(beside_script):
+    data_dir = beside_script
 ckpt_path = os.path.join(out_dir, 'ckpt.pt')
 architecture = GPTConfig(block_size, 50304, n_layer, n_head, n_embd, dropout, bias)  # checks before the work begins
 state = checkpoint.load(ckpt_path) if init_from == 'resume' else None
@@ -140,12 +146,11 @@ if init_from == 'scratch':
     architecture.vocab_size = 50304 if meta['vocab_size'] in (None, 50257) else meta['vocab_size']
     model = GPT(architecture)
 elif init_from == 'resume':
+    model = checkpoint.model_of(state, ckpt_path, dropout)
     for name in ('n_layer', 'n_head', 'n_embd', 'bias'):
         if name in config.given and config[name] != state['model_args'][name]:
             raise ValueError(f'{name}={config[name]}, but {ckpt_path} has {name}={state["model_args"][name]}: a '
                              f'resumed run keeps its architecture. Leave it out, or start anew in another --out_dir')
-    model = GPT(GPTConfig(**{**state['model_args'], 'dropout': dropout}))
-    model.load_state_dict(state['model'])
     saved_tokenizer = state.get('tokenizer')
     if saved_tokenizer and text_tokenizer and saved_tokenizer != text_tokenizer:
         raise ValueError(f'{ckpt_path} was trained with another tokenizer ({saved_tokenizer["kind"]}, vocab_size '
@@ -166,8 +171,9 @@ if text_tokenizer is None and model.config.vocab_size >= 50257:
 if init_from != 'scratch' and 'block_size' not in config.given:
     block_size = model.config.block_size
 if block_size > model.config.block_size:
-    raise ValueError(f'block_size={block_size} is above the {model.config.block_size} positions of the model from '
-                     f'{init_from}; use --block_size={model.config.block_size} or less')
+    raise ValueError(f'block_size={block_size} is above the {model.config.block_size} positions of the model in '
+                     f'{ckpt_path if init_from == "resume" else init_from}; use --block_size={model.config.block_size} '
+                     f'or less')
 model.to(device)
 optimizer = optim.adamw(model, weight_decay, learning_rate, (beta1, beta2))
 if state is not None and 'optimizer' in state:
@@ -187,10 +193,10 @@ if total_batch_size % (block_size * world.size):
 n_sequences = total_batch_size // block_size  # a step, over all processes
 per_process = n_sequences // world.size
 batch_size = min(batch_size, per_process)
+smaller_batch = max((b for b in range(1, batch_size) if per_process % b == 0), default=0)  # the next that fits, or 0
 if per_process % batch_size:
-    fits = max(b for b in range(1, batch_size) if per_process % b == 0)
     raise ValueError(f'{per_process} sequences a step and process are not a whole number of micro-batches of '
-                     f'batch_size={batch_size}; try --batch_size={fits}, which keeps the mathematics')
+                     f'batch_size={batch_size}; try --batch_size={smaller_batch}, which keeps the mathematics')
 micro_steps = per_process // batch_size
 tokens = {split: dataloader.open_tokens(data_dir, split, meta, block_size) for split in ('train', 'val')}
 
@@ -211,12 +217,16 @@ same_data = state is not None and state.get('config', {}).get('dataset', dataset
 best_val_loss = float(state['best_val_loss']) if same_data else math.inf
 evals_since_best = state.get('evals_since_best', 0) if state else 0
 train_time = state.get('train_time', 0.0) if state else 0.0  # seconds, without evaluations
+layout_version = state.get('version', 0) if state else None  # of the file resumed from; 0: nanoGPT wrote it
 start_iter, state = iter_num, None  # the loaded tensors are no longer needed
 
 world.print(f'device {device}, dtype {dtype} ({dtype_reason}), compile {compile} ({compile_reason})')
-world.print(f'{model.get_num_params() / 1e6:.2f}M parameters; a step of {total_batch_size:,} tokens = {world.size} '
-            f'process(es) x {micro_steps} micro-batch(es) x {batch_size} x {block_size}; '
-            f'{max_iters * total_batch_size / len(tokens["train"]):.2f} epochs in {max_iters} steps')
+epochs = max_iters * total_batch_size / len(tokens['train'])
+world.print(f'{model.get_num_params() / 1e6:.2f}M parameters'
+            + ('' if eval_only else f'; {max_iters} steps, {epochs:.2f} epochs'))
+if not eval_only:
+    world.print(f'a step of {total_batch_size:,} tokens = {world.size} process(es) x {micro_steps} micro-batch(es) x '
+                f'{batch_size} x {block_size}')
 
 
 def get_batch(step):
@@ -277,22 +287,24 @@ def explain_out_of_memory(kind, error, trace):
     """For sys.excepthook: where memory ran out, say which command takes the same steps with less of it."""
     if not parallel.out_of_memory(error):
         return explain_errors(kind, error, trace)
-    smaller = max((b for b in range(1, batch_size) if per_process % b == 0), default=0)
-    changes = {'batch_size': smaller, 'total_batch_size': total_batch_size}
+    changes = {'batch_size': smaller_batch, 'total_batch_size': total_batch_size}
     if saved_iter:
         changes['init_from'] = 'resume'
-    remedy = (f'The same mathematics in smaller pieces:\n  {command(**changes)}' if smaller else
+    remedy = (f'The same mathematics in smaller pieces:\n  {command(**changes)}' if smaller_batch else
               'Not even one sequence fits: lower --block_size, --n_layer or --n_embd')
     print(f'out of memory at step {iter_num} ({str(error).splitlines()[0][:120]}). {remedy}', file=sys.stderr)
 
 
-saved, saved_iter = True, start_iter  # whether the last save worked, and the step of ckpt.pt
+saved_iter = tried_iter = start_iter  # the step of ckpt.pt, and of the last attempt to save one
 sys.excepthook = explain_out_of_memory
 
 
 def save_checkpoint(is_best):
     """Write ckpt.pt, and best.pt if the last evaluation was the best. -> whether it could be written."""
+    global saved_iter, tried_iter
+    tried_iter = iter_num
     if not world.is_main:
+        saved_iter = iter_num
         return True
     state = {'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'model_args': asdict(model.config),
              'iter_num': iter_num, 'best_val_loss': best_val_loss, 'config': dict(config), 'tokenizer': text_tokenizer,
@@ -300,9 +312,10 @@ def save_checkpoint(is_best):
     try:
         checkpoint.save(out_dir, state, is_best)
     except OSError as error:
-        bar.write(f'WARNING: {ckpt_path} could not be saved at step {iter_num} ({error}). What was there is untouched '
-                  f'and training goes on; free some space before the next evaluation')
+        bar.write(f'WARNING: {ckpt_path} could not be saved at step {iter_num} ({error}). What was there is untouched; '
+                  f'free some space before the next save')
         return False
+    saved_iter = iter_num
     bar.write(f'saved {ckpt_path} at step {iter_num}' + (' (best so far)' if is_best else ''))
     return True
 
@@ -332,17 +345,9 @@ def log(**record):
 # the folder of the run: what an earlier run left there is moved, not overwritten
 wandb_log = wandb_log and world.is_main
 if world.is_main and not eval_only:
-    checkpoint.open_folder(out_dir)
-    if init_from != 'resume' and (folder := checkpoint.put_aside(out_dir)):
+    resolved = {key: globals()[key] if key != 'device' else str(device) for key in config}
+    if folder := checkpoint.open_folder(out_dir, resolved, start_iter, layout_version):
         print(f'{out_dir} held an earlier run; it is in {folder} now')
-    try:
-        checkpoint.keep_log_until(out_dir, start_iter)
-        settings_path = os.path.join(out_dir, 'config.json')
-        with open(f'{settings_path}.tmp', 'w', encoding='utf-8') as f:
-            json.dump({key: globals()[key] if key != 'device' else str(device) for key in config}, f, indent=2)
-        os.replace(f'{settings_path}.tmp', settings_path)
-    except OSError as error:
-        raise ValueError(f'out_dir={out_dir!r} can not be written: {error}; free space or choose another') from error
 if wandb_log:
     import wandb
 
@@ -382,6 +387,9 @@ def ask_to_stop(number, frame):
     global stop_signal, stop_time
     if number == signal.SIGINT and stop_signal == signal.SIGINT and time.monotonic() > stop_time + 1:
         raise KeyboardInterrupt
+    if world.is_main and number == signal.SIGINT and stop_signal is None:
+        with suppress(OSError):  # nobody reads it. print could be what is being interrupted, and can not be called
+            os.write(2, b'\nfinishing this step, then saving; Ctrl-C again stops at once, unsaved\n')
     stop_signal, stop_time = number, time.monotonic()
 
 
@@ -390,7 +398,7 @@ for number in (signal.SIGINT, signal.SIGTERM):
 
 # the loop ------------------------------------------------------------------------------------------------------------
 bar = tqdm(total=max_iters, initial=start_iter, unit='step', disable=not (world.is_main and sys.stderr.isatty()),
-           dynamic_ncols=True, smoothing=0.05)
+           dynamic_ncols=True, smoothing=0.05, leave=False)
 prefetch = ThreadPoolExecutor(max_workers=1)  # reads the next batch while the current one computes
 next_batch = prefetch.submit(get_batch, iter_num)
 stop_reason = None
@@ -401,7 +409,9 @@ while True:
     finished = iter_num >= max_iters
     is_due = (iter_num % eval_interval == 0 or finished) and (iter_num > start_iter or (iter_num == 0 and eval_first))
     if is_due or eval_only:
+        bar.set_description('evaluating')
         losses = evaluate()
+        bar.set_description()
         is_best, former_best = losses['val'] < best_val_loss, best_val_loss
         best_val_loss, evals_since_best = min(best_val_loss, losses['val']), 0 if is_best else evals_since_best + 1
         if world.is_main:
@@ -413,9 +423,8 @@ while True:
         if world.is_main:
             log(step=iter_num, train_loss=losses['train'], val_loss=losses['val'], train_time=round(train_time, 3))
         if iter_num > 0 and (is_best or always_save_checkpoint):
-            saved = save_checkpoint(is_best)
-            saved_iter = iter_num if saved else saved_iter
-            best_val_loss = best_val_loss if saved else former_best  # the best is the best that is on disk
+            if not save_checkpoint(is_best):
+                best_val_loss = former_best  # the best is the best that is on disk
         if patience and evals_since_best >= patience:
             stop_reason = f'val loss has not improved for {patience} evaluations'
         t0 = time.perf_counter()  # evaluating and saving is not training time
@@ -463,24 +472,25 @@ while True:
         tokens_per_s = total_batch_size / dt
         mfu = model.estimate_mfu(n_sequences / world.size, dt)
         shown_mfu = 'n/a' if mfu is None else f'{mfu:.1%}'
-        left = tqdm.format_interval((max_iters - iter_num) * dt)
+        left = f', {tqdm.format_interval((max_iters - iter_num) * dt)} left' if bar.disable else ''  # the bar says it
         bar.set_postfix_str(f'loss {loss_mean:.3f}, {tokens_per_s:,.0f} tok/s', refresh=False)
         bar.write(f'iter {iter_num - 1}: loss {loss_mean:.4f}, time {dt * 1e3:.2f}ms, mfu {shown_mfu}, '
-                  f'norm {norm:.2f}, {tokens_per_s / 1e3:.1f}k tok/s, {left} left')
+                  f'norm {norm:.2f}, {tokens_per_s / 1e3:.1f}k tok/s{left}')
         log(step=iter_num - 1, loss=loss_mean, lr=lr, grad_norm=norm, ms=round(dt * 1e3, 3), mfu=mfu,
             tokens_per_s=round(tokens_per_s), tokens=iter_num * total_batch_size, train_time=round(train_time, 3))
 
 # the end: save what was not saved, say what can be done with it ------------------------------------------------------
 bar.close()
 prefetch.shutdown(wait=False, cancel_futures=True)
-if not eval_only and (saved_iter < iter_num or not saved):
-    saved = save_checkpoint(is_best=False)
+if not eval_only and tried_iter < iter_num:
+    save_checkpoint(is_best=False)
 parallel.disconnect()
 if world.is_main and not eval_only:
     if stop_reason:
         print(f'{stop_reason} after step {iter_num}. To go on:\n  {command(init_from="resume")}')
     else:
-        print(f'{iter_num} steps, {train_time:.1f} s of training; best val loss {best_val_loss:.4f}')
+        best = f'; best val loss {best_val_loss:.4f}' if math.isfinite(best_val_loss) else ''
+        print(f'{iter_num} steps, {train_time:.1f} s of training{best}')
         if sample_tokens and text_tokenizer:
             model.eval()
             torch.compiler.set_stance('force_eager')
@@ -490,9 +500,10 @@ if world.is_main and not eval_only:
                 print(f'---------------\n{sample_prompt}{texts[0]}\n---------------')
             except ValueError as error:  # the run is done and saved; a prompt that can't be encoded must not fail it
                 print(f'no sample: {error}')
-        start = shlex.join([f'--start={sample_prompt}']) if sample_prompt.strip() else ''
-        print(f"sample from it:\n  python sample.py --out_dir={shlex.quote(out_dir)} {start}".rstrip())
+        start = [f'--start={sample_prompt}'] if sample_prompt.strip() else []
+        if saved_iter:
+            print('sample from it:\n  ' + shlex.join(['python', 'sample.py', f'--out_dir={out_dir}', *start]))
     if wandb_log:
         wandb.finish()
-if not saved:
+if saved_iter < iter_num:
     raise SystemExit(f'the state of step {iter_num} could not be saved; {ckpt_path} is older')

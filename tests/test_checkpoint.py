@@ -13,6 +13,7 @@ import torch
 from conftest import CHARS, ROOT, write_dataset
 
 import checkpoint
+from model import GPT, GPTConfig
 from tokenizer import CharTokenizer
 
 
@@ -65,6 +66,9 @@ def test_best_without_hard_links(tmp_path, monkeypatch):
     monkeypatch.setattr(os, 'link', link)
     checkpoint.save(str(tmp_path), make_state(1), is_best=True)
     assert files(tmp_path) == ['best.pt', 'ckpt.pt']
+    assert (tmp_path / 'best.pt').read_bytes() == (tmp_path / 'ckpt.pt').read_bytes()
+    (tmp_path / 'best.pt').unlink()
+    checkpoint.open_folder(str(tmp_path), {}, 0, version=0)
     assert (tmp_path / 'best.pt').read_bytes() == (tmp_path / 'ckpt.pt').read_bytes()
 
 
@@ -126,7 +130,8 @@ def test_full_disk(tmp_path):
 def test_clean_removes_what_a_kill_left(tmp_path):
     folder = tmp_path / 'out [1]'  # brackets mean something to glob
     folder.mkdir()
-    for name in ('ckpt.pt', 'best.pt', 'ckpt.pt.tmp', 'ckpt.pt.tmp-best', 'log.jsonl'):
+    for name in ('ckpt.pt', 'best.pt', 'ckpt.pt.tmp', 'ckpt.pt.tmp-best', 'log.jsonl', 'log.jsonl.tmp',
+                 'config.json.tmp'):
         (folder / name).write_text('x')
     checkpoint.remove_temporaries(str(folder))
     assert files(folder) == ['best.pt', 'ckpt.pt', 'log.jsonl']
@@ -211,6 +216,38 @@ def test_not_a_checkpoint(tmp_path, content):
     refused(tmp_path / 'ckpt.pt', 'holds no checkpoint', 'model_args')
 
 
+@pytest.mark.parametrize('key, value', [
+    ('model', None), ('model', [1]), ('model_args', None), ('iter_num', None), ('iter_num', '7'),
+    ('best_val_loss', None)])
+def test_incomplete(tmp_path, key, value):
+    """A key is missing (None) or holds something else."""
+    state = {**make_state(), key: value}
+    torch.save({k: v for k, v in state.items() if v is not None}, tmp_path / 'ckpt.pt')
+    refused(tmp_path / 'ckpt.pt', 'holds no checkpoint', f'but it has no {key}')
+
+
+def test_model_of():
+    """The model comes back bit for bit; whatever is wrong with its weights or their description is named."""
+    model = GPT(GPTConfig(block_size=8, vocab_size=16, n_layer=2, n_head=2, n_embd=8, bias=False))
+    args = {'block_size': 8, 'vocab_size': 16, 'n_layer': 2, 'n_head': 2, 'n_embd': 8, 'bias': False, 'dropout': 0.0}
+    weights = model.state_dict()
+    found = checkpoint.model_of({'model': weights, 'model_args': args}, 'x.pt', dropout=0.25)
+    assert equal(dict(found.state_dict()), dict(weights)) and found.transformer.drop.p == 0.25
+    name = 'transformer.h.1.attn.c_attn.weight'
+    for changes, said in (
+            ({'model': {k: v for k, v in weights.items() if k != name}}, f'{name} is missing'),
+            ({'model': {**weights, 'extra.bias': torch.zeros(2)}}, 'extra.bias is unknown'),
+            ({'model': {**weights, name: torch.zeros(24, 9)}}, f'{name} has shape (24, 9), expected (24, 8)'),
+            ({'model': {}}, 'transformer.wte.weight is missing'), ({'model_args': {**args, 'n_layer': 3}}, 'h.2.'),
+            ({'model_args': {**args, 'n_layer': 1}}, 'transformer.h.1.ln_1.weight is unknown'),
+            ({'model_args': {**args, 'vocab_size': 20}}, 'shape (16, 8), expected (20, 8)'),
+            ({'model_args': {k: v for k, v in args.items() if k != 'n_head'}}, 'model_args lacks n_head'),
+            ({'model_args': {**args, 'n_kv_head': 1}}, 'model_args has n_kv_head')):
+        with pytest.raises(ValueError) as error:
+            checkpoint.model_of({'model': weights, 'model_args': args, **changes}, 'x.pt', dropout=0.0)
+        assert str(error.value).startswith('x.pt holds no model') and said in str(error.value)
+
+
 def test_newer_version(tmp_path):
     torch.save({**make_state(), 'version': checkpoint.VERSION + 1}, tmp_path / 'ckpt.pt')
     refused(tmp_path / 'ckpt.pt', f'version {checkpoint.VERSION + 1}', 'update')
@@ -264,6 +301,65 @@ def test_put_aside(tmp_path):
     assert files(tmp_path / 'previous-1') == ['best.pt', 'ckpt.pt', 'config.json', 'log.jsonl']
     assert files(tmp_path / 'previous-3') == ['best.pt', 'ckpt.pt']
     assert (tmp_path / 'previous-2' / 'ckpt.pt').read_text() == 'ckpt.pt 2'
+
+
+@pytest.fixture
+def unlocked(monkeypatch):
+    """A run keeps its folder locked until its process ends; here several runs share one, so none locks it."""
+    monkeypatch.setattr(checkpoint, 'lock_folder', lambda path, doing: None)
+
+
+def test_open_folder_to_resume(tmp_path, unlocked):
+    """nanoGPT's ckpt.pt becomes best.pt as well, before it is overwritten, unless there is a better one already."""
+    folder = tmp_path / 'out'
+    folder.mkdir()
+    torch.save(make_state(1), folder / 'ckpt.pt')
+    nanogpts = (folder / 'ckpt.pt').read_bytes()
+    checkpoint.open_folder(str(folder), {'seed': 1}, 1, version=0)
+    assert files(folder) == ['best.pt', 'ckpt.pt', 'config.json']
+    checkpoint.save(str(folder), make_state(2), is_best=False)
+    assert (folder / 'best.pt').read_bytes() == nanogpts != (folder / 'ckpt.pt').read_bytes()
+    torch.save(make_state(3), folder / 'ckpt.pt')
+    checkpoint.open_folder(str(folder), {'seed': 2}, 3, version=0)
+    assert (folder / 'best.pt').read_bytes() == nanogpts
+    assert json.loads((folder / 'config.json').read_text()) == {'seed': 2}
+    (folder / 'best.pt').unlink()
+    checkpoint.open_folder(str(folder), {}, 3, version=1)  # a state of flatgpt's that was never evaluated is no best
+    assert not (folder / 'best.pt').exists()
+
+
+def test_open_folder_to_start_anew(tmp_path, unlocked):
+    folder = tmp_path / 'a' / 'out'
+    assert checkpoint.open_folder(str(folder), {'seed': 1}, 0, version=None) is None
+    assert files(folder) == ['config.json']
+    checkpoint.save(str(folder), make_state(1), is_best=True)
+    (folder / 'ckpt.pt.tmp').write_text('half')
+    write_log(folder, 3)
+    before = (folder / 'log.jsonl').read_text()
+    assert checkpoint.open_folder(str(folder), {'seed': 2}, 0, version=None) == str(folder / 'previous-1')
+    assert files(folder) == ['config.json', 'previous-1']
+    assert files(folder / 'previous-1') == ['best.pt', 'ckpt.pt', 'config.json', 'log.jsonl']
+    assert (folder / 'previous-1' / 'log.jsonl').read_text() == before
+
+
+@pytest.mark.parametrize('version', [None, 0])
+@pytest.mark.parametrize('call', ['fsync', 'replace', 'makedirs'])
+def test_folder_that_can_not_be_written(tmp_path, monkeypatch, call, version):
+    """Whichever step fails is said in a sentence, and no file that was there is harmed."""
+    torch.save(make_state(1), tmp_path / 'ckpt.pt')
+    (tmp_path / 'config.json').write_text('{"seed": 1}')
+    before = {name: (tmp_path / name).read_bytes() for name in files(tmp_path)}
+
+    def fail(*args, **kwargs):
+        raise OSError(28, 'No space left on device')
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, fail)
+        moved = f'the earlier run in it is in {tmp_path}/previous-1.*' if version is None and call == 'fsync' else ''
+        with pytest.raises(ValueError, match=f'can not be written: .*No space left.*{moved}--out_dir'):
+            checkpoint.open_folder(str(tmp_path), {'seed': 2}, 1, version)
+    after = {path.name: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file() and '.tmp' not in path.name}
+    assert {**after, 'best.pt': before['ckpt.pt']} == {**before, 'best.pt': before['ckpt.pt']}
 
 
 def write_log(folder, until):

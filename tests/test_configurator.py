@@ -5,6 +5,7 @@ import io
 import textwrap
 
 import pytest
+from conftest import ROOT
 
 import configurator
 
@@ -158,7 +159,7 @@ def test_missing_file(tmp_path):
     assert 'no such config file' in str(error.value) and 'train_gpt2.py?' in str(error.value)
     with pytest.raises(SystemExit, match='no such config file'):
         resolve(tmp_path, 'nowhere/at_all.py')
-    with pytest.raises(SystemExit, match='--key=value'):
+    with pytest.raises(SystemExit, match='no such config file; a setting is written --batch_size=4'):
         resolve(tmp_path, 'batch_size=4')  # the dashes forgotten
 
 
@@ -202,6 +203,33 @@ def test_pages_of_the_scripts(script):
                 'grad_clip': 1.0, 'warmup_iters': 2000, 'lr_decay_iters': 600000, 'min_lr': 6e-5, 'batch_size': 12,
                 'gradient_accumulation_steps': 40, 'eval_interval': 2000, 'eval_iters': 200}
         assert gpt2.items() <= values.items()
+
+
+@pytest.mark.parametrize('script', ['train.py', 'sample.py'])
+def test_help_fits_a_terminal(script):
+    """No line is wider than 80 columns, and breaking them loses no word."""
+    source = (ROOT / script).read_text(encoding='utf-8')
+    page = configurator.read_page(source)
+    text = configurator.page_text(source, page)
+    doc = configurator.ast.get_docstring(configurator.ast.parse(source))
+    assert max(map(len, f'{doc}\n{text}'.splitlines())) <= 80
+    lines = source.splitlines()
+    first, last = min(node.lineno for node in page.values()), max(node.end_lineno for node in page.values())
+    assert max(map(len, lines[first - 1 : last])) > 80  # otherwise this would test nothing
+
+    def words(text):
+        return [word for word in text.split() if word != '#']
+
+    assert words(text) == words('\n'.join(lines[first - 1 : last]))
+
+
+def test_settings_given_are_shown_line_by_line(tmp_path):
+    """What a config file sets is printed in lines of at most 80 columns; a longer value stays in one piece."""
+    path = write(tmp_path, 'batch_size = 4\nlearning_rate = 0.125\nbias = True\ninit_from = "x-" * 60\nn_layer = 3\n')
+    printed = resolve(tmp_path, path)[1]
+    words = printed.replace(',', '').split()
+    assert words[1:] == ['batch_size=4', 'learning_rate=0.125', 'bias=True', f"init_from='{'x-' * 60}'", 'n_layer=3']
+    assert all(len(line) <= 80 or len(line.split()) == 1 for line in printed.splitlines())
 
 
 def test_only_one_process_speaks(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from generate import generate, generate_texts, sample_next
 from model import GPT, GPTConfig
-from tokenizer import ByteTokenizer, CharTokenizer
+from tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
 
 
 @pytest.fixture(scope='module')
@@ -79,7 +79,10 @@ LOGITS = torch.tensor(PROBABILITIES).log().tolist()
 @pytest.mark.parametrize('controls, expected', [
     ({}, PROBABILITIES),
     ({'temperature': 0.5}, [p * p / 0.285 for p in PROBABILITIES]),
-    ({'temperature': 1e-4}, [0, 1, 0, 0, 0]),
+    ({'temperature': 1e-4}, [0, 1, 0, 0, 0]), ({'temperature': 1e-29}, [0, 1, 0, 0, 0]),
+    ({'temperature': 1e-37}, [0, 1, 0, 0, 0]),  # the quotients overflow float32
+    ({'temperature': 1e-42}, [0, 1, 0, 0, 0]), ({'temperature': 1e-300}, [0, 1, 0, 0, 0]),
+    ({'temperature': 1e-42, 'top_k': 3, 'top_p': 0.5}, [0, 1, 0, 0, 0]), ({'temperature': 1e300}, [0.2] * 5),
     ({'temperature': 0}, [0, 1, 0, 0, 0]),
     ({'top_k': 2}, [0, 4 / 7, 0, 3 / 7, 0]),
     ({'top_k': 1}, [0, 1, 0, 0, 0]), ({'top_k': 99}, PROBABILITIES), ({'top_k': 5}, PROBABILITIES),
@@ -154,6 +157,7 @@ class Script:
         self.lm_head = torch.nn.Linear(1, 1)
 
     def __call__(self, idx, cache=None):
+        self.heard = idx
         logits = torch.full((len(idx), 1, self.vocab_size), -100.0)
         logits[:, 0, self.ids[min(self.said, len(self.ids) - 1)]] = 100.0
         self.said += 1
@@ -201,3 +205,11 @@ def test_prompts(gpt):
     assert [len(text) for text in texts] == [25] * 3 and len(set(texts)) == 1 and done == [False] * 3
     runs = [list(generate_texts(gpt, CHARS, 'a', 3, 25, seed=seed))[-1][0] for seed in (4, 4, 5)]
     assert runs[0] == runs[1] != runs[2]
+
+
+def test_special_tokens_of_a_prompt():
+    """What the model is given is the one id of <|endoftext|>, not the ids of its characters."""
+    tokenizer = BPETokenizer.train(['hello hello'] * 3, vocab_size=260, special_tokens=['<|endoftext|>'])
+    model = Script([0], tokenizer.vocab_size)
+    next(generate_texts(model, tokenizer, 'hi<|endoftext|>', 2, 1))
+    assert model.heard.tolist() == [[*tokenizer.encode('hi'), tokenizer.eot]] * 2

@@ -121,6 +121,11 @@ def test_pretrained_errors_name_what_is_wrong(gpt2_folder):
     refused({name: t for name, t in saved.items() if 'h.1.mlp.c_fc.bias' not in name}, 'no tensor', 'h.1.mlp.c_fc.bias')
     refused({**saved, 'transformer.wpe.weight': torch.zeros(17, 24)}, 'wpe.weight', '(17, 24)', '(16, 24)')
     refused({**saved, 'transformer.h.2.ln_1.bias': torch.zeros(24)}, 'unexpected', 'h.2.ln_1.bias')
+    whole = path.read_bytes()
+    for damaged in (b'', whole[:5], whole[:500], whole[:-1], bytes(100), b'version https://git-lfs.github.com/spec/v1'):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=rf'model.safetensors, {len(damaged):,} bytes, can not .*copy it again'):
+            GPT.from_pretrained(str(folder))
     path.unlink()
     with pytest.raises(ValueError, match='no .safetensors file'):
         GPT.from_pretrained(str(folder))
@@ -137,6 +142,19 @@ def test_unsupported_options_are_named(gpt2_folder, key, value):
     with pytest.raises(ValueError) as error:
         GPT.from_pretrained(str(folder))
     assert key in str(error.value) and repr(value) in str(error.value)
+
+
+def test_damaged_config(gpt2_folder):
+    _, folder = gpt2_folder
+    path = folder / 'config.json'
+    config = json.loads(path.read_text())
+    for damaged in ('', '{"model_type": "gpt2"', '[1, 2]', 'null'):
+        path.write_text(damaged)
+        with pytest.raises(ValueError, match='config.json is damaged .*copy it again'):
+            GPT.from_pretrained(str(folder))
+    path.write_text(json.dumps({key: value for key, value in config.items() if key != 'n_embd'}))
+    with pytest.raises(ValueError, match='config.json lacks n_embd'):
+        GPT.from_pretrained(str(folder))
 
 
 def test_pretrained_wrong_names(tmp_path):

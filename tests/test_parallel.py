@@ -1,12 +1,22 @@
 """parallel.py: what 'auto' chooses, what is refused, who may speak. Run: pytest tests/test_parallel.py"""
 
+import contextlib
+import os
+import random
 import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
 
 import pytest
 import torch
+from conftest import ROOT
 
 import parallel
-from parallel import World, choose_compile, choose_device, choose_dtype
+from parallel import World, choose_compile, choose_device, choose_dtype, meet
 
 CPU, CUDA, MPS = torch.device('cpu'), torch.device('cuda'), torch.device('mps')
 
@@ -136,3 +146,79 @@ def test_out_of_memory_of_this_torch():
     with pytest.raises(RuntimeError) as error:
         torch.empty(2**60)
     assert parallel.out_of_memory(error.value)
+
+
+# processes that meet --------------------------------------------------------------------------------------------------
+
+def test_attempts_get_names_of_their_own():
+    """
+    All processes of an attempt agree, and no two attempts do, whatever those before them left in the store: of more or
+    fewer processes, killed as soon as they had written their own name, or the names they had read.
+    """
+    store, rng, seen = torch.distributed.HashStore(), random.Random(0), set()
+
+    def go(rank, size, names):
+        time.sleep(rng.uniform(0, 0.05))
+        names[rank] = meet(store, World(rank, rank, size))
+
+    for size, dies in ((3, None), (3, 'name'), (1, None), (4, 'read'), (2, 'name'), (4, None)):
+        if dies:
+            store.set('name of 1', 'dead')
+        if dies == 'read':
+            store.set('names read by 1', b' '.join(store.multi_get([f'name of {rank}' for rank in range(3)])))
+        names = [None] * size
+        threads = [threading.Thread(target=go, args=(rank, size, names), daemon=True) for rank in range(size)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+        assert len(set(names)) == 1 and None not in names and names[0] not in seen
+        seen.add(names[0])
+
+
+@pytest.mark.parametrize('left', [{}, {'name of 1': 'dead'}, {'name of 1': 'dead', 'names read by 1': 'dead too'}])
+def test_a_process_that_does_not_come(left):
+    """Whatever one of an earlier attempt has left in the store."""
+    store = torch.distributed.HashStore()
+    for key, value in left.items():
+        store.set(key, value)
+    with pytest.raises(ValueError, match='process 0 has waited 0 minutes for the other 1;'):
+        meet(store, World(0, 0, 2), patience=0.2)
+
+
+def test_one_of_two_machines_restarts(tmp_path):
+    """
+    Two agents of a real torchrun, as on two machines. A worker of the first dies while that of the second computes; the
+    first agent counts a restart, the second one follows without counting, and still their workers meet again.
+    """
+    (tmp_path / 'worker.py').write_text(f'''\
+import os, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import torch, parallel
+world = parallel.from_environment()
+parallel.connect(world, torch.device('cpu'), 'auto')
+assert world.sum([1, world.rank]) == [2.0, 1.0]
+if not os.path.exists('marker'):
+    if os.environ['MACHINE'] == '0':
+        open('marker', 'w').close()
+        os._exit(9)
+    time.sleep(60)  # its agent ends it before
+print('met again, restart', os.environ['TORCHELASTIC_RESTART_COUNT'], flush=True)
+parallel.disconnect()
+''')
+    with socket.socket() as s:
+        s.bind(('localhost', 0))
+        port = s.getsockname()[1]
+    agents = [subprocess.Popen(
+        [sys.executable, '-m', 'torch.distributed.run', '--nnodes=2', '--nproc_per_node=1', '--max-restarts=2',
+         '--monitor-interval=0.1', '--rdzv_backend=c10d', f'--rdzv_endpoint=localhost:{port}', 'worker.py'],
+        cwd=tmp_path, env={**os.environ, 'MACHINE': str(machine)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, start_new_session=True) for machine in range(2)]
+    try:
+        outs = [agent.communicate(timeout=60)[0] for agent in agents]
+    finally:
+        for agent in agents:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(agent.pid, signal.SIGKILL)
+    assert [agent.returncode for agent in agents] == [0, 0], '\n'.join(outs)
+    assert 'met again, restart 1' in outs[0] and 'met again, restart 0' in outs[1]

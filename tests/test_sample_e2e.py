@@ -1,7 +1,9 @@
 """sample.py as its users run it. Run: pytest tests/test_sample_e2e.py"""
 
 import json
+import math
 import os
+import re
 import subprocess
 import sys
 from dataclasses import asdict
@@ -35,8 +37,8 @@ def trained(tmp_path_factory):
 
 def samples(run):
     """The texts that a run printed, each with its prompt."""
-    *_, out = run.ok().out.split('best val loss ', 1)
-    *texts, end = out.split('\n', 1)[1].split('\n---------------\n')
+    *_, out = re.split(r'^\S+/\w+[.]pt: step \d+.*\n', run.ok().out, maxsplit=1, flags=re.M)
+    *texts, end = out.split('\n---------------\n')
     assert end == ''
     return texts
 
@@ -44,7 +46,7 @@ def samples(run):
 def test_samples(trained):
     run = trained.sample(num_samples=3, max_new_tokens=60, start='the cat')
     texts = samples(run)
-    assert f'out/best.pt: step {trained.checkpoint(name="best.pt")["iter_num"]}, best val loss' in run.out
+    assert f'out/best.pt: step {trained.checkpoint(name="best.pt")["iter_num"]}, val loss' in run.out
     assert len(texts) == 3 and len(set(texts)) == 3
     assert all(text.startswith('the cat') and len(text) == 67 and set(text) <= set(CHARS) for text in texts)
     words = ' '.join(texts).split()
@@ -62,7 +64,8 @@ def test_seeds(trained):
     assert a == b != c
 
 
-@pytest.mark.parametrize('controls', [{'temperature': 0}, {'top_k': 1}, {'top_p': 1e-6, 'top_k': None}])
+@pytest.mark.parametrize('controls', [{'temperature': 0}, {'temperature': 1e-42}, {'top_k': 1},
+                                      {'top_p': 1e-6, 'top_k': None}])
 def test_greedy(trained, controls):
     """All of these take the likeliest token, as the plain definition in model.py does, far beyond block_size."""
     state = trained.checkpoint(name='best.pt')
@@ -127,10 +130,14 @@ def test_best_and_last(folder):
     model = GPT(GPTConfig(block_size=8, vocab_size=VOCAB, n_layer=1, n_head=1, n_embd=8))
     save(folder, model, iter_num=100)
     kw = {'num_samples': 1, 'max_new_tokens': 3}
-    assert 'out/ckpt.pt: step 100, best val loss 1.2500' in folder.sample(**kw).ok().out
+    assert 'out/ckpt.pt: step 100, lowest val loss so far 1.2500\n' in folder.sample(**kw).ok().out
     save(folder, model, name='best.pt', iter_num=50)
-    assert 'out/best.pt: step 50' in folder.sample(**kw).ok().out
-    assert 'out/ckpt.pt: step 100' in folder.sample(**kw, which='last').ok().out
+    assert 'out/best.pt: step 50, val loss 1.2500\n' in folder.sample(**kw).ok().out
+    # the last state was never the best: the number is not of its own loss
+    assert 'out/ckpt.pt: step 100, lowest val loss so far 1.2500\n' in folder.sample(**kw, which='last').ok().out
+    for not_yet in (math.inf, 1e9):  # stopped before the first evaluation, by flatgpt and by nanoGPT
+        save(folder, model, iter_num=3, best_val_loss=not_yet)
+        assert 'out/ckpt.pt: step 3\n' in folder.sample(**kw, which='last').ok().out
 
 
 def test_padded_vocabulary(folder):
@@ -171,6 +178,12 @@ def test_bad_checkpoint(trained, folder):
     folder.sample().refused('out/best.pt can not be read')
     (folder.path / 'out' / 'best.pt').write_bytes(b'not a checkpoint')
     folder.sample().refused('out/best.pt can not be read')
+    state = trained.checkpoint(name='best.pt')
+    del state['model']['transformer.ln_f.weight'], state['iter_num']
+    torch.save(state, folder.path / 'out' / 'best.pt')
+    folder.sample().refused('out/best.pt holds no checkpoint', 'it has no iter_num')
+    torch.save({**state, 'iter_num': 5}, folder.path / 'out' / 'best.pt')
+    folder.sample().refused('out/best.pt', 'transformer.ln_f.weight is missing')
 
 
 def test_checkpoint_without_a_tokenizer(folder):
@@ -202,6 +215,9 @@ def test_huggingface_folder(folder):
     huggingface_folder(folder.path / 'small', vocab_size=300)
     folder.sample(init_from='small').refused('small: vocab_size is 300', '50257')
     folder.sample(init_from='data').refused('data: no config.json')
+    whole = (folder.path / 'small' / 'model.safetensors').read_bytes()
+    (folder.path / 'small' / 'model.safetensors').write_bytes(whole[:1000])
+    folder.sample(init_from='small').refused('small/model.safetensors, 1,000 bytes, can not be read', 'copy it again')
     huggingface_folder(folder.path / 'gpt2-like')
     run = folder.sample(init_from='gpt2-like', num_samples=1, max_new_tokens=20, start='Hello there')
     if "cannot get the vocabulary 'gpt2'" in run.out:

@@ -245,6 +245,7 @@ def test_signals_save_and_say_how_to_go_on(folder, number):
     stopped = folder.checkpoint('a b')['iter_num']
     assert 5 < stopped < 60
     assert f'saved a b/ckpt.pt at step {stopped}' in run.out
+    assert ('finishing this step, then saving; Ctrl-C again' in run.out) == (number == signal.SIGINT)
     assert f'stopped by {number.name} after step {stopped}. To go on:' in run.out
     program, script, *argv = shlex.split(run.out.splitlines()[-1])
     assert (program, os.path.basename(script)) == ('python', 'train.py')
@@ -339,6 +340,7 @@ def test_full_disk(trained):
         'WARNING: out/ckpt.pt could not be saved at step 25', 'untouched', 'free some space', 'File too large',
         'the state of step 30 could not be saved; out/ckpt.pt is older')
     assert list(losses(run)[0]) == list(range(20, 30))
+    assert run.out.count('could not be saved at step 30') == 1  # tried once
     assert (trained.path / 'out' / 'ckpt.pt').read_bytes() == before
     assert sorted(os.listdir(trained.path / 'out')) == ['best.pt', 'ckpt.pt', 'config.json', 'log.jsonl']
 
@@ -384,12 +386,22 @@ def test_eval_only(trained):
     before = {f.name: f.read_bytes() for f in (trained.path / 'out').iterdir()}
     run = trained.train(eval_only=True, init_from='resume').ok()
     assert losses(run) == ({}, {20: losses(run)[1][20]}) and 'saved' not in run.out
+    assert 'M parameters\n' in run.out and 'epochs' not in run.out and 'a step of' not in run.out
     assert losses(run)[1][20][1] == pytest.approx(trained.checkpoint()['best_val_loss'], abs=1e-4)
     assert {f.name: f.read_bytes() for f in (trained.path / 'out').iterdir()} == before
     run = trained.train(eval_only=True, init_from='resume', eval_interval=7).ok()  # step 20 is no multiple of it
     assert list(losses(run)[0]) == [] and list(losses(run)[1]) == [20]
     run = trained.train(eval_only=True, out_dir='new').ok()
     assert list(losses(run)[1]) == [0] and not (trained.path / 'new').exists()
+
+
+def test_no_steps(folder):
+    """max_iters=0 evaluates and ends; nothing is saved, so nothing is said of a checkpoint that is not there."""
+    for eval_first, evals in ((True, [0]), (False, [])):
+        run = folder.train(max_iters=0, eval_first=eval_first).ok()
+        assert list(losses(run)[1]) == evals and ('best val loss' in run.out) == eval_first
+        assert '0 steps' in run.out and 'sample.py' not in run.out and 'inf' not in run.out
+        assert sorted(os.listdir(folder.path / 'out'))[0] == 'config.json'  # no best.pt, no ckpt.pt
 
 
 def test_patience(folder):
@@ -473,6 +485,7 @@ def test_wandb_offline(folder):
     ({'total_batch_size': -64}, ['total_batch_size=-64']), ({'grad_clip': -1.0}, ['grad_clip=-1.0']),
     ({'beta2': 1.0}, ['beta2=1.0']), ({'max_iters': -1}, ['max_iters=-1']),
     ({'dataset': 'novel'}, ['no dataset in data/novel', 'Datasets here: tiny', 'prepare.py --input=FILE --name=novel']),
+    ({'backend': 'foo'}, ["backend='foo': expected 'auto', 'nccl' or 'gloo'"]),
     ({'lr_schedule': 'linear'}, ["lr_schedule='linear': expected 'cosine' or 'wsd'"]),
     ({'lr_decay_iters': 1}, ['lr_decay_iters=1: expected at least warmup_iters=2']),
     ({'dtype': 'float8'}, ["dtype='float8': expected 'auto', 'float32', 'bfloat16', 'float16'"]),
@@ -520,8 +533,8 @@ def test_architecture_of_a_resumed_run(trained):
     before = (trained.path / 'out' / 'ckpt.pt').read_bytes()
     for key, value in (('n_layer', 3), ('n_head', 4), ('n_embd', 32), ('bias', True)):
         trained.train(init_from='resume', **{key: value}).refused(f'{key}={value}, but out/ckpt.pt has {key}=')
-    trained.train(init_from='resume', block_size=32).refused('block_size=32 is above the 16 positions',
-                                                             '--block_size=16')
+    trained.train(init_from='resume', block_size=32).refused(
+        'block_size=32 is above the 16 positions of the model in out/ckpt.pt', '--block_size=16')
     assert (trained.path / 'out' / 'ckpt.pt').read_bytes() == before
     left_out = {'n_layer': None, 'n_head': None, 'n_embd': None, 'block_size': None}  # then the checkpoint's apply
     trained.train(init_from='resume', max_iters=22, **left_out).ok()
@@ -547,6 +560,18 @@ def test_bad_checkpoints(trained):
     trained.train(init_from='auto').refused('out/ckpt.pt can not be read')
     assert path.read_bytes() == whole[:-1000]
     shutil.copy(trained.path / 'out' / 'best.pt', path)  # what the message says
+    state = trained.checkpoint()
+    for change, said in (
+            (lambda s: s.pop('iter_num'), 'out/ckpt.pt holds no checkpoint'),
+            (lambda s: s['model'].pop('transformer.ln_f.weight'), 'transformer.ln_f.weight is missing'),
+            (lambda s: s['model'].update(extra=torch.zeros(1)), 'extra is unknown'),
+            (lambda s: s['model_args'].update(n_layer=1), 'transformer.h.1.ln_1.weight is unknown'),
+            (lambda s: s['model_args'].update(block_size=8), 'transformer.wpe.weight has shape (16, 16), expected (8')):
+        changed = {**state, 'model': dict(state['model']), 'model_args': dict(state['model_args'])}
+        change(changed)
+        torch.save(changed, path)
+        trained.train(init_from='resume', max_iters=21).refused('out/ckpt.pt', said)
+    torch.save(state, path)
     trained.train(init_from='resume', max_iters=21).ok()
 
 
@@ -590,6 +615,21 @@ def test_prepares_what_is_missing(folder):
     folder.start_train(dataset='late').wait(10).refused('python data/late/prepare.py', 'val.bin')
 
 
+def test_dataset_beside_the_script(folder, tmp_path):
+    """From another folder: data/ of the current one comes first, then the one beside train.py."""
+    home = tmp_path / 'home'
+    home.mkdir()
+    for script in ROOT.glob('*.py'):
+        shutil.copy(script, home)
+    other = folder.path / 'data' / 'other'
+    write_dataset(home / 'data' / 'other', encode(make_text(3000)), encode(make_text(333, seed=1)))
+    settings = {**TINY, 'dataset': 'other', 'max_iters': 1}
+    run = folder.start(home / 'train.py', **settings).ok()
+    assert 'step 1' in run.out and not other.exists() and (folder.path / 'out' / 'ckpt.pt').exists()
+    write_dataset(other, encode(make_text(30)), encode(make_text(5)))
+    folder.start(home / 'train.py', **settings).refused('data/other/val.bin has 5 tokens')
+
+
 # nanoGPT's habits -----------------------------------------------------------------------------------------------------
 
 def nanogpt_checkpoint(path, dataset='tiny'):
@@ -625,17 +665,22 @@ def test_nanogpts_checkpoint_and_data(folder):
     assert losses(run)[0] == {}
     expected = model(ids[:-1].view(20, 16), ids[1:].view(20, 16))[1].item()
     assert losses(run)[1][2][1] == pytest.approx(expected, abs=0.03)  # but for the last 12 targets
+    nanogpts = (folder.path / 'out' / 'ckpt.pt').read_bytes()
+    run = folder.train(init_from='resume', max_iters=3, eval_interval=100, learning_rate=1.0).ok()
+    # that step made it worse: the state which nanoGPT saved remains the best, its file untouched
+    assert losses(run)[1][3][1] > 2.9 and (folder.path / 'out' / 'best.pt').read_bytes() == nanogpts
+    (folder.path / 'out' / 'best.pt').rename(folder.path / 'out' / 'ckpt.pt')
     run = folder.train(init_from='resume', max_iters=4, eval_interval=2).ok()
     assert list(losses(run)[0]) == [2, 3]
     state = folder.checkpoint()
     assert state['optimizer']['state'][0]['step'] == 4 and state['model_args']['mlp'] == 'gelu_erf'
     assert state['tokenizer'] == {'kind': 'char', 'chars': ''.join(CHARS)}
-    run = folder.sample(num_samples=1, max_new_tokens=20).ok()
+    run = folder.sample(num_samples=1, max_new_tokens=20, which='last').ok()
     assert 'step 4' in run.out
     nanogpt_checkpoint(folder.path / 'out' / 'ckpt.pt')
     (folder.path / 'out' / 'best.pt').unlink(missing_ok=True)
     run = folder.sample(num_samples=2, max_new_tokens=20, start='the').ok()
-    assert 'step 2, best val loss 2.9' in run.out and run.out.count('the') >= 2
+    assert 'step 2, lowest val loss so far 2.9' in run.out and run.out.count('the') >= 2
 
 
 def test_resuming_nanogpts_optimizer(folder):

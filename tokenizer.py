@@ -1,31 +1,55 @@
-"""Text to token ids and back: characters, UTF-8 bytes, or one of tiktoken's vocabularies.
+"""Text to token ids and back: characters, UTF-8 bytes, words, and byte pair encoding.
+
+    python tokenizer.py --text='Hello, 안녕!' --tokenizer=gpt2              # see the tokens
+    python tokenizer.py --compare=gpt2,cl100k_base,byte                     # count them, per language and for code
+    python tokenizer.py train --input=FOLDER --vocab_size=8192 --out=my.json
+    python tokenizer.py export --tokenizer=my.json --out=tokenizer.json     # for Hugging Face; .tiktoken for tiktoken
 
     >>> import tokenizer
-    >>> tok = tokenizer.load('byte')                            # or 'gpt2', 'cl100k_base', 'o200k_base'
-    >>> tok = tokenizer.CharTokenizer.from_text(['some text'])  # one id per distinct character
+    >>> tok = tokenizer.load('gpt2')      # or 'byte', 'cl100k_base' (GPT-4), 'o200k_base' (GPT-4o), or a file
+    >>> tok = tokenizer.BPETokenizer.train(texts, vocab_size=8192, special_tokens=['<|endoftext|>'])
     >>> tok.decode(tok.encode('some text'))
     'some text'
 
 Every tokenizer has the same face:
 
-    vocab_size           number of ids; ids are 0 .. vocab_size - 1
-    eot                  id of <|endoftext|>, or None
-    encode(text)         list of ids; the text of a special token is encoded as ordinary text
-    encode_array(text)   the same ids as a uint16 or uint32 array, the fast way for a corpus
-    decode_bytes(ids)    the bytes these ids stand for (part of a character, when ids end inside one)
-    decode(ids)          text; bytes that are not UTF-8 become U+FFFD
-    to_dict()            plain values; from_dict() makes the same tokenizer of them again
-
-meta.json and checkpoints carry to_dict(), so text can be produced with nothing but a checkpoint at hand.
+    vocab_size              ids are below it
+    eot                     id of <|endoftext|>, or None
+    special_tokens          {text: id} of the tokens that no text is encoded to unless allowed
+    encode(text, allowed_special='none_raise')
+                            list of ids. Text in which a special token stands is refused (ValueError), because in text
+                            from others it is a way to slip a boundary in; 'all' makes ids of them, a set of some makes
+                            ids of these and refuses the others, 'none' takes them as ordinary text
+    encode_iterable(texts)  the same ids for text that comes in parts, such as an open file, in constant memory
+    encode_array(text)      the fast way for a corpus: the ids of encode(text, 'none') as a uint16 or uint32 array
+    encode_batch(texts)     a list of such arrays, on all cores
+    decode_bytes(ids)       the bytes these ids stand for (part of a character, when ids end inside one)
+    decode(ids)             text; bytes that are not UTF-8 become U+FFFD
+    to_dict(), from_dict()  plain values, as meta.json and checkpoints carry them, and the same tokenizer of them again
+    save(path), load(path)  the same in a readable file
 """
 
+import argparse
+import base64
 import difflib
+import functools
 import hashlib
+import itertools
+import json
 import os
 import pickle
+import sys
 import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
 
 import numpy as np
+import regex
+
+import bpe
+import interchange
 
 # What tiktoken downloads for each vocabulary, so that the error message of a machine without a network can say it.
 TIKTOKEN_URL = 'https://openaipublic.blob.core.windows.net'
@@ -34,6 +58,11 @@ TIKTOKEN_FILES = {
     'cl100k_base': [f'{TIKTOKEN_URL}/encodings/cl100k_base.tiktoken'],
     'o200k_base': [f'{TIKTOKEN_URL}/encodings/o200k_base.tiktoken'],
 }
+TIKTOKEN_PATTERNS = {'gpt2': 'gpt2', 'cl100k_base': 'gpt4', 'o200k_base': 'o200k'}  # names in bpe.PATTERNS
+
+ENDOFTEXT = '<|endoftext|>'
+FILE_FORMAT, FILE_VERSION = 'flatgpt tokenizer', 1
+STREAM_CHARS = 1 << 16  # encode_iterable() encodes so much at a time
 
 
 def id_dtype(vocab_size: int) -> np.dtype:
@@ -59,10 +88,146 @@ def check_ids(ids, vocab_size: int) -> np.ndarray:
     return ids
 
 
-class CharTokenizer:
+# ----------------------------------------------------------------------------------------------------------------------
+# what all tokenizers share
+
+class Tokenizer:
+    """The common part: special tokens, streams, files. A subclass has encode_array, decode_bytes, to_dict."""
+
+    special_tokens = {}
+    pattern = None  # in which pieces text is encoded: a regular expression, or None
+
+    @property
+    def eot(self):
+        return self.special_tokens.get(ENDOFTEXT)
+
+    def encode(self, text: str | bytes, allowed_special='none_raise') -> list[int]:
+        """ids of text. See the top of this file for allowed_special; ValueError for a special token not allowed."""
+        if isinstance(text, bytes):
+            try:
+                text = text.decode('utf-8')
+            except UnicodeDecodeError as error:
+                return self.encode_invalid(text, error.start)
+        allowed = self.allowed(text, allowed_special)
+        ids = []
+        for i, part in enumerate(bpe.split_specials(text, allowed)):
+            if i % 2:
+                ids.append(self.special_tokens[part])
+            elif part:
+                ids += self.encode_ordinary(part)
+        return ids
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        """ids of text in which nothing is special."""
+        return self.encode_array(text).tolist()
+
+    def encode_invalid(self, data: bytes, valid: int) -> list[int]:
+        """ids of bytes of which the first `valid` are UTF-8 and the next are not."""
+        raise ValueError(f'these bytes are not UTF-8 (byte {valid:,} is {data[valid]:#04x}), and a {self.kind} '
+                         f'tokenizer encodes nothing but text; a byte or BPE tokenizer takes any bytes')
+
+    def allowed(self, text: str, allowed_special) -> list[str]:
+        """The special tokens that encode() makes ids of; ValueError when another one stands in text."""
+        if allowed_special == 'all':
+            return list(self.special_tokens)
+        if allowed_special == 'none':
+            return []
+        if allowed_special == 'none_raise':
+            allowed = []
+        elif isinstance(allowed_special, set | frozenset | list | tuple):
+            allowed = list(allowed_special)
+            for token in allowed:
+                if token not in self.special_tokens:
+                    raise ValueError(f'allowed_special has {token!r}, which is no special token of this tokenizer; it '
+                                     f'has: {", ".join(self.special_tokens) or "none"}' +
+                                     nearest(token, self.special_tokens))
+        else:
+            raise ValueError(f"allowed_special is {allowed_special!r}; expected 'all', 'none', 'none_raise' or a set "
+                             f"of special tokens")
+        for token in self.special_tokens:
+            if token not in allowed and token in text:
+                raise ValueError(f"the text contains the special token {token!r} (at character {text.index(token):,}), "
+                                 f"which is not allowed here. Allow it with allowed_special={{{token!r}}} or 'all', or "
+                                 f"take it as ordinary text with allowed_special='none'")
+        return allowed
+
+    def encode_batch(self, texts: list[str], workers: int | None = None) -> list[np.ndarray]:
+        """encode_array() of each text. workers: threads or processes, where they help (default: one per core)."""
+        return [self.encode_array(text) for text in texts]
+
+    def encode_iterable(self, texts, allowed_special='none_raise'):
+        """Yield the ids of texts joined: an iterable of strings, or a file opened as text, which is read in blocks.
+
+        Memory is constant where there are places at which a cut leaves the ids as they are (safe_cut()); with a split
+        pattern of your own none are known, and the text is collected first.
+        """
+        if hasattr(texts, 'read'):
+            texts = iter(functools.partial(texts.read, STREAM_CHARS), '')
+        rest, enough = '', STREAM_CHARS
+        for text in texts:
+            if not isinstance(text, str):
+                raise ValueError(f'encode_iterable() takes text, got {type(text).__name__}: open the file as text, '
+                                 f"open(path, encoding='utf-8')")
+            rest += text
+            if len(rest) >= enough:
+                if cut := self.safe_cut(rest):
+                    yield from self.encode(rest[:cut], allowed_special)
+                    rest = rest[cut:]
+                enough = max(STREAM_CHARS, 2 * len(rest))  # a long run without a cut is not searched at every line
+        yield from self.encode(rest, allowed_special)
+
+    def safe_cut(self, text: str) -> int:
+        """The last place at which text can be cut in two that encode to the same ids, whatever comes after; 0: none."""
+        for cut in self.cuts(text):
+            # not inside a special token, even if its end has not come yet
+            inside = ((token, i) for token in self.special_tokens for i in range(max(0, cut - len(token) + 1), cut))
+            if not any(text.startswith(token, i) or token.startswith(text[i:]) for token, i in inside):
+                return cut
+        return 0
+
+    def cuts(self, text: str):
+        """Yield places, from the last to the first, at which pieces end in any case."""
+        # In none of bpe.PATTERNS does a piece go on over a blank that follows ink; nor, at a line end that follows ink
+        # and precedes a letter or digit, into the next line.
+        for match in regex.finditer(r'(?r)(?<=\S)(?=[ \t])|(?<=\S\n)(?=[\p{L}\p{N}])', text):
+            yield match.start()
+
+    def decode(self, ids) -> str:
+        return self.decode_bytes(ids).decode('utf-8', 'replace')
+
+    def save(self, path):
+        """Write to_dict() as readable JSON; load(path) reads it. All of the file or nothing of it is written."""
+        values = self.to_dict()
+        content = {'format': FILE_FORMAT, 'version': FILE_VERSION, 'sha256': digest(values), **values}
+        interchange.write_file(path, json.dumps(content, indent=0, ensure_ascii=False) + '\n')
+
+
+def digest(values: dict) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def check_specials(special_tokens: dict[str, int]):
+    """ValueError for special tokens that are empty, share an id, or could overlap in a text."""
+    for token, i in special_tokens.items():
+        if not isinstance(token, str) or not token or type(i) is not int or i < 0:
+            raise ValueError(f'special tokens are {{text: id}}, got {token!r}: {i!r}')
+    if len(set(special_tokens.values())) < len(special_tokens):
+        raise ValueError(f'two special tokens have the same id: {special_tokens}')
+    for one, other in itertools.permutations(special_tokens, 2):
+        shared = next((n for n in range(min(len(one), len(other)), 0, -1) if one[-n:] == other[:n]), 0)
+        if one in other or shared:
+            what = f'{one!r} stands in' if one in other else f'{one[-shared:]!r} ends {one!r} and begins'
+            raise ValueError(f'special tokens overlap: {what} {other!r}, so a text could be read in two ways. Give '
+                             f' them other names, such as <|{one.strip("<|>") or "one"}|>')
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# characters, bytes, words
+
+class CharTokenizer(Tokenizer):
     """One id per character. chars: the vocabulary in the order of its ids, as a string or list of characters."""
 
-    eot = None
+    kind = 'char'
 
     def __init__(self, chars):
         self.chars = list(chars)
@@ -102,8 +267,8 @@ class CharTokenizer:
                              f'which can write any text.')
         return ids.astype(id_dtype(self.vocab_size))
 
-    def encode(self, text: str) -> list[int]:
-        return self.encode_array(text).tolist()
+    def cuts(self, text: str):
+        yield len(text)
 
     def decode(self, ids) -> str:
         return ''.join(self.chars[i] for i in check_ids(ids, self.vocab_size).tolist())
@@ -115,59 +280,364 @@ class CharTokenizer:
         return {'kind': 'char', 'chars': ''.join(self.chars)}
 
 
-class ByteTokenizer:
+class ByteTokenizer(Tokenizer):
     """ids 0 to 255 are the bytes of UTF-8: any text, no vocabulary to make, nothing to download."""
 
+    kind = 'byte'
     vocab_size = 256
-    eot = None
 
     def encode_array(self, text: str) -> np.ndarray:
         return np.frombuffer(to_utf8(text), dtype=np.uint8).astype(id_dtype(256))
 
-    def encode(self, text: str) -> list[int]:
-        return list(to_utf8(text))
+    def encode_invalid(self, data: bytes, valid: int) -> list[int]:
+        return list(data)
+
+    def cuts(self, text: str):
+        yield len(text)
 
     def decode_bytes(self, ids) -> bytes:
         return check_ids(ids, 256).astype(np.uint8).tobytes()
-
-    def decode(self, ids) -> str:
-        return self.decode_bytes(ids).decode('utf-8', 'replace')
 
     def to_dict(self) -> dict:
         return {'kind': 'byte'}
 
 
-class TiktokenTokenizer:
+class WordTokenizer(Tokenizer):
+    """One id per word, with the space before it; marks and other white space are words too. What is not in the
+    vocabulary becomes <|unk|>, id 0, and is lost; id 1 is <|endoftext|>, ids from 2 are `words` in their order."""
+
+    kind = 'word'
+    pattern = r' ?\w+|[^\w\s]|\s'
+    special_tokens = {'<|unk|>': 0, ENDOFTEXT: 1}
+
+    def __init__(self, words):
+        self.words = list(words)
+        self._id_of = {}
+        for i, word in enumerate(self.words, len(self.special_tokens)):
+            if not isinstance(word, str) or bpe.split(word, self.pattern) != [word]:
+                raise ValueError(f'a word vocabulary holds single words, such as "the", " the" or ",", got {word!r}')
+            if word in self._id_of:
+                raise ValueError(f'a word vocabulary holds every word once, got {word!r} twice')
+            self._id_of[word] = i
+        self._tokens = [*self.special_tokens, *self.words]
+        self.vocab_size = len(self._tokens)
+
+    @classmethod
+    def train(cls, texts, vocab_size: int, workers: int | None = None) -> 'WordTokenizer':
+        """The most frequent words of texts (of equally frequent ones, the first by code points), so many that with the
+        two special tokens there are at most vocab_size ids. texts: strings, Paths of files, or one of either."""
+        least = len(cls.special_tokens) + 1
+        if type(vocab_size) is not int or vocab_size < least:
+            raise ValueError(f'vocab_size is {vocab_size}; a word vocabulary has at least {least} ids: '
+                             f'{", ".join(cls.special_tokens)} and a word')
+        counts = bpe.count_pieces(read_texts(texts), cls.pattern, cls.special_tokens, workers)
+        if not counts:
+            raise ValueError('the text to train on is empty; expected at least one word')
+        by_count = sorted(counts, key=lambda word: (-counts[word], word))
+        return cls(by_count[:vocab_size - len(cls.special_tokens)])
+
+    def encode_array(self, text: str) -> np.ndarray:
+        text = to_utf8(text).decode('utf-8')
+        return np.array([self._id_of.get(word, 0) for word in bpe.split(text, self.pattern)],
+                        dtype=id_dtype(self.vocab_size))
+
+    def encode_batch(self, texts: list[str], workers: int | None = None) -> list[np.ndarray]:
+        return encode_in_processes(self, texts, workers)
+
+    def cuts(self, text: str):
+        for match in regex.finditer(r'(?r)(?<=\S)(?=\s)', text):
+            yield match.start()
+
+    def decode(self, ids) -> str:
+        return ''.join(self._tokens[i] for i in check_ids(ids, self.vocab_size).tolist())
+
+    def decode_bytes(self, ids) -> bytes:
+        return self.decode(ids).encode('utf-8')
+
+    def to_dict(self) -> dict:
+        return {'kind': 'word', 'words': list(self.words)}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# byte pair encoding
+
+class FastEncoder:
+    """bpe.Merges.join() over bpe.split() in compiled code: by gigatoken where it is installed, else by tiktoken.
+
+    tokens: the bytes of all ids, in the order of the merges; pattern: one of bpe.PATTERNS, or None; slow(text): the
+    same in Python, for what neither can do; encoding: the tiktoken.Encoding, where there is one. Measured on two cores
+    with GPT-2's vocabulary: bpe.py 2.6 MB/s on one, tiktoken 13 MB/s, gigatoken above 200 MB/s.
+    """
+
+    def __init__(self, tokens: list[bytes], pattern: str | None, slow, encoding=None):
+        self.tokens, self.pattern, self.slow = tokens, pattern, slow
+        if encoding is not None:
+            self.tiktoken = encoding
+        schemes = {bpe.PATTERNS['gpt2']: 'gpt2', bpe.PATTERNS['gpt4']: 'gpt4', bpe.PATTERNS['o200k']: 'o200k'}
+        self.scheme = schemes.get(pattern) if bpe.has_gigatoken() else None
+        self.chars = 0  # encoded in batches so far
+
+    @functools.cached_property
+    def gigatoken(self):
+        import gigatoken
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, 'ranks.tiktoken')
+            Path(path).write_bytes(b''.join(b'%s %d\n' % (base64.b64encode(token), rank)
+                                            for rank, token in enumerate(self.tokens)))
+            return gigatoken.Tokenizer.from_tiktoken(path, self.scheme, {})
+
+    @functools.cached_property
+    def tiktoken(self):
+        import tiktoken
+        return tiktoken.Encoding('flatgpt', pat_str=self.pattern or r'(?s:.+)', special_tokens={},
+                                 mergeable_ranks={token: rank for rank, token in enumerate(self.tokens)})
+
+    def encode(self, text: str) -> np.ndarray:
+        """Positions in `tokens`, as an array of integers."""
+        text = to_utf8(text).decode('utf-8')
+        if self.scheme and (text.isascii() or not bpe.NEWER.search(text)):  # gigatoken knows Unicode 17, see bpe.NEWER
+            return self.gigatoken.encode(text)
+        # tiktoken's regular expressions run out of stack in about a million blanks; every run of 400,000 covers a whole
+        # block of 200,000.
+        if any(text[i:i + 200_000].isspace() for i in range(0, len(text), 200_000)) and len(text) > 200_000:
+            return np.array(self.slow(text))
+        return self.tiktoken.encode_to_numpy(text, disallowed_special=())
+
+    def encode_batch(self, texts: list[str], workers: int | None) -> list[np.ndarray]:
+        """encode() of each text, on all cores."""
+        workers = workers or bpe.core_count()
+        if self.scheme is None:
+            groups = list(bpe.batches(texts, 1 << 16))  # one task each: a task costs more than a short text
+            with ThreadPoolExecutor(workers) as pool:
+                return [ids for group in pool.map(lambda group: [self.encode(text) for text in group], groups)
+                        for ids in group]
+        self.chars += sum(map(len, texts))
+        # gigatoken hands the results of several threads over in a package that takes 0.2 s to import: 50 MB on one core
+        if workers == 1 or self.chars < 50_000_000 or not all(text.isascii() for text in texts) and any(
+                bpe.NEWER.search(text) for text in texts):
+            return [self.encode(text) for text in texts]
+        rows = self.gigatoken.encode_batch([to_utf8(text) for text in texts]).layout
+        return np.split(rows.content.data, rows.offsets.data[1:-1])
+
+
+class BPETokenizer(Tokenizer):
+    """Byte pair encoding with merges of its own; bpe.py is the algorithm.
+
+    merges: pairs of bytes, in the order they were learnt: token = left + right. pattern: a regular expression of the
+    package regex that cuts text into pieces, one of bpe.PATTERNS' names, or None. special_tokens: {text: id}.
+    byte_ids, merge_ids: ids of the 256 bytes and of the merges' tokens (default: the byte's value, and 256 + i).
+    ignore_merges: a piece that is a token is taken as it is, even if no merges lead there (Llama 3).
+    """
+
+    kind = 'bpe'
+
+    def __init__(self, merges, pattern: str | None = None, special_tokens: dict[str, int] | None = None, byte_ids=None,
+                 merge_ids=None, ignore_merges: bool = False):
+        self.merges = [(bytes(left), bytes(right)) for left, right in merges]
+        self.pattern = bpe.PATTERNS.get(pattern, pattern)
+        if self.pattern is not None:
+            bpe.compile_pattern(self.pattern)
+        self.special_tokens = dict(special_tokens or {})
+        self.ignore_merges = ignore_merges
+        place = {bytes([byte]): byte for byte in range(256)}  # of a token among the 256 bytes and then the merges
+        pairs = []
+        for i, (left, right) in enumerate(self.merges):
+            if left not in place or right not in place:
+                raise ValueError(f'merge {i} joins {left!r} and {right!r}, which are not both bytes or earlier merges')
+            if left + right in place:
+                raise ValueError(f'merge {i} makes the token {left + right!r}, which there is already')
+            pairs.append((place[left], place[right]))
+            place[left + right] = 256 + i
+        self._merges = bpe.Merges(pairs)
+        self._tokens = list(place)  # bytes of each place
+        self.byte_ids, self.merge_ids = byte_ids, merge_ids
+        ids = [*(byte_ids or range(256)), *(merge_ids or range(256, len(place)))]
+        if len(ids) != len(place) or any(type(i) is not int or i < 0 for i in ids):
+            raise ValueError(f'byte_ids and merge_ids are {len(ids)} ids; expected one for each of the 256 bytes and '
+                             f'{len(pairs)} merges')
+        check_specials(self.special_tokens)
+        self._token_of = dict(zip(ids, self._tokens, strict=True))
+        self._token_of |= {i: token.encode('utf-8') for token, i in self.special_tokens.items()}
+        if len(self._token_of) < len(ids) + len(self.special_tokens):
+            raise ValueError('two tokens have the same id')
+        self.vocab_size = max(self._token_of) + 1
+        # places to ids; None where they are the same
+        self._ids = None if ids == list(range(len(ids))) else np.array(ids)
+        self._place = place if ignore_merges else {}
+        self._known = {}  # pieces met before: words come back
+
+    @classmethod
+    def train(cls, texts, vocab_size: int, pattern: str | None = 'gpt4', special_tokens=(), workers: int | None = None,
+              accelerate: bool | None = None) -> 'BPETokenizer':
+        """Learn vocab_size - 256 - len(special_tokens) merges from texts; special tokens get the last ids.
+
+        texts: strings, Paths of files (each a document, or rows of documents), or one of either. pattern: 'gpt2',
+        'gpt4', 'o200k', a regular expression, or None. No merge crosses the end of a text or a special token. Of pairs
+        that occur equally often the one with the smaller left id wins, then the smaller right id: the result depends on
+        nothing but the counts. accelerate: by the package gigatoken, with the same result; it has GPT-2's pattern only
+        (default: where it can). workers: processes that count, otherwise (default: one per core).
+        """
+        pattern = bpe.PATTERNS.get(pattern, pattern)
+        special_tokens = [special_tokens] if isinstance(special_tokens, str) else list(special_tokens)
+        check_specials({token: i for i, token in enumerate(special_tokens)})
+        least = 256 + len(special_tokens)
+        if type(vocab_size) is not int or vocab_size < least:
+            raise ValueError(f'vocab_size is {vocab_size}; expected at least {least}: 256 bytes and '
+                             f'{len(special_tokens)} special token(s)')
+        can = pattern == bpe.PATTERNS['gpt2'] and bpe.has_gigatoken()
+        if accelerate and not can:
+            raise ValueError("accelerate=True needs the package gigatoken (pip install gigatoken) and pattern='gpt2'")
+        if can and accelerate is not False:
+            merges = bpe.learn_with_gigatoken(read_texts(texts), vocab_size - least, special_tokens)
+        else:
+            counts = bpe.count_pieces(read_texts(texts), pattern, special_tokens, workers)
+            pairs = bpe.learn(counts, vocab_size - least)
+            tokens = bpe.token_bytes(pairs)
+            merges = [(tokens[left], tokens[right]) for left, right in pairs]
+        if len(merges) < vocab_size - least:
+            found = f'the text has {len(merges):,} pairs to join' if merges else 'the text to train on is empty'
+            raise ValueError(f'{found}, and vocab_size {vocab_size:,} asks for {vocab_size - least:,}: train on more '
+                             f'text, or with vocab_size at most {least + len(merges):,}')
+        return cls(merges, pattern, {token: 256 + len(merges) + i for i, token in enumerate(special_tokens)})
+
+    @classmethod
+    def from_tiktoken(cls, name: str) -> 'BPETokenizer':
+        """The vocabulary 'gpt2', 'cl100k_base' or 'o200k_base', with its merges recovered from the ranks."""
+        encoding = open_tiktoken(name)
+        ranks = encoding._mergeable_ranks
+        merges = bpe.recover_merges(ranks)
+        pattern = bpe.PATTERNS[TIKTOKEN_PATTERNS[name]]
+        return from_dict(interchange.describe(name, ranks, merges, pattern, encoding._special_tokens,
+                                              ignore_merges=len(merges) < len(ranks) - 256))
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        ids = []
+        for piece in bpe.split(to_utf8(text).decode('utf-8'), self.pattern):
+            known = self._known.get(piece)
+            if known is None:
+                known = self.encode_piece(piece.encode('utf-8'))
+                if len(self._known) >= 1 << 18:
+                    self._known.clear()
+                if len(piece) <= 64:  # longer ones hardly come back
+                    self._known[piece] = known
+            ids += known
+        return ids
+
+    def encode_piece(self, piece: bytes) -> list[int]:
+        """ids of one piece, whatever pattern cut it out."""
+        if piece in self._place:
+            places = [self._place[piece]]
+        else:
+            places = self._merges.join(piece)
+        return places if self._ids is None else self._ids[places].tolist()
+
+    def encode_invalid(self, data: bytes, valid: int) -> list[int]:
+        """As tiktoken does it: the last piece of the valid part goes on to the end of data. (White space before it,
+        when it is white space, belongs to it: pieces of it may shift when more follows.)"""
+        pieces = bpe.split(data[:valid].decode('utf-8'), self.pattern)
+        ids = [self.encode_piece(piece.encode('utf-8')) for piece in pieces]
+        last = len(ids[-1]) if ids else 0
+        ids = list(itertools.chain.from_iterable(ids))
+
+        def is_blank(i):
+            return not self._token_of[i].strip(b' \n\t')
+
+        if last and is_blank(ids[-last]):
+            while last < len(ids) and is_blank(ids[-last - 1]):
+                last += 1
+        stable = ids[:len(ids) - last]
+        return stable + self.encode_piece(data[len(self.decode_bytes(stable)):])
+
+    @functools.cached_property
+    def _fast(self):
+        return FastEncoder(self._tokens, self.pattern, self._merges_of)
+
+    def _merges_of(self, text: str) -> list[int]:
+        return [i for piece in bpe.split(text, self.pattern) for i in self._merges.join(piece.encode('utf-8'))]
+
+    @functools.cached_property
+    def is_fast(self) -> bool:
+        """True when compiled code encodes the same: it has the pattern, and it joins, as these merges do, any two
+        neighbours that together are a token. With merges that were learnt it is so; those of other files may differ."""
+        return ((self.pattern is None or self.pattern in bpe.PATTERNS.values()) and not self.ignore_merges
+                and bpe.recover_merges({token: place for place, token in enumerate(self._tokens)}) == self.merges)
+
+    def _array(self, places) -> np.ndarray:
+        return (places if self._ids is None else self._ids[places]).astype(id_dtype(self.vocab_size))
+
+    def encode_array(self, text: str) -> np.ndarray:
+        if self.is_fast:
+            return self._array(self._fast.encode(text))
+        return np.array(self.encode_ordinary(text), dtype=id_dtype(self.vocab_size))
+
+    def encode_batch(self, texts: list[str], workers: int | None = None) -> list[np.ndarray]:
+        if self.is_fast:
+            return [self._array(places) for places in self._fast.encode_batch(texts, workers)]
+        return encode_in_processes(self, texts, workers)
+
+    def cuts(self, text: str):
+        if self.pattern is None:
+            utf8 = text.encode('utf-8', 'replace')
+            ends = np.cumsum([len(char.encode('utf-8', 'replace')) for char in text])
+            for i in range(len(text) - 1, 0, -1):
+                if utf8[ends[i - 1] - 1:ends[i - 1] + 1] not in self._side_by_side:
+                    yield i
+        elif self.pattern in bpe.PATTERNS.values():
+            yield from super().cuts(text)
+
+    @functools.cached_property
+    def _side_by_side(self) -> set[bytes]:
+        """All pairs of bytes within tokens: between any other two, no merge can reach."""
+        return {token[i:i + 2] for token in self._tokens for i in range(len(token) - 1)}
+
+    def decode_bytes(self, ids) -> bytes:
+        try:
+            return b''.join(map(self._token_of.__getitem__, check_ids(ids, self.vocab_size).tolist()))
+        except KeyError as error:
+            raise ValueError(f'cannot decode token id {error}: this vocabulary does not use this id') from None
+
+    def to_dict(self) -> dict:
+        return {'kind': 'bpe', 'pattern': self.pattern, 'special_tokens': dict(self.special_tokens),
+                'byte_ids': self.byte_ids, 'merge_ids': self.merge_ids, 'ignore_merges': self.ignore_merges,
+                'merges': [f'{bpe.printable(left)} {bpe.printable(right)}' for left, right in self.merges]}
+
+
+class TiktokenTokenizer(Tokenizer):
     """One of OpenAI's vocabularies: 'gpt2' (50,257 ids), 'cl100k_base' (GPT-4), 'o200k_base' (GPT-4o).
 
     ValueError when the vocabulary is neither in tiktoken's cache nor to be had from the network.
     """
 
+    kind = 'tiktoken'
+
     def __init__(self, name: str):
-        if name not in TIKTOKEN_FILES:
-            raise ValueError(f'unknown tiktoken vocabulary {name!r}; expected one of {", ".join(TIKTOKEN_FILES)}'
-                             + nearest(name, TIKTOKEN_FILES))
-        try:
-            import tiktoken
-        except ImportError:
-            raise ValueError(f'the tokenizer {name!r} needs the package tiktoken: pip install tiktoken') from None
-        try:
-            self._encoding = tiktoken.get_encoding(name)
-        except Exception as error:  # whatever requests, the file system or a damaged file can raise
-            raise ValueError(no_vocabulary(name, error)) from error
+        self._encoding = open_tiktoken(name)
         self.name = name
         self.vocab_size = self._encoding.n_vocab
-        self.eot = self._encoding.eot_token
+        self.special_tokens = dict(self._encoding._special_tokens)
+        self.pattern = bpe.PATTERNS[TIKTOKEN_PATTERNS[name]]
+
+    @functools.cached_property
+    def bpe(self) -> BPETokenizer:
+        """The same encoding in Python."""
+        return BPETokenizer.from_tiktoken(self.name)
+
+    @functools.cached_property
+    def _fast(self):
+        ranks = self._encoding._mergeable_ranks
+        return FastEncoder(sorted(ranks, key=ranks.get), self.pattern, self._slow, self._encoding)
+
+    def _slow(self, text):
+        return self.bpe.encode_ordinary(text)
 
     def encode_array(self, text: str) -> np.ndarray:
-        try:
-            ids = self._encoding.encode_to_numpy(text, disallowed_special=())
-        except UnicodeEncodeError:
-            ids = self._encoding.encode_to_numpy(to_utf8(text).decode('utf-8'), disallowed_special=())
-        return ids.astype(id_dtype(self.vocab_size))
+        return self._fast.encode(text).astype(id_dtype(self.vocab_size))
 
-    def encode(self, text: str) -> list[int]:
-        return self._encoding.encode_ordinary(text)
+    def encode_batch(self, texts: list[str], workers: int | None = None) -> list[np.ndarray]:
+        return [ids.astype(id_dtype(self.vocab_size)) for ids in self._fast.encode_batch(texts, workers)]
+
+    def encode_invalid(self, data: bytes, valid: int) -> list[int]:
+        return self.bpe.encode_invalid(data, valid)
 
     def decode_bytes(self, ids) -> bytes:
         ids = check_ids(ids, self.vocab_size).tolist()
@@ -176,11 +646,23 @@ class TiktokenTokenizer:
         except KeyError as error:  # cl100k_base and o200k_base have unused ids below vocab_size
             raise ValueError(f'cannot decode token id {error}: {self.name} does not use this id') from None
 
-    def decode(self, ids) -> str:
-        return self.decode_bytes(ids).decode('utf-8', 'replace')
-
     def to_dict(self) -> dict:
         return {'kind': 'tiktoken', 'name': self.name}
+
+
+def open_tiktoken(name: str):
+    """tiktoken's encoding of that name; ValueError when there is none, or no way to get it."""
+    if name not in TIKTOKEN_FILES:
+        raise ValueError(f'unknown tiktoken vocabulary {name!r}; expected one of {", ".join(TIKTOKEN_FILES)}'
+                         + nearest(name, TIKTOKEN_FILES))
+    try:
+        import tiktoken
+    except ImportError:
+        raise ValueError(f'the tokenizer {name!r} needs the package tiktoken: pip install tiktoken') from None
+    try:
+        return tiktoken.get_encoding(name)
+    except Exception as error:  # whatever requests, the file system or a damaged file can raise
+        raise ValueError(no_vocabulary(name, error)) from error
 
 
 def no_vocabulary(name: str, error: Exception) -> str:
@@ -195,23 +677,101 @@ def no_vocabulary(name: str, error: Exception) -> str:
     return '\n'.join(lines)
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# text to train on, processes to encode with
+
+def read_texts(texts):
+    """The documents of texts: strings, Paths of files or folders to read, or one of either, not in a list."""
+    for text in [texts] if isinstance(texts, str | os.PathLike) else texts:
+        if isinstance(text, os.PathLike):
+            import corpus  # it imports this module
+            yield from corpus.read_documents(text)
+        elif isinstance(text, str):
+            yield to_utf8(text).decode('utf-8')
+        else:
+            raise ValueError(f'expected texts to train on as strings or Paths, got {type(text).__name__}')
+
+
+worker_tokenizer = None  # of a process of encode_in_processes()
+
+
+def start_worker(values: dict):
+    global worker_tokenizer
+    worker_tokenizer = from_dict(values)
+
+
+def encode_in_worker(texts: list[str]) -> list[np.ndarray]:
+    return [worker_tokenizer.encode_array(text) for text in texts]
+
+
+def encode_in_processes(tokenizer, texts: list[str], workers: int | None) -> list[np.ndarray]:
+    """encode_array() of each text by a tokenizer in Python, which threads would not make faster."""
+    workers = workers or bpe.core_count()
+    if workers == 1 or sum(map(len, texts)) < 1 << 21:
+        return [tokenizer.encode_array(text) for text in texts]
+    with ProcessPoolExecutor(workers, get_context(bpe.START_METHOD), start_worker, (tokenizer.to_dict(),)) as pool:
+        groups = pool.map(encode_in_worker, bpe.batches(texts, 1 << 18))
+        return [ids for group in groups for ids in group]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# names, descriptions, files
+
+NAMES = ['byte', *TIKTOKEN_FILES]  # that load() knows without a file
+ALSO_CALLED = {'gpt-2': 'gpt2', 'gpt4': 'cl100k_base', 'gpt-4': 'cl100k_base', 'gpt4o': 'o200k_base',
+               'gpt-4o': 'o200k_base'}
+
+
 def nearest(name, names) -> str:
     """' (did you mean ...?)' for a misspelt name, or nothing when none is near."""
-    near = difflib.get_close_matches(str(name), list(names), n=2, cutoff=0.5)
+    near = [ALSO_CALLED[name]] if ALSO_CALLED.get(name) in names else difflib.get_close_matches(
+        str(name), list(names), n=2, cutoff=0.5)
     return f' (did you mean {" or ".join(near)}?)' if near else ''
 
 
-def load(name: str):
-    """The tokenizer called 'byte', 'gpt2', 'cl100k_base' or 'o200k_base'; ValueError for any other name."""
+def load(name):
+    """The tokenizer called 'byte', 'gpt2', 'cl100k_base' or 'o200k_base', or the one in a file or folder: ours (of
+    save()), tiktoken's or Hugging Face's (see interchange.py). ValueError when there is none, or it is damaged."""
     if name == 'byte':
         return ByteTokenizer()
-    if name == 'char':
-        raise ValueError("the tokenizer 'char' takes its vocabulary from a text: "
-                         "CharTokenizer.from_text(texts), or a prepare.py with --tokenizer=char")
     if name in TIKTOKEN_FILES:
         return TiktokenTokenizer(name)
-    names = ['byte', 'char', *TIKTOKEN_FILES]
-    raise ValueError(f'unknown tokenizer {name!r}; expected one of {", ".join(names)}' + nearest(name, names))
+    for path in (name, f'{name}.json'):
+        if os.path.exists(path):
+            return load_file(path)
+    if name in ('char', 'word', 'bpe'):
+        raise ValueError(f'the tokenizer {name!r} takes its vocabulary from a text: python tokenizer.py train '
+                         f'--kind={name} --input=FILE --out=my.json, or a prepare.py with --tokenizer={name}')
+    names = ['char', 'word', 'bpe', *NAMES]
+    near = nearest(name, [*names, *(path for path in os.listdir() if path.endswith(('.json', '.tiktoken')))])
+    raise ValueError(f'unknown tokenizer {str(name)!r}; expected one of {", ".join(names)}, or a file{near}')
+
+
+def load_file(path):
+    """The tokenizer in a file."""
+    values = None
+    if os.path.isfile(path):
+        with open(path, 'rb') as file:
+            if FILE_FORMAT.encode() in file.read(200):  # else it is somebody else's
+                file.seek(0)
+                try:
+                    values = json.loads(file.read())
+                except ValueError as error:
+                    raise ValueError(f'{path} is damaged or cut short ({error}); get the file anew, or train the '
+                                     f'tokenizer again') from None
+    if values is None:
+        return from_dict(interchange.read(path))
+    if values.get('version') != FILE_VERSION:
+        raise ValueError(f'{path} is of version {values.get("version")!r} of this format, and this program reads '
+                         f'version {FILE_VERSION}: update this program, or train the tokenizer again with it')
+    described = {key: value for key, value in values.items() if key not in ('format', 'version', 'sha256')}
+    if values.get('sha256') != digest(described):
+        raise ValueError(f'{path} is damaged: its content does not have the checksum that is written in it. Get the '
+                         f'file anew, or train the tokenizer again')
+    try:
+        return from_dict(described)
+    except ValueError as error:
+        raise ValueError(f'{path}: {error}') from None
 
 
 def from_dict(values: dict):
@@ -219,7 +779,8 @@ def from_dict(values: dict):
     if not isinstance(values, dict) or 'kind' not in values:
         raise ValueError(f"a tokenizer is described by a dict with the key 'kind', got {str(values)[:80]}")
     kind = values['kind']
-    needed = {'char': ['chars'], 'byte': [], 'tiktoken': ['name']}
+    needed = {'char': ['chars'], 'byte': [], 'word': ['words'], 'bpe': ['merges', 'pattern', 'special_tokens'],
+              'tiktoken': ['name']}
     if kind not in needed:
         raise ValueError(f'unknown kind of tokenizer {kind!r}; expected one of {", ".join(needed)}'
                          + nearest(kind, needed) + '. The file may come from a newer version of this program.')
@@ -230,7 +791,20 @@ def from_dict(values: dict):
         return CharTokenizer(values['chars'])
     if kind == 'byte':
         return ByteTokenizer()
-    return TiktokenTokenizer(values['name'])
+    if kind == 'word':
+        return WordTokenizer(values['words'])
+    if kind == 'tiktoken':
+        return TiktokenTokenizer(values['name'])
+    merges = []
+    for i, merge in enumerate(values['merges']):
+        try:
+            left, right = merge.split(' ')
+            merges.append((bpe.from_printable(left), bpe.from_printable(right)))
+        except (AttributeError, ValueError, KeyError):
+            raise ValueError(f"merge {i} is {merge!r}; expected two tokens in GPT-2's byte alphabet with a space "
+                             f"between, such as 'Ġ t'") from None
+    return BPETokenizer(merges, values['pattern'], values['special_tokens'], values.get('byte_ids'),
+                        values.get('merge_ids'), values.get('ignore_merges', False))
 
 
 class PlainUnpickler(pickle.Unpickler):
@@ -278,3 +852,138 @@ def from_meta_pkl(path) -> CharTokenizer:
         return CharTokenizer(sorted(stoi, key=stoi.get))
     except ValueError as error:
         refuse(error)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the command line
+
+def main():
+    arguments = sys.argv[1:]
+    commands = {'train': main_train, 'export': main_export}
+    if arguments and not arguments[0].startswith('-'):
+        if arguments[0] not in commands:
+            raise ValueError(f'unknown command {arguments[0]!r}; expected train, export, or options'
+                             + nearest(arguments[0], commands) + '. See python tokenizer.py --help')
+        commands[arguments[0]](arguments[1:])
+    else:
+        main_view(arguments)
+
+
+def parser_for(description: str, usage: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(description=description, usage=usage, allow_abbrev=False,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+TOKENIZER_HELP = 'byte, gpt2, cl100k_base, o200k_base, or a file'
+
+
+def main_view(arguments):
+    """See the tokens of a text, or compare tokenizers."""
+    import tokenview
+    parser = parser_for('See the tokens of a text, or compare tokenizers. Commands: train, export\n'
+                        '(python tokenizer.py train --help).', 'python tokenizer.py [--text=...] [--tokenizer=...]')
+    parser.add_argument('--text', help='the text')
+    parser.add_argument('--input', help='or a text file')
+    parser.add_argument('--tokenizer', default='gpt2', help=f'{TOKENIZER_HELP} (gpt2)')
+    parser.add_argument('--compare', help='several, with commas: a table of counts; without a text, of\n'
+                                          'samples in several languages and code')
+    parser.add_argument('--color', choices=['auto', 'always', 'never'], default='auto', help='(auto)')
+    args = parser.parse_args(arguments)
+    if args.text is not None and args.input:
+        raise ValueError('got both --text and --input; expected one of them')
+    text = args.text
+    if args.input:
+        import corpus
+        text = ''.join(corpus.read_text(args.input))
+    if args.compare:
+        named = {name: load(name) for name in args.compare.split(',')}
+        tokenview.compare(named, {args.input or 'text': text} if text else tokenview.SAMPLES)
+    elif text is None:
+        parser.print_help()
+    else:
+        color = tokenview.has_color(sys.stdout) if args.color == 'auto' else args.color == 'always'
+        tokenview.show(args.tokenizer, load(args.tokenizer), text, color)
+
+
+def check_folder(path):
+    """ValueError when the folder that path would be written to does not exist."""
+    folder = os.path.dirname(path) or '.'
+    if not os.path.isdir(folder):
+        raise ValueError(f'there is no folder {folder} to write {path} to: mkdir -p {folder}')
+
+
+def main_train(arguments):
+    """Train a tokenizer and save it."""
+    import corpus
+    parser = parser_for('Train a tokenizer on text: a file, a folder, .jsonl, .csv or .parquet.',
+                        'python tokenizer.py train --input=FILE --vocab_size=N [--out=FILE]')
+    parser.add_argument('--input', required=True, help='a text file, a folder, or a .jsonl, .csv, .tsv, .parquet file')
+    parser.add_argument('--kind', choices=['bpe', 'word', 'char'], default='bpe', help='(bpe)')
+    parser.add_argument('--vocab_size', type=int, help='number of ids, special tokens included (bpe, word)')
+    parser.add_argument('--pattern', default='gpt4', help="bpe: how text is cut before merging: gpt2, gpt4, o200k,\n"
+                                                          'none, or a regular expression (gpt4)')
+    parser.add_argument('--special_tokens', default=ENDOFTEXT, help=f'bpe: with commas ({ENDOFTEXT})')
+    parser.add_argument('--text_key', default='text', help='field of the rows that holds the text (text)')
+    parser.add_argument('--num_proc', type=int, help='processes (one per core)')
+    parser.add_argument('--out', default='tokenizer.json', help='file to write (tokenizer.json)')
+    args = parser.parse_args(arguments)
+    if args.kind == 'char' and args.vocab_size is not None:
+        raise ValueError('--vocab_size is for bpe and word; a char vocabulary has every character of the text')
+    if args.kind != 'char' and args.vocab_size is None:
+        raise ValueError(f'--kind={args.kind} needs --vocab_size=N, such as --vocab_size=8192')
+    check_folder(args.out)
+
+    started = time.time()
+    texts = corpus.read_documents(args.input, args.text_key)
+    if args.kind == 'char':
+        trained = CharTokenizer.from_text(texts)
+    elif args.kind == 'word':
+        trained = WordTokenizer.train(texts, args.vocab_size, args.num_proc)
+    else:
+        special_tokens = [token for token in args.special_tokens.split(',') if token]
+        trained = BPETokenizer.train(texts, args.vocab_size, None if args.pattern == 'none' else args.pattern,
+                                     special_tokens, args.num_proc)
+    trained.save(args.out)
+    print(f'wrote {args.out}: {args.kind}, {trained.vocab_size:,} ids, in {time.time() - started:.1f} s')
+    print(f"next:  python tokenizer.py --text='...' --tokenizer={args.out}\n"
+          f'       python tokenizer.py --compare=gpt2,{args.out}\n'
+          f'       python data/text/prepare.py --input={args.input} --tokenizer={args.out}')
+
+
+def main_export(arguments):
+    """Write a tokenizer in another program's format."""
+    parser = parser_for('Write a tokenizer in another format: --out=NAME.tiktoken for tiktoken,\n'
+                        'tokenizer.json or a folder for Hugging Face, another .json for this program.',
+                        'python tokenizer.py export --tokenizer=... --out=...')
+    parser.add_argument('--tokenizer', required=True, help=TOKENIZER_HELP)
+    parser.add_argument('--out', required=True, help='NAME.tiktoken, tokenizer.json, FOLDER, or NAME.json')
+    args = parser.parse_args(arguments)
+    check_folder(args.out)
+    exported = load(args.tokenizer)
+    exported = exported.bpe if exported.kind == 'tiktoken' else exported
+    to_folder = os.path.isdir(args.out) or not os.path.splitext(args.out)[1]
+    to_others = to_folder or args.out.endswith('.tiktoken') or os.path.basename(args.out) == 'tokenizer.json'
+    if to_others and exported.kind != 'bpe':
+        raise ValueError(f'{args.tokenizer} is a {exported.kind} tokenizer; the formats of tiktoken and Hugging Face '
+                         f'here hold byte pair encoding only. Expected --out=NAME.json, which this program reads')
+    if args.out.endswith('.tiktoken'):
+        interchange.write_tiktoken(exported.to_dict(), args.out)
+        print(f'wrote {args.out}. Such a file has no pattern and no special tokens; tiktoken needs to be told:\n'
+              f"    import tiktoken, tiktoken.load\n"
+              f"    tiktoken.Encoding('mine', pat_str={exported.pattern!r},\n"
+              f"                      mergeable_ranks=tiktoken.load.load_tiktoken_bpe({args.out!r}),\n"
+              f'                      special_tokens={exported.special_tokens})')
+    elif to_folder:
+        interchange.write_hf_folder(exported.to_dict(), args.out)
+        print(f"wrote {args.out}: transformers.AutoTokenizer.from_pretrained('{args.out}')")
+    elif to_others:
+        interchange.write_tokenizer_json(exported.to_dict(), args.out)
+        print(f"wrote {args.out}: tokenizers.Tokenizer.from_file('{args.out}')")
+    else:
+        exported.save(args.out)
+        print(f'wrote {args.out}: --tokenizer={args.out}')
+
+
+if __name__ == '__main__':
+    import corpus
+    corpus.run(main)

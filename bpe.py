@@ -1,0 +1,438 @@
+"""Byte pair encoding: the algorithm behind GPT-2's and GPT-4's tokens.
+
+Start with the 256 bytes. Find the pair of neighbours that occurs most often, give it an id of its own, write that id
+wherever the pair stood, and begin again: a compression scheme of Gage (1994), for words by Sennrich et al. (2016), on
+bytes by GPT-2 (Radford et al. 2019). What has been learnt is the list of merges. A new text is encoded by the same
+joins in the same order.
+
+    count_pieces(texts, pattern, ...)   text -> {piece: how often}, on all cores
+    learn(counts, n)                    {piece: how often} -> n merges
+    join(piece, ids_of_pairs)           the bytes of one piece -> ids
+    recover_merges(ranks)               the merges behind a vocabulary that has only ids, as tiktoken's files do
+
+A piece is what the pattern cuts out of the text, about a word; merges never cross its ends. Inside this file ids are
+plain: 0 to 255 the bytes, 256 + i the i-th merge. tokenizer.py has the face to the rest of the program.
+"""
+
+import contextlib
+import functools
+import heapq
+import importlib.util
+import itertools
+import math
+import os
+import sys
+import tempfile
+from array import array
+from collections import Counter, defaultdict, deque
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import numpy as np
+import regex
+from tqdm import tqdm
+
+# The patterns of OpenAI's vocabularies. gpt2 keeps words apart from numbers and from punctuation, with the space before
+# each; gpt4 (cl100k_base) also cuts numbers after three digits, and takes runs of line ends and of indentation whole;
+# o200k keeps a word's capital letters together with what follows them.
+PATTERNS = {
+    'gpt2': r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    'gpt4': (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+             r"|\s*[\r\n]+|\s+(?!\S)|\s+"),
+    'o200k': (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+              r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+              r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+              r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+              r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"),
+}
+
+# Every byte as a printable character, so that tokens can stand in a text file: GPT-2's alphabet, with Ġ for a space.
+PRINTABLE = [*range(ord('!'), ord('~') + 1), *range(ord('¡'), ord('¬') + 1), *range(ord('®'), ord('ÿ') + 1)]
+BYTE_TO_CHAR = {byte: chr(byte) for byte in PRINTABLE}
+BYTE_TO_CHAR |= {byte: chr(256 + i) for i, byte in enumerate(b for b in range(256) if b not in BYTE_TO_CHAR)}
+CHAR_TO_BYTE = {char: byte for byte, char in BYTE_TO_CHAR.items()}
+
+BATCH_CHARS = 1 << 21  # of text that a process counts in one go
+# of processes: fork costs nothing, and lets a script train without `if __name__ == '__main__'`
+START_METHOD = 'fork' if sys.platform == 'linux' else 'spawn'
+
+
+def printable(token: bytes) -> str:
+    """A token in GPT-2's alphabet: b' the' -> 'Ġthe'."""
+    return ''.join(BYTE_TO_CHAR[byte] for byte in token)
+
+
+def from_printable(chars: str) -> bytes:
+    """The reverse of printable(); KeyError for a character that stands for no byte."""
+    return bytes(CHAR_TO_BYTE[char] for char in chars)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# text into pieces
+
+# What came with Unicode 17 and 18, in ranges. `regex` learns each new Unicode at once, tiktoken's engine is at 16, to
+# which these are no letters; so that ids agree, pieces are cut as if they were U+10FFFF, which is unassigned. And ʕ,
+# which Unicode 17 moved from the small letters to those without case, is cut as another small one.
+SINCE_UNICODE_16 = """
+    558 58b-58c 5c8-5c9 88f b53-b54 c5c cdc 1acf-1af0 208f 209d-209f 20c1-20c4 2b96 2e60-2e63 a7ce-a7cf a7d2 a7d4 a7dd
+    a7e2 a7f1 ab6c-ab6d fbc3-fbd2 fd90-fd91 fdc8-fdce 107bb-107bf 10940-10959 10ec5-10ec7 10ec9-10eee 10ef0-10efb 11b0a
+    11b60-11b67 11db0-11ddb 11de0-11de9 11df0-11df1 1246f 12475-1247f 12550-12686 16ea0-16eb8 16ebb-16ed3 16ff2-16ff6
+    187f8-187ff 18cd6-18cda 18d09-18d20 18d80-18df2 18e00-19191 191a0-191d2 1b123-1b128 1b168 1ccfa-1ccfc 1ceba-1ced0
+    1ced2-1ced4 1cedd-1cefd 1d127-1d128 1d1eb-1d1ff 1d250-1d281 1d6a6 1db00-1db1c 1df1f-1df24 1df2b-1df81 1df90-1df96
+    1dfcd-1dfff 1e6c0-1e6de 1e6e0-1e6f5 1e6fe-1e6ff 1f1ae 1f6d8-1f6d9 1f777-1f77a 1f7da-1f7db 1f7f1-1f7ff 1f8d0-1f8d8
+    1fa54-1fa57 1fa8a-1fa8e 1fac8 1facc-1facd 1fadd 1faea-1faeb 1faef 1faf9-1fafa 1fbfa 2b73a-2b73f 2b81e 2cea2-2cead
+    323b0-33479 3d000-3fc3f
+""".split()
+NEWER = regex.compile('[' + ''.join('-'.join(rf'\U{int(end, 16):08x}' for end in ends.split('-'))
+                                    for ends in SINCE_UNICODE_16) + ']')
+
+
+@functools.cache
+def compile_pattern(pattern: str):
+    """The compiled pattern; ValueError when it is not a regular expression, or one that finds the last piece first."""
+    try:
+        compiled = regex.compile(pattern)
+        wrong = 'reads text backwards, by its flag r' if compiled.flags & regex.REVERSE else None
+    except regex.error as error:
+        wrong = f'is not a regular expression: {error}'
+    if wrong:
+        raise ValueError(f'the split pattern {pattern!r} {wrong}. Expected one of {", ".join(PATTERNS)}, none, or a '
+                         f'pattern of the package regex')
+    return compiled
+
+
+def split(text: str, pattern: str | None) -> list[str]:
+    """The pieces of text, which joined are the text again; None: all of it is one piece.
+
+    Text that a pattern of one's own does not match becomes pieces too, so that nothing is lost.
+    """
+    if pattern is None:
+        return [text] if text else []
+    compiled = compile_pattern(pattern)
+    places = text if text.isascii() else NEWER.sub('\U0010ffff', text).replace('\u0295', '\u0250')
+    if places is text or places == text:
+        pieces = compiled.findall(text)
+        if compiled.groups == 0 and sum(map(len, pieces)) == len(text) and '' not in pieces:
+            return pieces  # always so with the patterns above
+    ends = [0]
+    for match in compiled.finditer(places):
+        ends += [match.start(), match.end()]
+    ends.append(len(text))
+    return [text[start:end] for start, end in itertools.pairwise(ends) if start < end]
+
+
+def split_specials(text: str, special_tokens) -> list[str]:
+    """Cut text at its special tokens: odd elements are special tokens, even ones the (maybe empty) text between them.
+
+    Where two could start at the same place, the longer one is taken.
+    """
+    if not special_tokens:
+        return [text]
+    longest_first = sorted(special_tokens, key=len, reverse=True)
+    return regex.split('(' + '|'.join(map(regex.escape, longest_first)) + ')', text)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# learning merges
+
+def count_pieces(texts, pattern: str | None, special_tokens=(), workers: int | None = None) -> Counter:
+    """How often each piece occurs in texts, an iterable of strings. No piece crosses the end of a text, or a special
+    token, which itself is not counted.
+
+    Memory is that of the distinct pieces (about 100 bytes each; without a pattern they are the texts themselves),
+    however long the texts. Beyond a few MB, `workers` processes count (default: one per core); their number
+    does not change the result.
+    """
+    count = functools.partial(count_batch, pattern=pattern, special_tokens=tuple(special_tokens))
+    workers = workers or core_count()
+    total = Counter()
+    bar = tqdm(desc='counting', unit='char', unit_scale=True, disable=None, leave=False, dynamic_ncols=True)
+    with bar, contextlib.ExitStack() as stack:
+        pool, running = None, deque()
+        for number, batch in enumerate(batches(texts, BATCH_CHARS)):
+            if workers == 1 or number == 0:  # a first batch is done before the processes would have started
+                total.update(count(batch))
+            else:
+                if pool is None:
+                    pool = stack.enter_context(ProcessPoolExecutor(workers, get_context(START_METHOD)))
+                running.append(pool.submit(count, batch))
+                if len(running) > 2 * workers:
+                    total.update(running.popleft().result())
+            bar.update(sum(map(len, batch)))
+        for future in running:
+            total.update(future.result())
+    return total
+
+
+def count_batch(texts: list[str], pattern, special_tokens) -> Counter:
+    """The pieces of a few texts, counted."""
+    counts = Counter()
+    for text in texts:
+        for part in split_specials(text, special_tokens)[::2]:
+            counts.update(split(part, pattern))
+    return counts
+
+
+def batches(texts, chars: int):
+    """Yield lists of texts, in order, of at least `chars` characters together (the last may have fewer)."""
+    batch, size = [], 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= chars:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def core_count() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
+
+def learn(counts: dict[str, int], n_merges: int) -> list[tuple[int, int]]:
+    """The first n_merges merges for pieces that occur so often: (left id, right id); the i-th makes id 256 + i.
+
+    Each merge joins the pair that occurs most often; of several, the one with the smallest left id, then right id. So
+    the result depends on nothing but the counts. May be shorter, when all pieces have become one id each.
+
+    Cost: a pair's places are kept in a list, so a merge touches only what it changes, and in all as many places as the
+    distinct pieces have bytes, at most. Counting all pairs anew for each merge would read the whole text 8,000 times.
+    """
+    # All distinct pieces end to end, with an END behind each, as a linked list: a merge writes the new id over the left
+    # of its two places and takes the right one out.
+    END, GONE = -1, -2
+    ids, weight = array('i'), array('q')  # weight: how often the piece occurs that this place is in
+    for piece, count in counts.items():
+        utf8 = piece.encode('utf-8')
+        ids.extend(utf8)
+        ids.append(END)
+        weight.extend([count] * (len(utf8) + 1))
+    ids.append(END)  # the left neighbour of the first place, -1, is this one
+    previous = array('i', range(-1, len(ids) - 1))
+    following = array('i', range(1, len(ids) + 1))
+
+    pair_count, places = defaultdict(int), defaultdict(lambda: array('i'))
+    for i in range(len(weight)):
+        left, right = ids[i], ids[i + 1]
+        if left >= 0 and right >= 0:
+            pair_count[left, right] += weight[i]
+            places[left, right].append(i)
+
+    # The most frequent pair is on top. Once counted, a pair only ever becomes rarer (its ids are being merged away):
+    # so an outdated entry promises too much, comes up too early, and is put back with its true count.
+    heap = [(-count, pair) for pair, count in pair_count.items()]
+    heapq.heapify(heap)
+    merges = []
+    bar = tqdm(desc='merging', total=n_merges, disable=None, leave=False, dynamic_ncols=True)
+    while heap and len(merges) < n_merges:
+        promised, pair = heapq.heappop(heap)
+        count = pair_count[pair]
+        if count == 0:
+            continue
+        if count != -promised:
+            heapq.heappush(heap, (-count, pair))
+            continue
+        left, right = pair
+        new = 256 + len(merges)
+        merges.append(pair)
+        changed = set()
+        for i in sorted(places.pop(pair)):  # from left to right: aaa becomes (aa)a
+            j = following[i]
+            if ids[i] != left or ids[j] != right:  # merged into something else since
+                continue
+            before, after = previous[i], following[j]
+            n = weight[i]
+            if ids[before] >= 0:  # (before, left) becomes (before, new)
+                pair_count[ids[before], left] -= n
+                pair_count[ids[before], new] += n
+                places[ids[before], new].append(before)
+                changed.add((ids[before], new))
+            if ids[after] >= 0:
+                pair_count[right, ids[after]] -= n
+                pair_count[new, ids[after]] += n
+                places[new, ids[after]].append(i)
+                changed.add((new, ids[after]))
+            ids[i], ids[j] = new, GONE
+            following[i], previous[after] = after, i
+        del pair_count[pair]
+        for pair in changed:
+            heapq.heappush(heap, (-pair_count[pair], pair))
+        bar.update()
+    bar.close()
+    return merges
+
+
+def has_gigatoken() -> bool:
+    """True where the package gigatoken, the accelerator of training and encoding, is installed."""
+    return importlib.util.find_spec('gigatoken') is not None
+
+
+def learn_with_gigatoken(texts, n_merges: int, special_tokens=()) -> list[tuple[bytes, bytes]]:
+    """count_pieces() with GPT-2's pattern, the only one gigatoken trains with, and learn(), in Rust: the same merges.
+
+    texts go through a temporary file, so memory stays small.
+    """
+    import gigatoken
+    separator = b'\xff'  # in no UTF-8 text
+    with tempfile.TemporaryDirectory() as folder, open(os.path.join(folder, 'texts'), 'wb') as file:
+        for text in texts:
+            for part in split_specials(text, special_tokens)[::2]:
+                file.write(part.encode('utf-8') + separator)
+        file.flush()
+        with silenced():
+            source = gigatoken.TextFileSource([file.name], separator=separator)
+            _, merges = gigatoken.train_bpe(source, 256 + n_merges, [], tie_breaking='raw_token_ids')
+    return merges
+
+
+@contextlib.contextmanager
+def silenced():
+    """Nothing from C or Rust reaches the terminal meanwhile; gigatoken tells what it does on stdout."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = os.dup(1), os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept[0], 1)
+        os.dup2(kept[1], 2)
+        for descriptor in (*kept, nowhere):
+            os.close(descriptor)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# encoding
+
+NO_MERGE = 1 << 60  # greater than every id
+LONG = 1000         # bytes; up to here the plain way is faster
+
+
+class Merges:
+    """Learnt merges, ready to encode with: pairs[i] = (left id, right id) makes id 256 + i."""
+
+    def __init__(self, pairs):
+        self.pairs = list(pairs)
+        self.id_of_pair = {pair: 256 + i for i, pair in enumerate(self.pairs)}
+
+    def join(self, piece: bytes) -> list[int]:
+        """The ids of one piece.
+
+        Joins, again and again, the pair that was learnt first. Looking at all n pairs for each of up to n joins is
+        quadratic, which for a word's few bytes is the fastest way; long pieces take join_long().
+        """
+        if len(piece) > LONG:
+            return self.join_long(piece)
+        ids = list(piece)
+        joined = [self.id_of_pair.get(pair, NO_MERGE) for pair in itertools.pairwise(ids)]  # by ids[i], ids[i+1]
+        while joined and (first := min(joined)) != NO_MERGE:
+            i = joined.index(first)
+            ids[i:i + 2] = [first]
+            del joined[i]
+            if i > 0:
+                joined[i - 1] = self.id_of_pair.get((ids[i - 1], first), NO_MERGE)
+            if i < len(joined):
+                joined[i] = self.id_of_pair.get((first, ids[i + 1]), NO_MERGE)
+        return ids
+
+    @functools.cached_property
+    def sorted_pairs(self) -> tuple[np.ndarray, np.ndarray]:
+        """The pairs as numbers left << 32 | right, ascending, and their ids: a table to look many pairs up at once."""
+        keys = np.array([left << 32 | right for left, right in self.pairs], dtype=np.int64)
+        order = np.argsort(keys)
+        return keys[order], 256 + order
+
+    def join_long(self, piece: bytes) -> list[int]:
+        """join() for pieces of any length: time grows with the length (times its logarithm), not with its square.
+
+        A merge at a time, in the order they were learnt, at all its places at once. Only merges whose pair stands
+        somewhere in the piece are visited: a heap holds them, and joins bring new pairs about.
+        """
+        n = len(piece)
+        keys, ids_of_keys = self.sorted_pairs
+        # A linked list of places, with place n behind the last: its id is -1, which no pair has; so is a joined one's.
+        ids = np.append(np.frombuffer(piece, dtype=np.uint8).astype(np.int64), -1)
+        previous, following = np.arange(-1, n), np.append(np.arange(1, n + 1), n)
+        places, heap = {}, []  # id that a merge makes -> arrays of the places where its pair begins
+
+        def enter(at):
+            """Sort the pairs that begin at these places under the merges that join them."""
+            key = ids[at] << 32 | ids[following[at]]
+            found = np.minimum(np.searchsorted(keys, key), len(keys) - 1)
+            known = keys[found] == key  # never with an id -1: keys are positive
+            at, new = at[known], ids_of_keys[found[known]]
+            order = np.argsort(new, kind='stable')
+            at, new = at[order], new[order]
+            bounds = [*np.flatnonzero(np.diff(new, prepend=-1)).tolist(), len(new)]
+            for start, end in itertools.pairwise(bounds):
+                first = int(new[start])
+                if first not in places:
+                    places[first] = []
+                    heapq.heappush(heap, first)
+                places[first].append(at[start:end])
+
+        if len(keys):
+            enter(np.arange(n))
+        while heap:
+            new = heapq.heappop(heap)
+            left, right = self.pairs[new - 256]
+            at = np.sort(np.concatenate(places.pop(new)))
+            at = at[(ids[at] == left) & (ids[following[at]] == right)]  # the others have been joined otherwise since
+            if left == right:  # of a run like aaaaa: the first two, the next two, ...
+                index = np.arange(len(at))
+                run_start = np.maximum.accumulate(np.where(np.append(-1, following[at[:-1]]) == at, 0, index))
+                at = at[(index - run_start) % 2 == 0]
+            gone = following[at]
+            after = following[gone]
+            ids[at], ids[gone] = new, -1
+            following[at], previous[after] = after, at
+            before = previous[at]
+            enter(np.concatenate([at, before[(before >= 0) & (ids[before] != new)]]))
+        return ids[ids >= 0].tolist()
+
+
+def token_bytes(pairs) -> list[bytes]:
+    """The bytes of every id: of the 256 bytes, then of the merges."""
+    tokens = [bytes([byte]) for byte in range(256)]
+    for left, right in pairs:
+        tokens.append(tokens[left] + tokens[right])
+    return tokens
+
+
+def final_parts(token: bytes, rank) -> list[bytes]:
+    """What the bytes of token are joined to, before the last join that would make them the token.
+
+    rank(left, right) orders the joins, the lowest first; math.inf: no such join.
+    """
+    parts = [token[i:i + 1] for i in range(len(token))]
+    ranks = [rank(left, right) for left, right in itertools.pairwise(parts)]
+    while len(parts) > 2:
+        first = min(ranks)
+        if first == math.inf:
+            break
+        i = ranks.index(first)
+        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        del ranks[i]
+        if i > 0:
+            ranks[i - 1] = rank(parts[i - 1], parts[i])
+        if i < len(ranks):
+            ranks[i] = rank(parts[i], parts[i + 1])
+    return parts
+
+
+def recover_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """The merges behind a vocabulary {token: rank}, such as tiktoken's, in their order.
+
+    tiktoken joins any two neighbours that together are a token, the one of lowest rank first. So a token's merge joins
+    the two that its own bytes have been joined to just before. A token whose bytes never come to that, because it
+    is only ever taken as a whole piece, has no merge.
+    """
+    def rank(left, right):
+        return ranks.get(left + right, math.inf)
+
+    several = sorted((token for token in ranks if len(token) > 1), key=ranks.get)
+    return [tuple(parts) for parts in (final_parts(token, rank) for token in several) if len(parts) == 2]

@@ -93,7 +93,7 @@ def compile_pattern(pattern: str):
     try:
         compiled = regex.compile(pattern)
         wrong = 'reads text backwards, by its flag r' if compiled.flags & regex.REVERSE else None
-    except regex.error as error:
+    except (regex.error, TypeError) as error:
         wrong = f'is not a regular expression: {error}'
     if wrong:
         raise ValueError(f'the split pattern {pattern!r} {wrong}. Expected one of {", ".join(PATTERNS)}, none, or a '
@@ -276,10 +276,19 @@ def learn_with_gigatoken(texts, n_merges: int, special_tokens=()) -> list[tuple[
     """
     import gigatoken
     separator = b'\xff'  # in no UTF-8 text
+    # When all pieces have become one id each, gigatoken (0.10) goes on with pairs that occur nowhere. It cannot come to
+    # that with more pieces (of several bytes) than merges: a text that has fewer is counted and left to learn().
+    counts, enough = Counter(), n_merges + 128
     with tempfile.TemporaryDirectory() as folder, open(os.path.join(folder, 'texts'), 'wb') as file:
         for text in texts:
             for part in split_specials(text, special_tokens)[::2]:
                 file.write(part.encode('utf-8') + separator)
+                if len(counts) <= enough:
+                    counts.update(split(part, PATTERNS['gpt2']))
+        if len(counts) <= enough:
+            pairs = learn(counts, n_merges)
+            tokens = token_bytes(pairs)
+            return [(tokens[left], tokens[right]) for left, right in pairs]
         file.flush()
         with silenced():
             source = gigatoken.TextFileSource([file.name], separator=separator)

@@ -3,29 +3,31 @@
     read_text(path)                   one text file, in pieces
     read_documents(path)              documents of a folder, .txt, .jsonl, .csv or .parquet
     split_text, split_documents, ...  which of it is training text, which validation text
+    make_tokenizer(name, ...)         a vocabulary by name, from a file, or trained on the training text
     write_dataset(out_dir, ...)       train.bin, val.bin and meta.json, all of them or none
-    download(url, path, sha256, ...)  resumable and checked
 
-All of it streams: memory stays below a few hundred MB however large the input is.
+All of it streams: memory stays below a few hundred MB however large the input is. An interrupted preparation goes on
+where it was when the same command is run again.
 
 A .bin file is nothing but token ids, little-endian uint16 (uint32 when the vocabulary has more than 65,536 ids), so
-`np.memmap(path, dtype='<u2')` reads it. meta.json says the rest: dtype, vocabulary size, counts, and the tokenizer.
+`np.memmap(path, dtype='<u2')` reads it. What is longer than a shard goes on in train-00001.bin, train-00002.bin, ...
+meta.json says the rest: dtype, vocabulary size, counts, the files in their order, and the tokenizer.
 """
 
+import argparse
 import csv
 import errno
 import hashlib
-import http.client
 import itertools
 import json
 import os
+import re
 import shutil
 import sys
 import time
-import urllib.error
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 from tqdm import tqdm
 
 import tokenizer as tokenizers
@@ -39,9 +41,11 @@ ROW_SUFFIXES = {'.jsonl', '.ndjson', '.csv', '.tsv', '.parquet'}  # many documen
 
 PIECE_CHARS = 1 << 18      # of a text that is one stream: small enough to share out between the cores
 DOCUMENT_CHARS = 1 << 22   # a longer text file becomes several documents
-BATCH_CHARS = 1 << 22      # in memory at a time: encoded, then written
-GROUP_CHARS = 1 << 16      # encoded by one thread in one go
+BATCH_CHARS = 1 << 22      # in memory at a time, twice: one batch is encoded while the next is read
 SEPARATOR = '\n\n'         # ends a document where the tokenizer has no <|endoftext|>
+SHARD_TOKENS = 10**9       # 2 GB of uint16: what file systems and copying tools are at ease with
+JOURNAL_SECONDS, JOURNAL_BYTES = 10, 1 << 30  # of work and of text that a kill can cost at most
+VOCAB_SIZES = {'bpe': 8192, 'word': 10000}    # of the vocabularies trained on the text, unless --vocab_size says else
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -154,32 +158,35 @@ def not_utf8(path) -> str:
     return f'{where} Convert it, for example: iconv -f latin1 -t utf-8 "{path}" > utf8.txt'
 
 
-def read_documents(path, text_key: str = 'text'):
+def read_documents(path, text_key: str = 'text', min_score: float | None = None):
     """Yield the documents below path, a folder or a file, as strings; documents without any ink are left out.
 
     A text file is one document (one of more than DOCUMENT_CHARS characters is handed out in several). .jsonl, .csv,
-    .tsv and .parquet have a document per row, in the field `text_key`. ValueError for input that is empty, not UTF-8,
-    broken or without the field.
+    .tsv and .parquet have a document per row, in the field `text_key`. min_score: only rows of Parquet files whose
+    column 'score' is at least this. ValueError for input that is empty, not UTF-8, broken or without the field.
     """
     files, _ = find_files(path)
     found = False
     for name in files:
-        for text in read_rows(name, text_key) if is_rows(name) else read_text(name, DOCUMENT_CHARS):
+        if min_score is not None and not name.lower().endswith('.parquet'):
+            raise ValueError(f'{name} is not Parquet, which --min_score={min_score} needs; leave it out')
+        for text in read_rows(name, text_key, min_score) if is_rows(name) else read_text(name, DOCUMENT_CHARS):
             if text and not text.isspace():
                 found = True
                 yield text
     if not found:
-        raise ValueError(f'{path} holds no text: nothing but empty or blank documents in {len(files)} file(s)')
+        scored = '' if min_score is None else f' with a score of at least {min_score}'
+        raise ValueError(f'{path} holds no text{scored}: nothing but empty or blank documents in {len(files)} file(s)')
 
 
-def read_rows(path, text_key):
+def read_rows(path, text_key, min_score=None):
     """Yield the field `text_key` of every row of a .jsonl, .ndjson, .csv, .tsv or .parquet file."""
     suffix = os.path.splitext(path)[1].lower()
     try:
-        if suffix in ('.jsonl', '.ndjson'):
+        if suffix == '.parquet':
+            yield from read_parquet(path, text_key, min_score)
+        elif suffix in ('.jsonl', '.ndjson'):
             yield from read_jsonl(path, text_key)
-        elif suffix == '.parquet':
-            yield from read_parquet(path, text_key)
         else:
             yield from read_csv(path, text_key, '\t' if suffix == '.tsv' else ',')
     except UnicodeDecodeError:
@@ -230,7 +237,7 @@ def read_csv(path, text_key, delimiter):
             raise ValueError(f'{path}, line {rows.line_num}, is not CSV: {error}') from None
 
 
-def read_parquet(path, text_key):
+def read_parquet(path, text_key, min_score=None):
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -243,15 +250,20 @@ def read_parquet(path, text_key):
             kind = file.schema_arrow.field(text_key).type
             if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
                 raise ValueError(f'{path} has {kind} in the column {text_key!r}; expected strings (--text_key=NAME)')
-            for batch in file.iter_batches(batch_size=256, columns=[text_key]):
-                for text in batch.column(0).to_pylist():
-                    yield text or ''
+            columns = [text_key] if min_score is None else [text_key, 'score']
+            if 'score' not in file.schema_arrow.names and min_score is not None:
+                raise ValueError(f"{path} has no column 'score', which --min_score={min_score} needs; leave it out")
+            for batch in file.iter_batches(batch_size=256, columns=columns):
+                scores = itertools.repeat(None) if min_score is None else batch.column('score').to_pylist()
+                for text, score in zip(batch.column(text_key).to_pylist(), scores, strict=False):
+                    if min_score is None or score is not None and score >= min_score:
+                        yield text or ''
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f'{path} cannot be read as Parquet: {error}') from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# splitting. Each function yields (split, text) with split 'train' or 'val', which is what write_dataset takes.
+# splitting. Each function yields (split, text) with split 'train' or 'val', which is what write_dataset writes.
 
 def check_fraction(val_fraction):
     if not 0 < val_fraction < 1:
@@ -284,7 +296,7 @@ def split_documents(documents, val_fraction: float, longest: int | None = None):
     """
     check_fraction(val_fraction)
     for text in documents:
-        is_val = text_hash(text) < val_fraction and (longest is None or len(text) <= longest)
+        is_val = (longest is None or len(text) <= longest) and text_hash(text) < val_fraction
         yield ('val' if is_val else 'train'), text
 
 
@@ -315,109 +327,190 @@ def split_each(documents, val_fraction: float):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# tokenizers
+
+def load_tokenizer(name: str, vocab_size: int | None = None):
+    """The tokenizer called name, or None for those that are made from the text. ValueError for what make_tokenizer()
+    would refuse, so that it can be known before a long download."""
+    if vocab_size is not None and name not in VOCAB_SIZES:
+        raise ValueError(f'--vocab_size={vocab_size} does not go with --tokenizer={name}, whose size is given; it is '
+                         f'for {" and ".join(VOCAB_SIZES)}')
+    return None if name == 'char' or name in VOCAB_SIZES else tokenizers.load(name)
+
+
+def make_tokenizer(name: str, pieces, documents: bool, vocab_size: int | None = None):
+    """The tokenizer called name for write_dataset(..., pieces, documents=documents).
+
+    name: 'char', 'word' or 'bpe', whose vocabularies are made here, or what tokenizer.load() takes: another name, or
+    the path of a tokenizer file. char holds every character of the text; word and bpe are trained on the training split
+    alone, to vocab_size ids. pieces: a function that returns an iterator of (split, text).
+    """
+    if (tokenizer := load_tokenizer(name, vocab_size)) is not None:
+        return tokenizer
+    if name == 'char':
+        separator = [SEPARATOR] if documents else []
+        tokenizer = tokenizers.CharTokenizer.from_text(itertools.chain((text for _, text in pieces()), separator))
+        if tokenizer.vocab_size > 1000:
+            print(f'note: this text has {tokenizer.vocab_size:,} different characters, each a token of its own. '
+                  f'--tokenizer=byte needs 256.', file=sys.stderr)
+        return tokenizer
+    vocab_size = vocab_size or VOCAB_SIZES[name]
+    print(f'training a vocabulary of {vocab_size:,} ids on the training split', file=sys.stderr)
+    texts = (text for split, text in pieces() if split == 'train')
+    if name == 'word':
+        return tokenizers.WordTokenizer.train(texts, vocab_size)
+    return tokenizers.BPETokenizer.train(texts, vocab_size, special_tokens=['<|endoftext|>'])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # writing
 
 def write_dataset(out_dir, pieces, tokenizer, *, documents: bool, source: str, val_fraction: float,
-                  total: int | None = None, threads: int | None = None, more_files: dict | None = None) -> dict:
+                  shard_tokens: int = SHARD_TOKENS, total: int | None = None, workers: int | None = None,
+                  more_files: dict | None = None) -> dict:
     """Encode pieces into out_dir: train.bin, val.bin and meta.json, all of them or none. Returns meta.json's content.
 
-    pieces: iterable of (split, text). documents: each piece is a document, and ends with the tokenizer's <|endoftext|>,
-    or with a blank line where it has none; otherwise the pieces of a split are one running text. source: what meta.json
-    says about the origin. total: bytes of text, for the progress bar. threads: of encoding, default one per core.
-    more_files: {name: bytes} to write along.
+    pieces: a function that returns an iterator of (split, text), each time from the start. documents: each piece is a
+    document, and ends with the tokenizer's <|endoftext|>, or with a blank line where it has none; otherwise the pieces
+    of a split are one running text. source: what meta.json says about the origin. shard_tokens: a split of more goes on
+    in further files; none is larger, unless by a single piece, as pieces are not cut. total: bytes of text, for the
+    progress bar. workers: threads or processes of encoding, default one per core. more_files: {name: bytes} to write
+    along.
 
     train.bin is the sign that a dataset is complete: it goes first and comes last, so whoever looks at the folder,
-    after whatever crash, finds a whole dataset or none. ValueError when a split has fewer than 2 tokens, the disk is
-    full, or another process is writing here.
+    after whatever crash, finds a whole dataset or none. What was encoded before an interruption stays beside it under
+    temporary names, with a journal; the next call with the same arguments checks that the text is still the same and
+    goes on there, to the same files. ValueError when a split has fewer than 2 tokens, the disk is full, or another
+    process is writing here.
     """
+    if shard_tokens < 1:
+        raise ValueError(f'shard_tokens is {shard_tokens}; expected 1 or more, such as {SHARD_TOKENS:,}')
     created = not os.path.isdir(out_dir)
     os.makedirs(out_dir, exist_ok=True)
     lock = lock_folder(out_dir)
-    more_files = more_files or {}
-    # meta.pkl is in the list so that one of an older dataset with another tokenizer does not survive.
-    names = ['val.bin', 'meta.json', *sorted({'meta.pkl', *more_files}), 'train.bin']
-    temporary = {name: os.path.join(out_dir, f'.{name}.tmp') for name in names}
+    # a trained vocabulary may be long; the rest stays readable, so that a note can say what differs
+    vocabulary = hashlib.sha256(json.dumps(tokenizer.to_dict(), sort_keys=True).encode()).hexdigest()
+    settings = {'version': 1, 'source': source, 'tokenizer': vocabulary, 'documents': documents,
+                'val_fraction': val_fraction, 'shard_tokens': shard_tokens}
     try:
-        remove(temporary.values())  # of a run that was killed
-        meta = write_tokens(temporary, pieces, tokenizer, documents, total, threads)
-        meta.update(source=source, val_fraction=val_fraction, tokenizer=tokenizer.to_dict())
+        done = write_tokens(out_dir, pieces, tokenizer, settings, total, workers)
+        tokens = {split: sum(count for _, count in files) for split, files in done['files'].items()}
         for split in ('train', 'val'):
-            if meta['tokens'][split] < 2:
+            if tokens[split] < 2:
+                remove([os.path.join(out_dir, JOURNAL)])  # going on would come to the same end
                 remedy = ('give more text, or a larger --val_fraction' if split == 'val'
                           else 'give more text, or a smaller --val_fraction')
-                raise ValueError(f'the {split} split has {meta["tokens"][split]} token(s) with --val_fraction='
-                                 f'{val_fraction}; expected at least 2: {remedy}')
-        write_synced(temporary['meta.json'], (json.dumps(meta, indent=1, ensure_ascii=True) + '\n').encode())
-        for name, content in more_files.items():
-            write_synced(temporary[name], content)
-
-        remove([os.path.join(out_dir, 'train.bin')])
-        for name in names[:-1]:
-            if os.path.exists(temporary[name]):
-                os.replace(temporary[name], os.path.join(out_dir, name))
-            else:
-                remove([os.path.join(out_dir, name)])
-        sync_folder(out_dir)
-        os.replace(temporary['train.bin'], os.path.join(out_dir, 'train.bin'))
-        sync_folder(out_dir)
+                raise ValueError(f'the {split} split has {tokens[split]} token(s) with --val_fraction={val_fraction}; '
+                                 f'expected at least 2: {remedy}')
+        meta = {'version': 2, 'dtype': tokenizers.id_dtype(tokenizer.vocab_size).name,
+                'vocab_size': tokenizer.vocab_size, 'tokens': tokens, 'files': done['files'], 'bytes': done['bytes'],
+                'documents': done['pieces'] if documents else {'train': 1, 'val': 1}, 'sha256': done['sha256'],
+                'source': source, 'val_fraction': val_fraction, 'tokenizer': tokenizer.to_dict()}
+        publish(out_dir, meta, more_files or {}, settings, done)
         return meta
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             free = shutil.disk_usage(out_dir).free
             raise ValueError(f'{out_dir} has no room for the token files ({error.strerror}; {free / 1e6:,.0f} MB free '
                              f'now). They take 2 bytes per token (4 with more than 65,536 ids), while the old ones, '
-                             f'if any, stay. Free some space, or use another disk; nothing was changed.') from None
+                             f'if any, stay as they are. Free some space and run the same command again, or use '
+                             f'another disk.') from None
         raise
     finally:
-        remove(temporary.values())
+        if os.path.exists(os.path.join(out_dir, JOURNAL)):
+            print(f'what is encoded so far is kept in {out_dir}; the same command goes on from there', file=sys.stderr)
+        else:
+            remove_unfinished(out_dir)
         if created and not os.listdir(out_dir):
             os.rmdir(out_dir)
         if lock is not None:
             os.close(lock)
 
 
-def write_tokens(temporary, pieces, tokenizer, documents, total, threads):
-    """Write the two .bin files under their temporary names; returns their part of meta.json."""
-    tokens, sizes, counts = {'train': 0, 'val': 0}, {'train': 0, 'val': 0}, {'train': 0, 'val': 0}
-    digest = hashlib.sha256()
+def write_tokens(out_dir, pieces, tokenizer, settings, total, workers) -> dict:
+    """Write the token files under their temporary names, going on where a journal with the same settings ends.
+
+    Returns what was done: {'pieces': {split: count}, 'bytes': {split: count}, 'sha256': of the text, 'files': {split:
+    [[name, tokens], ...]}}. When it ends early, for whatever reason, what was done is kept for the next call.
+    """
     dtype = tokenizers.id_dtype(tokenizer.vocab_size)
-    end = SEPARATOR if documents and tokenizer.eot is None else ''
-    eot = tokenizer.eot.to_bytes(dtype.itemsize, 'little') if documents and tokenizer.eot is not None else b''
-    files = {split: open(temporary[f'{split}.bin'], 'wb') for split in tokens}
+    has_eot = settings['documents'] and tokenizer.eot is not None
+    eot = np.array([tokenizer.eot] if has_eot else [], dtype=dtype)
+    separator = SEPARATOR if settings['documents'] and not has_eot else ''
     # disable=None: no bar where stderr is not a terminal
     bar = tqdm(desc='encoding', total=total, unit='B', unit_scale=True, disable=None, leave=False, dynamic_ncols=True)
-    pool = ThreadPoolExecutor(threads or core_count())
 
-    def encode_group(group):
-        return [tokenizer.encode_array(text) for _, text in group]
+    stream = read_batches(pieces(), separator)
+    done = load_journal(out_dir, settings, dtype.itemsize)
+    if done is not None:
+        size = sum(done['bytes'].values())
+        print(f'going on with the unfinished preparation in {out_dir}: {size / 1e6:,.1f} MB of text are done, and read '
+              f'again to see that they are still the same', file=sys.stderr)
+        counts, read = {}, 0
+        for _, counts in stream:
+            bar.update(sum(counts['bytes'].values()) - read)
+            read = sum(counts['bytes'].values())
+            if read >= size:
+                break
+        if counts != {key: done[key] for key in ('pieces', 'bytes', 'sha256')}:
+            print('note: they are not the same; starting anew', file=sys.stderr)
+            stream, done = read_batches(pieces(), separator), None
+            bar.reset()
+    if done is None:
+        remove_unfinished(out_dir)
+        done = {'pieces': {'train': 0, 'val': 0}, 'bytes': {'train': 0, 'val': 0},
+                'sha256': hashlib.sha256().hexdigest(), 'files': {'train': [['train.bin', 0]], 'val': [['val.bin', 0]]}}
 
+    writers = {split: SplitWriter(out_dir, split, done['files'][split], dtype, settings['shard_tokens'], eot)
+               for split in ('train', 'val')}
+    saved_at, unsaved = time.monotonic(), 0  # seconds, bytes of text
     try:
-        for batch in batches(((split, text + end) for split, text in pieces), BATCH_CHARS):
-            # One task per group: a thread's task costs more than a short document. map keeps the order, so the files
-            # do not depend on the number of threads.
-            groups = list(batches(batch, GROUP_CHARS))
-            for group, arrays in zip(groups, pool.map(encode_group, groups), strict=True):
-                for (split, text), ids in zip(group, arrays, strict=True):
-                    utf8 = tokenizers.to_utf8(text)
-                    digest.update(utf8)
-                    files[split].write(ids.tobytes() + eot)
-                    tokens[split] += len(ids) + bool(eot)
-                    sizes[split] += len(utf8)
-                    counts[split] += 1
-                    bar.update(len(utf8))
-        for file in files.values():
-            file.flush()
-            os.fsync(file.fileno())
+        with ThreadPoolExecutor(1) as reader:  # one batch ahead
+            coming = reader.submit(next, stream, None)
+            while (read := coming.result()) is not None:
+                coming = reader.submit(next, stream, None)
+                batch, counts = read
+                arrays = tokenizer.encode_batch([text for _, text in batch], workers)
+                for split, writer in writers.items():
+                    writer.write([ids for (side, _), ids in zip(batch, arrays, strict=True) if side == split])
+                size = sum(counts['bytes'].values()) - sum(done['bytes'].values())
+                done = {**counts, 'files': {split: [list(file) for file in writer.files]
+                                            for split, writer in writers.items()}}
+                bar.update(size)
+                unsaved += size
+                if unsaved >= JOURNAL_BYTES or time.monotonic() - saved_at >= JOURNAL_SECONDS:
+                    for writer in writers.values():
+                        writer.sync()
+                    save_journal(out_dir, settings, done)
+                    saved_at, unsaved = time.monotonic(), 0
+        for writer in writers.values():
+            writer.sync()
+            writer.close()
+        return done
+    except BaseException:
+        for writer in writers.values():
+            writer.close()
+        try:
+            if any(done['pieces'].values()) and cut_files(out_dir, done['files'], dtype.itemsize):
+                save_journal(out_dir, settings, done)
+        except OSError:  # a full disk takes no more; the journal before, if there is one, still holds
+            pass
+        raise
     finally:
         bar.close()
-        pool.shutdown(cancel_futures=True)
-        for file in files.values():
-            try:
-                file.close()
-            except OSError:  # what a full disk did not take; the cause is already on its way up
-                pass
-    return {'version': 1, 'dtype': dtype.name, 'vocab_size': tokenizer.vocab_size, 'tokens': tokens, 'bytes': sizes,
-            'documents': counts if documents else {'train': 1, 'val': 1}, 'sha256': digest.hexdigest()}
+
+
+def read_batches(pieces, separator):
+    """Yield (batch, counts): a list of (split, text + separator), and the counts of all text up to its end."""
+    digest = hashlib.sha256()
+    n_pieces, n_bytes = {'train': 0, 'val': 0}, {'train': 0, 'val': 0}
+    for batch in batches(((split, text + separator) for split, text in pieces), BATCH_CHARS):
+        for split, text in batch:
+            utf8 = tokenizers.to_utf8(text)
+            digest.update(utf8)
+            n_pieces[split] += 1
+            n_bytes[split] += len(utf8)
+        yield batch, {'pieces': dict(n_pieces), 'bytes': dict(n_bytes), 'sha256': digest.hexdigest()}
 
 
 def batches(pieces, chars):
@@ -431,6 +524,145 @@ def batches(pieces, chars):
             batch, size = [], 0
     if batch:
         yield batch
+
+
+class SplitWriter:
+    """The token files of one split while they are written, under their temporary names.
+
+    files: [[name, tokens], ...] where writing goes on; the last one is open. eot: what ends a document, an array.
+    """
+
+    def __init__(self, out_dir, split, files, dtype, shard_tokens, eot):
+        self.out_dir, self.split, self.dtype, self.shard_tokens, self.eot = out_dir, split, dtype, shard_tokens, eot
+        self.files = [list(file) for file in files]
+        self.open()
+
+    def open(self):
+        self.file = open(temporary(self.out_dir, self.files[-1][0]), 'ab')
+
+    def write(self, arrays):
+        """Append the ids of pieces, and a new file before each piece that would make the last one too large."""
+        chunk = []
+        for ids in arrays:
+            tokens = len(ids) + len(self.eot)
+            if 0 < self.files[-1][1] and self.files[-1][1] + tokens > self.shard_tokens:
+                self.append(chunk)
+                chunk = []
+                self.sync()
+                self.file.close()
+                self.files.append([f'{self.split}-{len(self.files):05d}.bin', 0])
+                self.open()
+            chunk += [ids, self.eot]
+            self.files[-1][1] += tokens
+        self.append(chunk)
+
+    def append(self, chunk):
+        if chunk:
+            self.file.write(np.concatenate(chunk, dtype=self.dtype).data)
+            self.file.flush()
+
+    def sync(self):
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+    def close(self):
+        try:
+            self.file.close()
+        except OSError:  # what a full disk did not take; the cause is already on its way up
+            pass
+
+
+# What an unfinished preparation leaves. The journal says {'settings', 'done', 'publishing'}: of which preparation, what
+# it has done, and whether it was complete and its files were being renamed.
+JOURNAL = '.journal.json'
+TOKEN_FILE = re.compile(r'(train|val)(-\d{5})?\.bin')
+
+
+def temporary(out_dir, name) -> str:
+    """Path of a file of a dataset while the dataset is not complete."""
+    return os.path.join(out_dir, f'.{name}.tmp')
+
+
+def save_journal(out_dir, settings, done, publishing=False):
+    path = os.path.join(out_dir, JOURNAL)
+    write_synced(f'{path}.tmp', json.dumps({'settings': settings, 'done': done, 'publishing': publishing}).encode())
+    os.replace(f'{path}.tmp', path)
+    sync_folder(out_dir)
+
+
+def load_journal(out_dir, settings, itemsize) -> dict | None:
+    """What an unfinished preparation with the same settings has done, its files cut to that; None where there is none.
+
+    A journal that cannot be used is named on stderr.
+    """
+    try:
+        with open(os.path.join(out_dir, JOURNAL), encoding='utf-8') as file:
+            journal = json.load(file)
+        done = journal['done']
+        differing = [key for key in settings if journal['settings'].get(key) != settings[key]]
+        if not differing and journal['publishing']:
+            if not os.path.exists(temporary(out_dir, 'train.bin')):
+                return None  # it was complete
+            for name, _ in [*done['files']['train'], *done['files']['val']]:
+                if not os.path.exists(temporary(out_dir, name)):
+                    os.replace(os.path.join(out_dir, name), temporary(out_dir, name))
+        if not differing and not cut_files(out_dir, done['files'], itemsize):
+            differing = ['size than its journal says']
+    except FileNotFoundError:
+        return None
+    except (AttributeError, KeyError, TypeError, ValueError):
+        differing = ['layout of its journal']
+    if differing:
+        print(f'note: the unfinished preparation in {out_dir} is of another {", ".join(differing)}; starting anew',
+              file=sys.stderr)
+        return None
+    return done
+
+
+def cut_files(out_dir, files, itemsize) -> bool:
+    """Cut the unfinished token files to files, {split: [[name, tokens], ...]}; False where there is less than that."""
+    sizes = {name: tokens * itemsize for name, tokens in [*files['train'], *files['val']]}
+    for name, size in sizes.items():
+        path = temporary(out_dir, name)
+        if not os.path.exists(path) or os.path.getsize(path) < size:
+            return False
+    for name, size in sizes.items():
+        with open(temporary(out_dir, name), 'r+b') as file:
+            file.truncate(size)
+            os.fsync(file.fileno())
+    remove(temporary(out_dir, name) for name in unfinished(out_dir) if TOKEN_FILE.fullmatch(name) and name not in sizes)
+    return True
+
+
+def unfinished(out_dir) -> list[str]:
+    """Names of the files of a dataset that are here under their temporary names."""
+    names = [name[1:-4] for name in os.listdir(out_dir) if name.startswith('.') and name.endswith('.tmp')]
+    return [name for name in names if TOKEN_FILE.fullmatch(name) or name in ('meta.json', 'meta.pkl')]
+
+
+def remove_unfinished(out_dir):
+    """Remove an unfinished preparation, its journal first, lest that speak of files that are gone."""
+    remove([os.path.join(out_dir, JOURNAL), os.path.join(out_dir, f'{JOURNAL}.tmp')])
+    remove(temporary(out_dir, name) for name in unfinished(out_dir))
+
+
+def publish(out_dir, meta, more_files, settings, done):
+    """Give the files of a complete preparation their names, and remove those of the one before that it doesn't have."""
+    save_journal(out_dir, settings, done, publishing=True)  # first, so that nothing is lost when the disk is full here
+    contents = {'meta.json': (json.dumps(meta, indent=1, ensure_ascii=True) + '\n').encode(), **more_files}
+    for name, content in contents.items():
+        write_synced(temporary(out_dir, name), content)
+    names = {name for files in done['files'].values() for name, _ in files} | set(contents)
+    remove([os.path.join(out_dir, 'train.bin')])
+    for name in sorted(names - {'train.bin'}):
+        os.replace(temporary(out_dir, name), os.path.join(out_dir, name))
+    # meta.pkl: that of an older dataset with another tokenizer must not survive
+    remove(os.path.join(out_dir, name) for name in os.listdir(out_dir)
+           if (TOKEN_FILE.fullmatch(name) or name == 'meta.pkl') and name not in names)
+    sync_folder(out_dir)
+    os.replace(temporary(out_dir, 'train.bin'), os.path.join(out_dir, 'train.bin'))
+    sync_folder(out_dir)
+    remove([os.path.join(out_dir, JOURNAL)])
 
 
 def core_count() -> int:
@@ -488,100 +720,40 @@ def lock_folder(path, doing='preparing'):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# downloading
-
-def download(url: str, path, sha256: str, instead: str):
-    """Fetch url to path, continuing a broken download (path.part), and check it.
-
-    instead: the command for a machine without a network. ValueError when offline, cut short, or the checksum differs.
-    """
-    part = f'{path}.part'
-    have = os.path.getsize(part) if os.path.exists(part) else 0
-    request = urllib.request.Request(url, headers={'User-Agent': 'flatgpt', 'Range': f'bytes={have}-'})
-    try:
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            # 206 continues where the .part file ends; with 200 the server sends everything from the start
-            mode = 'ab' if answer.status == 206 else 'wb'
-            have = have if mode == 'ab' else 0
-            length = answer.headers.get('Content-Length')
-            total = have + int(length) if length else None
-            with open(part, mode) as file, tqdm(desc='downloading', total=total, initial=have, unit='B',
-                                                unit_scale=True, disable=None, dynamic_ncols=True) as bar:
-                while block := answer.read(1 << 16):
-                    file.write(block)
-                    bar.update(len(block))
-                file.flush()
-                os.fsync(file.fileno())
-    except urllib.error.HTTPError as error:
-        if error.code != 416:  # 416: the .part file already holds all bytes; the checksum tells
-            raise ValueError(f'cannot download {url}: the server says {error.code} {error.reason}. '
-                             f'Get the file elsewhere, and then: {instead}') from None
-        total = have
-    except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise ValueError(f'no room on the disk for {part}: {error.strerror}') from None
-        have = os.path.getsize(part) if os.path.exists(part) else 0
-        kept = f' The {have:,} bytes so far are kept; run again to go on.' if have else ''
-        raise ValueError(f'cannot download {url} ({getattr(error, "reason", error)}). Is this machine offline? Get the '
-                         f'file on another one, and then: {instead}{kept}') from None
-    if total is not None and os.path.getsize(part) < total:
-        raise ValueError(f'the download of {url} was cut short at {os.path.getsize(part):,} of {total:,} bytes; '
-                         f'run again to go on')
-    found = file_sha256(part)
-    if found != sha256:
-        os.remove(part)
-        raise ValueError(f'{url} gave a file with SHA-256 {found}, expected {sha256}; it was removed. Run again; if '
-                         f'this repeats, the file has changed at its source: get the right one, and then: {instead}')
-    os.replace(part, path)
-
-
-def get_input(given, path, url: str, sha256: str, instead: str):
-    """The file to prepare: `given` (--input=FILE) if there is one, else path, downloaded when it is not there yet."""
-    if not given and not os.path.exists(path):
-        download(url, path, sha256, instead)
-    path = given or path
-    find_files(path)  # says so when there is no such file, or an empty one
-    if os.path.isdir(path):
-        raise ValueError(f'{path} is a folder; expected one text file. For a folder of your own: '
-                         f'python data/text/prepare.py --input={path}')
-    found = file_sha256(path)
-    if found != sha256:
-        print(f'note: {path} is not the usual text (SHA-256 {found[:12]}..., usually {sha256[:12]}...), '
-              f'so the counts will differ', file=sys.stderr)
-    return path
-
-
-def file_sha256(path) -> str:
-    digest = hashlib.sha256()
-    with open(path, 'rb') as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # what the prepare.py scripts share
 
-def make_tokenizer(name: str, texts, documents: bool):
-    """The tokenizer called name ('char', 'byte', 'gpt2', ...) for write_dataset(..., documents=documents).
+def positive(text) -> int:
+    """An option's value as a whole number of 1 or more, which may be written 1e9."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if number < 1 or not number.is_integer():
+        raise argparse.ArgumentTypeError(f'{text!r} is not a whole number of 1 or more, such as 1000 or 1e9')
+    return int(number)
 
-    texts: iterable of strings, read only for 'char', whose vocabulary is what occurs in them.
-    """
-    if name != 'char':
-        return tokenizers.load(name)
-    tokenizer = tokenizers.CharTokenizer.from_text(itertools.chain(texts, [SEPARATOR] if documents else []))
-    if tokenizer.vocab_size > 1000:
-        print(f'note: this text has {tokenizer.vocab_size:,} different characters, each a token of its own. '
-              f'--tokenizer=byte needs 256.', file=sys.stderr)
-    return tokenizer
+
+def add_options(parser, tokenizer: str):
+    """The options of preparing a dataset: --tokenizer, with this default, --vocab_size, --shard_tokens, --num_proc."""
+    parser.add_argument('--tokenizer', default=tokenizer,
+                        help=f'byte, char, word, bpe, gpt2, cl100k_base, o200k_base or the path of a tokenizer file '
+                             f'({tokenizer})')
+    parser.add_argument('--vocab_size', type=positive,
+                        help=f'ids of bpe ({VOCAB_SIZES["bpe"]:,}) and word ({VOCAB_SIZES["word"]:,}), which are '
+                             f'trained on the training split')
+    parser.add_argument('--shard_tokens', type=positive, default=SHARD_TOKENS,
+                        help='tokens of a file, beyond which train-00001.bin, ... follow (1e9)')
+    parser.add_argument('--num_proc', type=positive, help='threads or processes of encoding (one per core)')
 
 
 def report(out_dir, meta: dict, started: float, next_command: str):
     """Print what was written, how long it took since time.time() was `started`, and the command that comes next."""
     for split in ('train', 'val'):
-        size = os.path.getsize(os.path.join(out_dir, f'{split}.bin'))
+        files = meta['files'][split]
+        size = sum(os.path.getsize(os.path.join(out_dir, name)) for name, _ in files)
+        more = f' and {len(files) - 1} more' if len(files) > 1 else ''
         print(f'{split:5}  {meta["tokens"][split]:>13,} tokens  {meta["bytes"][split]:>14,} bytes of text  '
-              f'{split}.bin {size / 1e6:,.1f} MB')
+              f'{split}.bin{more} {size / 1e6:,.1f} MB')
     print(f'vocab  {meta["vocab_size"]:>13,} ids ({meta["dtype"]}), tokenizer '
           f'{meta["tokenizer"].get("name", meta["tokenizer"]["kind"])}')
     print(f'wrote  {os.path.relpath(out_dir)} in {time.time() - started:.1f} s')

@@ -2,7 +2,8 @@
 Token files and the batches drawn from them.
 
 A dataset is a folder under data/: train.bin and val.bin, headerless arrays of token ids, and meta.json, which says how
-to read them. A folder that nanoGPT prepared (uint16 files, perhaps meta.pkl) reads the same.
+to read them. Splits of more than a shard's size go on in train-00001.bin, ... and read as one array. A folder that
+nanoGPT prepared (uint16 files, perhaps meta.pkl) reads the same.
 
 Training batches are a pure function of (seed, step). There is no loader state to save, so a resumed run sees the
 batches it would have seen; and the global batch is cut among the processes, so their number does not change the data.
@@ -22,23 +23,30 @@ import tokenizer
 
 def load_meta(data_dir):
     """
-    -> {'dtype', 'vocab_size', 'tokenizer', 'tokens'} of a dataset; all but dtype are None where the folder doesn't say.
+    -> {'dtype', 'vocab_size', 'tokenizer', 'tokens', 'files'} of a dataset; all but dtype are None where the folder
+    doesn't say.
 
-    'tokens' is {'train': count, 'val': count}; 'tokenizer' is what tokenizer.from_dict() takes, not built here because
-    training needs none. Raises ValueError on a damaged file.
+    'tokens' is {'train': count, 'val': count}, 'files' {'train': [[name, count], ...], 'val': ...}; 'tokenizer' is what
+    tokenizer.from_dict() takes, not built here because training needs none. Raises ValueError on a damaged file.
     """
     path = os.path.join(data_dir, 'meta.json')
     if os.path.exists(path):
         try:
             with open(path, encoding='utf-8') as f:
                 meta = json.load(f)
+            tokens = {split: int(meta['tokens'][split]) for split in ('train', 'val')}
+            one_each = {split: [[f'{split}.bin', tokens[split]]] for split in tokens}  # before there were shards
+            files = {split: [[os.path.basename(name), int(n)] for name, n in meta.get('files', one_each)[split]]
+                     for split in tokens}
+            for split in tokens:
+                if not files[split] or sum(n for _, n in files[split]) != tokens[split]:
+                    raise ValueError(f'the files of {split} do not add up to {tokens[split]:,} tokens')
             return {'dtype': np.dtype(meta['dtype']), 'vocab_size': int(meta['vocab_size']),
-                    'tokenizer': dict(meta['tokenizer']),
-                    'tokens': {split: int(meta['tokens'][split]) for split in ('train', 'val')}}
+                    'tokenizer': dict(meta['tokenizer']), 'tokens': tokens, 'files': files}
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f'{path} is damaged ({type(error).__name__}: {error}); '
                              f'prepare the dataset again: {prepare_command(data_dir)}') from error
-    meta = {'dtype': np.dtype(np.uint16), 'vocab_size': None, 'tokens': None, 'tokenizer': None}
+    meta = {'dtype': np.dtype(np.uint16), 'vocab_size': None, 'tokens': None, 'tokenizer': None, 'files': None}
     path = os.path.join(data_dir, 'meta.pkl')
     if os.path.exists(path):
         char_tokenizer = tokenizer.from_meta_pkl(path)
@@ -54,22 +62,49 @@ def prepare_command(data_dir):
     return f'python data/text/prepare.py --input=FILE --name={os.path.basename(data_dir)}'
 
 
+class Shards:
+    """Arrays end to end as one: its length, and the ids at an array of positions, as an array has them."""
+
+    def __init__(self, arrays):
+        self.arrays = arrays
+        self.ends = np.cumsum([len(array) for array in arrays])
+
+    def __len__(self):
+        return int(self.ends[-1])
+
+    def __getitem__(self, index):
+        shard = np.searchsorted(self.ends, index, side='right')
+        ids = np.empty(index.shape, self.arrays[0].dtype)
+        for i in np.unique(shard):
+            here = shard == i
+            ids[here] = self.arrays[i][index[here] - (self.ends[i] - len(self.arrays[i]))]
+        return ids
+
+
 def open_tokens(data_dir, split, meta, block_size):
     """
-    -> read-only array of the ids of a split ('train' or 'val'), mapped from disk, not read. Raises ValueError if the
-    file is truncated, other than meta.json says, or too short for one window of block_size tokens and its targets.
+    -> read-only array of the ids of a split ('train' or 'val'), mapped from disk, not read; Shards where it has several
+    files. Raises ValueError if a file is missing, truncated, other than meta.json says, or all of them are too short
+    for one window of block_size tokens and its targets.
     """
-    path = os.path.join(data_dir, f'{split}.bin')
-    size, item = os.path.getsize(path), meta['dtype'].itemsize
-    expected = meta['tokens'][split] * item if meta['tokens'] else size - size % item
-    if size != expected:
-        raise ValueError(f'{path} has {size:,} bytes, expected {expected:,}: it is truncated or of another '
-                         f'preparation; prepare the dataset again: {prepare_command(data_dir)}')
-    if size // item <= block_size:
-        shorter = f', or --block_size={size // item - 1}' if size // item > 1 else ''
-        raise ValueError(f'{path} has {size // item:,} tokens, fewer than block_size + 1 = {block_size + 1:,}; prepare '
-                         f'more text or another --val_fraction{shorter}')
-    return np.asarray(np.memmap(path, dtype=meta['dtype'], mode='r'))  # plain array: np.memmap indexes slower
+    item, arrays = meta['dtype'].itemsize, []
+    for name, n_tokens in meta['files'][split] if meta['files'] else [[f'{split}.bin', None]]:
+        path = os.path.join(data_dir, name)
+        if not os.path.exists(path):
+            raise ValueError(f'{path} is missing; prepare the dataset again: {prepare_command(data_dir)}')
+        size = os.path.getsize(path)
+        expected = size - size % item if n_tokens is None else n_tokens * item
+        if size != expected:
+            raise ValueError(f'{path} has {size:,} bytes, expected {expected:,}: it is truncated or of another '
+                             f'preparation; prepare the dataset again: {prepare_command(data_dir)}')
+        mapped = np.memmap(path, meta['dtype'], mode='r') if size else np.empty(0, meta['dtype'])  # it needs a byte
+        arrays.append(np.asarray(mapped))  # plain array: np.memmap indexes slower
+    tokens = arrays[0] if len(arrays) == 1 else Shards(arrays)
+    if len(tokens) <= block_size:
+        shorter = f', or --block_size={len(tokens) - 1}' if len(tokens) > 1 else ''
+        raise ValueError(f'{os.path.join(data_dir, split)}.bin has {len(tokens):,} tokens, fewer than block_size + 1 = '
+                         f'{block_size + 1:,}; prepare more text or another --val_fraction{shorter}')
+    return tokens
 
 
 def prepare_if_missing(data_dir, is_first):
@@ -84,8 +119,12 @@ def prepare_if_missing(data_dir, is_first):
     if is_missing() and not os.path.exists(script):
         there = sorted(d for d in os.listdir('data') if os.path.isdir(os.path.join('data', d))) \
             if os.path.isdir('data') else []
+        home = os.path.dirname(os.path.abspath(__file__))
+        elsewhere = '' if os.path.realpath(home) == os.path.realpath(os.getcwd()) else (
+            f' Datasets are looked for in the current folder, {os.getcwd()}; for those beside train.py: cd {home}.')
         raise ValueError(f'no dataset in {data_dir}: expected train.bin and val.bin, or a prepare.py that makes them. '
-                         f'Datasets here: {", ".join(there) or "none"}. Your own text: {prepare_command(data_dir)}')
+                         f'Datasets here: {", ".join(there) or "none"}.{elsewhere} '
+                         f'Your own text: {prepare_command(data_dir)}')
     while is_missing():
         if is_first:
             print(f'{data_dir} is not prepared yet; running: python {script}', flush=True)

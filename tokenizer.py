@@ -102,11 +102,15 @@ class Tokenizer:
         return self.special_tokens.get(ENDOFTEXT)
 
     def encode(self, text: str | bytes, allowed_special='none_raise') -> list[int]:
-        """ids of text. See the top of this file for allowed_special; ValueError for a special token not allowed."""
+        """ids of text. See the top of this file for allowed_special; ValueError for a special token not allowed.
+
+        Bytes may be anything, to byte and BPE tokenizers: where they are not UTF-8, no special token becomes an id.
+        """
         if isinstance(text, bytes):
             try:
                 text = text.decode('utf-8')
             except UnicodeDecodeError as error:
+                self.allowed(text.decode('utf-8', 'replace'), allowed_special)
                 return self.encode_invalid(text, error.start)
         allowed = self.allowed(text, allowed_special)
         ids = []
@@ -179,6 +183,8 @@ class Tokenizer:
     def safe_cut(self, text: str) -> int:
         """The last place at which text can be cut in two that encode to the same ids, whatever comes after; 0: none."""
         for cut in self.cuts(text):
+            if regex.search('[\ud800-\udfff]', text[cut - 1:cut + 1]):  # half a pair, whose other half may follow
+                continue
             # not inside a special token, even if its end has not come yet
             inside = ((token, i) for token in self.special_tokens for i in range(max(0, cut - len(token) + 1), cut))
             if not any(text.startswith(token, i) or token.startswith(text[i:]) for token, i in inside):
@@ -214,11 +220,13 @@ def check_specials(special_tokens: dict[str, int]):
     if len(set(special_tokens.values())) < len(special_tokens):
         raise ValueError(f'two special tokens have the same id: {special_tokens}')
     for one, other in itertools.permutations(special_tokens, 2):
+        if other in one:
+            continue  # said when they come the other way round
         shared = next((n for n in range(min(len(one), len(other)), 0, -1) if one[-n:] == other[:n]), 0)
         if one in other or shared:
             what = f'{one!r} stands in' if one in other else f'{one[-shared:]!r} ends {one!r} and begins'
             raise ValueError(f'special tokens overlap: {what} {other!r}, so a text could be read in two ways. Give '
-                             f' them other names, such as <|{one.strip("<|>") or "one"}|>')
+                             f'them other names, such as <|{one.strip("<|>") or "one"}|>')
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -399,7 +407,7 @@ class FastEncoder:
             return self.gigatoken.encode(text)
         # tiktoken's regular expressions run out of stack in about a million blanks; every run of 400,000 covers a whole
         # block of 200,000.
-        if any(text[i:i + 200_000].isspace() for i in range(0, len(text), 200_000)) and len(text) > 200_000:
+        if any(text[i:i + 200_000].isspace() for i in range(0, len(text) - 199_999, 200_000)):
             return np.array(self.slow(text))
         return self.tiktoken.encode_to_numpy(text, disallowed_special=())
 
@@ -413,7 +421,7 @@ class FastEncoder:
                         for ids in group]
         self.chars += sum(map(len, texts))
         # gigatoken hands the results of several threads over in a package that takes 0.2 s to import: 50 MB on one core
-        if workers == 1 or self.chars < 50_000_000 or not all(text.isascii() for text in texts) and any(
+        if not texts or workers == 1 or self.chars < 50_000_000 or not all(text.isascii() for text in texts) and any(
                 bpe.NEWER.search(text) for text in texts):
             return [self.encode(text) for text in texts]
         rows = self.gigatoken.encode_batch([to_utf8(text) for text in texts]).layout
@@ -480,6 +488,8 @@ class BPETokenizer(Tokenizer):
         pattern = bpe.PATTERNS.get(pattern, pattern)
         special_tokens = [special_tokens] if isinstance(special_tokens, str) else list(special_tokens)
         check_specials({token: i for i, token in enumerate(special_tokens)})
+        if len(set(special_tokens)) < len(special_tokens):
+            raise ValueError(f'a special token is given twice: {special_tokens}')
         least = 256 + len(special_tokens)
         if type(vocab_size) is not int or vocab_size < least:
             raise ValueError(f'vocab_size is {vocab_size}; expected at least {least}: 256 bytes and '
@@ -532,21 +542,10 @@ class BPETokenizer(Tokenizer):
         return places if self._ids is None else self._ids[places].tolist()
 
     def encode_invalid(self, data: bytes, valid: int) -> list[int]:
-        """As tiktoken does it: the last piece of the valid part goes on to the end of data. (White space before it,
-        when it is white space, belongs to it: pieces of it may shift when more follows.)"""
-        pieces = bpe.split(data[:valid].decode('utf-8'), self.pattern)
-        ids = [self.encode_piece(piece.encode('utf-8')) for piece in pieces]
-        last = len(ids[-1]) if ids else 0
-        ids = list(itertools.chain.from_iterable(ids))
-
-        def is_blank(i):
-            return not self._token_of[i].strip(b' \n\t')
-
-        if last and is_blank(ids[-last]):
-            while last < len(ids) and is_blank(ids[-last - 1]):
-                last += 1
-        stable = ids[:len(ids) - last]
-        return stable + self.encode_piece(data[len(self.decode_bytes(stable)):])
+        """As tiktoken does it: the last piece of the valid part goes on to the end of data."""
+        pieces = [piece.encode('utf-8') for piece in bpe.split(data[:valid].decode('utf-8'), self.pattern)[:-1]]
+        pieces.append(data[sum(map(len, pieces)):])
+        return [i for piece in pieces for i in self.encode_piece(piece)]
 
     @functools.cached_property
     def _fast(self):
@@ -761,6 +760,8 @@ def load_file(path):
                                      f'tokenizer again') from None
     if values is None:
         return from_dict(interchange.read(path))
+    if not isinstance(values, dict):
+        raise ValueError(f'{path} is damaged: expected a JSON object, got {type(values).__name__}')
     if values.get('version') != FILE_VERSION:
         raise ValueError(f'{path} is of version {values.get("version")!r} of this format, and this program reads '
                          f'version {FILE_VERSION}: update this program, or train the tokenizer again with it')
@@ -779,14 +780,20 @@ def from_dict(values: dict):
     if not isinstance(values, dict) or 'kind' not in values:
         raise ValueError(f"a tokenizer is described by a dict with the key 'kind', got {str(values)[:80]}")
     kind = values['kind']
-    needed = {'char': ['chars'], 'byte': [], 'word': ['words'], 'bpe': ['merges', 'pattern', 'special_tokens'],
-              'tiktoken': ['name']}
-    if kind not in needed:
+    needed = {'char': {'chars': str | list}, 'byte': {}, 'word': {'words': list}, 'tiktoken': {'name': str},
+              'bpe': {'merges': list, 'pattern': str | None, 'special_tokens': dict}}
+    if not isinstance(kind, str) or kind not in needed:
         raise ValueError(f'unknown kind of tokenizer {kind!r}; expected one of {", ".join(needed)}'
-                         + nearest(kind, needed) + '. The file may come from a newer version of this program.')
-    for key in needed[kind]:
+                         + nearest(str(kind), needed) + '. The file may come from a newer version of this program.')
+    for key, expected in needed[kind].items():
         if key not in values:
             raise ValueError(f'the description of a {kind!r} tokenizer lacks {key!r}; it has {sorted(values)}')
+        if not isinstance(values[key], expected):
+            raise ValueError(f'{key} of a {kind!r} tokenizer is {str(values[key])[:80]!r}; expected '
+                             f'{getattr(expected, "__name__", expected)}')
+    for key in ('byte_ids', 'merge_ids'):
+        if not isinstance(values.get(key), list | None):
+            raise ValueError(f'{key} of a {kind!r} tokenizer is {str(values[key])[:80]!r}; expected a list of ids')
     if kind == 'char':
         return CharTokenizer(values['chars'])
     if kind == 'byte':

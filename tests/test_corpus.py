@@ -4,7 +4,6 @@ Run: pytest tests/test_corpus.py (about 20 s on two cores, no network)
 """
 
 import hashlib
-import http.server
 import json
 import os
 import pickle
@@ -20,6 +19,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -27,8 +27,11 @@ if (ROOT.parent / 'shared' / 'tiktoken').is_dir():
     os.environ.setdefault('TIKTOKEN_CACHE_DIR', str(ROOT.parent / 'shared' / 'tiktoken'))
 
 import corpus  # noqa: E402
+import download  # noqa: E402
 import tokenizer  # noqa: E402
 
+# tqdm's lock is shared with forked processes: one that is killed while it has it would stop all others
+tqdm.set_lock(threading.RLock())
 SHAKESPEARE = ROOT.parent / 'shared' / 'data' / 'tinyshakespeare' / 'input.txt'
 POSIX = pytest.mark.skipif(os.name != 'posix', reason='needs fork and signals')
 # A proxy that nobody listens at makes every machine one without a network.
@@ -50,10 +53,13 @@ def words(count, seed=0):
                    for _ in range(count))
 
 
-def write(out_dir, documents, val_fraction=0.3, tok=None):
-    tok = tok or tokenizer.ByteTokenizer()
-    return corpus.write_dataset(out_dir, corpus.split_documents(documents, val_fraction), tok, documents=True,
-                                source='test', val_fraction=val_fraction)
+def write(out_dir, documents, val_fraction=0.3, tok=None, **options):
+    """A dataset of documents, a list or a function that returns an iterator of them."""
+    def pieces():
+        return corpus.split_documents(documents() if callable(documents) else documents, val_fraction)
+
+    return corpus.write_dataset(out_dir, pieces, tok or tokenizer.ByteTokenizer(), documents=True, source='test',
+                                val_fraction=val_fraction, **options)
 
 
 def ids(out_dir, split):
@@ -63,6 +69,10 @@ def ids(out_dir, split):
 
 def names(folder):
     return sorted(os.listdir(folder))
+
+
+def contents(folder):
+    return {name: (Path(folder) / name).read_bytes() for name in names(folder)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -190,6 +200,24 @@ def test_broken_parquet_and_wrong_type(tmp_path):
         list(corpus.read_documents(tmp_path / 'b.parquet'))
 
 
+def test_parquet_scores(tmp_path):
+    pa = pytest.importorskip('pyarrow')
+    import pyarrow.parquet as pq
+    table = {'text': ['a', 'b', 'c', 'd'], 'score': [2.6, 3.5, None, 3.4999]}
+    pq.write_table(pa.table(table), tmp_path / 'a.parquet')
+    assert list(corpus.read_documents(tmp_path / 'a.parquet')) == table['text']
+    assert list(corpus.read_documents(tmp_path / 'a.parquet', min_score=3)) == ['b', 'd']
+    assert list(corpus.read_documents(tmp_path / 'a.parquet', min_score=3.5)) == ['b']
+    with pytest.raises(ValueError, match='holds no text with a score of at least 5'):
+        list(corpus.read_documents(tmp_path / 'a.parquet', min_score=5))
+    pq.write_table(pa.table({'text': ['a']}), tmp_path / 'b.parquet')
+    with pytest.raises(ValueError, match="no column 'score', which --min_score=3 needs"):
+        list(corpus.read_documents(tmp_path / 'b.parquet', min_score=3))
+    (tmp_path / 'c.txt').write_text('a')
+    with pytest.raises(ValueError, match='c.txt is not Parquet, which --min_score=3 needs'):
+        list(corpus.read_documents(tmp_path / 'c.txt', min_score=3))
+
+
 def test_pyarrow_missing(tmp_path, monkeypatch):
     (tmp_path / 'a.parquet').write_bytes(b'PAR1')
     monkeypatch.setitem(sys.modules, 'pyarrow', None)
@@ -280,16 +308,43 @@ def test_dataset(tmp_path):
         assert meta['tokens'][split] == len(ids(tmp_path, split)) == meta['bytes'][split]
         assert meta['documents'][split] == len(chosen)
     assert meta['sha256'] == hashlib.sha256(''.join(text + '\n\n' for text in documents).encode()).hexdigest()
-    assert (meta['version'], meta['dtype'], meta['vocab_size']) == (1, 'uint16', 256)
+    assert (meta['version'], meta['dtype'], meta['vocab_size']) == (2, 'uint16', 256)
+    assert meta['files'] == {split: [[f'{split}.bin', meta['tokens'][split]]] for split in ('train', 'val')}
     assert isinstance(tokenizer.from_dict(meta['tokenizer']), tokenizer.ByteTokenizer)
 
 
 def test_separator_is_in_a_char_vocabulary(tmp_path):
     documents = ['no line end in any', 'of these documents']
-    tok = corpus.make_tokenizer('char', documents, documents=True)
-    corpus.write_dataset(tmp_path, corpus.split_each(documents, 0.5), tok, documents=True, source='', val_fraction=0.5)
+
+    def pieces():
+        return corpus.split_each(documents, 0.5)
+
+    tok = corpus.make_tokenizer('char', pieces, documents=True)
+    corpus.write_dataset(tmp_path, pieces, tok, documents=True, source='', val_fraction=0.5)
     assert tok.decode(ids(tmp_path, 'val')).endswith('\n\n')
-    assert '\n' not in corpus.make_tokenizer('char', documents, documents=False).chars
+    assert '\n' not in corpus.make_tokenizer('char', pieces, documents=False).chars
+
+
+@pytest.mark.parametrize('name', ['bpe', 'word'])
+def test_vocabularies_are_trained_on_the_training_split(tmp_path, name):
+    """What only val has gets no token of its own, and training again gives the same vocabulary."""
+    documents = [f'plenty of ordinary words, number {i}' for i in range(40)]
+    held_out = [f'{text} quixotic zeugma quixotic zeugma' for text in documents]
+
+    def pieces():
+        for text, secret in zip(documents, held_out, strict=True):
+            yield 'train', text
+            yield 'val', secret
+
+    tok = corpus.make_tokenizer(name, pieces, documents=True, vocab_size=300)
+    assert tok.to_dict() == corpus.make_tokenizer(name, pieces, documents=True, vocab_size=300).to_dict()
+    assert tok.vocab_size <= 300 and tok.eot is not None
+    corpus.write_dataset(tmp_path, pieces, tok, documents=True, source='', val_fraction=0.5)
+    ends = ids(tmp_path, 'train')
+    assert (ends == tok.eot).sum() == 40
+    assert tok.decode(ends[ends != tok.eot]) == ''.join(documents)
+    assert len(tok.encode('plenty')) == 1 < len(tok.encode('quixotic')) or name == 'word'
+    assert name == 'bpe' or 'quixotic' not in ''.join(tok.to_dict()['words'])
 
 
 def test_end_of_text_ids(tmp_path):
@@ -307,22 +362,66 @@ def test_end_of_text_ids(tmp_path):
 def test_uint32_vocabulary(tmp_path):
     tok = tokenizer.CharTokenizer([chr(code) for code in range(0x10000, 0x10000 + 65537)])
     text = chr(0x10000 + 65536) * 10
-    meta = corpus.write_dataset(tmp_path, [('train', text), ('val', text)], tok, documents=False, source='test',
-                                val_fraction=0.5)
+    meta = corpus.write_dataset(tmp_path, lambda: [('train', text), ('val', text)], tok, documents=False,
+                                source='test', val_fraction=0.5)
     assert meta['dtype'] == 'uint32' and os.path.getsize(tmp_path / 'val.bin') == 40
     assert ids(tmp_path, 'val').tolist() == [65536] * 10
 
 
-@pytest.mark.parametrize('threads', [1, 5])
-def test_same_bytes_whatever_the_threads(tmp_path, monkeypatch, threads):
+@pytest.mark.parametrize('workers', [1, 5])
+def test_same_bytes_whatever_the_workers(tmp_path, monkeypatch, workers):
     monkeypatch.setattr(corpus, 'BATCH_CHARS', 300)
     documents = [words(15, seed) for seed in range(100)]
-    corpus.write_dataset(tmp_path / 'a', corpus.split_documents(documents, 0.3), gpt2_or_skip(), documents=True,
-                         source='test', val_fraction=0.3, threads=threads)
+    write(tmp_path / 'a', documents, tok=gpt2_or_skip(), workers=workers)
     monkeypatch.undo()
     write(tmp_path / 'b', documents, tok=tokenizer.load('gpt2'))
-    for name in ('train.bin', 'val.bin', 'meta.json'):
-        assert (tmp_path / 'a' / name).read_bytes() == (tmp_path / 'b' / name).read_bytes()
+    assert contents(tmp_path / 'a') == contents(tmp_path / 'b')
+
+
+def test_any_order_gives_the_same_split(tmp_path):
+    documents = [words(10, seed) for seed in range(60)] + [words(10, seed) for seed in range(20)]  # 20 occur twice
+    splits = []
+    for i, order in enumerate((documents, documents[::-1], random.Random(3).sample(documents, len(documents)))):
+        write(tmp_path / str(i), order)
+        splits.append([bytes(ids(tmp_path / str(i), split).astype(np.uint8)).decode() for split in ('train', 'val')])
+    for train, val in splits:
+        for text in documents:
+            sides = [side.count(text + '\n\n') for side in (train, val)]
+            assert sorted(sides) == [0, documents.count(text)]
+            assert (sides[1] > 0) == (text + '\n\n' in splits[0][1])
+
+
+@settings(max_examples=40)
+@given(sizes=st.lists(st.integers(1, 60), min_size=20, max_size=60), shard_tokens=st.integers(1, 300))
+def test_shards(tmp_path_factory, sizes, shard_tokens):
+    """End to end they are the one file; a document is whole; none is too large, unless by one document."""
+    folder = tmp_path_factory.mktemp('shards')
+    documents = [chr(97 + i % 26) * n + str(i) for i, n in enumerate(sizes)]
+    splits = ['train' if i % 3 else 'val' for i in range(len(sizes))]
+    metas = [corpus.write_dataset(folder / str(n), lambda: zip(splits, documents, strict=True),
+                                  tokenizer.ByteTokenizer(), documents=True, source='', val_fraction=0.3,
+                                  shard_tokens=n) for n in (10**9, shard_tokens)]
+    for split in ('train', 'val'):
+        whole, files = (folder / str(10**9) / f'{split}.bin').read_bytes(), metas[1]['files'][split]
+        assert [name for name, _ in files] == [f'{split}.bin', *(f'{split}-{i:05d}.bin' for i in range(1, len(files)))]
+        parts = [(folder / str(shard_tokens) / name).read_bytes() for name, _ in files]
+        assert b''.join(parts) == whole and [len(part) // 2 for part in parts] == [n for _, n in files]
+        texts = [bytes(np.frombuffer(part, '<u2').astype(np.uint8)).decode() for part in parts]
+        assert all(text.endswith('\n\n') for text in texts)
+        assert all(len(text) <= shard_tokens or text.count('\n\n') == 1 for text in texts)
+        for text, following in zip(texts, texts[1:], strict=False):  # no shard ends earlier than it has to
+            assert len(text) + following.index('\n\n') + 2 > shard_tokens
+    assert {**metas[0], 'files': None} == {**metas[1], 'files': None}
+
+
+def test_stale_shards_go(tmp_path):
+    write(tmp_path, OLD, shard_tokens=300)
+    assert len(names(tmp_path)) > 6 and 'train-00003.bin' in names(tmp_path)
+    tokens = write(tmp_path, NEW)['tokens']
+    assert names(tmp_path) == ['meta.json', 'train.bin', 'val.bin']
+    larger = max(tokens, key=tokens.get)
+    write(tmp_path, NEW, shard_tokens=tokens[larger] - 1)
+    assert names(tmp_path) == sorted(['meta.json', 'train.bin', 'val.bin', f'{larger}-00001.bin'])
 
 
 def test_splits_too_short(tmp_path):
@@ -347,8 +446,8 @@ def state(folder, references):
     if not (folder / 'train.bin').exists():
         return None
     for name, reference in references.items():
-        if all((folder / file).read_bytes() == (reference / file).read_bytes()
-               for file in ('train.bin', 'val.bin', 'meta.json')):
+        if all(path.exists() and path.read_bytes() == content
+               for path, content in ((folder / file, content) for file, content in contents(reference).items())):
             return name
     raise AssertionError(f'a mixture: {names(folder)}')
 
@@ -358,6 +457,13 @@ def references(tmp_path):
     write(tmp_path / 'old', OLD)
     write(tmp_path / 'new', NEW)
     return {'old': tmp_path / 'old', 'new': tmp_path / 'new'}
+
+
+@pytest.fixture
+def small_steps(monkeypatch):
+    """A journal after every few documents."""
+    monkeypatch.setattr(corpus, 'BATCH_CHARS', 4000)
+    monkeypatch.setattr(corpus, 'JOURNAL_BYTES', 1)
 
 
 def die_at(step):
@@ -378,10 +484,14 @@ def die_at(step):
 
 
 @POSIX
-def test_a_crash_at_every_step(tmp_path, references):
+@pytest.mark.parametrize('shard_tokens', [10**9, 2500])
+def test_a_crash_at_every_step(tmp_path, shard_tokens, small_steps, capfd):
     """Die, as if by kill -9, just before the 1st, 2nd, ... call that changes the folder."""
-    seen = []
-    for step in range(1, 100):
+    references = {'old': tmp_path / 'old', 'new': tmp_path / 'new'}
+    write(references['old'], OLD, shard_tokens=shard_tokens)
+    write(references['new'], NEW, shard_tokens=shard_tokens)
+    seen, went_on = [], 0
+    for step in range(1, 1000):
         folder = tmp_path / f'step{step}'
         shutil.copytree(references['old'], folder)
         (folder / 'meta.pkl').write_bytes(b'left over from before')
@@ -389,42 +499,125 @@ def test_a_crash_at_every_step(tmp_path, references):
         if child == 0:
             die_at(step)
             try:
-                write(folder, NEW)
+                write(folder, NEW, shard_tokens=shard_tokens)
             finally:
                 os._exit(0)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         seen.append(state(folder, references))
-        write(folder, NEW)  # the next run succeeds and tidies up
-        assert names(folder) == ['meta.json', 'train.bin', 'val.bin']
-        assert state(folder, references) == 'new'
+        write(folder, NEW, shard_tokens=shard_tokens)  # the next run succeeds and tidies up
+        assert contents(folder) == contents(references['new'])
+        said = capfd.readouterr().err
+        went_on += 'going on' in said
+        assert 'starting anew' not in said
+        shutil.rmtree(folder)
         if status == 0:
             break
-    assert status == 0 and len(seen) > 10
+    assert status == 0 and len(seen) > 30 and went_on > 0.5 * len(seen)
     assert seen == sorted(seen, key=['old', None, 'new'].index)  # first the old one, then none, then the new one
     assert set(seen) == {'old', None, 'new'}
 
 
 @POSIX
-def test_kill_at_any_moment(tmp_path, references):
-    code = ('import sys, corpus, tests_data as d\n'
-            'while True:\n'
-            '    for documents in (d.OLD, d.NEW):\n'
-            '        d.write(sys.argv[1], documents)\n'
-            '        print("x", flush=True)\n')
-    # the module under another name, so that pytest's own import of it is left alone
-    shutil.copy(__file__, tmp_path / 'tests_data.py')
-    environment = {**os.environ, 'PYTHONPATH': os.pathsep.join([str(tmp_path), str(ROOT)])}
-    folder = tmp_path / 'killed'
-    rng = random.Random(0)
-    for _ in range(5):
-        child = subprocess.Popen([sys.executable, '-c', code, str(folder)], env=environment, stdout=subprocess.PIPE)
-        child.stdout.readline()
-        time.sleep(rng.uniform(0, 0.2))
-        child.kill()
-        child.communicate()
-        state(folder, references)  # raises for a mixture
-    write(folder, NEW)
-    assert state(folder, references) == 'new' and len(names(folder)) == 3
+def test_kill_at_any_moment(tmp_path, references, small_steps, capfd):
+    """SIGKILL, again and again, while two datasets take turns, and while a longer one is prepared."""
+    rng, went_on, killed = random.Random(0), 0, 0
+    for i in range(200):
+        child = os.fork()
+        if child == 0:
+            try:
+                while (tmp_path / 'long' / 'train.bin').exists():
+                    write(tmp_path / 'turns', OLD)
+                    write(tmp_path / 'turns', NEW)
+                write(tmp_path / 'long', NEW * 40)
+            finally:
+                os._exit(0)
+        time.sleep(rng.uniform(0, 0.005 * (i + 1)))  # on a busy machine, too, one of them comes to the end
+        os.kill(child, 9)
+        os.waitpid(child, 0)
+        went_on += 'going on' in capfd.readouterr().err
+        state(tmp_path / 'turns', references)  # raises for a mixture
+        killed += (tmp_path / 'long' / 'train.bin').exists()
+        if killed == 10:
+            break
+    assert killed == 10 and went_on > 3
+    write(tmp_path / 'reference', NEW * 40)
+    assert contents(tmp_path / 'long') == contents(tmp_path / 'reference')
+    write(tmp_path / 'turns', NEW)
+    assert state(tmp_path / 'turns', references) == 'new' and len(names(tmp_path / 'turns')) == 3
+
+
+class CountingTokenizer(tokenizer.ByteTokenizer):
+    texts = 0
+
+    def encode_batch(self, texts, workers=None):
+        self.texts += len(texts)
+        return super().encode_batch(texts, workers)
+
+
+@pytest.mark.parametrize('error', [KeyboardInterrupt, ValueError('broken input'), OSError(28, 'No space left')])
+def test_going_on_after_an_error(tmp_path, references, small_steps, capsys, error):
+    def broken():
+        yield from NEW[:30]
+        raise error
+
+    folder = tmp_path / 'folder'
+    shutil.copytree(references['old'], folder)
+    with pytest.raises(KeyboardInterrupt if error is KeyboardInterrupt else ValueError):
+        write(folder, broken)
+    assert 'the same command goes on from there' in capsys.readouterr().err
+    assert state(folder, references) == 'old'
+    tok = CountingTokenizer()
+    write(folder, NEW, tok=tok)
+    said = capsys.readouterr().err
+    assert 'going on with the unfinished preparation' in said and 'anew' not in said
+    assert 20 <= tok.texts < 40  # of 50; the others were not encoded again
+    assert contents(folder) == contents(references['new'])
+
+
+@pytest.mark.parametrize('changed, said', [
+    ({'documents': [NEW[0] + 'x', *NEW[1:]]}, 'they are not the same; starting anew'),
+    ({'documents': NEW[:1]}, 'they are not the same; starting anew'),
+    ({'val_fraction': 0.5}, 'another val_fraction; starting anew'),
+    ({'tok': tokenizer.CharTokenizer.from_text(NEW)}, 'another tokenizer; starting anew'),
+    ({'shard_tokens': 5000}, 'another shard_tokens; starting anew'),
+])
+def test_another_preparation_starts_anew(tmp_path, small_steps, capsys, changed, said):
+    def broken():
+        yield from NEW[:30]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / 'a', broken)
+    other = {'documents': NEW, **changed}
+    if len(other['documents']) == 1:  # too little for a dataset, and nothing of the 30 others is taken for it
+        with pytest.raises(ValueError, match='val split has 0'):
+            write(tmp_path / 'a', **other)
+        assert names(tmp_path / 'a') == []
+    else:
+        write(tmp_path / 'a', **other)
+        write(tmp_path / 'b', **other)
+        assert contents(tmp_path / 'a') == contents(tmp_path / 'b')
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('damage', [
+    lambda folder: (folder / '.journal.json').write_text('{'),
+    lambda folder: (folder / '.journal.json').write_text('[]'),
+    lambda folder: (folder / '.journal.json').write_text('{"settings": {}, "done": {}, "publishing": false}'),
+    lambda folder: (folder / '.train.bin.tmp').write_bytes(b'short'),
+    lambda folder: (folder / '.val.bin.tmp').unlink(),
+])
+def test_a_damaged_journal_starts_anew(tmp_path, references, small_steps, capsys, damage):
+    def broken():
+        yield from NEW[:30]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / 'a', broken)
+    damage(tmp_path / 'a')
+    write(tmp_path / 'a', NEW)
+    assert 'starting anew' in capsys.readouterr().err
+    assert contents(tmp_path / 'a') == contents(references['new'])
 
 
 @pytest.mark.parametrize('error', [KeyboardInterrupt, ValueError('broken input')])
@@ -436,7 +629,7 @@ def test_an_error_keeps_the_old_dataset(tmp_path, references, error):
     folder = tmp_path / 'folder'
     shutil.copytree(references['old'], folder)
     with pytest.raises(type(error) if isinstance(error, Exception) else error):
-        write(folder, documents())
+        write(folder, documents)
     assert names(folder) == ['meta.json', 'train.bin', 'val.bin']
     assert state(folder, references) == 'old'
 
@@ -447,16 +640,30 @@ def test_a_full_disk_keeps_the_old_dataset(tmp_path, references):
     folder = tmp_path / 'folder'
     shutil.copytree(references['old'], folder)
     code = ('import resource, sys, corpus, tokenizer\n'
-            'resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n'
+            'corpus.BATCH_CHARS, limit = 30_000, int(sys.argv[2])\n'
+            'resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))\n'
             'pieces = (("train" if i % 9 else "val", "hello world " * 500) for i in range(90))\n'
-            'corpus.run(lambda: corpus.write_dataset(sys.argv[1], pieces, tokenizer.ByteTokenizer(), documents=True,\n'
-            '                                        source="test", val_fraction=0.1))\n')
-    done = subprocess.run([sys.executable, '-c', code, str(folder)], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert 'has no room for the token files' in done.stderr and 'MB free' in done.stderr
-    assert 'Traceback' not in done.stderr
+            'corpus.run(lambda: corpus.write_dataset(sys.argv[1], lambda: pieces, tokenizer.ByteTokenizer(),\n'
+            '                                        documents=True, source="test", val_fraction=0.1))\n')
+
+    def run(folder, limit):
+        return subprocess.run([sys.executable, '-c', code, str(folder), str(limit)], cwd=ROOT, capture_output=True,
+                              text=True)
+
+    done = run(folder, 40_000)  # less than the first batch: nothing to keep
+    assert done.returncode == 1 and 'has no room for the token files' in done.stderr
     assert names(folder) == ['meta.json', 'train.bin', 'val.bin']
-    assert state(folder, references) == 'old'
+    for limit in (200_000, 500_000):
+        done = run(folder, limit)
+        assert done.returncode == 1
+        assert 'has no room for the token files' in done.stderr and 'MB free' in done.stderr
+        assert 'the same command goes on from there' in done.stderr and 'Traceback' not in done.stderr
+        assert state(folder, references) == 'old'
+    assert 'going on with the unfinished' in done.stderr
+    done = run(folder, 10**9)
+    assert 'going on with the unfinished' in done.stderr and done.returncode == 0
+    run(tmp_path / 'reference', 10**9)
+    assert contents(folder) == contents(tmp_path / 'reference')
 
 
 @POSIX
@@ -488,9 +695,12 @@ def test_memory_is_constant(tmp_path):
                 file.write(line + end)
     code = ('import resource, sys, corpus, tokenizer\n'
             'path, out = sys.argv[1:]\n'
-            'tok = corpus.make_tokenizer("char", corpus.read_text(path), documents=True)\n'
-            'for pieces, documents in ((corpus.split_text(path, 0.1), False),\n'
-            '                          (corpus.split_each(corpus.read_documents(path), 0.1), True)):\n'
+            'def text():\n'
+            '    return corpus.split_text(path, 0.1)\n'
+            'def each():\n'
+            '    return corpus.split_each(corpus.read_documents(path), 0.1)\n'
+            'tok = corpus.make_tokenizer("char", text, documents=True)\n'
+            'for pieces, documents in ((text, False), (each, True)):\n'
             '    corpus.write_dataset(out, pieces, tok, documents=documents, source="", val_fraction=0.1)\n'
             'if sys.platform == "linux":\n'  # ru_maxrss would count what the parent held when it forked
             '    print([int(line.split()[1]) for line in open("/proc/self/status") if "VmHWM" in line][0] / 1e3)\n'
@@ -506,89 +716,12 @@ def test_memory_is_constant(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# downloading
-
-CONTENT = random.Random(0).randbytes(300_000)
-
-
-class Server(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.server.ranges.append(self.headers.get('Range'))
-        start = int(self.headers['Range'][6:-1])
-        if self.path == '/missing':
-            return self.send_error(404)
-        if self.path == '/norange':
-            start = 0
-        if start >= len(CONTENT):
-            return self.send_error(416)
-        self.send_response(206 if start else 200)
-        self.send_header('Content-Length', str(len(CONTENT) - start))
-        self.end_headers()
-        end = 100_000 if self.path == '/cut' and start == 0 else len(CONTENT)
-        self.wfile.write(CONTENT[start:end])
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def server(monkeypatch):
-    monkeypatch.setenv('no_proxy', '*')
-    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Server)
-    server.ranges = []
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    server.url = f'http://127.0.0.1:{server.server_port}'
-    yield server
-    server.shutdown()
-    server.server_close()
-
-
-SHA = hashlib.sha256(CONTENT).hexdigest()
-
-
-def test_download(tmp_path, server):
-    corpus.download(server.url + '/file', tmp_path / 'f', SHA, 'COMMAND')
-    assert (tmp_path / 'f').read_bytes() == CONTENT and names(tmp_path) == ['f']
-
-
-@pytest.mark.parametrize('page, have', [('/cut', 0), ('/file', 123), ('/norange', 123), ('/file', len(CONTENT))])
-def test_download_goes_on(tmp_path, server, page, have):
-    if have:
-        (tmp_path / 'f.part').write_bytes(CONTENT[:have])
-    else:
-        with pytest.raises(ValueError, match='cut short at 100,000 of 300,000.*run again'):
-            corpus.download(server.url + page, tmp_path / 'f', SHA, 'COMMAND')
-        have = 100_000
-        assert names(tmp_path) == ['f.part']
-    corpus.download(server.url + page, tmp_path / 'f', SHA, 'COMMAND')
-    assert server.ranges[-1] == f'bytes={have}-'
-    assert (tmp_path / 'f').read_bytes() == CONTENT and names(tmp_path) == ['f']
-
-
-def test_download_of_something_else(tmp_path, server):
-    with pytest.raises(ValueError, match='SHA-256.*expected 0000.*COMMAND'):
-        corpus.download(server.url + '/file', tmp_path / 'f', '0' * 64, 'COMMAND')
-    assert names(tmp_path) == []
-    with pytest.raises(ValueError, match='404.*COMMAND'):
-        corpus.download(server.url + '/missing', tmp_path / 'f', SHA, 'COMMAND')
-
-
-def test_download_offline(tmp_path, monkeypatch):
-    monkeypatch.setenv('no_proxy', '*')
-    with pytest.raises(ValueError, match='offline.*COMMAND'):
-        corpus.download('http://127.0.0.1:9/file', tmp_path / 'f', SHA, 'COMMAND')
-    (tmp_path / 'f.part').write_bytes(b'12345')
-    with pytest.raises(ValueError, match='5 bytes so far are kept'):
-        corpus.download('http://127.0.0.1:9/file', tmp_path / 'f', SHA, 'COMMAND')
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # the scripts, as a person runs them: from another folder, in a copy of the repository
 
 @pytest.fixture(scope='module')
 def copy(tmp_path_factory):
     root = tmp_path_factory.mktemp('repository')
-    for path in [ROOT / 'tokenizer.py', ROOT / 'corpus.py', *ROOT.glob('data/*/prepare.py')]:
+    for path in [*ROOT.glob('*.py'), *ROOT.glob('data/*/prepare.py')]:
         target = root / path.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, target)
@@ -625,7 +758,7 @@ def test_shakespeare_char(copy, play, tmp_path):
     assert tokenizer.from_meta_pkl(folder / 'meta.pkl').chars == sorted(stoi)
     if play == SHAKESPEARE:
         assert (len(ids(folder, 'train')), len(ids(folder, 'val'))) == (1_003_854, 111_540)
-        assert json.loads((folder / 'meta.json').read_text())['sha256'] == corpus.file_sha256(SHAKESPEARE)
+        assert json.loads((folder / 'meta.json').read_text())['sha256'] == download.file_sha256(SHAKESPEARE)
 
 
 def test_shakespeare_bpe(copy, play, tmp_path):
@@ -672,11 +805,14 @@ def test_python_stdlib(copy, tmp_path):
 def test_text_from_a_file(copy, tmp_path):
     (tmp_path / 'My Book.txt').write_text(words(1000), encoding='utf-8')
     said = prepare(copy, 'text', '--input=My Book.txt', '--tokenizer=char', cwd=tmp_path)
-    assert 'python train.py --dataset=My_Book' in said
+    assert 'next:  python train.py config/quickstart.py --dataset=My_Book --out_dir=out-My_Book\n' in said
     folder = copy / 'data' / 'My_Book'
     tok = tokenizer.from_dict(json.loads((folder / 'meta.json').read_text())['tokenizer'])
     assert tok.decode(ids(folder, 'train')) + tok.decode(ids(folder, 'val')) == words(1000)
-    prepare(copy, 'text', '--input=My Book.txt', '--tokenizer=byte', cwd=tmp_path)  # again is fine
+    tok.save(tmp_path / 'my.json')
+    for again in ('byte', 'word', tmp_path / 'my.json'):
+        prepare(copy, 'text', '--input=My Book.txt', f'--tokenizer={again}', cwd=tmp_path)
+    assert json.loads((folder / 'meta.json').read_text())['tokenizer'] == tok.to_dict()
 
 
 @pytest.mark.parametrize('count', [5, 400])
@@ -712,6 +848,10 @@ def test_text_folder_says_what_it_left_out(copy, tmp_path):
     (['--val_fraction=5'], 'val_fraction is 5.0; expected'),
     (['--input=nothing.txt'], 'nothing.txt does not exist'),
     (['--vall_fraction=0.2'], 'unrecognized arguments: --vall_fraction'),
+    (['--num_proc=0'], "argument --num_proc: '0' is not a whole number of 1 or more"),
+    (['--shard_tokens=1.5'], "argument --shard_tokens: '1.5' is not a whole number of 1 or more, such as 1000 or 1e9"),
+    (['--shard_tokens=inf'], "argument --shard_tokens: 'inf' is not"),
+    (['--vocab_size=100'], '--vocab_size=100 does not go with --tokenizer=byte'),
 ])
 def test_text_refuses(copy, tmp_path, arguments, message):
     (copy / 'data' / 'theirs').mkdir(exist_ok=True)
@@ -740,17 +880,16 @@ def test_openwebtext_shard(copy, tmp_path):
         assert ids(copy / 'data' / 'openwebtext', split).tolist() == expected[split]
 
 
-def test_openwebtext_offline(copy, tmp_path):
-    pytest.importorskip('datasets')
+@pytest.mark.parametrize('name', ['openwebtext', 'fineweb_edu'])
+def test_shards_offline(copy, tmp_path, name):
     gpt2_or_skip()
-    env = {**OFFLINE, 'HF_HOME': str(tmp_path), 'HF_HUB_OFFLINE': '1'}
-    said = prepare(copy, 'openwebtext', f'--out_dir={tmp_path / "out"}', cwd=tmp_path, ok=False, env=env)
-    if '18.2 GB. Use --out_dir' in said:
-        pytest.skip('this disk is too small to get as far as the network')
-    assert 'offline' in said and '--input=FOLDER' in said
+    said = prepare(copy, name, f'--out_dir={tmp_path / "out"}', cwd=tmp_path, ok=False)
+    assert 'offline' in said and f'python data/{name}/prepare.py --input=FOLDER' in said
+    assert prepare(copy, name, '--tokenizer=gpt9', cwd=tmp_path, ok=False).startswith('error: unknown tokenizer')
 
 
-@pytest.mark.parametrize('name', ['shakespeare', 'shakespeare_char', 'openwebtext', 'python_stdlib', 'text'])
+@pytest.mark.parametrize('name', ['shakespeare', 'shakespeare_char', 'openwebtext', 'fineweb_edu', 'python_stdlib',
+                                  'text'])
 def test_help(copy, tmp_path, name):
     said = prepare(copy, name, '--help', cwd=tmp_path)
     assert f'python data/{name}/prepare.py' in said and 'python train.py' in said or 'shakespeare' in name
@@ -758,22 +897,33 @@ def test_help(copy, tmp_path, name):
 
 
 @POSIX
-def test_interrupt_is_one_line(copy, tmp_path):
+def test_interrupted_script_goes_on(copy, tmp_path):
     import signal
     with open(tmp_path / 'big.txt', 'w') as file:
-        for _ in range(60):
+        for _ in range(30):
             file.write(('hello world ' * 10 + '\n') * 10_000)
-    child = subprocess.Popen([sys.executable, str(copy / 'data/text/prepare.py'), '--input=big.txt', '--name=big',
-                              '--tokenizer=char'], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, str(copy / 'data/text/prepare.py'), '--input=big.txt', '--name=big', '--tokenizer=char',
+               '--shard_tokens=5e6']
+    child = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     folder = copy / 'data' / 'big'
-    for _ in range(500):
-        if folder.exists() and '.train.bin.tmp' in names(folder):
+    first = folder / '.train.bin.tmp'
+    for _ in range(5000):
+        if first.exists() and first.stat().st_size > 9_500_000:  # the first batch is done
             break
-        time.sleep(0.01)
+        time.sleep(0.002)
     child.send_signal(signal.SIGINT)
     said = child.communicate()[1]
-    assert child.returncode == 130 and said.strip().splitlines()[-1].startswith('interrupted;')
-    assert 'Traceback' not in said and not folder.exists()
+    assert child.returncode == 130 and 'Traceback' not in said
+    assert said.split('\n\n')[-1].strip() == 'interrupted; no half-written dataset was left behind'
+    assert f'what is encoded so far is kept in {folder}; the same command goes on from there\n' in said
+    assert not (folder / 'train.bin').exists()
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and 'going on with the unfinished preparation' in done.stderr
+    assert not [name for name in names(folder) if name.startswith('.')]
+    shards = [np.fromfile(folder / name, '<u2') for name in names(folder) if name.startswith('train')]
+    tok = tokenizer.from_dict(json.loads((folder / 'meta.json').read_text())['tokenizer'])
+    text = (tmp_path / 'big.txt').read_text()
+    assert len(shards) > 5 and tok.decode(np.concatenate(shards)) == text[:int(len(text) * 0.9)]
 
 
 def test_produced_files_are_ignored_by_git():
@@ -781,6 +931,7 @@ def test_produced_files_are_ignored_by_git():
         pytest.skip('not a git checkout')
     paths = ['data/x/train.bin', 'data/x/meta.json', 'data/shakespeare/input.txt', 'data/x/.train.bin.tmp',
              'data/shakespeare_char/meta.pkl', 'data/shakespeare/input.txt.part', 'data/x/anything.jsonl',
-             'data/shakespeare/prepare.py', 'data/shakespeare/README.md']
+             'data/x/train-00001.bin', 'data/x/.journal.json', 'data/fineweb_edu/10BT/listing.json',
+             'data/fineweb_edu/10BT/000_00000.parquet.part', 'data/shakespeare/prepare.py', 'data/text/README.md']
     done = subprocess.run(['git', 'check-ignore', '--no-index', *paths], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.splitlines() == paths[:-2]

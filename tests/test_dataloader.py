@@ -7,11 +7,12 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from conftest import CHARS, write_dataset
+from conftest import CHARS, ROOT, write_dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dataloader
+import tokenizer
 from dataloader import even_windows, gather, mix, shuffled, train_windows, whole_windows
 
 seeds = st.integers(0, 2**63 - 1)
@@ -166,11 +167,11 @@ def test_nanogpts_folders(tmp_path):
     """Headerless uint16, with a meta.pkl or without anything."""
     write_dataset(tmp_path / 'pkl', np.arange(20), np.arange(10), meta='pkl')
     meta = dataloader.load_meta(str(tmp_path / 'pkl'))
-    assert meta == {'dtype': np.dtype('uint16'), 'vocab_size': len(CHARS), 'tokens': None,
+    assert meta == {'dtype': np.dtype('uint16'), 'vocab_size': len(CHARS), 'tokens': None, 'files': None,
                     'tokenizer': {'kind': 'char', 'chars': ''.join(CHARS)}}
     write_dataset(tmp_path / 'bare', np.arange(20), np.arange(10), meta=None)
     meta = dataloader.load_meta(str(tmp_path / 'bare'))
-    assert meta == {'dtype': np.dtype('uint16'), 'vocab_size': None, 'tokens': None, 'tokenizer': None}
+    assert meta == {'dtype': np.dtype('uint16'), 'vocab_size': None, 'tokens': None, 'files': None, 'tokenizer': None}
     assert opened(tmp_path / 'bare').tolist() == list(range(20))
 
 
@@ -237,6 +238,73 @@ def test_meta_json_that_is_no_text(tmp_path):
         dataloader.load_meta(str(tmp_path))
 
 
+def write_shards(folder, ids, lengths, val=20, dtype='uint16'):
+    """ids as train.bin, train-00001.bin, ... of these lengths."""
+    write_dataset(folder, ids, np.arange(val), dtype)
+    meta = json.loads((folder / 'meta.json').read_text())
+    files = [['train.bin' if i == 0 else f'train-{i:05d}.bin', n] for i, n in enumerate(lengths)]
+    for (name, _), part in zip(files, np.split(ids, np.cumsum(lengths)[:-1]), strict=True):
+        part.astype(dtype).tofile(folder / name)
+    (folder / 'meta.json').write_text(json.dumps({**meta, 'files': {'train': files, 'val': [['val.bin', val]]}}))
+
+
+@settings(max_examples=60)
+@given(lengths=st.lists(st.integers(0, 400), min_size=1, max_size=8), block_size=st.integers(1, 64), seed=seeds,
+       dtype=st.sampled_from(['uint16', 'uint32']))
+def test_shards_give_the_batches_of_one_file(tmp_path_factory, lengths, block_size, seed, dtype):
+    """Bit for bit, at every step and whatever the number of processes; also where a window spans several files."""
+    folder = tmp_path_factory.mktemp('shards')
+    ids = np.random.default_rng(seed).integers(0, 60_000, sum(lengths)).astype(dtype)
+    if len(ids) < 2:
+        return
+    block_size = min(block_size, len(ids) - 1)
+    write_dataset(folder / 'one', ids, ids[:20], dtype)
+    write_shards(folder / 'many', ids, lengths, dtype=dtype)
+    one, many = opened(folder / 'one', block_size=block_size), opened(folder / 'many', block_size=block_size)
+    assert len(many) == len(one) == len(ids)
+    for step in range(3):
+        starts = train_windows(step, 6, len(one), block_size, seed)
+        for rank in (starts, starts[:3], starts[3:]):
+            for a, b in zip(gather(one, rank, block_size, 65_536), gather(many, rank, block_size, 65_536), strict=True):
+                assert torch.equal(a, b) and a.dtype == b.dtype
+    everything = whole_windows(len(many), block_size)
+    assert torch.equal(gather(one, everything, block_size, 65_536)[1], gather(many, everything, block_size, 65_536)[1])
+
+
+def test_a_prepared_dataset_in_shards(tmp_path):
+    """What corpus.py writes, this reads: the same batches from one file and from many."""
+    import corpus
+    documents = [('train' if i % 5 else 'val', chr(97 + i % 26) * (i + 3)) for i in range(90)]
+    for shard_tokens in (10**9, 700):
+        corpus.write_dataset(tmp_path / str(shard_tokens), lambda: documents, tokenizer.ByteTokenizer(), documents=True,
+                             source='', val_fraction=0.2, shard_tokens=shard_tokens)
+    one, many = opened(tmp_path / str(10**9)), opened(tmp_path / '700')
+    assert len(list((tmp_path / '700').glob('train-*.bin'))) >= 4 and isinstance(one, np.ndarray)
+    starts = train_windows(0, 300, len(one), 8, 1)
+    assert torch.equal(gather(one, starts, 8, 256)[0], gather(many, starts, 8, 256)[0])
+
+
+def test_damaged_shards(tmp_path):
+    ids = np.arange(100)
+    write_shards(tmp_path, ids, [40, 40, 20])
+    path = tmp_path / 'train-00002.bin'
+    with pytest.raises(ValueError, match='fewer than block_size [+] 1 = 101'):
+        opened(tmp_path, block_size=100)  # of all three together
+    path.write_bytes(path.read_bytes()[:-2])
+    with pytest.raises(ValueError, match='train-00002.bin has 38 bytes, expected 40.*again: python'):
+        opened(tmp_path)
+    path.unlink()
+    with pytest.raises(ValueError, match='train-00002.bin is missing; prepare the dataset again: python'):
+        opened(tmp_path)
+    for lengths in ([40, 40], [40, 40, 30], []):
+        write_shards(tmp_path, ids, [40, 40, 20])
+        meta = json.loads((tmp_path / 'meta.json').read_text())
+        meta['files']['train'] = [[name, n] for (name, _), n in zip(meta['files']['train'], lengths, strict=False)]
+        (tmp_path / 'meta.json').write_text(json.dumps(meta))
+        with pytest.raises(ValueError, match='meta.json is damaged.*do not add up to 100 tokens'):
+            dataloader.load_meta(str(tmp_path))
+
+
 # datasets that are not there ------------------------------------------------------------------------------------------
 
 def test_missing_dataset_lists_those_there_are(tmp_path, monkeypatch):
@@ -248,6 +316,12 @@ def test_missing_dataset_lists_those_there_are(tmp_path, monkeypatch):
     with pytest.raises(ValueError) as error:
         dataloader.prepare_if_missing('data/novel', True)
     assert 'Datasets here: code, poems' in str(error.value)
+    # train.py is elsewhere, and so may the data be
+    assert f'in the current folder, {tmp_path}; for those beside train.py: cd {ROOT}' in str(error.value)
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(ValueError, match='no dataset in data/novel') as error:
+        dataloader.prepare_if_missing('data/novel', True)
+    assert 'current folder' not in str(error.value)
     assert 'python data/text/prepare.py --input=FILE --name=novel' in str(error.value)
 
 

@@ -2,7 +2,7 @@
 Needs no network and no download.
 
     python data/python_stdlib/prepare.py                   # one token per byte
-    python data/python_stdlib/prepare.py --tokenizer=gpt2  # or char
+    python data/python_stdlib/prepare.py --tokenizer=gpt2  # or char, bpe, ...
     python train.py config/quickstart.py                   # what comes next
 
 Takes a second and 65 MB of disk. How much text there is depends on the Python:
@@ -54,7 +54,7 @@ def read_sources(stdlib, paths):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    parser.add_argument('--tokenizer', default='byte', help='byte, char, gpt2, cl100k_base or o200k_base (byte)')
+    corpus.add_options(parser, tokenizer='byte')
     parser.add_argument('--val_bytes', type=int, default=350_000,
                         help='files of about so many bytes together become val.bin, evaluated whole (350,000)')
     parser.add_argument('--out_dir', default=HERE, help="folder to write to (this script's own)")
@@ -66,12 +66,17 @@ def main():
     if not paths:
         raise ValueError(f'no .py files in {stdlib}, where this Python says its standard library is. Use a Python with '
                          f'sources, or your own text: python data/text/prepare.py --input=FILE')
-    tokenizer = corpus.make_tokenizer(args.tokenizer, read_sources(stdlib, paths), documents=True)
-    val_fraction = corpus.fraction_for(read_sources(stdlib, paths), args.val_bytes, LONGEST)
-    pieces = corpus.split_documents(read_sources(stdlib, paths), val_fraction, LONGEST)
+    documents = list(read_sources(stdlib, paths))  # 31 MB: holding them costs less than reading them twice
+    val_fraction = corpus.fraction_for(documents, args.val_bytes, LONGEST)
+
+    def pieces():
+        return corpus.split_documents(documents, val_fraction, LONGEST)
+
+    tokenizer = corpus.make_tokenizer(args.tokenizer, pieces, documents=True, vocab_size=args.vocab_size)
     version = '.'.join(map(str, sys.version_info[:3]))
     meta = corpus.write_dataset(args.out_dir, pieces, tokenizer, documents=True,
                                 source=f'standard library of Python {version}', val_fraction=val_fraction,
+                                shard_tokens=args.shard_tokens, workers=args.num_proc,
                                 total=sum(os.path.getsize(os.path.join(stdlib, path)) for path in paths))
     used = sum(meta['documents'].values())
     print(f'{used:,} files of the standard library of Python {version} '

@@ -19,9 +19,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))  # so that it runs from any folder
 
 import corpus  # noqa: E402
-
-URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
-SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
+import download  # noqa: E402
 
 
 def main():
@@ -31,14 +29,17 @@ def main():
     parser.add_argument('--out_dir', default=HERE, help="folder to write to (this script's own)")
     args = parser.parse_args()
 
-    path = corpus.get_input(args.input, os.path.join(HERE, 'input.txt'), URL, SHA256,
-                            'python data/shakespeare_char/prepare.py --input=FILE')
+    path = download.get_shakespeare(args.input, HERE, 'python data/shakespeare_char/prepare.py --input=FILE')
     started = time.time()
-    tokenizer = corpus.make_tokenizer('char', corpus.read_text(path), documents=False)
+
+    def pieces():
+        return corpus.split_text(path, 0.1)
+
+    tokenizer = corpus.make_tokenizer('char', pieces, documents=False)
     itos = dict(enumerate(tokenizer.chars))
     meta_pkl = {'vocab_size': tokenizer.vocab_size, 'itos': itos, 'stoi': {char: i for i, char in itos.items()}}
-    meta = corpus.write_dataset(args.out_dir, corpus.split_text(path, 0.1), tokenizer, documents=False,
-                                source=os.path.basename(path), val_fraction=0.1, total=os.path.getsize(path),
+    meta = corpus.write_dataset(args.out_dir, pieces, tokenizer, documents=False, source=os.path.basename(path),
+                                val_fraction=0.1, total=os.path.getsize(path),
                                 more_files={'meta.pkl': pickle.dumps(meta_pkl)})
     corpus.report(args.out_dir, meta, started, 'python train.py config/train_shakespeare_char.py')
 

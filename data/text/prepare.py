@@ -4,7 +4,7 @@ with a column of text.
     python data/text/prepare.py --input=book.txt             # -> data/book
     python data/text/prepare.py --input=notes/ --name=mine   # -> data/mine
     python data/text/prepare.py --input=posts.jsonl --text_key=body
-    python train.py --dataset=mine                           # what comes next
+    python train.py config/quickstart.py --dataset=mine --out_dir=out-mine
 
 A folder is read recursively, every file with the suffix of a text file. Tables
 are .jsonl, .csv, .tsv and .parquet, a document per row.
@@ -12,13 +12,20 @@ are .jsonl, .csv, .tsv and .parquet, a document per row.
 --tokenizer says what a token is:
     byte   one of 256 bytes: any text, any prompt, no network
     char   one per distinct character; prompts can use no other characters
-    gpt2   GPT-2's 50,257 word pieces: for large texts, or to finetune GPT-2
+    bpe    8,192 pieces of words (--vocab_size), found in the training split:
+           a third of the tokens or fewer, for texts of some MB
+    word   the 10,000 most frequent words (--vocab_size) of the training split
+    gpt2   GPT-2's 50,257 pieces of words: for large texts, to finetune GPT-2
+           (or cl100k_base, o200k_base: GPT-4's, GPT-4o's)
+    FILE   a tokenizer trained or exported before, such as tokenizer.json
 
 val.bin, which is never trained on, is
     of a single text            its last tenth,
     of fewer than 100 documents the last tenth of each,
     of more documents           every tenth, whole, chosen by its content.
 --val_fraction=0.1 is that tenth.
+
+When interrupted, run the same command again: it goes on where it was.
 """
 
 import argparse
@@ -60,7 +67,7 @@ def main():
     parser.add_argument('--input', required=True, help='a text file, a folder, or a .jsonl, .csv, .tsv, .parquet file')
     parser.add_argument('--name', help='name of the dataset (that of the input)')
     parser.add_argument('--text_key', default='text', help='field of .jsonl, .csv, .tsv and .parquet with the text')
-    parser.add_argument('--tokenizer', default='byte', help='byte, char, gpt2, cl100k_base or o200k_base (byte)')
+    corpus.add_options(parser, tokenizer='byte')
     parser.add_argument('--val_fraction', type=float, default=0.1, help='share of the text that becomes val.bin (0.1)')
     args = parser.parse_args()
 
@@ -77,22 +84,23 @@ def main():
 
     one_text = len(files) == 1 and not corpus.is_rows(files[0])
     few = sum(1 for _ in itertools.islice(documents(), FEW)) < FEW
-    if one_text:
-        tokenizer = corpus.make_tokenizer(args.tokenizer, corpus.read_text(files[0]), documents=False)
-        pieces, how = corpus.split_text(files[0], args.val_fraction), 'the end of the text'
-    elif few:
-        tokenizer = corpus.make_tokenizer(args.tokenizer, documents(), documents=True)
-        pieces, how = corpus.split_each(documents(), args.val_fraction), 'the end of each document'
-    else:
-        tokenizer = corpus.make_tokenizer(args.tokenizer, documents(), documents=True)
-        pieces, how = corpus.split_documents(documents(), args.val_fraction), 'whole documents, chosen by content'
+    how = ('the end of the text' if one_text else 'the end of each document' if few else
+           'whole documents, chosen by content')
+
+    def pieces():
+        if one_text:
+            return corpus.split_text(files[0], args.val_fraction)
+        return (corpus.split_each if few else corpus.split_documents)(documents(), args.val_fraction)
+
+    tokenizer = corpus.make_tokenizer(args.tokenizer, pieces, documents=not one_text, vocab_size=args.vocab_size)
     meta = corpus.write_dataset(out_dir, pieces, tokenizer, documents=not one_text,
                                 source=os.path.basename(os.path.abspath(args.input)), val_fraction=args.val_fraction,
-                                total=corpus.text_size(files))
+                                shard_tokens=args.shard_tokens, total=corpus.text_size(files), workers=args.num_proc)
     if not one_text:
         print(f'{meta["documents"]["train"]:,} documents in train, {meta["documents"]["val"]:,} in val')
     print(f'val is {how}: {meta["bytes"]["val"] / sum(meta["bytes"].values()):.1%} of the text')
-    corpus.report(out_dir, meta, started, f'python train.py --dataset={name}')
+    corpus.report(out_dir, meta, started,
+                  f'python train.py config/quickstart.py --dataset={name} --out_dir=out-{name}')
 
 
 if __name__ == '__main__':

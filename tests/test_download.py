@@ -1,0 +1,234 @@
+"""download.py against a server on this machine that cuts, corrupts and refuses, and the Hub's API as it answers.
+
+Run: pytest tests/test_download.py (seconds, no network)
+"""
+
+import hashlib
+import http.server
+import io
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import corpus  # noqa: E402
+import download  # noqa: E402
+
+CONTENT = random.Random(0).randbytes(300_000)
+SHA = hashlib.sha256(CONTENT).hexdigest()
+COMMIT = 'c0ffee' + '0' * 34
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Answers with server.files[path]; server.cuts[path] lists after how many bytes answers to it break off."""
+
+    def do_GET(self):
+        path, server = self.path, self.server
+        server.asked.append((path, self.headers.get('Range')))
+        if path not in server.files:
+            return self.send_error(404)
+        content, start = server.files[path], int((self.headers.get('Range') or 'bytes=0-')[6:-1])
+        if path in server.ignores_ranges:
+            start = 0
+        if start and start >= len(content):
+            return self.send_error(416)
+        self.send_response(206 if start else 200)
+        self.send_header('Content-Length', str(len(content) - start))
+        self.end_headers()
+        cuts = server.cuts.get(path)
+        self.wfile.write(content[start:start + cuts.pop(0)] if cuts else content[start:])
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setenv('no_proxy', '*')
+    monkeypatch.setattr(download, 'RETRY_SECONDS', 0)
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Server)
+    server.asked, server.files, server.cuts, server.ignores_ranges = [], {'/file': CONTENT}, {}, set()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    server.url = f'http://127.0.0.1:{server.server_port}'
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def ranges(server):
+    return [asked for _, asked in server.asked]
+
+
+# one file -------------------------------------------------------------------------------------------------------------
+
+
+def test_download(tmp_path, server):
+    download.download(server.url + '/file', tmp_path / 'f', SHA, 'COMMAND')
+    assert (tmp_path / 'f').read_bytes() == CONTENT and os.listdir(tmp_path) == ['f']
+
+
+@pytest.mark.parametrize('have', [1, 123, len(CONTENT) - 1, len(CONTENT)])
+@pytest.mark.parametrize('ranges_work', [True, False])
+def test_download_goes_on(tmp_path, server, have, ranges_work):
+    if not ranges_work:
+        server.ignores_ranges.add('/file')
+    (tmp_path / 'f.part').write_bytes(CONTENT[:have])
+    download.download(server.url + '/file', tmp_path / 'f', SHA, 'COMMAND')
+    assert ranges(server) == [f'bytes={have}-']
+    assert (tmp_path / 'f').read_bytes() == CONTENT and os.listdir(tmp_path) == ['f']
+
+
+def test_broken_connections(tmp_path, server, capsys):
+    server.cuts['/file'] = [100_000, 1, 100_000, 0]
+    with pytest.raises(ValueError, match='it ended at 200,001 of 300,000 bytes.*COMMAND The 200,001 bytes.*run again'):
+        download.download(server.url + '/file', tmp_path / 'f', SHA, 'COMMAND')  # the last one brought nothing
+    assert ranges(server) == [f'bytes={start}-' for start in (0, 100_000, 100_001, 200_001)]
+    assert 'going on at 100,000 bytes' in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ['f.part']
+    download.download(server.url + '/file', tmp_path / 'f', SHA, 'COMMAND')
+    assert (tmp_path / 'f').read_bytes() == CONTENT and os.listdir(tmp_path) == ['f']
+
+
+def test_download_of_something_else(tmp_path, server):
+    (tmp_path / 'f').write_bytes(b'precious')
+    with pytest.raises(ValueError, match='SHA-256.*expected 0000.*COMMAND'):
+        download.download(server.url + '/file', tmp_path / 'f', '0' * 64, 'COMMAND')
+    (tmp_path / 'f.part').write_bytes(bytes(1000))  # not the beginning of the file
+    with pytest.raises(ValueError, match='SHA-256.*it was removed'):
+        download.download(server.url + '/file', tmp_path / 'f', SHA, 'COMMAND')
+    with pytest.raises(ValueError, match='404.*COMMAND'):
+        download.download(server.url + '/missing', tmp_path / 'f', SHA, 'COMMAND')
+    assert (tmp_path / 'f').read_bytes() == b'precious' and os.listdir(tmp_path) == ['f']
+
+
+def test_download_offline(tmp_path, monkeypatch):
+    monkeypatch.setenv('no_proxy', '*')
+    with pytest.raises(ValueError, match='offline.*COMMAND$'):
+        download.download('http://127.0.0.1:9/file', tmp_path / 'f', SHA, 'COMMAND')
+    (tmp_path / 'f.part').write_bytes(b'12345')
+    with pytest.raises(ValueError, match='5 bytes so far are kept'):
+        download.download('http://127.0.0.1:9/file', tmp_path / 'f', SHA, 'COMMAND')
+
+
+# shards of the Hub ----------------------------------------------------------------------------------------------------
+
+REPO = 'HuggingFaceFW/fineweb-edu'
+RESOLVE = f'/datasets/{REPO}/resolve/{COMMIT}/sample/10BT'
+
+
+def documents(shard):
+    rng = random.Random(shard)
+    return [' '.join(rng.choices(['some', 'words', 'ünd', '日本', '42'], k=30)) for _ in range(150)]
+
+
+@pytest.fixture
+def hub(server, monkeypatch):
+    """Three shards, and the two questions that are asked about them."""
+    pa = pytest.importorskip('pyarrow')
+    import pyarrow.parquet as pq
+    monkeypatch.setenv('HF_ENDPOINT', server.url + '/')
+    entries = [{'type': 'directory', 'path': 'sample/10BT/more', 'size': 0, 'oid': 'x'}]
+    for i in (2, 0, 1):
+        buffer = io.BytesIO()
+        pq.write_table(pa.table({'text': documents(i), 'id': range(150), 'score': [2.5 + (n % 4) for n in range(150)],
+                                 'language_score': [0.9] * 150}), buffer)
+        content = buffer.getvalue()
+        server.files[f'{RESOLVE}/00{i}_00000.parquet'] = content
+        entries.append({'type': 'file', 'path': f'sample/10BT/00{i}_00000.parquet', 'size': len(content), 'oid': 'x',
+                        'lfs': {'oid': hashlib.sha256(content).hexdigest(), 'size': len(content), 'pointerSize': 1}})
+    server.files[f'/api/datasets/{REPO}/revision/main'] = json.dumps({'id': REPO, 'sha': COMMIT}).encode()
+    server.files[f'/api/datasets/{REPO}/tree/{COMMIT}/sample/10BT'] = json.dumps(entries).encode()
+    return server
+
+
+def get(out_dir, n_shards=None, revision='main', folder='sample/10BT'):
+    return download.get_shards(REPO, folder, out_dir, revision, n_shards, 'COMMAND')
+
+
+def test_shards(tmp_path, hub):
+    paths, commit = get(tmp_path / 'shards', 2)
+    assert [os.path.basename(path) for path in paths] == ['000_00000.parquet', '001_00000.parquet'] and commit == COMMIT
+    assert [list(corpus.read_documents(path)) for path in paths] == [documents(0), documents(1)]
+    assert sorted(os.listdir(tmp_path / 'shards')) == ['000_00000.parquet', '001_00000.parquet', 'listing.json']
+    before = len(hub.asked)
+    assert len(get(tmp_path / 'shards')[0]) == 3
+    assert [path for path, _ in hub.asked[before:]] == [f'{RESOLVE}/002_00000.parquet']  # only what is not there yet
+    with pytest.raises(ValueError, match='--shards=4, but .* has 3 in sample/10BT'):
+        get(tmp_path / 'shards', 4)
+    with pytest.raises(ValueError, match='is of revision main, expected v2; remove'):
+        get(tmp_path / 'shards', revision='v2')
+
+
+def test_the_listing_keeps_the_bytes(tmp_path, hub):
+    """main moves on, but what was begun goes on with the same commit and the same bytes."""
+    get(tmp_path / 'shards', 1)
+    hub.files[f'/api/datasets/{REPO}/revision/main'] = json.dumps({'sha': 'f' * 40}).encode()
+    assert get(tmp_path / 'shards', 2)[1] == COMMIT
+    hub.files[f'{RESOLVE}/002_00000.parquet'] = hub.files[f'{RESOLVE}/001_00000.parquet']
+    with pytest.raises(ValueError, match='002_00000.parquet gave a file with SHA-256'):
+        get(tmp_path / 'shards')
+    assert '002_00000.parquet' not in os.listdir(tmp_path / 'shards')
+
+
+def test_damaged_and_broken_shards(tmp_path, hub, capsys):
+    path = f'{RESOLVE}/000_00000.parquet'
+    hub.cuts[path] = [1000, 0]
+    with pytest.raises(ValueError, match='1,000 bytes so far are kept'):
+        get(tmp_path / 'shards', 1)
+    (file,), _ = get(tmp_path / 'shards', 1)
+    assert hub.asked[-1] == (path, 'bytes=1000-')
+    content = bytearray(Path(file).read_bytes())
+    content[500] ^= 1  # a bit that the disk lost
+    Path(file).write_bytes(content)
+    get(tmp_path / 'shards', 1)
+    assert f'{file} is damaged' in capsys.readouterr().err
+    assert list(corpus.read_documents(file)) == documents(0)
+
+
+@pytest.mark.parametrize('answer', [b'{}', b'[]', b'null', b'[{"path": "a.parquet"}]', b'<html>'])
+def test_unexpected_answers(tmp_path, hub, answer):
+    hub.files[f'/api/datasets/{REPO}/tree/{COMMIT}/sample/10BT'] = answer
+    with pytest.raises(ValueError, match='unknown form|no Parquet files in sample/10BT|cannot read'):
+        get(tmp_path / 'shards')
+    with pytest.raises(ValueError, match='tree/.*/sample/11BT: the server says 404.*COMMAND'):
+        get(tmp_path / 'shards', folder='sample/11BT')
+    assert 'listing.json' not in os.listdir(tmp_path / 'shards')
+
+
+def test_no_room_for_the_shards(tmp_path, hub, monkeypatch):
+    monkeypatch.setattr(shutil, 'disk_usage', lambda path: shutil._ntuple_diskusage(100, 90, 10))
+    with pytest.raises(ValueError, match='0.0 GB free; the download needs'):
+        get(tmp_path / 'shards')
+
+
+def test_fineweb_edu(tmp_path, hub):
+    """The script, from the download to the token files; then from the local files, the better ones of them."""
+    def prepare(*arguments, **changes):
+        done = subprocess.run([sys.executable, str(ROOT / 'data/fineweb_edu/prepare.py'), '--tokenizer=byte',
+                               '--val_fraction=0.1', *arguments], cwd=tmp_path, capture_output=True, text=True,
+                              env={**os.environ, **changes})
+        assert done.returncode == 0, done.stderr
+        return done.stdout, json.loads((tmp_path / arguments[0].split('=')[1] / 'meta.json').read_text())
+
+    said, meta = prepare('--out_dir=a', '--shards=2', '--shard_tokens=3e4')
+    assert '300 documents' in said and 'next:  python train.py' in said
+    assert meta['source'] == f'{REPO}@{COMMIT}, 2 shards of sample/10BT' and len(meta['files']['train']) > 1
+    texts = dict.fromkeys(('train', 'val'), '')
+    for split, text in corpus.split_documents(documents(0) + documents(1), 0.1):
+        texts[split] += text + '\n\n'
+    for split in texts:
+        ids = np.concatenate([np.fromfile(tmp_path / 'a' / name, '<u2') for name, _ in meta['files'][split]])
+        assert bytes(ids.astype(np.uint8)).decode() == texts[split]
+    said, meta = prepare('--out_dir=b', '--input=a/10BT', '--min_score=4', HF_ENDPOINT='http://127.0.0.1:9')
+    assert '148 documents' in said  # 74 of 150 a shard have a score of 4.5 or 5.5
+    assert meta['source'] == '10BT, score of at least 4.0'

@@ -21,6 +21,7 @@ import importlib.util
 import itertools
 import math
 import os
+import signal
 import sys
 import tempfile
 from array import array
@@ -85,6 +86,15 @@ SINCE_UNICODE_16 = """
 """.split()
 NEWER = regex.compile('[' + ''.join('-'.join(rf'\U{int(end, 16):08x}' for end in ends.split('-'))
                                     for ends in SINCE_UNICODE_16) + ']')
+IS_NEWER = np.zeros(0x110000, dtype=bool)  # by code point
+for ends in SINCE_UNICODE_16:
+    IS_NEWER[int(ends.split('-')[0], 16):int(ends.split('-')[-1], 16) + 1] = True
+
+
+def has_newer(text: str) -> bool:
+    """Whether text has characters that came after Unicode 16: NEWER.search(), 300 times as fast."""
+    return not text.isascii() and bool(
+        IS_NEWER[np.frombuffer(text.encode('utf-32-le', 'surrogatepass'), dtype='<u4')].any())
 
 
 @functools.cache
@@ -109,8 +119,9 @@ def split(text: str, pattern: str | None) -> list[str]:
     if pattern is None:
         return [text] if text else []
     compiled = compile_pattern(pattern)
-    places = text if text.isascii() else NEWER.sub('\U0010ffff', text).replace('\u0295', '\u0250')
-    if places is text or places == text:
+    places = NEWER.sub('\U0010ffff', text) if has_newer(text) else text
+    places = places.replace('\u0295', '\u0250')
+    if places == text:
         pieces = compiled.findall(text)
         if compiled.groups == 0 and sum(map(len, pieces)) == len(text) and '' not in pieces:
             return pieces  # always so with the patterns above
@@ -154,7 +165,8 @@ def count_pieces(texts, pattern: str | None, special_tokens=(), workers: int | N
                 total.update(count(batch))
             else:
                 if pool is None:
-                    pool = stack.enter_context(ProcessPoolExecutor(workers, get_context(START_METHOD)))
+                    pool = ProcessPoolExecutor(workers, get_context(START_METHOD), ignore_interrupts)
+                    stack.callback(pool.shutdown, cancel_futures=True)
                 running.append(pool.submit(count, batch))
                 if len(running) > 2 * workers:
                     total.update(running.popleft().result())
@@ -173,13 +185,18 @@ def count_batch(texts: list[str], pattern, special_tokens) -> Counter:
     return counts
 
 
-def batches(texts, chars: int):
-    """Yield lists of texts, in order, of at least `chars` characters together (the last may have fewer)."""
+def ignore_interrupts():
+    """In a worker: Ctrl-C, which the terminal sends to all processes, is for the main one to act upon."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def batches(items, enough: int, length=len):
+    """Yield lists of items, in order, whose lengths together are at least `enough` (of the last list, maybe less)."""
     batch, size = [], 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
-        if size >= chars:
+    for item in items:
+        batch.append(item)
+        size += length(item)
+        if size >= enough:
             yield batch
             batch, size = [], 0
     if batch:

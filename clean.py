@@ -50,6 +50,7 @@ from concurrent.futures.process import BrokenProcessPool
 import numpy as np
 from tqdm import tqdm
 
+import bpe
 import corpus
 import tokenizer as tokenizers
 
@@ -423,7 +424,8 @@ def clean(path, file, steps: Steps, *, text_key: str = 'text', num_proc: int = 1
     """
     read, kept, normalized, removed = [0, 0], [0, 0], 0, {}  # [documents, bytes]
     seen, near = set(), None if steps.near is None else NearDuplicates(steps.near)
-    batches = corpus.batches(enumerate(corpus.read_documents(path, text_key), 1), BATCH_CHARS)
+    batches = bpe.batches(enumerate(corpus.read_documents(path, text_key), 1), BATCH_CHARS,
+                          length=lambda numbered: len(numbered[1]))
     with tqdm(desc='cleaning', total=corpus.text_size(corpus.find_files(path)[0]), unit='B', unit_scale=True,
               disable=None, leave=False, dynamic_ncols=True) as bar, \
             contextlib.closing(in_order(batches, steps, num_proc)) as results:
@@ -549,7 +551,7 @@ def main():
     args = parser.parse_args()
 
     started = time.time()
-    num_proc = corpus.core_count() if args.num_proc is None else args.num_proc
+    num_proc = bpe.core_count() if args.num_proc is None else args.num_proc
     if num_proc < 1:
         raise ValueError(f'--num_proc is {num_proc}; expected 1 or more')
     if not (args.normalize or args.language or args.gopher or args.exact or args.near is not None):

@@ -31,6 +31,7 @@ import numpy as np
 from tqdm import tqdm
 
 import tokenizer as tokenizers
+from bpe import batches
 
 TEXT_SUFFIXES = set("""
     .txt .text .md .markdown .rst .org .tex .log .htm .html .xml .yaml .yml .toml .ini .cfg .srt .css .sql
@@ -504,26 +505,14 @@ def read_batches(pieces, separator):
     """Yield (batch, counts): a list of (split, text + separator), and the counts of all text up to its end."""
     digest = hashlib.sha256()
     n_pieces, n_bytes = {'train': 0, 'val': 0}, {'train': 0, 'val': 0}
-    for batch in batches(((split, text + separator) for split, text in pieces), BATCH_CHARS):
+    with_separators = ((split, text + separator) for split, text in pieces)
+    for batch in batches(with_separators, BATCH_CHARS, length=lambda piece: len(piece[1])):
         for split, text in batch:
             utf8 = tokenizers.to_utf8(text)
             digest.update(utf8)
             n_pieces[split] += 1
             n_bytes[split] += len(utf8)
         yield batch, {'pieces': dict(n_pieces), 'bytes': dict(n_bytes), 'sha256': digest.hexdigest()}
-
-
-def batches(pieces, chars):
-    """Yield lists of pieces, in order, with at least `chars` characters together (the last list may have fewer)."""
-    batch, size = [], 0
-    for piece in pieces:
-        batch.append(piece)
-        size += len(piece[1])
-        if size >= chars:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 class SplitWriter:
@@ -663,11 +652,6 @@ def publish(out_dir, meta, more_files, settings, done):
     os.replace(temporary(out_dir, 'train.bin'), os.path.join(out_dir, 'train.bin'))
     sync_folder(out_dir)
     remove([os.path.join(out_dir, JOURNAL)])
-
-
-def core_count() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
 def write_synced(path, content):

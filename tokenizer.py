@@ -402,9 +402,10 @@ class FastEncoder:
 
     def encode(self, text: str) -> np.ndarray:
         """Positions in `tokens`, as an array of integers."""
-        text = to_utf8(text).decode('utf-8')
-        if self.scheme and (text.isascii() or not bpe.NEWER.search(text)):  # gigatoken knows Unicode 17, see bpe.NEWER
-            return self.gigatoken.encode(text)
+        utf8 = to_utf8(text)
+        if self.scheme and not bpe.has_newer(text):  # gigatoken is at Unicode 17
+            return self.gigatoken.encode(utf8)
+        text = utf8.decode('utf-8')
         # tiktoken's regular expressions run out of stack in about a million blanks; every run of 400,000 covers a whole
         # block of 200,000.
         if any(text[i:i + 200_000].isspace() for i in range(0, len(text) - 199_999, 200_000)):
@@ -421,8 +422,7 @@ class FastEncoder:
                         for ids in group]
         self.chars += sum(map(len, texts))
         # gigatoken hands the results of several threads over in a package that takes 0.2 s to import: 50 MB on one core
-        if not texts or workers == 1 or self.chars < 50_000_000 or not all(text.isascii() for text in texts) and any(
-                bpe.NEWER.search(text) for text in texts):
+        if not texts or workers == 1 or self.chars < 50_000_000 or any(map(bpe.has_newer, texts)):
             return [self.encode(text) for text in texts]
         rows = self.gigatoken.encode_batch([to_utf8(text) for text in texts]).layout
         return np.split(rows.content.data, rows.offsets.data[1:-1])
@@ -696,6 +696,7 @@ worker_tokenizer = None  # of a process of encode_in_processes()
 
 def start_worker(values: dict):
     global worker_tokenizer
+    bpe.ignore_interrupts()
     worker_tokenizer = from_dict(values)
 
 

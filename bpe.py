@@ -15,27 +15,27 @@ plain: 0 to 255 the bytes, 256 + i the i-th merge. tokenizer.py has the face to 
 """
 
 import contextlib
+import difflib
 import functools
 import heapq
 import importlib.util
 import itertools
 import math
 import os
-import signal
 import sys
 import tempfile
 from array import array
-from collections import Counter, defaultdict, deque
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from collections import Counter, defaultdict
 
 import numpy as np
 import regex
 from tqdm import tqdm
 
-# The patterns of OpenAI's vocabularies. gpt2 keeps words apart from numbers and from punctuation, with the space before
-# each; gpt4 (cl100k_base) also cuts numbers after three digits, and takes runs of line ends and of indentation whole;
-# o200k keeps a word's capital letters together with what follows them.
+from workers import Workers, core_count
+
+# The patterns of OpenAI's vocabularies; tiktoken spells them in another way, for the same pieces. gpt2 keeps words
+# apart from numbers and from punctuation, with the space before each; gpt4 (cl100k_base) also cuts numbers after three
+# digits, and takes runs of line ends and of indentation whole; o200k cuts words where capitals follow small letters.
 PATTERNS = {
     'gpt2': r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
     'gpt4': (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -54,8 +54,14 @@ BYTE_TO_CHAR |= {byte: chr(256 + i) for i, byte in enumerate(b for b in range(25
 CHAR_TO_BYTE = {char: byte for byte, char in BYTE_TO_CHAR.items()}
 
 BATCH_CHARS = 1 << 21  # of text that a process counts in one go
-# of processes: fork costs nothing, and lets a script train without `if __name__ == '__main__'`
-START_METHOD = 'fork' if sys.platform == 'linux' else 'spawn'
+
+
+def to_utf8(text: str) -> bytes:
+    """UTF-8 bytes of text. Half a surrogate pair (JSON's "\\ud800") has none and becomes U+FFFD, as in tiktoken."""
+    try:
+        return text.encode('utf-8')
+    except UnicodeEncodeError:
+        return text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace').encode('utf-8')
 
 
 def printable(token: bytes) -> str:
@@ -86,15 +92,27 @@ SINCE_UNICODE_16 = """
 """.split()
 NEWER = regex.compile('[' + ''.join('-'.join(rf'\U{int(end, 16):08x}' for end in ends.split('-'))
                                     for ends in SINCE_UNICODE_16) + ']')
-IS_NEWER = np.zeros(0x110000, dtype=bool)  # by code point
-for ends in SINCE_UNICODE_16:
+IS_NEWER = np.zeros(0x110000, dtype=bool)  # by code point, ʕ too
+for ends in [*SINCE_UNICODE_16, '295']:
     IS_NEWER[int(ends.split('-')[0], 16):int(ends.split('-')[-1], 16) + 1] = True
 
 
 def has_newer(text: str) -> bool:
-    """Whether text has characters that came after Unicode 16: NEWER.search(), 300 times as fast."""
+    """Whether text has characters that other versions of Unicode cut otherwise; 300 times as fast as NEWER.search()."""
     return not text.isascii() and bool(
         IS_NEWER[np.frombuffer(text.encode('utf-32-le', 'surrogatepass'), dtype='<u4')].any())
+
+
+def find_pattern(pattern: str | None) -> str | None:
+    """The regular expression that pattern is, or is the name of; None stays None. ValueError when it is neither."""
+    if isinstance(pattern, str) and pattern not in PATTERNS and regex.fullmatch(r'[\w.-]*', pattern):
+        near = difflib.get_close_matches(pattern, PATTERNS, n=1, cutoff=0.5)
+        raise ValueError(f'unknown split pattern {pattern!r}; expected one of {", ".join(PATTERNS)}, none, or a '
+                         f'regular expression' + (f' (did you mean {near[0]}?)' if near else ''))
+    pattern = PATTERNS.get(pattern, pattern)
+    if pattern is not None:
+        compile_pattern(pattern)
+    return pattern
 
 
 @functools.cache
@@ -119,9 +137,8 @@ def split(text: str, pattern: str | None) -> list[str]:
     if pattern is None:
         return [text] if text else []
     compiled = compile_pattern(pattern)
-    places = NEWER.sub('\U0010ffff', text) if has_newer(text) else text
-    places = places.replace('\u0295', '\u0250')
-    if places == text:
+    places = NEWER.sub('\U0010ffff', text).replace('\u0295', '\u0250') if has_newer(text) else text
+    if places is text:
         pieces = compiled.findall(text)
         if compiled.groups == 0 and sum(map(len, pieces)) == len(text) and '' not in pieces:
             return pieces  # always so with the patterns above
@@ -155,24 +172,14 @@ def count_pieces(texts, pattern: str | None, special_tokens=(), workers: int | N
     does not change the result.
     """
     count = functools.partial(count_batch, pattern=pattern, special_tokens=tuple(special_tokens))
-    workers = workers or core_count()
     total = Counter()
     bar = tqdm(desc='counting', unit='char', unit_scale=True, disable=None, leave=False, dynamic_ncols=True)
-    with bar, contextlib.ExitStack() as stack:
-        pool, running = None, deque()
-        for number, batch in enumerate(batches(texts, BATCH_CHARS)):
-            if workers == 1 or number == 0:  # a first batch is done before the processes would have started
-                total.update(count(batch))
-            else:
-                if pool is None:
-                    pool = ProcessPoolExecutor(workers, get_context(START_METHOD), ignore_interrupts)
-                    stack.callback(pool.shutdown, cancel_futures=True)
-                running.append(pool.submit(count, batch))
-                if len(running) > 2 * workers:
-                    total.update(running.popleft().result())
-            bar.update(sum(map(len, batch)))
-        for future in running:
-            total.update(future.result())
+    with bar, Workers(workers or core_count()) as pool:
+        parts = batches(texts, BATCH_CHARS)
+        alone = parts if pool.count == 1 else itertools.islice(parts, 1)  # a short text, before processes have started
+        for part, counts in itertools.chain(((part, count(part)) for part in alone), pool.map(count, parts)):
+            total.update(counts)
+            bar.update(sum(map(len, part)))
     return total
 
 
@@ -183,11 +190,6 @@ def count_batch(texts: list[str], pattern, special_tokens) -> Counter:
         for part in split_specials(text, special_tokens)[::2]:
             counts.update(split(part, pattern))
     return counts
-
-
-def ignore_interrupts():
-    """In a worker: Ctrl-C, which the terminal sends to all processes, is for the main one to act upon."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def batches(items, enough: int, length=len):
@@ -201,11 +203,6 @@ def batches(items, enough: int, length=len):
             batch, size = [], 0
     if batch:
         yield batch
-
-
-def core_count() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
 def learn(counts: dict[str, int], n_merges: int) -> list[tuple[int, int]]:
@@ -289,28 +286,46 @@ def has_gigatoken() -> bool:
 def learn_with_gigatoken(texts, n_merges: int, special_tokens=()) -> list[tuple[bytes, bytes]]:
     """count_pieces() with GPT-2's pattern, the only one gigatoken trains with, and learn(), in Rust: the same merges.
 
-    texts go through a temporary file, so memory stays small.
+    texts go through a file in the folder for temporary ones (the variable TMPDIR), so that memory stays small. Where
+    gigatoken (0.10) would find other merges, it is not asked: it is at Unicode 17; and when all pieces have become one
+    id each, it goes on with pairs that occur nowhere, which cannot happen with more distinct pieces than merges and
+    bytes.
     """
     import gigatoken
     separator = b'\xff'  # in no UTF-8 text
-    # When all pieces have become one id each, gigatoken (0.10) goes on with pairs that occur nowhere. It cannot come to
-    # that with more pieces (of several bytes) than merges: a text that has fewer is counted and left to learn().
-    counts, enough = Counter(), n_merges + 128
-    with tempfile.TemporaryDirectory() as folder, open(os.path.join(folder, 'texts'), 'wb') as file:
-        for text in texts:
-            for part in split_specials(text, special_tokens)[::2]:
-                file.write(part.encode('utf-8') + separator)
-                if len(counts) <= enough:
-                    counts.update(split(part, PATTERNS['gpt2']))
-        if len(counts) <= enough:
-            pairs = learn(counts, n_merges)
+    pieces, enough, newer = set(), n_merges + 256, False
+    bar = tqdm(desc='reading', unit='char', unit_scale=True, disable=None, leave=False, dynamic_ncols=True)
+    with tempfile.TemporaryDirectory() as folder, open(os.path.join(folder, 'texts'), 'w+b') as file, bar:
+        try:
+            for text in texts:
+                for part in split_specials(text, special_tokens)[::2]:
+                    file.write(part.encode('utf-8') + separator)
+                    newer = newer or has_newer(part)
+                    if len(pieces) <= enough:
+                        pieces.update(split(part, PATTERNS['gpt2']))
+                bar.update(len(text))
+            file.flush()
+        except OSError as error:
+            raise ValueError(f'the text to train on could not be written to {folder} ({error.strerror}); set TMPDIR to '
+                             f'a folder on a larger disk') from None
+        if newer or len(pieces) <= enough:
+            file.seek(0)
+            pairs = learn(count_pieces(read_separated(file, separator), PATTERNS['gpt2']), n_merges)
             tokens = token_bytes(pairs)
             return [(tokens[left], tokens[right]) for left, right in pairs]
-        file.flush()
         with silenced():
             source = gigatoken.TextFileSource([file.name], separator=separator)
             _, merges = gigatoken.train_bpe(source, 256 + n_merges, [], tie_breaking='raw_token_ids')
     return merges
+
+
+def read_separated(file, separator: bytes):
+    """Yield the texts of a file, each of which ends with the separator."""
+    rest = b''
+    while block := file.read(1 << 20):
+        *texts, rest = (rest + block).split(separator)
+        for text in texts:
+            yield text.decode('utf-8')
 
 
 @contextlib.contextmanager

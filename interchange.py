@@ -37,7 +37,16 @@ from collections import Counter
 
 import regex
 
-from bpe import BYTE_TO_CHAR, PATTERNS, compile_pattern, final_parts, from_printable, printable, recover_merges
+from bpe import (
+    BYTE_TO_CHAR,
+    PATTERNS,
+    compile_pattern,
+    final_parts,
+    find_pattern,
+    from_printable,
+    printable,
+    recover_merges,
+)
 
 ENDOFTEXT = '<|endoftext|>'
 UNDERSTOOD = ("tiktoken's *.tiktoken, Hugging Face's tokenizer.json (byte-level BPE), GPT-2's vocab.json and "
@@ -193,12 +202,7 @@ def read_tiktoken(path, pattern: str | None = 'gpt4', special_tokens: dict[str, 
             raise ValueError(f'{path}, line {number}: the token {token[:40]!r} has rank {rank}, but it already has '
                              f'rank {ids[token]}; the file is damaged: fetch it again')
         ids[token] = rank
-    if pattern is not None and pattern not in PATTERNS and regex.fullmatch(r'\w+', pattern):
-        raise ValueError(f'unknown split pattern {pattern!r} for {path}; expected one of {", ".join(PATTERNS)}, none, '
-                         f'or a regular expression')
-    pattern = PATTERNS.get(pattern, pattern)
-    if pattern is not None:
-        compile_pattern(pattern)
+    pattern = find_pattern(pattern)
     merges = recover_merges(ids)
     return describe(path, ids, merges, pattern, special_tokens or {}, ignore_merges=len(merges) < len(ids) - 256)
 
@@ -560,7 +564,14 @@ def write_file(path, text: str):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+        if os.name == 'posix':  # the rename, too, has to reach the disk
+            folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+    except BaseException as error:
         if os.path.exists(temporary):
             os.remove(temporary)
+        if isinstance(error, OSError):
+            raise ValueError(f'{path} could not be written ({error.strerror}); what was there before is untouched. '
+                             f'Write it to another folder, or free some space') from None
         raise

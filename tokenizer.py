@@ -29,8 +29,6 @@ Every tokenizer has the same face:
     save(path), load(path)  the same in a readable file
 """
 
-import argparse
-import base64
 import difflib
 import functools
 import hashlib
@@ -38,18 +36,16 @@ import itertools
 import json
 import os
 import pickle
-import sys
 import tempfile
-import time
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from multiprocessing import get_context
-from pathlib import Path
 
 import numpy as np
 import regex
 
 import bpe
 import interchange
+from bpe import to_utf8
+from fastbpe import FastEncoder
+from workers import Workers, core_count
 
 # What tiktoken downloads for each vocabulary, so that the error message of a machine without a network can say it.
 TIKTOKEN_URL = 'https://openaipublic.blob.core.windows.net'
@@ -62,6 +58,7 @@ TIKTOKEN_PATTERNS = {'gpt2': 'gpt2', 'cl100k_base': 'gpt4', 'o200k_base': 'o200k
 
 ENDOFTEXT = '<|endoftext|>'
 FILE_FORMAT, FILE_VERSION = 'flatgpt tokenizer', 1
+MAX_ID = 2**31 - 1      # of a token: what fits the integers that files and models hold ids in
 STREAM_CHARS = 1 << 16  # encode_iterable() encodes so much at a time
 
 
@@ -70,17 +67,12 @@ def id_dtype(vocab_size: int) -> np.dtype:
     return np.dtype('<u2') if vocab_size <= 65536 else np.dtype('<u4')
 
 
-def to_utf8(text: str) -> bytes:
-    """UTF-8 bytes of text. Half a surrogate pair (JSON's "\\ud800") has none and becomes U+FFFD, as in tiktoken."""
-    try:
-        return text.encode('utf-8')
-    except UnicodeEncodeError:
-        return text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace').encode('utf-8')
-
-
 def check_ids(ids, vocab_size: int) -> np.ndarray:
     """ids as an int64 array; ValueError naming the first id outside 0 .. vocab_size - 1."""
-    ids = np.asarray(ids, dtype=np.int64).reshape(-1)
+    ids = np.asarray(ids).reshape(-1)
+    if ids.size and ids.dtype.kind not in 'iu':
+        raise ValueError(f'cannot decode {str(ids[0])[:40]!r}: token ids are whole numbers below {vocab_size}')
+    ids = ids.astype(np.int64)
     outside = ids[(ids < 0) | (ids >= vocab_size)]
     if len(outside):
         raise ValueError(f'cannot decode token id {outside[0]}: this tokenizer has the ids 0 to {vocab_size - 1}. '
@@ -96,6 +88,7 @@ class Tokenizer:
 
     special_tokens = {}
     pattern = None  # in which pieces text is encoded: a regular expression, or None
+    workers = None  # see encode_in_processes()
 
     @property
     def eot(self):
@@ -106,12 +99,15 @@ class Tokenizer:
 
         Bytes may be anything, to byte and BPE tokenizers: where they are not UTF-8, no special token becomes an id.
         """
-        if isinstance(text, bytes):
+        if isinstance(text, bytes | bytearray):
             try:
                 text = text.decode('utf-8')
             except UnicodeDecodeError as error:
+                text = bytes(text)
                 self.allowed(text.decode('utf-8', 'replace'), allowed_special)
                 return self.encode_invalid(text, error.start)
+        if not isinstance(text, str):
+            raise ValueError(f'encode() takes text or bytes, got {type(text).__name__}: {str(text)[:40]}')
         allowed = self.allowed(text, allowed_special)
         ids = []
         for i, part in enumerate(bpe.split_specials(text, allowed)):
@@ -150,8 +146,9 @@ class Tokenizer:
                              f"of special tokens")
         for token in self.special_tokens:
             if token not in allowed and token in text:
-                raise ValueError(f"the text contains the special token {token!r} (at character {text.index(token):,}), "
-                                 f"which is not allowed here. Allow it with allowed_special={{{token!r}}} or 'all', or "
+                before = text[:text.index(token)][-20:]
+                raise ValueError(f"the text contains the special token {token!r} (after {before!r}), which is not "
+                                 f"allowed here. Allow it with allowed_special={{{token!r}}} or 'all', or "
                                  f"take it as ordinary text with allowed_special='none'")
         return allowed
 
@@ -187,7 +184,8 @@ class Tokenizer:
                 continue
             # not inside a special token, even if its end has not come yet
             inside = ((token, i) for token in self.special_tokens for i in range(max(0, cut - len(token) + 1), cut))
-            if not any(text.startswith(token, i) or token.startswith(text[i:]) for token, i in inside):
+            if not any(text.startswith(token, i) or len(text) - i < len(token) and token.startswith(text[i:])
+                       for token, i in inside):
                 return cut
         return 0
 
@@ -213,20 +211,29 @@ def digest(values: dict) -> str:
 
 
 def check_specials(special_tokens: dict[str, int]):
-    """ValueError for special tokens that are empty, share an id, or could overlap in a text."""
+    """ValueError for special tokens that are empty, no text, share an id, or could overlap in a text."""
     for token, i in special_tokens.items():
-        if not isinstance(token, str) or not token or type(i) is not int or i < 0:
-            raise ValueError(f'special tokens are {{text: id}}, got {token!r}: {i!r}')
+        if not isinstance(token, str) or not token or type(i) is not int or not 0 <= i <= MAX_ID:
+            raise ValueError(f'special tokens are {{text: id}} with ids from 0 to {MAX_ID:,}, got {token!r}: {i!r}')
+        if to_utf8(token) != token.encode('utf-8', 'surrogatepass'):
+            raise ValueError(f'the special token {token!r} has half a surrogate pair, which is no character')
     if len(set(special_tokens.values())) < len(special_tokens):
         raise ValueError(f'two special tokens have the same id: {special_tokens}')
-    for one, other in itertools.permutations(special_tokens, 2):
-        if other in one:
-            continue  # said when they come the other way round
-        shared = next((n for n in range(min(len(one), len(other)), 0, -1) if one[-n:] == other[:n]), 0)
-        if one in other or shared:
-            what = f'{one!r} stands in' if one in other else f'{one[-shared:]!r} ends {one!r} and begins'
-            raise ValueError(f'special tokens overlap: {what} {other!r}, so a text could be read in two ways. Give '
-                             f'them other names, such as <|{one.strip("<|>") or "one"}|>')
+    beginnings, overlap = {}, None
+    for token in special_tokens:
+        for end in range(1, len(token)):
+            beginnings.setdefault(token[:end], []).append(token)
+    for one in special_tokens:
+        for start in range(len(one)):
+            for end in range(start + 1, len(one) + 1):
+                if one[start:end] in special_tokens and end - start < len(one):
+                    overlap = f'{one[start:end]!r} stands in {one!r}'
+            for other in beginnings.get(one[start:], []) if start else []:
+                if other != one:
+                    overlap = overlap or f'{one[start:]!r} ends {one!r} and begins {other!r}'
+    if overlap:
+        raise ValueError(f'special tokens overlap: {overlap}, so a text could be read in two ways. Give them other '
+                         f'names, such as <|one|> and <|two|>')
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -369,65 +376,6 @@ class WordTokenizer(Tokenizer):
 # ----------------------------------------------------------------------------------------------------------------------
 # byte pair encoding
 
-class FastEncoder:
-    """bpe.Merges.join() over bpe.split() in compiled code: by gigatoken where it is installed, else by tiktoken.
-
-    tokens: the bytes of all ids, in the order of the merges; pattern: one of bpe.PATTERNS, or None; slow(text): the
-    same in Python, for what neither can do; encoding: the tiktoken.Encoding, where there is one. Measured on two cores
-    with GPT-2's vocabulary: bpe.py 2.6 MB/s on one, tiktoken 13 MB/s, gigatoken above 200 MB/s.
-    """
-
-    def __init__(self, tokens: list[bytes], pattern: str | None, slow, encoding=None):
-        self.tokens, self.pattern, self.slow = tokens, pattern, slow
-        if encoding is not None:
-            self.tiktoken = encoding
-        schemes = {bpe.PATTERNS['gpt2']: 'gpt2', bpe.PATTERNS['gpt4']: 'gpt4', bpe.PATTERNS['o200k']: 'o200k'}
-        self.scheme = schemes.get(pattern) if bpe.has_gigatoken() else None
-        self.chars = 0  # encoded in batches so far
-
-    @functools.cached_property
-    def gigatoken(self):
-        import gigatoken
-        with tempfile.TemporaryDirectory() as folder:
-            path = os.path.join(folder, 'ranks.tiktoken')
-            Path(path).write_bytes(b''.join(b'%s %d\n' % (base64.b64encode(token), rank)
-                                            for rank, token in enumerate(self.tokens)))
-            return gigatoken.Tokenizer.from_tiktoken(path, self.scheme, {})
-
-    @functools.cached_property
-    def tiktoken(self):
-        import tiktoken
-        return tiktoken.Encoding('flatgpt', pat_str=self.pattern or r'(?s:.+)', special_tokens={},
-                                 mergeable_ranks={token: rank for rank, token in enumerate(self.tokens)})
-
-    def encode(self, text: str) -> np.ndarray:
-        """Positions in `tokens`, as an array of integers."""
-        utf8 = to_utf8(text)
-        if self.scheme and not bpe.has_newer(text):  # gigatoken is at Unicode 17
-            return self.gigatoken.encode(utf8)
-        text = utf8.decode('utf-8')
-        # tiktoken's regular expressions run out of stack in about a million blanks; every run of 400,000 covers a whole
-        # block of 200,000.
-        if any(text[i:i + 200_000].isspace() for i in range(0, len(text) - 199_999, 200_000)):
-            return np.array(self.slow(text))
-        return self.tiktoken.encode_to_numpy(text, disallowed_special=())
-
-    def encode_batch(self, texts: list[str], workers: int | None) -> list[np.ndarray]:
-        """encode() of each text, on all cores."""
-        workers = workers or bpe.core_count()
-        if self.scheme is None:
-            groups = list(bpe.batches(texts, 1 << 16))  # one task each: a task costs more than a short text
-            with ThreadPoolExecutor(workers) as pool:
-                return [ids for group in pool.map(lambda group: [self.encode(text) for text in group], groups)
-                        for ids in group]
-        self.chars += sum(map(len, texts))
-        # gigatoken hands the results of several threads over in a package that takes 0.2 s to import: 50 MB on one core
-        if not texts or workers == 1 or self.chars < 50_000_000 or any(map(bpe.has_newer, texts)):
-            return [self.encode(text) for text in texts]
-        rows = self.gigatoken.encode_batch([to_utf8(text) for text in texts]).layout
-        return np.split(rows.content.data, rows.offsets.data[1:-1])
-
-
 class BPETokenizer(Tokenizer):
     """Byte pair encoding with merges of its own; bpe.py is the algorithm.
 
@@ -442,9 +390,7 @@ class BPETokenizer(Tokenizer):
     def __init__(self, merges, pattern: str | None = None, special_tokens: dict[str, int] | None = None, byte_ids=None,
                  merge_ids=None, ignore_merges: bool = False):
         self.merges = [(bytes(left), bytes(right)) for left, right in merges]
-        self.pattern = bpe.PATTERNS.get(pattern, pattern)
-        if self.pattern is not None:
-            bpe.compile_pattern(self.pattern)
+        self.pattern = bpe.find_pattern(pattern)
         self.special_tokens = dict(special_tokens or {})
         self.ignore_merges = ignore_merges
         place = {bytes([byte]): byte for byte in range(256)}  # of a token among the 256 bytes and then the merges
@@ -459,10 +405,13 @@ class BPETokenizer(Tokenizer):
         self._merges = bpe.Merges(pairs)
         self._tokens = list(place)  # bytes of each place
         self.byte_ids, self.merge_ids = byte_ids, merge_ids
-        ids = [*(byte_ids or range(256)), *(merge_ids or range(256, len(place)))]
-        if len(ids) != len(place) or any(type(i) is not int or i < 0 for i in ids):
-            raise ValueError(f'byte_ids and merge_ids are {len(ids)} ids; expected one for each of the 256 bytes and '
-                             f'{len(pairs)} merges')
+        ids = []
+        for name, given, usual in (('byte_ids', byte_ids, range(256)),
+                                   ('merge_ids', merge_ids, range(256, 256 + len(pairs)))):
+            given = usual if given is None else given
+            if len(given) != len(usual) or any(type(i) is not int or not 0 <= i <= MAX_ID for i in given):
+                raise ValueError(f'{name} has {len(given)} ids; expected {len(usual)}, from 0 to {MAX_ID:,}')
+            ids += given
         check_specials(self.special_tokens)
         self._token_of = dict(zip(ids, self._tokens, strict=True))
         self._token_of |= {i: token.encode('utf-8') for token, i in self.special_tokens.items()}
@@ -485,7 +434,7 @@ class BPETokenizer(Tokenizer):
         nothing but the counts. accelerate: by the package gigatoken, with the same result; it has GPT-2's pattern only
         (default: where it can). workers: processes that count, otherwise (default: one per core).
         """
-        pattern = bpe.PATTERNS.get(pattern, pattern)
+        pattern = bpe.find_pattern(pattern)
         special_tokens = [special_tokens] if isinstance(special_tokens, str) else list(special_tokens)
         check_specials({token: i for i, token in enumerate(special_tokens)})
         if len(set(special_tokens)) < len(special_tokens):
@@ -494,20 +443,24 @@ class BPETokenizer(Tokenizer):
         if type(vocab_size) is not int or vocab_size < least:
             raise ValueError(f'vocab_size is {vocab_size}; expected at least {least}: 256 bytes and '
                              f'{len(special_tokens)} special token(s)')
+        texts = (text for text in read_texts(texts) if text)
+        if (first := next(texts, None)) is None:
+            raise ValueError(f'the text to train on is empty, so vocab_size is at most {least}; give it some text')
+        texts = itertools.chain([first], texts)
         can = pattern == bpe.PATTERNS['gpt2'] and bpe.has_gigatoken()
         if accelerate and not can:
             raise ValueError("accelerate=True needs the package gigatoken (pip install gigatoken) and pattern='gpt2'")
         if can and accelerate is not False:
-            merges = bpe.learn_with_gigatoken(read_texts(texts), vocab_size - least, special_tokens)
+            merges = bpe.learn_with_gigatoken(texts, vocab_size - least, special_tokens)
         else:
-            counts = bpe.count_pieces(read_texts(texts), pattern, special_tokens, workers)
+            counts = bpe.count_pieces(texts, pattern, special_tokens, workers)
             pairs = bpe.learn(counts, vocab_size - least)
             tokens = bpe.token_bytes(pairs)
             merges = [(tokens[left], tokens[right]) for left, right in pairs]
         if len(merges) < vocab_size - least:
-            found = f'the text has {len(merges):,} pairs to join' if merges else 'the text to train on is empty'
-            raise ValueError(f'{found}, and vocab_size {vocab_size:,} asks for {vocab_size - least:,}: train on more '
-                             f'text, or with vocab_size at most {least + len(merges):,}')
+            raise ValueError(f'the text has {len(merges):,} pairs to join, and vocab_size {vocab_size:,} asks for '
+                             f'{vocab_size - least:,}: train on more text, or with vocab_size at most '
+                             f'{least + len(merges):,}')
         return cls(merges, pattern, {token: 256 + len(merges) + i for i, token in enumerate(special_tokens)})
 
     @classmethod
@@ -542,10 +495,21 @@ class BPETokenizer(Tokenizer):
         return places if self._ids is None else self._ids[places].tolist()
 
     def encode_invalid(self, data: bytes, valid: int) -> list[int]:
-        """As tiktoken does it: the last piece of the valid part goes on to the end of data."""
-        pieces = [piece.encode('utf-8') for piece in bpe.split(data[:valid].decode('utf-8'), self.pattern)[:-1]]
-        pieces.append(data[sum(map(len, pieces)):])
-        return [i for piece in pieces for i in self.encode_piece(piece)]
+        """As tiktoken does it: the last piece of the valid part goes on to the end of data. So do the tokens of white
+        space before it, when it begins with one: what follows could have been of their piece too."""
+        pieces = bpe.split(data[:valid].decode('utf-8'), self.pattern)
+        ids = [self.encode_piece(piece.encode('utf-8')) for piece in pieces]
+        last = len(ids[-1]) if ids else 0
+        ids = list(itertools.chain.from_iterable(ids))
+
+        def is_blank(i):
+            return not self._token_of[i].strip(b' \n\t')
+
+        if last and is_blank(ids[-last]):
+            while last < len(ids) and is_blank(ids[-last - 1]):
+                last += 1
+        stable = ids[:len(ids) - last]
+        return stable + self.encode_piece(data[len(self.decode_bytes(stable)):])
 
     @functools.cached_property
     def _fast(self):
@@ -642,8 +606,10 @@ class TiktokenTokenizer(Tokenizer):
         ids = check_ids(ids, self.vocab_size).tolist()
         try:
             return self._encoding.decode_bytes(ids)
-        except KeyError as error:  # cl100k_base and o200k_base have unused ids below vocab_size
-            raise ValueError(f'cannot decode token id {error}: {self.name} does not use this id') from None
+        except KeyError:  # cl100k_base and o200k_base have unused ids below vocab_size
+            used = {*self._encoding._mergeable_ranks.values(), *self.special_tokens.values()}
+            unused = next(i for i in ids if i not in used)
+            raise ValueError(f'cannot decode token id {unused}: {self.name} does not use this id') from None
 
     def to_dict(self) -> dict:
         return {'kind': 'tiktoken', 'name': self.name}
@@ -696,7 +662,6 @@ worker_tokenizer = None  # of a process of encode_in_processes()
 
 def start_worker(values: dict):
     global worker_tokenizer
-    bpe.ignore_interrupts()
     worker_tokenizer = from_dict(values)
 
 
@@ -704,14 +669,15 @@ def encode_in_worker(texts: list[str]) -> list[np.ndarray]:
     return [worker_tokenizer.encode_array(text) for text in texts]
 
 
-def encode_in_processes(tokenizer, texts: list[str], workers: int | None) -> list[np.ndarray]:
+def encode_in_processes(tokenizer, texts: list[str], count: int | None) -> list[np.ndarray]:
     """encode_array() of each text by a tokenizer in Python, which threads would not make faster."""
-    workers = workers or bpe.core_count()
-    if workers == 1 or sum(map(len, texts)) < 1 << 21:
+    count = count or core_count()
+    if count == 1 or sum(map(len, texts)) < 1 << 21:
         return [tokenizer.encode_array(text) for text in texts]
-    with ProcessPoolExecutor(workers, get_context(bpe.START_METHOD), start_worker, (tokenizer.to_dict(),)) as pool:
-        groups = pool.map(encode_in_worker, bpe.batches(texts, 1 << 18))
-        return [ids for group in groups for ids in group]
+    if tokenizer.workers is None or tokenizer.workers.count != count:  # kept, for there will be more to encode
+        tokenizer.workers = Workers(count, start_worker, tokenizer.to_dict())
+    groups = tokenizer.workers.map(encode_in_worker, bpe.batches(texts, 1 << 18))
+    return [ids for _, group in groups for ids in group]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -756,7 +722,7 @@ def load_file(path):
                 file.seek(0)
                 try:
                     values = json.loads(file.read())
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise ValueError(f'{path} is damaged or cut short ({error}); get the file anew, or train the '
                                      f'tokenizer again') from None
     if values is None:
@@ -862,136 +828,7 @@ def from_meta_pkl(path) -> CharTokenizer:
         refuse(error)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# the command line
-
-def main():
-    arguments = sys.argv[1:]
-    commands = {'train': main_train, 'export': main_export}
-    if arguments and not arguments[0].startswith('-'):
-        if arguments[0] not in commands:
-            raise ValueError(f'unknown command {arguments[0]!r}; expected train, export, or options'
-                             + nearest(arguments[0], commands) + '. See python tokenizer.py --help')
-        commands[arguments[0]](arguments[1:])
-    else:
-        main_view(arguments)
-
-
-def parser_for(description: str, usage: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(description=description, usage=usage, allow_abbrev=False,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
-
-
-TOKENIZER_HELP = 'byte, gpt2, cl100k_base, o200k_base, or a file'
-
-
-def main_view(arguments):
-    """See the tokens of a text, or compare tokenizers."""
-    import tokenview
-    parser = parser_for('See the tokens of a text, or compare tokenizers. Commands: train, export\n'
-                        '(python tokenizer.py train --help).', 'python tokenizer.py [--text=...] [--tokenizer=...]')
-    parser.add_argument('--text', help='the text')
-    parser.add_argument('--input', help='or a text file')
-    parser.add_argument('--tokenizer', default='gpt2', help=f'{TOKENIZER_HELP} (gpt2)')
-    parser.add_argument('--compare', help='several, with commas: a table of counts; without a text, of\n'
-                                          'samples in several languages and code')
-    parser.add_argument('--color', choices=['auto', 'always', 'never'], default='auto', help='(auto)')
-    args = parser.parse_args(arguments)
-    if args.text is not None and args.input:
-        raise ValueError('got both --text and --input; expected one of them')
-    text = args.text
-    if args.input:
-        import corpus
-        text = ''.join(corpus.read_text(args.input))
-    if args.compare:
-        named = {name: load(name) for name in args.compare.split(',')}
-        tokenview.compare(named, {args.input or 'text': text} if text else tokenview.SAMPLES)
-    elif text is None:
-        parser.print_help()
-    else:
-        color = tokenview.has_color(sys.stdout) if args.color == 'auto' else args.color == 'always'
-        tokenview.show(args.tokenizer, load(args.tokenizer), text, color)
-
-
-def check_folder(path):
-    """ValueError when the folder that path would be written to does not exist."""
-    folder = os.path.dirname(path) or '.'
-    if not os.path.isdir(folder):
-        raise ValueError(f'there is no folder {folder} to write {path} to: mkdir -p {folder}')
-
-
-def main_train(arguments):
-    """Train a tokenizer and save it."""
-    import corpus
-    parser = parser_for('Train a tokenizer on text: a file, a folder, .jsonl, .csv or .parquet.',
-                        'python tokenizer.py train --input=FILE --vocab_size=N [--out=FILE]')
-    parser.add_argument('--input', required=True, help='a text file, a folder, or a .jsonl, .csv, .tsv, .parquet file')
-    parser.add_argument('--kind', choices=['bpe', 'word', 'char'], default='bpe', help='(bpe)')
-    parser.add_argument('--vocab_size', type=int, help='number of ids, special tokens included (bpe, word)')
-    parser.add_argument('--pattern', default='gpt4', help="bpe: how text is cut before merging: gpt2, gpt4, o200k,\n"
-                                                          'none, or a regular expression (gpt4)')
-    parser.add_argument('--special_tokens', default=ENDOFTEXT, help=f'bpe: with commas ({ENDOFTEXT})')
-    parser.add_argument('--text_key', default='text', help='field of the rows that holds the text (text)')
-    parser.add_argument('--num_proc', type=int, help='processes (one per core)')
-    parser.add_argument('--out', default='tokenizer.json', help='file to write (tokenizer.json)')
-    args = parser.parse_args(arguments)
-    if args.kind == 'char' and args.vocab_size is not None:
-        raise ValueError('--vocab_size is for bpe and word; a char vocabulary has every character of the text')
-    if args.kind != 'char' and args.vocab_size is None:
-        raise ValueError(f'--kind={args.kind} needs --vocab_size=N, such as --vocab_size=8192')
-    check_folder(args.out)
-
-    started = time.time()
-    texts = corpus.read_documents(args.input, args.text_key)
-    if args.kind == 'char':
-        trained = CharTokenizer.from_text(texts)
-    elif args.kind == 'word':
-        trained = WordTokenizer.train(texts, args.vocab_size, args.num_proc)
-    else:
-        special_tokens = [token for token in args.special_tokens.split(',') if token]
-        trained = BPETokenizer.train(texts, args.vocab_size, None if args.pattern == 'none' else args.pattern,
-                                     special_tokens, args.num_proc)
-    trained.save(args.out)
-    print(f'wrote {args.out}: {args.kind}, {trained.vocab_size:,} ids, in {time.time() - started:.1f} s')
-    print(f"next:  python tokenizer.py --text='...' --tokenizer={args.out}\n"
-          f'       python tokenizer.py --compare=gpt2,{args.out}\n'
-          f'       python data/text/prepare.py --input={args.input} --tokenizer={args.out}')
-
-
-def main_export(arguments):
-    """Write a tokenizer in another program's format."""
-    parser = parser_for('Write a tokenizer in another format: --out=NAME.tiktoken for tiktoken,\n'
-                        'tokenizer.json or a folder for Hugging Face, another .json for this program.',
-                        'python tokenizer.py export --tokenizer=... --out=...')
-    parser.add_argument('--tokenizer', required=True, help=TOKENIZER_HELP)
-    parser.add_argument('--out', required=True, help='NAME.tiktoken, tokenizer.json, FOLDER, or NAME.json')
-    args = parser.parse_args(arguments)
-    check_folder(args.out)
-    exported = load(args.tokenizer)
-    exported = exported.bpe if exported.kind == 'tiktoken' else exported
-    to_folder = os.path.isdir(args.out) or not os.path.splitext(args.out)[1]
-    to_others = to_folder or args.out.endswith('.tiktoken') or os.path.basename(args.out) == 'tokenizer.json'
-    if to_others and exported.kind != 'bpe':
-        raise ValueError(f'{args.tokenizer} is a {exported.kind} tokenizer; the formats of tiktoken and Hugging Face '
-                         f'here hold byte pair encoding only. Expected --out=NAME.json, which this program reads')
-    if args.out.endswith('.tiktoken'):
-        interchange.write_tiktoken(exported.to_dict(), args.out)
-        print(f'wrote {args.out}. Such a file has no pattern and no special tokens; tiktoken needs to be told:\n'
-              f"    import tiktoken, tiktoken.load\n"
-              f"    tiktoken.Encoding('mine', pat_str={exported.pattern!r},\n"
-              f"                      mergeable_ranks=tiktoken.load.load_tiktoken_bpe({args.out!r}),\n"
-              f'                      special_tokens={exported.special_tokens})')
-    elif to_folder:
-        interchange.write_hf_folder(exported.to_dict(), args.out)
-        print(f"wrote {args.out}: transformers.AutoTokenizer.from_pretrained('{args.out}')")
-    elif to_others:
-        interchange.write_tokenizer_json(exported.to_dict(), args.out)
-        print(f"wrote {args.out}: tokenizers.Tokenizer.from_file('{args.out}')")
-    else:
-        exported.save(args.out)
-        print(f'wrote {args.out}: --tokenizer={args.out}')
-
-
 if __name__ == '__main__':
     import corpus
-    corpus.run(main)
+    import tokenview
+    corpus.run(tokenview.main)

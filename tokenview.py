@@ -1,13 +1,18 @@
-"""Tokens on a terminal: what `python tokenizer.py` prints.
+"""The command line of tokenizer.py: see tokens, compare vocabularies, train and export them.
 
     show(name, tokenizer, text)       the text with its tokens in colours, then a line for each: id, bytes, text
     compare(tokenizers, texts)        a table of counts, bytes per token and compression, a row for each text
 """
 
+import argparse
 import os
+import shlex
 import sys
+import time
 import unicodedata
 
+import corpus
+import interchange
 import tokenizer as tokenizers
 
 BACKGROUNDS = [153, 157, 223, 218, 189]  # of the terminal's 256 colours: light, for black letters
@@ -87,8 +92,8 @@ def compare(named: dict, texts: dict[str, str]):
     width = max(len(row) for row in [*texts, 'all'])
     for first in range(0, len(names), COLUMNS_PER_TABLE):
         group = names[first:first + COLUMNS_PER_TABLE]
-        print(f'{"":{width}}  {"":>7}' + ''.join(f' {name[-19:]:>19}' for name in group))
-        print(f'{"":{width}}  {"bytes":>7}' + f' {"tokens":>7}{"B/tok":>6}{"compr":>6}' * len(group))
+        print(f'{"":{width}} {"":>9}' + ''.join(f' {name[-19:]:>19}' for name in group))
+        print(f'{"":{width}} {"bytes":>9}' + f' {"tokens":>7}{"B/tok":>6}{"compr":>6}' * len(group))
         total = {name: 0 for name in group}
         total_bytes = 0
         for row, text in texts.items():
@@ -101,9 +106,9 @@ def compare(named: dict, texts: dict[str, str]):
                     counts[name] = None
                 total[name] = None if counts[name] is None or total[name] is None else total[name] + counts[name]
             total_bytes += size
-            print(f'{row:{width}}  {size:>7,}' + ''.join(cells(named[name], size, counts[name]) for name in group))
+            print(f'{row:{width}} {size:>9,}' + ''.join(cells(named[name], size, counts[name]) for name in group))
         if len(texts) > 1:
-            print(f'{"all":{width}}  {total_bytes:>7,}' +
+            print(f'{"all":{width}} {total_bytes:>9,}' +
                   ''.join(cells(named[name], total_bytes, total[name]) for name in group))
         print()
     print('B/tok: bytes of text per token. compr: bytes of text per byte of .bin, where\n'
@@ -118,5 +123,136 @@ def cells(tokenizer, size: int, count: int | None) -> str:
     return f' {count:>7,}{size / count:>6.2f}{size / on_disk:>5.2f}x'
 
 
-if __name__ == '__main__':
-    sys.exit('this file is imported; run python tokenizer.py')
+# ----------------------------------------------------------------------------------------------------------------------
+# the command line
+
+def main():
+    arguments = sys.argv[1:]
+    commands = {'train': main_train, 'export': main_export}
+    if arguments and not arguments[0].startswith('-'):
+        if arguments[0] not in commands:
+            raise ValueError(f'unknown command {arguments[0]!r}; expected train, export, or options'
+                             + tokenizers.nearest(arguments[0], commands) + '. See python tokenizer.py --help')
+        commands[arguments[0]](arguments[1:])
+    else:
+        main_view(arguments)
+
+
+def parser_for(description: str, usage: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(description=description, usage=usage, allow_abbrev=False,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+TOKENIZER_HELP = 'byte, gpt2, cl100k_base, o200k_base, or a file'
+
+
+def main_view(arguments):
+    """See the tokens of a text, or compare tokenizers."""
+    parser = parser_for('See the tokens of a text, or compare tokenizers. Commands: train, export\n'
+                        '(python tokenizer.py train --help).', 'python tokenizer.py [--text=...] [--tokenizer=...]')
+    parser.add_argument('--text', help='the text')
+    parser.add_argument('--input', help='or a text file')
+    parser.add_argument('--tokenizer', default='gpt2', help=f'{TOKENIZER_HELP} (gpt2)')
+    parser.add_argument('--compare', help='several, with commas: a table of counts; without a text, of\n'
+                                          'samples in several languages and code')
+    parser.add_argument('--color', choices=['auto', 'always', 'never'], default='auto', help='(auto)')
+    args = parser.parse_args(arguments)
+    if args.text is not None and args.input:
+        raise ValueError('got both --text and --input; expected one of them')
+    text = args.text
+    if args.input:
+        text = ''.join(corpus.read_text(args.input))
+    if args.compare:
+        named = {name: tokenizers.load(name) for name in args.compare.split(',')}
+        compare(named, {os.path.basename(args.input or 'text')[:16]: text} if text else SAMPLES)
+    elif text is None:
+        parser.print_help()
+    else:
+        color = has_color(sys.stdout) if args.color == 'auto' else args.color == 'always'
+        show(args.tokenizer, tokenizers.load(args.tokenizer), text, color)
+
+
+def check_folder(path):
+    """ValueError when the folder that path would be written to does not exist."""
+    folder = os.path.dirname(path) or '.'
+    if not os.path.isdir(folder):
+        raise ValueError(f'there is no folder {folder} to write {path} to: mkdir -p {folder}')
+
+
+def main_train(arguments):
+    """Train a tokenizer and save it."""
+    parser = parser_for('Train a tokenizer on text: a file, a folder, .jsonl, .csv or .parquet.',
+                        'python tokenizer.py train --input=FILE --vocab_size=N [--out=FILE]')
+    parser.add_argument('--input', required=True, help='a text file, a folder, or a .jsonl, .csv, .tsv, .parquet file')
+    parser.add_argument('--kind', choices=['bpe', 'word', 'char'], default='bpe', help='(bpe)')
+    parser.add_argument('--vocab_size', type=corpus.positive, help='number of ids, special tokens included (bpe, word)')
+    parser.add_argument('--pattern', help="bpe: how text is cut before merging: gpt2, gpt4, o200k,\n"
+                                                          'none, or a regular expression (gpt4)')
+    parser.add_argument('--special_tokens',
+                        help=f'bpe: with commas ({tokenizers.ENDOFTEXT})')
+    parser.add_argument('--text_key', default='text', help='field of the rows that holds the text (text)')
+    parser.add_argument('--num_proc', type=corpus.positive, help='processes (one per core)')
+    parser.add_argument('--out', default='tokenizer.json', help='file to write (tokenizer.json)')
+    args = parser.parse_args(arguments)
+    if args.kind == 'char' and args.vocab_size is not None:
+        raise ValueError('--vocab_size is for bpe and word; a char vocabulary has every character of the text')
+    for option in ('pattern', 'special_tokens'):
+        if args.kind != 'bpe' and getattr(args, option) is not None:
+            raise ValueError(f'--{option} is for bpe; a {args.kind} vocabulary has none to choose')
+    if args.kind != 'char' and args.vocab_size is None:
+        raise ValueError(f'--kind={args.kind} needs --vocab_size=N, such as --vocab_size=8192')
+    check_folder(args.out)
+    if os.path.isdir(args.out):
+        raise ValueError(f'{args.out} is a folder; expected a file to write, such as --out={args.out}/tokenizer.json')
+
+    started = time.time()
+    texts = corpus.read_documents(args.input, args.text_key)
+    if args.kind == 'char':
+        trained = tokenizers.CharTokenizer.from_text(texts)
+    elif args.kind == 'word':
+        trained = tokenizers.WordTokenizer.train(texts, args.vocab_size, args.num_proc)
+    else:
+        given = tokenizers.ENDOFTEXT if args.special_tokens is None else args.special_tokens
+        special_tokens = [token for token in given.split(',') if token]
+        pattern = None if args.pattern == 'none' else args.pattern or 'gpt4'
+        trained = tokenizers.BPETokenizer.train(texts, args.vocab_size, pattern, special_tokens, args.num_proc)
+    trained.save(args.out)
+    print(f'wrote {args.out}: {args.kind}, {trained.vocab_size:,} ids, in {time.time() - started:.1f} s')
+    out = shlex.quote(args.out)
+    print(f"next:  python tokenizer.py --text='...' --tokenizer={out}\n"
+          f'       python tokenizer.py --compare=gpt2,{out}\n'
+          f'       python data/text/prepare.py --tokenizer={out} \\\n           --input={shlex.quote(args.input)}')
+
+
+def main_export(arguments):
+    """Write a tokenizer in another program's format."""
+    parser = parser_for('Write a tokenizer in another format: --out=NAME.tiktoken for tiktoken,\n'
+                        'tokenizer.json or a folder for Hugging Face, another .json for this program.',
+                        'python tokenizer.py export --tokenizer=... --out=...')
+    parser.add_argument('--tokenizer', required=True, help=TOKENIZER_HELP)
+    parser.add_argument('--out', required=True, help='NAME.tiktoken, tokenizer.json, FOLDER, or NAME.json')
+    args = parser.parse_args(arguments)
+    check_folder(args.out)
+    exported = tokenizers.load(args.tokenizer)
+    exported = exported.bpe if exported.kind == 'tiktoken' else exported
+    to_folder = os.path.isdir(args.out) or not os.path.splitext(args.out)[1]
+    to_others = to_folder or args.out.endswith('.tiktoken') or os.path.basename(args.out) == 'tokenizer.json'
+    if to_others and exported.kind != 'bpe':
+        raise ValueError(f'{args.tokenizer} is a {exported.kind} tokenizer; the formats of tiktoken and Hugging Face '
+                         f'here hold byte pair encoding only. Expected --out=NAME.json, which this program reads')
+    if args.out.endswith('.tiktoken'):
+        interchange.write_tiktoken(exported.to_dict(), args.out)
+        print(f'wrote {args.out}. Such a file has no pattern and no special tokens; tiktoken needs to be told:\n'
+              f"    import tiktoken, tiktoken.load\n"
+              f"    tiktoken.Encoding('mine', pat_str={exported.pattern!r},\n"
+              f"                      mergeable_ranks=tiktoken.load.load_tiktoken_bpe({args.out!r}),\n"
+              f'                      special_tokens={exported.special_tokens})')
+    elif to_folder:
+        interchange.write_hf_folder(exported.to_dict(), args.out)
+        print(f"wrote {args.out}: transformers.AutoTokenizer.from_pretrained('{args.out}')")
+    elif to_others:
+        interchange.write_tokenizer_json(exported.to_dict(), args.out)
+        print(f"wrote {args.out}: tokenizers.Tokenizer.from_file('{args.out}')")
+    else:
+        exported.save(args.out)
+        print(f'wrote {args.out}: --tokenizer={args.out}')

@@ -9,13 +9,16 @@ The text is Python's standard library, a document per line of a .jsonl file: it 
 synced inside one process that has the tokenizer at hand; `cpu` is what that costs in seconds of one core. Beside it
 stand the floors: the encoder alone, the reading, splitting and hashing alone, and the disk. The bars: 12 MB/s with
 tiktoken; 100 MB/s with gigatoken, which takes its place where it is installed. Then a larger text, made of the same
-files with a number in each, is prepared by a process of its own whose memory is sampled; the bar is 1,000 MB, and that
-it doesn't grow: its peak in the second half of the run against that in the first. Prints a table, then a JSON line.
+files with new words in each copy, so that what is kept of words seen would show, is prepared by a process of its own
+whose memory is sampled; the bar is 1,000 MB, and that it doesn't grow: its peak in the second half of the run against
+that in the first. Prints a table, then a JSON line.
 """
 
 import importlib.util
 import json
 import os
+import random
+import re
 import subprocess
 import sys
 import tempfile
@@ -49,23 +52,32 @@ corpus.write_dataset(out, lambda: corpus.split_documents(corpus.read_documents(p
 '''
 
 
+NEW_WORD_EVERY = 10  # words
+
+
 def write_sources(path, n_bytes):
-    """The standard library as .jsonl, again and again until there are n_bytes of text, each copy another text."""
+    """The standard library as .jsonl, again and again until there are n_bytes of text. In each copy but the first, every
+    few words there is one of 8 letters that hardly occurs anywhere else (26**8 are possible)."""
     sys.path.insert(0, os.path.join(common.ROOT, 'data', 'python_stdlib'))
     import sysconfig
 
     import prepare
     stdlib = sysconfig.get_paths()['stdlib']
     documents = list(prepare.read_sources(stdlib, prepare.find_sources(stdlib)))
-    total, copy = 0, 0
+    total, copy, rng = 0, 0, random.Random(0)
     with open(path, 'w', encoding='utf-8') as f:
         while total < n_bytes or copy == 0:
             for text in documents:
-                text = f'{text}# {copy}\n' if copy else text
+                if copy:
+                    text = re.sub(rf'(?:\w+\W+){{{NEW_WORD_EVERY}}}', lambda few: f'{few[0]}{new_word(rng)} ', text)
                 f.write(json.dumps({'text': text}) + '\n')
                 total += len(text.encode())
             copy += 1
     return total
+
+
+def new_word(rng):
+    return ''.join(rng.choices('abcdefghijklmnopqrstuvwxyz', k=8))
 
 
 def seconds(function, *arguments):

@@ -161,7 +161,7 @@ def test_last_line_is_json(capsys):
     assert record['bench'] == 'x' and record['ms']['median'] == 1.0 and f'{os.cpu_count()} cores' in record['hardware']
 
 
-@pytest.mark.parametrize('name', ['start', 'kill', 'tokenizer', 'prepare'])
+@pytest.mark.parametrize('name', ['start', 'kill', 'tokenizer', 'prepare', 'round_trip'])
 def test_scripts_explain_themselves(name):
     script = ROOT / 'bench' / f'{name}.py'
     done = subprocess.run([sys.executable, str(script), '--help'], text=True, capture_output=True)

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bpe
-import tokenizer
+import fastbpe
 
 CODE = Path(__file__).read_text(encoding='utf-8') + Path(bpe.__file__).read_text(encoding='utf-8')
 PROSE = """Ein Zaun, l'été, can't, WE'LL: 12 345 Äpfel — 日本語の文, 한국어 문장, наше слово; aaaa aaaaaaa bbbb 🙂🙂
@@ -152,6 +152,17 @@ def test_learn_is_gigatoken_merge_for_merge():
     ours = [(tokens[left], tokens[right]) for left, right in pairs]
     assert len(ours) == 1500
     assert bpe.learn_with_gigatoken(texts, 1500, specials) == ours
+
+
+def test_learn_with_gigatoken_where_it_would_learn_otherwise():
+    pytest.importorskip('gigatoken')
+    letters = 'abcdefghij'
+    words = ' '.join(''.join(word) for word in itertools.product(letters, repeat=3))
+    for text in (words + 'a\ua7ce b\ua7cec ' * 3000,  # a letter since Unicode 17, before it none
+                 'aaaa'):                              # two merges, and then nothing is left to join
+        pairs = bpe.learn(bpe.count_pieces([text], bpe.PATTERNS['gpt2']), 50)
+        tokens = bpe.token_bytes(pairs)
+        assert bpe.learn_with_gigatoken([text], 50) == [(tokens[left], tokens[right]) for left, right in pairs]
 
 
 def test_learn_is_tokenizers_merge_for_merge():
@@ -376,7 +387,7 @@ def test_all_of_unicode_is_of_the_same_kinds_as_in_tiktoken(kind):
 # where the pieces end.
 BORDERS = "'(Wx1 S\n"
 PAIRS = sorted({pair for byte in range(256) for char in BORDERS.encode() for pair in ((byte, char), (char, byte))})
-IN_CONTEXT = [f"'{char}(W x{char}1 {char}S\n" for char in EVERY_CHARACTER
+IN_CONTEXT = [f"'{char}(W x{char}1 {char}Sa {char}S\n" for char in EVERY_CHARACTER
               if ord(char) < 0x3400 or 0xA000 <= ord(char) < 0xAC00 or 0xFB00 <= ord(char) < 0x12000
               or 0x1CC00 <= ord(char) < 0x20000 or ord(char) % 307 == 0]  # of Han, Hangul and the like, some
 
@@ -393,6 +404,6 @@ def test_pieces_end_where_tiktoken_ends_them(name):
 def test_pieces_end_where_gigatoken_ends_them(name):
     pytest.importorskip('gigatoken')
     tokens, pattern = bpe.token_bytes(PAIRS), bpe.PATTERNS[name]
-    text = ''.join(lines for lines in IN_CONTEXT if not bpe.NEWER.search(lines))  # what gigatoken is given
-    theirs = tokenizer.FastEncoder(tokens, pattern, None).gigatoken.encode(text)
+    text = ''.join(lines for lines in IN_CONTEXT if not bpe.has_newer(lines))  # what gigatoken is given
+    theirs = fastbpe.FastEncoder(tokens, pattern, None).gigatoken.encode(text)
     assert theirs.tolist() == tiktoken_of(pattern, tokens).encode_ordinary(text), DRIFT.replace('regex', 'gigatoken')

@@ -224,6 +224,7 @@ def test_published_ids_of_any_text(published, text):
 @given(data=st.one_of(st.binary(max_size=30), st.tuples(texts, st.binary(max_size=6), texts).map(
     lambda parts: readable(parts[0]).encode() + parts[1] + readable(parts[2]).encode())))
 @example(data=b'x \n \t\xff')
+@example(data=b'/1\xe2\x80\x8d\t1\r\xf0\x98\xb7\x91  \x7f\xf7X')  # the blanks before a blank last piece go with it
 @example(data='der Käse'.encode()[:-4])  # ends inside a character
 @example(data=b'\xff')
 @example(data=b'')
@@ -420,7 +421,7 @@ def test_special_tokens_as_ordinary_text(chat):
 
 @pytest.mark.parametrize('allowed', ['none_raise', set(), [], {USER}, {'[END]', USER}], ids=str)
 def test_special_tokens_not_allowed_are_refused(chat, allowed):
-    with pytest.raises(ValueError, match=r"special token '<\|endoftext\|>' \(at character 5\)") as error:
+    with pytest.raises(ValueError, match=r"special token '<\|endoftext\|>' \(after 'well '\)") as error:
         chat.encode('well ' + EOT, allowed)
     for remedy in ("allowed_special={'<|endoftext|>'}", "'all'", "allowed_special='none'"):
         assert remedy in str(error.value)
@@ -518,6 +519,7 @@ def test_training_with_gigatoken_changes_nothing():
     (('aaaa', 300, 'gpt2'), 'has 2 pairs to join'),
     (('aaaa', 300, 'gpt4', ['<a>']), 'at most 259'),
     (('text', 257, '('), 'not a regular expression'),
+    (('text', 257, 'gtp4'), 'did you mean gpt4'),
     (('text', 257, 'gpt4', ['<a>', 'x<a>']), 'overlap'),
     (('text', 259, 'gpt4', ['<a>', '<a>']), 'twice|same'),
     (('text', 257, 'gpt4', [5]), 'got 5'),
@@ -539,8 +541,9 @@ def test_a_vocabulary_of_bytes_alone():
     (([(b'ab', b'c')],), r"merge 0 joins b'ab' and b'c', which are not both bytes or earlier"),
     (([(b'a', b'')],), "joins b'a' and b''"),
     (([(b'a', b'b'), (b'a', b'b')],), "merge 1 makes the token b'ab', which there is already"),
-    (([], None, None, range(255)), 'expected one for each of the 256 bytes'),
-    (([(b'a', b'b')], None, None, None, [300, 301]), '1 merges'),
+    (([], None, None, range(255)), 'byte_ids has 255 ids; expected 256'),
+    (([(b'a', b'b')], None, None, range(255), [255, 256]), 'byte_ids has 255 ids'),
+    (([(b'a', b'b')], None, None, None, [300, 301]), 'merge_ids has 2 ids; expected 1'),
     (([(b'a', b'b')], None, None, None, [-1]), 'ids'),
     (([(b'a', b'b')], None, None, None, [97]), 'same id'),
     (([], '('), 'not a regular expression'),
@@ -691,7 +694,7 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError(28, 'No space left on device')
 
     monkeypatch.setattr(os, 'fsync', disk_full)
-    with pytest.raises(OSError, match='No space'):
+    with pytest.raises(ValueError, match='my.json could not be written .No space left on device.*free some space'):
         tokenizer.CharTokenizer('ab').save(path)
     assert tokenizer.load(path).kind == 'byte'
 
@@ -866,3 +869,78 @@ def test_meta_pkl_missing_or_no_pickle(tmp_path):
     (tmp_path / 'meta.pkl').write_bytes(pickle.dumps([1, 2]))
     with pytest.raises(ValueError, match='got list'):
         tokenizer.from_meta_pkl(tmp_path / 'meta.pkl')
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what grows with the input
+
+def test_gigatoken_is_made_anew_before_it_knows_too_many_words(monkeypatch, trained):
+    pytest.importorskip('gigatoken')
+    import fastbpe
+    monkeypatch.setattr(fastbpe, 'FORGET_CHARS', 1000)
+    tok = tokenizer.from_dict(trained['gpt2'].to_dict())
+    text = 'some words, and then some more; '
+    made = set()
+    for _ in range(100):
+        assert tok.encode_array(text).tolist() == trained['gpt2'].encode(text)
+        made.add(id(tok._fast.gigatoken))
+        keep = tok._fast.gigatoken  # so that no id comes back
+        made.add(id(keep))
+    assert len(text) * 100 > 3000 and len(made) >= 2
+
+
+def test_a_stream_full_of_special_tokens_is_cut_in_linear_time():
+    tok = tokenizer.BPETokenizer([], 'gpt2', {'<|user says|>': 256})
+    looked_at = 0
+
+    class Counted(str):
+        def startswith(self, *arguments):
+            nonlocal looked_at
+            looked_at += 1
+            return str.startswith(self, *arguments)
+
+        def __getitem__(self, place):
+            part = str.__getitem__(self, place)
+            assert len(part) <= 20, 'the rest of the text is copied at every candidate'
+            return part
+
+    assert tok.safe_cut(Counted('<|user says|>' * 500)) == 0
+    assert looked_at < 500 * 30
+
+
+def test_many_special_tokens():
+    names = {f'<|reserved_{i}|>': 1000 + i for i in range(2000)}
+    tok = tokenizer.BPETokenizer([], 'gpt2', names)
+    assert tok.encode('<|reserved_7|><|reserved_1999|>', 'all') == [1007, 2999]
+
+
+@pytest.mark.parametrize('described', [
+    {'merge_ids': [2**31]}, {'byte_ids': [*range(255), 2**33]}, {'special_tokens': {'<|x|>': 2**31}}])
+def test_ids_beyond_what_files_hold_are_refused(described):
+    values = {'kind': 'bpe', 'pattern': None, 'special_tokens': {}, 'merges': ['a b'], **described}
+    with pytest.raises(ValueError, match='2,147,483,647'):
+        tokenizer.from_dict(values)
+
+
+def test_special_token_that_is_no_text():
+    with pytest.raises(ValueError, match='half a surrogate pair'):
+        tokenizer.BPETokenizer([], None, {'\ud800': 256})
+
+
+@pytest.mark.parametrize('ids, named', [([1.5], '1.5'), ('12', "'12'"), ([2**70], str(2**70)), ([256], '256')])
+def test_what_is_no_id_is_not_decoded(ids, named):
+    with pytest.raises(ValueError, match='cannot decode') as error:
+        tokenizer.ByteTokenizer().decode(ids)
+    assert named in str(error.value)
+
+
+@pytest.mark.parametrize('text', [5, None, ['a']])
+def test_what_is_no_text_is_not_encoded(text):
+    with pytest.raises(ValueError, match='text or bytes'):
+        tokenizer.ByteTokenizer().encode(text)
+
+
+def test_bytearrays_and_unused_ids():
+    assert tokenizer.ByteTokenizer().encode(bytearray(b'a\xff')) == [97, 255]
+    with pytest.raises(ValueError, match='id 100261: cl100k_base does not use'):
+        tokenizer.load('cl100k_base').decode([5, 100261])

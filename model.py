@@ -199,9 +199,10 @@ class CausalSelfAttention(nn.Module):
         if self.qk_norm:
             qk = F.rms_norm(qk, (self.head_size,), eps=1e-6)
         if rotation is not None:
-            qk = rotate(qk, rotation).to(v.dtype)  # rotated in fp32
+            qk = rotate(qk, rotation)
         if value_embedding is not None:
             v = v + value_embedding.view(v.shape).to(v.dtype)
+        qk = qk.to(v.dtype)  # norm and rotation may be in fp32
         q, k = qk.split((self.n_head, self.n_kv_head), dim=2)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (B, H, T, D), (B, G, T, D), (B, G, T, D)
         if past is not None:

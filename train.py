@@ -23,6 +23,7 @@ import os
 import shlex
 import signal
 import sys
+import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
@@ -121,6 +122,9 @@ from_preset = {key: value for key, value in {**PRESETS[preset], **optim.PRESETS[
                if key not in config.given}
 config.update(from_preset)
 globals().update(from_preset)
+if from_preset and os.environ.get('RANK', '0') == '0':
+    print(textwrap.fill(f'preset {preset}: ' + ', '.join(f'{key}={value!r}' for key, value in from_preset.items()), 80,
+                        subsequent_indent='  ', break_on_hyphens=False))
 sources = ('scratch', 'resume', 'auto', *GPT2_NAMES)
 for names, is_valid, expected in (
     (('eval_interval', 'log_interval', 'eval_iters', 'batch_size', 'block_size', 'gradient_accumulation_steps'),
@@ -167,17 +171,25 @@ if init_from == 'auto':
 # the model; a checkpoint decides over its architecture, and a setting that contradicts it is an error
 text_tokenizer = meta['tokenizer']
 torch.manual_seed(seed)
+
+
+def refuse_another(names, source):
+    """ValueError if a setting of the architecture was given, or is the preset's, that the loaded model contradicts."""
+    for name in names:
+        value = getattr(model.config, name)
+        if (name in config.given or name in PRESETS[preset]) and config[name] != value:
+            raise ValueError(f'{name}={config[name]}, but {source} has {name}={value}, and its weights fix that. Leave '
+                             f'it out, or start anew (--init_from=scratch) in another --out_dir')
+
+
+options = [field.name for field in fields(GPTConfig) if field.name not in ('block_size', 'vocab_size', 'dropout')]
 if init_from == 'scratch':
     # GPT-2's 50257 ids are padded to a multiple of 64, which is faster
     architecture.vocab_size = 50304 if meta['vocab_size'] in (None, 50257) else meta['vocab_size']
     model = GPT(architecture)
 elif init_from == 'resume':
     model = checkpoint.model_of(state, ckpt_path, dropout)
-    for name, value in asdict(model.config).items():
-        is_set = name in config.given or name in PRESETS[preset]
-        if is_set and name not in ('block_size', 'vocab_size', 'dropout') and config[name] != value:
-            raise ValueError(f'{name}={config[name]}, but {ckpt_path} has {name}={value}: a resumed run keeps its '
-                             f'architecture. Leave it out, or start anew in another --out_dir')
+    refuse_another(options, ckpt_path)
     saved_optimizer = state.get('config', {}).get('optimizer', 'adamw')
     if 'optimizer' in state and optimizer != saved_optimizer:
         raise ValueError(f'optimizer={optimizer!r}, but the state in {ckpt_path} is that of {saved_optimizer!r}; '
@@ -194,6 +206,8 @@ elif init_from == 'resume':
                          f'{meta["vocab_size"]}; resume on the dataset it was trained with (--dataset)')
 else:
     model = GPT.from_pretrained(init_from, {'dropout': dropout})
+    # the sizes and biases that a nanoGPT user's settings may hold for training from scratch are passed over, as there
+    refuse_another([name for name in options if name not in ('n_layer', 'n_head', 'n_embd', 'bias')], init_from)
     if meta['vocab_size'] not in (None, model.config.vocab_size):
         raise ValueError(f'{data_dir} was prepared for a vocabulary of {meta["vocab_size"]}, {init_from} has '
                          f'{model.config.vocab_size}; prepare the text with its tokenizer (--tokenizer=gpt2)')

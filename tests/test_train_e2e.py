@@ -167,6 +167,7 @@ def test_resume_is_exact_with_two_processes(folder):
 def test_muon_with_two_processes(folder):
     """They share the matrices, an odd number of some shapes: the weights of one process, and an exact resume."""
     changes = {'preset': 'modern', 'n_layer': 3, 'weight_decay': 0.1}
+    folder.train_two(out_dir='bf16', **changes, dtype='bfloat16', max_iters=2)
     folder.train(out_dir='one', **changes).ok()
     folder.train_two(out_dir='two', **changes)
     close_state(folder.checkpoint('two'), folder.checkpoint('one'), tolerance=2e-3)
@@ -574,7 +575,7 @@ def test_preset(folder):
     assert (config['optimizer'], config['learning_rate'], config['lr_schedule']) == ('muon', 1e-2, 'wsd')
     resume = {'init_from': 'resume', 'max_iters': 22}
     folder.train('config.py', pos='learned', **resume).refused(
-        'pos=learned, but out/ckpt.pt has pos=rope: a resumed run keeps its architecture')
+        'pos=learned, but out/ckpt.pt has pos=rope, and its weights fix that. Leave it out')
     folder.train(preset='modern', **resume).refused('qk_norm=True, but out/ckpt.pt has qk_norm=False')
     folder.train(**resume).refused(
         "optimizer='adamw', but the state in out/ckpt.pt is that of 'muon'", '--optimizer=muon')
@@ -582,6 +583,19 @@ def test_preset(folder):
     assert 'the context is changed from 16 to 32 tokens' in run.out and list(losses(run)[0]) == [20, 21]
     assert folder.checkpoint()['model_args'] == {**args, 'block_size': 32}
     assert len(folder.sample(num_samples=1, max_new_tokens=50).ok().out) > 50  # past the end of the context
+
+
+def test_options_of_pretrained_weights(folder):
+    """Weights fix the architecture: finetuning takes the optimizer that is asked for, and no other architecture."""
+    transformers = pytest.importorskip('transformers')
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=len(CHARS), n_positions=16, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0,
+    )).save_pretrained(folder.path / 'hf')
+    folder.train(init_from='hf', pos='rope').refused('pos=rope, but hf has pos=learned', 'Leave it out')
+    folder.train(init_from='hf', preset='llama').refused('but hf has')
+    run = folder.train(init_from='hf', optimizer='muon', max_iters=10).ok()  # n_layer=2, of the settings, passed over
+    _, evals = losses(run)
+    assert evals[10][1] < evals[0][1] - 0.3 and folder.checkpoint()['model_args']['n_layer'] == 1
 
 
 def test_modern_learns(folder):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 import model as model_module
-from model import GELU, GPT, PRESETS, Block, CausalSelfAttention, Dropout, GPTConfig, KVCache, rotate
+from model import GELU, GPT, PRESETS, CausalSelfAttention, Dropout, GPTConfig, KVCache, rotate
 
 transformers = pytest.importorskip('transformers')
 safetensors_torch = pytest.importorskip('safetensors.torch')
@@ -250,13 +250,12 @@ def test_no_gradient_to_later_inputs_behind_a_cache(past, n):
 def test_compiled_block(options):
     """Compiled as train.py does on the CPU: same numbers as eager, no gradient to later inputs."""
     torch._dynamo.reset()
-    torch.manual_seed(0)
-    config = GPTConfig(n_embd=16, block_size=128, **options)
-    eager, compiled = (sharpened(Block(config)) for _ in range(2))
+    models = [sharpened(tiny(block_size=128, **options)) for _ in range(2)]
+    eager, compiled = (model.transformer.h[0] for model in models)
     compiled.compile(dynamic=False, options={'fallback_random': True})
     x0 = embedding = rotation = None
-    if config.pos == 'rope':
-        x0, embedding, rotation = torch.randn(2, 65, 16), torch.randn(2, 65, 8), tiny(**options).rotation(0, 65, 'cpu')
+    if models[0].config.pos == 'rope':
+        x0, embedding, rotation = torch.randn(2, 65, 16), torch.randn(2, 65, 8), models[0].rotation(0, 65, 'cpu')
     blocks = [lambda x, block=block: block(x, None, rotation, embedding, x0) for block in (eager, compiled)]
     x = torch.randn(2, 65, 16, requires_grad=True)
     torch.testing.assert_close(blocks[1](x), blocks[0](x), atol=1e-4, rtol=1e-4)
@@ -381,7 +380,7 @@ def test_options_compiled_equal_eager(options, window):
     torch._dynamo.reset()
     models = [sharpened(tiny(**{**options, 'block_size': 130, 'window': window})) for _ in range(2)]
     for block in models[1].transformer.h:
-        block.compile(dynamic=False, backend='eager')
+        block.compile(dynamic=False, fullgraph=True, backend='eager')
     idx = torch.randint(40, (2, 130), generator=torch.Generator().manual_seed(0))
     losses = [model(idx, idx)[1] for model in models]
     torch.testing.assert_close(*losses)

@@ -108,7 +108,7 @@ class GPTConfig:
 
 
 # Architectures by name, as GPTConfig's fields. llama: Touvron et al. 2023. modern: what learns fastest here, after the
-# GPT-2 speedruns (github.com/KellerJordan/modded-nanogpt); bench/ablation.py measures what each of it buys.
+# GPT-2 speedruns (github.com/KellerJordan/modded-nanogpt).
 PRESETS = {
     'gpt2': {},
     'llama': {'norm': 'rmsnorm', 'pos': 'rope', 'mlp': 'swiglu', 'bias': False, 'tie_embeddings': False},
@@ -174,7 +174,7 @@ class CausalSelfAttention(nn.Module):
     """
     Multi-head attention of each position to itself and the positions before it. Options: grouped queries ("GQA",
     Ainslie et al. 2023), a sliding window ("Longformer", Beltagy et al. 2020), QK-norm ("Scaling Vision Transformers to
-    22 Billion Parameters", Dehghani et al. 2023; without weights, which RMS norm makes nearly redundant in c_attn).
+    22 Billion Parameters", Dehghani et al. 2023; here without weights, so scores stay within the root of D).
     """
 
     def __init__(self, config, window=0):

@@ -174,7 +174,7 @@ torch.manual_seed(seed)
 
 
 def refuse_another(names, source):
-    """ValueError if a setting of the architecture was given, or is the preset's, that the loaded model contradicts."""
+    """ValueError if a setting of the architecture that was given, or is the preset's, contradicts the loaded model."""
     for name in names:
         value = getattr(model.config, name)
         if (name in config.given or name in PRESETS[preset]) and config[name] != value:
@@ -375,8 +375,9 @@ def stop_not_finite(what):
     """End the run, with the last good checkpoint as it is."""
     where = f'{ckpt_path} is of step {saved_iter}' if saved_iter else 'there is no checkpoint yet'
     lr = learning_rate_at(iter_num)
+    rates = '--muon_lr and --learning_rate' if optimizer == 'muon' else '--learning_rate'
     raise SystemExit(f'step {iter_num}: {what} (learning rate {lr:.3g}). Stopped before the update; {where}. Try a '
-                     f'lower --learning_rate, a longer warmup, or --dtype=float32')
+                     f'lower {rates}, a longer warmup, or --dtype=float32')
 
 
 def log(**record):

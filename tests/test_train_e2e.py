@@ -606,7 +606,7 @@ def test_modern_learns(folder):
         given = {'learning_rate': None, 'warmup_iters': None, 'min_lr': None} if preset == 'modern' else {}
         run = folder.train(out_dir=preset, preset=preset, **sizes, **given).ok()
         found[preset] = losses(run)[1][100][1]
-    assert found['modern'] < found['gpt2'] - 0.05
+    assert found['modern'] < found['gpt2'] - 0.2
 
 
 def test_smaller_block_size_crops(trained):

@@ -1,14 +1,17 @@
 """
-The GPT: GPT-2's architecture under GPT-2's parameter names, so that its checkpoints load without renaming.
+The GPT: GPT-2's architecture under GPT-2's parameter names, so that its checkpoints load without renaming; and, each
+by a field of GPTConfig, what later models changed about it.
 
     model = GPT(GPTConfig(n_layer=6, n_head=6, n_embd=384, vocab_size=65, block_size=256))
+    model = GPT(GPTConfig(**{**PRESETS['llama'], 'n_layer': 6, 'n_head': 6, 'n_kv_head': 2, 'n_embd': 384}))
     logits, loss = model(idx, targets)            # train
     model = GPT.from_pretrained('gpt2-xl')        # or a folder in Hugging Face's layout
 
-Shapes: B sequences, T positions, C = n_embd channels, H = n_head heads of D = C / H channels, V = vocab_size ids.
+Shapes: B sequences, T positions, C = n_embd channels, H = n_head heads of D = C / H channels, G = n_kv_head heads of
+keys and values, V = vocab_size ids.
 
 Sources: "Language Models are Unsupervised Multitask Learners" (GPT-2, Radford et al. 2019) and its released code
-(github.com/openai/gpt-2, src/model.py) for the architecture and the initialisation.
+(github.com/openai/gpt-2, src/model.py) for the architecture and the initialisation; an option's is beside it.
 """
 
 import json
@@ -33,7 +36,19 @@ class GPTConfig:
     n_embd: int = 768
     dropout: float = 0.0
     bias: bool = True  # biases in the linear layers and LayerNorms, as GPT-2 has them
-    mlp: str = 'gelu'  # 'gelu': tanh approximation, GPT-2's; 'gelu_erf': exact, nanoGPT's
+    mlp: str = 'gelu'  # 'gelu': tanh approximation, GPT-2's; 'gelu_erf': exact, nanoGPT's; 'swiglu', 'relu2': see below
+    n_kv_head: int | None = None  # heads of keys and values, each shared by n_head / n_kv_head queries; None: n_head
+    norm: str = 'layernorm'  # or 'rmsnorm', which neither centres nor has a bias
+    pos: str = 'learned'  # 'learned': an embedding of the position; 'rope': queries and keys are rotated by it
+    rope_base: float = 10000.0  # the slowest of RoPE's rotations takes about 2 pi rope_base positions
+    qk_norm: bool = False  # RMS norm of queries and keys in each head, so that the scores can't grow without bound
+    tie_embeddings: bool = True  # the head is the token embedding
+    window: int = 0  # positions that the S layers of window_pattern see, themselves included; 0: all of the context
+    window_pattern: str = 'S'  # S and L (all of the context), repeated over the layers; the last layer is always L
+    logit_softcap: float = 0.0  # c: logits are c tanh(logits / c); 0: as they are
+    zero_init: bool = False  # blocks start as the identity, and an untied head with equal probabilities
+    residual_lambdas: bool = False  # a block reads l0 x + l1 x0, x0 being the embeddings; l0 and l1 are learnt
+    value_embeddings: bool = False  # every other layer adds an embedding of the token to its values
 
     def __post_init__(self):
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
@@ -42,23 +57,77 @@ class GPTConfig:
         if self.n_embd % self.n_head:
             raise ValueError(f'n_embd={self.n_embd} is not divisible by n_head={self.n_head}; the nearest n_embd that '
                              f'is: {max(1, round(self.n_embd / self.n_head)) * self.n_head}')
+        if self.n_kv_head is not None and (self.n_kv_head < 1 or self.n_head % self.n_kv_head):
+            divisors = [n for n in range(1, self.n_head + 1) if self.n_head % n == 0]
+            raise ValueError(f'n_kv_head={self.n_kv_head}: expected a divisor of n_head={self.n_head}: '
+                             f'{", ".join(map(str, divisors))}; or None for n_head')
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f'dropout={self.dropout}: expected a probability, 0 <= dropout < 1')
-        if self.mlp not in ('gelu', 'gelu_erf'):
-            raise ValueError(f"mlp={self.mlp!r}: expected 'gelu' or 'gelu_erf'")
+        for name, choices in (('mlp', ('gelu', 'gelu_erf', 'swiglu', 'relu2')), ('norm', ('layernorm', 'rmsnorm')),
+                              ('pos', ('learned', 'rope'))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f'{name}={getattr(self, name)!r}: expected {" or ".join(map(repr, choices))}')
+        if self.pos == 'rope' and self.head_size % 2:
+            raise ValueError(f"pos='rope' rotates pairs of channels, but n_embd={self.n_embd} / n_head={self.n_head} "
+                             f'makes heads of {self.head_size}; expected an even number')
+        if not self.rope_base > 1:
+            raise ValueError(f'rope_base={self.rope_base}: expected more than 1, usually 10000')
+        if self.window < 0:
+            raise ValueError(f'window={self.window}: expected a number of positions, or 0 for all')
+        if not self.window_pattern or set(self.window_pattern) - set('SL'):
+            raise ValueError(f"window_pattern={self.window_pattern!r}: expected letters S and L, such as 'SSSL'")
+        if not 0 <= self.logit_softcap < math.inf:
+            raise ValueError(f'logit_softcap={self.logit_softcap}: expected 0 or more')
+
+    @property
+    def head_size(self):
+        """D, channels of a head."""
+        return self.n_embd // self.n_head
+
+    @property
+    def kv_heads(self):
+        """G, heads of keys and values."""
+        return self.n_kv_head or self.n_head
+
+    @property
+    def mlp_width(self):
+        """
+        Channels between the MLP's two layers. SwiGLU has three matrices where the others have two, so to cost about as
+        much it is 2/3 as wide, rounded to a multiple of 64, which matrix units like.
+        """
+        return max(64, round(8 / 3 * self.n_embd / 64) * 64) if self.mlp == 'swiglu' else 4 * self.n_embd
+
+    def window_of(self, layer):
+        """How many positions a layer sees, the query's own included; 0: all before it."""
+        is_short = self.window_pattern[layer % len(self.window_pattern)] == 'S' and layer < self.n_layer - 1
+        return self.window if is_short else 0
+
+    def has_value_embedding(self, layer):
+        """Every other layer, counted from the last."""
+        return self.value_embeddings and (self.n_layer - 1 - layer) % 2 == 0
+
+
+# Architectures by name, as GPTConfig's fields. llama: Touvron et al. 2023. modern: what learns fastest here, after the
+# GPT-2 speedruns (github.com/KellerJordan/modded-nanogpt).
+PRESETS = {
+    'gpt2': {},
+    'llama': {'norm': 'rmsnorm', 'pos': 'rope', 'mlp': 'swiglu', 'bias': False, 'tie_embeddings': False},
+    'modern': {'norm': 'rmsnorm', 'pos': 'rope', 'mlp': 'relu2', 'bias': False, 'tie_embeddings': False,
+               'qk_norm': True, 'zero_init': True, 'logit_softcap': 15.0},
+}
 
 
 class KVCache:
     """
     Keys and values of the tokens seen so far, so that the next token costs one position instead of the whole context.
 
-    k, v: (n_layer, B, H, max_length, D), of which the first `length` positions are filled; GPT.forward fills them and
-    advances `length`. Memory: 2 * n_layer * B * max_length * C numbers; GPT-2 124M at 1 x 1024 in fp32: 75 MB.
+    k, v: (n_layer, B, G, max_length, D), of which the first `length` positions are filled; GPT.forward fills them and
+    advances `length`. Memory: 2 * n_layer * B * max_length * G * D numbers; GPT-2 124M at 1 x 1024 in fp32: 75 MB.
     """
 
     def __init__(self, config, batch_size, device=None, dtype=None, max_length=None):
         max_length = max_length or config.block_size
-        shape = (config.n_layer, batch_size, config.n_head, max_length, config.n_embd // config.n_head)
+        shape = (config.n_layer, batch_size, config.kv_heads, max_length, config.head_size)
         self.k = torch.empty(shape, device=device, dtype=dtype)
         self.v = torch.empty(shape, device=device, dtype=dtype)
         self.length = 0
@@ -81,53 +150,108 @@ class Dropout(nn.Dropout):
         return torch.where(h >= round(self.p * 2**31), x / (1 - self.p), 0.0)
 
 
-class CausalSelfAttention(nn.Module):
-    """Multi-head attention of each position to itself and the positions before it."""
+def visible(n_queries, n_keys, window, device):
+    """
+    (n_queries, n_keys) of bool: which keys each query sees, the queries standing at the last n_queries positions of
+    the keys. With a window only its own position and the window - 1 before it.
+    """
+    past = torch.ones(n_queries, n_keys, dtype=torch.bool, device=device).tril(n_keys - n_queries)
+    return past.triu(n_keys - n_queries - window + 1) if window else past
 
-    def __init__(self, config):
+
+def rotate(x, rotation):
+    """
+    RoPE ("RoFormer", Su et al. 2021): channels i and i + D/2 of x (B, T, heads, D) are a point in the plane, rotated by
+    its position times a frequency of its own; rotation: cos and sin of these angles, (2, T, 1, D/2). The product of a
+    query and a key then depends on their distance alone. The pairing is Llama's in Hugging Face's layout.
+    """
+    cos, sin = rotation
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+
+
+class CausalSelfAttention(nn.Module):
+    """
+    Multi-head attention of each position to itself and the positions before it. Options: grouped queries ("GQA",
+    Ainslie et al. 2023), a sliding window ("Longformer", Beltagy et al. 2020), QK-norm ("Scaling Vision Transformers to
+    22 Billion Parameters", Dehghani et al. 2023; here without weights, so scores stay within the root of D).
+    """
+
+    def __init__(self, config, window=0):
         super().__init__()
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k, v side by side
+        self.n_head, self.n_kv_head, self.head_size = config.n_head, config.kv_heads, config.head_size
+        n_out = (self.n_head + 2 * self.n_kv_head) * self.head_size
+        self.c_attn = nn.Linear(config.n_embd, n_out, bias=config.bias)  # heads of q, of k, of v, side by side
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.attn_dropout = Dropout(config.dropout)
         self.resid_dropout = Dropout(config.dropout)
-        self.n_head = config.n_head
+        self.qk_norm = config.qk_norm
+        self.window = window
 
-    def forward(self, x, past=None):
-        """x: (B, T, C). past: (k, v, length) of this layer's cache, to which the T new positions are added."""
+    def forward(self, x, past=None, rotation=None, value_embedding=None):
+        """
+        x: (B, T, C). past: (k, v, length) of this layer's cache, to which the T new positions are added. rotation: of
+        the T positions, see rotate(). value_embedding: (B, T, G * D), added to the values.
+        """
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, D)
+        heads = self.c_attn(x).view(B, T, -1, self.head_size)
+        qk, v = heads.split((self.n_head + self.n_kv_head, self.n_kv_head), dim=2)
+        if self.qk_norm:
+            qk = F.rms_norm(qk, (self.head_size,), eps=1e-6)
+        if rotation is not None:
+            qk = rotate(qk, rotation)
+        if value_embedding is not None:
+            v = v + value_embedding.view(v.shape).to(v.dtype)
+        qk = qk.to(v.dtype)  # norm and rotation may be in fp32
+        q, k = qk.split((self.n_head, self.n_kv_head), dim=2)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (B, H, T, D), (B, G, T, D), (B, G, T, D)
+        if past is not None:
+            past_k, past_v, length = past
+            past_k[:, :, length : length + T], past_v[:, :, length : length + T] = k, v
+            k, v = past_k[:, :, : length + T], past_v[:, :, : length + T]  # (B, G, S, D), S = length + T
+        seen = min(T, self.window or T)
         in_blocks = past is None and x.device.type == 'cpu' and torch.compiler.is_compiling()
-        if in_blocks and (T <= 512 or self.attn_dropout.p > 0):
+        if in_blocks and (seen <= 512 or self.attn_dropout.p > 0):
             y = self.attend_in_blocks(q, k, v)
         else:
-            if past is not None:
-                past_k, past_v, length = past
-                past_k[:, :, length : length + T], past_v[:, :, length : length + T] = k, v
-                k, v = past_k[:, :, : length + T], past_v[:, :, : length + T]  # (B, H, S, D), S = length + T
-            # is_causal lets query t see the keys up to t: right without a past. Behind one, query t stands at position
-            # S - T + t, and a mask says so; a single query sees everything
-            S = k.size(2)
-            mask = None if T in (1, S) else torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T == S,
-                                               dropout_p=self.attn_dropout.p if self.training else 0.0)
+            y = self.attend(q, k, v)
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
         return self.resid_dropout(self.c_proj(y))
 
+    def attend(self, q, k, v):
+        """Attention of the queries at the last T of S positions, by torch's kernels; -> (B, H, T, D)."""
+        T = q.size(2)
+        if self.window:  # what none of the queries sees need not be read
+            k, v = k[:, :, -(T + self.window - 1) :], v[:, :, -(T + self.window - 1) :]
+        S = k.size(2)
+        # is_causal lets query t see the keys up to t: right without a past. Otherwise a mask says what it sees; a
+        # single query sees everything
+        is_causal = T == S and (not self.window or T <= self.window)
+        mask = None if T == 1 or is_causal else visible(T, S, self.window, q.device)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal,
+                                              dropout_p=self.attn_dropout.p if self.training else 0.0,
+                                              enable_gqa=self.n_kv_head < self.n_head)
+
     def attend_in_blocks(self, q, k, v):
         """
-        Causal attention written out, for blocks of queries that skip the keys after them. Compiled for the CPU its
-        forward and backward take about half the time of torch's flash kernel there up to 512 positions (bench/results),
-        and of what torch has instead with dropout. It keeps half of the (B, H, T, T) weights for the backward pass,
-        which beyond that no longer fit into the cache.
+        Causal attention written out, for blocks of queries that skip the keys after them, and those before the window.
+        Compiled for the CPU its forward and backward take about half the time of torch's flash kernel there up to 512
+        positions (bench/results), and of what torch has instead with dropout. It keeps half of the (B, H, T, T) weights
+        for the backward pass, which beyond that no longer fit into the cache.
         """
         T, D = q.shape[2:]
         y, start = [], 0
         for q_block in q.split(max(64, T // 8), dim=2):
-            end = start + q_block.size(2)
-            weights = (q_block @ k[:, :, :end].transpose(2, 3)).float() * D**-0.5  # (B, H, block, end)
-            future = torch.ones(end - start, end, dtype=torch.bool, device=q.device).triu(start + 1)
-            weights = self.attn_dropout(weights.masked_fill(future, -math.inf).softmax(dim=-1))
-            y.append(weights.to(v.dtype) @ v[:, :, :end])
+            n = q_block.size(2)
+            first, end = max(0, start - self.window + 1) if self.window else 0, start + n
+            keys, values = k[:, :, first:end], v[:, :, first:end]
+            # the queries that share a head of keys are rows of one product
+            rows = q_block.unflatten(1, (self.n_kv_head, -1)).flatten(2, 3)  # (B, G, H / G * n, D)
+            weights = (rows @ keys.transpose(2, 3)).float().unflatten(2, (-1, n)) * D**-0.5  # (B, G, H / G, n, keys)
+            hidden = ~visible(n, end - first, self.window, q.device)
+            weights = self.attn_dropout(weights.masked_fill(hidden, -math.inf).softmax(dim=-1))
+            mixed = weights.to(v.dtype).flatten(2, 3) @ values
+            y.append(mixed.unflatten(2, (-1, n)).flatten(1, 2))  # (B, H, n, D)
             start = end
         return torch.cat(y, dim=2)
 
@@ -144,32 +268,60 @@ class GELU(nn.GELU):
         return super().forward(x)
 
 
+class SwiGLU(nn.Module):
+    """silu(gate) * up, of the two halves of what c_fc gives ("GLU Variants Improve Transformer", Shazeer 2020)."""
+
+    def forward(self, x):
+        gate, up = x.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+
+class SquaredReLU(nn.Module):
+    """relu(x)^2: no exponential to compute ("Primer", So et al. 2021)."""
+
+    def forward(self, x):
+        return F.relu(x).square()
+
+
 class MLP(nn.Module):
-    """Two linear layers, four times as wide in between."""
+    """Two linear layers, wider in between."""
 
     def __init__(self, config):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.gelu = GELU(approximate='tanh' if config.mlp == 'gelu' else 'none')
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        n_in = 2 * config.mlp_width if config.mlp == 'swiglu' else config.mlp_width
+        self.c_fc = nn.Linear(config.n_embd, n_in, bias=config.bias)
+        self.activation = {'gelu': GELU(approximate='tanh'), 'gelu_erf': GELU(), 'swiglu': SwiGLU(),
+                           'relu2': SquaredReLU()}[config.mlp]
+        self.c_proj = nn.Linear(config.mlp_width, config.n_embd, bias=config.bias)
         self.dropout = Dropout(config.dropout)
 
     def forward(self, x):
-        return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))
+        return self.dropout(self.c_proj(self.activation(self.c_fc(x))))
+
+
+def norm_of(config):
+    """A norm over the channels. RMSNorm: "Root Mean Square Layer Normalization", Zhang & Sennrich 2019."""
+    if config.norm == 'rmsnorm':
+        return nn.RMSNorm(config.n_embd, eps=1e-5)
+    return nn.LayerNorm(config.n_embd, bias=config.bias)
 
 
 class Block(nn.Module):
     """Communicate, then compute; each adds to the residual stream what it reads off its norm."""
 
-    def __init__(self, config):
+    def __init__(self, config, layer=0):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.attn = CausalSelfAttention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_1 = norm_of(config)
+        self.attn = CausalSelfAttention(config, config.window_of(layer))
+        self.ln_2 = norm_of(config)
         self.mlp = MLP(config)
+        # of the stream and of the embeddings, x0 (github.com/KellerJordan/modded-nanogpt, record 9)
+        self.lambdas = nn.Parameter(torch.empty(2)) if config.residual_lambdas else None
 
-    def forward(self, x, past=None):
-        x = x + self.attn(self.ln_1(x), past)
+    def forward(self, x, past=None, rotation=None, value_embedding=None, x0=None):
+        if self.lambdas is not None:
+            x = self.lambdas[0] * x + self.lambdas[1] * x0
+        x = x + self.attn(self.ln_1(x), past, rotation, value_embedding)
         x = x + self.mlp(self.ln_2(x))
         return x
 
@@ -178,25 +330,32 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.transformer = nn.ModuleDict({
-            'wte': nn.Embedding(config.vocab_size, config.n_embd),
-            'wpe': nn.Embedding(config.block_size, config.n_embd),
-            'drop': Dropout(config.dropout),
-            'h': nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
-            'ln_f': nn.LayerNorm(config.n_embd, bias=config.bias),
-        })
+        self.transformer = nn.ModuleDict({'wte': nn.Embedding(config.vocab_size, config.n_embd)})
+        if config.pos == 'learned':  # in GPT-2's order, which is that of the optimizer's state in nanoGPT's checkpoints
+            self.transformer['wpe'] = nn.Embedding(config.block_size, config.n_embd)
+        self.transformer['drop'] = Dropout(config.dropout)
+        self.transformer['h'] = nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)])
+        self.transformer['ln_f'] = norm_of(config)
+        if config.value_embeddings:  # modded-nanogpt, record 14
+            self.transformer['vte'] = nn.ModuleDict({
+                str(layer): nn.Embedding(config.vocab_size, config.kv_heads * config.head_size)
+                for layer in range(config.n_layer) if config.has_value_embedding(layer)})
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.transformer.wte.weight = self.lm_head.weight  # tied: "Using the Output Embedding", Press & Wolf 2017
+        if config.tie_embeddings:  # "Using the Output Embedding", Press & Wolf 2017
+            self.transformer.wte.weight = self.lm_head.weight
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self):
         """
         GPT-2's: matrices and embeddings N(0, 0.02), biases 0, norms 1. Projections back into the residual stream are
-        scaled by 1 / sqrt(2 * n_layer), because that many of them add up there.
+        scaled by 1 / sqrt(2 * n_layer), because that many of them add up there. With zero_init they, and an untied
+        head, are 0.
         """
         for name, p in self.named_parameters():
-            if name.endswith('c_proj.weight'):
+            if self.config.zero_init and name.endswith(('c_proj.weight', 'lm_head.weight')):
+                nn.init.zeros_(p)
+            elif name.endswith('c_proj.weight'):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer))
             elif p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
@@ -204,8 +363,17 @@ class GPT(nn.Module):
                 nn.init.zeros_(p)
             elif '.ln_' in name:
                 nn.init.ones_(p)
+            elif name.endswith('.lambdas'):
+                p.copy_(torch.tensor([1.0, 0.0]))  # the stream as it comes
             else:
                 raise AssertionError(f'no initialisation is written for parameter {name}')
+
+    def rotation(self, start, T, device):
+        """cos and sin, (2, T, 1, D/2), of RoPE's angles at positions start ... start + T - 1."""
+        half = self.config.head_size // 2
+        frequencies = self.config.rope_base ** -(torch.arange(half, device=device, dtype=torch.float32) / half)
+        angles = torch.arange(start, start + T, device=device).float().view(T, 1, 1) * frequencies
+        return torch.stack((angles.cos(), angles.sin()))
 
     def forward(self, idx, targets=None, cache=None):
         """
@@ -219,19 +387,35 @@ class GPT(nn.Module):
         start = 0 if cache is None else cache.length
         if start + T > self.config.block_size:
             raise ValueError(f'a context of {start + T} tokens is longer than block_size={self.config.block_size}')
-        x = self.transformer.wte(idx) + self.transformer.wpe.weight[start : start + T]  # (B, T, C)
+        x, rotation = self.transformer.wte(idx), None  # (B, T, C)
+        if self.config.pos == 'learned':
+            x = x + self.transformer.wpe.weight[start : start + T]
+        else:
+            rotation = self.rotation(start, T, idx.device)
         x = self.transformer.drop(x)
+        x0 = x.clone() if self.config.residual_lambdas else None  # aliases would be compiled for separately
         for layer, block in enumerate(self.transformer.h):
-            x = block(x) if cache is None else block(x, (cache.k[layer], cache.v[layer], start))
+            past = None if cache is None else (cache.k[layer], cache.v[layer], start)
+            value_embedding = None
+            if self.config.has_value_embedding(layer):
+                value_embedding = self.transformer.vte[str(layer)](idx)
+            x = block(x, past, rotation, value_embedding, x0)
         x = self.transformer.ln_f(x)
         if cache is not None:
             cache.length += T
         if targets is None:
-            return self.lm_head(x[:, -1:]), None
-        logits = self.lm_head(x)
+            return self.logits(x[:, -1:]), None
+        logits = self.logits(x)
         # in fp32: a bf16 log-sum-exp would round the loss itself to three digits
         loss = F.cross_entropy(logits.float().view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-1)
         return logits, loss
+
+    def logits(self, x):
+        """The head, (B, T, C) -> (B, T, V), softly capped if the config says so ("Gemma 2", Team Gemma 2024)."""
+        logits = self.lm_head(x)
+        if self.config.logit_softcap:
+            logits = self.config.logit_softcap * torch.tanh(logits.float() / self.config.logit_softcap)
+        return logits
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
@@ -254,28 +438,37 @@ class GPT(nn.Module):
         return idx
 
     def crop_block_size(self, block_size):
-        """Shorten the context to block_size tokens, forgetting the later positions. The parameter object stays."""
-        if not 1 <= block_size <= self.config.block_size:
+        """
+        Shorten the context to block_size tokens, forgetting the later positions. The parameter object stays. RoPE has
+        no positions to learn or to forget, so with it the context can also grow.
+        """
+        if block_size < 1 or (block_size > self.config.block_size and self.config.pos == 'learned'):
             raise ValueError(f'block_size={block_size}: this model has {self.config.block_size} positions and can only '
                              f'be cropped')
         self.config.block_size = block_size
-        wpe = self.transformer.wpe
-        wpe.weight.data = wpe.weight.data[:block_size].clone()
-        wpe.weight.grad = None
-        wpe.num_embeddings = block_size
+        if self.config.pos == 'learned':
+            wpe = self.transformer.wpe
+            wpe.weight.data = wpe.weight.data[:block_size].clone()
+            wpe.weight.grad = None
+            wpe.num_embeddings = block_size
 
     def get_num_params(self, non_embedding=True):
-        """Number of parameters; without the position embeddings unless told. The tied head's count once."""
+        """Number of parameters; without the position embeddings unless told. A tied head's count once."""
         count = sum(p.numel() for p in self.parameters())
-        return count - self.transformer.wpe.weight.numel() if non_embedding else count
+        return count - self.transformer.wpe.weight.numel() if non_embedding and 'wpe' in self.transformer else count
 
     def flops_per_token(self):
         """
-        FLOPs to train on one token of a full context: 6 N for the matrices and 12 L H D T for attention's two products,
-        forward and backward ("PaLM", Chowdhery et al. 2022, appendix B; nothing off for causality, as is customary).
+        FLOPs to train on one token of a full context: 6 for each parameter that is multiplied with it, which a table
+        that is only looked up is not, and 12 C for each position that a layer sees, attention's two products forward
+        and backward ("PaLM", Chowdhery et al. 2022, appendix B; nothing off for causality, as is customary).
         """
         c = self.config
-        return 6 * self.get_num_params() + 12 * c.n_layer * c.n_embd * c.block_size
+        looked_up = [name for name in ('wpe', 'vte') if name in self.transformer] + ['wte'] * (not c.tie_embeddings)
+        multiplied = self.get_num_params(non_embedding=False) - sum(
+            p.numel() for name in looked_up for p in self.transformer[name].parameters())
+        seen = sum(min(c.window_of(layer) or c.block_size, c.block_size) for layer in range(c.n_layer))
+        return 6 * multiplied + 12 * c.n_embd * seen
 
     def estimate_mfu(self, fwdbwd_per_iter, dt):
         """

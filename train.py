@@ -23,10 +23,11 @@ import os
 import shlex
 import signal
 import sys
+import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
-from dataclasses import asdict
+from dataclasses import asdict, fields
 
 import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -39,7 +40,7 @@ import parallel
 import tokenizer
 from configurator import explain_errors, override
 from generate import generate_texts
-from model import GPT, GPT2_NAMES, GPTConfig
+from model import GPT, GPT2_NAMES, PRESETS, GPTConfig
 
 # each line as it comes, also into a file or a pipe, and whatever the terminal can't show as '?'
 sys.stdout.reconfigure(errors='replace', line_buffering=True)
@@ -68,15 +69,33 @@ gradient_accumulation_steps = 5 * 8  # micro-batches a step, over all processes,
 batch_size = 12  # sequences in a micro-batch: as many as fit in memory; does not change the mathematics
 block_size = 1024  # context length, tokens
 # model
+preset = 'gpt2'  # or 'llama', or 'modern', which learns fastest: settings of model.PRESETS, optim.PRESETS, if not given
 n_layer = 12
 n_head = 12
 n_embd = 768
 dropout = 0.0  # helps where the same text is seen many times: 0.1 to 0.3
 bias = False  # biases in linear layers and LayerNorms
-# AdamW
+mlp = 'gelu'  # 'gelu' (GPT-2's, with tanh), 'gelu_erf' (nanoGPT's), 'swiglu', 'relu2'
+n_kv_head: int | None = None  # heads of keys and values, a divisor of n_head: smaller caches; None: n_head
+norm = 'layernorm'  # or 'rmsnorm'
+pos = 'learned'  # embedded positions, or 'rope': rotated queries and keys
+rope_base = 10000.0  # higher for long contexts
+qk_norm = False  # normalise queries and keys
+tie_embeddings = True  # one matrix for the embedding and the head
+window = 0  # positions that the S layers of window_pattern see; 0: all
+window_pattern = 'S'  # such as 'SSSL', repeated over the layers; the last layer always sees all
+logit_softcap = 0.0  # bound of the logits, 15 to 30; 0: none
+zero_init = False  # projections into the residual stream, and an untied head, start at 0
+residual_lambdas = False  # each block reads a learnt mixture of the stream and the embeddings
+value_embeddings = False  # every other layer adds an embedding of the token to its values
+# optimizer
+optimizer = 'adamw'  # or 'muon': Muon for the matrices of the blocks, AdamW for all else
 learning_rate = 6e-4  # the highest
+muon_lr = 0.02  # muon: of those matrices
+embedding_lr = 0.02  # muon: of embeddings, except one tied to the head
+momentum = 0.95  # muon: reached after 300 steps
 max_iters = 600000  # steps in all
-weight_decay = 1e-1
+weight_decay = 1e-1  # adamw: of matrices and embeddings; muon: of those matrices alone
 beta1 = 0.9
 beta2 = 0.95
 grad_clip = 1.0  # largest norm of the gradient; 0: no clipping
@@ -97,13 +116,24 @@ config = override(globals())
 # ---------------------------------------------------------------------------------------------------------------------
 
 sys.excepthook = explain_errors
+if preset not in PRESETS:
+    raise ValueError(f'preset={preset!r}: expected {" or ".join(map(repr, PRESETS))}')
+from_preset = {key: value for key, value in {**PRESETS[preset], **optim.PRESETS[preset]}.items()
+               if key not in config.given}
+config.update(from_preset)
+globals().update(from_preset)
+if from_preset and os.environ.get('RANK', '0') == '0':
+    print(textwrap.fill(f'preset {preset}: ' + ', '.join(f'{key}={value!r}' for key, value in from_preset.items()), 80,
+                        subsequent_indent='  ', break_on_hyphens=False))
 sources = ('scratch', 'resume', 'auto', *GPT2_NAMES)
 for names, is_valid, expected in (
     (('eval_interval', 'log_interval', 'eval_iters', 'batch_size', 'block_size', 'gradient_accumulation_steps'),
      lambda value: value >= 1, '1 or more'),
     (('total_batch_size', 'max_iters', 'warmup_iters', 'patience', 'sample_tokens', 'learning_rate', 'min_lr',
-      'weight_decay', 'grad_clip'), lambda value: value >= 0, '0 or more'),
-    (('beta1', 'beta2'), lambda value: 0 <= value < 1, 'at least 0 and below 1'),
+      'weight_decay', 'grad_clip', 'muon_lr', 'embedding_lr'), lambda value: value >= 0, '0 or more'),
+    (('optimizer',), lambda value: value in ('adamw', 'muon'), "'adamw' or 'muon'"),
+    (('learning_rate',), lambda value: optimizer == 'adamw' or value > 0, "above 0 with optimizer='muon'"),
+    (('beta1', 'beta2', 'momentum'), lambda value: 0 <= value < 1, 'at least 0 and below 1'),
     (('decay_fraction',), lambda value: 0 < value <= 1, 'above 0 and at most 1'),
     (('lr_schedule',), lambda value: value in ('cosine', 'wsd'), "'cosine' or 'wsd'"),
     (('backend',), lambda value: value in ('auto', 'nccl', 'gloo'), "'auto', 'nccl' or 'gloo'"),
@@ -124,7 +154,7 @@ beside_script = os.path.join(os.path.dirname(os.path.abspath(__file__)), data_di
 if not os.path.isdir(data_dir) and os.path.isdir(beside_script):
     data_dir = beside_script
 ckpt_path = os.path.join(out_dir, 'ckpt.pt')
-architecture = GPTConfig(block_size, 50304, n_layer, n_head, n_embd, dropout, bias)  # checks before the work begins
+architecture = GPTConfig(**{field.name: config[field.name] for field in fields(GPTConfig) if field.name in config})
 state = checkpoint.load(ckpt_path) if init_from == 'resume' else None
 dataloader.prepare_if_missing(data_dir, is_first=world.local_rank == 0)
 meta = dataloader.load_meta(data_dir)
@@ -141,16 +171,29 @@ if init_from == 'auto':
 # the model; a checkpoint decides over its architecture, and a setting that contradicts it is an error
 text_tokenizer = meta['tokenizer']
 torch.manual_seed(seed)
+
+
+def refuse_another(names, source):
+    """ValueError if a setting of the architecture that was given, or is the preset's, contradicts the loaded model."""
+    for name in names:
+        value = getattr(model.config, name)
+        if (name in config.given or name in PRESETS[preset]) and config[name] != value:
+            raise ValueError(f'{name}={config[name]}, but {source} has {name}={value}, and its weights fix that. Leave '
+                             f'it out, or start anew (--init_from=scratch) in another --out_dir')
+
+
+options = [field.name for field in fields(GPTConfig) if field.name not in ('block_size', 'vocab_size', 'dropout')]
 if init_from == 'scratch':
     # GPT-2's 50257 ids are padded to a multiple of 64, which is faster
     architecture.vocab_size = 50304 if meta['vocab_size'] in (None, 50257) else meta['vocab_size']
     model = GPT(architecture)
 elif init_from == 'resume':
     model = checkpoint.model_of(state, ckpt_path, dropout)
-    for name in ('n_layer', 'n_head', 'n_embd', 'bias'):
-        if name in config.given and config[name] != state['model_args'][name]:
-            raise ValueError(f'{name}={config[name]}, but {ckpt_path} has {name}={state["model_args"][name]}: a '
-                             f'resumed run keeps its architecture. Leave it out, or start anew in another --out_dir')
+    refuse_another(options, ckpt_path)
+    saved_optimizer = state.get('config', {}).get('optimizer', 'adamw')
+    if 'optimizer' in state and optimizer != saved_optimizer:
+        raise ValueError(f'optimizer={optimizer!r}, but the state in {ckpt_path} is that of {saved_optimizer!r}; '
+                         f'resume with --optimizer={saved_optimizer} and the rates it had (config.json beside it)')
     saved_tokenizer = state.get('tokenizer')
     if saved_tokenizer and text_tokenizer and saved_tokenizer != text_tokenizer:
         raise ValueError(f'{ckpt_path} was trained with another tokenizer ({saved_tokenizer["kind"]}, vocab_size '
@@ -163,6 +206,8 @@ elif init_from == 'resume':
                          f'{meta["vocab_size"]}; resume on the dataset it was trained with (--dataset)')
 else:
     model = GPT.from_pretrained(init_from, {'dropout': dropout})
+    # the sizes and biases that a nanoGPT user's settings may hold for training from scratch are passed over, as there
+    refuse_another([name for name in options if name not in ('n_layer', 'n_head', 'n_embd', 'bias')], init_from)
     if meta['vocab_size'] not in (None, model.config.vocab_size):
         raise ValueError(f'{data_dir} was prepared for a vocabulary of {meta["vocab_size"]}, {init_from} has '
                          f'{model.config.vocab_size}; prepare the text with its tokenizer (--tokenizer=gpt2)')
@@ -170,19 +215,26 @@ if text_tokenizer is None and model.config.vocab_size >= 50257:
     text_tokenizer = {'kind': 'tiktoken', 'name': 'gpt2'}  # as nanoGPT takes a dataset without meta.pkl
 if init_from != 'scratch' and 'block_size' not in config.given:
     block_size = model.config.block_size
-if block_size > model.config.block_size:
+if block_size > model.config.block_size and model.config.pos == 'learned':
     raise ValueError(f'block_size={block_size} is above the {model.config.block_size} positions of the model in '
                      f'{ckpt_path if init_from == "resume" else init_from}; use --block_size={model.config.block_size} '
                      f'or less')
 model.to(device)
-optimizer = optim.adamw(model, weight_decay, learning_rate, (beta1, beta2))
+dtype, dtype_reason = parallel.choose_dtype(dtype, device)
+if optimizer == 'muon':
+    ns_dtype = torch.bfloat16 if dtype == 'bfloat16' else torch.float32
+    opt = optim.muon(model, weight_decay, learning_rate, muon_lr, embedding_lr, (beta1, beta2), momentum, ns_dtype,
+                     world)
+else:
+    opt = optim.adamw(model, weight_decay, learning_rate, (beta1, beta2))
 if state is not None and 'optimizer' in state:
-    optim.load_optimizer(optimizer, state['optimizer'])
-if block_size < model.config.block_size:  # crop the position embeddings, and what the optimizer remembers of them
-    world.print(f'the context is cropped from {model.config.block_size} to {block_size} tokens')
+    optim.load_optimizer(opt, state['optimizer'])
+if block_size != model.config.block_size:
+    world.print(f'the context is changed from {model.config.block_size} to {block_size} tokens')
     model.crop_block_size(block_size)
-    moments = optimizer.state[model.transformer.wpe.weight]
-    moments.update({name: m[:block_size].clone() for name, m in moments.items() if m.dim() == 2})
+    if model.config.pos == 'learned':  # crop what the optimizer remembers of the position embeddings, too
+        moments = opt.state[model.transformer.wpe.weight]
+        moments.update({name: m[:block_size].clone() for name, m in moments.items() if m.dim() == 2})
 
 # how the tokens of a step are cut: sequences -> processes -> micro-batches
 total_batch_size = total_batch_size or gradient_accumulation_steps * batch_size * block_size
@@ -201,7 +253,6 @@ micro_steps = per_process // batch_size
 tokens = {split: dataloader.open_tokens(data_dir, split, meta, block_size) for split in ('train', 'val')}
 
 # precision, compilation
-dtype, dtype_reason = parallel.choose_dtype(dtype, device)
 flops = model.flops_per_token() * total_batch_size * (0 if eval_only else max_iters)
 compile, compile_reason = parallel.choose_compile(compile, device, flops / world.size)
 if device.type == 'cpu':
@@ -306,7 +357,7 @@ def save_checkpoint(is_best):
     if not world.is_main:
         saved_iter = iter_num
         return True
-    state = {'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'model_args': asdict(model.config),
+    state = {'model': model.state_dict(), 'optimizer': opt.state_dict(), 'model_args': asdict(model.config),
              'iter_num': iter_num, 'best_val_loss': best_val_loss, 'config': dict(config), 'tokenizer': text_tokenizer,
              'scaler': scaler.state_dict(), 'evals_since_best': evals_since_best, 'train_time': train_time}
     try:
@@ -324,8 +375,9 @@ def stop_not_finite(what):
     """End the run, with the last good checkpoint as it is."""
     where = f'{ckpt_path} is of step {saved_iter}' if saved_iter else 'there is no checkpoint yet'
     lr = learning_rate_at(iter_num)
+    rates = '--muon_lr and --learning_rate' if optimizer == 'muon' else '--learning_rate'
     raise SystemExit(f'step {iter_num}: {what} (learning rate {lr:.3g}). Stopped before the update; {where}. Try a '
-                     f'lower --learning_rate, a longer warmup, or --dtype=float32')
+                     f'lower {rates}, a longer warmup, or --dtype=float32')
 
 
 def log(**record):
@@ -375,7 +427,7 @@ if compile:
               file=sys.stderr)
         torch.compiler.set_stance('force_eager')
         step_model = model
-    optimizer.zero_grad(set_to_none=True)
+    opt.zero_grad(set_to_none=True)
 if world.size > 1:
     step_model = DDP(step_model, device_ids=[device.index] if device.type == 'cuda' else None)
 
@@ -434,8 +486,8 @@ while True:
     # one step: forward and backward over the micro-batches, the gradient of their mean loss adding up in .grad
     torch.manual_seed(seed + 1_000_003 * (iter_num + 1) + world.rank)  # dropout too depends on (seed, step) alone
     lr = learning_rate_at(iter_num)
-    for group in optimizer.param_groups:
-        group['lr'] = lr
+    for group in opt.param_groups:
+        group['lr'] = lr * group['lr_scale']
     micro_batches, next_batch = next_batch.result(), prefetch.submit(get_batch, iter_num + 1)
     loss_sum = torch.zeros((), device=device)
     for micro_step, (x, y) in enumerate(micro_batches):
@@ -445,7 +497,7 @@ while True:
             loss = step_model(x, y)[1] / micro_steps
         loss_sum += loss.detach()
         scaler.scale(loss).backward()
-    scaler.unscale_(optimizer)
+    scaler.unscale_(opt)
     grads = [p.grad for p in model.parameters()]
     norm = torch.nn.utils.get_total_norm(grads).item()
     if grad_clip and norm > grad_clip:
@@ -455,9 +507,9 @@ while True:
     loss_mean, stop_requests = world.sum([loss_sum.item() / world.size, stop_signal is not None])
     if not math.isfinite(loss_mean) or (not math.isfinite(norm) and not scaler.is_enabled()):
         stop_not_finite(f'loss is {loss_mean}, norm of the gradient {norm}')
-    scaler.step(optimizer)
+    scaler.step(opt)
     scaler.update()
-    optimizer.zero_grad(set_to_none=True)
+    opt.zero_grad(set_to_none=True)
     iter_num += 1
     bar.update()
 

@@ -242,7 +242,7 @@ def test_model_of():
             ({'model_args': {**args, 'n_layer': 1}}, 'transformer.h.1.ln_1.weight is unknown'),
             ({'model_args': {**args, 'vocab_size': 20}}, 'shape (16, 8), expected (20, 8)'),
             ({'model_args': {k: v for k, v in args.items() if k != 'n_head'}}, 'model_args lacks n_head'),
-            ({'model_args': {**args, 'n_kv_head': 1}}, 'model_args has n_kv_head')):
+            ({'model_args': {**args, 'n_expert': 8}}, 'model_args has n_expert')):
         with pytest.raises(ValueError) as error:
             checkpoint.model_of({'model': weights, 'model_args': args, **changes}, 'x.pt', dropout=0.0)
         assert str(error.value).startswith('x.pt holds no model') and said in str(error.value)

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import optim
-from model import GPT, GPTConfig
+from model import GPT, PRESETS, GPTConfig
+from parallel import World
 
 
 @pytest.fixture
@@ -104,6 +105,180 @@ def test_load_optimizer_of_another_model(gpt):
     with pytest.raises(ValueError, match='another set of parameters'):
         optim.load_optimizer(optim.adamw(gpt, 0.1, 1e-3, (0.9, 0.95)),
                              optim.adamw(other, 0.1, 1e-3, (0.9, 0.95)).state_dict())
+
+
+# Muon -----------------------------------------------------------------------------------------------------------------
+
+ALONE = World(0, 0, 1)
+
+
+def modern(**changes):
+    """A model with a kind of everything, all of its weights away from 0."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**{**PRESETS['modern'], 'block_size': 8, 'vocab_size': 10, 'n_layer': 2, 'n_head': 4,
+                             'n_kv_head': 2, 'n_embd': 16, 'mlp': 'swiglu', 'value_embeddings': True,
+                             'residual_lambdas': True, **changes}))
+    for p in model.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    return model
+
+
+def muon(model, weight_decay=0.0, dtype=torch.float32, momentum=0.85, world=ALONE):
+    return optim.muon(model, weight_decay, 1e-3, 2e-2, 5e-3, (0.9, 0.95), momentum, dtype, world)
+
+
+def set_rates(optimizer, lr):
+    """As train.py does before a step."""
+    for group in optimizer.param_groups:
+        group['lr'] = lr * group['lr_scale']
+
+
+@pytest.mark.parametrize('shape', [(3, 8, 8), (2, 6, 20), (1, 1, 5), (4, 16, 16)])
+def test_orthogonalize_against_the_svd(shape):
+    """The singular vectors stay, and a singular value becomes what five quintics make of it."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 37
+    u, s, vt = torch.linalg.svd(x, full_matrices=False)
+    got = optim.orthogonalize(x, torch.float64)
+    expected = s / s.square().sum(-1, keepdim=True).sqrt()
+    for _ in range(5):
+        expected = 3.4445 * expected - 4.775 * expected**3 + 2.0315 * expected**5
+    torch.testing.assert_close(u.mT @ got @ vt.mT, torch.diag_embed(expected), atol=1e-9, rtol=0)
+    kept = expected[s > 0.01 * s.norm(dim=-1, keepdim=True)]
+    assert 0.65 < kept.min() and kept.max() < 1.25
+
+
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
+def test_orthogonalize_in_less_than_float64(dtype, tolerance):
+    x = torch.randn(5, 32, 48, generator=torch.Generator().manual_seed(1)) * 1e-4
+    got = optim.orthogonalize(x, dtype)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.double(), optim.orthogonalize(x.double(), torch.float64), atol=tolerance, rtol=0)
+    assert torch.equal(optim.orthogonalize(torch.zeros(2, 3, 4), dtype), torch.zeros(2, 3, 4, dtype=dtype))
+
+
+def test_what_muon_updates():
+    """Matrices of the blocks, in the parts that are meant; every other parameter is in one group of AdamW's."""
+    for tied in (False, True):
+        model = modern(tie_embeddings=tied, pos='learned')
+        names = {id(p): name for name, p in model.named_parameters()}
+        matrices, tables, rest = muon(model, 0.3).param_groups
+        parts = {names[id(p)]: rows for p, rows in zip(matrices['params'], matrices['parts'], strict=True)}
+        assert parts == {f'transformer.h.{i}.{name}.weight': rows for i in range(2) for name, rows in (
+            ('attn.c_attn', [16, 8, 8]), ('attn.c_proj', [16]), ('mlp.c_fc', [64, 64]), ('mlp.c_proj', [16]))}
+        assert [names[id(p)] for p in tables['params']] == [
+            *(['transformer.wte.weight'] if not tied else []), 'transformer.wpe.weight', 'transformer.vte.1.weight']
+        heads = {'transformer.wte.weight'} if tied else {'lm_head.weight'}
+        assert heads < {names[id(p)] for p in rest['params']}
+        assert sorted(names.values()) == sorted(names[id(p)] for g in (matrices, tables, rest) for p in g['params'])
+        assert [g['weight_decay'] for g in (matrices, tables, rest)] == [0.3, 0.0, 0.0]
+        assert [g['lr_scale'] for g in (matrices, tables, rest)] == pytest.approx([20.0, 5.0, 1.0])
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, 'Muon'), reason='torch before 2.9 has no Muon')
+def test_updates_are_torchs():
+    """Each matrix, q, k, v, gate and up for themselves, as by torch.optim.Muon; all else as by torch.optim.AdamW."""
+    model = modern()
+    ours = muon(model, weight_decay=0.1, dtype=torch.bfloat16)
+    matrices, tables, rest = ours.param_groups
+    copies = {p: [part.detach().clone().requires_grad_() for part in p.split(rows)]
+              for p, rows in zip(matrices['params'], matrices['parts'], strict=True)}
+    copies |= {p: [p.detach().clone().requires_grad_()] for p in tables['params'] + rest['params']}
+
+    def of(group):
+        return [copy for p in group['params'] for copy in copies[p]]
+
+    theirs = [torch.optim.Muon(of(matrices), weight_decay=0.1, momentum=0.85),
+              torch.optim.AdamW([{'params': of(tables)}, {'params': of(rest)}], betas=(0.9, 0.95), weight_decay=0.0)]
+    start = {p: p.detach().clone() for p in copies}
+    for step in range(3):
+        lr = 1e-3 / (step + 1)
+        for p, parts in copies.items():
+            for part in parts:  # far from singular, or bf16's rounding would decide over the weakest directions
+                part.grad = torch.randn_like(part)
+                if part.dim() == 2:
+                    u, s, vt = torch.linalg.svd(part.grad, full_matrices=False)
+                    part.grad = u @ torch.diag(torch.linspace(2, 1, len(s))) @ vt
+            p.grad = torch.cat([part.grad for part in parts])
+        set_rates(ours, lr)
+        theirs[0].param_groups[0]['lr'] = 20 * lr
+        theirs[1].param_groups[0]['lr'], theirs[1].param_groups[1]['lr'] = 5 * lr, lr
+        for optimizer in (ours, *theirs):
+            optimizer.step()
+    for p, parts in copies.items():
+        step_size = (p - start[p]).abs().max()
+        assert step_size > 1e-3
+        tolerance = 0.05 if id(p) in map(id, matrices['params']) else 1e-4  # of bf16 and of fp32
+        torch.testing.assert_close(p.detach(), torch.cat(parts).detach(), atol=tolerance * step_size.item(), rtol=0)
+
+
+def test_momentum_by_hand():
+    assert [optim.momentum_at(step, 0.95) for step in (0, 150, 300, 9999)] == pytest.approx([0.85, 0.9, 0.95, 0.95])
+    assert [optim.momentum_at(step, 0.5) for step in (0, 150, 300)] == [0.5] * 3
+    model = modern()
+    optimizer = muon(model, momentum=0.95)
+    p = optimizer.param_groups[0]['params'][0]
+    expected = torch.zeros_like(p)
+    for step in range(3):
+        backward(model, seed=step)
+        m = 0.85 + step / 3000
+        expected = m * expected + (1 - m) * p.grad
+        optimizer.step()
+        torch.testing.assert_close(optimizer.state[p]['momentum_buffer'], expected)
+        assert p.grad is None and optimizer.state[p]['step'] == step + 1
+
+
+def test_muon_goes_on_where_it_was():
+    """Through a checkpoint, bit for bit; the rates are those of the new settings."""
+    models = [modern(), modern()]
+    whole, half = map(muon, models)
+    for step in range(4):
+        if step == 2:
+            saved = copy.deepcopy(half.state_dict())
+            half = muon(models[1], weight_decay=0.0)
+            optim.load_optimizer(half, saved)
+        for model, optimizer in zip(models, (whole, half), strict=True):
+            backward(model, seed=step)
+            set_rates(optimizer, 1e-3)
+            optimizer.step()
+    for p, q in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(p, q)
+    with pytest.raises(ValueError, match='another set of parameters'):
+        optim.load_optimizer(muon(models[0]), optim.adamw(models[1], 0.1, 1e-3, (0.9, 0.95)).state_dict())
+
+
+def test_muon_leaves_overflowing_steps_out():
+    """With float16's gradient scaler: a gradient that is infinite anywhere changes nothing."""
+    model = modern()
+    optimizer, scaler = muon(model), torch.amp.GradScaler('cpu', init_scale=4.0)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for infinite in (True, False):
+        backward(model)
+        for p in model.parameters():
+            p.grad *= 4
+        if infinite:
+            model.lm_head.weight.grad[0, 0] = torch.inf
+        scaler.scale(torch.ones(()))
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update(4.0)
+        same = [torch.equal(p, before[name]) for name, p in model.named_parameters()]
+        assert all(same) if infinite else not any(same)
+
+
+def test_frozen_matrices_stay_out_of_muon():
+    model = modern()
+    for name, p in model.named_parameters():
+        p.requires_grad_('h.1.' not in name)
+    optimizer = muon(model)
+    before = model.transformer.h[1].attn.c_attn.weight.detach().clone()
+    backward(model)
+    optimizer.step()
+    assert len(optimizer.param_groups[0]['params']) == 4
+    assert torch.equal(model.transformer.h[1].attn.c_attn.weight, before)
+
+
+def test_presets_are_of_architectures():
+    assert set(optim.PRESETS) == set(PRESETS)
 
 
 # schedules ------------------------------------------------------------------------------------------------------------

@@ -131,6 +131,10 @@ CASES = {
     'float16': {'dropout': 0.1, 'dtype': 'float16'},  # with a gradient scaler, whose state is part of the run
     'two threads': {'dropout': 0.1},
     'wsd': {'lr_schedule': 'wsd', 'grad_clip': 0.0, 'always_save_checkpoint': False},
+    'muon': {'preset': 'modern', 'dropout': 0.1, 'weight_decay': 0.1, 'dtype': 'bfloat16'},
+    'muon, float16, all options': {
+        'preset': 'modern', 'dtype': 'float16', 'n_kv_head': 1, 'mlp': 'swiglu', 'window': 5, 'n_layer': 3,
+        'residual_lambdas': True, 'value_embeddings': True, 'weight_decay': 0.1},
 }
 
 
@@ -158,6 +162,20 @@ def test_resume_is_exact_with_two_processes(folder):
     folder.train_two(out_dir='half', **changes, init_from='resume')
     same_state(folder.checkpoint('half'), folder.checkpoint('whole'))
     assert [line['step'] for line in folder.log('half')] == [line['step'] for line in folder.log('whole')]
+
+
+def test_muon_with_two_processes(folder):
+    """They share the matrices, an odd number of some shapes: the weights of one process, and an exact resume."""
+    changes = {'preset': 'modern', 'n_layer': 3, 'weight_decay': 0.1}
+    folder.train_two(out_dir='bf16', **changes, dtype='bfloat16', max_iters=2)
+    folder.train(out_dir='one', **changes).ok()
+    folder.train_two(out_dir='two', **changes)
+    close_state(folder.checkpoint('two'), folder.checkpoint('one'), tolerance=2e-3)
+    losses_of = [[line['loss'] for line in folder.log(out_dir) if 'loss' in line] for out_dir in ('one', 'two')]
+    assert losses_of[0] == pytest.approx(losses_of[1], abs=1e-3)
+    folder.train_two(out_dir='half', **changes, max_iters=10)
+    folder.train_two(out_dir='half', **changes, init_from='resume')
+    same_state(folder.checkpoint('half'), folder.checkpoint('two'))
 
 
 def test_dropout_of_processes_differs(folder):
@@ -487,6 +505,11 @@ def test_wandb_offline(folder):
     ({'dataset': 'novel'}, ['no dataset in data/novel', 'Datasets here: tiny', 'prepare.py --input=FILE --name=novel']),
     ({'backend': 'foo'}, ["backend='foo': expected 'auto', 'nccl' or 'gloo'"]),
     ({'lr_schedule': 'linear'}, ["lr_schedule='linear': expected 'cosine' or 'wsd'"]),
+    ({'preset': 'gpt3'}, ["preset='gpt3': expected 'gpt2' or 'llama' or 'modern'"]),
+    ({'optimizer': 'sgd'}, ["optimizer='sgd': expected 'adamw' or 'muon'"]), ({'momentum': 1.0}, ['momentum=1.0']),
+    ({'optimizer': 'muon', 'learning_rate': 0.0}, ["learning_rate=0.0: expected above 0 with optimizer='muon'"]),
+    ({'muon_lr': -1.0}, ['muon_lr=-1.0']), ({'n_kv_head': 3}, ['n_kv_head=3: expected a divisor of n_head=2: 1, 2']),
+    ({'window_pattern': 'long'}, ["window_pattern='long'"]), ({'pos': 'sine'}, ["pos='sine': expected 'learned' or"]),
     ({'lr_decay_iters': 1}, ['lr_decay_iters=1: expected at least warmup_iters=2']),
     ({'dtype': 'float8'}, ["dtype='float8': expected 'auto', 'float32', 'bfloat16', 'float16'"]),
     ({'device': 'gpu'}, ["device='gpu' is no device"]), ({'compile': 'maybe'}, ["compile='maybe'"]),
@@ -539,6 +562,51 @@ def test_architecture_of_a_resumed_run(trained):
     left_out = {'n_layer': None, 'n_head': None, 'n_embd': None, 'block_size': None}  # then the checkpoint's apply
     trained.train(init_from='resume', max_iters=22, **left_out).ok()
     assert trained.checkpoint()['model_args']['n_layer'] == 2 and trained.checkpoint()['iter_num'] == 22
+
+
+def test_preset(folder):
+    """It sets what is not set, in whatever order; and a run of it is resumed, lengthened, and sampled from as any."""
+    (folder.path / 'config.py').write_text("qk_norm = False\npreset = 'modern'\n")
+    folder.train('config.py', logit_softcap=7, lr_decay_iters=None).ok()
+    config, args = json.loads((folder.path / 'out' / 'config.json').read_text()), folder.checkpoint()['model_args']
+    assert {**config, **args} == config | {'vocab_size': len(CHARS)}
+    assert (args['pos'], args['norm'], args['mlp'], args['tie_embeddings']) == ('rope', 'rmsnorm', 'relu2', False)
+    assert (args['qk_norm'], args['logit_softcap']) == (False, 7.0)  # given in the file, on the command line
+    assert (config['optimizer'], config['learning_rate'], config['lr_schedule']) == ('muon', 1e-2, 'wsd')
+    resume = {'init_from': 'resume', 'max_iters': 22}
+    folder.train('config.py', pos='learned', **resume).refused(
+        'pos=learned, but out/ckpt.pt has pos=rope, and its weights fix that. Leave it out')
+    folder.train(preset='modern', **resume).refused('qk_norm=True, but out/ckpt.pt has qk_norm=False')
+    folder.train(**resume).refused(
+        "optimizer='adamw', but the state in out/ckpt.pt is that of 'muon'", '--optimizer=muon')
+    run = folder.train(optimizer='muon', block_size=32, **resume).ok()  # the architecture is the checkpoint's
+    assert 'the context is changed from 16 to 32 tokens' in run.out and list(losses(run)[0]) == [20, 21]
+    assert folder.checkpoint()['model_args'] == {**args, 'block_size': 32}
+    assert len(folder.sample(num_samples=1, max_new_tokens=50).ok().out) > 50  # past the end of the context
+
+
+def test_options_of_pretrained_weights(folder):
+    """Weights fix the architecture: finetuning takes the optimizer that is asked for, and no other architecture."""
+    transformers = pytest.importorskip('transformers')
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=len(CHARS), n_positions=16, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0,
+    )).save_pretrained(folder.path / 'hf')
+    folder.train(init_from='hf', pos='rope').refused('pos=rope, but hf has pos=learned', 'Leave it out')
+    folder.train(init_from='hf', preset='llama').refused('but hf has')
+    run = folder.train(init_from='hf', optimizer='muon', max_iters=10).ok()  # n_layer=2, of the settings, passed over
+    _, evals = losses(run)
+    assert evals[10][1] < evals[0][1] - 0.3 and folder.checkpoint()['model_args']['n_layer'] == 1
+
+
+def test_modern_learns(folder):
+    """What the preset is for: in the same steps a lower loss than GPT-2's architecture and AdamW reach."""
+    sizes = {'max_iters': 100, 'eval_interval': 100, 'n_embd': 32, 'lr_decay_iters': 100, 'log_interval': 100}
+    found = {}
+    for preset in ('gpt2', 'modern'):
+        given = {'learning_rate': None, 'warmup_iters': None, 'min_lr': None} if preset == 'modern' else {}
+        run = folder.train(out_dir=preset, preset=preset, **sizes, **given).ok()
+        found[preset] = losses(run)[1][100][1]
+    assert found['modern'] < found['gpt2'] - 0.2
 
 
 def test_smaller_block_size_crops(trained):

@@ -21,7 +21,7 @@ import torch
 
 import dataloader
 import tokenizer
-from corpus import lock_folder, sync_folder, write_synced
+from files import lock_folder, replace_file, sync_folder
 from model import GPT, GPTConfig
 
 VERSION = 1  # of the layout described above; a file without the key is nanoGPT's
@@ -94,18 +94,12 @@ def open_folder(out_dir, settings, iter_num, version):
             call_best(os.path.join(out_dir, 'ckpt.pt'))
             sync_folder(out_dir)
         keep_log_until(out_dir, iter_num)
-        replace_text(os.path.join(out_dir, 'config.json'), json.dumps(settings, indent=2))
+        replace_file(os.path.join(out_dir, 'config.json'), json.dumps(settings, indent=2).encode())
     except OSError as error:
         moved = f'; the earlier run in it is in {moved_to} now' if moved_to else ''
         raise ValueError(f'out_dir={out_dir!r} can not be written: {error}{moved}; free some space, or choose another '
                          f'with --out_dir') from error
     return moved_to
-
-
-def replace_text(path, text):
-    """Write a file anew; whenever the power fails, it is the old one or the new one."""
-    write_synced(f'{path}.tmp', text.encode())
-    os.replace(f'{path}.tmp', path)
 
 
 def load(path):
@@ -221,4 +215,4 @@ def keep_log_until(out_dir, iter_num):
             was_saved = 'val_loss' in record and iter_num > 0
             if record['step'] < iter_num + was_saved:
                 kept.append(line)
-    replace_text(path, ''.join(kept))
+    replace_file(path, ''.join(kept).encode())

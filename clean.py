@@ -32,27 +32,24 @@ for --exact, 2 kB each for --near=0.8. Each process takes 50 to 150 MB.
 
 import argparse
 import collections
-import concurrent.futures
 import contextlib
-import errno
+import functools
 import hashlib
 import json
-import multiprocessing
 import os
 import re
-import signal
-import threading
 import time
 import unicodedata
 import zlib
-from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 from tqdm import tqdm
 
 import bpe
 import corpus
+import files
 import tokenizer as tokenizers
+from workers import Workers, core_count
 
 BATCH_CHARS = 1 << 19  # one task of a worker: large beside the cost of handing it over, small in memory
 EXAMPLES = 3           # of removed documents, per rule
@@ -235,6 +232,7 @@ def digest(text: str) -> bytes:
 HASHES = 112
 SHINGLE_WORDS = 5
 FOUND = 0.9  # chance, at least, that two documents exactly as similar as the threshold meet in a bucket
+BUCKET_SIZE = 100  # documents, of those in one bucket, that a new one is compared with: the first ones
 # Scripts without spaces between words (Thai, Lao, Burmese, Khmer, Japanese, Chinese): every character is a word.
 SPACELESS = '\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff'
 WORD = re.compile(rf'[{SPACELESS}]|[^\W{SPACELESS}]+')
@@ -291,6 +289,10 @@ class NearDuplicates:
     gives FineWeb's 14 buckets of 8. Only kept documents are in the table. So every removed document resembles one that
     stays, which joining pairs to chains would not promise: their ends can be unlike.
 
+    Time per document: one comparison of arrays with at most BUCKET_SIZE documents of each of its buckets. A bucket of
+    more holds what pages of one template have in common, and the document that it does not list is met in its others;
+    without that bound, n pages just below the threshold would take n * n comparisons.
+
     Memory per kept document: its signature, 0.5 kB, and 0.11 kB per bucket, so 2 kB at 0.8, 4.6 kB at 0.5.
     """
 
@@ -300,25 +302,37 @@ class NearDuplicates:
                         if 1 - (1 - threshold**rows)**(HASHES // rows) >= FOUND)
         self.bands = HASHES // self.rows
         self.factors = FACTORS[SHINGLE_WORDS:][:self.bands * self.rows].reshape(self.bands, self.rows)
-        self.numbers, self.signatures, self.buckets = [], [], {}
+        self.numbers, self.buckets = [], {}
+        self.signatures = np.empty((1024, HASHES), dtype=np.uint32)  # one per number, and room for more
 
     def find(self, new: np.ndarray, number: int) -> tuple[int, float] | None:
-        """The number of the first kept document that is at least `threshold` like the new one, and how much it is.
+        """The number of the first of them that is at least `threshold` like the new one, and how much it is.
 
         None when there is none; then the new document, a signature and its number, is kept.
         """
         # a bucket's key: 64 bits of its numbers, mixed with factors of its own
         keys = (new[:self.factors.size].reshape(self.factors.shape) * self.factors).sum(axis=1).tolist()
-        for i in sorted({i for key in keys for i in self.buckets.get(key, ())}):
-            similarity = float(np.mean(np.frombuffer(self.signatures[i], dtype=new.dtype) == new))
-            if similarity >= self.threshold:
-                return self.numbers[i], similarity
+        candidates = self.candidates(keys)
+        alike = np.mean(self.signatures[candidates] == new, axis=1)
+        if (alike >= self.threshold).any():
+            first = int(np.argmax(alike >= self.threshold))
+            return self.numbers[candidates[first]], float(alike[first])
+        if len(self.numbers) == len(self.signatures):  # by an eighth: the room for more costs little memory
+            self.signatures.resize((len(self.signatures) * 9 // 8, HASHES), refcheck=False)
+        self.signatures[len(self.numbers)] = new
         alone = (len(self.numbers),)  # one tuple for all buckets in which it is the first
         for key in keys:
-            self.buckets[key] = self.buckets[key] + alone if key in self.buckets else alone
+            bucket = self.buckets.get(key)
+            if bucket is None:
+                self.buckets[key] = alone
+            elif len(bucket) < BUCKET_SIZE:
+                self.buckets[key] = bucket + alone
         self.numbers.append(number)
-        self.signatures.append(new.tobytes())
         return None
+
+    def candidates(self, keys) -> list[int]:
+        """The kept documents in the buckets with these keys, as indices, the earliest first."""
+        return sorted({i for key in keys for i in self.buckets.get(key, ())})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -334,29 +348,6 @@ Finding = collections.namedtuple('Finding', 'text rule why digest signature')
 models = {}  # of this process: loaded at the first document that needs them
 
 
-def submit(pool, *task):
-    """pool.submit, which starts a worker when there are too few."""
-    if os.name != 'posix':
-        return pool.submit(*task)
-    # Ctrl-C reaches all processes, and the main one is to end the others. Held back here, it is held back for good in
-    # a process that starts now; in this one it comes as soon as the task is handed in.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-    try:
-        return pool.submit(*task)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def start_worker():
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Windows, where `submit` cannot hold it back
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def end_with_parent():
-    multiprocessing.parent_process().join()
-    os._exit(1)  # the main process was killed: nothing else would end this one
-
-
 def examine(texts: list[str], steps: Steps) -> list[Finding]:
     """What the steps find out about each text alone."""
     if steps.language and 'identifier' not in models:
@@ -364,6 +355,11 @@ def examine(texts: list[str], steps: Steps) -> list[Finding]:
     if steps.near is not None and 'minhash' not in models:
         models['minhash'] = load_minhash()
     return [examine_one(text, steps) for text in texts]
+
+
+def examine_batch(batch, steps):
+    """examine() of a batch of (number, text)."""
+    return examine([text for _, text in batch], steps)
 
 
 def examine_one(text, steps):
@@ -389,27 +385,13 @@ def examine_one(text, steps):
 
 def in_order(batches, steps, num_proc):
     """Yield (batch, its findings) for every batch of (number, text), in order, made by num_proc processes."""
+    work = functools.partial(examine_batch, steps=steps)
     if num_proc == 1:
         for batch in batches:
-            yield batch, examine([text for _, text in batch], steps)
+            yield batch, work(batch)
         return
-    # spawn: the same on every system, and safe beside the threads that read Parquet files
-    pool = concurrent.futures.ProcessPoolExecutor(num_proc, multiprocessing.get_context('spawn'), start_worker)
-    waiting = collections.deque()
-    try:
-        for batch in batches:
-            waiting.append((batch, submit(pool, examine, [text for _, text in batch], steps)))
-            if len(waiting) > 2 * num_proc:  # so many in memory and no more
-                batch, future = waiting.popleft()
-                yield batch, future.result()
-        while waiting:
-            batch, future = waiting.popleft()
-            yield batch, future.result()
-    except BrokenProcessPool:
-        raise ValueError('a worker process was ended from outside, perhaps because memory ran out; '
-                         'try again with fewer: --num_proc=1') from None
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with Workers(num_proc) as workers:
+        yield from workers.map(work, batches)
 
 
 def excerpt(text):
@@ -475,27 +457,26 @@ def clean_to(out, report_path, path, steps: Steps, **options) -> dict:
     Only a crash in the instant between the two renames leaves the new report beside the old documents.
     """
     folder = os.path.dirname(os.path.abspath(out))
-    temporary = {final: os.path.join(os.path.dirname(final), f'.{os.path.basename(final)}.tmp')
-                 for final in (report_path, out)}
-    lock = corpus.lock_folder(folder, 'cleaning a corpus into')
+    temporary = os.path.join(folder, f'.{os.path.basename(out)}.tmp')
+    lock = files.lock_folder(folder, 'cleaning a corpus into')
     try:
-        with open(temporary[out], 'wb') as file:
+        with open(temporary, 'wb') as file:
             report = clean(path, file, steps, **options)
             file.flush()
             os.fsync(file.fileno())
-        corpus.write_synced(temporary[report_path], (json.dumps(report, indent=1, ensure_ascii=False) + '\n').encode())
-        for final, name in temporary.items():  # the documents come last: whoever finds them finds their report
-            os.replace(name, final)
-            corpus.sync_folder(os.path.dirname(os.path.abspath(final)))
+        # the documents come last: whoever finds them finds their report
+        files.replace_file(report_path, (json.dumps(report, indent=1, ensure_ascii=False) + '\n').encode())
+        os.replace(temporary, out)
+        files.sync_folder(folder)
         return report
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno in files.NO_ROOM:
             raise ValueError(f'{folder} has no room for {os.path.basename(out)} ({error.strerror}); it takes about as '
                              f'much as the text of the input. Nothing was changed; free some space, or write to '
                              f'another disk: --out=FILE') from None
         raise
     finally:
-        corpus.remove(temporary.values())
+        files.remove([temporary])
         if lock is not None:
             os.close(lock)
 
@@ -547,13 +528,10 @@ def main():
     parser.add_argument('--gopher_skip', type=names, default=(), help='rules to leave out: stop_words,hashes')
     parser.add_argument('--exact', action='store_true', help='drop copies')
     parser.add_argument('--near', type=float, nargs='?', const=0.8, help='drop documents this similar (0.8)')
-    parser.add_argument('--num_proc', type=int, default=None, help='processes (one per core)')
+    parser.add_argument('--num_proc', type=corpus.positive, default=core_count(), help='processes (one per core)')
     args = parser.parse_args()
 
     started = time.time()
-    num_proc = bpe.core_count() if args.num_proc is None else args.num_proc
-    if num_proc < 1:
-        raise ValueError(f'--num_proc is {num_proc}; expected 1 or more')
     if not (args.normalize or args.language or args.gopher or args.exact or args.near is not None):
         raise ValueError('there is no step to do; expected one or more of --normalize, --language=en, --gopher, '
                          '--exact, --near=0.8 (--help says what they are)')
@@ -580,7 +558,7 @@ def main():
     if skipped:
         print(f'{len(files):,} files; {skipped:,} more were left out because their suffix is not that of a text file')
 
-    report = clean_to(args.out, report_path, args.input, steps, text_key=args.text_key, num_proc=num_proc)
+    report = clean_to(args.out, report_path, args.input, steps, text_key=args.text_key, num_proc=args.num_proc)
     print_report(report)
     print(f'wrote  {args.out} and {report_path} in {time.time() - started:.1f} s')
     print(f'next:  python data/text/prepare.py --input={args.out}')

@@ -6,8 +6,9 @@
     make_tokenizer(name, ...)         a vocabulary by name, from a file, or trained on the training text
     write_dataset(out_dir, ...)       train.bin, val.bin and meta.json, all of them or none
 
-All of it streams: memory stays below a few hundred MB however large the input is. An interrupted preparation goes on
-where it was when the same command is run again.
+All of it streams: however large the input is, memory stays below a few hundred MB, apart from the longest document. (A
+single text counts as one document where its tokenizer has a split pattern of one's own.) An interrupted preparation
+goes on where it was when the same command is run again.
 
 A .bin file is nothing but token ids, little-endian uint16 (uint32 when the vocabulary has more than 65,536 ids), so
 `np.memmap(path, dtype='<u2')` reads it. What is longer than a shard goes on in train-00001.bin, train-00002.bin, ...
@@ -16,7 +17,6 @@ meta.json says the rest: dtype, vocabulary size, counts, the files in their orde
 
 import argparse
 import csv
-import errno
 import hashlib
 import itertools
 import json
@@ -26,12 +26,14 @@ import shutil
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from operator import itemgetter
 
 import numpy as np
 from tqdm import tqdm
 
 import tokenizer as tokenizers
 from bpe import batches
+from files import NO_ROOM, Busy, lock_folder, remove, replace_file, sync_folder, write_synced
 
 TEXT_SUFFIXES = set("""
     .txt .text .md .markdown .rst .org .tex .log .htm .html .xml .yaml .yml .toml .ini .cfg .srt .css .sql
@@ -98,36 +100,21 @@ def is_rows(path) -> bool:
 def read_text(path, size: int = PIECE_CHARS):
     """Yield the text of one UTF-8 file in pieces of about `size` characters, which joined are the whole text.
 
-    Line ends become "\\n" and a byte order mark is dropped. Pieces end at line ends (inside a line only when the line
-    is longer than a piece). ValueError at bytes that are not UTF-8.
+    Line ends become "\\n" and a byte order mark is dropped. Pieces end at line ends (inside a line only when it is
+    longer than half a piece). ValueError at bytes that are not UTF-8.
     """
     rest = ''
     try:
         with open(path, encoding='utf-8-sig') as file:
             while len(new := file.read(size)) == size:
                 text = rest + new
-                end = piece_end(text)
+                end = text.rfind('\n', len(text) // 2) + 1 or len(text)
                 rest = text[end:]
                 yield text[:end]
     except UnicodeDecodeError:
         raise ValueError(not_utf8(path)) from None
     if rest + new:
         yield rest + new
-
-
-def piece_end(text: str) -> int:
-    """Where to cut a text so that its two parts, encoded one by one, give the ids of the whole.
-
-    BPE joins bytes only within the words that a pattern finds. After a line end that follows ink and precedes a letter
-    or digit, every pattern of tiktoken starts a new word. Without such a place: the last line end, or else the end.
-    """
-    i = text.rfind('\n', 0, len(text) - 1)
-    last = i
-    while i > len(text) // 2:
-        if text[i + 1].isalnum() and not text[i - 1].isspace():
-            return i + 1
-        i = text.rfind('\n', 0, i)
-    return last + 1 if last > len(text) // 2 else len(text)
 
 
 def not_utf8(path) -> str:
@@ -160,13 +147,14 @@ def not_utf8(path) -> str:
 
 
 def read_documents(path, text_key: str = 'text', min_score: float | None = None):
-    """Yield the documents below path, a folder or a file, as strings; documents without any ink are left out.
+    """Yield the documents below path (a folder, a file, or a list of such) as strings; those without ink are left out.
 
     A text file is one document (one of more than DOCUMENT_CHARS characters is handed out in several). .jsonl, .csv,
     .tsv and .parquet have a document per row, in the field `text_key`. min_score: only rows of Parquet files whose
     column 'score' is at least this. ValueError for input that is empty, not UTF-8, broken or without the field.
     """
-    files, _ = find_files(path)
+    paths = [path] if isinstance(path, (str, os.PathLike)) else path
+    files = [name for path in paths for name in find_files(path)[0]]
     found = False
     for name in files:
         if min_score is not None and not name.lower().endswith('.parquet'):
@@ -177,7 +165,8 @@ def read_documents(path, text_key: str = 'text', min_score: float | None = None)
                 yield text
     if not found:
         scored = '' if min_score is None else f' with a score of at least {min_score}'
-        raise ValueError(f'{path} holds no text{scored}: nothing but empty or blank documents in {len(files)} file(s)')
+        raise ValueError(f'{", ".join(map(str, paths[:3]))}{", ..." if len(paths) > 3 else ""} holds no text{scored}: '
+                         f'nothing but empty or blank documents in {len(files)} file(s)')
 
 
 def read_rows(path, text_key, min_score=None):
@@ -368,15 +357,15 @@ def make_tokenizer(name: str, pieces, documents: bool, vocab_size: int | None = 
 
 def write_dataset(out_dir, pieces, tokenizer, *, documents: bool, source: str, val_fraction: float,
                   shard_tokens: int = SHARD_TOKENS, total: int | None = None, workers: int | None = None,
-                  more_files: dict | None = None) -> dict:
+                  meta_pkl: bytes | None = None) -> dict:
     """Encode pieces into out_dir: train.bin, val.bin and meta.json, all of them or none. Returns meta.json's content.
 
     pieces: a function that returns an iterator of (split, text), each time from the start. documents: each piece is a
     document, and ends with the tokenizer's <|endoftext|>, or with a blank line where it has none; otherwise the pieces
-    of a split are one running text. source: what meta.json says about the origin. shard_tokens: a split of more goes on
-    in further files; none is larger, unless by a single piece, as pieces are not cut. total: bytes of text, for the
-    progress bar. workers: threads or processes of encoding, default one per core. more_files: {name: bytes} to write
-    along.
+    of a split, which come one after another, are one running text, and its ids are those of the whole. source: what
+    meta.json says about the origin. shard_tokens: a split of more goes on in further files; none is larger, unless by a
+    single document or PIECE_CHARS of a running text. total: bytes of text, for the progress bar. workers: threads or
+    processes of encoding, default one per core. meta_pkl: nanoGPT's meta.pkl, to write along.
 
     train.bin is the sign that a dataset is complete: it goes first and comes last, so whoever looks at the folder,
     after whatever crash, finds a whole dataset or none. What was encoded before an interruption stays beside it under
@@ -391,7 +380,7 @@ def write_dataset(out_dir, pieces, tokenizer, *, documents: bool, source: str, v
     lock = lock_folder(out_dir)
     # a trained vocabulary may be long; the rest stays readable, so that a note can say what differs
     vocabulary = hashlib.sha256(json.dumps(tokenizer.to_dict(), sort_keys=True).encode()).hexdigest()
-    settings = {'version': 1, 'source': source, 'tokenizer': vocabulary, 'documents': documents,
+    settings = {'version': 2, 'source': source, 'tokenizer': vocabulary, 'documents': documents,
                 'val_fraction': val_fraction, 'shard_tokens': shard_tokens}
     try:
         done = write_tokens(out_dir, pieces, tokenizer, settings, total, workers)
@@ -407,10 +396,10 @@ def write_dataset(out_dir, pieces, tokenizer, *, documents: bool, source: str, v
                 'vocab_size': tokenizer.vocab_size, 'tokens': tokens, 'files': done['files'], 'bytes': done['bytes'],
                 'documents': done['pieces'] if documents else {'train': 1, 'val': 1}, 'sha256': done['sha256'],
                 'source': source, 'val_fraction': val_fraction, 'tokenizer': tokenizer.to_dict()}
-        publish(out_dir, meta, more_files or {}, settings, done)
+        publish(out_dir, meta, meta_pkl, settings, done)
         return meta
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno in NO_ROOM:
             free = shutil.disk_usage(out_dir).free
             raise ValueError(f'{out_dir} has no room for the token files ({error.strerror}; {free / 1e6:,.0f} MB free '
                              f'now). They take 2 bytes per token (4 with more than 65,536 ids), while the old ones, '
@@ -441,7 +430,10 @@ def write_tokens(out_dir, pieces, tokenizer, settings, total, workers) -> dict:
     # disable=None: no bar where stderr is not a terminal
     bar = tqdm(desc='encoding', total=total, unit='B', unit_scale=True, disable=None, leave=False, dynamic_ncols=True)
 
-    stream = read_batches(pieces(), separator)
+    def from_start():
+        return read_batches(pieces() if settings['documents'] else cut_anew(pieces(), tokenizer), separator)
+
+    stream = from_start()
     done = load_journal(out_dir, settings, dtype.itemsize)
     if done is not None:
         size = sum(done['bytes'].values())
@@ -455,7 +447,7 @@ def write_tokens(out_dir, pieces, tokenizer, settings, total, workers) -> dict:
                 break
         if counts != {key: done[key] for key in ('pieces', 'bytes', 'sha256')}:
             print('note: they are not the same; starting anew', file=sys.stderr)
-            stream, done = read_batches(pieces(), separator), None
+            stream, done = from_start(), None
             bar.reset()
     if done is None:
         remove_unfinished(out_dir)
@@ -499,6 +491,14 @@ def write_tokens(out_dir, pieces, tokenizer, settings, total, workers) -> dict:
         raise
     finally:
         bar.close()
+
+
+def cut_anew(pieces, tokenizer):
+    """Yield the same text as pieces of (split, text), of which adjoining ones of a split are one text, cut where that
+    leaves the ids as they are: Tokenizer.cut_safely()."""
+    for split, group in itertools.groupby(pieces, key=itemgetter(0)):
+        for text in tokenizer.cut_safely(text for _, text in group):
+            yield split, text
 
 
 def read_batches(pieces, separator):
@@ -573,10 +573,8 @@ def temporary(out_dir, name) -> str:
 
 
 def save_journal(out_dir, settings, done, publishing=False):
-    path = os.path.join(out_dir, JOURNAL)
-    write_synced(f'{path}.tmp', json.dumps({'settings': settings, 'done': done, 'publishing': publishing}).encode())
-    os.replace(f'{path}.tmp', path)
-    sync_folder(out_dir)
+    journal = {'settings': settings, 'done': done, 'publishing': publishing}
+    replace_file(os.path.join(out_dir, JOURNAL), json.dumps(journal).encode())
 
 
 def load_journal(out_dir, settings, itemsize) -> dict | None:
@@ -635,10 +633,12 @@ def remove_unfinished(out_dir):
     remove(temporary(out_dir, name) for name in unfinished(out_dir))
 
 
-def publish(out_dir, meta, more_files, settings, done):
+def publish(out_dir, meta, meta_pkl, settings, done):
     """Give the files of a complete preparation their names, and remove those of the one before that it doesn't have."""
     save_journal(out_dir, settings, done, publishing=True)  # first, so that nothing is lost when the disk is full here
-    contents = {'meta.json': (json.dumps(meta, indent=1, ensure_ascii=True) + '\n').encode(), **more_files}
+    contents = {'meta.json': (json.dumps(meta, indent=1, ensure_ascii=True) + '\n').encode()}
+    if meta_pkl is not None:
+        contents['meta.pkl'] = meta_pkl
     for name, content in contents.items():
         write_synced(temporary(out_dir, name), content)
     names = {name for files in done['files'].values() for name, _ in files} | set(contents)
@@ -652,55 +652,6 @@ def publish(out_dir, meta, more_files, settings, done):
     os.replace(temporary(out_dir, 'train.bin'), os.path.join(out_dir, 'train.bin'))
     sync_folder(out_dir)
     remove([os.path.join(out_dir, JOURNAL)])
-
-
-def write_synced(path, content):
-    with open(path, 'wb') as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_folder(path):
-    """Make renames in a folder survive a power cut. Windows cannot open folders, and does not need it."""
-    if os.name == 'posix':
-        folder = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-def remove(paths):
-    for path in paths:
-        try:
-            os.remove(path)
-        except FileNotFoundError:
-            pass
-
-
-class Busy(ValueError):
-    """Another process holds the lock of a folder."""
-
-
-def lock_folder(path, doing='preparing'):
-    """
-    Keep other processes from writing into this folder for as long as this one lives; returns the descriptor that holds
-    the lock. Raises Busy, saying that another process is `doing` the folder, if one is.
-    """
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return None
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(folder)
-        raise Busy(f'another process is {doing} {path} right now; wait until it has finished') from None
-    except OSError:  # some network file systems have no locks
-        pass
-    return folder
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -717,8 +668,9 @@ def positive(text) -> int:
     return int(number)
 
 
-def add_options(parser, tokenizer: str):
-    """The options of preparing a dataset: --tokenizer, with this default, --vocab_size, --shard_tokens, --num_proc."""
+def add_options(parser, tokenizer: str, val_fraction: float | None = None, out_dir: str | None = None):
+    """The options of preparing a dataset: --tokenizer, --vocab_size, --shard_tokens and --num_proc, and with their
+    defaults given --val_fraction and --out_dir too."""
     parser.add_argument('--tokenizer', default=tokenizer,
                         help=f'byte, char, word, bpe, gpt2, cl100k_base, o200k_base or the path of a tokenizer file '
                              f'({tokenizer})')
@@ -728,6 +680,11 @@ def add_options(parser, tokenizer: str):
     parser.add_argument('--shard_tokens', type=positive, default=SHARD_TOKENS,
                         help='tokens of a file, beyond which train-00001.bin, ... follow (1e9)')
     parser.add_argument('--num_proc', type=positive, help='threads or processes of encoding (one per core)')
+    if val_fraction is not None:
+        parser.add_argument('--val_fraction', type=float, default=val_fraction,
+                            help=f'share of the text or its documents that becomes val.bin ({val_fraction})')
+    if out_dir is not None:
+        parser.add_argument('--out_dir', default=out_dir, help="folder to write to (this script's own)")
 
 
 def report(out_dir, meta: dict, started: float, next_command: str):
@@ -749,7 +706,7 @@ def run(main):
     try:
         main()
     except KeyboardInterrupt:
-        print('\ninterrupted; no half-written dataset was left behind', file=sys.stderr)
+        print('\ninterrupted', file=sys.stderr)
         sys.exit(130)
     except Busy as error:
         print(f'error: {error}', file=sys.stderr)

@@ -5,11 +5,11 @@
     get_shards(repo, folder, out_dir, ...) Parquet files of a dataset on the Hugging Face Hub, by its plain HTTP API
 """
 
-import errno
 import hashlib
 import http.client
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -19,10 +19,11 @@ import urllib.request
 
 from tqdm import tqdm
 
-from corpus import find_files, lock_folder, write_synced
+from corpus import find_files
+from files import NO_ROOM, lock_folder, replace_file
 
 RETRY_SECONDS = 2  # between two attempts at a file
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+BUSY, BUSY_RETRIES = (408, 429, 500, 502, 503, 504), 5  # answers that pass; after each a pause twice as long: 62 s
 
 SHAKESPEARE = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 SHAKESPEARE_SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
@@ -32,7 +33,7 @@ def download(url: str, path, sha256: str, instead: str):
     """Fetch url to path, continuing a broken download (path.part), and check it.
 
     A connection that breaks is taken up again as long as each attempt brings some bytes. instead: the command for a
-    machine without a network. ValueError when offline, the disk is full, or the checksum differs.
+    machine without a network. ValueError when offline, the server refuses, the disk is full, or the checksum differs.
     """
     part = f'{path}.part'
     have = size_of(part)
@@ -43,8 +44,7 @@ def download(url: str, path, sha256: str, instead: str):
                 break
             problem = f'it ended at {size_of(part):,} of {total:,} bytes'
         except urllib.error.HTTPError as error:
-            raise ValueError(f'cannot download {url}: the server says {error.code} {error.reason}. '
-                             f'Get the file elsewhere, and then: {instead}') from None
+            raise refused(f'cannot download {url}', error, 'the file', instead) from None
         except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
             if isinstance(error, OSError) and error.errno in NO_ROOM:
                 raise ValueError(f'no room on the disk for {part}: {error.strerror}. What is there is kept; free some '
@@ -68,9 +68,8 @@ def download(url: str, path, sha256: str, instead: str):
 def fetch(url, part) -> int:
     """Append to the file `part` what it lacks of url; returns the size of the whole, as far as the server tells it."""
     have = size_of(part)
-    request = urllib.request.Request(url, headers={'User-Agent': 'flatgpt', 'Range': f'bytes={have}-'})
     try:
-        answer = urllib.request.urlopen(request, timeout=30)
+        answer = open_url(url, {'Range': f'bytes={have}-'})
     except urllib.error.HTTPError as error:
         if error.code == 416:  # there is nothing beyond what `part` has; the checksum tells whether it is right
             return have
@@ -92,6 +91,27 @@ def fetch(url, part) -> int:
     return size_of(part) if total is None else total
 
 
+def open_url(url, headers=None):
+    """The server's answer. When it says that it can't answer now, it is asked again, after longer and longer pauses."""
+    request = urllib.request.Request(url, headers={'User-Agent': 'flatgpt', **(headers or {})})
+    for attempt in range(BUSY_RETRIES + 1):
+        try:
+            return urllib.request.urlopen(request, timeout=30)
+        except urllib.error.HTTPError as error:
+            if error.code not in BUSY or attempt == BUSY_RETRIES:
+                raise
+            pause = RETRY_SECONDS * 2**attempt
+            print(f'{url}: the server says {error.code} {error.reason}; asking again in {pause} s', file=sys.stderr)
+            time.sleep(pause)
+
+
+def refused(what, error, files, instead) -> ValueError:
+    """For an HTTPError that stays: wait, when it may pass, or else get the files in another way."""
+    remedy = (f'It is busy: run again later to go on. Or get {files} elsewhere' if error.code in BUSY else
+              f'Get {files} elsewhere')
+    return ValueError(f'{what}: the server says {error.code} {error.reason}. {remedy}, and then: {instead}')
+
+
 def size_of(path) -> int:
     return os.path.getsize(path) if os.path.exists(path) else 0
 
@@ -108,7 +128,13 @@ def get_shakespeare(given, folder, instead: str) -> str:
     """The file to prepare: `given` (--input=FILE) if there is one, else folder/input.txt, downloaded when not there."""
     path = os.path.join(folder, 'input.txt')
     if not given and not os.path.exists(path):
-        download(SHAKESPEARE, path, SHAKESPEARE_SHA256, instead)
+        lock = lock_folder(folder, 'downloading to')
+        try:
+            if not os.path.exists(path):  # unless another process has brought it in this moment
+                download(SHAKESPEARE, path, SHAKESPEARE_SHA256, instead)
+        finally:
+            if lock is not None:
+                os.close(lock)
     path = given or path
     find_files(path)  # says so when there is no such file, or an empty one
     if os.path.isdir(path):
@@ -135,7 +161,7 @@ def get_shards(repo: str, folder: str, out_dir, revision: str, n_shards: int | N
 
     out_dir/listing.json keeps the commit, sizes and SHA-256 as they were the first time, so later calls get and check
     the same bytes. What is complete is checked but not fetched again. instead: the command for a machine without a
-    network. ValueError when offline, for a listing of something else, or when the disk is too small.
+    network. ValueError when offline, for a listing that is damaged or of something else, or when the disk is too small.
     """
     os.makedirs(out_dir, exist_ok=True)
     lock = lock_folder(out_dir, 'downloading to')
@@ -174,35 +200,43 @@ def load_listing(repo, folder, out_dir, revision, instead) -> dict:
     if not os.path.exists(path):
         api = f'{hub()}/api/datasets/{repo}'
         try:
-            commit = ask(f'{api}/revision/{urllib.parse.quote(revision, safe="")}', instead)['sha']
-            # one page, of up to 1,000 entries
+            commit = ask(f'{api}/revision/{urllib.parse.quote(revision, safe="")}', instead)[0]['sha']
+            entries, page = [], f'{api}/tree/{commit}/{folder}'
+            while page:  # each has up to 1,000 entries
+                more, page = ask(page, instead)
+                entries += more
             files = [{'path': entry['path'], 'size': entry['size'], 'sha256': entry['lfs']['oid']}
-                     for entry in ask(f'{api}/tree/{commit}/{folder}', instead) if entry['path'].endswith('.parquet')]
+                     for entry in entries if entry['path'].endswith('.parquet')]
         except (KeyError, TypeError) as error:
             raise ValueError(f'{api} answers in an unknown form ({type(error).__name__}: {error}). Get the Parquet '
                              f'files elsewhere, and then: {instead}') from None
         if not files:
             raise ValueError(f'{repo} has no Parquet files in {folder} at {revision}; see what there is on {hub()}')
         listing = {**wanted, 'commit': commit, 'files': sorted(files, key=lambda file: file['path'])}
-        write_synced(f'{path}.part', (json.dumps(listing, indent=1) + '\n').encode())
-        os.replace(f'{path}.part', path)
-    with open(path, encoding='utf-8') as file:
-        listing = json.load(file)
-    for key, value in wanted.items():
-        if listing[key] != value:
-            raise ValueError(f'{path} is of {key} {listing[key]}, expected {value}; remove {out_dir} to download anew')
-    return listing
-
-
-def ask(url, instead):
-    """The JSON that the Hub answers."""
-    request = urllib.request.Request(url, headers={'User-Agent': 'flatgpt'})
+        replace_file(path, (json.dumps(listing, indent=1) + '\n').encode())
     try:
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            return json.load(answer)
+        with open(path, encoding='utf-8') as file:
+            listing = json.load(file)
+        differing = [key for key in wanted if listing[key] != wanted[key]]
+        files = [{'path': str(file['path']), 'size': int(file['size']), 'sha256': str(file['sha256'])}
+                 for file in listing['files']]
+        commit = str(listing['commit'])
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f'{path} is damaged; remove it and run again') from None
+    for key in differing:
+        raise ValueError(f'{path} is of {key} {listing[key]}, expected {wanted[key]}; remove {out_dir} to download '
+                         f'anew')
+    return {'commit': commit, 'files': files}
+
+
+def ask(url, instead) -> tuple:
+    """The JSON that the Hub answers, and the address of the next page, None after the last one."""
+    try:
+        with open_url(url) as answer:
+            following = re.search(r'<([^<>]*)>; *rel="next"', answer.headers.get('Link') or '')
+            return json.load(answer), following and urllib.parse.urljoin(url, following[1])
     except urllib.error.HTTPError as error:
-        raise ValueError(f'{url}: the server says {error.code} {error.reason}. Get the Parquet files elsewhere, and '
-                         f'then: {instead}') from None
+        raise refused(url, error, 'the Parquet files', instead) from None
     except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError) as error:
         raise ValueError(f'cannot read {url} ({getattr(error, "reason", error)}). Is this machine offline? Get the '
                          f'Parquet files on another one, and then: {instead}') from None

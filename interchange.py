@@ -47,6 +47,7 @@ from bpe import (
     printable,
     recover_merges,
 )
+from files import replace_file
 
 ENDOFTEXT = '<|endoftext|>'
 UNDERSTOOD = ("tiktoken's *.tiktoken, Hugging Face's tokenizer.json (byte-level BPE), GPT-2's vocab.json and "
@@ -556,22 +557,9 @@ def short(value) -> str:
 
 
 def write_file(path, text: str):
-    """Write text to path so that the file is complete whenever it is there, after a power cut too."""
-    temporary = f'{path}.tmp'
+    """Write text to path, all of it or nothing; ValueError where there is no way to."""
     try:
-        with open(temporary, 'w', encoding='utf-8', newline='\n') as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        if os.name == 'posix':  # the rename, too, has to reach the disk
-            folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
-    except BaseException as error:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-        if isinstance(error, OSError):
-            raise ValueError(f'{path} could not be written ({error.strerror}); what was there before is untouched. '
-                             f'Write it to another folder, or free some space') from None
-        raise
+        replace_file(path, text.encode('utf-8'))
+    except OSError as error:
+        raise ValueError(f'{path} could not be written ({error.strerror}); what was there before is untouched. '
+                         f'Write it to another folder, or free some space') from None

@@ -164,18 +164,24 @@ class Tokenizer:
         """
         if hasattr(texts, 'read'):
             texts = iter(functools.partial(texts.read, STREAM_CHARS), '')
+        for text in self.cut_safely(texts):
+            yield from self.encode(text, allowed_special)
+
+    def cut_safely(self, texts):
+        """Yield texts joined, and cut anew into some of at least STREAM_CHARS that encode to the ids of the whole."""
         rest, enough = '', STREAM_CHARS
         for text in texts:
             if not isinstance(text, str):
-                raise ValueError(f'encode_iterable() takes text, got {type(text).__name__}: open the file as text, '
+                raise ValueError(f'expected text, got {type(text).__name__}: open the file as text, '
                                  f"open(path, encoding='utf-8')")
             rest += text
             if len(rest) >= enough:
                 if cut := self.safe_cut(rest):
-                    yield from self.encode(rest[:cut], allowed_special)
+                    yield rest[:cut]
                     rest = rest[cut:]
                 enough = max(STREAM_CHARS, 2 * len(rest))  # a long run without a cut is not searched at every line
-        yield from self.encode(rest, allowed_special)
+        if rest:
+            yield rest
 
     def safe_cut(self, text: str) -> int:
         """The last place at which text can be cut in two that encode to the same ids, whatever comes after; 0: none."""

@@ -68,16 +68,21 @@ class Workers:
 
 
 def submit(pool, *task):
-    """pool.submit, which starts a process when there are too few."""
-    if os.name != 'posix':
+    """pool.submit, which starts processes when there are too few."""
+    if os.name != 'posix' or threading.current_thread() is not threading.main_thread():
         return pool.submit(*task)
-    # Ctrl-C reaches all processes, and the main one is to end the others. Held back here, it is held back for good in
-    # a process that starts now; in this one it comes as soon as the task is handed in.
+    # Ctrl-C reaches all processes, and the main one is to end the others. Blocked here, it is blocked for good in those
+    # that start now. In this one another thread may still take it: remembered until the pool knows what it has started.
+    came = []
+    handler = signal.signal(signal.SIGINT, lambda *_: came.append(True))
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         return pool.submit(*task)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGINT, signal.SIG_DFL if handler is None else handler)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 def begin(start, *arguments):

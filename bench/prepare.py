@@ -52,12 +52,9 @@ corpus.write_dataset(out, lambda: corpus.split_documents(corpus.read_documents(p
 '''
 
 
-NEW_WORD_EVERY = 10  # words
-
-
 def write_sources(path, n_bytes):
-    """The standard library as .jsonl, again and again until there are n_bytes of text. In each copy but the first, every
-    few words there is one of 8 letters that hardly occurs anywhere else (26**8 are possible)."""
+    """The standard library as .jsonl, again and again until there are n_bytes of text. In each copy but the first,
+    every tenth word or so is one of 8 letters that hardly occurs anywhere else (26**8 are possible)."""
     sys.path.insert(0, os.path.join(common.ROOT, 'data', 'python_stdlib'))
     import sysconfig
 
@@ -69,7 +66,7 @@ def write_sources(path, n_bytes):
         while total < n_bytes or copy == 0:
             for text in documents:
                 if copy:
-                    text = re.sub(rf'(?:\w+\W+){{{NEW_WORD_EVERY}}}', lambda few: f'{few[0]}{new_word(rng)} ', text)
+                    text = re.sub(r'(?:\w+\W+){10}', lambda ten: f'{ten[0]}{new_word(rng)} ', text)
                 f.write(json.dumps({'text': text}) + '\n')
                 total += len(text.encode())
             copy += 1

@@ -319,6 +319,34 @@ def test_long_texts_are_hashed_in_slices(minhash):
     assert np.array_equal(whole, np.min(parts, axis=0))
 
 
+def test_pages_of_one_template_are_not_all_compared_with_one_another(monkeypatch):
+    """Pairs share 64% of their signatures, so none is removed: twice as many take twice the comparisons, not four
+    times. Still a near copy of each is found."""
+    monkeypatch.setattr(clean, 'BUCKET_SIZE', 20)
+    rng = np.random.default_rng(0)
+    template = rng.integers(0, 2**32, clean.HASHES, dtype=np.uint32)
+    near, compared = clean.NearDuplicates(0.8), []
+    candidates = near.candidates
+
+    def counted(keys):
+        compared.append(len(candidates(keys)))
+        return candidates(keys)
+
+    near.candidates = counted
+
+    def changed(page, share):
+        other = rng.integers(0, 2**32, clean.HASHES, dtype=np.uint32)
+        return np.where(rng.random(clean.HASHES) < share, other, page)
+
+    pages = [changed(template, 0.2) for _ in range(2400)]
+    kept = [number for number, page in enumerate(pages) if near.find(page, number) is None]
+    assert len(kept) > 0.95 * len(pages)  # some are alike by chance
+    assert max(compared) <= near.bands * 20
+    assert 10 * len(pages) < sum(compared) < 2.5 * sum(compared[:1200])
+    found = [near.find(changed(pages[number], 0.05), 10**6) for number in kept[::20]]
+    assert sum(like is not None for like in found) > 0.95 * len(found)
+
+
 @pytest.mark.parametrize('threshold, kilobytes', [(0.8, 2.2), (0.5, 5)])
 def test_memory_per_document(threshold, kilobytes):
     rng, count = np.random.default_rng(0), 5000
@@ -457,7 +485,6 @@ def test_a_step_alone_needs_no_library_of_another(tmp_path):
     (['--exact', '--language_threshold=0.5'], ['--language_threshold=0.5 needs a language']),
     (['--gopher', '--gopher_skip=word'], ["no rule 'word' (did you mean words"]),
     (['--exact', '--gopher_skip=words'], ['needs --gopher']),
-    (['--exact', '--num_proc=0'], ['--num_proc is 0', '1 or more']),
     (['--exact', '--out=clean.txt'], ['--out=clean.txt', 'ends in .jsonl']),
     (['--exact', '--out=in.jsonl'], ['--out=in.jsonl lies in the input']),
     (['--exact', '--report=clean.jsonl'], ['--report=clean.jsonl is --out as well']),
@@ -478,6 +505,14 @@ def test_refusals(args, said, tmp_path, monkeypatch, capsys):
     for text in said:
         assert text in str(error.value)
     assert os.listdir(tmp_path) == ['in.jsonl']
+
+
+@pytest.mark.parametrize('count', ['0', '-1', '1.5', 'two'])
+def test_a_number_of_processes_that_is_none(count, monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', ['clean.py', '--input=in.jsonl', '--out=out.jsonl', f'--num_proc={count}'])
+    with pytest.raises(SystemExit):
+        clean.main()
+    assert f"--num_proc: '{count}' is not a whole number of 1 or more" in capsys.readouterr().err
 
 
 def test_output_inside_the_input_folder_is_refused(tmp_path, monkeypatch):

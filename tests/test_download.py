@@ -30,13 +30,16 @@ COMMIT = 'c0ffee' + '0' * 34
 
 
 class Server(http.server.BaseHTTPRequestHandler):
-    """Answers with server.files[path]; server.cuts[path] lists after how many bytes answers to it break off."""
+    """Answers with server.files[path]. server.cuts[path] lists after how many bytes answers to it break off,
+    server.refusals[path] the status of its first answers; server.following[path] is the address of its next page."""
 
     def do_GET(self):
         path, server = self.path, self.server
         server.asked.append((path, self.headers.get('Range')))
         if path not in server.files:
             return self.send_error(404)
+        if server.refusals.get(path):
+            return self.send_error(server.refusals[path].pop(0))
         content, start = server.files[path], int((self.headers.get('Range') or 'bytes=0-')[6:-1])
         if path in server.ignores_ranges:
             start = 0
@@ -44,6 +47,8 @@ class Server(http.server.BaseHTTPRequestHandler):
             return self.send_error(416)
         self.send_response(206 if start else 200)
         self.send_header('Content-Length', str(len(content) - start))
+        if path in server.following:
+            self.send_header('Link', f'<{server.url}{server.following[path]}>; rel="next"')
         self.end_headers()
         cuts = server.cuts.get(path)
         self.wfile.write(content[start:start + cuts.pop(0)] if cuts else content[start:])
@@ -58,6 +63,7 @@ def server(monkeypatch):
     monkeypatch.setattr(download, 'RETRY_SECONDS', 0)
     server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Server)
     server.asked, server.files, server.cuts, server.ignores_ranges = [], {'/file': CONTENT}, {}, set()
+    server.refusals, server.following = {}, {}
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     server.url = f'http://127.0.0.1:{server.server_port}'
     yield server
@@ -109,6 +115,37 @@ def test_download_of_something_else(tmp_path, server):
     with pytest.raises(ValueError, match='404.*COMMAND'):
         download.download(server.url + '/missing', tmp_path / 'f', SHA, 'COMMAND')
     assert (tmp_path / 'f').read_bytes() == b'precious' and os.listdir(tmp_path) == ['f']
+
+
+def test_a_busy_server_is_asked_again(tmp_path, server, monkeypatch, capsys):
+    pauses = []
+    monkeypatch.setattr(download.time, 'sleep', pauses.append)
+    monkeypatch.setattr(download, 'RETRY_SECONDS', 2)
+    server.cuts['/file'] = [1000]
+    server.refusals['/file'] = [429, 500, 503]
+    download.download(server.url + '/file', tmp_path / 'f', SHA, 'COMMAND')
+    assert (tmp_path / 'f').read_bytes() == CONTENT and pauses == [2, 4, 8, 2]  # the last for the broken connection
+    assert 'the server says 429 Too Many Requests; asking again in 2 s' in capsys.readouterr().err
+    (tmp_path / 'g.part').write_bytes(CONTENT[:500])
+    server.refusals['/file'] = [503] * 100
+    with pytest.raises(ValueError, match='says 503 .* busy: run again later to go on.*COMMAND'):
+        download.download(server.url + '/file', tmp_path / 'g', SHA, 'COMMAND')
+    assert len(server.refusals['/file']) == 94 and (tmp_path / 'g.part').read_bytes() == CONTENT[:500]
+
+
+def test_shakespeare_is_downloaded_by_one_process_at_a_time(tmp_path, server, monkeypatch):
+    monkeypatch.setattr(download, 'SHAKESPEARE', server.url + '/file')
+    monkeypatch.setattr(download, 'SHAKESPEARE_SHA256', SHA)
+    lock = corpus.lock_folder(tmp_path)
+    if lock is None:
+        pytest.skip('no locks on this system')
+    with pytest.raises(corpus.Busy, match='downloading to'):
+        download.get_shakespeare(None, tmp_path, 'COMMAND')
+    os.close(lock)
+    assert server.asked == [] and os.listdir(tmp_path) == []
+    path = download.get_shakespeare(None, tmp_path, 'COMMAND')
+    assert Path(path).read_bytes() == CONTENT
+    os.close(corpus.lock_folder(tmp_path))  # which is free again
 
 
 def test_download_offline(tmp_path, monkeypatch):
@@ -205,6 +242,32 @@ def test_unexpected_answers(tmp_path, hub, answer):
     assert 'listing.json' not in os.listdir(tmp_path / 'shards')
 
 
+def test_a_listing_of_several_pages(tmp_path, hub):
+    tree = f'/api/datasets/{REPO}/tree/{COMMIT}/sample/10BT'
+    entries = json.loads(hub.files[tree])
+    hub.refusals[tree] = [429]
+    for i, address in enumerate([tree, f'{tree}?cursor=1', f'{tree}?cursor=2']):
+        hub.files[address] = json.dumps(entries[i:i + 1 if i < 2 else None]).encode()
+        hub.following[address] = f'{tree}?cursor={i + 1}'
+    del hub.following[f'{tree}?cursor=2']
+    paths, _ = get(tmp_path / 'shards')
+    assert [os.path.basename(path)[:3] for path in paths] == ['000', '001', '002']
+
+
+@pytest.mark.parametrize('damage', [
+    lambda text: '{}', lambda text: '[]', lambda text: 'null', lambda text: '', lambda text: text[:-20],
+    lambda text: text.replace('"files"', '"field"'), lambda text: text.replace('"size": ', '"size": "x", "sise": '),
+    lambda text: text.replace('"commit"', '"kommit"')])
+def test_a_damaged_listing(tmp_path, hub, damage):
+    get(tmp_path / 'shards', 1)
+    path = tmp_path / 'shards' / 'listing.json'
+    path.write_text(damage(path.read_text()))
+    with pytest.raises(ValueError, match='listing.json is damaged; remove it and run again$'):
+        get(tmp_path / 'shards', 1)
+    path.unlink()
+    assert len(get(tmp_path / 'shards', 1)[0]) == 1
+
+
 def test_no_room_for_the_shards(tmp_path, hub, monkeypatch):
     monkeypatch.setattr(shutil, 'disk_usage', lambda path: shutil._ntuple_diskusage(100, 90, 10))
     with pytest.raises(ValueError, match='0.0 GB free; the download needs'):
@@ -229,6 +292,9 @@ def test_fineweb_edu(tmp_path, hub):
     for split in texts:
         ids = np.concatenate([np.fromfile(tmp_path / 'a' / name, '<u2') for name, _ in meta['files'][split]])
         assert bytes(ids.astype(np.uint8)).decode() == texts[split]
+    # a shard without a page of that score doesn't end it
+    pa, pq = pytest.importorskip('pyarrow'), pytest.importorskip('pyarrow.parquet')
+    pq.write_table(pa.table({'text': ['bad'], 'score': [1.0]}), tmp_path / 'a' / '10BT' / '000_bad.parquet')
     said, meta = prepare('--out_dir=b', '--input=a/10BT', '--min_score=4', HF_ENDPOINT='http://127.0.0.1:9')
     assert '148 documents' in said  # 74 of 150 a shard have a score of 4.5 or 5.5
     assert meta['source'] == '10BT, score of at least 4.0'

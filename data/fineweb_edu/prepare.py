@@ -36,9 +36,7 @@ def main():
     parser.add_argument('--revision', default='main', help='branch, tag or commit of the dataset (main)')
     parser.add_argument('--input', help='a .parquet file or a folder of them, instead of the network')
     parser.add_argument('--min_score', type=float, help='leave out pages whose score, 0 to 5, is below this')
-    corpus.add_options(parser, tokenizer='gpt2')
-    parser.add_argument('--val_fraction', type=float, default=0.0005, help='share of the documents in val.bin (0.0005)')
-    parser.add_argument('--out_dir', default=HERE, help="folder to write to (this script's own)")
+    corpus.add_options(parser, tokenizer='gpt2', val_fraction=0.0005, out_dir=HERE)
     args = parser.parse_args()
 
     corpus.check_fraction(args.val_fraction)
@@ -55,12 +53,8 @@ def main():
     if args.min_score is not None:
         source += f', score of at least {args.min_score}'
 
-    def documents():
-        for path in paths:
-            yield from corpus.read_documents(path, min_score=args.min_score)
-
     def pieces():
-        return corpus.split_documents(documents(), args.val_fraction)
+        return corpus.split_documents(corpus.read_documents(paths, min_score=args.min_score), args.val_fraction)
 
     print(f'preparing {source}', file=sys.stderr)
     tokenizer = corpus.make_tokenizer(args.tokenizer, pieces, documents=True, vocab_size=args.vocab_size)

@@ -33,9 +33,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.add_argument('--input', help='a .parquet file or a folder of them, instead of the network')
-    corpus.add_options(parser, tokenizer='gpt2')
-    parser.add_argument('--val_fraction', type=float, default=0.0005, help='share of the documents in val.bin (0.0005)')
-    parser.add_argument('--out_dir', default=HERE, help="folder to write to (this script's own)")
+    corpus.add_options(parser, tokenizer='gpt2', val_fraction=0.0005, out_dir=HERE)
     args = parser.parse_args()
 
     corpus.check_fraction(args.val_fraction)

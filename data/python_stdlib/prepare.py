@@ -54,10 +54,9 @@ def read_sources(stdlib, paths):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    corpus.add_options(parser, tokenizer='byte')
-    parser.add_argument('--val_bytes', type=int, default=350_000,
+    corpus.add_options(parser, tokenizer='byte', out_dir=HERE)
+    parser.add_argument('--val_bytes', type=corpus.positive, default=350_000,
                         help='files of about so many bytes together become val.bin, evaluated whole (350,000)')
-    parser.add_argument('--out_dir', default=HERE, help="folder to write to (this script's own)")
     args = parser.parse_args()
 
     started = time.time()

@@ -26,8 +26,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.add_argument('--input', help='a text file instead of the download')
-    corpus.add_options(parser, tokenizer='gpt2')
-    parser.add_argument('--out_dir', default=HERE, help="folder to write to (this script's own)")
+    corpus.add_options(parser, tokenizer='gpt2', out_dir=HERE)
     args = parser.parse_args()
 
     path = download.get_shakespeare(args.input, HERE, 'python data/shakespeare/prepare.py --input=FILE')

@@ -37,10 +37,10 @@ def main():
 
     tokenizer = corpus.make_tokenizer('char', pieces, documents=False)
     itos = dict(enumerate(tokenizer.chars))
-    meta_pkl = {'vocab_size': tokenizer.vocab_size, 'itos': itos, 'stoi': {char: i for i, char in itos.items()}}
+    nanogpt_meta = {'vocab_size': tokenizer.vocab_size, 'itos': itos, 'stoi': {char: i for i, char in itos.items()}}
     meta = corpus.write_dataset(args.out_dir, pieces, tokenizer, documents=False, source=os.path.basename(path),
                                 val_fraction=0.1, total=os.path.getsize(path),
-                                more_files={'meta.pkl': pickle.dumps(meta_pkl)})
+                                meta_pkl=pickle.dumps(nanogpt_meta))
     corpus.report(args.out_dir, meta, started, 'python train.py config/train_shakespeare_char.py')
 
 

@@ -67,8 +67,7 @@ def main():
     parser.add_argument('--input', required=True, help='a text file, a folder, or a .jsonl, .csv, .tsv, .parquet file')
     parser.add_argument('--name', help='name of the dataset (that of the input)')
     parser.add_argument('--text_key', default='text', help='field of .jsonl, .csv, .tsv and .parquet with the text')
-    corpus.add_options(parser, tokenizer='byte')
-    parser.add_argument('--val_fraction', type=float, default=0.1, help='share of the text that becomes val.bin (0.1)')
+    corpus.add_options(parser, tokenizer='byte', val_fraction=0.1)
     args = parser.parse_args()
 
     started = time.time()

@@ -381,6 +381,7 @@ KINDS = ['gpt2', 'gpt4', 'bytes', 'own', 'word', 'byte', 'char']
 def test_a_running_text_has_the_ids_of_the_whole(tmp_path, monkeypatch, kind):
     """Wherever its pieces are cut: the files are those of the text encoded at once."""
     monkeypatch.setattr(corpus, 'BATCH_CHARS', 1000)
+    monkeypatch.setattr(tokenizer, 'STREAM_CHARS', 200)
     rng = random.Random(1)
     texts = {'train': words(2000, 1) + ' \n\n \t\n' * 100 + 'x' * 1500 + words(500, 2), 'val': words(300, 3)}
     tok = of_kind(kind, texts['train'] + texts['val'])
@@ -400,6 +401,7 @@ def test_a_running_text_has_the_ids_of_the_whole(tmp_path, monkeypatch, kind):
 def test_a_running_text_goes_on(tmp_path, monkeypatch, capsys, kind):
     """Interrupted again and again, each time a little later, it ends in the same files."""
     monkeypatch.setattr(corpus, 'BATCH_CHARS', 2000)
+    monkeypatch.setattr(tokenizer, 'STREAM_CHARS', 200)
     monkeypatch.setattr(corpus, 'JOURNAL_BYTES', 1)
     text = words(2000)
     tok = of_kind(kind, text)

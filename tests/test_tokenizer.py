@@ -374,7 +374,7 @@ def test_streams_refuse_what_encode_refuses(cut_wherever_possible, trained):
             with pytest.raises(ValueError, match=r"special token '<\|user says\|>'"):
                 list(tok.encode_iterable(parts, {EOT}))
         assert list(tok.encode_iterable(['well <|user', ' said'])) == tok.encode('well <|user said')
-    with pytest.raises(ValueError, match="takes text, got bytes.*encoding='utf-8'"):
+    with pytest.raises(ValueError, match="expected text, got bytes.*encoding='utf-8'"):
         list(trained['gpt4'].encode_iterable(io.BytesIO(b'text')))
 
 

@@ -174,7 +174,12 @@ def read_rows(path, text_key, min_score=None):
     suffix = os.path.splitext(path)[1].lower()
     try:
         if suffix == '.parquet':
-            yield from read_parquet(path, text_key, min_score)
+            try:
+                yield from read_parquet(path, text_key, min_score)
+            except UnicodeDecodeError as error:
+                raise ValueError(f'{path} has a text in the column {text_key!r} that is not UTF-8 ({error.reason}: '
+                                 f'{error.object[error.start:error.start + 4].hex(" ")}); write the file anew from '
+                                 f'text that is') from None
         elif suffix in ('.jsonl', '.ndjson'):
             yield from read_jsonl(path, text_key)
         else:
@@ -198,9 +203,11 @@ def read_jsonl(path, text_key):
             where = f'{path}, line {number},'
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f'{where} is not JSON: {error.msg} at character {error.pos + 1}. Expected one object '
-                                 f'like {{"{text_key}": "..."}} per line; correct or remove the line') from None
+            except (ValueError, RecursionError) as error:  # also a number of 5,000 digits, and lists 1,000 deep
+                what = str(error).split(': line 1', 1)[0].split('; use', 1)[0]
+                at = f' at character {error.pos + 1}' if isinstance(error, json.JSONDecodeError) else ''
+                raise ValueError(f'{where} is not JSON: {what}{at}. Expected one object like {{"{text_key}": "..."}} '
+                                 f'per line; correct or remove the line') from None
             if not isinstance(row, dict):
                 raise ValueError(f'{where} holds {str(row)[:40]!r}; expected an object like {{"{text_key}": "..."}}')
             if text_key not in row:
@@ -678,7 +685,8 @@ def add_options(parser, tokenizer: str, val_fraction: float | None = None, out_d
                         help=f'ids of bpe ({VOCAB_SIZES["bpe"]:,}) and word ({VOCAB_SIZES["word"]:,}), which are '
                              f'trained on the training split')
     parser.add_argument('--shard_tokens', type=positive, default=SHARD_TOKENS,
-                        help='tokens of a file, beyond which train-00001.bin, ... follow (1e9)')
+                        help='tokens of a file, beyond which train-00001.bin, ... follow; documents, and 60,000 '
+                             'characters or more of a single text, stay whole (1e9)')
     parser.add_argument('--num_proc', type=positive, help='threads or processes of encoding (one per core)')
     if val_fraction is not None:
         parser.add_argument('--val_fraction', type=float, default=val_fraction,
@@ -711,5 +719,8 @@ def run(main):
     except Busy as error:
         print(f'error: {error}', file=sys.stderr)
         sys.exit(os.EX_TEMPFAIL if hasattr(os, 'EX_TEMPFAIL') else 1)  # train.py waits for the other process then
+    except BrokenPipeError:  # whoever reads the output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try once more, and complain
+        sys.exit(1)
     except (ValueError, OSError) as error:
         sys.exit(f'error: {error}')

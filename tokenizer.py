@@ -519,9 +519,10 @@ class BPETokenizer(Tokenizer):
 
     @functools.cached_property
     def _fast(self):
-        return FastEncoder(self._tokens, self.pattern, self._merges_of)
+        return FastEncoder(self._tokens, self.pattern, self._places_of)
 
-    def _merges_of(self, text: str) -> list[int]:
+    def _places_of(self, text: str) -> list[int]:
+        """encode_ordinary(), before places become ids."""
         return [i for piece in bpe.split(text, self.pattern) for i in self._merges.join(piece.encode('utf-8'))]
 
     @functools.cached_property
@@ -546,10 +547,9 @@ class BPETokenizer(Tokenizer):
 
     def cuts(self, text: str):
         if self.pattern is None:
-            utf8 = text.encode('utf-8', 'replace')
-            ends = np.cumsum([len(char.encode('utf-8', 'replace')) for char in text])
             for i in range(len(text) - 1, 0, -1):
-                if utf8[ends[i - 1] - 1:ends[i - 1] + 1] not in self._side_by_side:
+                left, right = (char.encode('utf-8', 'replace') for char in text[i - 1:i + 1])
+                if left[-1:] + right[:1] not in self._side_by_side:
                     yield i
         elif self.pattern in bpe.PATTERNS.values():
             yield from super().cuts(text)
@@ -597,7 +597,7 @@ class TiktokenTokenizer(Tokenizer):
         return FastEncoder(sorted(ranks, key=ranks.get), self.pattern, self._slow, self._encoding)
 
     def _slow(self, text):
-        return self.bpe.encode_ordinary(text)
+        return self.bpe.encode_ordinary(text)  # ranks without gaps are places
 
     def encode_array(self, text: str) -> np.ndarray:
         return self._fast.encode(text).astype(id_dtype(self.vocab_size))

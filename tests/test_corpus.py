@@ -1017,3 +1017,22 @@ def test_produced_files_are_ignored_by_git():
              'data/fineweb_edu/10BT/000_00000.parquet.part', 'data/shakespeare/prepare.py', 'data/text/README.md']
     done = subprocess.run(['git', 'check-ignore', '--no-index', *paths], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.splitlines() == paths[:-2]
+
+
+@pytest.mark.parametrize('line, message', [
+    ('[' * 200_000, 'line 2, is not JSON'),
+    ('{"text": ' + '9' * 5000 + '}', 'line 2, is not JSON: Exceeds the limit'),
+], ids=['deep', 'long number'])
+def test_json_that_python_cannot_hold(tmp_path, line, message):
+    (tmp_path / 'a.jsonl').write_text('{"text": "good"}\n' + line + '\n')
+    with pytest.raises(ValueError, match=message):
+        list(corpus.read_documents(tmp_path / 'a.jsonl'))
+
+
+def test_parquet_with_a_text_that_is_not_utf8(tmp_path):
+    pa = pytest.importorskip('pyarrow')
+    import pyarrow.parquet as pq
+    texts = pa.array([b'good', b'bad \xff'], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({'text': texts}), tmp_path / 'a.parquet')
+    with pytest.raises(ValueError, match=r"a.parquet has a text in the column 'text' that is not UTF-8 .*: ff\)"):
+        list(corpus.read_documents(tmp_path / 'a.parquet'))

@@ -107,3 +107,19 @@ def test_samples_and_views_cover_odd_tokens():
     assert tokenview.visible(b'\xec\x95') == '\\xec\\x95'
     assert tokenview.visible(b'a\tb\n') == 'a\\tb\\n'
     assert tokenview.visible('안'.encode()) == '안'
+
+
+def test_output_that_nobody_reads_to_the_end(folder):
+    (folder / 'long.txt').write_text('many words ' * 20_000)
+    process = subprocess.Popen([sys.executable, str(ROOT / 'tokenizer.py'), '--input=long.txt', '--tokenizer=byte'],
+                               cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.readline()
+    process.stdout.close()  # as head does
+    assert process.stderr.read() == b'' and process.wait(timeout=60) == 1
+
+
+def test_training_keeps_to_its_kind(folder):
+    run('train', '--kind=char', '--input=text.txt', '--pattern=gpt2', cwd=folder, error='--pattern is for bpe')
+    run('train', '--input=text.txt', '--vocab_size=300', '--pattern=gtp4', cwd=folder, error='did you mean gpt4')
+    run('train', '--input=text.txt', '--vocab_size=300', '--out=.', cwd=folder, error='is a folder')
+    run('train', '--input=text.txt', '--vocab_size=300', '--num_proc=-1', cwd=folder, error="'-1' is not a whole")

@@ -501,7 +501,8 @@ def print_report(report):
         print(f'- {rule:30} {entry["documents"]:>12,} {entry["share of documents"]:>9.2%} '
               f'{entry["bytes"] / 1e6:>12,.2f} MB')
         example = entry['examples'][0]
-        print(f'    document {example["document"]:,} ({example["why"]}): {example["text"][:50]!r}')
+        line = f'    document {example["document"]:,} ({example["why"]}): {example["text"]!r}'
+        print(line if len(line) <= 80 else f'{line[:77]}...')
     if len(removed) > 20:
         print(f'- and {len(removed) - 20} rules more, in the report')
     print(f'{"kept":32} {documents["kept"]:>12,} {documents["kept"] / documents["read"]:>9.2%} '

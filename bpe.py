@@ -7,7 +7,7 @@ joins in the same order.
 
     count_pieces(texts, pattern, ...)   text -> {piece: how often}, on all cores
     learn(counts, n)                    {piece: how often} -> n merges
-    join(piece, ids_of_pairs)           the bytes of one piece -> ids
+    Merges(pairs).join(piece)           the bytes of one piece -> ids
     recover_merges(ranks)               the merges behind a vocabulary that has only ids, as tiktoken's files do
 
 A piece is what the pattern cuts out of the text, about a word; merges never cross its ends. Inside this file ids are
@@ -310,9 +310,7 @@ def learn_with_gigatoken(texts, n_merges: int, special_tokens=()) -> list[tuple[
                              f'a folder on a larger disk') from None
         if newer or len(pieces) <= enough:
             file.seek(0)
-            pairs = learn(count_pieces(read_separated(file, separator), PATTERNS['gpt2']), n_merges)
-            tokens = token_bytes(pairs)
-            return [(tokens[left], tokens[right]) for left, right in pairs]
+            return in_bytes(learn(count_pieces(read_separated(file, separator), PATTERNS['gpt2']), n_merges))
         with silenced():
             source = gigatoken.TextFileSource([file.name], separator=separator)
             _, merges = gigatoken.train_bpe(source, 256 + n_merges, [], tie_breaking='raw_token_ids')
@@ -442,6 +440,12 @@ def token_bytes(pairs) -> list[bytes]:
     for left, right in pairs:
         tokens.append(tokens[left] + tokens[right])
     return tokens
+
+
+def in_bytes(pairs) -> list[tuple[bytes, bytes]]:
+    """Merges of ids as merges of the bytes that they stand for."""
+    tokens = token_bytes(pairs)
+    return [(tokens[left], tokens[right]) for left, right in pairs]
 
 
 def final_parts(token: bytes, rank) -> list[bytes]:

@@ -477,8 +477,7 @@ def clean_to(out, report_path, path, steps: Steps, **options) -> dict:
         raise
     finally:
         files.remove([temporary])
-        if lock is not None:
-            os.close(lock)
+        files.unlock(lock)
 
 
 def check_out(option, out, path):

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 import tokenizer as tokenizers
 from bpe import batches
-from files import NO_ROOM, Busy, lock_folder, remove, replace_file, sync_folder, write_synced
+from files import NO_ROOM, Busy, lock_folder, remove, replace_file, sync_folder, unlock, write_synced
 
 TEXT_SUFFIXES = set("""
     .txt .text .md .markdown .rst .org .tex .log .htm .html .xml .yaml .yml .toml .ini .cfg .srt .css .sql
@@ -385,9 +385,9 @@ def write_dataset(out_dir, pieces, tokenizer, *, documents: bool, source: str, v
     created = not os.path.isdir(out_dir)
     os.makedirs(out_dir, exist_ok=True)
     lock = lock_folder(out_dir)
-    # a trained vocabulary may be long; the rest stays readable, so that a note can say what differs
-    vocabulary = hashlib.sha256(json.dumps(tokenizer.to_dict(), sort_keys=True).encode()).hexdigest()
-    settings = {'version': 2, 'source': source, 'tokenizer': vocabulary, 'documents': documents,
+    described = tokenizer.to_dict()
+    # a trained vocabulary may be long, so of it only the digest; the rest lets a note say what differs
+    settings = {'version': 2, 'source': source, 'tokenizer': tokenizers.digest(described), 'documents': documents,
                 'val_fraction': val_fraction, 'shard_tokens': shard_tokens}
     try:
         done = write_tokens(out_dir, pieces, tokenizer, settings, total, workers)
@@ -402,7 +402,7 @@ def write_dataset(out_dir, pieces, tokenizer, *, documents: bool, source: str, v
         meta = {'version': 2, 'dtype': tokenizers.id_dtype(tokenizer.vocab_size).name,
                 'vocab_size': tokenizer.vocab_size, 'tokens': tokens, 'files': done['files'], 'bytes': done['bytes'],
                 'documents': done['pieces'] if documents else {'train': 1, 'val': 1}, 'sha256': done['sha256'],
-                'source': source, 'val_fraction': val_fraction, 'tokenizer': tokenizer.to_dict()}
+                'source': source, 'val_fraction': val_fraction, 'tokenizer': described}
         publish(out_dir, meta, meta_pkl, settings, done)
         return meta
     except OSError as error:
@@ -420,8 +420,7 @@ def write_dataset(out_dir, pieces, tokenizer, *, documents: bool, source: str, v
             remove_unfinished(out_dir)
         if created and not os.listdir(out_dir):
             os.rmdir(out_dir)
-        if lock is not None:
-            os.close(lock)
+        unlock(lock)
 
 
 def write_tokens(out_dir, pieces, tokenizer, settings, total, workers) -> dict:

@@ -20,7 +20,7 @@ import urllib.request
 from tqdm import tqdm
 
 from corpus import find_files
-from files import NO_ROOM, lock_folder, replace_file
+from files import NO_ROOM, lock_folder, replace_file, unlock
 
 RETRY_SECONDS = 2  # between two attempts at a file
 BUSY, BUSY_RETRIES = (408, 429, 500, 502, 503, 504), 5  # answers that pass; after each a pause twice as long: 62 s
@@ -133,8 +133,7 @@ def get_shakespeare(given, folder, instead: str) -> str:
             if not os.path.exists(path):  # unless another process has brought it in this moment
                 download(SHAKESPEARE, path, SHAKESPEARE_SHA256, instead)
         finally:
-            if lock is not None:
-                os.close(lock)
+            unlock(lock)
     path = given or path
     find_files(path)  # says so when there is no such file, or an empty one
     if os.path.isdir(path):
@@ -189,8 +188,7 @@ def get_shards(repo: str, folder: str, out_dir, revision: str, n_shards: int | N
             download(url, path, file['sha256'], instead)
         return paths, listing['commit']
     finally:
-        if lock is not None:
-            os.close(lock)
+        unlock(lock)
 
 
 def load_listing(repo, folder, out_dir, revision, instead) -> dict:

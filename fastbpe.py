@@ -27,9 +27,9 @@ class FastEncoder:
         self.tokens, self.pattern, self.slow = tokens, pattern, slow
         if encoding is not None:
             self.tiktoken = encoding
-        schemes = {bpe.PATTERNS['gpt2']: 'gpt2', bpe.PATTERNS['gpt4']: 'gpt4', bpe.PATTERNS['o200k']: 'o200k'}
-        self.scheme = schemes.get(pattern) if bpe.has_gigatoken() else None
-        self.chars = 0  # encoded in batches so far
+        names = {regex: name for name, regex in bpe.PATTERNS.items()}  # gigatoken's for its schemes, too
+        self.scheme = names.get(pattern) if bpe.has_gigatoken() else None
+        self.chars = 0  # encoded by gigatoken so far
 
     @functools.cached_property
     def gigatoken(self):
@@ -54,11 +54,14 @@ class FastEncoder:
 
     def encode(self, text: str) -> np.ndarray:
         """The places of the ids in `tokens`, as an array of integers."""
-        utf8 = to_utf8(text)
         if self.scheme and not bpe.has_newer(text):  # gigatoken is at Unicode 17
             self.forget(len(text))
-            return self.gigatoken.encode(utf8)
-        text = utf8.decode('utf-8')
+            return self.gigatoken.encode(to_utf8(text))
+        return self.encode_by_tiktoken(text)
+
+    def encode_by_tiktoken(self, text: str) -> np.ndarray:
+        """encode() without gigatoken."""
+        text = to_utf8(text).decode('utf-8')
         # tiktoken's regular expressions run out of stack in about a million blanks; every run of 400,000 covers a whole
         # block of 200,000.
         if any(text[i:i + 200_000].isspace() for i in range(0, len(text) - 199_999, 200_000)):

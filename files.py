@@ -67,3 +67,9 @@ def lock_folder(path, doing='preparing'):
     except OSError:  # some network file systems have no locks
         pass
     return folder
+
+
+def unlock(lock):
+    """Let go of what lock_folder() returned."""
+    if lock is not None:
+        os.close(lock)

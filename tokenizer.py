@@ -460,9 +460,7 @@ class BPETokenizer(Tokenizer):
             merges = bpe.learn_with_gigatoken(texts, vocab_size - least, special_tokens)
         else:
             counts = bpe.count_pieces(texts, pattern, special_tokens, workers)
-            pairs = bpe.learn(counts, vocab_size - least)
-            tokens = bpe.token_bytes(pairs)
-            merges = [(tokens[left], tokens[right]) for left, right in pairs]
+            merges = bpe.in_bytes(bpe.learn(counts, vocab_size - least))
         if len(merges) < vocab_size - least:
             raise ValueError(f'the text has {len(merges):,} pairs to join, and vocab_size {vocab_size:,} asks for '
                              f'{vocab_size - least:,}: train on more text, or with vocab_size at most '
@@ -595,6 +593,9 @@ class TiktokenTokenizer(Tokenizer):
     def _fast(self):
         ranks = self._encoding._mergeable_ranks
         return FastEncoder(sorted(ranks, key=ranks.get), self.pattern, self._slow, self._encoding)
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        return self._fast.encode_by_tiktoken(text).tolist()  # a prompt is not worth making a gigatoken for
 
     def _slow(self, text):
         return self.bpe.encode_ordinary(text)  # ranks without gaps are places

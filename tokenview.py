@@ -186,10 +186,9 @@ def main_train(arguments):
     parser.add_argument('--input', required=True, help='a text file, a folder, or a .jsonl, .csv, .tsv, .parquet file')
     parser.add_argument('--kind', choices=['bpe', 'word', 'char'], default='bpe', help='(bpe)')
     parser.add_argument('--vocab_size', type=corpus.positive, help='number of ids, special tokens included (bpe, word)')
-    parser.add_argument('--pattern', help="bpe: how text is cut before merging: gpt2, gpt4, o200k,\n"
-                                                          'none, or a regular expression (gpt4)')
-    parser.add_argument('--special_tokens',
-                        help=f'bpe: with commas ({tokenizers.ENDOFTEXT})')
+    parser.add_argument('--pattern', help='bpe: how text is cut before merging: gpt2, gpt4, o200k, none, or a regular '
+                                          'expression (gpt4)')
+    parser.add_argument('--special_tokens', help=f'bpe: with commas ({tokenizers.ENDOFTEXT})')
     parser.add_argument('--text_key', default='text', help='field of the rows that holds the text (text)')
     parser.add_argument('--num_proc', type=corpus.positive, help='processes (one per core)')
     parser.add_argument('--out', default='tokenizer.json', help='file to write (tokenizer.json)')

@@ -641,6 +641,16 @@ def test_going_on_after_an_error(tmp_path, references, small_steps, capsys, erro
     assert contents(folder) == contents(references['new'])
 
 
+def write_and_interrupt(folder):
+    """An unfinished preparation of 30 documents."""
+    def broken():
+        yield from NEW[:30]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write(folder, broken)
+
+
 @pytest.mark.parametrize('changed, said', [
     ({'documents': [NEW[0] + 'x', *NEW[1:]]}, 'they are not the same; starting anew'),
     ({'documents': NEW[:1]}, 'they are not the same; starting anew'),
@@ -649,12 +659,7 @@ def test_going_on_after_an_error(tmp_path, references, small_steps, capsys, erro
     ({'shard_tokens': 5000}, 'another shard_tokens; starting anew'),
 ])
 def test_another_preparation_starts_anew(tmp_path, small_steps, capsys, changed, said):
-    def broken():
-        yield from NEW[:30]
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write(tmp_path / 'a', broken)
+    write_and_interrupt(tmp_path / 'a')
     other = {'documents': NEW, **changed}
     if len(other['documents']) == 1:  # too little for a dataset, and nothing of the 30 others is taken for it
         with pytest.raises(ValueError, match='val split has 0'):
@@ -675,12 +680,7 @@ def test_another_preparation_starts_anew(tmp_path, small_steps, capsys, changed,
     lambda folder: (folder / '.val.bin.tmp').unlink(),
 ])
 def test_a_damaged_journal_starts_anew(tmp_path, references, small_steps, capsys, damage):
-    def broken():
-        yield from NEW[:30]
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write(tmp_path / 'a', broken)
+    write_and_interrupt(tmp_path / 'a')
     damage(tmp_path / 'a')
     write(tmp_path / 'a', NEW)
     assert 'starting anew' in capsys.readouterr().err

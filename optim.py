@@ -17,7 +17,7 @@ PRESETS = {
     'llama': {},
     'modern': {'optimizer': 'muon', 'muon_lr': 0.02, 'embedding_lr': 0.02, 'learning_rate': 0.004, 'min_lr': 0.0,
                'beta1': 0.8, 'beta2': 0.95, 'lr_schedule': 'wsd', 'decay_fraction': 0.6, 'warmup_iters': 20,
-               'weight_decay': 0.0},
+               'lr_decay_iters': None, 'weight_decay': 0.0},
 }
 
 

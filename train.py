@@ -31,6 +31,7 @@ from dataclasses import asdict, fields
 
 import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import checkpoint
@@ -99,11 +100,12 @@ weight_decay = 1e-1  # adamw: of matrices and embeddings; muon: of those matrice
 beta1 = 0.9
 beta2 = 0.95
 grad_clip = 1.0  # largest norm of the gradient; 0: no clipping
+average_decay = 0.0  # evaluate and keep a moving average of the weights, over 1 / (1 - average_decay) steps; 0: none
 # learning rate over time
 decay_lr = True  # False: constant
 lr_schedule = 'cosine'  # 'cosine', or 'wsd': warmup, stable, linear decay
 warmup_iters = 2000
-lr_decay_iters = 600000  # where min_lr is reached; usually max_iters
+lr_decay_iters: int | None = 600000  # where min_lr is reached; None: at max_iters
 min_lr = 6e-5  # usually learning_rate / 10
 decay_fraction = 0.2  # wsd: the last share of lr_decay_iters, in which the rate falls
 # machine
@@ -133,11 +135,11 @@ for names, is_valid, expected in (
       'weight_decay', 'grad_clip', 'muon_lr', 'embedding_lr'), lambda value: value >= 0, '0 or more'),
     (('optimizer',), lambda value: value in ('adamw', 'muon'), "'adamw' or 'muon'"),
     (('learning_rate',), lambda value: optimizer == 'adamw' or value > 0, "above 0 with optimizer='muon'"),
-    (('beta1', 'beta2', 'momentum'), lambda value: 0 <= value < 1, 'at least 0 and below 1'),
+    (('beta1', 'beta2', 'momentum', 'average_decay'), lambda value: 0 <= value < 1, 'at least 0 and below 1'),
     (('decay_fraction',), lambda value: 0 < value <= 1, 'above 0 and at most 1'),
     (('lr_schedule',), lambda value: value in ('cosine', 'wsd'), "'cosine' or 'wsd'"),
     (('backend',), lambda value: value in ('auto', 'nccl', 'gloo'), "'auto', 'nccl' or 'gloo'"),
-    (('lr_decay_iters',), lambda value: not decay_lr or value >= warmup_iters,
+    (('lr_decay_iters',), lambda value: not decay_lr or value is None or value >= warmup_iters,
      f'at least warmup_iters={warmup_iters}, or the rate would fall before it has risen'),
     (('init_from',), lambda value: value in sources or os.path.isdir(value),
      f'a folder in Hugging Face layout or one of {", ".join(sources)}'),
@@ -220,6 +222,12 @@ if block_size > model.config.block_size and model.config.pos == 'learned':
                      f'{ckpt_path if init_from == "resume" else init_from}; use --block_size={model.config.block_size} '
                      f'or less')
 model.to(device)
+average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(average_decay)) if average_decay else None
+if state is not None and 'unaveraged' in state:  # beside 'model', which is the average then
+    model.load_state_dict(state['unaveraged'])
+    if average is not None:
+        average.n_averaged.fill_(1)  # or its first update would replace it
+final_model = model if average is None else average.module  # what is evaluated, kept and sampled from
 dtype, dtype_reason = parallel.choose_dtype(dtype, device)
 if optimizer == 'muon':
     ns_dtype = torch.bfloat16 if dtype == 'bfloat16' else torch.float32
@@ -231,7 +239,8 @@ if state is not None and 'optimizer' in state:
     optim.load_optimizer(opt, state['optimizer'])
 if block_size != model.config.block_size:
     world.print(f'the context is changed from {model.config.block_size} to {block_size} tokens')
-    model.crop_block_size(block_size)
+    for cropped in {model, final_model}:
+        cropped.crop_block_size(block_size)
     if model.config.pos == 'learned':  # crop what the optimizer remembers of the position embeddings, too
         moments = opt.state[model.transformer.wpe.weight]
         moments.update({name: m[:block_size].clone() for name, m in moments.items() if m.dim() == 2})
@@ -293,7 +302,7 @@ def evaluate():
     Mean loss in nats a token: {'train': over eval_iters batches of fixed windows, or as many as val has if that is
     less, 'val': over the whole split}. The processes share the work, uncompiled, and dropout is off.
     """
-    model.eval()
+    final_model.eval()
     # more windows at once than in training, for speed, as long as their logits stay below 16 MB
     n_windows = max(batch_size, 2**22 // (block_size * model.config.vocab_size))
     val = dataloader.whole_windows(len(tokens['val']), block_size)
@@ -308,20 +317,21 @@ def evaluate():
             n_targets = int((y >= 0).sum())
             x, y = dataloader.to_device((x, y), device)
             with torch.no_grad(), autocast, torch.compiler.set_stance('force_eager'):
-                total += model(x, y)[1] * n_targets
+                total += final_model(x, y)[1] * n_targets
             count += n_targets
         total, count = world.sum([total.item(), count])
         losses[split] = total / count
-    model.train()
+    final_model.train()
     return losses
 
 
 def learning_rate_at(step):
     if not decay_lr:
         return learning_rate
+    end = max_iters if lr_decay_iters is None else lr_decay_iters
     if lr_schedule == 'wsd':
-        return optim.wsd(step, learning_rate, warmup_iters, lr_decay_iters, min_lr, decay_fraction)
-    return optim.cosine(step, learning_rate, warmup_iters, lr_decay_iters, min_lr)
+        return optim.wsd(step, learning_rate, warmup_iters, end, min_lr, decay_fraction)
+    return optim.cosine(step, learning_rate, warmup_iters, end, min_lr)
 
 
 def command(**changes):
@@ -357,9 +367,11 @@ def save_checkpoint(is_best):
     if not world.is_main:
         saved_iter = iter_num
         return True
-    state = {'model': model.state_dict(), 'optimizer': opt.state_dict(), 'model_args': asdict(model.config),
+    state = {'model': final_model.state_dict(), 'optimizer': opt.state_dict(), 'model_args': asdict(model.config),
              'iter_num': iter_num, 'best_val_loss': best_val_loss, 'config': dict(config), 'tokenizer': text_tokenizer,
              'scaler': scaler.state_dict(), 'evals_since_best': evals_since_best, 'train_time': train_time}
+    if average is not None:
+        state['unaveraged'] = model.state_dict()
     try:
         checkpoint.save(out_dir, state, is_best)
     except OSError as error:
@@ -509,6 +521,8 @@ while True:
         stop_not_finite(f'loss is {loss_mean}, norm of the gradient {norm}')
     scaler.step(opt)
     scaler.update()
+    if average is not None:
+        average.update_parameters(model)
     opt.zero_grad(set_to_none=True)
     iter_num += 1
     bar.update()
@@ -544,10 +558,10 @@ if world.is_main and not eval_only:
         best = f'; best val loss {best_val_loss:.4f}' if math.isfinite(best_val_loss) else ''
         print(f'{iter_num} steps, {train_time:.1f} s of training{best}')
         if sample_tokens and text_tokenizer:
-            model.eval()
+            final_model.eval()
             torch.compiler.set_stance('force_eager')
             try:
-                *_, (texts, _) = generate_texts(model, tokenizer.from_dict(text_tokenizer), sample_prompt, 1,
+                *_, (texts, _) = generate_texts(final_model, tokenizer.from_dict(text_tokenizer), sample_prompt, 1,
                                                 sample_tokens, temperature=0.8, top_k=200)
                 print(f'---------------\n{sample_prompt}{texts[0]}\n---------------')
             except ValueError as error:  # the run is done and saved; a prompt that can't be encoded must not fail it

@@ -161,11 +161,17 @@ class Folder:
         return [json.loads(line) for line in (self.path / out_dir / 'log.jsonl').read_text().splitlines()]
 
 
+def same_tensors(a, b):
+    """Two dicts of tensors hold the same bits."""
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), f'{name} differs'
+
+
 def same_state(a, b):
     """Two checkpoints hold the same bits: weights, optimizer moments, and where the run stands."""
-    assert a['model'].keys() == b['model'].keys()
-    for name in a['model']:
-        assert torch.equal(a['model'][name], b['model'][name]), f'{name} differs'
+    same_tensors(a['model'], b['model'])
+    same_tensors(a.get('unaveraged', {}), b.get('unaveraged', {}))
     assert a['optimizer']['state'].keys() == b['optimizer']['state'].keys()
     for i, moments in a['optimizer']['state'].items():
         for name, value in moments.items():

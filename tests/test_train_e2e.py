@@ -16,7 +16,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import CHARS, ROOT, TINY, Folder, close_state, encode, make_text, same_state, write_dataset
+from conftest import CHARS, ROOT, TINY, Folder, close_state, encode, make_text, same_state, same_tensors, write_dataset
 
 import dataloader
 from model import GPT, GPTConfig
@@ -135,6 +135,7 @@ CASES = {
     'muon, float16, all options': {
         'preset': 'modern', 'dtype': 'float16', 'n_kv_head': 1, 'mlp': 'swiglu', 'window': 5, 'n_layer': 3,
         'residual_lambdas': True, 'value_embeddings': True, 'weight_decay': 0.1},
+    'average': {'average_decay': 0.8, 'tie_embeddings': False, 'always_save_checkpoint': False},
 }
 
 
@@ -152,6 +153,42 @@ def test_resume_is_exact(folder, case):
     keys = ('step', 'loss', 'val_loss', 'lr', 'grad_norm', 'tokens')
     half, whole = ([{k: line[k] for k in keys if k in line} for line in folder.log(d)] for d in ('half', 'whole'))
     assert half == whole  # one continuous log
+
+
+def test_average_of_the_weights(folder):
+    """Of the weights after every step, by hand; it is what is evaluated; without it a run goes on from the weights."""
+    changes = {'average_decay': 0.75, 'eval_interval': 1, 'max_iters': 4}
+    states = []
+    for n in range(1, 5):
+        folder.train(out_dir='run', **{**changes, 'max_iters': n}, init_from='auto').ok()
+        states.append(folder.checkpoint('run'))
+    expected = states[0]['unaveraged']
+    for state in states[1:]:
+        expected = {name: 0.75 * mean + 0.25 * state['unaveraged'][name] for name, mean in expected.items()}
+    for name, mean in expected.items():
+        torch.testing.assert_close(states[-1]['model'][name], mean)
+    model = GPT(GPTConfig(**states[-1]['model_args']))
+    model.load_state_dict(states[-1]['model'])
+    ids = torch.from_numpy(np.fromfile(folder.path / 'data/tiny/val.bin', dtype=np.uint16).astype(np.int64))
+    x, y = ids[:-1].split(16), ids[1:].split(16)
+    total = sum(model(a[None], b[None])[1].item() * len(b) for a, b in zip(x, y, strict=True))
+    logged = [line['val_loss'] for line in folder.log('run') if 'val_loss' in line]
+    assert logged[-1] == pytest.approx(total / (len(ids) - 1), abs=1e-5)
+    folder.train(out_dir='plain', max_iters=4, eval_interval=1).ok()
+    same_tensors(states[-1]['unaveraged'], folder.checkpoint('plain')['model'])
+    folder.train(out_dir='run', max_iters=6, init_from='resume').ok()
+    folder.train(out_dir='plain', max_iters=6, init_from='resume').ok()
+    same_tensors(folder.checkpoint('run')['model'], folder.checkpoint('plain')['model'])
+    assert 'unaveraged' not in folder.checkpoint('run')
+
+
+def test_a_schedule_as_long_as_the_run(folder):
+    rates = {}
+    for out_dir, changes in (('open', {'max_iters': 8}), ('said', {'max_iters': 8, 'lr_decay_iters': 8})):
+        folder.train(out_dir=out_dir, lr_schedule='wsd', decay_fraction=0.5, eval_first=False,
+                     **{'lr_decay_iters': 'None', **changes}).ok()
+        rates[out_dir] = [line['lr'] for line in folder.log(out_dir) if 'lr' in line]
+    assert rates['open'] == rates['said'] and rates['open'][-1] < rates['open'][4]
 
 
 def test_resume_is_exact_with_two_processes(folder):

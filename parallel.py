@@ -58,8 +58,6 @@ def connect(world, device, backend):
     """Join the other processes, if there are any. backend: 'auto' is nccl between GPUs, gloo between CPUs."""
     if 'RANK' not in os.environ:
         return
-    if device.type == 'cpu':  # torchrun allows each process one thread; share the cores instead
-        torch.set_num_threads(max(1, core_count() // int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
     if sys.platform == 'win32':
         os.environ.setdefault('USE_LIBUV', '0')  # torch's Windows builds come without libuv
     if device.type == 'cuda':
@@ -104,6 +102,18 @@ def disconnect():
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+
+
+def use_cores():
+    """
+    Let torch compute on the cores that this process may use, under torchrun on its share of them. torch's own choice,
+    one thread for each physical core, does not know of a container's limits, and torchrun's is a single thread.
+    OMP_NUM_THREADS decides otherwise, without torchrun, which sets it itself.
+    """
+    if 'RANK' in os.environ:
+        torch.set_num_threads(max(1, core_count() // int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
+    elif 'OMP_NUM_THREADS' not in os.environ:
+        torch.set_num_threads(min(torch.get_num_threads(), core_count()))
 
 
 def choose_device(device, local_rank=0):

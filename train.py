@@ -161,6 +161,7 @@ state = checkpoint.load(ckpt_path) if init_from == 'resume' else None
 dataloader.prepare_if_missing(data_dir, is_first=world.local_rank == 0)
 meta = dataloader.load_meta(data_dir)
 parallel.connect(world, device, backend)
+parallel.use_cores()
 if device.type == 'cuda':
     torch.set_float32_matmul_precision('high')  # where products are fp32, TF32's ten bits are enough, and much faster
 if init_from == 'auto':
@@ -280,7 +281,8 @@ train_time = state.get('train_time', 0.0) if state else 0.0  # seconds, without 
 layout_version = state.get('version', 0) if state else None  # of the file resumed from; 0: nanoGPT wrote it
 start_iter, state = iter_num, None  # the loaded tensors are no longer needed
 
-world.print(f'device {device}, dtype {dtype} ({dtype_reason}), compile {compile} ({compile_reason})')
+threads = f' (threads: {torch.get_num_threads()})' if device.type == 'cpu' else ''
+world.print(f'device {device}{threads}, dtype {dtype} ({dtype_reason}), compile {compile} ({compile_reason})')
 epochs = max_iters * total_batch_size / len(tokens['train'])
 world.print(f'{model.get_num_params() / 1e6:.2f}M parameters'
             + ('' if eval_only else f'; {max_iters} steps, {epochs:.2f} epochs'))

@@ -17,14 +17,19 @@ import threading
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 
 # fork costs nothing, and a script may use it without `if __name__ == '__main__'`; elsewhere it is unsafe or missing
 START_METHOD = 'fork' if sys.platform == 'linux' else 'spawn'
 
 
-def core_count() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+def core_count(limit: str = '/sys/fs/cgroup/cpu.max') -> int:
+    """Cores that this process may use: those it may run on, and no more than a container allows it the time of."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    with suppress(OSError, ValueError), open(limit) as f:  # '200000 100000': two cores; 'max 100000': all
+        quota, period = map(int, f.read().split())
+        cores = min(cores, max(1, quota // period))
+    return cores
 
 
 class Workers:

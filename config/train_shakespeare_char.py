@@ -1,32 +1,29 @@
 """
-A character-level GPT on Shakespeare, nanoGPT's settings: 10.65M parameters, 5000 steps of 16,384 characters.
+A character-level GPT on Shakespeare: 10.7M parameters, nanoGPT's size and context.
 
     $ python train.py config/train_shakespeare_char.py
 
-A GPU takes a few minutes; on two CPU cores a step takes seconds, so there add --max_iters=500 or take the smaller model
-of the README. It overfits: the lowest val loss, about 1.47, comes between steps 1000 and 2500, and is kept in best.pt.
+nanoGPT's own settings are in config/shakespeare_char_classic.py.
 """
 
 out_dir = 'out-shakespeare-char'
 dataset = 'shakespeare_char'
-eval_interval = 250  # 20 evaluations, so that the lowest val loss is not missed
-eval_iters = 200
+eval_interval = 100
+eval_iters = 20
+eval_first = False
 log_interval = 10
 always_save_checkpoint = False
 wandb_project = 'shakespeare-char'
 wandb_run_name = 'mini-gpt'
 
+preset = 'modern'
 n_layer = 6
 n_head = 6
 n_embd = 384
 block_size = 256
 dropout = 0.2
 
-batch_size = 64
+# small batches and many updates: 4,096 characters a step
+batch_size = 16
 gradient_accumulation_steps = 1
-learning_rate = 1e-3
-min_lr = 1e-4
-beta2 = 0.99  # 16,384 tokens give a noisy second moment; average it over 100 steps
-warmup_iters = 100
-max_iters = 5000
-lr_decay_iters = 5000
+max_iters = 1000

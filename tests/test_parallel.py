@@ -112,6 +112,19 @@ def test_compile(gpus, monkeypatch):
             choose_compile(setting, CPU, 0)
 
 
+@pytest.mark.skipif(not hasattr(os, 'sched_setaffinity'), reason='this system does not bind processes to cores')
+@pytest.mark.parametrize('env, kept', [({}, False), ({'OMP_NUM_THREADS': '2'}, True), ({'RANK': '0'}, False),
+                                       ({'RANK': '0', 'OMP_NUM_THREADS': '2', 'LOCAL_WORLD_SIZE': '2'}, False)])
+def test_threads_follow_the_cores(env, kept):
+    """In a process that torch gave two threads before it was bound to a single core."""
+    code = ('import os, torch, parallel; torch.set_num_threads(2)\n'
+            'os.sched_setaffinity(0, [min(os.sched_getaffinity(0))]); parallel.use_cores()\n'
+            'print(torch.get_num_threads())')
+    clean = {key: value for key, value in os.environ.items() if key not in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS')}
+    out = subprocess.run([sys.executable, '-c', code], cwd=ROOT, env={**clean, **env}, capture_output=True, text=True)
+    assert out.stdout == ('2\n' if kept else '1\n'), out.stderr
+
+
 def test_world_alone(monkeypatch, capsys):
     for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE'):
         monkeypatch.delenv(name, raising=False)

@@ -60,7 +60,7 @@ def test_a_run(finished):
     steps, evals = losses(run)
     assert list(steps) == list(range(20)) and list(evals) == [0, 10, 20]
     assert abs(evals[0][1] - math.log(len(CHARS))) < 0.1 and evals[20][1] < evals[10][1] < evals[0][1]
-    for text in ('device cpu, dtype float32 (as set), compile False (as set)', 'mfu n/a',
+    for text in ('device cpu (threads: 1), dtype float32 (as set), compile False (as set)', 'mfu n/a',
                  '2 micro-batch(es) x 4 x 16', 'saved out/ckpt.pt at step 20 (best so far)',
                  f'best val loss {evals[20][1]:.4f}', 'python sample.py --out_dir=out'):
         assert text in run.out

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from workers import Workers
+from workers import Workers, core_count
 
 ROOT = Path(__file__).parent.parent
 POSIX = pytest.mark.skipif(os.name != 'posix', reason='needs signals')
@@ -34,6 +34,16 @@ def set_added(number):
 
 def add(number):
     return number + added
+
+
+@pytest.mark.parametrize('text, cores', [('150000 100000', 1), ('50000 100000', 1), ('99900000 100000', None),
+                                         ('max 100000', None), ('', None), (None, None)])
+def test_cores_that_a_container_allows(text, cores, tmp_path):
+    """cpu.max as cgroups v2 write it: microseconds of a period, or no limit."""
+    if text is not None:
+        (tmp_path / 'cpu.max').write_text(text)
+    everything = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    assert core_count(str(tmp_path / 'cpu.max')) == (cores or everything)
 
 
 def test_results_come_in_order():

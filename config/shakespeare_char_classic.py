@@ -1,0 +1,33 @@
+"""
+A character-level GPT on Shakespeare, nanoGPT's settings: 10.65M parameters, 5000 steps of 16,384 characters.
+
+    $ python train.py config/shakespeare_char_classic.py
+
+To compare with; config/train_shakespeare_char.py learns the same in a fraction of the time. A GPU takes a few minutes;
+on two CPU cores a step takes seconds. It overfits: the lowest val loss, about 1.47, comes between steps 1000 and 2500,
+and is kept in best.pt.
+"""
+
+out_dir = 'out-shakespeare-char-classic'
+dataset = 'shakespeare_char'
+eval_interval = 250  # 20 evaluations, so that the lowest val loss is not missed
+eval_iters = 200
+log_interval = 10
+always_save_checkpoint = False
+wandb_project = 'shakespeare-char'
+wandb_run_name = 'mini-gpt-classic'
+
+n_layer = 6
+n_head = 6
+n_embd = 384
+block_size = 256
+dropout = 0.2
+
+batch_size = 64
+gradient_accumulation_steps = 1
+learning_rate = 1e-3
+min_lr = 1e-4
+beta2 = 0.99  # 16,384 tokens give a noisy second moment; average it over 100 steps
+warmup_iters = 100
+max_iters = 5000
+lr_decay_iters = 5000

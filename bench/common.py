@@ -17,8 +17,10 @@ from importlib import metadata
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 ITER = re.compile(r'^iter (\d+): loss (\S+), time ([\d.]+)ms')  # train.py's line, and nanoGPT's
 SAVED = re.compile(r'^saved (.+) at step (\d+)')
+EVALUATED = re.compile(r'^step (\d+): train loss (\S+), val loss (\S+)')  # both print this one alike, too
 
-# nanoGPT's two documented commands that a CPU can run: its README's small one, and the config file as it is
+# nanoGPT's two documented commands that a CPU can run: its README's small one, and the config file as it is; classic()
+# is the same recipe here
 SMALL = ['config/train_shakespeare_char.py', '--device=cpu', '--compile=False', '--eval_iters=20', '--log_interval=1',
          '--block_size=64', '--batch_size=12', '--n_layer=4', '--n_head=4', '--n_embd=128', '--max_iters=2000',
          '--lr_decay_iters=2000', '--dropout=0.0']
@@ -29,6 +31,11 @@ def train_command(arguments=(), auto=False, python=sys.executable, script='train
     """The command line of a training run; with auto, device and compile are left for train.py to choose."""
     kept = [a for a in arguments if not (auto and a.startswith(('--device=', '--compile=')))]
     return [python, script, *kept]
+
+
+def classic(arguments):
+    """nanoGPT's arguments with its recipe's name here: config/train_shakespeare_char.py is another."""
+    return [a.replace('train_shakespeare_char', 'shakespeare_char_classic') for a in arguments]
 
 
 def environment(**changes):
@@ -44,6 +51,24 @@ def run(command, cwd=ROOT, **changes):
     if done.returncode != 0:
         raise SystemExit(f'{" ".join(command)}\nfailed with exit status {done.returncode}:\n{done.stdout[-2000:]}')
     return done.stdout
+
+
+def follow(command, cwd=ROOT, **changes):
+    """The same, but yields each line as the command prints it; a caller that stops listening ends the command."""
+    process = subprocess.Popen(command, cwd=cwd, env=environment(**changes), text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT)
+    lines = []
+    try:
+        for line in process.stdout:
+            lines.append(line)
+            yield line
+        process.wait()
+    finally:
+        process.kill()  # nothing happens if it has ended
+        process.wait()
+    if process.returncode != 0:
+        raise SystemExit(f'{" ".join(command)}\nfailed with exit status {process.returncode}:\n'
+                         f'{"".join(lines)[-2000:]}')
 
 
 def step_times(command, n, cwd=ROOT):
@@ -76,6 +101,27 @@ def check_peer(peer, dataset='shakespeare_char'):
                          (f'data/{dataset}/train.bin', f'in it run: python data/{dataset}/prepare.py')):
         if not os.path.isfile(os.path.join(peer, path)):
             raise SystemExit(f'--peer={peer}: there is no {path}; {remedy}')
+
+
+def val_loss(path, data_dir):
+    """-> (mean loss in nats a token of a checkpoint over the whole val split, in fp32 on the CPU, its step)."""
+    import torch  # here, so that scripts which only start others stay quick
+
+    import checkpoint
+    import dataloader
+
+    state = checkpoint.load(path)
+    model = checkpoint.model_of(state, path, 0.0).eval()
+    block_size, vocab_size = model.config.block_size, model.config.vocab_size
+    tokens = dataloader.open_tokens(data_dir, 'val', dataloader.load_meta(data_dir), block_size)
+    starts, total, count = dataloader.whole_windows(len(tokens), block_size), 0.0, 0
+    for i in range(0, len(starts), 256):
+        x, y = dataloader.gather(tokens, starts[i : i + 256], block_size, vocab_size)
+        n_targets = int((y >= 0).sum())
+        with torch.no_grad():
+            total += model(x, y)[1].item() * n_targets
+        count += n_targets
+    return total / count, state['iter_num']
 
 
 def spread(values, digits=3):

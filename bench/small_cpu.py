@@ -4,8 +4,8 @@ The whole CPU command of nanoGPT's README, 2000 steps of a 0.8M model: nanoGPT's
     $ python bench/small_cpu.py --peer=../nanoGPT   # a checkout whose data/shakespeare_char is prepared
     $ python bench/small_cpu.py                     # ours alone
 
-Runs one after the other, wall time of the whole process: nanoGPT as its README says; train.py with that command line
-unchanged ('same flags'); and train.py without --device=cpu --compile=False ('auto'), once with an empty cache of
+Runs one after the other, wall time of the whole process: nanoGPT as its README says; train.py with that recipe
+and the same flags ('same flags'); and train.py without --device=cpu --compile=False ('auto'), once with an empty cache of
 compiled code ('cold', what a first run sees) and once more ('warm'). All save at every evaluation, so that ckpt.pt
 is of step 2000. The loss is that of ckpt.pt over the whole val split, evaluated here for both in the same way, in
 fp32. The bar: the same loss within noise, and auto in at most 1/1.5 of nanoGPT's time. About 5 minutes a round. Each
@@ -18,15 +18,11 @@ import sys
 import tempfile
 import time
 
-import torch
-
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # Python looks only beside the script
 
-import checkpoint
 import dataloader
 from bench import common
 from configurator import override
-from model import GPT, GPTConfig
 
 # settings ------------------------------------------------------------------------------------------------------------
 peer = ''  # path of a nanoGPT checkout; '': without it
@@ -36,27 +32,6 @@ max_iters = 2000  # fewer for a quick look; the comparison is meant at 2000
 wait = 0  # seconds to wait before each run, at most, until other processes leave the machine alone
 config = override(globals())
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def val_loss(path, data_dir):
-    """Mean loss in nats a token of a checkpoint over the whole val split, in fp32."""
-    state = checkpoint.load(path)
-    model = GPT(GPTConfig(**{**state['model_args'], 'dropout': 0.0}))
-    model.load_state_dict(state['model'])
-    model.eval()
-    if state['iter_num'] != max_iters:
-        raise SystemExit(f'{path} is of step {state["iter_num"]}, expected {max_iters}')
-    block_size, vocab_size = model.config.block_size, model.config.vocab_size
-    meta = dataloader.load_meta(data_dir)
-    tokens = dataloader.open_tokens(data_dir, 'val', meta, block_size)
-    starts, total, count = dataloader.whole_windows(len(tokens), block_size), 0.0, 0
-    for i in range(0, len(starts), 256):
-        x, y = dataloader.gather(tokens, starts[i : i + 256], block_size, vocab_size)
-        n_targets = int((y >= 0).sum())
-        with torch.no_grad():
-            total += model(x, y)[1].item() * n_targets
-        count += n_targets
-    return total / count
 
 
 os.chdir(common.ROOT)  # datasets are found from there
@@ -79,7 +54,9 @@ with tempfile.TemporaryDirectory() as folder:
             print(f'{name}: round {turn + 1} of {rounds}', file=sys.stderr)
             common.wait_for_quiet(wait)
             out_dir = os.path.join(folder, f'{name}-{turn}'.replace(' ', '-'))
-            command = [*common.train_command(arguments, auto=name.startswith('auto')), f'--out_dir={out_dir}']
+            command = common.train_command(arguments if name == 'peer' else common.classic(arguments),
+                                           auto=name.startswith('auto'))
+            command.append(f'--out_dir={out_dir}')
             if name == 'peer':
                 os.makedirs(out_dir)
             else:
@@ -87,7 +64,11 @@ with tempfile.TemporaryDirectory() as folder:
             t0 = time.perf_counter()
             text = common.run(command, cwd=peer if name == 'peer' else common.ROOT, TORCHINDUCTOR_CACHE_DIR=cache)
             seconds[name].append(time.perf_counter() - t0)
-            losses[name].append(val_loss(os.path.join(out_dir, 'ckpt.pt'), data_dir))
+            path = os.path.join(out_dir, 'ckpt.pt')
+            loss, step = common.val_loss(path, data_dir)
+            if step != max_iters:
+                raise SystemExit(f'{path} is of step {step}, expected {max_iters}')
+            losses[name].append(loss)
             times = [float(match[3]) for match in map(common.ITER.match, text.splitlines()) if match]
             step_ms[name].append(statistics.median(times))
 

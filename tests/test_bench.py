@@ -2,11 +2,14 @@
 
 import json
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import encode, make_text, write_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -125,10 +128,25 @@ def test_run_shows_why_a_command_failed():
         common.run([sys.executable, '-c', 'print("reason"); raise SystemExit(3)'])
 
 
+def test_follow_yields_lines_and_says_why_a_command_failed():
+    python = [sys.executable, '-c']
+    assert list(common.follow([*python, 'import os; print("a"); print(os.environ["X"])'], X='1')) == ['a\n', '1\n']
+    lines = common.follow([*python, 'print("reason"); raise SystemExit(3)'])
+    assert next(lines) == 'reason\n'
+    with pytest.raises(SystemExit, match='exit status 3:\nreason'):
+        next(lines)
+    lines = common.follow([*python, 'import os, time; print(os.getpid()); time.sleep(600)'])
+    pid = int(next(lines))
+    lines.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
 def test_patterns_read_the_lines_of_training():
     line = 'iter 1999: loss 1.7811, time 21.40ms, mfu n/a, norm 0.61, 35.9k tok/s, 00:00 left'
     assert common.ITER.match(line).groups() == ('1999', '1.7811', '21.40')
     assert common.ITER.match('step 250: train loss 1.9, val loss 2.0') is None
+    assert common.EVALUATED.match('step 250: train loss 1.9, val loss 2.0').groups() == ('250', '1.9', '2.0')
     assert common.SAVED.match('saved out/ckpt.pt at step 250 (best so far)').groups() == ('out/ckpt.pt', '250')
 
 
@@ -161,9 +179,151 @@ def test_last_line_is_json(capsys):
     assert record['bench'] == 'x' and record['ms']['median'] == 1.0 and f'{os.cpu_count()} cores' in record['hardware']
 
 
-@pytest.mark.parametrize('name', ['start', 'kill', 'tokenizer', 'prepare', 'round_trip'])
+@pytest.mark.parametrize('name', ['start', 'kill', 'tokenizer', 'prepare', 'round_trip', 'time_to_loss',
+                                  'ablation'])
 def test_scripts_explain_themselves(name):
     script = ROOT / 'bench' / f'{name}.py'
     done = subprocess.run([sys.executable, str(script), '--help'], text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
     assert f'$ python bench/{name}.py' in done.stdout and 'config = ' not in done.stdout
+
+
+# time_to_loss.py -----------------------------------------------------------------------------------------------------
+
+SHAPE = '--n_layer=2 --n_head=2 --n_embd=16 --block_size=16 --batch_size=4 --compile=False'
+
+
+@pytest.fixture
+def peer(folder):
+    """
+    A folder in which train.py can be measured against itself: the dataset, and what has to be there of nanoGPT, whose
+    settings and printed lines are ours too.
+    """
+    path = folder.path / 'peer'
+    (path / 'config').mkdir(parents=True)
+    for data in (folder.path / 'data', path / 'data'):
+        write_dataset(data / 'shakespeare_char', encode(make_text(3000)), encode(make_text(333, seed=1)))
+    for script in ROOT.glob('*.py'):
+        shutil.copy(script, path)
+    (path / 'config' / 'train_shakespeare_char.py').write_text(
+        "dataset = 'shakespeare_char'\ngradient_accumulation_steps = 1\nlearning_rate = 1e-3\nwarmup_iters = 0\n"
+        'eval_interval = 5\n')
+    return folder
+
+
+def measure(folder, script, *files, **settings):
+    """A script of bench/ in the folder -> (what it printed, its JSON line)."""
+    out = folder.start(f'bench/{script}.py', *files, **settings).wait(300).ok().out
+    return out, json.loads(out.splitlines()[-1])
+
+
+def test_time_to_loss_of_a_run(peer):
+    flags = [*SHAPE.split(), '--dtype=float32', '--max_iters=8', '--eval_interval=1', '--sample_tokens=0']
+    # the run by itself; and a target between two evaluations so close that both checkpoints have to be looked at
+    peer.start('train.py', ROOT / 'config' / 'shakespeare_cpu.py', *flags, seed=1337, out_dir='alone').ok()
+    losses = {line['step']: line['val_loss'] for line in peer.log('alone') if 'val_loss' in line}
+    target = (losses[1] + losses[2]) / 2
+    assert losses[1] - 0.01 < losses[2] < losses[1] and losses[3] < losses[2]
+    out, record = measure(peer, 'time_to_loss', peer='peer', rounds=1, sprint='', cold=True, extra=shlex.join(flags),
+                          target=target, peer_flags=f'--device=cpu {SHAPE} --max_iters=10 --lr_decay_iters=10')
+    theirs, ours = record['peer'], record['sprint']
+    assert theirs['steps']['median'] == 10 and not theirs['estimated']
+    assert ours['rounds_reached'] == 1 and ours['reached_step']['median'] == 2
+    for key, loss in (('reached_val', losses[2]), ('best_val', min(losses.values()))):
+        assert ours[key]['median'] == pytest.approx(loss, abs=1e-4)
+        assert ours[f'{key}_logged']['median'] == pytest.approx(loss, abs=1e-4)
+    for kind in ('train_s', 'wall_s'):
+        share = ours[f'reached_{kind}']['median'] / theirs[kind]['median']
+        assert ours[f'reached_{kind}_of_peer']['median'] == pytest.approx(share, rel=0.05)
+        assert ours[f'reached_{kind}']['median'] <= ours[kind]['median']
+        assert record['full'][f'rounds_within_peer_{kind}'] == (ours[kind]['median'] <= theirs[kind]['median'])
+    assert 0 < ours['reached_train_s']['median'] < ours['reached_wall_s']['median']
+    table = out[out.index('nanoGPT: val loss') :].splitlines()[:-1]
+    assert len(table) == 18 and max(map(len, table)) <= 80
+
+
+def test_time_to_loss_that_is_not_reached(peer):
+    out, record = measure(peer, 'time_to_loss', case='char', peer='peer', rounds=1, full=False,
+                          peer_steps=2, sprint_char='--max_iters=4 --eval_interval=2', extra=SHAPE,
+                          peer_flags=f'--device=cpu {SHAPE}')
+    theirs, ours = record['peer'], record['sprint']
+    assert theirs['estimated'] and record['target']['median'] == theirs['val_loss']['median'] == 1.4697
+    assert theirs['train_s']['median'] == pytest.approx(1.75 * theirs['step_ms']['median'], abs=1e-3)
+    assert ours['reached_train_s'] is None and ours['reached_wall_s_of_peer'] is None and ours['rounds_reached'] == 0
+    assert f'not reached, best {ours["best_val"]["median"]:.4f}' in out
+    assert '1750 steps, estimated, s' in out and 'full' not in record
+
+
+def test_time_to_loss_says_what_is_wrong(peer):
+    peer.start('bench/time_to_loss.py', case='medium').refused("case='medium': expected 'small' or 'char'")
+    write_dataset(peer.path / 'peer' / 'data' / 'shakespeare_char', encode(make_text(3000)), encode(make_text(333)))
+    peer.start('bench/time_to_loss.py', peer='peer').refused('prepare both from the same text')
+
+
+# ablation.py ---------------------------------------------------------------------------------------------------------
+
+
+def finished_runs(path, config, steps, runs):
+    """A file of finished runs: {(flags, seed): (val loss, ms)}."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(''.join(
+        json.dumps({'config': config, 'flags': flags, 'steps': steps, 'seed': seed, 'val_loss': loss, 'ms': ms,
+                    'commit': 'abc1234'}) + '\n' for (flags, seed), (loss, ms) in runs.items()))
+
+
+def test_ablation_of_finished_runs_does_none_again(folder):
+    runs = folder.path / 'out-ablation' / 'runs.jsonl'
+    finished_runs(runs, 'a.py', 7, {
+        ('', 1): (1.60, 10.0), ('', 2): (1.70, 20.0),
+        ('--mlp=gelu', 1): (1.65, 12.0), ('--mlp=gelu', 2): (1.71, 22.0),
+        ('--mlp=swiglu', 1): (1.50, 10.0), ('--mlp=swiglu', 2): (1.62, 10.0)})
+    kept = runs.read_text()
+    runs.write_text(kept + '{"config": "a.py", "fla')  # a run that was cut off
+    out, record = measure(folder, 'ablation', config_file='a.py', steps=7, seeds='1,2', variants='gelu,swiglu',
+                          table='table.md')  # there is no a.py: a run would fail
+    assert '6 of 6 runs are in out-ablation/runs.jsonl already, done at commit abc1234' in out
+    table = (folder.path / 'table.md').read_text(encoding='utf-8')
+    # the standard error of two values is half of their distance
+    assert [[cell.strip() for cell in line.strip('|').split('|')] for line in table.splitlines()[2:]] == [
+        ['swiglu', '1.5600 ± 0.0600', '-0.0900 ± 0.0100', '0.75'],
+        ['base', '1.6500 ± 0.0500', '', '1.00'],
+        ['gelu', '1.6800 ± 0.0300', '+0.0300 ± 0.0200', '1.15']]
+    assert table in out and max(map(len, table.splitlines())) <= 80
+    assert record['variants']['gelu'] == {'val_loss': 1.68, 'error': 0.03, 'difference': 0.03, 'difference_error': 0.02,
+                                          'ms': 17.0, 'time': 1.15}
+    assert runs.read_text() == kept
+
+
+def test_ablation_runs_what_is_missing(folder):
+    config = folder.path / 'small.py'
+    config.write_text("preset = 'modern'\ndataset = 'tiny'\nn_layer = 1\nn_head = 1\nn_embd = 16\nblock_size = 16\n"
+                      "batch_size = 4\ngradient_accumulation_steps = 1\ndtype = 'float32'\ncompile = False\n")
+    runs = folder.path / 'runs' / 'a.jsonl'
+    finished_runs(runs, 'small.py', 4, {('--mlp=gelu --device=cpu', 1): (9.0, 1.0)})
+    n_cpus = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    out, record = measure(folder, 'ablation', config_file='small.py', steps=4, seeds='1', out='runs/a.jsonl',
+                          extra='--device=cpu', variants='gelu,n_kv_head 2,tied head', jobs=min(2, n_cpus))
+    assert '1 of 4 runs are in runs/a.jsonl already' in out
+    assert 'n_kv_head=2: expected a divisor of n_head=1' in out and record['variants']['n_kv_head 2'] is None
+    assert [cell.strip() for cell in out.splitlines()[-2].split('|')][1:3] == ['n_kv_head 2', 'failed']
+    assert record['variants']['gelu']['val_loss'] == 9.0
+    done = {run['flags']: run for run in map(json.loads, runs.read_text().splitlines())}
+    assert set(done) == {'--mlp=gelu --device=cpu', '--device=cpu', '--tie_embeddings=True --device=cpu'}
+    # each is the run that train.py alone would be
+    alone = folder.start('train.py', 'small.py', device='cpu', tie_embeddings=True, seed=1, max_iters=4,
+                         eval_interval=4, eval_first=False, lr_decay_iters=None).ok()
+    assert f'val loss {done["--tie_embeddings=True --device=cpu"]["val_loss"]:.4f}' in alone.out
+    assert os.listdir(runs.parent) == ['a.jsonl']
+
+
+def test_ablation_says_what_is_wrong(folder):
+    for settings, text in (({'variants': 'gelu,relu'}, "'relu' is none of base, learned positions, "),
+                           ({'seeds': '1;2'}, "seeds='1;2': expected whole numbers"),
+                           ({'steps': 0}, 'steps=0: expected 1 or more'),
+                           ({'jobs': 0}, 'jobs=0: expected 1 to '),
+                           ({'config_file': 'nowhere.py'}, 'nowhere.py: no such config file')):
+        folder.start('bench/ablation.py', **settings).refused(text)
+    runs = folder.path / 'runs.jsonl'
+    for damaged in ('{"config": "a.py"}', 'null', '[1', '\0'):
+        runs.write_text(damaged + '\n')
+        folder.start('bench/ablation.py', out='runs.jsonl').refused('runs.jsonl, line 1 is damaged')

@@ -809,6 +809,25 @@ def test_resuming_nanogpts_optimizer(folder):
         torch.testing.assert_close(folder.checkpoint()['model'][name], tensor, atol=2e-5, rtol=0)
 
 
+SMALL = {'n_layer': 2, 'n_head': 2, 'n_embd': 16, 'block_size': 16, 'batch_size': 4, 'total_batch_size': 64,
+         'max_iters': 4, 'warmup_iters': 1, 'eval_interval': 4, 'eval_iters': 1, 'dataset': 'tiny', 'out_dir': 'out', 'device': 'cpu',
+         'dtype': 'float32', 'compile': False, 'sample_tokens': 0, 'log_interval': 1}
+
+
+@pytest.mark.parametrize('config', [path.name for path in sorted((ROOT / 'config').glob('*.py'))
+                                    if not path.name.startswith(('eval_', 'finetune_'))])
+def test_recipes(folder, config):
+    """Each of config/ with a small model and few steps on top: it trains, with finite losses and its own settings."""
+    source = (ROOT / 'config' / config).read_text()
+    run = folder.start('train.py', ROOT / 'config' / config, **SMALL).ok()
+    assert all(math.isfinite(loss) for loss in losses(run)[0].values()) and len(losses(run)[0]) == 4
+    assert f"preset = '{folder.checkpoint()['config']['preset']}'" in source or 'classic' in config
+    assert f'train.py config/{config}' in source  # its docstring says how to run it
+    rates = [line['lr'] for line in folder.log() if 'lr' in line]
+    if 'classic' not in config:
+        assert rates[-1] < max(rates)  # the schedule ends with the run, however many steps it has
+
+
 def test_nanogpts_config_file(folder):
     """As its config/ has them: computed values, imports, comments; then overrides on the command line."""
     (folder.path / 'config.py').write_text('''\

@@ -1,34 +1,43 @@
 """
-Attention on the CPU, and what keeping freed memory is worth there: why model.py and train.py do what they do.
+Attention: on the CPU torch's and ours, and what keeping freed memory is worth there; on a GPU torch's kernels.
 
-    $ python bench/attention.py                       # 5 minutes
+    $ python bench/attention.py                       # 5 minutes on two CPU cores
     $ python bench/attention.py --n=5 --kept=False    # a quick look at the attention alone
 
-Forward and backward of causal attention in bf16: torch's scaled_dot_product_attention against
+On a GPU: forward and backward of causal attention in bf16 at the shape of GPT-2 124M, by each of the kernels behind
+torch's scaled_dot_product_attention and by FlexAttention, compiled; with a sliding window by FlexAttention, and by
+scaled_dot_product_attention with that mask written out. A kernel that this GPU or torch lacks is '-'. FLOPs count the
+keys that a query sees.
+
+On the CPU: forward and backward of causal attention in bf16: torch's scaled_dot_product_attention against
 CausalSelfAttention.attend_in_blocks compiled as train.py compiles it, without dropout and with 0.2, in turns. Then
-a step of config/train_shakespeare_char.py's model (10.65M parameters, dropout 0.2) forward and backward, with and
-without parallel.keep_freed_memory, each in processes of their own, alternating. Prints tables, then a JSON line.
+a step of the 10.65M model (dropout 0.2) forward and backward, with and without parallel.keep_freed_memory, each in
+processes of their own, alternating. Prints tables, then a JSON line.
 """
 
 import os
 import statistics
 import sys
-import time
 
 import torch
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # Python looks only beside the script
 
 import parallel
-from bench import common
+from bench import bare, common
 from configurator import override
 from model import GPT, CausalSelfAttention, GPTConfig
 
 # settings ------------------------------------------------------------------------------------------------------------
-shapes = '12x4x64x32,64x6x256x64,16x6x256x64,4x12x1024x64'  # batch x heads x length x channels of a head
-dropouts = '0.0,0.2'
-n = 20  # calls of each, alternating
+# batch x heads x length x channels of a head; 'auto': 12x4x64x32,64x6x256x64,16x6x256x64,4x12x1024x64, on a GPU
+# 16x12x1024x64
+shapes = 'auto'
+windows = '0,256'  # GPU: positions that a query sees; 0: all before it
+dropouts = '0.0,0.2'  # CPU
+n = 20  # measurements of each; on the CPU in turns
 kept = True  # also measure the effect of keeping freed memory
 processes = 3  # of each kind, for that
 steps = 5  # timed steps in each such process, with 64x256 tokens each
@@ -40,10 +49,11 @@ config = override(globals())
 COMPILE = {'dynamic': False, 'options': {'fallback_random': True}}  # train.py's
 
 
-def milliseconds(f):
-    t0 = time.perf_counter()
-    f()
-    return 1e3 * (time.perf_counter() - t0)
+def inputs(shape, device):
+    """-> q, k and v of (B, H, T, D) side by side, as they come from the projection, and the gradient of the result."""
+    B, H, T, D = shape
+    qkv = torch.randn(B, T, 3, H, D, device=device, dtype=torch.bfloat16, requires_grad=True)
+    return qkv, torch.randn(B, H, T, D, device=device, dtype=torch.bfloat16)
 
 
 def attention(shape, p):
@@ -51,9 +61,7 @@ def attention(shape, p):
     B, H, T, D = shape
     module = CausalSelfAttention(GPTConfig(block_size=T, n_head=H, n_embd=H * D, dropout=p)).train()
     in_blocks = torch.compile(module.attend_in_blocks, **COMPILE)
-    # as they come from the projection: (B, T, 3, H, D) seen as three of (B, H, T, D)
-    qkv = torch.randn(B, T, 3, H, D, dtype=torch.bfloat16, requires_grad=True)
-    dy = torch.randn(B, H, T, D, dtype=torch.bfloat16)
+    qkv, dy = inputs(shape, 'cpu')
 
     def sdpa(q, k, v):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=p)
@@ -64,8 +72,69 @@ def attention(shape, p):
     both = [step(sdpa), step(in_blocks)]
     for f in both:
         f(), f()
-    times = [[milliseconds(f) for f in both] for _ in range(n)]
+    times = [[bare.milliseconds(f) for f in both] for _ in range(n)]
     return [common.spread(column) for column in zip(*times, strict=True)]
+
+
+def kernels(T, window, device):
+    """-> {name: causal attention of (q, k, v)} on a GPU."""
+    def with_backend(backend, mask=None):
+        def attend(q, k, v):
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        return attend
+
+    def is_visible(b, h, query, key):
+        return (query >= key) & (query - key < (window or T))
+
+    block_mask = create_block_mask(is_visible, None, None, T, T, device=device)
+    flex = torch.compile(flex_attention, dynamic=False)
+    named = {'flex': lambda q, k, v: flex(q, k, v, block_mask=block_mask)}
+    positions = torch.arange(T, device=device)
+    mask = is_visible(None, None, positions[:, None], positions) if window else None
+    for name, backend in (('flash', SDPBackend.FLASH_ATTENTION), ('cudnn', SDPBackend.CUDNN_ATTENTION),
+                          ('efficient', SDPBackend.EFFICIENT_ATTENTION), ('math', SDPBackend.MATH)):
+        named[name] = with_backend(backend, mask)
+    return named
+
+
+def attention_on_gpu(shape, window, device):
+    """-> {kernel: (spread of ms forward and backward over n calls, TFLOP/s), or None where it refuses}."""
+    B, H, T, D = shape
+    qkv, dy = inputs(shape, device)
+    seen = sum(min(t + 1, window or T) for t in range(T))  # pairs of a query and a key
+    flops = 12 * B * H * D * seen  # two products forward, twice as many backward, 2 FLOPs each
+    results = {}
+    for name, attend in kernels(T, window, device).items():
+        def calls(attend=attend):
+            for _ in range(10):  # between two waits, or launching would be what is measured
+                torch.autograd.grad(attend(*qkv.permute(2, 0, 3, 1, 4)), qkv, dy)
+            bare.synchronize(device)
+
+        try:
+            calls()  # compiles
+        except Exception as error:  # each says in its own way that it is not for this GPU, this shape or a mask
+            print(f'{name}: {(str(error).splitlines() or [type(error).__name__])[0]}', file=sys.stderr)
+            results[name] = None
+            continue
+        ms = common.spread([bare.milliseconds(calls) / 10 for _ in range(n)])
+        results[name] = ms, round(flops / ms['median'] / 1e9, 1)
+    return results
+
+
+def gpu_tables(device):
+    """Print a table for each shape; -> the figures."""
+    figures = []
+    for text in (shapes if shapes != 'auto' else '16x12x1024x64').split(','):
+        shape, rows = tuple(map(int, text.split('x'))), [[f'{text}, bf16', 'window', 'ms', 'TFLOP/s']]
+        for window in map(int, windows.split(',')):
+            print(f'{text}, window {window}', file=sys.stderr)
+            for name, result in attention_on_gpu(shape, window, device).items():
+                ms, tflops = result or (None, None)
+                rows.append([name, window or 'all', common.show(ms, form='{:.3f}') if ms else '-', tflops or '-'])
+                figures.append({'shape': text, 'window': window, 'kernel': name, 'ms': ms, 'tflops': tflops})
+        print(common.table(rows) + '\n')
+    return figures
 
 
 def one_step_process():
@@ -85,13 +154,20 @@ def one_step_process():
         model.zero_grad(set_to_none=True)
 
     step(), step()
-    print(statistics.median(milliseconds(step) for _ in range(steps)))
+    print(statistics.median(bare.milliseconds(step) for _ in range(steps)))
 
 
 if only:
     one_step_process()
     raise SystemExit
 
+device = parallel.choose_device('auto')
+if device.type == 'cuda':
+    print(common.heading('attention'))
+    common.finish('attention', n, attention=gpu_tables(device))
+    raise SystemExit
+
+shapes = '12x4x64x32,64x6x256x64,16x6x256x64,4x12x1024x64' if shapes == 'auto' else shapes
 rows, figures = [['B x H x T x D', 'dropout', 'torch, ms', 'blocks, ms', 'ratio']], []
 for text in shapes.split(','):
     for p in map(float, dropouts.split(',')):

@@ -1,18 +1,23 @@
 """
 The training step: train.py's against the bare arithmetic, against nanoGPT's, and against the matrix products alone.
 
-    $ python bench/train_step.py                                # our step, the bare step, the floor: about 10 minutes
-    $ python bench/train_step.py --peer=../nanoGPT              # and nanoGPT's, in a checkout whose data is prepared
-    $ python bench/train_step.py --cases=small --rounds=2 --small_steps=100   # a quick look
+    $ python bench/train_step.py --peer=../nanoGPT              # all of it: the better part of an hour on two CPU cores
+    $ python bench/train_step.py --cases=small,char             # without nanoGPT, two of the models
+    $ python bench/train_step.py --cases=small --rounds=2 --steps=100   # a quick look
 
 Cases: 'small' is the CPU command of nanoGPT's README (0.8M parameters, 12x64 tokens a step), 'char' its
-config/train_shakespeare_char.py (10.65M, 64x256). train.py runs with 'auto' settings, that is without the flags
---device=cpu --compile=False which nanoGPT needs. The bars: train.py's step at most 3% slower than the bare forward,
-backward, clipping and update of the same model on one fixed batch; 4 times nanoGPT's tokens/s at 'char' (on AMX cores).
+config/train_shakespeare_char.py (10.65M, 64x256; here config/shakespeare_char_classic.py), 'gpt2' the 124M model on
+random tokens (4x1024; on a GPU 12x1024, nanoGPT's micro-batch). 'small-modern' and 'char-modern' are the same sizes
+with --preset=modern and no dropout; nanoGPT runs them under the same flags but the preset. train.py runs with 'auto'
+settings, that is without the flags --device=cpu --compile=False, and nanoGPT has those where there is no GPU. The bars:
+train.py's step at most 3% slower than the bare forward, backward, clipping and update of the same model on one fixed
+batch; on two AMX cores 7 times nanoGPT's tokens/s at 'char' and 6 times at 'gpt2', the optimizer at most 10% of a step
+of 'char'.
 
-The runs take turns, several rounds of them, because a machine's speed drifts; ratios are taken within a round. Prints a
-table of medians over the rounds (with their range), then a JSON line. Where other processes disturb the rounds, the
-fastest tenth of all steps (their upper end) compares better than medians do: noise only ever adds.
+The runs take turns, several rounds of them, because a machine's speed drifts; ratios are taken within a round. Where
+other processes disturb the rounds, the fastest tenth of all steps (their upper end) compares better than medians do:
+noise only ever adds. Then a process of its own takes the bare step apart (bare.py). Prints a table of medians over the
+rounds (with their range) for each case, then a JSON line.
 """
 
 import json
@@ -20,33 +25,39 @@ import os
 import statistics
 import sys
 import tempfile
-import time
-from contextlib import nullcontext
 
+import numpy as np
 import torch
-from torch.nn import functional as F
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # Python looks only beside the script
 
 import dataloader
-import optim
 import parallel
-from bench import common
+from bench import bare, common
 from configurator import override
-from model import GPT, GPTConfig
 
 # settings ------------------------------------------------------------------------------------------------------------
-cases = 'small,char'  # which
+cases = 'small,char,gpt2,small-modern,char-modern'  # which
 peer = ''  # path of a nanoGPT checkout; '': without the comparison
 rounds = 5  # turns of each
-small_steps = 300  # steps in a turn
-char_steps = 6
+steps = 0  # in a turn; 0: as many as the case takes
 warmup = 0.2  # share of a turn's steps that is left out of its median; at least one step
 wait = 0  # seconds to wait before each round, at most, until other processes leave the machine alone
+extra = ''  # flags for every training command, such as '--n_layer=2 --compile=False'
 config = override(globals())
 # ---------------------------------------------------------------------------------------------------------------------
 
-CASES = {'small': (common.SMALL, small_steps), 'char': (common.CHAR, char_steps)}
+on_gpu = parallel.choose_device('auto').type == 'cuda'
+MODERN = ['--preset=modern', '--dropout=0.0']
+GPT2 = ['--device=cpu', '--compile=False', '--log_interval=1', '--gradient_accumulation_steps=1', '--block_size=1024',
+        f'--batch_size={12 if on_gpu else 4}']  # all else is the default of both: the 124M model
+CASES = {  # command, steps in a turn on the CPU, on a GPU
+    'small': (common.SMALL, 300, 300),
+    'char': (common.CHAR, 6, 100),
+    'gpt2': (GPT2, 2, 50),
+    'small-modern': ([*common.SMALL, *MODERN], 300, 300),
+    'char-modern': ([*common.CHAR, *MODERN], 6, 100),
+}
 ONCE = ['--eval_iters=1']  # nanoGPT always evaluates before the first step; it need not be long
 
 
@@ -55,67 +66,35 @@ def steady(times):
     return times[max(1, round(warmup * len(times))) :]
 
 
-def bare_step(s):
-    """Settings that train.py resolved -> (a function that takes one step and returns its loss, the model)."""
-    device = torch.device(s['device'])
-    vocab_size = dataloader.load_meta(os.path.join('data', s['dataset']))['vocab_size']
-    torch.manual_seed(s['seed'])
-    model = GPT(GPTConfig(s['block_size'], vocab_size, s['n_layer'], s['n_head'], s['n_embd'], s['dropout'], s['bias']))
-    model.to(device)
-    optimizer = optim.adamw(model, s['weight_decay'], s['learning_rate'], (s['beta1'], s['beta2']))
-    if device.type == 'cpu':
-        parallel.keep_freed_memory()
-    autocast = nullcontext() if s['dtype'] == 'float32' else torch.autocast(device.type, parallel.DTYPES[s['dtype']])
-    step_model = model
-    if s['compile'] and device.type == 'cpu':  # as train.py does
-        for block in model.transformer.h:
-            block.compile(dynamic=False, options={'fallback_random': True})
-    elif s['compile']:
-        step_model = torch.compile(model, dynamic=False)
-    x, y = torch.randint(vocab_size, (2, s['batch_size'], s['block_size']), device=device)
-
-    def step():
-        with autocast:
-            loss = step_model(x, y)[1]
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), s['grad_clip'])
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.item()  # waits for the device, as reading the loss does in train.py
-
-    return step, model
+def fastest(times):
+    """The upper end of the fastest tenth."""
+    return sorted(times)[len(times) // 10]
 
 
-def matmul_speed(s, model):
-    """
-    -> (FLOP/s of the model's linear layers alone, forward and backward, weighted by how often each occurs,
-    {'inxout': FLOP/s}), with as many rows as a step has tokens, in the step's dtype.
-    """
-    device, dtype, rows = torch.device(s['device']), parallel.DTYPES[s['dtype']], s['batch_size'] * s['block_size']
-    shapes = [(m.in_features, m.out_features) for m in model.modules() if isinstance(m, torch.nn.Linear)]
-    seconds, speeds = 0.0, {}
-    for n_in, n_out in sorted(set(shapes)):
-        x = torch.randn(rows, n_in, device=device, dtype=dtype, requires_grad=True)
-        w = torch.randn(n_out, n_in, device=device, dtype=dtype, requires_grad=True)
-        dy = torch.randn(rows, n_out, device=device, dtype=dtype)
-        flops, times = 6 * rows * n_in * n_out, []  # a product each for y, dx and dw
-        while sum(times) < 0.7 or len(times) < 5:
-            t0 = time.perf_counter()
-            torch.autograd.grad(F.linear(x, w), (x, w), dy)
-            if device.type == 'cuda':
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - t0)
-        best = min(times)  # a floor: noise can only add
-        speeds[f'{n_in}x{n_out}'] = flops / best
-        seconds += shapes.count((n_in, n_out)) * best
-    return sum(6 * rows * n_in * n_out for n_in, n_out in shapes) / seconds, speeds
+def write_random_tokens(folder):
+    """A dataset of GPT-2's ids as nanoGPT has them, without meta; both find it by its absolute path."""
+    os.makedirs(folder)
+    random = np.random.default_rng(0)
+    for split, n in (('train', 2**20), ('val', 2**14)):
+        random.integers(50257, size=n, dtype=np.uint16).tofile(f'{folder}/{split}.bin')
+    return [f'--dataset={folder}']
+
+
+def commands(case, folder):
+    """-> (train.py's command, nanoGPT's) for a case."""
+    arguments = [*CASES[case][0], *extra.split()]
+    if case == 'gpt2':
+        arguments += write_random_tokens(f'{folder}/tokens')
+    ours = common.train_command([*common.classic(arguments), '--eval_first=False', f'--out_dir={folder}/ours'],
+                                auto=True)
+    theirs = [a for a in arguments if not a.startswith('--preset=')]
+    return ours, common.train_command([*theirs, *ONCE, f'--out_dir={folder}/peer'], auto=on_gpu)
 
 
 def measure(case, folder):
     """Take turns, -> the figures of one case."""
-    arguments, n = CASES[case]
-    ours = common.train_command([*arguments, '--eval_first=False', f'--out_dir={folder}/ours'], auto=True)
-    theirs = common.train_command([*arguments, *ONCE, f'--out_dir={folder}/peer'])
+    ours, theirs = commands(case, folder)
+    n = steps or CASES[case][2 if on_gpu else 1]
     step, turns = None, {'ours': [], 'bare': [], 'peer': []}
     for turn in range(rounds):
         print(f'{case}: round {turn + 1} of {rounds}', file=sys.stderr)
@@ -124,33 +103,32 @@ def measure(case, folder):
         if step is None:
             with open(f'{folder}/ours/config.json', encoding='utf-8') as f:
                 s = json.load(f)  # with 'auto' resolved
-            step, model = bare_step(s)
+            # GPT-2's ids are padded to a multiple of 64 where no meta.json says how many there are
+            s['vocab_size'] = dataloader.load_meta(os.path.join('data', s['dataset']))['vocab_size'] or 50304
+            torch.compiler.reset()  # it compiles a function only a few times over
+            step = bare.Step(s)
             step()  # compiles
-        times = []
-        for _ in range(n):
-            t0 = time.perf_counter()
-            step()
-            times.append(1e3 * (time.perf_counter() - t0))
-        turns['bare'].append(times)
+        turns['bare'].append([bare.milliseconds(step) for _ in range(n)])
         if peer:
             turns['peer'].append(common.step_times(theirs, n, cwd=peer))
+    step = None  # its memory, for the next process
+    if on_gpu:
+        torch.cuda.empty_cache()
+    inside = bare.in_own_process(s)
 
     medians = {name: [statistics.median(steady(times)) for times in of] for name, of in turns.items()}
-    fast = {name: statistics.quantiles([ms for times in of for ms in steady(times)], n=10)[0]
-            for name, of in turns.items() if of}
-    tokens = s['batch_size'] * s['block_size']
-    flops = model.flops_per_token() * tokens
-    speed, speeds = matmul_speed(s, model)
-    figures = {'device': s['device'], 'dtype': s['dtype'], 'compile': s['compile'], 'tokens_per_step': tokens,
-               'steps_per_turn': n,
+    fast = {name: fastest([ms for times in of for ms in steady(times)]) for name, of in turns.items() if of}
+    ms = statistics.median(medians['ours'])
+    figures = {'device': s['device'], 'dtype': s['dtype'], 'compile': s['compile'], 'preset': s['preset'],
+               'optimizer': s['optimizer'], 'steps_per_turn': n, 'parameters': inside['parameters'],
+               'tokens_per_step': inside['tokens_per_step'],
                'ours_ms': common.spread(medians['ours']), 'bare_ms': common.spread(medians['bare']),
                'overhead': common.spread([a / b - 1 for a, b in zip(medians['ours'], medians['bare'], strict=True)], 4),
                'overhead_fast': round(fast['ours'] / fast['bare'] - 1, 4),
-               'tokens_per_s': round(1e3 * tokens / statistics.median(medians['ours'])),
-               'matmul_gflops': round(speed / 1e9, 1), 'matmul_gflops_by_shape':
-               {shape: round(value / 1e9, 1) for shape, value in speeds.items()},
-               'step_gflop': round(flops / 1e9, 2), 'floor_ms': round(1e3 * flops / speed, 3)}
-    figures['share_of_floor'] = round(figures['floor_ms'] / figures['ours_ms']['median'], 3)
+               'tokens_per_s': round(1e3 * inside['tokens_per_step'] / ms),
+               'floor_ms': round(inside['step_flops'] / inside['product_gflops'] / 1e6, 3), 'bare': inside}
+    figures['share_of_floor'] = round(figures['floor_ms'] / ms, 3)
+    figures['mfu'] = inside['mfu'] and round(inside['mfu'] * inside['ms']['median'] / ms, 4)  # of our step
     if peer:
         figures['peer_ms'] = common.spread(medians['peer'])
         figures['speedup'] = common.spread([b / a for a, b in zip(medians['ours'], medians['peer'], strict=True)])
@@ -158,33 +136,51 @@ def measure(case, folder):
     return figures
 
 
+def block(case, f):
+    """The rows of a case."""
+    inside, split = f['bare'], f['bare']['parts_ms']
+    total = sum(split.values())
+    rows = [[case, f'{f["parameters"] / 1e6:.2f}M parameters, preset {f["preset"]}, {f["optimizer"]}'],
+            ['on', f'{f["device"]}, {f["dtype"]}, {"compiled" if f["compile"] else "not compiled"}'],
+            ['tokens a step', f'{f["tokens_per_step"]:,}'],
+            ['train.py, ms a step', common.show(f['ours_ms'])],
+            ['train.py, tokens/s', f'{f["tokens_per_s"]:,}'],
+            ['bare step, ms', common.show(f['bare_ms'])],
+            ['train.py slower by (bar: 3%)', common.show(f['overhead'], form='{:.1%}')],
+            ['  by the fastest tenth of steps', f'{f["overhead_fast"]:.1%}']]
+    if peer:
+        rows += [['nanoGPT, ms a step', common.show(f['peer_ms'])],
+                 ['times as fast as nanoGPT', common.show(f['speedup'], form='{:.2f}')],
+                 ['  by the fastest tenth of steps', f'{f["speedup_fast"]:.2f}']]
+    if f['mfu'] is not None:
+        rows.append(['MFU', f'{f["mfu"]:.1%}'])
+    rows += [['linear layers alone, GFLOP/s', f'{inside["product_gflops"]:,.0f}'],
+             ['all FLOPs at that speed, ms', f'{f["floor_ms"]:,.1f}'],
+             ['that floor / our step', f'{f["share_of_floor"]:.0%}']]
+    rows += [[f'bare step: {part}', f'{ms:,.2f} ms, {ms / total:.1%}'] for part, ms in split.items()]
+    rows += [[f'  forward + backward: {what}', f'{share:.0%}'] for what, share in
+             inside['forward_backward_shares'].items()]
+    if inside['peak_memory_mb']:
+        rows.append(['bare step: peak memory', f'{inside["peak_memory_mb"]:,} MB'])
+    return rows
+
+
 os.chdir(common.ROOT)  # datasets are found from there
 for case in cases.split(','):
     if case not in CASES:
         raise SystemExit(f'cases={cases!r}: {case!r} is none of {", ".join(CASES)}')
-if peer:
+if steps == 1:
+    raise SystemExit('steps=1: expected 2 or more, because the first is left out; or 0 for as many as the case takes')
+if peer and cases != 'gpt2':
     common.check_peer(peer)
-rows, figures = [['', *cases.split(',')]], {}
+elif peer and not os.path.isfile(os.path.join(peer, 'train.py')):
+    raise SystemExit(f'--peer={peer}: there is no train.py; expected a checkout of github.com/karpathy/nanoGPT')
+figures = {}
 for case in cases.split(','):
     with tempfile.TemporaryDirectory() as folder:
         figures[case] = measure(case, folder)
 
 print(common.heading('train_step'))
-for label, text in (
-    ('tokens a step', lambda f: f'{f["tokens_per_step"]:,}'),
-    ('train.py: dtype, compile', lambda f: f'{f["dtype"]}, {f["compile"]}'),
-    ('train.py, ms a step', lambda f: common.show(f['ours_ms'])),
-    ('bare step, ms', lambda f: common.show(f['bare_ms'])),
-    ('train.py slower by (bar: 3%)', lambda f: common.show(f['overhead'], form='{:.1%}')),
-    ('  by the fastest tenth of steps', lambda f: f'{f["overhead_fast"]:.1%}'),
-    ('train.py, tokens/s', lambda f: f'{f["tokens_per_s"]:,}'),
-    ('nanoGPT, ms a step', lambda f: common.show(f['peer_ms']) if peer else '-'),
-    ('times as fast as nanoGPT', lambda f: common.show(f['speedup'], form='{:.2f}') if peer else '-'),
-    ('  by the fastest tenth of steps', lambda f: f'{f["speedup_fast"]:.2f}' if peer else '-'),
-    ('linear layers alone, GFLOP/s', lambda f: f'{f["matmul_gflops"]:,.0f}'),
-    ('all FLOPs at that speed, ms', lambda f: f'{f["floor_ms"]:,.1f}'),
-    ('that floor / our step', lambda f: f'{f["share_of_floor"]:.0%}'),
-):
-    rows.append([label, *(text(figures[case]) for case in cases.split(','))])
-print(common.table(rows))
+for case in cases.split(','):
+    print(common.table(block(case, figures[case])) + '\n')
 common.finish('train_step', rounds, **figures)

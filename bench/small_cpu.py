@@ -4,12 +4,12 @@ The whole CPU command of nanoGPT's README, 2000 steps of a 0.8M model: nanoGPT's
     $ python bench/small_cpu.py --peer=../nanoGPT   # a checkout whose data/shakespeare_char is prepared
     $ python bench/small_cpu.py                     # ours alone
 
-Runs one after the other, wall time of the whole process: nanoGPT as its README says; train.py with that recipe
-and the same flags ('same flags'); and train.py without --device=cpu --compile=False ('auto'), once with an empty cache of
-compiled code ('cold', what a first run sees) and once more ('warm'). All save at every evaluation, so that ckpt.pt
-is of step 2000. The loss is that of ckpt.pt over the whole val split, evaluated here for both in the same way, in
-fp32. The bar: the same loss within noise, and auto in at most 1/1.5 of nanoGPT's time. About 5 minutes a round. Each
-round has another --seed, except for nanoGPT, whose seed is fixed.
+Runs one after the other, wall time of the whole process: nanoGPT as its README says; train.py with the same recipe
+(config/shakespeare_char_classic.py) and flags ('same flags'); and train.py without --device=cpu --compile=False
+('auto'), once with an empty cache of compiled code ('cold', what a first run sees) and once more ('warm'). All save
+at every evaluation, so that ckpt.pt is of step 2000. The loss is that of ckpt.pt over the whole val split,
+evaluated here for both in the same way, in fp32. The bar: the same loss within noise, and auto in at most 1/1.5 of
+nanoGPT's time. About 5 minutes a round. Each round has another --seed, except for nanoGPT, whose seed is fixed.
 """
 
 import os

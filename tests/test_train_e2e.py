@@ -810,8 +810,8 @@ def test_resuming_nanogpts_optimizer(folder):
 
 
 SMALL = {'n_layer': 2, 'n_head': 2, 'n_embd': 16, 'block_size': 16, 'batch_size': 4, 'total_batch_size': 64,
-         'max_iters': 4, 'warmup_iters': 1, 'eval_interval': 4, 'eval_iters': 1, 'dataset': 'tiny', 'out_dir': 'out', 'device': 'cpu',
-         'dtype': 'float32', 'compile': False, 'sample_tokens': 0, 'log_interval': 1}
+         'max_iters': 4, 'warmup_iters': 1, 'eval_interval': 4, 'eval_iters': 1, 'log_interval': 1, 'dataset': 'tiny',
+         'out_dir': 'out', 'device': 'cpu', 'dtype': 'float32', 'compile': False, 'sample_tokens': 0}
 
 
 @pytest.mark.parametrize('config', [path.name for path in sorted((ROOT / 'config').glob('*.py'))

@@ -31,7 +31,7 @@ class GPTConfig:
     """What the network is. The defaults are GPT-2 (124M). Raises ValueError naming the field that can't be."""
 
     block_size: int = 1024  # longest context, tokens
-    vocab_size: int = 50304  # GPT-2's 50257 padded to a multiple of 64, so that the head's matmul tiles evenly
+    vocab_size: int = 50304  # GPT-2's 50257 padded, see padded_vocab_size()
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
@@ -106,6 +106,11 @@ class GPTConfig:
     def has_value_embedding(self, layer):
         """Every other layer, counted from the last."""
         return self.value_embeddings and (self.n_layer - 1 - layer) % 2 == 0
+
+
+def padded_vocab_size(n_ids):
+    """How many ids a model has for n_ids of a large vocabulary: a multiple of 64, so that the head's product tiles."""
+    return -(-n_ids // 64) * 64 if n_ids >= 1024 else n_ids
 
 
 # Architectures by name, as GPTConfig's fields. llama: Touvron et al. 2023. modern: what learns fastest here, after the

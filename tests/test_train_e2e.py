@@ -413,7 +413,7 @@ def poison(folder, value):
 def test_non_finite_loss_stops_before_the_update(trained):
     before = poison(trained, math.nan)
     run = trained.train(init_from='resume', max_iters=30).refused(
-        'step 20: loss is nan', 'Stopped before the update; out/ckpt.pt is of step 20', '--learning_rate')
+        'step 20: loss is nan', 'Stopped without saving; out/ckpt.pt is of step 20', '--learning_rate')
     assert 'iter 20' not in run.out
     assert (trained.path / 'out' / 'ckpt.pt').read_bytes() == before
 

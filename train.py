@@ -480,6 +480,8 @@ unread = []  # (step, rate, loss and norm) of the steps whose numbers are still 
 stop_reason = None
 # Python's garbage collector would hold up a step now and then to look through all objects there are, most of them
 # torch's: from now on it looks only when the run evaluates, and at what came after this
+if compile:
+    gc.collect()  # a tenth of a second, for what compiling left behind
 gc.freeze()
 gc.disable()
 logged_iter, logged_time = iter_num, train_time

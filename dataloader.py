@@ -261,8 +261,7 @@ class DeviceTokens:
         for piece in (array[i : i + at_once] for array in arrays for i in range(0, len(array), at_once)):
             if piece.max() >= vocab_size:
                 raise unknown_id(position + piece.argmax(), piece.max(), vocab_size)
-            signed = torch.from_numpy(piece.astype(f'int{bits}'))
-            self.ids[position : position + len(piece)] = signed
+            self.ids[position : position + len(piece)] = torch.from_numpy(piece.astype(f'int{bits}'))
             position += len(piece)
 
     def __len__(self):

@@ -205,7 +205,7 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x, past=None, rotation=None, value_embedding=None, window_blocks=None):
         """
         x: (B, T, C). past: (k, v, length) of this layer's cache, to which the T new positions are added. rotation: of
-        the T positions, see rotate(). value_embedding: (B, T, G * D), added to the values. window_blocks: see GPT's.
+        the T positions, see rotate(). value_embedding: (B, T, G * D), added to the values. window_blocks: GPT's.
         """
         B, T, C = x.shape
         heads = self.c_attn(x).view(B, T, -1, self.head_size)
@@ -347,7 +347,7 @@ def softcapped(logits, cap):
     return cap * torch.tanh(logits.float() / cap) if cap else logits
 
 
-CHUNK = 2**25  # logits that a loss needs at once; in fp32 128 MB
+CHUNK = 2**25  # logits that a loss needs at once, about; in fp32 128 MB
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -364,11 +364,13 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         w, ids = weight.to(dtype), torch.arange(len(weight), device=x.device)
         total = torch.zeros((), device=x.device)
         dx, dw = [], torch.zeros_like(weight) if needs_gradient else None
-        n_chunks = min(16, -(-len(x) * len(w) // CHUNK))  # compiled, each is code of its own
+        n_chunks = -(-len(x) * len(w) // CHUNK)
+        if torch.compiler.is_compiling():
+            n_chunks = min(16, n_chunks)  # each is code of its own
         for rows, target in zip(x.to(dtype).chunk(n_chunks), targets[:, None].chunk(n_chunks), strict=True):
             logits = softcapped(rows @ w.T, softcap).float()
             log_p, counts = F.log_softmax(logits, dim=-1), target >= 0
-            total -= (log_p.gather(1, target.clamp(min=0)) * counts).sum()
+            total -= torch.where(counts, log_p.gather(1, target.clamp(min=0)), 0.0).sum()
             if needs_gradient:
                 p = log_p.exp()
                 d = torch.where(ids == target, p - 1, p)  # by the logits; then by what the softcap took

@@ -81,6 +81,11 @@ class Shards:
         return ids
 
 
+def arrays_of(tokens):
+    """The arrays that tokens are made of, end to end."""
+    return tokens.arrays if isinstance(tokens, Shards) else [tokens]
+
+
 def open_tokens(data_dir, split, meta, block_size):
     """
     -> read-only array of the ids of a split ('train' or 'val'), mapped from disk, not read; Shards where it has several
@@ -201,21 +206,71 @@ def gather(tokens, starts, block_size, vocab_size):
     -> inputs x and targets y, int64 tensors (len(starts), block_size); y is x shifted by one token.
 
     Past the end of the tokens x is 0 and y is -1, which the loss ignores. Raises ValueError on an id that the model has
-    no embedding for.
+    no embedding for. DeviceTokens give tensors on their device, and have been checked already.
     """
+    if isinstance(tokens, DeviceTokens):
+        return tokens.gather(starts, block_size)
     index = np.asarray(starts)[:, None] + np.arange(block_size + 1)
     ids = tokens[np.minimum(index, len(tokens) - 1)].astype(np.int64)
     if ids.max() >= vocab_size:
-        row, column = np.argwhere(ids >= vocab_size)[0]
-        raise ValueError(f'token {index[row, column]:,} of the data has id {ids[row, column]}, but vocab_size is '
-                         f'{vocab_size}: the data was prepared with another tokenizer than the model has')
+        place = np.unravel_index(ids.argmax(), ids.shape)
+        raise unknown_id(index[place], ids[place], vocab_size)
     beyond = index[:, 1:] >= len(tokens)
     x, y = np.where(index[:, :-1] >= len(tokens), 0, ids[:, :-1]), np.where(beyond, -1, ids[:, 1:])
     return torch.from_numpy(x), torch.from_numpy(y)
 
 
+def unknown_id(position, id, vocab_size):
+    """The error about an id of the data that the model has no embedding for."""
+    return ValueError(f'token {position:,} of the data has id {id}, but vocab_size is {vocab_size}: the data was '
+                      f'prepared with another tokenizer than the model has')
+
+
 def to_device(batch, device):
-    """(x, y) on the device; to a GPU from pinned memory, so that the CPU need not wait for the copy."""
+    """Tensors, such as (x, y), on the device; to a GPU from pinned memory, so that the CPU need not wait for it."""
     if device.type == 'cuda':
-        return tuple(t.pin_memory().to(device, non_blocking=True) for t in batch)
+        return tuple(t if t.is_cuda else t.pin_memory().to(device, non_blocking=True) for t in batch)
     return tuple(t.to(device) for t in batch)
+
+
+def fits_on(device, splits):
+    """
+    Whether DeviceTokens of all these tokens are worth it: on a GPU, if they take less than a tenth of the memory that
+    is free there and less than a gigabyte, which would take seconds to read before the first step.
+    """
+    arrays = [array for tokens in splits for array in arrays_of(tokens)]
+    if device.type != 'cuda' or any(array.dtype not in (np.uint16, np.uint32) for array in arrays):
+        return False
+    return sum(array.nbytes for array in arrays) < min(2**30, torch.cuda.mem_get_info(device)[0] / 10)
+
+
+class DeviceTokens:
+    """
+    The tokens of a split in the memory of a device, which cuts the windows out of them itself. The CPU only says where
+    they start, so that it keeps ahead of a GPU that takes a step in a few milliseconds.
+    """
+
+    def __init__(self, tokens, device, vocab_size):
+        """Raises ValueError on an id that the model has no embedding for, as gather() does."""
+        arrays = arrays_of(tokens)
+        bits = 8 * arrays[0].itemsize
+        self.mask = 2**bits - 1
+        # torch can do next to nothing with unsigned numbers, so their bits are kept as signed ones
+        self.ids = torch.empty(len(tokens), dtype={16: torch.int16, 32: torch.int32}[bits], device=device)
+        position, at_once = 0, 2**24
+        for piece in (array[i : i + at_once] for array in arrays for i in range(0, len(array), at_once)):
+            if piece.max() >= vocab_size:
+                raise unknown_id(position + piece.argmax(), piece.max(), vocab_size)
+            self.ids[position : position + len(piece)] = torch.from_numpy(piece.astype(f'int{bits}'))
+            position += len(piece)
+
+    def __len__(self):
+        return len(self.ids)
+
+    def gather(self, starts, block_size):
+        """gather(), on the device."""
+        starts, = to_device((torch.from_numpy(starts),), self.ids.device)
+        index = starts[:, None] + torch.arange(block_size + 1, device=starts.device)
+        ids = self.ids[index.clamp(max=len(self) - 1)].long() & self.mask
+        beyond = index >= len(self)
+        return ids[:, :-1].masked_fill(beyond[:, :-1], 0), ids[:, 1:].masked_fill(beyond[:, 1:], -1)

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 
 @dataclass
@@ -30,7 +31,7 @@ class GPTConfig:
     """What the network is. The defaults are GPT-2 (124M). Raises ValueError naming the field that can't be."""
 
     block_size: int = 1024  # longest context, tokens
-    vocab_size: int = 50304  # GPT-2's 50257 padded to a multiple of 64, so that the head's matmul tiles evenly
+    vocab_size: int = 50304  # GPT-2's 50257 padded, see padded_vocab_size()
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
@@ -107,6 +108,11 @@ class GPTConfig:
         return self.value_embeddings and (self.n_layer - 1 - layer) % 2 == 0
 
 
+def padded_vocab_size(n_ids):
+    """How many ids a model has for n_ids of a large vocabulary: a multiple of 64, so that the head's product tiles."""
+    return -(-n_ids // 64) * 64 if n_ids >= 1024 else n_ids
+
+
 # Architectures by name, as GPTConfig's fields. llama: Touvron et al. 2023. modern: what learns fastest here, after the
 # GPT-2 speedruns (github.com/KellerJordan/modded-nanogpt).
 PRESETS = {
@@ -159,6 +165,14 @@ def visible(n_queries, n_keys, window, device):
     return past.triu(n_keys - n_queries - window + 1) if window else past
 
 
+def window_mask(window):
+    """visible() without a past, as FlexAttention asks for it: a function of the indices of a query and a key."""
+    def mask(b, h, query, key):
+        return (key <= query) & (query - key < window)
+
+    return mask
+
+
 def rotate(x, rotation):
     """
     RoPE ("RoFormer", Su et al. 2021): channels i and i + D/2 of x (B, T, heads, D) are a point in the plane, rotated by
@@ -188,10 +202,10 @@ class CausalSelfAttention(nn.Module):
         self.qk_norm = config.qk_norm
         self.window = window
 
-    def forward(self, x, past=None, rotation=None, value_embedding=None):
+    def forward(self, x, past=None, rotation=None, value_embedding=None, window_blocks=None):
         """
         x: (B, T, C). past: (k, v, length) of this layer's cache, to which the T new positions are added. rotation: of
-        the T positions, see rotate(). value_embedding: (B, T, G * D), added to the values.
+        the T positions, see rotate(). value_embedding: (B, T, G * D), added to the values. window_blocks: GPT's.
         """
         B, T, C = x.shape
         heads = self.c_attn(x).view(B, T, -1, self.head_size)
@@ -213,6 +227,8 @@ class CausalSelfAttention(nn.Module):
         in_blocks = past is None and x.device.type == 'cpu' and torch.compiler.is_compiling()
         if in_blocks and (seen <= 512 or self.attn_dropout.p > 0):
             y = self.attend_in_blocks(q, k, v)
+        elif seen < T and window_blocks is not None:
+            y = flex_attention(q, k, v, block_mask=window_blocks, enable_gqa=self.n_kv_head < self.n_head)
         else:
             y = self.attend(q, k, v)
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
@@ -318,12 +334,57 @@ class Block(nn.Module):
         # of the stream and of the embeddings, x0 (github.com/KellerJordan/modded-nanogpt, record 9)
         self.lambdas = nn.Parameter(torch.empty(2)) if config.residual_lambdas else None
 
-    def forward(self, x, past=None, rotation=None, value_embedding=None, x0=None):
+    def forward(self, x, past=None, rotation=None, value_embedding=None, x0=None, window_blocks=None):
         if self.lambdas is not None:
             x = self.lambdas[0] * x + self.lambdas[1] * x0
-        x = x + self.attn(self.ln_1(x), past, rotation, value_embedding)
+        x = x + self.attn(self.ln_1(x), past, rotation, value_embedding, window_blocks)
         x = x + self.mlp(self.ln_2(x))
         return x
+
+
+def softcapped(logits, cap):
+    """Logits that stay within +-cap, in fp32 ("Gemma 2", Team Gemma 2024); with cap 0 as they are."""
+    return cap * torch.tanh(logits.float() / cap) if cap else logits
+
+
+CHUNK = 2**25  # logits that a loss needs at once, about; in fp32 128 MB
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """
+    The head and its cross-entropy in one, for a chunk of rows after the other, so that all logits are never there at
+    once: in fp32 those of 64 x 1024 tokens of GPT-2's vocabulary take 13 GB, and their gradient as much again. Each
+    chunk's share of the gradients is computed with its loss; to compute its logits again in the backward pass would
+    cost a third more ("Cut Your Losses", Wijmans et al. 2024; "Liger Kernel", Hsu et al. 2024). Differentiable once.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, softcap, dtype, needs_gradient):
+        """x: (N, C). weight: (V, C). targets: (N,), -1 where there is none. dtype: of products. -> sum of losses."""
+        w, ids = weight.to(dtype), torch.arange(len(weight), device=x.device)
+        total = torch.zeros((), device=x.device)
+        dx, dw = [], torch.zeros_like(weight) if needs_gradient else None
+        n_chunks = -(-len(x) * len(w) // CHUNK)
+        if torch.compiler.is_compiling():
+            n_chunks = min(16, n_chunks)  # each is code of its own
+        for rows, target in zip(x.to(dtype).chunk(n_chunks), targets[:, None].chunk(n_chunks), strict=True):
+            logits = softcapped(rows @ w.T, softcap).float()
+            log_p, counts = F.log_softmax(logits, dim=-1), target >= 0
+            total -= torch.where(counts, log_p.gather(1, target.clamp(min=0)), 0.0).sum()
+            if needs_gradient:
+                p = log_p.exp()
+                d = torch.where(ids == target, p - 1, p)  # by the logits; then by what the softcap took
+                d = (d * (1 - (logits / softcap).square()) if softcap else d).to(dtype)
+                dx.append((d @ w) * counts)
+                dw += d.T @ (rows * counts)
+        if needs_gradient:
+            ctx.save_for_backward(torch.cat(dx).to(x.dtype), dw)
+        return total
+
+    @staticmethod
+    def backward(ctx, d_total):
+        dx, dw = ctx.saved_tensors
+        return d_total * dx, d_total * dw, None, None, None, None
 
 
 class GPT(nn.Module):
@@ -375,13 +436,26 @@ class GPT(nn.Module):
         angles = torch.arange(start, start + T, device=device).float().view(T, 1, 1) * frequencies
         return torch.stack((angles.cos(), angles.sin()))
 
-    def forward(self, idx, targets=None, cache=None):
+    def window_blocks(self, T, device):
+        """
+        FlexAttention's map of which blocks of queries see which blocks of keys in the layers with a window, so that its
+        kernel skips the others ("Flex Attention", Dong et al. 2024); a mask of all pairs costs as much as to attend to
+        all. None where there is no such kernel: uncompiled, on the CPU, with dropout, for odd sizes of heads.
+        """
+        c = self.config
+        has_kernel = device.type == 'cuda' and torch.compiler.is_compiling() and c.head_size in (16, 32, 64, 128, 256)
+        if not has_kernel or not 0 < c.window < T or (self.training and c.dropout > 0):
+            return None
+        return create_block_mask(window_mask(c.window), None, None, T, T, device)
+
+    def forward(self, idx, targets=None, cache=None, return_logits=True):
         """
         idx: (B, T) ids. -> (logits, loss)
 
-        With targets (B, T), -1 where there is none: logits (B, T, V) and their mean cross-entropy in nats. Without:
-        logits (B, 1, V) of the last position alone, all that sampling needs, and None. With a KVCache, idx continues
-        the tokens in it. Raises ValueError when the context would exceed block_size.
+        With targets (B, T), -1 where there is none: logits (B, T, V) and their mean cross-entropy in nats; whoever
+        needs the loss alone says return_logits=False and gets None and the loss, for which all logits need not be in
+        memory at once. Without targets: logits (B, 1, V) of the last position alone, all that sampling needs, and None.
+        With a KVCache, idx continues the tokens in it. Raises ValueError when the context would exceed block_size.
         """
         T = idx.size(1)
         start = 0 if cache is None else cache.length
@@ -392,6 +466,7 @@ class GPT(nn.Module):
             x = x + self.transformer.wpe.weight[start : start + T]
         else:
             rotation = self.rotation(start, T, idx.device)
+        window_blocks = None if targets is None else self.window_blocks(T, idx.device)
         x = self.transformer.drop(x)
         x0 = x.clone() if self.config.residual_lambdas else None  # aliases would be compiled for separately
         for layer, block in enumerate(self.transformer.h):
@@ -399,23 +474,26 @@ class GPT(nn.Module):
             value_embedding = None
             if self.config.has_value_embedding(layer):
                 value_embedding = self.transformer.vte[str(layer)](idx)
-            x = block(x, past, rotation, value_embedding, x0)
+            x = block(x, past, rotation, value_embedding, x0, window_blocks)
         x = self.transformer.ln_f(x)
         if cache is not None:
             cache.length += T
         if targets is None:
             return self.logits(x[:, -1:]), None
+        if not return_logits and targets.numel() * self.config.vocab_size > CHUNK:
+            device, weight = x.device.type, self.lm_head.weight
+            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+            total = ChunkedCrossEntropy.apply(x.flatten(0, 1), weight, targets.flatten(), self.config.logit_softcap,
+                                              dtype, torch.is_grad_enabled())
+            return None, total / (targets >= 0).sum()
         logits = self.logits(x)
         # in fp32: a bf16 log-sum-exp would round the loss itself to three digits
         loss = F.cross_entropy(logits.float().view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-1)
-        return logits, loss
+        return logits if return_logits else None, loss
 
     def logits(self, x):
-        """The head, (B, T, C) -> (B, T, V), softly capped if the config says so ("Gemma 2", Team Gemma 2024)."""
-        logits = self.lm_head(x)
-        if self.config.logit_softcap:
-            logits = self.config.logit_softcap * torch.tanh(logits.float() / self.config.logit_softcap)
-        return logits
+        """The head, (B, T, C) -> (B, T, V), softly capped if the config says so."""
+        return softcapped(self.lm_head(x), self.config.logit_softcap)
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):

@@ -200,6 +200,24 @@ def keep_freed_memory():
             libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def read_later(values):
+    """
+    Start to copy a tensor to the CPU; -> a function that waits until it is there and gives its numbers. What a GPU was
+    told to do after it goes on meanwhile.
+    """
+    if values.device.type != 'cuda':
+        return values.tolist
+    copy = values.to('cpu', non_blocking=True)  # into pinned memory
+    is_there = torch.cuda.Event()
+    is_there.record(torch.cuda.current_stream(values.device))
+
+    def numbers():
+        is_there.synchronize()
+        return copy.tolist()
+
+    return numbers
+
+
 def out_of_memory(error):
     """Whether an exception means that memory ran out, on a GPU or on the CPU."""
     text = str(error).lower()

@@ -17,6 +17,7 @@ validation loss), log.jsonl, config.json. Ctrl-C or SIGTERM finishes the step,
 saves and says how to go on. A dataset that is missing is prepared first.
 """
 
+import gc
 import json
 import math
 import os
@@ -41,7 +42,7 @@ import parallel
 import tokenizer
 from configurator import explain_errors, override
 from generate import generate_texts
-from model import GPT, GPT2_NAMES, PRESETS, GPTConfig
+from model import GPT, GPT2_NAMES, PRESETS, GPTConfig, padded_vocab_size
 
 # each line as it comes, also into a file or a pipe, and whatever the terminal can't show as '?'
 sys.stdout.reconfigure(errors='replace', line_buffering=True)
@@ -187,8 +188,7 @@ def refuse_another(names, source):
 
 options = [field.name for field in fields(GPTConfig) if field.name not in ('block_size', 'vocab_size', 'dropout')]
 if init_from == 'scratch':
-    # GPT-2's 50257 ids are padded to a multiple of 64, which is faster
-    architecture.vocab_size = 50304 if meta['vocab_size'] in (None, 50257) else meta['vocab_size']
+    architecture.vocab_size = padded_vocab_size(meta['vocab_size'] or 50257)  # GPT-2's, if the dataset doesn't say
     model = GPT(architecture)
 elif init_from == 'resume':
     model = checkpoint.model_of(state, ckpt_path, dropout)
@@ -203,8 +203,8 @@ elif init_from == 'resume':
                          f'{model.config.vocab_size}) than {data_dir} was prepared with ({text_tokenizer["kind"]}, '
                          f'{meta["vocab_size"]}); resume on its own dataset (--dataset={state["config"]["dataset"]})')
     text_tokenizer = text_tokenizer or saved_tokenizer
-    if meta['vocab_size'] and {meta['vocab_size'], model.config.vocab_size} not in (
-            {meta['vocab_size']}, {50257, 50304}):  # nanoGPT's checkpoints have no tokenizer that could be compared
+    # nanoGPT's checkpoints have no tokenizer that could be compared
+    if meta['vocab_size'] and padded_vocab_size(meta['vocab_size']) != padded_vocab_size(model.config.vocab_size):
         raise ValueError(f'{ckpt_path} has a vocabulary of {model.config.vocab_size}, {data_dir} one of '
                          f'{meta["vocab_size"]}; resume on the dataset it was trained with (--dataset)')
 else:
@@ -222,6 +222,7 @@ if block_size > model.config.block_size and model.config.pos == 'learned':
     raise ValueError(f'block_size={block_size} is above the {model.config.block_size} positions of the model in '
                      f'{ckpt_path if init_from == "resume" else init_from}; use --block_size={model.config.block_size} '
                      f'or less')
+n_ids = min(meta['vocab_size'] or math.inf, model.config.vocab_size)  # ids of the data are below
 model.to(device)
 average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(average_decay)) if average_decay else None
 if state is not None and 'unaveraged' in state:  # beside 'model', which is the average then
@@ -261,6 +262,9 @@ if per_process % batch_size:
                      f'batch_size={batch_size}; try --batch_size={smaller_batch}, which keeps the mathematics')
 micro_steps = per_process // batch_size
 tokens = {split: dataloader.open_tokens(data_dir, split, meta, block_size) for split in ('train', 'val')}
+if dataloader.fits_on(device, tokens.values()):
+    tokens = {split: dataloader.DeviceTokens(ids, device, n_ids) for split, ids in tokens.items()}
+    world.print(f'the {sum(map(len, tokens.values())):,} tokens of {data_dir} are on {device}')
 
 # precision, compilation
 flops = model.flops_per_token() * total_batch_size * (0 if eval_only else max_iters)
@@ -295,7 +299,7 @@ def get_batch(step):
     """The micro-batches of this process at a step, on the device: [(x, y), ...], each (batch_size, block_size)."""
     starts = dataloader.train_windows(step, n_sequences, len(tokens['train']), block_size, seed)
     mine = starts[world.rank * per_process : (world.rank + 1) * per_process]
-    return [dataloader.to_device(dataloader.gather(tokens['train'], chunk, block_size, model.config.vocab_size), device)
+    return [dataloader.to_device(dataloader.gather(tokens['train'], chunk, block_size, n_ids), device)
             for chunk in mine.reshape(micro_steps, batch_size)]
 
 
@@ -312,19 +316,24 @@ def evaluate():
     windows = {'train': dataloader.even_windows(n_train, len(tokens['train']), block_size), 'val': val}
     losses = {}
     for split, starts in windows.items():
-        total, count = torch.zeros((), device=device), 0
+        total, count = torch.zeros((), device=device), torch.zeros((), dtype=torch.long, device=device)
         mine = starts[world.rank :: world.size]
         for i in range(0, len(mine), n_windows):
-            x, y = dataloader.gather(tokens[split], mine[i : i + n_windows], block_size, model.config.vocab_size)
-            n_targets = int((y >= 0).sum())
-            x, y = dataloader.to_device((x, y), device)
+            batch = dataloader.gather(tokens[split], mine[i : i + n_windows], block_size, n_ids)
+            x, y = dataloader.to_device(batch, device)
+            n_targets = (y >= 0).sum()
             with torch.no_grad(), autocast, torch.compiler.set_stance('force_eager'):
-                total += final_model(x, y)[1] * n_targets
+                total += final_model(x, y, return_logits=False)[1] * n_targets
             count += n_targets
-        total, count = world.sum([total.item(), count])
+        total, count = world.sum([total.item(), count.item()])
         losses[split] = total / count
     final_model.train()
     return losses
+
+
+def is_due(step):
+    """Whether to evaluate before this step, or at the end."""
+    return (step % eval_interval == 0 or step >= max_iters) and (step > start_iter or (step == 0 and eval_first))
 
 
 def learning_rate_at(step):
@@ -385,12 +394,12 @@ def save_checkpoint(is_best):
     return True
 
 
-def stop_not_finite(what):
+def stop_not_finite(step, what):
     """End the run, with the last good checkpoint as it is."""
     where = f'{ckpt_path} is of step {saved_iter}' if saved_iter else 'there is no checkpoint yet'
-    lr = learning_rate_at(iter_num)
+    lr = learning_rate_at(step)
     rates = '--muon_lr and --learning_rate' if optimizer == 'muon' else '--learning_rate'
-    raise SystemExit(f'step {iter_num}: {what} (learning rate {lr:.3g}). Stopped before the update; {where}. Try a '
+    raise SystemExit(f'step {step}: {what} (learning rate {lr:.3g}). Stopped without saving; {where}. Try a '
                      f'lower {rates}, a longer warmup, or --dtype=float32')
 
 
@@ -427,11 +436,11 @@ if compile:
         for block in model.transformer.h:
             block.compile(dynamic=False, options={'fallback_random': True})  # see model.Dropout: keys drawn once a call
     else:
-        step_model = torch.compile(model, dynamic=False)
+        step_model = torch.compile(model, dynamic=False, fullgraph=True)
     try:
         x, y = get_batch(iter_num)[0]
         with autocast:
-            loss = step_model(x, y)[1]
+            loss = step_model(x, y, return_logits=False)[1]
         loss.backward()
     except Exception as error:  # whatever is wrong with a compiler, training goes on without it
         if parallel.out_of_memory(error):
@@ -467,15 +476,21 @@ bar = tqdm(total=max_iters, initial=start_iter, unit='step', disable=not (world.
            dynamic_ncols=True, smoothing=0.05, leave=False)
 prefetch = ThreadPoolExecutor(max_workers=1)  # reads the next batch while the current one computes
 next_batch = prefetch.submit(get_batch, iter_num)
+unread = []  # (step, rate, loss and norm) of the steps whose numbers are still on the GPU
 stop_reason = None
+# Python's garbage collector would hold up a step now and then to look through all objects there are, most of them
+# torch's: from now on it looks only when the run evaluates, and at what came after this
+if compile:
+    gc.collect()  # a tenth of a second, for what compiling left behind
+gc.freeze()
+gc.disable()
 logged_iter, logged_time = iter_num, train_time
 t0 = time.perf_counter()
 while True:
     # evaluate and save
-    finished = iter_num >= max_iters
-    is_due = (iter_num % eval_interval == 0 or finished) and (iter_num > start_iter or (iter_num == 0 and eval_first))
-    if is_due or eval_only:
+    if is_due(iter_num) or eval_only:
         bar.set_description('evaluating')
+        gc.collect()
         losses = evaluate()
         bar.set_description()
         is_best, former_best = losses['val'] < best_val_loss, best_val_loss
@@ -485,7 +500,7 @@ while True:
         if eval_only:
             break
         if not math.isfinite(losses['val']):  # the last update ruined the weights: they must not be saved
-            stop_not_finite(f'val loss is {losses["val"]}')
+            stop_not_finite(iter_num, f'val loss is {losses["val"]}')
         if world.is_main:
             log(step=iter_num, train_loss=losses['train'], val_loss=losses['val'], train_time=round(train_time, 3))
         if iter_num > 0 and (is_best or always_save_checkpoint):
@@ -494,7 +509,7 @@ while True:
         if patience and evals_since_best >= patience:
             stop_reason = f'val loss has not improved for {patience} evaluations'
         t0 = time.perf_counter()  # evaluating and saving is not training time
-    if finished or stop_reason:
+    if iter_num >= max_iters or stop_reason:
         break
 
     # one step: forward and backward over the micro-batches, the gradient of their mean loss adding up in .grad
@@ -508,19 +523,28 @@ while True:
         if world.size > 1:  # average gradients over the processes once, with the last micro-batch
             step_model.require_backward_grad_sync = micro_step == micro_steps - 1
         with autocast:
-            loss = step_model(x, y)[1] / micro_steps
+            loss = step_model(x, y, return_logits=False)[1] / micro_steps
         loss_sum += loss.detach()
         scaler.scale(loss).backward()
     scaler.unscale_(opt)
-    grads = [p.grad for p in model.parameters()]
-    norm = torch.nn.utils.get_total_norm(grads).item()
-    if grad_clip and norm > grad_clip:
-        torch.nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip, torch.tensor(norm))
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+    if grad_clip and (device.type == 'cuda' or norm > grad_clip):  # to ask a GPU would be to wait for it
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip, norm)
 
-    # stop before an update that would ruin the weights; and all processes together when one is asked to stop
-    loss_mean, stop_requests = world.sum([loss_sum.item() / world.size, stop_signal is not None])
-    if not math.isfinite(loss_mean) or (not math.isfinite(norm) and not scaler.is_enabled()):
-        stop_not_finite(f'loss is {loss_mean}, norm of the gradient {norm}')
+    # read loss and norm, to stop before an update that would ruin the weights; and all processes together when one is
+    # asked to stop. A GPU would idle meanwhile: there it is those of the step before, while this one computes, but
+    # nothing is evaluated or saved before all are read
+    unread.append((iter_num, lr, parallel.read_later(torch.stack((loss_sum, norm)))))
+    records = []
+    while len(unread) > (device.type == 'cuda' and not is_due(iter_num + 1) and not stop_reason):
+        step, step_lr, numbers = unread.pop(0)
+        loss, norm = numbers()
+        loss, stop_requests = world.sum([loss / world.size, stop_signal is not None])
+        if not math.isfinite(loss) or (not math.isfinite(norm) and not scaler.is_enabled()):
+            stop_not_finite(step, f'loss is {loss}, norm of the gradient {norm}')
+        if stop_requests:
+            stop_reason = f'stopped by {signal.Signals(stop_signal or signal.SIGTERM).name}'
+        records.append({'step': step, 'loss': loss, 'lr': step_lr, 'grad_norm': norm})
     scaler.step(opt)
     scaler.update()
     if average is not None:
@@ -532,20 +556,21 @@ while True:
     # report
     t1 = time.perf_counter()
     train_time, t0 = train_time + t1 - t0, t1
-    if stop_requests:
-        stop_reason = f'stopped by {signal.Signals(stop_signal or signal.SIGTERM).name}'
-    if world.is_main and ((iter_num - 1) % log_interval == 0 or iter_num == max_iters):
-        dt = (train_time - logged_time) / (iter_num - logged_iter)  # seconds a step since the last line
-        logged_iter, logged_time = iter_num, train_time
+    shown = [record for record in records if record['step'] % log_interval == 0 or record['step'] == max_iters - 1]
+    if world.is_main and shown:
+        done = records[-1]['step'] + 1
+        dt = (train_time - logged_time) / (done - logged_iter)  # seconds a step since the last line
+        logged_iter, logged_time = done, train_time
         tokens_per_s = total_batch_size / dt
         mfu = model.estimate_mfu(n_sequences / world.size, dt)
         shown_mfu = 'n/a' if mfu is None else f'{mfu:.1%}'
-        left = f', {tqdm.format_interval((max_iters - iter_num) * dt)} left' if bar.disable else ''  # the bar says it
-        bar.set_postfix_str(f'loss {loss_mean:.3f}, {tokens_per_s:,.0f} tok/s', refresh=False)
-        bar.write(f'iter {iter_num - 1}: loss {loss_mean:.4f}, time {dt * 1e3:.2f}ms, mfu {shown_mfu}, '
-                  f'norm {norm:.2f}, {tokens_per_s / 1e3:.1f}k tok/s{left}')
-        log(step=iter_num - 1, loss=loss_mean, lr=lr, grad_norm=norm, ms=round(dt * 1e3, 3), mfu=mfu,
-            tokens_per_s=round(tokens_per_s), tokens=iter_num * total_batch_size, train_time=round(train_time, 3))
+        left = f', {tqdm.format_interval((max_iters - done) * dt)} left' if bar.disable else ''  # the bar says it
+        bar.set_postfix_str(f'loss {shown[-1]["loss"]:.3f}, {tokens_per_s:,.0f} tok/s', refresh=False)
+        for record in shown:
+            bar.write(f'iter {record["step"]}: loss {record["loss"]:.4f}, time {dt * 1e3:.2f}ms, mfu {shown_mfu}, '
+                      f'norm {record["grad_norm"]:.2f}, {tokens_per_s / 1e3:.1f}k tok/s{left}')
+            log(**record, ms=round(dt * 1e3, 3), mfu=mfu, tokens_per_s=round(tokens_per_s),
+                tokens=(record['step'] + 1) * total_batch_size, train_time=round(train_time, 3))
 
 # the end: save what was not saved, say what can be done with it ------------------------------------------------------
 bar.close()

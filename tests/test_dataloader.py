@@ -271,6 +271,43 @@ def test_shards_give_the_batches_of_one_file(tmp_path_factory, lengths, block_si
     assert torch.equal(gather(one, everything, block_size, 65_536)[1], gather(many, everything, block_size, 65_536)[1])
 
 
+@settings(max_examples=40)
+@given(lengths=st.lists(st.integers(0, 300), min_size=1, max_size=5), block_size=st.integers(1, 64), seed=seeds,
+       dtype=st.sampled_from(['uint16', 'uint32']))
+def test_tokens_on_a_device_give_the_same_batches(tmp_path_factory, lengths, block_size, seed, dtype):
+    """Bit for bit, with ids that a signed number of as many bits would not hold, and past the end of the tokens."""
+    largest = 2**16 if dtype == 'uint16' else 2**32
+    ids = np.random.default_rng(seed).integers(0, largest, sum(lengths)).astype(dtype)
+    if len(ids) < 2:
+        return
+    block_size = min(block_size, len(ids) - 1)
+    folder = tmp_path_factory.mktemp('device')
+    write_shards(folder, ids, lengths, dtype=dtype)
+    tokens = opened(folder, block_size=block_size)
+    on_device = dataloader.DeviceTokens(tokens, torch.device('cpu'), largest)
+    assert len(on_device) == len(tokens)
+    for starts in (train_windows(3, 6, len(ids), block_size, seed), whole_windows(len(ids), block_size)):
+        for a, b in zip(gather(tokens, starts, block_size, largest), gather(on_device, starts, block_size, largest),
+                        strict=True):
+            assert torch.equal(a, b) and a.dtype == b.dtype
+    i = int(ids.argmax())
+    with pytest.raises(ValueError, match=f'token {i:,} of the data has id {ids[i]}, but vocab_size is {ids[i]}:'):
+        dataloader.DeviceTokens(tokens, torch.device('cpu'), int(ids[i]))
+    assert not dataloader.fits_on(torch.device('cpu'), [tokens])  # it is there already
+
+
+def test_tokens_that_fit_on_a_gpu(monkeypatch):
+    """Less than a tenth of what is free, and than a gigabyte."""
+    gpu, free = torch.device('cuda', 0), [10**6]
+    monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda device: (free[0], 10**12))
+    small, large = np.zeros(30_000, dtype=np.uint16), np.broadcast_to(np.uint16(0), 2**29)
+    assert dataloader.fits_on(gpu, [small, dataloader.Shards([small[:10_000], small[:5000]])])
+    assert not dataloader.fits_on(gpu, [small, small])
+    free[0] = 10**12
+    assert dataloader.fits_on(gpu, [small, large[:-30_001]]) and not dataloader.fits_on(gpu, [small, large])
+    assert not dataloader.fits_on(gpu, [small.astype(np.int64)])
+
+
 def test_a_prepared_dataset_in_shards(tmp_path):
     """What corpus.py writes, this reads: the same batches from one file and from many."""
     import corpus

@@ -9,9 +9,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import create_block_mask
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as model_module
-from model import GELU, GPT, PRESETS, CausalSelfAttention, Dropout, GPTConfig, KVCache, rotate
+from model import (
+    GELU,
+    GPT,
+    PRESETS,
+    CausalSelfAttention,
+    Dropout,
+    GPTConfig,
+    KVCache,
+    padded_vocab_size,
+    rotate,
+    visible,
+    window_mask,
+)
 
 transformers = pytest.importorskip('transformers')
 safetensors_torch = pytest.importorskip('safetensors.torch')
@@ -390,6 +404,122 @@ def test_options_compiled_equal_eager(options, window):
         torch.testing.assert_close(q.grad, p.grad, atol=1e-5, rtol=1e-3, msg=lambda m, name=name: f'{name}: {m}')
 
 
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('preset', PRESETS)
+def test_the_whole_model_is_one_graph(preset, monkeypatch):
+    """As a GPU takes it, its loss in chunks: traced without a break, the loss and gradients of the model itself."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(model_module, 'CHUNK', 300)
+    idx = torch.randint(40, (2, 16), generator=torch.Generator().manual_seed(0))
+    model = sharpened(tiny(**{**PRESETS[preset], 'dropout': 0.2, 'window': 5, 'n_kv_head': 1,
+                              'residual_lambdas': True, 'value_embeddings': True}))
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend='eager')
+    assert compiled(idx, idx, return_logits=False)[1].isfinite()
+    model.eval()  # compiled dropout draws other numbers
+    expected, found = gradients(model, lambda: model(idx, idx)[1],
+                                lambda: compiled(idx, idx, return_logits=False)[1])
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], atol=1e-4, rtol=1e-3)
+
+
+# the loss in chunks ---------------------------------------------------------------------------------------------------
+
+def gradients(model, *losses):
+    """For each function that computes a loss: the loss and {name: gradient}."""
+    found = []
+    for loss_of in losses:
+        model.zero_grad()
+        loss = loss_of()
+        (3 * loss).backward()
+        found.append({'loss': loss.detach(), **{name: p.grad.clone() for name, p in model.named_parameters()}})
+    return found
+
+
+@settings(max_examples=30)
+@given(tied=st.booleans(), softcap=st.sampled_from([0.0, 1.0, 15.0]), vocab=st.integers(2, 70), n=st.integers(1, 4),
+       chunk=st.sampled_from([1, 10, 31]), seed=st.integers(0, 2**31), missing=st.sampled_from([0.0, 0.3, 0.9]))
+def test_loss_in_chunks(tied, softcap, vocab, n, chunk, seed, missing):
+    """The loss and all gradients of F.cross_entropy, wherever targets are missing and however many rows a chunk has."""
+    model = sharpened(tiny(vocab_size=vocab, tie_embeddings=tied, logit_softcap=softcap))
+    generator = torch.Generator().manual_seed(seed)
+    idx, targets = torch.randint(vocab, (2, n, 16), generator=generator)
+    targets[torch.rand(targets.shape, generator=generator) < missing] = -1
+    targets[0, 0] = 0  # one is there
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model_module, 'CHUNK', chunk)
+
+        def in_chunks():
+            logits, loss = model(idx, targets, return_logits=False)
+            assert logits is None and loss.grad_fn.next_functions[0][0].name().startswith('ChunkedCrossEntropy')
+            return loss
+
+        direct, chunked = gradients(model, lambda: F.cross_entropy(
+            model(idx, targets)[0].flatten(0, 1), targets.flatten(), ignore_index=-1), in_chunks)
+        for name, expected in direct.items():
+            error = (chunked[name] - expected).abs().max()
+            # further down the differences of single roundings are multiplied
+            tolerance = 1e-6 if name in ('loss', 'lm_head.weight') else 1e-5
+            assert error <= tolerance * max(1.0, expected.abs().max()), f'{name}: {error}'
+        with torch.no_grad():
+            torch.testing.assert_close(model(idx, targets, return_logits=False)[1], direct['loss'])
+        assert model(idx, torch.full_like(targets, -1), return_logits=False)[1].isnan()  # as F.cross_entropy
+
+
+def test_loss_in_chunks_in_bf16(monkeypatch):
+    """As close to fp32 as the loss of all logits in bf16 is."""
+    monkeypatch.setattr(model_module, 'CHUNK', 500)
+    model = sharpened(tiny(logit_softcap=15.0, tie_embeddings=False))
+    idx = torch.randint(40, (4, 16), generator=torch.Generator().manual_seed(0))
+
+    def in_bf16(return_logits):
+        with torch.autocast('cpu', torch.bfloat16):
+            loss = model(idx, idx, return_logits=return_logits)[1]
+        assert loss.dtype == torch.float32
+        return loss
+
+    exact, direct, chunked = gradients(model, lambda: model(idx, idx)[1], lambda: in_bf16(True), lambda: in_bf16(False))
+    for name, expected in exact.items():
+        errors = [(found[name] - expected).norm() / expected.norm() for found in (direct, chunked)]
+        assert errors[1] < max(1.2 * errors[0], 1e-4), f'{name}: {errors}'
+
+
+class LargestTensor(TorchDispatchMode):
+    """Watches how many numbers the largest tensor has that torch makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return out
+
+
+@pytest.mark.parametrize('training', [True, False])
+def test_loss_in_chunks_never_holds_all_logits(training, monkeypatch):
+    """Nothing forward or backward is larger than a chunk of the logits; small ones are not cut."""
+    model = tiny(vocab_size=2000, n_embd=4, logit_softcap=15.0).train(training)
+    idx = torch.randint(2000, (8, 16))
+    found = {}
+    for chunk in (8 * 16 * 2000, 8 * 16 * 2000 // 8):
+        monkeypatch.setattr(model_module, 'CHUNK', chunk)
+        with LargestTensor() as largest, torch.set_grad_enabled(training):
+            loss = model(idx, idx, return_logits=False)[1]
+            if training:
+                loss.backward()
+        found[chunk] = largest.numel
+    assert found == {chunk: chunk for chunk in found}
+
+
+def test_padded_vocab_size():
+    assert padded_vocab_size(50257) == padded_vocab_size(50304) == 50304
+    assert [padded_vocab_size(n) for n in (1, 65, 256, 1023, 1024, 1025, 65_536)] == [
+        1, 65, 256, 1023, 1024, 1088, 65_536]
+
+
 # each option ----------------------------------------------------------------------------------------------------------
 
 @settings(max_examples=8)
@@ -589,6 +719,24 @@ def test_presets():
         config = GPTConfig(**options)
         assert {field: getattr(config, field) for field in options} == options, name
     assert GPTConfig(**PRESETS['gpt2']) == GPTConfig()
+
+
+@given(T=st.integers(1, 70), window=st.integers(1, 80))
+def test_window_mask_says_what_is_visible(T, window):
+    i = torch.arange(T)
+    assert torch.equal(window_mask(window)(0, 0, i[:, None], i), visible(T, T, window, 'cpu'))
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('T, window, n_kv_head', [(300, 70, 2), (256, 200, 4), (130, 1, 1)])
+def test_flex_attention_equals_masked_attention(T, window, n_kv_head):
+    """What a GPU computes with a map of blocks, by FlexAttention's plain definition, which any device has."""
+    model = sharpened(tiny(n_embd=64, n_head=4, n_kv_head=n_kv_head, block_size=T, window=window))
+    attention, x = model.transformer.h[0].attn, torch.randn(2, T, 64)
+    assert model.window_blocks(T, x.device) is None  # it is no kernel here
+    with torch.no_grad():
+        blocks = create_block_mask(window_mask(window), None, None, T, T, 'cpu')
+        torch.testing.assert_close(attention(x, window_blocks=blocks), attention(x), atol=1e-5, rtol=1e-4)
 
 
 # dropout --------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """parallel.py: what 'auto' chooses, what is refused, who may speak. Run: pytest tests/test_parallel.py"""
 
 import contextlib
+import math
 import os
 import random
 import shutil
@@ -137,6 +138,11 @@ def test_world_alone(monkeypatch, capsys):
     world.print('one', 2)
     World(1, 0, 2).print('unheard')
     assert capsys.readouterr().out == 'one 2\n'
+
+
+def test_numbers_read_later():
+    values = torch.tensor([1.5, -math.inf])
+    assert parallel.read_later(values)() == [1.5, -math.inf]
 
 
 def test_world_of_torchrun(monkeypatch):

@@ -413,7 +413,7 @@ def poison(folder, value):
 def test_non_finite_loss_stops_before_the_update(trained):
     before = poison(trained, math.nan)
     run = trained.train(init_from='resume', max_iters=30).refused(
-        'step 20: loss is nan', 'Stopped before the update; out/ckpt.pt is of step 20', '--learning_rate')
+        'step 20: loss is nan', 'Stopped without saving; out/ckpt.pt is of step 20', '--learning_rate')
     assert 'iter 20' not in run.out
     assert (trained.path / 'out' / 'ckpt.pt').read_bytes() == before
 
@@ -644,6 +644,30 @@ def test_modern_learns(folder):
         run = folder.train(out_dir=preset, preset=preset, **sizes, **given).ok()
         found[preset] = losses(run)[1][100][1]
     assert found['modern'] < found['gpt2'] - 0.2
+
+
+def test_large_vocabularies_are_padded(folder):
+    """To a multiple of 64, and that shows nowhere: ids of the padding are neither taken from the data nor drawn."""
+    chars = [chr(0x4E00 + i) for i in range(1100)]
+    ids = np.random.default_rng(0).integers(0, 1100, 2000)
+    write_dataset(folder.path / 'data' / 'tiny', ids, ids[:300], chars=chars)
+    folder.train(max_iters=2, eval_interval=2).ok()
+    state = folder.checkpoint()
+    assert state['model_args']['vocab_size'] == 1152 and state['model']['transformer.wte.weight'].shape == (1152, 16)
+    text = folder.sample(num_samples=1, start=chars[0], max_new_tokens=300, temperature=100.0, top_k=None).ok().out
+    assert len(set(text) & set(chars)) > 100
+    folder.train(init_from='resume', max_iters=4).ok()
+    # a checkpoint whose vocabulary was not padded
+    model = GPT(GPTConfig(**{**state['model_args'], 'vocab_size': 1100}))
+    torch.save({**{key: value for key, value in state.items() if key != 'optimizer'}, 'model': model.state_dict(),
+                'model_args': {**state['model_args'], 'vocab_size': 1100}}, folder.path / 'out' / 'ckpt.pt')
+    folder.train(init_from='resume', max_iters=3).ok()
+    assert folder.checkpoint()['model_args']['vocab_size'] == 1100
+    write_dataset(folder.path / 'data' / 'tiny', np.append(ids, 1100), ids[:300], chars=chars)
+    folder.train(out_dir='new', eval_first=False, max_iters=20).refused('id 1100, but vocab_size is 1100')
+    write_dataset(folder.path / 'data' / 'tiny', ids, ids[:300], meta=None)
+    (folder.path / 'data' / 'tiny' / 'meta.json').unlink()
+    folder.train(init_from='resume', max_iters=4).ok()
 
 
 def test_smaller_block_size_crops(trained):

@@ -90,7 +90,7 @@ class Step:
             for block in self.model.transformer.h:
                 block.compile(dynamic=False, options={'fallback_random': True})
         elif s['compile']:
-            self.compiled = torch.compile(self.model, dynamic=False)
+            self.compiled = torch.compile(self.model, dynamic=False, fullgraph=True)
         self.tokens = s['batch_size'] * s['block_size']
         self.micro_steps = max(1, s.get('total_batch_size', 0) // self.tokens)
         self.tokens *= self.micro_steps
@@ -98,7 +98,7 @@ class Step:
 
     def forward(self):
         with self.autocast:
-            return self.compiled(self.x, self.y)[1] / self.micro_steps
+            return self.compiled(self.x, self.y, return_logits=False)[1] / self.micro_steps
 
     def backward(self, loss):
         self.scaler.scale(loss).backward()

@@ -35,6 +35,7 @@ import dataloader
 import parallel
 from bench import bare, common
 from configurator import override
+from model import padded_vocab_size
 
 # settings ------------------------------------------------------------------------------------------------------------
 cases = 'small,char,gpt2,small-modern,char-modern'  # which
@@ -103,8 +104,8 @@ def measure(case, folder):
         if step is None:
             with open(f'{folder}/ours/config.json', encoding='utf-8') as f:
                 s = json.load(f)  # with 'auto' resolved
-            # GPT-2's ids are padded to a multiple of 64 where no meta.json says how many there are
-            s['vocab_size'] = dataloader.load_meta(os.path.join('data', s['dataset']))['vocab_size'] or 50304
+            ids = dataloader.load_meta(os.path.join('data', s['dataset']))['vocab_size']
+            s['vocab_size'] = padded_vocab_size(ids or 50257)  # GPT-2's where no meta.json says how many there are
             torch.compiler.reset()  # it compiles a function only a few times over
             step = bare.Step(s)
             step()  # compiles

@@ -223,7 +223,8 @@ def gather(tokens, starts, block_size, vocab_size):
 def unknown_id(position, id, vocab_size):
     """The error about an id of the data that the model has no embedding for."""
     return ValueError(f'token {position:,} of the data has id {id}, but vocab_size is {vocab_size}: the data was '
-                      f'prepared with another tokenizer than the model has')
+                      f'prepared with another tokenizer than the model has or than its meta.json says; prepare it '
+                      f'again')
 
 
 def to_device(batch, device):

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -347,7 +348,7 @@ def softcapped(logits, cap):
     return cap * torch.tanh(logits.float() / cap) if cap else logits
 
 
-CHUNK = 2**25  # logits that a loss needs at once, about; in fp32 128 MB
+CHUNK = 2**25  # logits that a loss needs at once, in fp32 128 MB; more where 16 compiled chunks don't suffice
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -360,7 +361,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, targets, softcap, dtype, needs_gradient):
-        """x: (N, C). weight: (V, C). targets: (N,), -1 where there is none. dtype: of products. -> sum of losses."""
+        """x: (N, C). weight: (V, C). targets: (N,), negative for none. dtype: of products. -> sum of losses."""
         w, ids = weight.to(dtype), torch.arange(len(weight), device=x.device)
         total = torch.zeros((), device=x.device)
         dx, dw = [], torch.zeros_like(weight) if needs_gradient else None
@@ -382,6 +383,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, d_total):
         dx, dw = ctx.saved_tensors
         return d_total * dx, d_total * dw, None, None, None, None
@@ -452,10 +454,11 @@ class GPT(nn.Module):
         """
         idx: (B, T) ids. -> (logits, loss)
 
-        With targets (B, T), -1 where there is none: logits (B, T, V) and their mean cross-entropy in nats; whoever
-        needs the loss alone says return_logits=False and gets None and the loss, for which all logits need not be in
-        memory at once. Without targets: logits (B, 1, V) of the last position alone, all that sampling needs, and None.
-        With a KVCache, idx continues the tokens in it. Raises ValueError when the context would exceed block_size.
+        With targets (B, T), negative where there is none: logits (B, T, V) and their mean cross-entropy in nats;
+        whoever needs the loss alone says return_logits=False and gets None and the loss, for which all logits need not
+        be in memory at once. Without targets: logits (B, 1, V) of the last position alone, all that sampling needs, and
+        None. With a KVCache, idx continues the tokens in it. Raises ValueError when the context would exceed
+        block_size.
         """
         T = idx.size(1)
         start = 0 if cache is None else cache.length
@@ -466,7 +469,7 @@ class GPT(nn.Module):
             x = x + self.transformer.wpe.weight[start : start + T]
         else:
             rotation = self.rotation(start, T, idx.device)
-        window_blocks = None if targets is None else self.window_blocks(T, idx.device)
+        window_blocks = None if targets is None or cache is not None else self.window_blocks(T, idx.device)
         x = self.transformer.drop(x)
         x0 = x.clone() if self.config.residual_lambdas else None  # aliases would be compiled for separately
         for layer, block in enumerate(self.transformer.h):
@@ -480,15 +483,17 @@ class GPT(nn.Module):
             cache.length += T
         if targets is None:
             return self.logits(x[:, -1:]), None
-        if not return_logits and targets.numel() * self.config.vocab_size > CHUNK:
-            device, weight = x.device.type, self.lm_head.weight
-            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        device, weight = x.device.type, self.lm_head.weight
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        is_large = targets.numel() * self.config.vocab_size > CHUNK
+        if is_large and not return_logits and dtype != torch.float16:  # a GradScaler's factor would come too late
             total = ChunkedCrossEntropy.apply(x.flatten(0, 1), weight, targets.flatten(), self.config.logit_softcap,
                                               dtype, torch.is_grad_enabled())
             return None, total / (targets >= 0).sum()
         logits = self.logits(x)
         # in fp32: a bf16 log-sum-exp would round the loss itself to three digits
-        loss = F.cross_entropy(logits.float().view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-1)
+        loss = F.cross_entropy(logits.float().view(-1, logits.size(-1)), targets.reshape(-1).clamp(min=-1),
+                               ignore_index=-1)
         return logits if return_logits else None, loss
 
     def logits(self, x):

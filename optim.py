@@ -159,6 +159,17 @@ def momentum_at(step, momentum):
     return first + (momentum - first) * min(1.0, step / MOMENTUM_WARMUP)
 
 
+@torch.no_grad()
+def average_into(average, model, decay, step):
+    """
+    Move the parameters of `average`, a copy of the model, towards the model's: their exponential moving average over
+    about 1 / (1 - decay) steps, but over no more than the last tenth of the `step` steps so far, so that the
+    initialisation is soon forgotten ("Averaging Weights Leads to Wider Optima", Izmailov et al. 2018, on why it helps).
+    """
+    decay = min(decay, step / (step + 10))
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+
+
 def load_optimizer(optimizer, saved):
     """
     Take the moments from a saved state_dict; the hyperparameters stay those of this run's settings. ValueError if the

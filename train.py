@@ -17,6 +17,7 @@ validation loss), log.jsonl, config.json. Ctrl-C or SIGTERM finishes the step,
 saves and says how to go on. A dataset that is missing is prepared first.
 """
 
+import copy
 import gc
 import json
 import math
@@ -32,7 +33,6 @@ from dataclasses import asdict, fields
 
 import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import checkpoint
@@ -142,6 +142,8 @@ for names, is_valid, expected in (
     (('backend',), lambda value: value in ('auto', 'nccl', 'gloo'), "'auto', 'nccl' or 'gloo'"),
     (('lr_decay_iters',), lambda value: not decay_lr or value is None or value >= warmup_iters,
      f'at least warmup_iters={warmup_iters}, or the rate would fall before it has risen'),
+    (('warmup_iters',), lambda value: value <= max_iters or lr_decay_iters is not None or 'warmup_iters' not in
+     config.given, f'at most max_iters={max_iters}, or the rate would never reach its highest'),
     (('init_from',), lambda value: value in sources or os.path.isdir(value),
      f'a folder in Hugging Face layout or one of {", ".join(sources)}'),
 ):
@@ -181,9 +183,15 @@ def refuse_another(names, source):
     """ValueError if a setting of the architecture that was given, or is the preset's, contradicts the loaded model."""
     for name in names:
         value = getattr(model.config, name)
-        if (name in config.given or name in PRESETS[preset]) and config[name] != value:
-            raise ValueError(f'{name}={config[name]}, but {source} has {name}={value}, and its weights fix that. Leave '
-                             f'it out, or start anew (--init_from=scratch) in another --out_dir')
+        remedy = None
+        if name in config.given:
+            remedy = 'Leave it out'
+        elif name in PRESETS[preset]:
+            remedy = (f"It is preset {preset!r}'s: go on with the config file it was trained with, such as "
+                      f'config/shakespeare_char_classic.py or config/gpt2_classic.py, or with --preset=gpt2')
+        if remedy and config[name] != value:
+            raise ValueError(f'{name}={config[name]}, but {source} has {name}={value}, and its weights fix that. '
+                             f'{remedy}; or start anew (--init_from=scratch) in another --out_dir')
 
 
 options = [field.name for field in fields(GPTConfig) if field.name not in ('block_size', 'vocab_size', 'dropout')]
@@ -204,7 +212,8 @@ elif init_from == 'resume':
                          f'{meta["vocab_size"]}); resume on its own dataset (--dataset={state["config"]["dataset"]})')
     text_tokenizer = text_tokenizer or saved_tokenizer
     # nanoGPT's checkpoints have no tokenizer that could be compared
-    if meta['vocab_size'] and padded_vocab_size(meta['vocab_size']) != padded_vocab_size(model.config.vocab_size):
+    if meta['vocab_size'] and model.config.vocab_size not in (meta['vocab_size'],
+                                                              padded_vocab_size(meta['vocab_size'])):
         raise ValueError(f'{ckpt_path} has a vocabulary of {model.config.vocab_size}, {data_dir} one of '
                          f'{meta["vocab_size"]}; resume on the dataset it was trained with (--dataset)')
 else:
@@ -224,12 +233,9 @@ if block_size > model.config.block_size and model.config.pos == 'learned':
                      f'or less')
 n_ids = min(meta['vocab_size'] or math.inf, model.config.vocab_size)  # ids of the data are below
 model.to(device)
-average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(average_decay)) if average_decay else None
+final_model = copy.deepcopy(model) if average_decay else model  # what is evaluated, kept and sampled from
 if state is not None and 'unaveraged' in state:  # beside 'model', which is the average then
     model.load_state_dict(state['unaveraged'])
-    if average is not None:
-        average.n_averaged.fill_(1)  # or its first update would replace it
-final_model = model if average is None else average.module  # what is evaluated, kept and sampled from
 dtype, dtype_reason = parallel.choose_dtype(dtype, device)
 if optimizer == 'muon':
     ns_dtype = torch.bfloat16 if dtype == 'bfloat16' else torch.float32
@@ -286,7 +292,8 @@ layout_version = state.get('version', 0) if state else None  # of the file resum
 start_iter, state = iter_num, None  # the loaded tensors are no longer needed
 
 threads = f' (threads: {torch.get_num_threads()})' if device.type == 'cpu' else ''
-world.print(f'device {device}{threads}, dtype {dtype} ({dtype_reason}), compile {compile} ({compile_reason})')
+world.print(textwrap.fill(f'device {device}{threads}, dtype {dtype} ({dtype_reason}), compile {compile} '
+                          f'({compile_reason})', 80, subsequent_indent='  '))
 epochs = max_iters * total_batch_size / len(tokens['train'])
 world.print(f'{model.get_num_params() / 1e6:.2f}M parameters'
             + ('' if eval_only else f'; {max_iters} steps, {epochs:.2f} epochs'))
@@ -381,7 +388,7 @@ def save_checkpoint(is_best):
     state = {'model': final_model.state_dict(), 'optimizer': opt.state_dict(), 'model_args': asdict(model.config),
              'iter_num': iter_num, 'best_val_loss': best_val_loss, 'config': dict(config), 'tokenizer': text_tokenizer,
              'scaler': scaler.state_dict(), 'evals_since_best': evals_since_best, 'train_time': train_time}
-    if average is not None:
+    if final_model is not model:
         state['unaveraged'] = model.state_dict()
     try:
         checkpoint.save(out_dir, state, is_best)
@@ -481,7 +488,7 @@ stop_reason = None
 # Python's garbage collector would hold up a step now and then to look through all objects there are, most of them
 # torch's: from now on it looks only when the run evaluates, and at what came after this
 if compile:
-    gc.collect()  # a tenth of a second, for what compiling left behind
+    gc.collect()  # what compiling left behind
 gc.freeze()
 gc.disable()
 logged_iter, logged_time = iter_num, train_time
@@ -547,8 +554,8 @@ while True:
         records.append({'step': step, 'loss': loss, 'lr': step_lr, 'grad_norm': norm})
     scaler.step(opt)
     scaler.update()
-    if average is not None:
-        average.update_parameters(model)
+    if final_model is not model:
+        optim.average_into(final_model, model, average_decay, iter_num)
     opt.zero_grad(set_to_none=True)
     iter_num += 1
     bar.update()

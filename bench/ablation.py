@@ -2,7 +2,7 @@
 The options of a recipe one by one, at a fixed budget and with several seeds:
 what each brings in loss and in time.
 
-    $ python bench/ablation.py --table=ablation.md    # all: more than an hour
+    $ python bench/ablation.py --table=ablation.md    # all: an hour
     $ python bench/ablation.py --variants='no qk_norm,adamw' --seeds=1,2
     $ python bench/ablation.py --jobs=4          # each on cores of its own
     $ python bench/ablation.py --config_file=config/train_shakespeare_char.py
@@ -21,6 +21,7 @@ line. A variant that fails, as one that diverges does, is shown as such.
 Finished runs are kept in `out`, and starting again does what is missing.
 """
 
+import hashlib
 import json
 import os
 import queue
@@ -40,7 +41,7 @@ from files import lock_folder, replace_file
 
 # settings ------------------------------------------------------------------------------------------------------------
 config_file = 'config/shakespeare_cpu.py'  # the base
-steps = 800
+steps = 250  # of the base's tokens: one epoch of Shakespeare
 seeds = '1,2,3'
 variants = ''  # names, with commas between them; '': all. The base always runs
 extra = ''  # flags for all runs, such as --device=cuda
@@ -50,9 +51,9 @@ table = ''  # a file that the table is also written to
 config = override(globals())
 # ---------------------------------------------------------------------------------------------------------------------
 
-# AdamW at rates that suit it, with the schedule of preset modern, so that only the optimizer differs
+# AdamW at the rates, betas and decay that suit it, under the schedule of preset modern
 ADAMW = ('--optimizer=adamw --learning_rate=3e-3 --min_lr=0 --beta1=0.9 --beta2=0.99 --weight_decay=0.1 '
-         '--warmup_iters=100 --lr_schedule=wsd --decay_fraction=0.6')
+         '--warmup_iters=20 --lr_schedule=wsd --decay_fraction=0.6')
 VARIANTS = {
     'base': '',
     # one thing taken away
@@ -76,7 +77,7 @@ VARIANTS = {
     'average_decay 0.99': '--average_decay=0.99',
     'biases': '--bias=True',
     # other recipes as a whole: nanoGPT's, and Llama's architecture
-    'preset gpt2': '--preset=gpt2 --learning_rate=1e-3 --min_lr=1e-4 --beta2=0.99 --warmup_iters=100',
+    'preset gpt2': '--preset=gpt2 --learning_rate=1e-3 --min_lr=1e-4 --beta2=0.99 --warmup_iters=20',
     'preset llama': f'--preset=llama {ADAMW}',
 }
 
@@ -107,13 +108,13 @@ def read_runs(path):
 
 def key_of(run):
     """What makes two runs the same measurement; not the commit, of which each run keeps its own."""
-    return run['config'], run['flags'], run['steps'], run['seed']
+    return run['config'], run['sha256'], run['flags'], run['steps'], run['seed']
 
 
 def to_do(name, seed):
     """What will be known of a run before it starts."""
     flags = shlex.join([*shlex.split(VARIANTS[name]), *shlex.split(extra)])
-    return {'config': config_file, 'flags': flags, 'steps': steps, 'seed': seed}
+    return {'config': config_file, 'sha256': config_hash, 'flags': flags, 'steps': steps, 'seed': seed}
 
 
 def train(name, seed, folder):
@@ -189,6 +190,10 @@ for i in range(jobs):
     shares.put(cpus[i * n_cpus : (i + 1) * n_cpus])
 threads = {'OMP_NUM_THREADS': str(n_cpus)} if jobs > 1 else {}
 
+if not os.path.isfile(config_file):
+    raise SystemExit(f'config_file={config_file!r}: there is no such file here')
+with open(config_file, 'rb') as f:
+    config_hash = hashlib.sha256(f.read()).hexdigest()[:16]
 os.makedirs(os.path.dirname(out) or '.', exist_ok=True)
 lock_folder(os.path.dirname(out) or '.', 'measuring into')
 done = {key_of(run): run for run in read_runs(out)}

@@ -29,7 +29,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) 
 import parallel
 from bench import bare, common
 from configurator import override
-from model import GPT, CausalSelfAttention, GPTConfig
+from model import GPT, CausalSelfAttention, GPTConfig, window_mask
 
 # settings ------------------------------------------------------------------------------------------------------------
 # batch x heads x length x channels of a head; 'auto': 12x4x64x32,64x6x256x64,16x6x256x64,4x12x1024x64, on a GPU
@@ -84,9 +84,7 @@ def kernels(T, window, device):
                 return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return attend
 
-    def is_visible(b, h, query, key):
-        return (query >= key) & (query - key < (window or T))
-
+    is_visible = window_mask(window or T)
     block_mask = create_block_mask(is_visible, None, None, T, T, device=device)
     flex = torch.compile(flex_attention, dynamic=False)
     named = {'flex': lambda q, k, v: flex(q, k, v, block_mask=block_mask)}

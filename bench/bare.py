@@ -9,6 +9,7 @@ train.py's model on one fixed batch, without data, logging, evaluations and chec
 As a script it is that process: settings as JSON on stdin, figures as JSON on stdout.
 """
 
+import copy
 import json
 import math
 import os
@@ -21,7 +22,6 @@ from dataclasses import asdict, fields
 
 import torch
 from torch.nn import functional as F
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # Python looks only beside the script
@@ -64,6 +64,7 @@ class Step:
 
     def __init__(self, s):
         self.s, self.device = s, torch.device(s['device'])
+        parallel.use_cores()
         if self.device.type == 'cuda':
             torch.set_float32_matmul_precision('high')
         torch.manual_seed(s['seed'])
@@ -80,9 +81,8 @@ class Step:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=s['dtype'] == 'float16')
         self.autocast = (nullcontext() if s['dtype'] == 'float32' else
                          torch.autocast(self.device.type, parallel.DTYPES[s['dtype']]))
-        self.average = None
-        if s['average_decay']:
-            self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(s['average_decay']))
+        self.average = copy.deepcopy(self.model) if s['average_decay'] else None
+        self.steps, self.unread = 0, None
         if self.device.type == 'cpu':
             parallel.keep_freed_memory()
         self.compiled = self.model
@@ -112,17 +112,19 @@ class Step:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.average is not None:
-            self.average.update_parameters(self.model)
+            optim.average_into(self.average, self.model, self.s['average_decay'], self.steps)
+        self.steps += 1
         self.optimizer.zero_grad(set_to_none=True)
 
     def __call__(self):
-        """-> the loss before the update. Reading it waits for the device, as train.py does to report it."""
+        """-> the loss before the update; on a GPU that of the last step, as train.py reads it, which waits for less."""
         for _ in range(self.micro_steps):
             loss = self.forward()
             self.backward(loss)
         self.clip()
         self.update()
-        return loss.item() * self.micro_steps
+        last, self.unread = self.unread, parallel.read_later(loss.detach() * self.micro_steps)
+        return last() if last and self.device.type == 'cuda' else self.unread()
 
     def in_parts(self):
         """Take a step, -> {part: ms}. On a GPU each part is waited for, so they add up to more than a step."""

@@ -301,12 +301,15 @@ def recipe(args):
                      'not reached' if step is None else f'{step * step_tokens / 1e6:.2f}', f'{run["tokens_per_s"]:,}'
                      if run['tokens_per_s'] else '-'])
     ours, theirs = (runs[name]['tokens_to_target'] for name in ('modern', 'gpt2'))
-    ratio = round(ours / theirs, 3) if ours is not None and theirs else None
+    is_complete = runs['gpt2']['evaluations'][-1]['step'] == steps  # or its rate has not come down yet
+    ratio = round(ours / theirs, 3) if ours is not None and theirs and is_complete else None
     print(common.heading('recipe'))
     print(common.table(rows))
-    print('tokens needed, of those of GPT-2\'s recipe (bar: 0.5): ' + ('-' if ratio is None else f'{ratio:.2f}'))
+    print('tokens needed, of those of GPT-2\'s recipe (bar: 0.5): ' + ('-' if ratio is None else f'{ratio:.2f}')
+          + ('' if is_complete else '; it ran out of time: BUDGET, PARTS=recipe'))
     common.finish('recipe', 1, device=args.device, corpus='python_stdlib' if not args.corpus else args.corpus,
-                  tokens=steps * step_tokens, target=target, ratio=ratio, runs=runs)
+                  tokens=steps * step_tokens, target=target, ratio=ratio,
+                  complete=is_complete, runs=runs)
     return 0
 
 

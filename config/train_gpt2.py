@@ -10,7 +10,7 @@ Not run to its end yet: what is known is beside each number. nanoGPT's own setti
 config/gpt2_classic.py. To reach the loss of GPT-2's first speedruns and stop there, take config/speedrun.py.
 """
 
-out_dir = 'out-gpt2'
+out_dir = 'out'
 dataset = 'openwebtext'
 eval_interval = 1000
 eval_iters = 20
@@ -20,9 +20,9 @@ wandb_run_name = 'gpt2-124M'
 
 preset = 'modern'
 
-# Half a million tokens a step, GPT-3's batch for this size ("Language Models are Few-Shot Learners", table 2.1): 512
-# sequences, in micro-batches of 32 on each of 1, 2, 4, 8 or 16 GPUs
-total_batch_size = 524288
+# Half a million tokens a step, GPT-3's batch for this size ("Language Models are Few-Shot Learners", table 2.1): 16
+# micro-batches of 32 sequences, shared out to 1, 2, 4, 8 or 16 GPUs
+gradient_accumulation_steps = 16
 batch_size = 32
 block_size = 1024
 

@@ -218,7 +218,8 @@ def measure(folder, script, *files, **settings):
 
 
 def test_time_to_loss_of_a_run(peer):
-    flags = [*SHAPE.split(), '--dtype=float32', '--max_iters=8', '--eval_interval=1', '--sample_tokens=0']
+    flags = [*SHAPE.split(), '--preset=gpt2', '--learning_rate=1e-3', '--warmup_iters=0', '--decay_lr=False',
+             '--dtype=float32', '--max_iters=8', '--eval_interval=1', '--sample_tokens=0']
     # the run by itself; and a target between two evaluations so close that both checkpoints have to be looked at
     peer.start('train.py', ROOT / 'config' / 'shakespeare_cpu.py', *flags, seed=1337, out_dir='alone').ok()
     losses = {line['step']: line['val_loss'] for line in peer.log('alone') if 'val_loss' in line}

@@ -157,14 +157,14 @@ def test_resume_is_exact(folder, case):
 
 def test_average_of_the_weights(folder):
     """Of the weights after every step, by hand; it is what is evaluated; without it a run goes on from the weights."""
-    changes = {'average_decay': 0.75, 'eval_interval': 1, 'max_iters': 4}
+    changes = {'average_decay': 0.2, 'eval_interval': 1, 'max_iters': 4}
     states = []
     for n in range(1, 5):
         folder.train(out_dir='run', **{**changes, 'max_iters': n}, init_from='auto').ok()
         states.append(folder.checkpoint('run'))
     expected = states[0]['unaveraged']
-    for state in states[1:]:
-        expected = {name: 0.75 * mean + 0.25 * state['unaveraged'][name] for name, mean in expected.items()}
+    for decay, state in zip((1 / 11, 2 / 12, 0.2), states[1:], strict=True):  # step / (step + 10), but 0.2 at most
+        expected = {name: decay * mean + (1 - decay) * state['unaveraged'][name] for name, mean in expected.items()}
     for name, mean in expected.items():
         torch.testing.assert_close(states[-1]['model'][name], mean)
     model = GPT(GPTConfig(**states[-1]['model_args']))
@@ -613,7 +613,8 @@ def test_preset(folder):
     resume = {'init_from': 'resume', 'max_iters': 22}
     folder.train('config.py', pos='learned', **resume).refused(
         'pos=learned, but out/ckpt.pt has pos=rope, and its weights fix that. Leave it out')
-    folder.train(preset='modern', **resume).refused('qk_norm=True, but out/ckpt.pt has qk_norm=False')
+    folder.train(preset='modern', **resume).refused('qk_norm=True, but out/ckpt.pt has qk_norm=False',
+                                                    "It is preset 'modern'", 'config/shakespeare_char_classic.py')
     folder.train(**resume).refused(
         "optimizer='adamw', but the state in out/ckpt.pt is that of 'muon'", '--optimizer=muon')
     run = folder.train(optimizer='muon', block_size=32, **resume).ok()  # the architecture is the checkpoint's

@@ -46,7 +46,8 @@ def override(settings, argv=None):
         source = f.read()
     page = read_page(source)
     if '--help' in argv or '-h' in argv:
-        print(settings['__doc__'].strip(), 'Settings, each set by --key=value:', page_text(source, page), sep='\n\n')
+        print(fit(settings['__doc__'].strip()), 'Settings, each set by --key=value:', page_text(source, page),
+              sep='\n\n')
         raise SystemExit(0)
     allowed = {key: allowed_types(node, settings[key]) for key, node in page.items()}
     given = set()
@@ -74,14 +75,23 @@ def override(settings, argv=None):
 def explain_errors(kind, error, trace):
     """
     For sys.excepthook: a ValueError that a module of this repository raised is addressed to the user, so its message is
-    all that is shown. Anything else is unexpected and keeps its traceback.
+    all that is shown. So is that of Ctrl-C. Anything else is unexpected and keeps its traceback.
     """
     raised_in = traceback.extract_tb(trace)[-1].filename if trace else ''
     ours = os.path.dirname(os.path.abspath(raised_in)) == os.path.dirname(os.path.abspath(__file__))
     if ours and issubclass(kind, ValueError):
         print(f'error: {error}', file=sys.stderr)
+    elif issubclass(kind, KeyboardInterrupt):
+        print('\nstopped by Ctrl-C', file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
+
+
+def fit(text, width=80):
+    """A docstring for the terminal: paragraphs with longer lines are filled anew, indented ones kept as they are."""
+    return '\n\n'.join(paragraph if paragraph[:1].isspace() or max(map(len, paragraph.splitlines())) <= width else
+                       textwrap.fill(paragraph, width, break_on_hyphens=False, break_long_words=False)
+                       for paragraph in text.split('\n\n'))
 
 
 def read_page(source):

@@ -18,7 +18,7 @@ import json
 import math
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import nn
@@ -53,6 +53,11 @@ class GPTConfig:
     value_embeddings: bool = False  # every other layer adds an embedding of the token to its values
 
     def __post_init__(self):
+        for field in fields(self):
+            value, kind = getattr(self, field.name), field.type
+            is_kind = isinstance(value, kind | int if kind is float else kind)
+            if not is_kind or (isinstance(value, bool) and kind is not bool):
+                raise ValueError(f'{field.name}={value!r}: expected {getattr(kind, "__name__", kind)}')
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
             if getattr(self, name) is None or getattr(self, name) < 1:
                 raise ValueError(f'{name}={getattr(self, name)}: expected 1 or more')
@@ -501,15 +506,16 @@ class GPT(nn.Module):
         return softcapped(self.lm_head(x), self.config.logit_softcap)
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, vocab_size=None):
         """
         Continue idx (B, T) by max_new_tokens sampled ids; -> (B, T + max_new_tokens). temperature 0: the likeliest.
+        vocab_size: draw ids below it alone, where the model's vocabulary is padded; None: all.
 
         The plain definition: the whole context again for every token, its last block_size tokens once it is longer.
         generate.py gives the same greedy tokens from a cache, and has the other controls. Call model.eval() first.
         """
         for _ in range(max_new_tokens):
-            logits = self(idx[:, -self.config.block_size :])[0][:, -1].float()  # (B, V)
+            logits = self(idx[:, -self.config.block_size :])[0][:, -1, :vocab_size].float()  # (B, V)
             if top_k is not None:
                 kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
                 logits = logits.masked_fill(logits < kth, -math.inf)
@@ -526,8 +532,9 @@ class GPT(nn.Module):
         no positions to learn or to forget, so with it the context can also grow.
         """
         if block_size < 1 or (block_size > self.config.block_size and self.config.pos == 'learned'):
-            raise ValueError(f'block_size={block_size}: this model has {self.config.block_size} positions and can only '
-                             f'be cropped')
+            raise ValueError(f'block_size={block_size}: expected 1 or more, and of this model, whose positions are '
+                             f'learned, at most {self.config.block_size}' if self.config.pos == 'learned' else
+                             f'block_size={block_size}: expected 1 or more')
         self.config.block_size = block_size
         if self.config.pos == 'learned':
             wpe = self.transformer.wpe

@@ -197,11 +197,12 @@ def cosine(step, learning_rate, warmup_iters, lr_decay_iters, min_lr):
 def wsd(step, learning_rate, warmup_iters, lr_decay_iters, min_lr, decay_fraction):
     """
     Warmup, stable, decay: linear warmup, constant, then linear to min_lr over the last decay_fraction of lr_decay_iters
-    ("MiniCPM", Hu et al. 2024; linear decay after "Scaling Laws and Compute-Optimal Training Beyond Fixed Training
-    Durations", Haegele et al. 2024). The stable part does not depend on where the run ends, so it can be prolonged.
+    or what the warmup leaves of it ("MiniCPM", Hu et al. 2024; linear decay after "Scaling Laws and Compute-Optimal
+    Training Beyond Fixed Training Durations", Haegele et al. 2024). The stable part does not depend on where the run
+    ends, so it can be prolonged.
     """
     if step < warmup_iters:
         return learning_rate * (step + 1) / (warmup_iters + 1)
-    decay_iters = max(1, round(decay_fraction * lr_decay_iters))
+    decay_iters = max(1, min(round(decay_fraction * lr_decay_iters), lr_decay_iters - warmup_iters))
     remaining = min(1.0, max(0.0, (lr_decay_iters - step) / decay_iters))  # 1 until the decay starts, 0 at its end
     return min_lr + (learning_rate - min_lr) * remaining

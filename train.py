@@ -133,7 +133,7 @@ for names, is_valid, expected in (
     (('eval_interval', 'log_interval', 'eval_iters', 'batch_size', 'block_size', 'gradient_accumulation_steps'),
      lambda value: value >= 1, '1 or more'),
     (('total_batch_size', 'max_iters', 'warmup_iters', 'patience', 'sample_tokens', 'learning_rate', 'min_lr',
-      'weight_decay', 'grad_clip', 'muon_lr', 'embedding_lr'), lambda value: value >= 0, '0 or more'),
+      'weight_decay', 'grad_clip', 'muon_lr', 'embedding_lr'), lambda value: 0 <= value < math.inf, '0 or more'),
     (('optimizer',), lambda value: value in ('adamw', 'muon'), "'adamw' or 'muon'"),
     (('learning_rate',), lambda value: optimizer == 'adamw' or value > 0, "above 0 with optimizer='muon'"),
     (('beta1', 'beta2', 'momentum', 'average_decay'), lambda value: 0 <= value < 1, 'at least 0 and below 1'),
@@ -159,7 +159,9 @@ beside_script = os.path.join(os.path.dirname(os.path.abspath(__file__)), data_di
 if not os.path.isdir(data_dir) and os.path.isdir(beside_script):
     data_dir = beside_script
 ckpt_path = os.path.join(out_dir, 'ckpt.pt')
-architecture = GPTConfig(**{field.name: config[field.name] for field in fields(GPTConfig) if field.name in config})
+architecture = {field.name: config[field.name] for field in fields(GPTConfig) if field.name in config}
+if init_from == 'scratch':
+    GPTConfig(**architecture)  # refuses impossible sizes before any data is prepared
 state = checkpoint.load(ckpt_path) if init_from == 'resume' else None
 dataloader.prepare_if_missing(data_dir, is_first=world.local_rank == 0)
 meta = dataloader.load_meta(data_dir)
@@ -196,8 +198,8 @@ def refuse_another(names, source):
 
 options = [field.name for field in fields(GPTConfig) if field.name not in ('block_size', 'vocab_size', 'dropout')]
 if init_from == 'scratch':
-    architecture.vocab_size = padded_vocab_size(meta['vocab_size'] or 50257)  # GPT-2's, if the dataset doesn't say
-    model = GPT(architecture)
+    ids = meta['vocab_size'] or 50257  # GPT-2's, if the dataset doesn't say
+    model = GPT(GPTConfig(**architecture, vocab_size=padded_vocab_size(ids)))
 elif init_from == 'resume':
     model = checkpoint.model_of(state, ckpt_path, dropout)
     refuse_another(options, ckpt_path)
@@ -435,6 +437,23 @@ if wandb_log:
 
     wandb.init(project=wandb_project, name=wandb_run_name, config=dict(config))
 
+# a signal only asks to stop; the loop does so between two steps. A second Ctrl-C, more than a second later, is obeyed
+stop_signal, stop_time = None, 0.0
+
+
+def ask_to_stop(number, frame):
+    global stop_signal, stop_time
+    if number == signal.SIGINT and stop_signal == signal.SIGINT and time.monotonic() > stop_time + 1:
+        raise KeyboardInterrupt
+    if world.is_main and number == signal.SIGINT and stop_signal is None:
+        with suppress(OSError):  # nobody reads it. print could be what is being interrupted, and can not be called
+            os.write(2, b'\nfinishing this step, then saving; Ctrl-C again stops at once, unsaved\n')
+    stop_signal, stop_time = number, time.monotonic()
+
+
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, ask_to_stop)
+
 # the training step, compiled if that works here
 step_model = model
 if compile:
@@ -460,23 +479,6 @@ if compile:
     opt.zero_grad(set_to_none=True)
 if world.size > 1:
     step_model = DDP(step_model, device_ids=[device.index] if device.type == 'cuda' else None)
-
-# a signal only asks to stop; the loop does so between two steps. A second Ctrl-C, more than a second later, is obeyed
-stop_signal, stop_time = None, 0.0
-
-
-def ask_to_stop(number, frame):
-    global stop_signal, stop_time
-    if number == signal.SIGINT and stop_signal == signal.SIGINT and time.monotonic() > stop_time + 1:
-        raise KeyboardInterrupt
-    if world.is_main and number == signal.SIGINT and stop_signal is None:
-        with suppress(OSError):  # nobody reads it. print could be what is being interrupted, and can not be called
-            os.write(2, b'\nfinishing this step, then saving; Ctrl-C again stops at once, unsaved\n')
-    stop_signal, stop_time = number, time.monotonic()
-
-
-for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, ask_to_stop)
 
 # the loop ------------------------------------------------------------------------------------------------------------
 bar = tqdm(total=max_iters, initial=start_iter, unit='step', disable=not (world.is_main and sys.stderr.isatty()),

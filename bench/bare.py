@@ -6,7 +6,7 @@ train.py's model on one fixed batch, without data, logging, evaluations and chec
     bare.Step(s)()                # takes a step, -> its loss
     bare.in_own_process(s)        # -> speed, parts, memory, measured in a process that does nothing else
 
-As a script it is that process: settings as JSON on stdin, figures as JSON on stdout.
+As a script, which nobody starts by hand, it is that process: settings as JSON on stdin, figures as JSON on stdout.
 """
 
 import copy

@@ -170,6 +170,8 @@ os.chdir(common.ROOT)  # datasets are found from there
 for case in cases.split(','):
     if case not in CASES:
         raise SystemExit(f'cases={cases!r}: {case!r} is none of {", ".join(CASES)}')
+if rounds < 1:
+    raise SystemExit(f'rounds={rounds}: expected 1 or more')
 if steps == 1:
     raise SystemExit('steps=1: expected 2 or more, because the first is left out; or 0 for as many as the case takes')
 if peer and cases != 'gpt2':

@@ -205,13 +205,21 @@ def test_pages_of_the_scripts(script):
         assert gpt2.items() <= values.items()
 
 
+def test_paragraphs_fit_a_terminal():
+    text = f'A title.\n\n    $ python a.py {"x" * 90}\n\n{" ".join(["seven-up"] * 12)}\nand more\n\nshort\nlines'
+    fitted = configurator.fit(text).split('\n\n')
+    assert fitted[0] == 'A title.' and fitted[1] == '    $ python a.py ' + 90 * 'x'  # a command stays in one piece
+    assert max(map(len, fitted[2].splitlines())) <= 80 and fitted[2].split() == ['seven-up'] * 12 + ['and', 'more']
+    assert fitted[3] == 'short\nlines'
+
+
 @pytest.mark.parametrize('script', ['train.py', 'sample.py'])
 def test_help_fits_a_terminal(script):
     """No line is wider than 80 columns, and breaking them loses no word."""
     source = (ROOT / script).read_text(encoding='utf-8')
     page = configurator.read_page(source)
     text = configurator.page_text(source, page)
-    doc = configurator.ast.get_docstring(configurator.ast.parse(source))
+    doc = configurator.fit(configurator.ast.get_docstring(configurator.ast.parse(source)))
     assert max(map(len, f'{doc}\n{text}'.splitlines())) <= 80
     lines = source.splitlines()
     first, last = min(node.lineno for node in page.values()), max(node.end_lineno for node in page.values())

@@ -925,8 +925,26 @@ def test_crop_block_size():
     with pytest.raises(ValueError, match='longer than block_size=6'):
         model(torch.zeros(1, 7, dtype=torch.long))
     for size in (0, 7):
-        with pytest.raises(ValueError, match=f'block_size={size}: this model has 6'):
+        with pytest.raises(ValueError, match=f'block_size={size}: expected 1 or more, and of this model, .* at most 6'):
             model.crop_block_size(size)
+
+
+def test_padding_is_not_drawn():
+    """A vocabulary of 37 ids, padded to 40 of which the last three are likeliest."""
+    model = tiny(tie_embeddings=False).eval()
+    with torch.no_grad():
+        model.lm_head.weight[37:] = 100 * model.transformer.ln_f(model.transformer.wte.weight[:1])
+    idx = torch.zeros(2, 1, dtype=torch.long)
+    torch.manual_seed(0)
+    assert model.generate(idx, 20).max() >= 37
+    assert model.generate(idx, 20, vocab_size=37).max() < 37 > model.generate(idx, 20, 0, 3, vocab_size=37).max()
+
+
+@pytest.mark.parametrize('field, value', [('n_layer', 1.5), ('vocab_size', '40'), ('window', None), ('dropout', None),
+                                          ('qk_norm', 'yes'), ('n_kv_head', True), ('norm', 1), ('n_head', True)])
+def test_what_kind_a_field_is_of(field, value):
+    with pytest.raises(ValueError, match=rf'^{field}={value!r}: expected'):
+        tiny(**{field: value})
 
 
 def test_counts_by_hand():

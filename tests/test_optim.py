@@ -300,6 +300,12 @@ def test_wsd_by_hand():
     assert lr[20:] == pytest.approx([0.1] * 4)
 
 
+def test_wsd_rises_to_its_end_before_it_falls():
+    """Of 10 steps 6 would decay, but 5 warm up."""
+    lr = [optim.wsd(step, 1.0, 5, 10, 0.0, 0.6) for step in range(11)]
+    assert lr == pytest.approx([1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1.0, 0.8, 0.6, 0.4, 0.2, 0.0])
+
+
 def test_wsd_can_be_prolonged():
     """Until a run of 100 steps decays, its rate is that of a run of 1000."""
     for step in range(80):

@@ -334,7 +334,7 @@ def test_second_ctrl_c_is_obeyed(folder):
     run.kill(signal.SIGINT)
     time.sleep(1.2)
     assert run.kill(signal.SIGINT).wait(20).code != 0
-    assert 'KeyboardInterrupt' in run.out
+    assert 'stopped by Ctrl-C' in run.out and 'Traceback' not in run.out
 
 
 def test_kills_lose_nothing(folder):
@@ -618,6 +618,9 @@ def test_preset(folder):
     folder.train(**resume).refused(
         "optimizer='adamw', but the state in out/ckpt.pt is that of 'muon'", '--optimizer=muon')
     run = folder.train(optimizer='muon', block_size=32, **resume).ok()  # the architecture is the checkpoint's
+    # what is given of it may be impossible with the defaults of what is not
+    folder.start('train.py', out_dir='out', dataset='tiny', optimizer='muon', device='cpu', init_from='resume',
+                 n_layer=2, n_embd=16, eval_only=True).ok()
     assert 'the context is changed from 16 to 32 tokens' in run.out and list(losses(run)[0]) == [20, 21]
     assert folder.checkpoint()['model_args'] == {**args, 'block_size': 32}
     assert len(folder.sample(num_samples=1, max_new_tokens=50).ok().out) > 50  # past the end of the context

@@ -563,6 +563,8 @@ while True:
     bar.update()
 
     # report
+    if device.type == 'cuda' and is_due(iter_num):
+        torch.cuda.synchronize()  # the update is training time, too, and evaluating waits for it anyway
     t1 = time.perf_counter()
     train_time, t0 = train_time + t1 - t0, t1
     shown = [record for record in records if record['step'] % log_interval == 0 or record['step'] == max_iters - 1]

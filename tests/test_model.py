@@ -422,6 +422,25 @@ def test_the_whole_model_is_one_graph(preset, monkeypatch):
         torch.testing.assert_close(found[name], expected[name], atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize('preset', PRESETS)
+def test_bf16_is_close_to_fp32(preset):
+    """Kernels for bf16 were wrong before, in torch's flash attention on AMX (pytorch issue 123503)."""
+    model = tiny(**{**PRESETS[preset], 'block_size': 128, 'n_head': 4, 'n_embd': 64})
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    idx, targets = torch.randint(40, (2, 4, 128), generator=torch.Generator().manual_seed(0))
+
+    def in_bf16():
+        with torch.autocast('cpu', torch.bfloat16):
+            return model(idx, targets)[1]
+
+    exact, rounded = gradients(model, lambda: model(idx, targets)[1], in_bf16)
+    assert rounded.pop('loss') == pytest.approx(exact.pop('loss').item(), rel=1e-3)
+    for name in exact:
+        assert (rounded[name] - exact[name]).norm() < 0.05 * exact[name].norm(), name
+
+
 # the loss in chunks ---------------------------------------------------------------------------------------------------
 
 def gradients(model, *losses):

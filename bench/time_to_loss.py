@@ -62,7 +62,9 @@ case = 'small'  # or 'char'
 peer = ''  # path of a nanoGPT checkout; '': without the comparison
 rounds = 3
 target: float | None = None  # nats a character; None: nanoGPT's loss of the round, or what it is known for
-sprint = '--max_iters=400 --eval_interval=50'  # small: flags of the sprint
+# small: flags of the sprint, a schedule as short as the target allows
+sprint = ('--batch_size=24 --max_iters=115 --eval_interval=115 --compile=True --muon_lr=0.03 --embedding_lr=0.03 '
+          '--learning_rate=0.006 --momentum=0.85 --sample_tokens=0')
 sprint_char = ''  # char: flags of the sprint; '': the full run itself, up to where it reaches the target
 full = True  # also the full run; with 'char' it takes up to 30 minutes
 extra = ''  # flags for all of our runs, such as --device=cuda

@@ -9,7 +9,7 @@ TODO
 out_dir = 'out-shakespeare-cpu'
 dataset = 'shakespeare_char'
 eval_interval = 325
-eval_iters = 20
+eval_iters = 5
 eval_first = False
 log_interval = 100
 sample_tokens = 500

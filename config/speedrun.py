@@ -20,6 +20,8 @@ wandb_project = 'speedrun'
 wandb_run_name = 'modern-124M'
 
 preset = 'modern'
+mlp = 'relu2'  # as is zero_init, better at this size in the speedruns and in nanochat, if not at 1M parameters
+zero_init = True
 value_embeddings = True  # 0.02 nats in the speedruns, for no FLOPs but 232 million parameters that are looked up
 residual_lambdas = True  # 0.009 there
 window = 256  # three layers of four see a quarter of the context

@@ -19,6 +19,8 @@ wandb_project = 'owt'
 wandb_run_name = 'gpt2-124M'
 
 preset = 'modern'
+mlp = 'relu2'  # as is zero_init, better at this size in the speedruns and in nanochat, if not at 1M parameters
+zero_init = True
 
 # Half a million tokens a step, GPT-3's batch for this size ("Language Models are Few-Shot Learners", table 2.1): 16
 # micro-batches of 32 sequences, shared out to 1, 2, 4, 8 or 16 GPUs

@@ -8,8 +8,8 @@ nanoGPT's own settings are in config/shakespeare_char_classic.py.
 
 out_dir = 'out-shakespeare-char'
 dataset = 'shakespeare_char'
-eval_interval = 100
-eval_iters = 20
+eval_interval = 175
+eval_iters = 5
 eval_first = False
 log_interval = 10
 always_save_checkpoint = False
@@ -21,9 +21,8 @@ n_layer = 6
 n_head = 6
 n_embd = 384
 block_size = 256
-dropout = 0.2
 
 # small batches and many updates: 4,096 characters a step
 batch_size = 16
 gradient_accumulation_steps = 1
-max_iters = 1000
+max_iters = 700

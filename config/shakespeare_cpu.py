@@ -1,9 +1,14 @@
 """
-A character-level GPT on Shakespeare in minutes of two CPU cores: 0.8M parameters, the size of nanoGPT's small command.
+A character-level GPT on Shakespeare in a minute and a half of two CPU cores: 0.8M parameters, the size and context of
+nanoGPT's CPU command.
 
     $ python train.py config/shakespeare_cpu.py
 
-TODO
+Two cores of an AMD EPYC without AMX take 70 s for the steps and 81 s in all, to a val loss of 1.518; nanoGPT's command
+takes 90 s there and ends at 1.898. To get below that as early as can be, after 6 s of steps:
+
+    $ python train.py config/shakespeare_cpu.py --batch_size=24 --max_iters=115 --eval_interval=115 --compile=True \\
+        --muon_lr=0.03 --embedding_lr=0.03 --learning_rate=0.006 --momentum=0.85
 """
 
 out_dir = 'out-shakespeare-cpu'

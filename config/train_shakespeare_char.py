@@ -8,7 +8,7 @@ nanoGPT's own settings are in config/shakespeare_char_classic.py.
 
 out_dir = 'out-shakespeare-char'
 dataset = 'shakespeare_char'
-eval_interval = 175
+eval_interval = 140
 eval_iters = 5
 eval_first = False
 log_interval = 10
@@ -25,4 +25,4 @@ block_size = 256
 # small batches and many updates: 4,096 characters a step
 batch_size = 16
 gradient_accumulation_steps = 1
-max_iters = 700
+max_iters = 560

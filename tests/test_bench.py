@@ -1,5 +1,6 @@
 """bench/: the plot on made-up logs, and what the measuring scripts share. Run: pytest tests/test_bench.py"""
 
+import hashlib
 import json
 import os
 import shlex
@@ -265,15 +266,18 @@ def test_time_to_loss_says_what_is_wrong(peer):
 
 
 def finished_runs(path, config, steps, runs):
-    """A file of finished runs: {(flags, seed): (val loss, ms)}."""
+    """A file of finished runs of a config file in the folder above: {(flags, seed): (val loss, ms)}."""
     path.parent.mkdir(exist_ok=True)
-    path.write_text(''.join(
-        json.dumps({'config': config, 'flags': flags, 'steps': steps, 'seed': seed, 'val_loss': loss, 'ms': ms,
-                    'commit': 'abc1234'}) + '\n' for (flags, seed), (loss, ms) in runs.items()))
+    digest = hashlib.sha256((path.parent.parent / config).read_bytes()).hexdigest()[:16]
+    with open(path, 'w') as f:
+        for (flags, seed), (loss, ms) in runs.items():
+            f.write(json.dumps({'config': config, 'sha256': digest, 'flags': flags, 'steps': steps, 'seed': seed,
+                                'val_loss': loss, 'ms': ms, 'commit': 'abc1234'}) + '\n')
 
 
 def test_ablation_of_finished_runs_does_none_again(folder):
     runs = folder.path / 'out-ablation' / 'runs.jsonl'
+    (folder.path / 'a.py').write_text("raise SystemExit('a run was started')\n")
     finished_runs(runs, 'a.py', 7, {
         ('', 1): (1.60, 10.0), ('', 2): (1.70, 20.0),
         ('--mlp=gelu', 1): (1.65, 12.0), ('--mlp=gelu', 2): (1.71, 22.0),
@@ -281,7 +285,7 @@ def test_ablation_of_finished_runs_does_none_again(folder):
     kept = runs.read_text()
     runs.write_text(kept + '{"config": "a.py", "fla')  # a run that was cut off
     out, record = measure(folder, 'ablation', config_file='a.py', steps=7, seeds='1,2', variants='gelu,swiglu',
-                          table='table.md')  # there is no a.py: a run would fail
+                          table='table.md')
     assert '6 of 6 runs are in out-ablation/runs.jsonl already, done at commit abc1234' in out
     table = (folder.path / 'table.md').read_text(encoding='utf-8')
     # the standard error of two values is half of their distance
@@ -293,6 +297,8 @@ def test_ablation_of_finished_runs_does_none_again(folder):
     assert record['variants']['gelu'] == {'val_loss': 1.68, 'error': 0.03, 'difference': 0.03, 'difference_error': 0.02,
                                           'ms': 17.0, 'time': 1.15}
     assert runs.read_text() == kept
+    (folder.path / 'a.py').write_text("raise SystemExit('another config file')\n")  # whose runs these are not
+    folder.start('bench/ablation.py', config_file='a.py', steps=7, seeds='1').refused('another config file')
 
 
 def test_ablation_runs_what_is_missing(folder):
@@ -322,9 +328,10 @@ def test_ablation_says_what_is_wrong(folder):
                            ({'seeds': '1;2'}, "seeds='1;2': expected whole numbers"),
                            ({'steps': 0}, 'steps=0: expected 1 or more'),
                            ({'jobs': 0}, 'jobs=0: expected 1 to '),
-                           ({'config_file': 'nowhere.py'}, 'nowhere.py: no such config file')):
+                           ({'config_file': 'nowhere.py'}, "config_file='nowhere.py': there is no such file")):
         folder.start('bench/ablation.py', **settings).refused(text)
     runs = folder.path / 'runs.jsonl'
     for damaged in ('{"config": "a.py"}', 'null', '[1', '\0'):
         runs.write_text(damaged + '\n')
-        folder.start('bench/ablation.py', out='runs.jsonl').refused('runs.jsonl, line 1 is damaged')
+        folder.start('bench/ablation.py', out='runs.jsonl', config_file='runs.jsonl').refused(
+            'runs.jsonl, line 1 is damaged')

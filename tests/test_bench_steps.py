@@ -69,7 +69,7 @@ def test_the_step_follows_every_setting():
     at_first = step.model.lm_head.weight.clone()
     step()
     step()
-    change, average = step.model.lm_head.weight - at_first, step.average.module.lm_head.weight
+    change, average = step.model.lm_head.weight - at_first, step.average.lm_head.weight
     assert change.abs().max() > 0 and not torch.equal(average, step.model.lm_head.weight)
 
 

@@ -127,12 +127,12 @@ class Muon(torch.optim.AdamW):
         """orthogonalize(x), (K, m, n), of which each process does its share."""
         if self.world.size == 1:
             return orthogonalize(x, self.dtype)
-        share = -(-len(x) // self.world.size)  # the last may find less to do
-        x = torch.cat((x, x.new_zeros(share * self.world.size - len(x), *x.shape[1:])))
+        n, share = len(x), -(-len(x) // self.world.size)  # the last may find less to do
+        x = torch.cat((x, x.new_zeros(share * self.world.size - n, *x.shape[1:])))
         mine = orthogonalize(x[self.world.rank * share :][:share], self.dtype)
         everyones = mine.new_empty(x.shape)
         dist.all_gather_into_tensor(everyones, mine)
-        return everyones
+        return everyones[:n]
 
 
 def wide(x):

@@ -607,7 +607,7 @@ def test_preset(folder):
     folder.train('config.py', logit_softcap=7, lr_decay_iters=None).ok()
     config, args = json.loads((folder.path / 'out' / 'config.json').read_text()), folder.checkpoint()['model_args']
     assert {**config, **args} == config | {'vocab_size': len(CHARS)}
-    assert (args['pos'], args['norm'], args['mlp'], args['tie_embeddings']) == ('rope', 'rmsnorm', 'relu2', False)
+    assert (args['pos'], args['norm'], args['mlp'], args['tie_embeddings']) == ('rope', 'rmsnorm', 'swiglu', False)
     assert (args['qk_norm'], args['logit_softcap']) == (False, 7.0)  # given in the file, on the command line
     assert (config['optimizer'], config['learning_rate'], config['lr_schedule']) == ('muon', 1e-2, 'wsd')
     resume = {'init_from': 'resume', 'max_iters': 22}

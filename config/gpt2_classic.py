@@ -5,7 +5,7 @@ GPT-2 (124M) on OpenWebText to a loss of about 2.85, nanoGPT's settings: 8 A100 
     $ torchrun --standalone --nproc_per_node=8 train.py config/gpt2_classic.py
     $ python train.py config/gpt2_classic.py --wandb_log=True   # one GPU: the same mathematics, eight times as long
 
-To compare with; config/train_gpt2.py learns faster.
+To compare with; our own recipe is config/train_gpt2.py.
 """
 
 out_dir = 'out-gpt2-classic'

@@ -3,8 +3,8 @@ The first run: a byte-level GPT on the source code of Python's own standard libr
 
     $ python train.py config/quickstart.py
 
-1.8M parameters, about 3 minutes on two CPU cores: the sample at the end has the look of Python, not its sense. Twice
-the steps, for twice the time: --max_iters=2000.
+1.9M parameters; 1,000 steps take two and a half minutes on two cores of an AMD EPYC, to a val loss of 1.18 nats a byte:
+the sample at the end has the look of Python, not its sense. Twice the steps, for twice the time: --max_iters=2000.
 """
 
 out_dir = 'out-quickstart'

@@ -6,8 +6,8 @@ hours of 8 A100 or five and a half of one H100.
     $ torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
     $ python train.py config/train_gpt2.py --dataset=fineweb_edu --wandb_log=True    # one GPU: the same mathematics
 
-Not run to its end yet: what is known is beside each number. nanoGPT's own settings, four days of 8 A100, are in
-config/gpt2_classic.py. To reach the loss of GPT-2's first speedruns and stop there, take config/speedrun.py.
+Not run yet: what is known is beside each number. nanoGPT's own settings, four days of 8 A100, are in
+config/gpt2_classic.py; config/speedrun.py has a fifth of these tokens.
 """
 
 out_dir = 'out'

@@ -3,9 +3,9 @@ A character-level GPT on Shakespeare: 10.7M parameters, nanoGPT's size and conte
 
     $ python train.py config/train_shakespeare_char.py
 
-560 steps take 21 minutes of one core of an AMD EPYC without AMX, both together about 12, to a val loss of 1.438; nanoGPT
-documents 1.4697 for its own settings, config/shakespeare_char_classic.py, which take 11 s a step there. By then the
-model has seen the text 2.3 times; more steps with --dropout=0.1 gave the same loss (bench/results).
+560 steps take 21 minutes of one core of an AMD EPYC without AMX, both together about 12, to a val loss of 1.438;
+nanoGPT documents 1.4697 for its own settings, config/shakespeare_char_classic.py, which take it 11 s a step there. By
+then the model has seen the text 2.3 times; more steps with --dropout=0.1 gave the same loss (bench/results).
 """
 
 out_dir = 'out-shakespeare-char'

@@ -21,7 +21,6 @@ line. A variant that fails, as one that diverges does, is shown as such.
 Finished runs are kept in `out`, and starting again does what is missing.
 """
 
-import hashlib
 import json
 import os
 import queue
@@ -37,6 +36,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) 
 
 from bench import common, plot
 from configurator import explain_errors, override
+from download import file_sha256
 from files import lock_folder, replace_file
 
 # settings ------------------------------------------------------------------------------------------------------------
@@ -60,14 +60,14 @@ VARIANTS = {
     'learned positions': '--pos=learned',
     'layernorm': '--norm=layernorm',
     'gelu': '--mlp=gelu',
-    'swiglu': '--mlp=swiglu',
+    'relu2': '--mlp=relu2',
     'no qk_norm': '--qk_norm=False',
     'tied head': '--tie_embeddings=True',
-    'no zero_init': '--zero_init=False',
     'no logit_softcap': '--logit_softcap=0',
     'adamw': ADAMW,
     'cosine decay': '--lr_schedule=cosine',
     # one thing added
+    'zero_init': '--zero_init=True',
     'n_kv_head 2': '--n_kv_head=2',
     'window 32 SL': '--window=32 --window_pattern=SL',  # in half of the layers
     'residual_lambdas': '--residual_lambdas=True',
@@ -192,8 +192,7 @@ threads = {'OMP_NUM_THREADS': str(n_cpus)} if jobs > 1 else {}
 
 if not os.path.isfile(config_file):
     raise SystemExit(f'config_file={config_file!r}: there is no such file here')
-with open(config_file, 'rb') as f:
-    config_hash = hashlib.sha256(f.read()).hexdigest()[:16]
+config_hash = file_sha256(config_file)[:16]
 os.makedirs(os.path.dirname(out) or '.', exist_ok=True)
 lock_folder(os.path.dirname(out) or '.', 'measuring into')
 done = {key_of(run): run for run in read_runs(out)}

@@ -46,9 +46,6 @@ only = ''  # internal, for those processes: 'keep' or 'return'
 config = override(globals())
 # ---------------------------------------------------------------------------------------------------------------------
 
-COMPILE = {'dynamic': False, 'options': {'fallback_random': True}}  # train.py's
-
-
 def inputs(shape, device):
     """-> q, k and v of (B, H, T, D) side by side, as they come from the projection, and the gradient of the result."""
     B, H, T, D = shape
@@ -60,7 +57,7 @@ def attention(shape, p):
     """-> (ms of torch's, ms of attend_in_blocks), spreads over n calls forward and backward."""
     B, H, T, D = shape
     module = CausalSelfAttention(GPTConfig(block_size=T, n_head=H, n_embd=H * D, dropout=p)).train()
-    in_blocks = torch.compile(module.attend_in_blocks, **COMPILE)
+    in_blocks = torch.compile(module.attend_in_blocks, **bare.COMPILE)
     qkv, dy = inputs(shape, 'cpu')
 
     def sdpa(q, k, v):
@@ -142,7 +139,7 @@ def one_step_process():
     torch.manual_seed(0)
     model = GPT(GPTConfig(256, 65, 6, 6, 384, dropout=0.2, bias=False))
     for block in model.transformer.h:
-        block.compile(**COMPILE)
+        block.compile(**bare.COMPILE)
     x, y = torch.randint(65, (2, 64, 256))
 
     def step():

@@ -35,6 +35,7 @@ from model import GPT, PRESETS, GPTConfig, peak_flops
 OPTIMIZER = {'optimizer': 'adamw', 'learning_rate': 6e-4, 'muon_lr': 0.02, 'embedding_lr': 0.02, 'momentum': 0.95,
              'weight_decay': 0.1, 'beta1': 0.9, 'beta2': 0.95, 'grad_clip': 1.0, 'average_decay': 0.0,
              'seed': 1337}
+COMPILE = {'dynamic': False, 'options': {'fallback_random': True}}  # train.py's, of a block on the CPU
 PARTS = ('forward', 'backward', 'clip', 'optimizer')
 # as the profiler names the operators, compiled or not; _scaled_mm multiplies fp8
 PRODUCTS = ('aten::mm', 'aten::addmm', 'aten::bmm', 'aten::baddbmm', 'aten::_scaled_mm')
@@ -86,9 +87,9 @@ class Step:
         if self.device.type == 'cpu':
             parallel.keep_freed_memory()
         self.compiled = self.model
-        if s['compile'] and self.device.type == 'cpu':  # as train.py does
+        if s['compile'] and self.device.type == 'cpu':
             for block in self.model.transformer.h:
-                block.compile(dynamic=False, options={'fallback_random': True})
+                block.compile(**COMPILE)
         elif s['compile']:
             self.compiled = torch.compile(self.model, dynamic=False, fullgraph=True)
         self.tokens = s['batch_size'] * s['block_size']

@@ -46,11 +46,7 @@ def environment(**changes):
 
 def run(command, cwd=ROOT, **changes):
     """-> what a command printed; SystemExit with the end of it if it failed. changes: to its environment."""
-    done = subprocess.run(command, cwd=cwd, env=environment(**changes), text=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT)
-    if done.returncode != 0:
-        raise SystemExit(f'{" ".join(command)}\nfailed with exit status {done.returncode}:\n{done.stdout[-2000:]}')
-    return done.stdout
+    return ''.join(follow(command, cwd, **changes))
 
 
 def follow(command, cwd=ROOT, **changes):

@@ -25,6 +25,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) 
 
 import parallel
 from bench import bare, common, plot
+from files import replace_file
 from model import GPT, GPTConfig, KVCache
 
 STARTED = time.perf_counter()
@@ -39,10 +40,8 @@ OPTIONS = {  # check: what differs in the kernels it takes
     'modern, windows': ('modern', {'window': 32, 'window_pattern': 'SL', 'value_embeddings': True,
                                    'residual_lambdas': True})}
 
-# recipe: the same model, corpus, tokens and batch. nanoGPT's rates, with a warmup in proportion; our preset's, and the
-# learning rate of config/train_gpt2.py
-RECIPES = {'gpt2': ['--preset=gpt2', '--learning_rate=6e-4', '--min_lr=6e-5'],
-           'modern': ['--preset=modern', '--learning_rate=0.0028']}
+# recipe: with the same sizes, corpus, tokens and batch over them, and a warmup in proportion
+RECIPES = {'gpt2': 'config/gpt2_classic.py', 'modern': 'config/train_gpt2.py'}
 STEP_TOKENS = 65536
 STARTING = 40  # seconds of a run that are not training: importing, compiling, evaluating
 
@@ -286,8 +285,8 @@ def recipe(args):
               f'--max_iters={steps}', f'--lr_decay_iters={steps}', f'--warmup_iters={steps // 10}', '--log_interval=10',
               f'--eval_interval={max(1, steps // 10)}', '--eval_iters=1', *on_device(args)]
     runs = {}
-    for name, rates in RECIPES.items():
-        train_log, evaluations, wall = train([*shared, *rates], os.path.join(args.out, f'run-{name}'), each - 3)
+    for name, config_file in RECIPES.items():
+        train_log, evaluations, wall = train([config_file, *shared], os.path.join(args.out, f'run-{name}'), each - 3)
         if not evaluations:
             raise SystemExit(f'{name}: no evaluation within {each:.0f} s; give it more time: BUDGET, PARTS=recipe')
         runs[name] = {'evaluations': evaluations, 'wall_s': round(wall, 1),
@@ -333,10 +332,9 @@ def summary(args):
         parts[name] = {'status': said, 'seconds': int(seconds), 'limit': int(limit), 'result': result}
         rows.append([name, said + ('' if result else ', no figures'), seconds, limit])
     path = os.path.join(args.out, 'summary.json')
-    with open(path + '.tmp', 'w', encoding='utf-8') as f:
-        json.dump({'hardware': common.hardware(), 'torch': common.torch_version(), 'commit': common.commit(),
-                   'dry': args.dry, 'parts': parts}, f, indent=1)
-    os.replace(path + '.tmp', path)
+    replace_file(path, json.dumps({
+        'hardware': common.hardware(), 'torch': common.torch_version(), 'commit': common.commit(), 'dry': args.dry,
+        'parts': parts}, indent=1).encode())
     print(common.table(rows))
     print(f'wrote {path}')
     return sum(part['status'].startswith('failed') for part in parts.values())

@@ -281,16 +281,16 @@ def test_ablation_of_finished_runs_does_none_again(folder):
     finished_runs(runs, 'a.py', 7, {
         ('', 1): (1.60, 10.0), ('', 2): (1.70, 20.0),
         ('--mlp=gelu', 1): (1.65, 12.0), ('--mlp=gelu', 2): (1.71, 22.0),
-        ('--mlp=swiglu', 1): (1.50, 10.0), ('--mlp=swiglu', 2): (1.62, 10.0)})
+        ('--mlp=relu2', 1): (1.50, 10.0), ('--mlp=relu2', 2): (1.62, 10.0)})
     kept = runs.read_text()
     runs.write_text(kept + '{"config": "a.py", "fla')  # a run that was cut off
-    out, record = measure(folder, 'ablation', config_file='a.py', steps=7, seeds='1,2', variants='gelu,swiglu',
+    out, record = measure(folder, 'ablation', config_file='a.py', steps=7, seeds='1,2', variants='gelu,relu2',
                           table='table.md')
     assert '6 of 6 runs are in out-ablation/runs.jsonl already, done at commit abc1234' in out
     table = (folder.path / 'table.md').read_text(encoding='utf-8')
     # the standard error of two values is half of their distance
     assert [[cell.strip() for cell in line.strip('|').split('|')] for line in table.splitlines()[2:]] == [
-        ['swiglu', '1.5600 ± 0.0600', '-0.0900 ± 0.0100', '0.75'],
+        ['relu2', '1.5600 ± 0.0600', '-0.0900 ± 0.0100', '0.75'],
         ['base', '1.6500 ± 0.0500', '', '1.00'],
         ['gelu', '1.6800 ± 0.0300', '+0.0300 ± 0.0200', '1.15']]
     assert table in out and max(map(len, table.splitlines())) <= 80

@@ -163,6 +163,28 @@ def model_of(state, path, dropout):
     return model
 
 
+def open_model(init_from, out_dir, which='best'):
+    """
+    What sample.py, evaluate.py and export.py work with: -> (model, tokenizer, chat template, a line that says which it
+    is). The model is on the CPU, in eval mode. init_from: 'resume', the checkpoint in out_dir, best.pt (which='best',
+    where there is one) or ckpt.pt (which='last'); or what huggingface.load() takes. The chat template is Jinja's, or
+    None. Raises ValueError for what can't be loaded.
+    """
+    if init_from != 'resume':
+        model = GPT.from_pretrained(init_from)
+        return model.eval(), tokenizer.load('gpt2'), None, init_from
+    path = os.path.join(out_dir, 'best.pt')
+    if which == 'last' or not os.path.exists(path):
+        path = os.path.join(out_dir, 'ckpt.pt')
+    state = load(path)
+    model = model_of(state, path, dropout=0.0)
+    # a checkpoint knows the lowest val loss of its run so far, which is its own in best.pt unless nanoGPT wrote that
+    of_what = 'val loss' if path.endswith('best.pt') and 'version' in state else 'lowest val loss so far'
+    best_val_loss = float(state['best_val_loss'])
+    line = f'{path}: step {state["iter_num"]}' + (f', {of_what} {best_val_loss:.4f}' if best_val_loss < 1e9 else '')
+    return model.eval(), tokenizer_of(state), state.get('chat_template'), line
+
+
 def tokenizer_of(state):
     """
     The tokenizer inside a checkpoint. nanoGPT's have none: theirs is in the meta.pkl of the dataset they name, or else

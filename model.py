@@ -26,6 +26,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+# kinds of GPTConfig.rope_scaling, and the numbers that each needs
+ROPE_SCALINGS = {'linear': ('factor',), 'llama3': ('factor', 'low_freq_factor', 'high_freq_factor',
+                                                   'original_max_position_embeddings')}
+
 
 @dataclass
 class GPTConfig:
@@ -40,10 +44,16 @@ class GPTConfig:
     bias: bool = True  # biases in the linear layers and LayerNorms, as GPT-2 has them
     mlp: str = 'gelu'  # 'gelu': tanh approximation, GPT-2's; 'gelu_erf': exact, nanoGPT's; 'swiglu', 'relu2': see below
     n_kv_head: int | None = None  # heads of keys and values, each shared by n_head / n_kv_head queries; None: n_head
+    head_dim: int | None = None  # channels of a head; None: n_embd / n_head
+    n_inner: int | None = None  # channels between the MLP's two layers; None: see mlp_width
     norm: str = 'layernorm'  # or 'rmsnorm', which neither centres nor has a bias
+    norm_eps: float = 1e-5  # added to the variance
     pos: str = 'learned'  # 'learned': an embedding of the position; 'rope': queries and keys are rotated by it
     rope_base: float = 10000.0  # the slowest of RoPE's rotations takes about 2 pi rope_base positions
+    rope_scaling: dict | None = None  # stretches the rotations to longer contexts, see GPT.rope_frequencies()
     qk_norm: bool = False  # RMS norm of queries and keys in each head, so that the scores can't grow without bound
+    qk_norm_weight: bool = False  # with a weight for each of its channels, as Qwen3 has it
+    qkv_bias: bool | None = None  # biases of queries, keys and values, which Qwen2 alone has; None: as bias says
     tie_embeddings: bool = True  # the head is the token embedding
     window: int = 0  # positions that the S layers of window_pattern see, themselves included; 0: all of the context
     window_pattern: str = 'S'  # S and L (all of the context), repeated over the layers; the last layer is always L
@@ -56,18 +66,21 @@ class GPTConfig:
         for field in fields(self):
             value, kind = getattr(self, field.name), field.type
             is_kind = isinstance(value, kind | int if kind is float else kind)
-            if not is_kind or (isinstance(value, bool) and kind is not bool):
+            if not is_kind or (isinstance(value, bool) and kind not in (bool, bool | None)):
                 raise ValueError(f'{field.name}={value!r}: expected {getattr(kind, "__name__", kind)}')
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
             if getattr(self, name) is None or getattr(self, name) < 1:
                 raise ValueError(f'{name}={getattr(self, name)}: expected 1 or more')
-        if self.n_embd % self.n_head:
+        if self.head_dim is None and self.n_embd % self.n_head:
             raise ValueError(f'n_embd={self.n_embd} is not divisible by n_head={self.n_head}; the nearest n_embd that '
                              f'is: {max(1, round(self.n_embd / self.n_head)) * self.n_head}')
         if self.n_kv_head is not None and (self.n_kv_head < 1 or self.n_head % self.n_kv_head):
             divisors = [n for n in range(1, self.n_head + 1) if self.n_head % n == 0]
             raise ValueError(f'n_kv_head={self.n_kv_head}: expected a divisor of n_head={self.n_head}: '
                              f'{", ".join(map(str, divisors))}; or None for n_head')
+        for name in ('head_dim', 'n_inner'):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f'{name}={getattr(self, name)}: expected 1 or more, or None')
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f'dropout={self.dropout}: expected a probability, 0 <= dropout < 1')
         for name, choices in (('mlp', ('gelu', 'gelu_erf', 'swiglu', 'relu2')), ('norm', ('layernorm', 'rmsnorm')),
@@ -75,10 +88,26 @@ class GPTConfig:
             if getattr(self, name) not in choices:
                 raise ValueError(f'{name}={getattr(self, name)!r}: expected {" or ".join(map(repr, choices))}')
         if self.pos == 'rope' and self.head_size % 2:
-            raise ValueError(f"pos='rope' rotates pairs of channels, but n_embd={self.n_embd} / n_head={self.n_head} "
-                             f'makes heads of {self.head_size}; expected an even number')
+            made_of = f'head_dim={self.head_dim}' if self.head_dim else f'n_embd={self.n_embd} / n_head={self.n_head}'
+            raise ValueError(f"pos='rope' rotates pairs of channels, but {made_of} makes heads of {self.head_size}; "
+                             f'expected an even number')
         if not self.rope_base > 1:
             raise ValueError(f'rope_base={self.rope_base}: expected more than 1, usually 10000')
+        if self.rope_scaling is not None:
+            kind = self.rope_scaling.get('rope_type')
+            needed = ROPE_SCALINGS.get(kind) if isinstance(kind, str) else None
+            if self.pos != 'rope' or needed is None:
+                raise ValueError(f"rope_scaling={self.rope_scaling}: expected pos='rope', and a rope_type of "
+                                 f'{" or ".join(map(repr, ROPE_SCALINGS))}')
+            for name in needed:
+                value = self.rope_scaling.get(name)
+                if not isinstance(value, int | float) or not value > 0:
+                    raise ValueError(f'rope_scaling={self.rope_scaling}: {name} is {value!r}, expected a number above '
+                                     f'0; {kind!r} needs {", ".join(needed)}')
+        if not self.norm_eps > 0:
+            raise ValueError(f'norm_eps={self.norm_eps}: expected more than 0, usually 1e-5 or 1e-6')
+        if self.qk_norm_weight and not self.qk_norm:
+            raise ValueError('qk_norm_weight=True: expected qk_norm=True, whose weights they are')
         if self.window < 0:
             raise ValueError(f'window={self.window}: expected a number of positions, or 0 for all')
         if not self.window_pattern or set(self.window_pattern) - set('SL'):
@@ -89,7 +118,7 @@ class GPTConfig:
     @property
     def head_size(self):
         """D, channels of a head."""
-        return self.n_embd // self.n_head
+        return self.head_dim or self.n_embd // self.n_head
 
     @property
     def kv_heads(self):
@@ -102,7 +131,8 @@ class GPTConfig:
         Channels between the MLP's two layers. SwiGLU has three matrices where the others have two, so to cost about as
         much it is 2/3 as wide, rounded to a multiple of 64, which matrix units like.
         """
-        return max(64, round(8 / 3 * self.n_embd / 64) * 64) if self.mlp == 'swiglu' else 4 * self.n_embd
+        usual = max(64, round(8 / 3 * self.n_embd / 64) * 64) if self.mlp == 'swiglu' else 4 * self.n_embd
+        return self.n_inner or usual
 
     def window_of(self, layer):
         """How many positions a layer sees, the query's own included; 0: all before it."""
@@ -195,18 +225,21 @@ class CausalSelfAttention(nn.Module):
     """
     Multi-head attention of each position to itself and the positions before it. Options: grouped queries ("GQA",
     Ainslie et al. 2023), a sliding window ("Longformer", Beltagy et al. 2020), QK-norm ("Scaling Vision Transformers to
-    22 Billion Parameters", Dehghani et al. 2023; here without weights, so scores stay within the root of D).
+    22 Billion Parameters", Dehghani et al. 2023; without weights scores stay within the root of D).
     """
 
     def __init__(self, config, window=0):
         super().__init__()
         self.n_head, self.n_kv_head, self.head_size = config.n_head, config.kv_heads, config.head_size
         n_out = (self.n_head + 2 * self.n_kv_head) * self.head_size
-        self.c_attn = nn.Linear(config.n_embd, n_out, bias=config.bias)  # heads of q, of k, of v, side by side
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        qkv_bias = config.bias if config.qkv_bias is None else config.qkv_bias
+        self.c_attn = nn.Linear(config.n_embd, n_out, bias=qkv_bias)  # heads of q, of k, of v, side by side
+        self.c_proj = nn.Linear(self.n_head * self.head_size, config.n_embd, bias=config.bias)
         self.attn_dropout = Dropout(config.dropout)
         self.resid_dropout = Dropout(config.dropout)
         self.qk_norm = config.qk_norm
+        self.q_norm, self.k_norm = (nn.RMSNorm(self.head_size, eps=1e-6) if config.qk_norm_weight else None
+                                    for _ in range(2))
         self.window = window
 
     def forward(self, x, past=None, rotation=None, value_embedding=None, window_blocks=None):
@@ -214,10 +247,13 @@ class CausalSelfAttention(nn.Module):
         x: (B, T, C). past: (k, v, length) of this layer's cache, to which the T new positions are added. rotation: of
         the T positions, see rotate(). value_embedding: (B, T, G * D), added to the values. window_blocks: GPT's.
         """
-        B, T, C = x.shape
+        B, T, _ = x.shape
         heads = self.c_attn(x).view(B, T, -1, self.head_size)
         qk, v = heads.split((self.n_head + self.n_kv_head, self.n_kv_head), dim=2)
-        if self.qk_norm:
+        if self.q_norm is not None:
+            q, k = qk.split((self.n_head, self.n_kv_head), dim=2)
+            qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=2)
+        elif self.qk_norm:
             qk = F.rms_norm(qk, (self.head_size,), eps=1e-6)
         if rotation is not None:
             qk = rotate(qk, rotation)
@@ -238,7 +274,7 @@ class CausalSelfAttention(nn.Module):
             y = flex_attention(q, k, v, block_mask=window_blocks, enable_gqa=self.n_kv_head < self.n_head)
         else:
             y = self.attend(q, k, v)
-        y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
+        y = y.transpose(1, 2).reshape(B, T, -1)  # (B, T, H * D), heads side by side again
         return self.resid_dropout(self.c_proj(y))
 
     def attend(self, q, k, v):
@@ -325,8 +361,8 @@ class MLP(nn.Module):
 def norm_of(config):
     """A norm over the channels. RMSNorm: "Root Mean Square Layer Normalization", Zhang & Sennrich 2019."""
     if config.norm == 'rmsnorm':
-        return nn.RMSNorm(config.n_embd, eps=1e-5)
-    return nn.LayerNorm(config.n_embd, bias=config.bias)
+        return nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+    return nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
 
 
 class Block(nn.Module):
@@ -430,7 +466,7 @@ class GPT(nn.Module):
                 nn.init.normal_(p, std=0.02)
             elif name.endswith('.bias'):
                 nn.init.zeros_(p)
-            elif '.ln_' in name:
+            elif '.ln_' in name or name.endswith(('q_norm.weight', 'k_norm.weight')):
                 nn.init.ones_(p)
             elif name.endswith('.lambdas'):
                 p.copy_(torch.tensor([1.0, 0.0]))  # the stream as it comes
@@ -439,10 +475,28 @@ class GPT(nn.Module):
 
     def rotation(self, start, T, device):
         """cos and sin, (2, T, 1, D/2), of RoPE's angles at positions start ... start + T - 1."""
-        half = self.config.head_size // 2
-        frequencies = self.config.rope_base ** -(torch.arange(half, device=device, dtype=torch.float32) / half)
-        angles = torch.arange(start, start + T, device=device).float().view(T, 1, 1) * frequencies
+        angles = torch.arange(start, start + T, device=device).float().view(T, 1, 1) * self.rope_frequencies(device)
         return torch.stack((angles.cos(), angles.sin()))
+
+    def rope_frequencies(self, device):
+        """
+        By how much a position turns each of a head's D/2 points: rope_base^(-2i/D). rope_scaling slows them down, so
+        that a model of a short context reads a longer one: 'linear' divides all by `factor` ("Extending Context Window
+        of Large Language Models via Position Interpolation", Chen et al. 2023); 'llama3' those whose wavelength is
+        above original_max_position_embeddings / low_freq_factor, leaves those below .../ high_freq_factor, and goes
+        from one to the other in between ("The Llama 3 Herd of Models", 2024, and its released code).
+        """
+        half, scaling = self.config.head_size // 2, self.config.rope_scaling
+        frequencies = self.config.rope_base ** -(torch.arange(half, device=device, dtype=torch.float32) / half)
+        if scaling is None:
+            return frequencies
+        slowed = frequencies / scaling['factor']
+        if scaling['rope_type'] == 'linear':
+            return slowed
+        low, high = scaling['low_freq_factor'], scaling['high_freq_factor']
+        turns = scaling['original_max_position_embeddings'] * frequencies / (2 * math.pi)  # in the original context
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        return kept * frequencies + (1 - kept) * slowed
 
     def window_blocks(self, T, device):
         """
@@ -551,7 +605,7 @@ class GPT(nn.Module):
     def flops_per_token(self):
         """
         FLOPs to train on one token of a full context: 6 for each parameter that is multiplied with it, which a table
-        that is only looked up is not, and 12 C for each position that a layer sees, attention's two products forward
+        that is only looked up is not, and 12 H D for each position that a layer sees, attention's two products forward
         and backward ("PaLM", Chowdhery et al. 2022, appendix B; nothing off for causality, as is customary).
         """
         c = self.config
@@ -559,7 +613,7 @@ class GPT(nn.Module):
         multiplied = self.get_num_params(non_embedding=False) - sum(
             p.numel() for name in looked_up for p in self.transformer[name].parameters())
         seen = sum(min(c.window_of(layer) or c.block_size, c.block_size) for layer in range(c.n_layer))
-        return 6 * multiplied + 12 * c.n_embd * seen
+        return 6 * multiplied + 12 * c.n_head * c.head_size * seen
 
     def estimate_mfu(self, fwdbwd_per_iter, dt):
         """

@@ -307,6 +307,12 @@ def test_cache_shapes():
 
 # all options, in combination ------------------------------------------------------------------------------------------
 
+def possible(options):
+    """Without what another option excludes."""
+    return {**options, 'rope_scaling': options['rope_scaling'] if options['pos'] == 'rope' else None,
+            'qk_norm_weight': options['qk_norm_weight'] and options['qk_norm']}
+
+
 CHOICES = {
     'n_layer': st.integers(1, 3), 'n_head': st.just(4), 'bias': st.booleans(),
     'n_kv_head': st.sampled_from([None, 1, 2, 4]), 'norm': st.sampled_from(['layernorm', 'rmsnorm']),
@@ -314,8 +320,14 @@ CHOICES = {
     'mlp': st.sampled_from(['gelu', 'gelu_erf', 'swiglu', 'relu2']), 'qk_norm': st.booleans(),
     'tie_embeddings': st.booleans(), 'window': st.sampled_from([0, 1, 3, 7, 100]),
     'window_pattern': st.sampled_from(['S', 'SL', 'LS', 'SSL']), 'logit_softcap': st.sampled_from([0.0, 3.0]),
-    'zero_init': st.booleans(), 'residual_lambdas': st.booleans(), 'value_embeddings': st.booleans()}
-OPTIONS = st.fixed_dictionaries(CHOICES)
+    'zero_init': st.booleans(), 'residual_lambdas': st.booleans(), 'value_embeddings': st.booleans(),
+    'head_dim': st.sampled_from([None, 2, 10]), 'n_inner': st.sampled_from([None, 24]),
+    'norm_eps': st.sampled_from([1e-5, 1e-2]), 'qk_norm_weight': st.booleans(),
+    'qkv_bias': st.sampled_from([None, True, False]),
+    'rope_scaling': st.sampled_from([None, {'rope_type': 'linear', 'factor': 2.0}, {
+        'rope_type': 'llama3', 'factor': 4.0, 'low_freq_factor': 1.0, 'high_freq_factor': 4.0,
+        'original_max_position_embeddings': 8}])}
+OPTIONS = st.fixed_dictionaries(CHOICES).map(possible)
 
 
 def test_the_options_are_all_options():
@@ -361,10 +373,14 @@ def test_options_cached_equal_uncached(options, cuts):
 def parameters_by_hand(c):
     """Number of parameters that a config asks for, counted from the papers' descriptions."""
     norm = c['n_embd'] * (2 if c['norm'] == 'layernorm' and c['bias'] else 1)
-    width, kv = c['n_embd'], (c['n_kv_head'] or c['n_head']) * c['n_embd'] // c['n_head']
-    inner, fc = (64, 128) if c['mlp'] == 'swiglu' else (4 * width, 4 * width)
-    linears = [(width, width + 2 * kv), (width, width), (width, fc), (inner, width)]
-    block = 2 * norm + sum(i * o + o * c['bias'] for i, o in linears) + 2 * c['residual_lambdas']
+    width, head = c['n_embd'], c['head_dim'] or c['n_embd'] // c['n_head']
+    q, kv = c['n_head'] * head, (c['n_kv_head'] or c['n_head']) * head
+    inner = c['n_inner'] or (64 if c['mlp'] == 'swiglu' else 4 * width)
+    qkv_bias = c['bias'] if c['qkv_bias'] is None else c['qkv_bias']
+    linears = [(width, q + 2 * kv, qkv_bias), (q, width, c['bias']), (inner, width, c['bias']),
+               (width, inner * (2 if c['mlp'] == 'swiglu' else 1), c['bias'])]
+    block = 2 * norm + sum(i * o + o * bias for i, o, bias in linears) + 2 * c['residual_lambdas']
+    block += 2 * head * c['qk_norm_weight']
     tables = 40 * width * (1 if c['tie_embeddings'] else 2) + 16 * width * (c['pos'] == 'learned')
     return c['n_layer'] * block + norm + tables + c['value_embeddings'] * 40 * kv * ((c['n_layer'] + 1) // 2)
 

@@ -164,16 +164,50 @@ class KVCache:
     """
     Keys and values of the tokens seen so far, so that the next token costs one position instead of the whole context.
 
-    k, v: (n_layer, B, G, max_length, D), of which the first `length` positions are filled; GPT.forward fills them and
+    k, v: (n_layer, B, G, max_length, D), of which the first `length` slots are filled; GPT.forward fills them and
     advances `length`. Memory: 2 * n_layer * B * max_length * G * D numbers; GPT-2 124M at 1 x 1024 in fp32: 75 MB.
+
+    Prompts of different lengths end at the same slot: padding, (B,), is how many slots before the first token of each
+    row are to be ignored. is_static: a single position attends to all max_length slots behind a mask, so that every
+    step has the same shapes and no number that a compiled step or a CUDA graph would have to be made anew for.
     """
 
-    def __init__(self, config, batch_size, device=None, dtype=None, max_length=None):
+    def __init__(self, config, batch_size, device=None, dtype=None, max_length=None, padding=None, is_static=False):
         max_length = max_length or config.block_size
         shape = (config.n_layer, batch_size, config.kv_heads, max_length, config.head_size)
-        self.k = torch.empty(shape, device=device, dtype=dtype)
-        self.v = torch.empty(shape, device=device, dtype=dtype)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)  # masked slots are multiplied by 0, which NaN survives
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.length = 0
+        self.next_slot = torch.zeros(1, dtype=torch.long, device=device)  # `length` on the device
+        self.padding = padding
+        self.is_static = is_static
+
+    def check(self, B, T):
+        """ValueError unless T more tokens of B rows fit."""
+        rows, max_length = self.k.size(1), self.k.size(3)
+        if B != rows:
+            raise ValueError(f'the cache was made for a batch of {rows}, but the tokens are a batch of {B}')
+        if self.length + T > max_length:
+            raise ValueError(f'the cache has {max_length} slots, but {self.length} + {T} tokens were to be in it; make '
+                             f'a longer one with max_length={self.length + T}')
+
+    def visible(self, T, window):
+        """
+        (B or 1, 1, T, S) of bool: which of the first S slots each of the next T positions attends to. None where the
+        usual causal mask will do.
+        """
+        is_step = self.is_static and T == 1
+        if self.padding is None and not is_step:
+            return None
+        slots = torch.arange(self.k.size(3) if is_step else self.length + T, device=self.k.device)
+        queries = (self.next_slot + slots[:T])[:, None]
+        seen = slots <= queries
+        if window:
+            seen = seen & (slots > queries - window)
+        if self.padding is None:
+            return seen[None, None]
+        # padding sees itself, since a softmax over nothing would be NaN
+        return (seen & (slots >= self.padding[:, None, None]) | (slots == queries))[:, None]
 
 
 class Dropout(nn.Dropout):
@@ -244,8 +278,9 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, past=None, rotation=None, value_embedding=None, window_blocks=None):
         """
-        x: (B, T, C). past: (k, v, length) of this layer's cache, to which the T new positions are added. rotation: of
-        the T positions, see rotate(). value_embedding: (B, T, G * D), added to the values. window_blocks: GPT's.
+        x: (B, T, C). past: (k, v, slots, mask), of this layer's cache the slots so far and new, to the T of which given
+        by `slots` the new positions are written; mask: KVCache.visible(). rotation: of the T positions, see rotate().
+        value_embedding: (B, T, G * D), added to the values. window_blocks: GPT's.
         """
         B, T, _ = x.shape
         heads = self.c_attn(x).view(B, T, -1, self.head_size)
@@ -262,34 +297,52 @@ class CausalSelfAttention(nn.Module):
         qk = qk.to(v.dtype)  # norm and rotation may be in fp32
         q, k = qk.split((self.n_head, self.n_kv_head), dim=2)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (B, H, T, D), (B, G, T, D), (B, G, T, D)
+        mask = None
         if past is not None:
-            past_k, past_v, length = past
-            past_k[:, :, length : length + T], past_v[:, :, length : length + T] = k, v
-            k, v = past_k[:, :, : length + T], past_v[:, :, : length + T]  # (B, G, S, D), S = length + T
+            past_k, past_v, slots, mask = past
+            past_k.index_copy_(2, slots, k.to(past_k.dtype))
+            past_v.index_copy_(2, slots, v.to(past_v.dtype))
+            q, k, v = q.to(past_k.dtype), past_k, past_v  # (B, G, S, D)
         seen = min(T, self.window or T)
         in_blocks = past is None and x.device.type == 'cpu' and torch.compiler.is_compiling()
         if in_blocks and (seen <= 512 or self.attn_dropout.p > 0):
             y = self.attend_in_blocks(q, k, v)
         elif seen < T and window_blocks is not None:
             y = flex_attention(q, k, v, block_mask=window_blocks, enable_gqa=self.n_kv_head < self.n_head)
+        elif mask is not None and T == 1 and x.device.type == 'cpu' and torch.compiler.is_compiling():
+            y = self.attend_once(q, k, v, mask)
         else:
-            y = self.attend(q, k, v)
-        y = y.transpose(1, 2).reshape(B, T, -1)  # (B, T, H * D), heads side by side again
+            y = self.attend(q, k, v, mask)
+        y = y.to(heads.dtype).transpose(1, 2).reshape(B, T, -1)  # (B, T, H * D), heads side by side again
         return self.resid_dropout(self.c_proj(y))
 
-    def attend(self, q, k, v):
-        """Attention of the queries at the last T of S positions, by torch's kernels; -> (B, H, T, D)."""
+    def attend(self, q, k, v, mask=None):
+        """
+        Attention by torch's kernels; -> (B, H, T, D). The queries are at the last T of S positions and see the keys up
+        to their own, from the window on; or what mask (B or 1, 1, T, S) says.
+        """
         T = q.size(2)
-        if self.window:  # what none of the queries sees need not be read
+        if self.window and mask is None:  # what none of the queries sees need not be read
             k, v = k[:, :, -(T + self.window - 1) :], v[:, :, -(T + self.window - 1) :]
         S = k.size(2)
         # is_causal lets query t see the keys up to t: right without a past. Otherwise a mask says what it sees; a
         # single query sees everything
-        is_causal = T == S and (not self.window or T <= self.window)
-        mask = None if T == 1 or is_causal else visible(T, S, self.window, q.device)
+        is_causal = mask is None and T == S and (not self.window or T <= self.window)
+        if mask is None and T > 1 and not is_causal:
+            mask = visible(T, S, self.window, q.device)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal,
                                               dropout_p=self.attn_dropout.p if self.training else 0.0,
                                               enable_gqa=self.n_kv_head < self.n_head)
+
+    def attend_once(self, q, k, v, mask):
+        """
+        Attention of one query to all S slots, written out: compiled for the CPU it streams keys and values through the
+        cache once, where torch's flash kernel there takes several times as long for a single query (bench/results).
+        """
+        q = q.float().unflatten(1, (self.n_kv_head, -1))  # (B, G, H / G, 1, D)
+        scores = (q * k.unsqueeze(2).float()).sum(-1) * self.head_size**-0.5  # (B, G, H / G, S)
+        weights = scores.masked_fill(~mask, -math.inf).softmax(dim=-1)
+        return (weights.unsqueeze(-1) * v.unsqueeze(2).float()).sum(-2, keepdim=True).flatten(1, 2)  # (B, H, 1, D)
 
     def attend_in_blocks(self, q, k, v):
         """
@@ -473,9 +526,9 @@ class GPT(nn.Module):
             else:
                 raise AssertionError(f'no initialisation is written for parameter {name}')
 
-    def rotation(self, start, T, device):
-        """cos and sin, (2, T, 1, D/2), of RoPE's angles at positions start ... start + T - 1."""
-        angles = torch.arange(start, start + T, device=device).float().view(T, 1, 1) * self.rope_frequencies(device)
+    def rotation(self, positions):
+        """cos and sin, (2, ..., T, 1, D/2), of RoPE's angles at the positions (..., T)."""
+        angles = positions[..., None, None].float() * self.rope_frequencies(positions.device)
         return torch.stack((angles.cos(), angles.sin()))
 
     def rope_frequencies(self, device):
@@ -520,27 +573,39 @@ class GPT(nn.Module):
         None. With a KVCache, idx continues the tokens in it. Raises ValueError when the context would exceed
         block_size.
         """
-        T = idx.size(1)
+        B, T = idx.shape
         start = 0 if cache is None else cache.length
         if start + T > self.config.block_size:
             raise ValueError(f'a context of {start + T} tokens is longer than block_size={self.config.block_size}')
+        positions, masks = torch.arange(T, device=idx.device), {}
+        if cache is not None:
+            cache.check(B, T)
+            slots = positions = cache.next_slot + positions
+            S = cache.k.size(3) if cache.is_static and T == 1 else start + T
+            masks = {window: cache.visible(T, window) for window in {self.config.window, 0}}
+            if cache.padding is not None:
+                positions = (slots - cache.padding[:, None]).clamp(min=0)  # (B, T)
         x, rotation = self.transformer.wte(idx), None  # (B, T, C)
         if self.config.pos == 'learned':
-            x = x + self.transformer.wpe.weight[start : start + T]
+            wpe = self.transformer.wpe
+            x = x + (wpe.weight[:T] if cache is None else wpe(positions))
         else:
-            rotation = self.rotation(start, T, idx.device)
+            rotation = self.rotation(positions)
+        x = x.to(self.transformer.ln_f.weight.dtype)  # the residual stream is as precise as the norms
         window_blocks = None if targets is None or cache is not None else self.window_blocks(T, idx.device)
         x = self.transformer.drop(x)
         x0 = x.clone() if self.config.residual_lambdas else None  # aliases would be compiled for separately
         for layer, block in enumerate(self.transformer.h):
-            past = None if cache is None else (cache.k[layer], cache.v[layer], start)
-            value_embedding = None
+            past, value_embedding = None, None
+            if cache is not None:
+                past = cache.k[layer, :, :, :S], cache.v[layer, :, :, :S], slots, masks[block.attn.window]
             if self.config.has_value_embedding(layer):
                 value_embedding = self.transformer.vte[str(layer)](idx)
             x = block(x, past, rotation, value_embedding, x0, window_blocks)
         x = self.transformer.ln_f(x)
         if cache is not None:
             cache.length += T
+            cache.next_slot += T
         if targets is None:
             return self.logits(x[:, -1:]), None
         device, weight = x.device.type, self.lm_head.weight

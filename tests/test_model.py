@@ -253,7 +253,8 @@ def test_no_gradient_to_later_inputs_behind_a_cache(past, n):
 
     def attend(x):
         k, v = torch.randn(2, 2, 2, 16, 8, generator=torch.Generator().manual_seed(0))
-        return attention(x, (k.clone(), v.clone(), past))
+        k, v, slots = k[:, :, : past + n].clone(), v[:, :, : past + n].clone(), torch.arange(past, past + n)
+        return attention(x, (k, v, slots, None))
 
     assert gradients_to_the_future(attend, torch.randn(2, n, 16)) == 0
 
@@ -269,7 +270,7 @@ def test_compiled_block(options):
     compiled.compile(dynamic=False, options={'fallback_random': True})
     x0 = embedding = rotation = None
     if models[0].config.pos == 'rope':
-        x0, embedding, rotation = torch.randn(2, 65, 16), torch.randn(2, 65, 8), models[0].rotation(0, 65, 'cpu')
+        x0, embedding, rotation = torch.randn(2, 65, 16), torch.randn(2, 65, 8), models[0].rotation(torch.arange(65))
     blocks = [lambda x, block=block: block(x, None, rotation, embedding, x0) for block in (eager, compiled)]
     x = torch.randn(2, 65, 16, requires_grad=True)
     torch.testing.assert_close(blocks[1](x), blocks[0](x), atol=1e-4, rtol=1e-4)
@@ -600,7 +601,7 @@ def test_llama_equals_transformers(heads, half, layers, base, tied):
 def test_rotation_is_that_of_complex_numbers():
     model = tiny(pos='rope', n_head=2, n_embd=16, rope_base=50.0)
     x = torch.randn(2, 5, 3, 8, dtype=torch.float64)
-    got = rotate(x, model.rotation(7, 5, 'cpu').double())
+    got = rotate(x, model.rotation(torch.arange(7, 12)).double())
     for t in range(5):
         for i in range(4):
             turned = torch.complex(x[:, t, :, i], x[:, t, :, i + 4]) * torch.polar(
@@ -612,10 +613,10 @@ def test_rotation_is_that_of_complex_numbers():
 def test_scores_under_rope_depend_on_distance_alone():
     model = tiny(pos='rope', block_size=64)
     q, k = torch.randn(2, 1, 1, 1, 8)
-    scores = [(rotate(q, model.rotation(s + 9, 1, 'cpu')) * rotate(k, model.rotation(s, 1, 'cpu'))).sum().item()
-              for s in (0, 3, 50)]
+    at = [model.rotation(torch.tensor([position])) for position in range(60)]
+    scores = [(rotate(q, at[s + 9]) * rotate(k, at[s])).sum().item() for s in (0, 3, 50)]
     assert scores == pytest.approx([scores[0]] * 3, abs=1e-4)
-    other = (rotate(q, model.rotation(8, 1, 'cpu')) * rotate(k, model.rotation(0, 1, 'cpu'))).sum().item()
+    other = (rotate(q, model.rotation(torch.tensor([8]))) * rotate(k, model.rotation(torch.tensor([0])))).sum().item()
     assert abs(other - scores[0]) > 1e-3
 
 

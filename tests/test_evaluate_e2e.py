@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 import checkpoint
+import corpus
 import tokenizer
 from dataloader import sliding_windows, whole_windows
 from model import GPT, GPTConfig
@@ -263,12 +264,12 @@ def test_inputs(folder):
 
 
 def test_long_input_is_encoded_whole(folder):
-    """A text is cut to encode it; its ids are those of the whole."""
-    save(folder, uniform_gpt(320, n_layer=1, n_embd=2, n_head=1), tokenizer.BPETokenizer.train(
-        make_text(3000), 290).to_dict())
-    text = make_text(200_000)
+    """However it is cut to be read, its ids are those of the whole: here 8 newlines, a token, lie across a cut."""
+    tok = tokenizer.BPETokenizer.train((make_text(100) + '\n' * 8) * 20, 290)
+    text = make_text(corpus.PIECE_CHARS - 3) + '.' + '\n' * 8 + 'the cat'
+    assert tok.encode('\n' * 8) != tok.encode('\n' * 2) + tok.encode('\n' * 6)
+    save(folder, uniform_gpt(320, n_layer=1, n_embd=2, n_head=1), tok.to_dict())
     (folder.path / 'text.txt').write_text(text)
-    tok = tokenizer.from_dict(folder.checkpoint()['tokenizer'])
     assert evaluate(folder, input='text.txt')['tokens'] == len(tok.encode(text)) - 1
 
 

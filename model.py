@@ -164,42 +164,54 @@ class KVCache:
     """
     Keys and values of the tokens seen so far, so that the next token costs one position instead of the whole context.
 
-    k, v: (n_layer, B, G, max_length, D), of which the first `length` slots are filled; GPT.forward fills them and
-    advances `length`. Memory: 2 * n_layer * B * max_length * G * D numbers; GPT-2 124M at 1 x 1024 in fp32: 75 MB.
+    k, v: (n_layer, B, G, S, D), of whose S slots the first `length` are filled; GPT.forward fills them and advances
+    `length`. S grows with the tokens up to max_length; with is_static it is max_length from the start, so that all
+    steps of one position have the same shapes, which is what a compiled step or a CUDA graph needs. Memory:
+    2 * n_layer * B * S * G * D numbers; GPT-2 124M at 1 x 1024 in fp32: 75 MB.
 
-    Prompts of different lengths end at the same slot: padding, (B,), is how many slots before the first token of each
-    row are to be ignored. is_static: a single position attends to all max_length slots behind a mask, so that every
-    step has the same shapes and no number that a compiled step or a CUDA graph would have to be made anew for.
+    padding: None, or (B,), for prompts of different lengths, which all end at the same slot: how many slots before the
+    first token of each row nobody attends to.
     """
 
     def __init__(self, config, batch_size, device=None, dtype=None, max_length=None, padding=None, is_static=False):
-        max_length = max_length or config.block_size
-        shape = (config.n_layer, batch_size, config.kv_heads, max_length, config.head_size)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)  # masked slots are multiplied by 0, which NaN survives
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.max_length = max_length or config.block_size
+        S = self.max_length if is_static else 0
+        self.k, self.v = torch.zeros(2, config.n_layer, batch_size, config.kv_heads, S, config.head_size,
+                                     device=device, dtype=dtype)
         self.length = 0
-        self.next_slot = torch.zeros(1, dtype=torch.long, device=device)  # `length` on the device
+        self.next_slot = torch.zeros(1, dtype=torch.long, device=device)  # length, where a CUDA graph can read it
         self.padding = padding
-        self.is_static = is_static
 
-    def check(self, B, T):
-        """ValueError unless T more tokens of B rows fit."""
-        rows, max_length = self.k.size(1), self.k.size(3)
+    def restart(self, padding=None):
+        """Empty, for another batch of prompts with this padding."""
+        self.go_back_to(0)
+        self.padding = padding
+
+    def go_back_to(self, length):
+        """Forget all but the first `length` tokens."""
+        self.length = length
+        self.next_slot.fill_(length)
+
+    def make_room(self, B, T):
+        """For T more tokens of B rows. ValueError if the cache was not made for so many."""
+        rows, S, needed = self.k.size(1), self.k.size(3), self.length + T
         if B != rows:
             raise ValueError(f'the cache was made for a batch of {rows}, but the tokens are a batch of {B}')
-        if self.length + T > max_length:
-            raise ValueError(f'the cache has {max_length} slots, but {self.length} + {T} tokens were to be in it; make '
-                             f'a longer one with max_length={self.length + T}')
+        if needed > self.max_length:
+            raise ValueError(f'the cache has room for {self.max_length} tokens, but {self.length} + {T} were to be in '
+                             f'it; make a longer one with max_length={needed}')
+        if needed > S:
+            more = min(self.max_length, -(-needed // 128) * 128) - S
+            self.k, self.v = (F.pad(part, (0, 0, 0, more)) for part in (self.k, self.v))
 
     def visible(self, T, window):
         """
-        (B or 1, 1, T, S) of bool: which of the first S slots each of the next T positions attends to. None where the
-        usual causal mask will do.
+        Which slots each of the next T positions attends to: (B or 1, 1, 1, S) of bool for T = 1, for more
+        (B, 1, T, length + T), or None where the usual causal mask will do.
         """
-        is_step = self.is_static and T == 1
-        if self.padding is None and not is_step:
+        if T > 1 and self.padding is None:
             return None
-        slots = torch.arange(self.k.size(3) if is_step else self.length + T, device=self.k.device)
+        slots = torch.arange(self.k.size(3) if T == 1 else self.length + T, device=self.k.device)
         queries = (self.next_slot + slots[:T])[:, None]
         seen = slots <= queries
         if window:
@@ -309,7 +321,7 @@ class CausalSelfAttention(nn.Module):
             y = self.attend_in_blocks(q, k, v)
         elif seen < T and window_blocks is not None:
             y = flex_attention(q, k, v, block_mask=window_blocks, enable_gqa=self.n_kv_head < self.n_head)
-        elif mask is not None and T == 1 and x.device.type == 'cpu' and torch.compiler.is_compiling():
+        elif past is not None and T == 1 and x.device.type == 'cpu':
             y = self.attend_once(q, k, v, mask)
         else:
             y = self.attend(q, k, v, mask)
@@ -336,13 +348,20 @@ class CausalSelfAttention(nn.Module):
 
     def attend_once(self, q, k, v, mask):
         """
-        Attention of one query to all S slots, written out: compiled for the CPU it streams keys and values through the
-        cache once, where torch's flash kernel there takes several times as long for a single query (bench/results).
+        Attention of one query, q (B, H, 1, D), to the slots of mask, written out: what torch has for that on the CPU
+        takes several times as long in bf16 (bench/results). -> (B, H, 1, D)
         """
-        q = q.float().unflatten(1, (self.n_kv_head, -1))  # (B, G, H / G, 1, D)
-        scores = (q * k.unsqueeze(2).float()).sum(-1) * self.head_size**-0.5  # (B, G, H / G, S)
-        weights = scores.masked_fill(~mask, -math.inf).softmax(dim=-1)
-        return (weights.unsqueeze(-1) * v.unsqueeze(2).float()).sum(-2, keepdim=True).flatten(1, 2)  # (B, H, 1, D)
+        q = q.unflatten(1, (self.n_kv_head, -1)).squeeze(3)  # (B, G, H / G, D): those that share a head of keys
+        if torch.compiler.is_compiling():  # a pass over the keys and one over the values
+            scores = (q.unsqueeze(3).float() * k.unsqueeze(2).float()).sum(-1)
+        else:
+            scores = (q @ k.transpose(2, 3)).float()  # (B, G, H / G, S)
+        weights = (scores * self.head_size**-0.5).masked_fill(~mask, -math.inf).softmax(dim=-1)
+        if torch.compiler.is_compiling():
+            y = (weights.unsqueeze(4) * v.unsqueeze(2).float()).sum(3)
+        else:
+            y = weights.to(v.dtype) @ v
+        return y.flatten(1, 2).unsqueeze(2)
 
     def attend_in_blocks(self, q, k, v):
         """
@@ -485,6 +504,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 
 class GPT(nn.Module):
+    has_compiled_step = False  # quantize.for_decoding() sets it
+
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -579,9 +600,9 @@ class GPT(nn.Module):
             raise ValueError(f'a context of {start + T} tokens is longer than block_size={self.config.block_size}')
         positions, masks = torch.arange(T, device=idx.device), {}
         if cache is not None:
-            cache.check(B, T)
+            cache.make_room(B, T)
             slots = positions = cache.next_slot + positions
-            S = cache.k.size(3) if cache.is_static and T == 1 else start + T
+            S = cache.k.size(3) if T == 1 else start + T
             masks = {window: cache.visible(T, window) for window in {self.config.window, 0}}
             if cache.padding is not None:
                 positions = (slots - cache.padding[:, None]).clamp(min=0)  # (B, T)
@@ -610,7 +631,7 @@ class GPT(nn.Module):
             return self.logits(x[:, -1:]), None
         device, weight = x.device.type, self.lm_head.weight
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        is_large = targets.numel() * self.config.vocab_size > CHUNK
+        is_large = targets.numel() * self.config.vocab_size > CHUNK and isinstance(self.lm_head, nn.Linear)
         if is_large and not return_logits and dtype != torch.float16:  # a GradScaler's factor would come too late
             total = ChunkedCrossEntropy.apply(x.flatten(0, 1), weight, targets.flatten(), self.config.logit_softcap,
                                               dtype, torch.is_grad_enabled())

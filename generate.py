@@ -30,12 +30,13 @@ def sample_next(logits, temperature=1.0, top_k=None, top_p=None, min_p=None, u=N
     logits = logits.float()
     if temperature < 1e-30:  # 0, or so small that dividing overflows float32 and the likeliest has all probability
         return logits.argmax(-1, keepdim=True)
-    logits, V, ids = logits / temperature, logits.size(-1), None
-    if top_k is not None and top_k < V:
+    logits, ids = logits / temperature, None
+    if top_k is not None and top_k < logits.size(-1):
         logits, ids = logits.topk(top_k)
-    elif (top_p is not None and top_p < 1.0) or min_p:
-        logits, ids = by_probability(logits, 1.0 if top_p is None else top_p, min_p or 0.0)
-    p = logits.double().softmax(-1)
+    log_total = logits.double().logsumexp(-1, keepdim=True)
+    if ids is None and (top_p is not None and top_p < 1.0 or min_p):
+        logits, ids = by_probability(logits, log_total, 1.0 if top_p is None else top_p, min_p or 0.0)
+    p = (logits.double() - log_total).exp()
     if top_p is not None and top_p < 1.0:
         p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0.0)  # what all likelier ids hold is enough
     if min_p:
@@ -46,15 +47,15 @@ def sample_next(logits, temperature=1.0, top_k=None, top_p=None, min_p=None, u=N
     return drawn if ids is None else ids.gather(1, drawn)
 
 
-def by_probability(logits, top_p, min_p):
+def by_probability(logits, log_total, top_p, min_p):
     """
-    The logits (B, V) and their ids by falling probability; on the CPU, where to sort a large vocabulary takes as long as
+    The logits (B, V) and their ids by falling probability; on the CPU, where sorting a large vocabulary would take
     a third of a step, only the first 1024 if top_p and min_p ask for no more.
     """
     if logits.device.type == 'cpu' and logits.size(-1) > 1024:
         largest, ids = logits.topk(1024)
-        share = (largest.double().logsumexp(-1) - logits.double().logsumexp(-1)).exp()
-        if (share > top_p).all() or (largest[:, -1] - largest[:, 0]).exp().max() < min_p:
+        p = (largest.double() - log_total).exp()
+        if (p.sum(-1) > top_p).all() or (p[:, -1] < min_p * p[:, 0]).all():
             return largest, ids
     return logits.sort(descending=True)
 

@@ -101,6 +101,8 @@ class Decoder:
         block_size, (B, T) = model.config.block_size, idx.shape
         # a compiled step of several rows would be slower on the CPU than its library (bench/results)
         self.is_compiled = model.has_compiled_step and (B == 1 or idx.device.type == 'cuda')
+        if self.is_compiled:  # for few sizes of the cache, not for each anew
+            max_length = -(-max_length // 256) * 256
         self.cache = KVCache(model.config, B, idx.device, cache_dtype, min(block_size, max_length),
                              is_static=self.is_compiled)
         self.new, self.graph = None, None

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 # of inductor: to write what a product reads over and over to memory, instead of computing it anew for every row of the
 # matrix, which it would do with norms and activations
-COMPILE_OPTIONS = {'deterministic': True, 'realize_reads_threshold': 1}
+COMPILE_OPTIONS = {'deterministic': True, 'realize_reads_threshold': 1, 'size_asserts': False}
 
 
 class DecodeLinear(nn.Module):

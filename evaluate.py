@@ -4,6 +4,7 @@ The loss, perplexity and bits per byte of a model on a whole split or a text.
     $ python evaluate.py --out_dir=out-shakespeare-char
     $ python evaluate.py --out_dir=out --dataset=openwebtext --stride=512
     $ python evaluate.py --init_from=gpt2 --input=book.txt --stride=512
+    $ python evaluate.py --out_dir=out --quantize=int8   # what int8 costs
 
 Prints what it found and then, as the last line, the same in JSON.
 
@@ -19,11 +20,10 @@ Special tokens such as <|endoftext|> have no bytes, but what they cost counts,
 since to know where a text ends is part of predicting it. (nanochat leaves out
 their nats, too.)
 
-transformers' recipe ("Perplexity of fixed-length models") counts the token that
-a window predicts last among its max_length, so it has the same windows with
---block_size=max_length-1. Its average gives all windows but the first the
-weight of one token too few; and where its windows do not overlap, it never
-predicts the first token of any.
+With overlap the windows are those of transformers' recipe ("Perplexity of
+fixed-length models") for max_length = block_size, and so is each token's
+probability. Its average gives all windows but the first the weight of one token
+too few; and without overlap it never predicts the first token of a window.
 """
 
 import json
@@ -45,6 +45,7 @@ import dataloader
 import parallel
 import tokenizer
 from configurator import explain_errors, override
+from quantize import for_decoding
 
 sys.stdout.reconfigure(errors='replace')  # a terminal that can't show a file's name still gets the rest
 
@@ -61,6 +62,7 @@ max_tokens: int | None = None  # only the first so many tokens of the text; None
 batch_size: int | None = None  # windows at a time; None: as many as have 8,192 tokens
 device = 'auto'  # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps', ...
 dtype = 'float32'  # the most precise; 'bfloat16' or 'auto' (what suits the device) can be several times faster
+quantize = ''  # 'int8': evaluate the model as it is and as sample.py --quantize=int8 has it, and how they differ
 compile = False  # True: torch.compile the model; pays only for many tokens
 config = override(globals())
 # ---------------------------------------------------------------------------------------------------------------------
@@ -71,6 +73,7 @@ for name, is_valid, expected in (
     ('split', split in ('train', 'val'), "'train' or 'val'"),
     ('max_tokens', max_tokens is None or max_tokens >= 2, '2 or more (the first is not predicted), or None'),
     ('batch_size', batch_size is None or batch_size >= 1, '1 or more, or None'),
+    ('quantize', quantize in ('', 'int8'), "'int8', or '' for none"),
     ('input', not (input and dataset), f'this or --dataset={dataset}, not both'),
 ):
     if not is_valid:
@@ -152,7 +155,6 @@ else:
                              f'give the text itself, which any tokenizer reads: --input=FILE')
 n_tokens = min(len(tokens), max_tokens or math.inf)
 
-# the mean loss, in full windows of equal length at a time; the last of the text may be shorter
 parallel.use_cores()
 if device.type == 'cpu':
     parallel.keep_freed_memory()
@@ -162,37 +164,48 @@ if compile:
     model.compile()
 autocast = nullcontext() if dtype == 'float32' else torch.autocast(device.type, parallel.DTYPES[dtype])
 windows = dataloader.sliding_windows(n_tokens, block_size, stride)
-total, counts = 0.0, np.zeros(n_ids, dtype=np.int64)  # nats, and how often each id was predicted
-bar = tqdm(total=n_tokens - 1, unit='tok', unit_scale=True, disable=None, leave=False, dynamic_ncols=True)
+# tokens at once: the model's loss computes its logits in chunks, except in fp16 and int8, where they take 256 MB
+at_once = 2**13 if dtype != 'float16' and not quantize else min(2**13, 2**26 // model.config.vocab_size)
+
+
+def mean_loss():
+    """-> (nats a token, how often each id was predicted); full windows of equal length at a time."""
+    total, counts = 0.0, np.zeros(n_ids, dtype=np.int64)
+    bar = tqdm(total=n_tokens - 1, unit='tok', unit_scale=True, disable=None, leave=False, dynamic_ncols=True)
+    for length, group in groupby(windows, key=lambda window: window[1] - window[0] - 1):
+        group = list(group)
+        size = batch_size or max(1, at_once // length)
+        for i in range(0, len(group), size):
+            starts, _, first = (np.array(column) for column in zip(*group[i : i + size], strict=True))
+            x, y = dataloader.gather(tokens, starts, length, n_ids)
+            y[torch.from_numpy(starts[:, None] + np.arange(1, length + 1) < first[:, None])] = -1  # scored before
+            scored = y[y >= 0]
+            counts += np.bincount(scored, minlength=n_ids)
+            x, y = dataloader.to_device((x, y), device)
+            try:
+                with torch.no_grad(), autocast:
+                    total += model(x, y, return_logits=False)[1].item() * len(scored)
+            except RuntimeError as error:
+                if not parallel.out_of_memory(error):
+                    raise
+                smaller = f'batch_size={len(x) // 2}' if len(x) > 1 else f'block_size={max(1, length // 2)}'
+                raise SystemExit(f'out of memory with {len(x)} windows of {length} tokens; try --{smaller}') from None
+            bar.update(len(scored))
+    bar.close()
+    loss = total / int(counts.sum())
+    if not loss < 700:  # where exp(loss) ends in fp64
+        raise ValueError(f'the loss of {line} is {loss} nats a token: its weights are broken, or {dtype} can not hold '
+                         f'what they give (--dtype=float32 can)')
+    return loss, counts
+
+
 started = time.perf_counter()
-for length, group in groupby(windows, key=lambda window: window[1] - window[0] - 1):
-    group = list(group)
-    # the head's logits are computed in chunks, except in fp16 (GPT.forward): then 256 MB of them at a time
-    at_once = 2**13 if dtype != 'float16' else min(2**13, 2**26 // model.config.vocab_size)
-    size = batch_size or max(1, at_once // length)
-    for i in range(0, len(group), size):
-        starts, _, first = (np.array(column) for column in zip(*group[i : i + size], strict=True))
-        x, y = dataloader.gather(tokens, starts, length, n_ids)
-        y[torch.from_numpy(starts[:, None] + np.arange(1, length + 1) < first[:, None])] = -1  # scored before
-        scored = y[y >= 0]
-        counts += np.bincount(scored, minlength=n_ids)
-        x, y = dataloader.to_device((x, y), device)
-        try:
-            with torch.no_grad(), autocast:
-                total += model(x, y, return_logits=False)[1].item() * len(scored)
-        except RuntimeError as error:
-            if not parallel.out_of_memory(error):
-                raise
-            smaller = f'batch_size={len(x) // 2}' if len(x) > 1 else f'block_size={max(1, length // 2)}'
-            raise SystemExit(f'out of memory with {len(x)} windows of {length} tokens; try --{smaller}') from None
-        bar.update(len(scored))
-bar.close()
-seconds = time.perf_counter() - started
+plain_loss = mean_loss()[0] if quantize else None
+if quantize:
+    for_decoding(model, torch.int8)
+loss, counts = mean_loss()
 n_predicted = int(counts.sum())
-loss = total / n_predicted
-if not loss < 700:  # where exp(loss) ends in fp64
-    raise ValueError(f'the loss of {line} is {loss} nats a token: its weights are broken, or {dtype} can not hold what '
-                     f'they give (--dtype=float32 can)')
+seconds = time.perf_counter() - started
 
 # bytes of text in the predicted tokens
 n_bytes, bits_per_byte = None, None
@@ -203,15 +216,18 @@ if not bytes_unknown:
     n_bytes = sum(len(text_tokenizer.decode_bytes([id])) * int(counts[id]) for id in np.flatnonzero(counts).tolist()
                   if id not in special)
     if n_bytes:
-        bits_per_byte = total / math.log(2) / n_bytes
+        bits_per_byte = loss * n_predicted / math.log(2) / n_bytes
     else:
         bytes_unknown = 'the predicted tokens are all special ones, which have none'
 
 shown = f'{bits_per_byte:.4f} bits per byte' if n_bytes else f'bits per byte unknown: {bytes_unknown}'
+change = math.exp(loss - plain_loss) - 1 if quantize else None
+in_what = f'{quantize}, {100 * change:+.3f}% perplexity against {dtype}' if quantize else dtype
 for text in (f'{what}: {n_predicted:,} tokens predicted in {len(windows):,} window(s) of {block_size}, '
-             f'stride {stride}, {dtype} on {device}, {seconds:.1f} s',
-             f'loss {loss:.4f} nats a token, perplexity {math.exp(loss):.6g}, {shown}'):
+             f'stride {stride}, on {device}, {seconds:.1f} s',
+             f'{in_what}: loss {loss:.4f} nats a token, perplexity {math.exp(loss):.6g}, {shown}'):
     print(textwrap.fill(text, 80, subsequent_indent='  ', break_long_words=False, break_on_hyphens=False))
 print(json.dumps({'loss': loss, 'perplexity': math.exp(loss), 'bits_per_byte': bits_per_byte, 'tokens': n_predicted,
                   'bytes': n_bytes, 'windows': len(windows), 'block_size': block_size, 'stride': stride, 'model': line,
-                  'text': what, 'dtype': dtype, 'device': str(device), 'seconds': round(seconds, 3)}))
+                  'text': what, 'dtype': quantize or dtype, 'perplexity_change': change, 'device': str(device),
+                  'seconds': round(seconds, 3)}))

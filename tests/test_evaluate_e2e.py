@@ -27,9 +27,9 @@ SMALL = {'block_size': 16, 'n_layer': 2, 'n_head': 2, 'n_embd': 16}
 
 @pytest.mark.parametrize('n_tokens, block_size, stride, expected', [
     (10, 4, 4, [(0, 5, 1), (4, 9, 5), (8, 10, 9)]),
-    (10, 4, 3, [(0, 5, 1), (3, 8, 5), (6, 10, 8)]),
-    (8, 4, 1, [(0, 5, 1), (1, 6, 5), (2, 7, 6), (3, 8, 7)]),
-    (5, 4, 2, [(0, 5, 1)]), (6, 4, 2, [(0, 5, 1), (2, 6, 5)]),
+    (10, 4, 3, [(0, 4, 1), (3, 7, 4), (6, 10, 7)]),
+    (7, 4, 1, [(0, 4, 1), (1, 5, 4), (2, 6, 5), (3, 7, 6)]),
+    (4, 4, 2, [(0, 4, 1)]), (5, 4, 2, [(0, 4, 1), (2, 5, 4)]),
     (2, 4, 4, [(0, 2, 1)]), (1, 4, 4, []), (0, 4, 4, [])])
 def test_windows_by_hand(n_tokens, block_size, stride, expected):
     assert sliding_windows(n_tokens, block_size, stride) == expected
@@ -40,8 +40,8 @@ def test_windows_score_each_token_once(n_tokens, block_size, data):
     stride = data.draw(st.integers(1, block_size))
     windows = sliding_windows(n_tokens, block_size, stride)
     assert [i for _, end, first in windows for i in range(first, end)] == list(range(1, n_tokens))
-    assert all(end - start <= block_size + 1 for start, end, _ in windows)
-    assert all(first - start >= block_size + 1 - stride for start, _, first in windows[1:])  # tokens of context
+    assert all(end - start <= block_size + (stride == block_size) for start, end, _ in windows)
+    assert all(first - start >= max(1, block_size - stride) for start, _, first in windows[1:])  # tokens of context
     assert [start for start, _, _ in windows] == list(range(0, len(windows) * stride, stride))
     if stride == block_size:
         assert [start for start, _, _ in windows] == whole_windows(n_tokens, block_size).tolist()
@@ -159,7 +159,7 @@ def test_transformers_recipe(folder, gpt2, max_length, stride):
         before = end
         if end == ids.size(1):
             break
-    found = evaluate(folder, input='text.txt', block_size=max_length - 1, stride=stride)
+    found = evaluate(folder, input='text.txt', block_size=max_length, stride=stride)
     assert found['loss'] == pytest.approx(total / (ids.size(1) - 1), rel=1e-6)
 
 

@@ -183,9 +183,12 @@ class KVCache:
         self.padding = padding
 
     def restart(self, padding=None):
-        """Empty, for another batch of prompts with this padding."""
+        """Empty, for prompts with this padding; at the same addresses, which a CUDA graph has recorded."""
         self.go_back_to(0)
-        self.padding = padding
+        if self.padding is None or padding is None:
+            self.padding = padding
+        else:
+            self.padding.copy_(padding)
 
     def go_back_to(self, length):
         """Forget all but the first `length` tokens."""

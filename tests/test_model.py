@@ -302,8 +302,40 @@ def test_cached_logits_equal_uncached(cuts):
 
 
 def test_cache_shapes():
-    cache = KVCache(GPTConfig(block_size=8, n_layer=3, n_head=2, n_embd=10), 4, dtype=torch.bfloat16)
-    assert cache.k.shape == cache.v.shape == (3, 4, 2, 8, 5) and cache.k.dtype == torch.bfloat16 and cache.length == 0
+    """Grows with the tokens, up to max_length; a static one is there at once."""
+    config = GPTConfig(block_size=300, vocab_size=7, n_layer=3, n_head=2, n_embd=10)
+    cache = KVCache(config, 4, dtype=torch.bfloat16)
+    assert cache.k.shape == cache.v.shape == (3, 4, 2, 0, 5) and cache.k.dtype == torch.bfloat16 and cache.length == 0
+    model = GPT(config).eval()
+    for length, slots in ((1, 128), (128, 128), (129, 256), (257, 300), (300, 300)):
+        with torch.no_grad():
+            model(torch.zeros(4, length - cache.length, dtype=torch.long), cache=cache)
+        assert cache.length == cache.next_slot.item() == length and cache.k.shape == (3, 4, 2, slots, 5)
+    assert KVCache(config, 4, is_static=True).k.size(3) == 300
+    assert KVCache(config, 4, is_static=True, max_length=17).k.size(3) == 17
+
+
+def test_a_cache_of_another_size():
+    model = tiny()
+    cache = KVCache(model.config, 2, max_length=5)
+    with pytest.raises(ValueError, match='made for a batch of 2, but the tokens are a batch of 3'):
+        model(torch.zeros(3, 1, dtype=torch.long), cache=cache)
+    with pytest.raises(ValueError, match=r'room for 5 tokens, but 0 \+ 6 .* max_length=6'):
+        model(torch.zeros(2, 6, dtype=torch.long), cache=cache)
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float64])
+def test_a_cache_of_another_precision(dtype):
+    """Keys and values are rounded to it, the model stays as it is."""
+    model = sharpened(tiny(pos='rope', n_kv_head=2, n_head=4)).eval()
+    idx = torch.randint(40, (2, 12), generator=torch.Generator().manual_seed(0))
+    cache = KVCache(model.config, 2, dtype=dtype)
+    with torch.no_grad():
+        got = [model(part, cache=cache)[0] for part in idx.split((5, 1, 6), dim=1)]
+        want = [model(idx[:, :end])[0] for end in (5, 6, 12)]
+    assert got[0].dtype == torch.float32 and cache.k.dtype == dtype
+    error = max((a - b).abs().max() / b.std() for a, b in zip(got, want, strict=True))
+    assert error < (1e-5 if dtype == torch.float64 else 0.1)
 
 
 # all options, in combination ------------------------------------------------------------------------------------------

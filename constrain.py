@@ -75,6 +75,10 @@ def start_matching(tokenizer, grammar: str):
     return import_llguidance().LLMatcher(tokenizer, header + grammar, log_level=0)
 
 
+def lark(regex: str) -> str:
+    return f'/{import_llguidance().regex_to_lark(regex, "")}/'
+
+
 def may_follow(state) -> np.ndarray:
     """One boolean for each of a matcher's tokens, and some more behind them."""
     return np.unpackbits(np.frombuffer(state.compute_bitmask(), np.uint8), bitorder='little').view(bool)
@@ -123,9 +127,6 @@ class Vocabulary:
             end -= len(last[end])
         return ids[::-1]
 
-    def to_symbols(self, text: bytes) -> list[int] | None:
-        return list(text) if self.has_bytes else self.write(text)
-
     def to_ids(self, symbols: list[int]) -> list[int]:
         return self.write(bytes(symbols)) if self.has_bytes else symbols
 
@@ -151,6 +152,7 @@ def token_bytes(tokenizer, i: int) -> bytes:
 
 
 def parse_schema(schema: dict | str) -> dict:
+    """The schema as a dict. ValueError for what the library would pass over in silence, besides what is no schema."""
     if isinstance(schema, str):
         try:
             schema = json.loads(schema)
@@ -158,20 +160,22 @@ def parse_schema(schema: dict | str) -> dict:
             raise ValueError(f'json_schema is no JSON ({error}): {schema[:60]!r}') from None
     if not isinstance(schema, dict):
         raise ValueError(f'json_schema is {str(schema)[:60]!r}; expected an object such as {{"type": "integer"}}')
+    for part in dicts_in(schema):
+        if isinstance(part.get('items'), list):
+            raise ValueError('json_schema: a list of "items" is of an old draft; call it "prefixItems"')
+        least, required = part.get('minProperties', 0), part.get('required', [])
+        if isinstance(least, int) and isinstance(required, list) and least > len(required) + 1:
+            raise ValueError(f'json_schema: "minProperties": {least} is not possible beside {len(required)} required '
+                             f'properties, as free keys could be the same; name more in "required"')
     return schema
 
 
-def find_patterns(schema) -> list[str]:
-    """The regular expressions in a JSON schema."""
-    inner = schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else []
-    own = schema.get('pattern') if isinstance(schema, dict) else None
-    return [own] * isinstance(own, str) + [pattern for value in inner for pattern in find_patterns(value)]
-
-
-def find_literals(pattern: str) -> list[str]:
-    """Runs of characters that stand for themselves in a regular expression: what leads on where anything may follow."""
-    runs = re.findall(r'(?:\\[^\w\s]|[^\\\[\](){}|*+?.^$])+', pattern)
-    return [re.sub(r'\\(.)', r'\1', run) for run in runs]
+def dicts_in(value):
+    """All dicts in a value of JSON, itself among them."""
+    if isinstance(value, dict):
+        yield value
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from dicts_in(inner)
 
 
 class Constraint:
@@ -189,29 +193,30 @@ class Constraint:
         given = [name for name, value in values.items() if value is not None]
         if len(given) != 1:
             raise ValueError(f'expected one of choices, regex and json_schema, got {" and ".join(given) or "none"}')
-        self.name, value, self.vocabulary = given[0], values[given[0]], vocabulary(tokenizer)
-        self.choices, self.regex, patterns = None, None, []
+        self.name, self.vocabulary = given[0], vocabulary(tokenizer)
+        self.choices, self.literals = None, []
         if choices is not None:
             self.choices = [self.check_choice(choice) for choice in choices]
             if not self.choices:
                 raise ValueError("choices is empty; expected texts to choose from, such as ['yes', 'no']")
             grammar = 'start: ' + ' | '.join(json.dumps(choice) for choice in choices)
         elif regex is not None:
-            self.regex, patterns = f'/{import_llguidance().regex_to_lark(regex, "")}/', [regex]
-            grammar = 'start: ' + self.regex
+            grammar = f'start: {lark(regex)}'
         else:
             schema = parse_schema(json_schema)
-            patterns = find_patterns(schema)
+            patterns = [part['pattern'] for part in dicts_in(schema) if isinstance(part.get('pattern'), str)]
+            self.literals = [found for pattern in patterns if (found := self.shortest_match(pattern))]
             grammar = 'start: %json ' + json.dumps({**schema, 'x-guidance': {'whitespace_flexible': False}})
+        value = values[self.name]
+        shown = repr((json.dumps(value) if isinstance(value, dict) else str(value))[:60])
         self.start = start_matching(self.vocabulary.library, grammar)
         if self.start.is_error():
             message = self.start.get_error()
-            reason = re.search(r'^error: (.*)', message, re.MULTILINE) or re.match(r'(?:at \d+\(\d+\): )?(.*)', message)
-            raise ValueError(f'{self.name}={str(value)[:60]!r} is not possible: {reason.group(1)}')
+            reason = re.search(r'^error: (.*)', message, re.MULTILINE) or re.match(
+                r'(?:at \d+\(\d+\): )?(?:failed to compile JSON schema: )?(.*)', message)
+            raise ValueError(f'{self.name}={shown} is not possible: {reason[1]}')
         self.search_start = start_matching(self.vocabulary.symbol_library, grammar)
-        literals = dict.fromkeys(text for pattern in patterns for text in find_literals(pattern))
-        self.literals = [found for text in literals if (found := self.vocabulary.to_symbols(text.encode('utf-8')))]
-        endings = [self.shortest_match()] if regex is not None else []
+        endings = [self.shortest_match(regex)] if regex is not None else []
         if endings in ([], [None]):
             endings = [self.complete(self.search_start, b'', haste, TEXTS_AT_START) for haste in (1, 0.01)]
         endings = [ending for ending in endings if ending is not None]
@@ -220,7 +225,7 @@ class Constraint:
                 example = bytes(Constraint(ByteTokenizer(), **values).ending)
                 raise ValueError(f'{self.name}: a text that matches, such as {example.decode("utf-8")!r}, '
                                  + self.vocabulary.cannot_write(example))
-            raise ValueError(f'{self.name}={str(value)[:60]!r}: found no text that matches. Either there is none, or '
+            raise ValueError(f'{self.name}={shown}: found no text that matches. Either there is none, or '
                              f'it is too long or too hard to find; write it in a simpler way')
         self.ending = min(endings, key=lambda ending: len(self.vocabulary.to_ids(ending)))
 
@@ -247,19 +252,19 @@ class Constraint:
         """A Matcher at the beginning of a text. Each sample needs its own."""
         return Matcher(self)
 
-    def shortest_match(self) -> list[int] | None:
-        """Symbols of a text with the fewest characters that matches the regular expression; None when there is none.
+    def shortest_match(self, regex: str) -> list[int] | None:
+        """Symbols of a text with the fewest characters that matches a regular expression; None when there is none.
 
         Exact where a search guesses: in the grammar of matches with at most n characters, every beginning leads to one.
         """
         if self.vocabulary.has_bytes:  # any character takes much longer than these
-            chars = {*map(chr, range(128)), *self.regex}
+            chars = {*map(chr, range(128)), *regex}
         else:
             chars = set(b' '.join(self.vocabulary.id_of).decode('utf-8'))
         one_of = ''.join(f'\\x{{{ord(char):x}}}' for char in sorted(chars))
 
         def find(most):
-            grammar = f'start: TEXT\nTEXT: {self.regex} & /[{one_of}]{{0,{most}}}/'
+            grammar = f'start: TEXT\nTEXT: {lark(regex)} & /[{one_of}]{{0,{most}}}/'
             state, path = start_matching(self.vocabulary.symbol_library, grammar), []
             while not state.is_accepting():
                 allowed = self.in_order(state)
@@ -308,7 +313,7 @@ class Constraint:
             allowed = self.in_order(state)
             steps = [([symbol], self.vocabulary.penalty[symbol]) for symbol in allowed[:MAX_SYMBOLS].tolist()]
             if len(allowed) > MAX_SYMBOLS:
-                steps += [(text, 0) for text in self.literals if state.validate_tokens(text) == len(text)]
+                steps += [(found, 0) for found in self.literals if state.validate_tokens(found) == len(found)]
             found = []
             for step, penalty in steps:
                 after = state.deep_copy()

@@ -158,7 +158,7 @@ scalars = st.one_of(
         lambda pair: {'type': 'integer', 'minimum': pair[0], 'maximum': pair[0] + pair[1]}),
     st.tuples(st.integers(0, 6), st.integers(0, 6)).map(
         lambda pair: {'type': 'string', 'minLength': pair[0], 'maxLength': pair[0] + pair[1]}),
-    st.sampled_from(['^[A-Z]{3}-[0-9]{4}$', '^(ab|cd)+$', '^[a-z ]*@x$']).map(
+    st.sampled_from(['^[A-Z]{3}-[0-9]{4}$', '^(ab|cd)+$', '^[a-z ]*@x$', r'[0-9a-z]+@\w+\.com', 'END']).map(
         lambda pattern: {'type': 'string', 'pattern': pattern}),
     st.lists(st.text(max_size=5) | st.integers() | st.none(), min_size=1, max_size=3).map(lambda one: {'enum': one}))
 
@@ -320,6 +320,8 @@ def test_write_takes_the_fewest_tokens():
     ({'json_schema': {'type': 'string', 'format': 'phone'}}, 'phone'),
     ({'json_schema': {'type': 'string', 'pattern': r'(a)\1'}}, 'backreferences'),
     ({'json_schema': {'type': 'integer', 'minimum': 3, 'maximum': 2}}, 'minimum (3) is greater than maximum (2)'),
+    ({'json_schema': {'items': {'type': 'array', 'items': [{}]}}}, 'prefixItems'),
+    ({'json_schema': {'type': 'object', 'minProperties': 3, 'required': ['a']}}, '"minProperties": 3'),
     ({'json_schema': {'$ref': '#/missing'}}, '/missing'),
     ({'json_schema': {'$ref': '#'}}, 'no text that matches')])
 def test_errors(kind, said):

@@ -31,9 +31,9 @@ import torch
 from bpe import to_utf8
 from tokenizer import ByteTokenizer
 
-# A search goes on from so many texts (0.03 to 0.2 ms each): at the start, after a token that was drawn, and after each
-# of a few tokens that might be drawn when no more remain than the known ending has.
-TEXTS_AT_START, TEXTS_AFTER_DRAW, TEXTS_BEFORE_DRAW = 2000, 300, 20
+# A search goes on from so many texts (0.03 to 0.2 ms each): at the start; after a token that was drawn; and after all
+# those that may be drawn together, when no more remain than the known ending has.
+TEXTS_AT_START, TEXTS_AFTER_DRAW, TEXTS_BEFORE_DRAW = 2000, 300, 100
 MAX_SYMBOLS = 40   # that a search tries after a text
 MAX_ALIKE = 2      # texts it goes on from that have the same length and the same symbols to follow
 MAX_VERIFIED = 64  # tokens searched after before they are drawn
@@ -194,11 +194,13 @@ class Constraint:
         if len(given) != 1:
             raise ValueError(f'expected one of choices, regex and json_schema, got {" and ".join(given) or "none"}')
         self.name, self.vocabulary = given[0], vocabulary(tokenizer)
-        self.choices, self.literals = None, []
+        self.choices = None   # the texts, or None
+        self.literals = []    # symbols that match a whole "pattern" of a JSON schema
         if choices is not None:
+            if isinstance(choices, str) or not choices:
+                raise ValueError(f"choices is {choices!r}; expected a list of texts to choose from, such as "
+                                 f"['yes', 'no']")
             self.choices = [self.check_choice(choice) for choice in choices]
-            if not self.choices:
-                raise ValueError("choices is empty; expected texts to choose from, such as ['yes', 'no']")
             grammar = 'start: ' + ' | '.join(json.dumps(choice) for choice in choices)
         elif regex is not None:
             grammar = f'start: {lark(regex)}'
@@ -216,18 +218,19 @@ class Constraint:
                 r'(?:at \d+\(\d+\): )?(?:failed to compile JSON schema: )?(.*)', message)
             raise ValueError(f'{self.name}={shown} is not possible: {reason[1]}')
         self.search_start = start_matching(self.vocabulary.symbol_library, grammar)
-        endings = [self.shortest_match(regex)] if regex is not None else []
-        if endings in ([], [None]):
+        ending = self.shortest_match(regex) if regex is not None else None
+        if ending is None:
             endings = [self.complete(self.search_start, b'', haste, TEXTS_AT_START) for haste in (1, 0.01)]
-        endings = [ending for ending in endings if ending is not None]
-        if not endings:
+            ending = min((ending for ending in endings if ending is not None), default=None,
+                         key=lambda ending: len(self.vocabulary.to_ids(ending)))
+        if ending is None:
             if not self.vocabulary.has_bytes:  # bytes may show a text, or raise the error below
                 example = bytes(Constraint(ByteTokenizer(), **values).ending)
                 raise ValueError(f'{self.name}: a text that matches, such as {example.decode("utf-8")!r}, '
                                  + self.vocabulary.cannot_write(example))
             raise ValueError(f'{self.name}={shown}: found no text that matches. Either there is none, or '
                              f'it is too long or too hard to find; write it in a simpler way')
-        self.ending = min(endings, key=lambda ending: len(self.vocabulary.to_ids(ending)))
+        self.ending = ending
 
     def check_choice(self, choice) -> bytes:
         if not isinstance(choice, str) or not choice:
@@ -295,7 +298,8 @@ class Constraint:
         """Symbols that complete the match, or None when none were found.
 
         state: the matcher of symbols, after text. haste: what a byte costs, in steps of PENALTY: with little, the first
-        ending that shows is taken; with more, a shorter one, if there is time. texts: to go on from. most: bytes of it.
+        ending that shows is taken; with more, a shorter one, if there is time. texts: to go on from. most: bytes that an
+        ending searched for may have.
         """
         if self.choices is not None:
             endings = [self.vocabulary.write(choice[len(text):]) for choice in self.choices if choice.startswith(text)]
@@ -313,7 +317,7 @@ class Constraint:
             allowed = self.in_order(state)
             steps = [([symbol], self.vocabulary.penalty[symbol]) for symbol in allowed[:MAX_SYMBOLS].tolist()]
             if len(allowed) > MAX_SYMBOLS:
-                steps += [(found, 0) for found in self.literals if state.validate_tokens(found) == len(found)]
+                steps += [(literal, 0) for literal in self.literals if state.validate_tokens(literal) == len(literal)]
             found = []
             for step, penalty in steps:
                 after = state.deep_copy()
@@ -363,8 +367,9 @@ class Matcher:
             drawable = np.flatnonzero(mask).tolist()
             if len(drawable) > MAX_VERIFIED or len(self.refused) >= MAX_REFUSED:
                 drawable = []
+            texts = TEXTS_BEFORE_DRAW // max(1, len(drawable))
             mask[:] = False
-            mask[[ids[0], *(i for i in drawable if self.after(i, remaining, TEXTS_BEFORE_DRAW))]] = True
+            mask[[ids[0], *(i for i in drawable if self.after(i, remaining, texts))]] = True
         return torch.from_numpy(mask)
 
     def accept(self, i: int, remaining: int) -> bool:

@@ -301,7 +301,8 @@ def test_write_takes_the_fewest_tokens():
 @pytest.mark.parametrize('kind, said', [
     ({}, 'got none'),
     ({'choices': ['a'], 'regex': 'a'}, 'got choices and regex'),
-    ({'choices': []}, 'choices is empty'),
+    ({'choices': []}, 'choices is []; expected a list'),
+    ({'choices': 'yes,no'}, "choices is 'yes,no'; expected a list"),
     ({'choices': ['a', '']}, "at least one character, got ''"),
     ({'choices': [3]}, 'got 3'),
     ({'choices': ['a\ud800']}, 'surrogate'),

@@ -76,7 +76,7 @@ def start_matching(tokenizer, grammar: str):
 
 
 def lark(regex: str) -> str:
-    return f'/{import_llguidance().regex_to_lark(regex, "")}/'
+    return f'/{import_llguidance().regex_to_lark(regex, "d")}/'  # d: \d is 0 to 9
 
 
 def may_follow(state) -> np.ndarray:
@@ -182,8 +182,8 @@ class Constraint:
     """What the output must be: exactly one of
 
     choices: texts, one of which it is. regex: a regular expression that it matches as a whole, in the syntax of Rust's
-    regex crate: no look-around, no backreferences; \\d, \\w and \\s are Unicode's. json_schema: a dict or its JSON; the
-    output is JSON without blanks between its parts, an object's keys in the schema's order.
+    regex crate: no look-around, no backreferences; \\d is 0 to 9, \\w and \\s are Unicode's. json_schema: a dict or its
+    JSON; the output is JSON without blanks between its parts, an object's keys in the schema's order.
 
     ValueError when it can't be expressed, nothing matches, or this tokenizer can't write what does.
     """
@@ -298,8 +298,8 @@ class Constraint:
         """Symbols that complete the match, or None when none were found.
 
         state: the matcher of symbols, after text. haste: what a byte costs, in steps of PENALTY: with little, the first
-        ending that shows is taken; with more, a shorter one, if there is time. texts: to go on from. most: bytes that an
-        ending searched for may have.
+        ending that shows is taken; with more, a shorter one, if there is time. texts: how many to go on from at most.
+        most: bytes that an ending may have.
         """
         if self.choices is not None:
             endings = [self.vocabulary.write(choice[len(text):]) for choice in self.choices if choice.startswith(text)]

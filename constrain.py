@@ -52,7 +52,8 @@ def import_llguidance():
     try:
         import llguidance
     except ImportError:
-        raise ValueError('choices, regex and json_schema need the package llguidance: pip install llguidance') from None
+        raise ValueError('choices, regex and json_schema need the package llguidance: '
+                         "pip install -c constraints.txt -e '.[constrain]'") from None
     return llguidance
 
 

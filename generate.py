@@ -6,6 +6,7 @@ From logits to text: draw the next token, and the one after it, from a cache of 
 """
 
 import codecs
+import functools
 import re
 from collections import Counter
 from dataclasses import dataclass, field
@@ -67,6 +68,23 @@ def uniforms(seed, prompt, sample, n):
     """
     key = np.array([seed, prompt << 32 | sample], dtype=np.uint64)
     return torch.from_numpy(np.random.Generator(np.random.Philox(key=key)).random(n, dtype=np.float32))
+
+
+def sample_allowed(logits, matcher, remaining, draw):
+    """
+    What draw(logits (1, V)) gives, (1, 1), for a text that keeps to a constraint (constrain.Constraint.matcher()); None
+    if it ends here: it is complete, and the model would go on with something that may not follow. remaining: how many
+    tokens the text may still have.
+    """
+    while True:
+        allowed = matcher.allowed(remaining).to(logits.device)
+        if matcher.may_end and not allowed.any():
+            return None
+        next_id = draw(logits if matcher.may_end else logits.masked_fill(~allowed, -torch.inf))
+        if matcher.accept(next_id.item(), remaining):
+            return next_id
+        if matcher.may_end:
+            return None
 
 
 def penalized(logits, seen, penalty):
@@ -189,19 +207,20 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=
         logits = plain = decoder.logits()[:, :V].to(draw_on).float()
         if seen is not None:
             logits = penalized(logits, seen, repetition_penalty)
-        masks = matchers and [None if ended[row] else matcher.allowed(max_new_tokens - step)
-                              for row, matcher in enumerate(matchers)]
-        for row, mask in enumerate(masks or ()):
-            if mask is not None and not matchers[row].may_end:
-                logits[row].masked_fill_(~mask.to(draw_on), -torch.inf)
-        next_id = sample_next(logits, temperature, top_k, top_p, min_p, u[:, step])
+        draw = functools.partial(sample_next, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+        if matchers is None:
+            next_id = draw(logits, u=u[:, step])
+        else:
+            next_id = torch.zeros(B, 1, dtype=torch.long, device=draw_on)
+            for row in range(B):
+                allowed_id = None if ended[row] else sample_allowed(
+                    logits[row : row + 1], matchers[row], max_new_tokens - step,
+                    functools.partial(draw, u=u[row : row + 1, step]))
+                ended[row] = allowed_id is None
+                next_id[row] = 0 if ended[row] else allowed_id
+        for row, drawn in enumerate(next_id[:, 0].tolist() if stop_ids else ()):
+            ended[row] = ended[row] or drawn in stop_ids
         logprobs = plain.gather(1, next_id) - plain.logsumexp(-1, keepdim=True)
-        for row, drawn in enumerate(next_id[:, 0].tolist() if masks or stop_ids else ()):
-            # a model that may end, and would go on with what the constraint forbids, has ended
-            if drawn in stop_ids or masks and masks[row] is not None and not masks[row][drawn]:
-                ended[row] = True
-            elif masks and not ended[row]:
-                matchers[row].accept(drawn)
         yield next_id.to(device), logprobs, list(ended)
         if all(ended):
             return

@@ -359,5 +359,5 @@ def test_check_length():
 
 def test_the_package_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, 'llguidance', None)
-    with pytest.raises(ValueError, match='pip install llguidance'):
+    with pytest.raises(ValueError, match='pip install .*constrain'):
         Constraint(get('byte'), choices=['a'])

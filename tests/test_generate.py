@@ -1,6 +1,8 @@
 """generate.py: drawing tokens, and the cache against no cache. Run: pytest tests/test_generate.py"""
 
 
+import re
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 from test_model import OPTIONS, sharpened, tiny
 
 import quantize
+from constrain import Constraint
 from generate import Sample, generate, generate_texts, likeliest, majority, penalized, sample_next, uniforms
 from model import GPT, GPTConfig
 from tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
@@ -396,3 +399,30 @@ def test_large_vocabularies(controls):
         place = {i: n for n, i in enumerate(ids.tolist())}
         for x, i in zip(u.tolist(), drawn.tolist(), strict=True):  # the inverse of the distribution function
             assert edges[place[i]] - 1e-6 <= x <= edges[place[i] + 1] + 1e-6
+
+
+@pytest.mark.parametrize('kind, value', [
+    ('choices', ['yes', 'no', 'maybe, yes']), ('regex', r'[a-c]{2,5}, (so|no)!?'), ('regex', 'hello')])
+@pytest.mark.parametrize('controls', [{'temperature': 0}, {'temperature': 1.5}, {'top_k': 3}, {'min_p': 0.3}])
+def test_constraint(gpt, kind, value, controls):
+    """Every sample of a batch matches, whatever the controls, with few tokens and with many."""
+    pytest.importorskip('llguidance')
+    constraint = Constraint(CHARS, **{kind: value})
+    least = {'choices': 2, 'regex': len('aa, so') if 'so' in value else 5}[kind]
+    for n in (least, least + 3, 30):
+        *_, samples = generate_texts(gpt, CHARS, ['what ', 'a'], n, 5, constraint=constraint, **controls)
+        for sample in samples:
+            assert sample.text in value if kind == 'choices' else re.fullmatch(value, sample.text), sample
+            assert CHARS.decode(sample.ids) == sample.text and len(sample.logprobs) == len(sample.ids)
+            assert sample.finish == 'complete'
+    with pytest.raises(ValueError, match=str(least)):
+        next(generate_texts(gpt, CHARS, ['a'], least - 1, constraint=constraint))
+
+
+def test_a_complete_text_ends_where_the_model_would_go_on_with_something_else():
+    """Without an end-of-text token: '12' of any digits is complete, and the model wants a letter."""
+    pytest.importorskip('llguidance')
+    constraint = Constraint(ByteTokenizer(), regex=r'\d+')
+    *_, samples = generate_texts(Script(list(b'12 apples')), ByteTokenizer(), ['x'], 9, constraint=constraint,
+                                 temperature=0)
+    assert (samples[0].text, samples[0].finish) == ('12', 'complete')

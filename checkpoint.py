@@ -2,8 +2,8 @@
 Checkpoints: one file that holds a whole run, written so that it is either complete or not there.
 
 A checkpoint is a dict of tensors and plain values: nanoGPT's keys (model, optimizer, model_args, iter_num,
-best_val_loss, config) and, beside them, version, tokenizer, scaler, evals_since_best, train_time. It is read with
-weights_only=True, which refuses anything that could run code. nanoGPT's own ckpt.pt reads the same.
+best_val_loss, config) and, beside them, version, tokenizer, chat_template, scaler, evals_since_best, train_time. It is
+read with weights_only=True, which refuses anything that could run code. nanoGPT's own ckpt.pt reads the same.
 
 In a run's out_dir, ckpt.pt is the last checkpoint, from which the run resumes, and best.pt the one with the lowest
 validation loss. Random state is not among what is saved: batches and dropout are functions of (seed, step).

@@ -20,7 +20,7 @@ import torch
 
 import interchange
 import tokenizer
-from bpe import batches
+from bpe import PATTERNS, batches
 from files import sync_folder
 from model import GPT, ROPE_SCALINGS, GPTConfig
 
@@ -424,7 +424,10 @@ def save(model, described, chat_template, folder, dtype=torch.float32):
     if text_tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(f'the tokenizer has {text_tokenizer.vocab_size} ids and the model {model.config.vocab_size}: '
                          f'they do not belong together')
-    hf = gpt2_json(model.config) if model.config.pos == 'learned' else llama_json(model.config, weights_of(model))
+    if model.config.pos == 'learned':
+        hf = gpt2_json(model.config)
+    else:
+        hf = llama_json(model.config, weights_of(model), described)
     ends = interchange.end_tokens(described, is_chat=chat_template is not None)
     begin = described.get('bos_token') or next(iter(interchange.end_tokens(described, is_chat=False)), None)
     ids = {'bos_token_id': specials.get(begin), 'eos_token_id': specials[ends[0]] if ends else None}
@@ -464,10 +467,10 @@ def gpt2_json(c):
             'attn_pdrop': c.dropout}
 
 
-def llama_json(c, weights):
+def llama_json(c, weights, described):
     """
     config.json of the model type that has what this model has: qwen3 with QK-norm, qwen2 where only queries, keys and
-    values have biases, else llama. Biases that are all 0 count as none, which they are.
+    values have biases, else llama, which can have all of them. Biases that are all 0 count as none, which they are.
     """
     biased = {module for module in (*QKV, 'o_proj', 'mlp') if any(
         module in name and name.endswith('.bias') and weight.any() for name, weight in weights.items())}
@@ -475,13 +478,18 @@ def llama_json(c, weights):
         raise ValueError('bias=True: Qwen3, the one model type with QK-norm, has no biases in its MLPs, so this model '
                          'can not be exported. Train one that can: --bias=False')
     kind = 'qwen3' if c.qk_norm else 'qwen2' if biased and biased <= {*QKV} else 'llama'
-    if kind == 'qwen2' and c.head_size * c.n_head != c.n_embd:
-        kind = 'llama'  # Qwen2 has no head_dim
+    # Qwen2 has no head_dim, and transformers 5 gives it Qwen's way to cut text, whatever its tokenizer.json says
+    is_qwens = (described.get('pattern') == PATTERNS['qwen2'] and described.get('normalizer') == 'NFC'
+                and not described['ignore_merges'])
+    if kind == 'qwen2' and not (is_qwens and c.head_size * c.n_head == c.n_embd):
+        kind = 'llama'
+    scaling = c.rope_scaling and {
+        name: c.rope_scaling[name] for name in ('rope_type', *ROPE_SCALINGS[c.rope_scaling['rope_type']])}
     hf = {'architectures': [f'{kind.capitalize()}ForCausalLM'], 'model_type': kind, 'vocab_size': c.vocab_size,
           'hidden_size': c.n_embd, 'intermediate_size': c.mlp_width, 'num_hidden_layers': c.n_layer,
           'num_attention_heads': c.n_head, 'num_key_value_heads': c.kv_heads, 'head_dim': c.head_size,
           'hidden_act': 'silu', 'max_position_embeddings': c.block_size, 'rms_norm_eps': c.norm_eps,
-          'rope_theta': c.rope_base, 'rope_scaling': c.rope_scaling, 'tie_word_embeddings': c.tie_embeddings,
+          'rope_theta': c.rope_base, 'rope_scaling': scaling, 'tie_word_embeddings': c.tie_embeddings,
           'attention_dropout': c.dropout}
     if kind != 'qwen2':
         hf['attention_bias'] = bool(biased - {'mlp'})

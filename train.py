@@ -146,7 +146,7 @@ for names, is_valid, expected in (
     (('warmup_iters',), lambda value: value <= max_iters or lr_decay_iters is not None or 'warmup_iters' not in
      config.given, f'at most max_iters={max_iters}, or the rate would never reach its highest'),
     (('init_from',), lambda value: value in sources or os.path.isdir(value) or '/' in value,
-     f'a folder in Hugging Face layout, the id of a model on the hub (owner/name), or one of {", ".join(sources)}'),
+     f'a folder in Hugging Face layout or one of {", ".join(sources)}, or the id of a model on the hub, owner/name'),
 ):
     for name in names:
         if not is_valid(config[name]):
@@ -225,14 +225,20 @@ else:
     chat_template = huggingface.load_chat_template(model_folder)
     # the sizes and biases that a nanoGPT user's settings may hold for training from scratch are passed over, as there
     refuse_another([name for name in options if name not in ('n_layer', 'n_head', 'n_embd', 'bias')], init_from)
-    own_tokenizer = huggingface.load_tokenizer(model_folder)
-    if text_tokenizer and own_tokenizer and not huggingface.same_tokenizer(text_tokenizer, own_tokenizer):
-        name = own_tokenizer.get('name', model_folder)
-        raise ValueError(f'{data_dir} was prepared with another tokenizer ({text_tokenizer["kind"]}, vocab_size '
-                         f'{meta["vocab_size"]}) than that of {init_from}, whose ids mean something else; prepare the '
-                         f'text with --tokenizer={name}: {dataloader.prepare_command(data_dir)} --tokenizer={name}')
-    text_tokenizer = text_tokenizer or own_tokenizer
-if text_tokenizer is None and model.config.vocab_size >= 50257:
+    if text_tokenizer is None:  # a dataset that does not say is taken to have the model's ids
+        with suppress(ValueError):  # one of SentencePiece, for example, can't be read, and training needs none
+            text_tokenizer = huggingface.load_tokenizer(model_folder)
+    else:
+        own = huggingface.load_tokenizer(model_folder)
+        is_own = huggingface.same_tokenizer(text_tokenizer, own) if own else (
+            meta['vocab_size'] == model.config.vocab_size)
+        if not is_own:
+            name = own.get('name', model_folder) if own else 'FILE'
+            raise ValueError(f'{data_dir} was prepared for a vocabulary of {meta["vocab_size"]} '
+                             f'({text_tokenizer["kind"]}), {init_from} has another, of {model.config.vocab_size}; '
+                             f'prepare the text with its tokenizer: {dataloader.prepare_command(data_dir)} '
+                             f'--tokenizer={name}')
+if text_tokenizer is None and init_from in ('scratch', 'resume') and model.config.vocab_size >= 50257:
     text_tokenizer = {'kind': 'tiktoken', 'name': 'gpt2'}  # as nanoGPT takes a dataset without meta.pkl
 if init_from != 'scratch' and 'block_size' not in config.given:
     # of a model of others with RoPE, whose context can be 100,000 tokens, no more than the setting says

@@ -373,7 +373,7 @@ def read_pattern(path, pre_tokenizer) -> str | None:
         return PATTERNS['gpt2'] if use_regex else None
     split = steps[0]
     if types[0] == 'Digits' and split.get('individual_digits') and use_regex:
-        return PATTERNS['smollm2']  # the same but for ten digits new in Unicode 17, which Digits alone knows
+        return PATTERNS['smollm2']  # the same but for 13 numbers new in Unicode 17, which Digits alone knows
     pattern = split.get('pattern')
     pattern = pattern.get('Regex') if isinstance(pattern, dict) else None
     if use_regex or not isinstance(pattern, str) or split.get('behavior') != 'Isolated' or split.get('invert'):

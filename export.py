@@ -51,7 +51,7 @@ print(f"""next:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     model = AutoModelForCausalLM.from_pretrained({out!r})
     tokenizer = AutoTokenizer.from_pretrained({out!r})
-  serve it:
+  to serve it:
     vllm serve {out}
-  for llama.cpp, by its script (it takes vocabularies that it knows, as GPT-2's):
+  for llama.cpp, whose script knows published vocabularies, such as GPT-2's:
     python convert_hf_to_gguf.py {out} --outfile {out}.gguf""")

@@ -4,10 +4,10 @@ Models from and to folders in Hugging Face's layout: config.json, safetensors, t
     model, described, chat_template = load('Qwen/Qwen3-0.6B')     # a folder, a hub id, or one of GPT-2's names
     save(model, described, chat_template, 'folder')               # for transformers, vLLM, llama.cpp, ...
 
-Two families have the network of model.py: GPT-2 (layout 'gpt2') and what came of Llama ('llama': the model types llama,
-mistral, qwen2 and qwen3). Their tensors are parts of the parameters here: queries, keys and values are one matrix, and
-so are the gate and the values of SwiGLU. Values are copied as they are, bf16 and fp16 into fp32, which holds them
-exactly. Whatever config.json says that this network would not do is refused by name.
+Two families have the network of model.py: GPT-2, and what came of Llama, the model types llama, mistral, qwen2 and
+qwen3. Their tensors are parts of the parameters here: queries, keys and values are one matrix, and so are the two of
+SwiGLU. Values are copied as they are, bf16 and fp16 into fp32, which holds them exactly. Whatever config.json says that
+this network would not do is refused by name.
 """
 
 import json
@@ -27,7 +27,7 @@ from model import GPT, ROPE_SCALINGS, GPTConfig
 GPT2_NAMES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
 HUB_ID = r'[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*'  # owner/name
 FILES = ['config.json', 'model*.safetensors', 'model.safetensors.index.json', 'tokenizer.json', 'tokenizer_config.json',
-         'vocab.json', 'merges.txt', 'chat_template.jinja', 'generation_config.json']
+         'vocab.json', 'merges.txt', 'chat_template.jinja']
 
 # What transformers takes where a config.json does not say it, as transformers leaves out what is usual.
 GPT2_DEFAULTS = {'n_positions': 1024, 'activation_function': 'gelu_new', 'layer_norm_epsilon': 1e-5, 'n_inner': None,
@@ -42,7 +42,7 @@ DEFAULTS = {
     'qwen3': {**LLAMA_DEFAULTS, 'num_key_value_heads': 32, 'max_position_embeddings': 32768, 'sliding_window': 4096,
               'head_dim': 128},
 }
-# what a model is, which none of these types can be without: keys that have to be there, and the values that can be read
+# of config.json, by family: the keys that have to be there, and of others the values that can be read
 NEEDED = {'gpt2': ('vocab_size', 'n_embd', 'n_layer', 'n_head'),
           'llama': ('vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads')}
 READABLE = {'gpt2': {'scale_attn_weights': (True,), 'scale_attn_by_inverse_layer_idx': (False,),
@@ -149,7 +149,7 @@ def read_config(folder):
         if hf.get(key, values[0]) not in values:
             refuse(folder, key, hf[key], ' or '.join(map(repr, values)))
     hf = {**DEFAULTS[kind], **hf}
-    for key in ('max_position_embeddings', 'sliding_window', 'rope_theta'):
+    for key in ('max_position_embeddings', 'sliding_window', 'max_window_layers'):
         if not isinstance(hf.get(key), int | float | None):
             refuse(folder, key, hf[key], 'a number')
     return hf
@@ -204,13 +204,15 @@ def rope_of(hf, folder):
         refuse(folder, key, rope, 'an object with rope_type, the same for all layers')
     if rope.get('partial_rotary_factor', 1) not in (1, None):
         refuse(folder, 'partial_rotary_factor', rope['partial_rotary_factor'], '1: all channels of a head are rotated')
-    base = float(rope.get('rope_theta', hf.get('rope_theta', 10000.0)))
+    base = rope.get('rope_theta') or hf.get('rope_theta') or 10000.0
+    if not isinstance(base, int | float):
+        refuse(folder, 'rope_theta', base, 'a number')
     kind = rope.get('rope_type', rope.get('type', 'default'))
     if kind == 'default':
-        return base, None
+        return float(base), None
     if kind not in ROPE_SCALINGS:
         refuse(folder, key, rope, f"a rope_type of 'default', {', '.join(map(repr, ROPE_SCALINGS))}")
-    return base, {'rope_type': kind, **{name: rope.get(name) for name in ROPE_SCALINGS[kind]}}
+    return float(base), {'rope_type': kind, **{name: rope.get(name) for name in ROPE_SCALINGS[kind]}}
 
 
 def window_of(hf, folder):
@@ -218,8 +220,8 @@ def window_of(hf, folder):
     kind, window = hf['model_type'], hf['sliding_window']
     if kind == 'llama' or (kind != 'mistral' and not hf['use_sliding_window']):
         return None
-    layers = hf.get('layer_types') or ['full_attention', 'sliding_attention']
-    if set(layers) - {'full_attention', 'sliding_attention'}:
+    layers = hf.get('layer_types') or ['sliding_attention'] * (hf['num_hidden_layers'] > hf['max_window_layers'])
+    if kind != 'mistral' and set(layers) - {'full_attention', 'sliding_attention'}:
         refuse(folder, 'layer_types', layers, "'full_attention' and 'sliding_attention'")
     return window if kind == 'mistral' or 'sliding_attention' in layers else None
 
@@ -269,10 +271,11 @@ def without_prefix(name):
 
 def copy_weights(weights, tensors, hf, folder):
     """Fill `weights`, of weights_of(), from `tensors`, of open_tensors(). Raises ValueError unless all are there."""
-    # what some published files have besides: the causal mask, RoPE's frequencies, and a head that is tied anyway
+    # what some published files have besides: the causal mask, RoPE's frequencies, and a head that is the embedding
     extra = ('.attn.bias', '.attn.masked_bias', '.rotary_emb.inv_freq')
+    tied_head = tensors.pop('lm_head.weight', None) if hf['tie_word_embeddings'] else None
     unexpected = sorted(name for name in tensors.keys() - {without_prefix(name) for name in weights}
-                        if not name.endswith(extra) and not (name == 'lm_head.weight' and hf['tie_word_embeddings']))
+                        if not name.endswith(extra))
     has_bias = {} if hf['model_type'] == 'gpt2' else biases_of(hf)
     missing, wrong = [], []
     for name, weight in weights.items():
@@ -295,6 +298,9 @@ def copy_weights(weights, tensors, hf, folder):
     for name, weight in weights.items():
         if (found := tensors.get(without_prefix(name))) is not None:
             weight.copy_(found[0].get_tensor(found[1]))
+    embedding = next(weight for name, weight in weights.items() if name.endswith(('embed_tokens.weight', 'wte.weight')))
+    if tied_head and not torch.equal(tied_head[0].get_tensor(tied_head[1]).to(embedding.dtype), embedding):
+        refuse(folder, 'tie_word_embeddings', True, 'False, as lm_head.weight is not the embedding')
 
 
 def load_tokenizer(folder):
@@ -346,8 +352,8 @@ def same_tokenizer(one, other):
 
 def weights_of(model):
     """
-    {name there: view of a parameter here, in the shape it has there}; layout_of(config) says where. A tied head is not
-    among them, as it isn't in transformers' files.
+    {name there: view of a parameter here, in the shape it has there}, in GPT-2's layout or, with RoPE, in Llama's. A
+    tied head is not among them, as it isn't in transformers' files.
     """
     c, weights = model.config, {}
     kv = c.kv_heads * c.head_size
@@ -379,32 +385,32 @@ def query_scale(name, eps, other_eps):
 # to there -------------------------------------------------------------------------------------------------------------
 
 def check_expressible(config):
-    """Raises ValueError naming the first field of GPTConfig that no model type of transformers has like this."""
+    """Raises ValueError naming the fields of GPTConfig that no model type of transformers has like this."""
     c = config
-    no = 'no model type of transformers has it together with the rest'
     remedies = {'logit_softcap': '--logit_softcap=0', 'residual_lambdas': '--residual_lambdas=False',
                 'value_embeddings': '--value_embeddings=False'}
     wrong = [(name, remedy) for name, remedy in remedies.items() if getattr(c, name)]
     if any(0 < c.window_of(layer) < c.block_size for layer in range(c.n_layer)):
         wrong.append(('window', '--window=0'))
     if c.pos == 'learned':
-        like = "GPT-2's layout, that of pos='learned', has not"
+        layout = "GPT-2's layout, that of pos='learned'"
         wrong += [('norm', '--norm=layernorm')] * (c.norm != 'layernorm')
         wrong += [('mlp', '--mlp=gelu')] * (c.mlp not in ACTIVATIONS.values())
         wrong += [('n_kv_head', '--n_kv_head=None')] * (c.kv_heads != c.n_head)
         wrong += [('head_dim', '--preset=llama')] * (c.n_head * c.head_size != c.n_embd)
         wrong += [('qk_norm', '--qk_norm=False')] * c.qk_norm
     else:
-        like = "Llama's layout, that of pos='rope', has not"
+        layout = "Llama's layout, that of pos='rope'"
         wrong += [('norm', '--norm=rmsnorm')] * (c.norm != 'rmsnorm')
         wrong += [('mlp', '--mlp=swiglu')] * (c.mlp != 'swiglu')
         wrong += [('head_dim', '--preset=llama')] * (c.n_embd % c.n_head != 0 and not c.qk_norm)
     if wrong:
         name, remedy = wrong[0]
         others = f' (and {", ".join(f"{n}={getattr(c, n)!r}" for n, _ in wrong[1:])})' if wrong[1:] else ''
-        why = no if name in remedies or name == 'window' else like
+        nowhere = 'no model type of transformers has it together with the rest'
+        why = nowhere if name in (*remedies, 'window') else f'{layout}, does not have it'
         raise ValueError(f'{name}={getattr(c, name)!r}{others}: {why}, so this model can not be exported. Train one '
-                         f'that can: {" ".join(dict.fromkeys(r for _, r in wrong))}')
+                         f'that can: {" ".join(dict.fromkeys(remedy for _, remedy in wrong))}')
 
 
 def save(model, described, chat_template, folder, dtype=torch.float32):
@@ -528,6 +534,7 @@ def tensors_of(model, hf):
 
 def write_tensors(tensors, folder, dtype):
     """Write {name: tensor} as model.safetensors or, where that is larger than SHARD, as several files and an index."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     shards = list(batches(tensors.items(), SHARD, lambda item: item[1].numel() * dtype.itemsize))
@@ -535,7 +542,10 @@ def write_tensors(tensors, folder, dtype):
         f'model-{i:05}-of-{len(shards):05}.safetensors' for i in range(1, len(shards) + 1)]
     for file, shard in zip(files, shards, strict=True):
         path = os.path.join(folder, file)
-        save_file({name: tensor.to(dtype, copy=True).contiguous() for name, tensor in shard}, path, {'format': 'pt'})
+        try:
+            save_file({name: t.to(dtype, copy=True).contiguous() for name, t in shard}, path, {'format': 'pt'})
+        except SafetensorError as error:  # in which a full disk is wrapped
+            raise OSError(str(error)) from error
         with open(path, 'rb') as f:
             os.fsync(f.fileno())
     if len(files) > 1:

@@ -407,7 +407,7 @@ class BPETokenizer(Tokenizer):
         if normalizer not in (None, 'NFC'):
             raise ValueError(f"normalizer is {normalizer!r}; expected 'NFC' or None")
         for token in [*self.visible_tokens, *([] if bos_token is None else [bos_token])]:
-            if token not in self.special_tokens:
+            if not isinstance(token, str) or token not in self.special_tokens:
                 raise ValueError(f'{token!r} is among bos_token and visible_tokens, and no special token; expected one '
                                  f'of {", ".join(self.special_tokens) or "none"}')
         place = {bytes([byte]): byte for byte in range(256)}  # of a token among the 256 bytes and then the merges

@@ -45,6 +45,7 @@ CASES = {
     'llama, linear': ('llama', {'rope_scaling': {'rope_type': 'linear', 'factor': 4.0}}),
     'mistral': ('mistral', {'sliding_window': None}), 'mistral with a window': ('mistral', {'sliding_window': 12}),
     'qwen2': ('qwen2', {}), 'qwen2 tied': ('qwen2', {'tie_word_embeddings': True}),
+    'qwen2 with a window in no layer': ('qwen2', {'use_sliding_window': True, 'sliding_window': 9}),
     'qwen2 with a window': ('qwen2', {'use_sliding_window': True, 'sliding_window': 10, 'max_window_layers': 1}),
     'qwen3': ('qwen3', {'head_dim': 16}), 'qwen3 tied': ('qwen3', {'head_dim': 8, 'tie_word_embeddings': True}),
     'qwen3 with another eps': ('qwen3', {'head_dim': 16, 'rms_norm_eps': 1e-3}),
@@ -94,6 +95,8 @@ def test_logits_equal_transformers_both_ways(case, tmp_path):
     theirs = build(kind, **changes)
     theirs.save_pretrained(tmp_path / 'theirs')
     ours = huggingface.load_model(tmp_path / 'theirs').eval()
+    windows = {'mistral with a window': 12, 'qwen2 with a window': 10}  # within which it is none
+    assert ours.config.block_size == windows.get(case, 32)
     idx = torch.randint(300, (2, ours.config.block_size))
     with torch.no_grad():
         expected = theirs(idx).logits
@@ -225,6 +228,45 @@ def test_what_a_config_leaves_out(tmp_path):
                 assert ours[key] == value
 
 
+@pytest.mark.parametrize('name, n_parameters, config', [
+    # as published on the hub; the numbers are those of its safetensors
+    ('gpt2', 124_439_808, {'model_type': 'gpt2', 'n_ctx': 1024, 'n_embd': 768, 'n_head': 12, 'n_layer': 12,
+                           'n_positions': 1024, 'vocab_size': 50257, 'task_specific_params': {}}),
+    ('SmolLM2-135M', 134_515_008, {
+        'model_type': 'llama', 'attention_bias': False, 'hidden_act': 'silu', 'hidden_size': 576,
+        'intermediate_size': 1536, 'is_llama_config': True, 'max_position_embeddings': 8192, 'num_attention_heads': 9,
+        'num_hidden_layers': 30, 'num_key_value_heads': 3, 'pretraining_tp': 1, 'rms_norm_eps': 1e-5,
+        'rope_interleaved': False, 'rope_scaling': None, 'rope_theta': 100000, 'tie_word_embeddings': True,
+        'vocab_size': 49152}),
+    ('Llama-3.2-1B', 1_235_814_400, {
+        'model_type': 'llama', 'head_dim': 64, 'hidden_size': 2048, 'intermediate_size': 8192, 'mlp_bias': False,
+        'max_position_embeddings': 131072, 'num_attention_heads': 32, 'num_hidden_layers': 16,
+        'num_key_value_heads': 8, 'rms_norm_eps': 1e-5, 'rope_scaling': {**LLAMA_3_ROPE, 'factor': 32.0},
+        'rope_theta': 500000.0, 'tie_word_embeddings': True, 'vocab_size': 128256}),
+    ('Qwen2.5-0.5B', 494_032_768, {
+        'model_type': 'qwen2', 'hidden_size': 896, 'intermediate_size': 4864, 'max_position_embeddings': 32768,
+        'max_window_layers': 24, 'num_attention_heads': 14, 'num_hidden_layers': 24, 'num_key_value_heads': 2,
+        'rms_norm_eps': 1e-6, 'rope_theta': 1000000.0, 'sliding_window': 32768, 'tie_word_embeddings': True,
+        'use_mrope': False, 'use_sliding_window': False, 'vocab_size': 151936}),
+    ('Qwen3-0.6B', 596_049_920, {
+        'model_type': 'qwen3', 'attention_bias': False, 'head_dim': 128, 'hidden_size': 1024,
+        'intermediate_size': 3072, 'max_position_embeddings': 40960, 'max_window_layers': 28,
+        'num_attention_heads': 16, 'num_hidden_layers': 28, 'num_key_value_heads': 8, 'rms_norm_eps': 1e-6,
+        'rope_scaling': None, 'rope_theta': 1000000, 'sliding_window': None, 'tie_word_embeddings': True,
+        'use_sliding_window': False, 'vocab_size': 151936}),
+    ('Mistral-7B-v0.3', 7_248_023_552, {
+        'model_type': 'mistral', 'hidden_size': 4096, 'intermediate_size': 14336, 'max_position_embeddings': 32768,
+        'num_attention_heads': 32, 'num_hidden_layers': 32, 'num_key_value_heads': 8, 'rms_norm_eps': 1e-5,
+        'rope_theta': 1000000.0, 'sliding_window': None, 'tie_word_embeddings': False, 'vocab_size': 32768}),
+])
+def test_published_sizes(name, n_parameters, config, tmp_path):
+    (tmp_path / 'config.json').write_text(json.dumps(config))
+    fields = huggingface.gpt2_fields if name == 'gpt2' else huggingface.llama_fields
+    with torch.device('meta'):
+        model = GPT(GPTConfig(**fields(huggingface.read_config(tmp_path), tmp_path)))
+    assert model.get_num_params(non_embedding=False) == n_parameters
+
+
 def test_layouts_in_which_gpt2_is_published(tmp_path):
     """With the prefix and without, causal masks, the head, several files without an index."""
     theirs = build('gpt2')
@@ -267,11 +309,9 @@ def test_several_files(tmp_path, monkeypatch):
         huggingface.load_model(tmp_path / 'theirs')
 
 
-def test_no_memory_for_weights_twice(tmp_path, monkeypatch):
-    """Not even for a moment are there a model and all its tensors, nor are weights drawn that are replaced."""
+def test_no_weights_are_drawn_to_be_replaced(tmp_path):
     build('llama').save_pretrained(tmp_path)
     state = torch.random.get_rng_state()
-    monkeypatch.setattr(safetensors_torch, 'load_file', None)
     model = huggingface.load_model(tmp_path, dropout=0.25)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert model.config.dropout == model.transformer.h[1].attn.attn_dropout.p == model.transformer.drop.p == 0.25
@@ -301,6 +341,7 @@ def test_no_memory_for_weights_twice(tmp_path, monkeypatch):
     ('llama', {'rope_parameters': {'full_attention': {'rope_type': 'default'}}}, 'the same for all layers'),
     ('llama', {'rope_parameters': 3}, 'rope_parameters = 3'),
     ('llama', {'rope_theta': '10000'}, "rope_theta = '10000'"),
+    ('llama', {'rope_parameters': {'rope_theta': [1]}}, 'rope_theta = [1]'),
     ('llama', {'num_hidden_layers': 0}, 'num_hidden_layers is 0'), ('llama', {'hidden_size': 'big'}, "is 'big'"),
     ('llama', {'num_key_value_heads': 3}, 'n_kv_head=3: expected a divisor of n_head=4'),
     ('llama', {'max_position_embeddings': 'many'}, "max_position_embeddings = 'many'"),
@@ -339,6 +380,8 @@ def test_tensors_that_are_refused(kind, tmp_path):
     refused({**saved, name: torch.zeros(17, 24)}, f'{name} has shape (17, 24), config.json says {shape}')
     refused({**saved, name: torch.zeros(shape, dtype=torch.int8)}, f'{name} is of type I8, expected F32, BF16 or F16')
     refused({**saved, name.replace('.1.', '.2.'): torch.zeros(3)}, 'unexpected tensor')
+    if kind == 'gpt2':
+        refused({**saved, 'lm_head.weight': torch.zeros(300, 24)}, 'tie_word_embeddings = True', 'not the embedding')
     if kind == 'llama':
         refused({**saved, name.replace('weight', 'bias'): torch.zeros(40)}, 'unexpected tensor', 'up_proj.bias')
     safetensors_torch.save_file(saved, path)

@@ -290,6 +290,7 @@ def test_nfc_in_a_stream(pattern, monkeypatch):
         ids = ours.encode(text)
         assert list(ours.encode_iterable(list(text))) == ids
         assert ours.decode(ids) == unicodedata.normalize('NFC', text)
+        assert ours.decode_bytes(ours.encode(text.encode() + b'\xff')) == ours.decode_bytes(ids) + b'\xff'
     same()
 
 

@@ -55,8 +55,9 @@ from bpe import (
 )
 from files import replace_file
 
-DOCUMENT_ENDS = ('<|endoftext|>', '<|end_of_text|>')  # GPT-2's, Qwen's and SmolLM2's; Llama 3's
-ANSWER_ENDS = ('<|im_end|>', '<|eot_id|>')
+ENDOFTEXT = '<|endoftext|>'
+DOCUMENT_ENDS = (ENDOFTEXT, '<|end_of_text|>')  # the second is Llama 3's
+ANSWER_ENDS = ('<|im_end|>', '<|eot_id|>')  # of chats: Qwen's and SmolLM2's, Llama 3's
 UNDERSTOOD = ("tiktoken's *.tiktoken, Hugging Face's tokenizer.json (byte-level BPE), GPT-2's vocab.json and "
               "merges.txt or encoder.json and vocab.bpe side by side, or a folder with one of these")
 
@@ -64,16 +65,16 @@ GPT2_NAMES = [('vocab.json', 'merges.txt'), ('encoder.json', 'vocab.bpe')]
 
 # OpenAI's published files: SHA-256 -> name, pattern, special tokens, none of which are in the file itself.
 PUBLISHED = {
-    '306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930': ('r50k_base', 'gpt2', {'<|endoftext|>': 50256}),
-    '94b5ca7dff4d00767bc256fdd1b27e5b17361d7b8a5f968547f9f23eb70d2069': ('p50k_base', 'gpt2', {'<|endoftext|>': 50256}),
+    '306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930': ('r50k_base', 'gpt2', {ENDOFTEXT: 50256}),
+    '94b5ca7dff4d00767bc256fdd1b27e5b17361d7b8a5f968547f9f23eb70d2069': ('p50k_base', 'gpt2', {ENDOFTEXT: 50256}),
     '223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7': ('cl100k_base', 'gpt4', {
-        '<|endoftext|>': 100257, '<|fim_prefix|>': 100258, '<|fim_middle|>': 100259, '<|fim_suffix|>': 100260,
+        ENDOFTEXT: 100257, '<|fim_prefix|>': 100258, '<|fim_middle|>': 100259, '<|fim_suffix|>': 100260,
         '<|endofprompt|>': 100276}),
     '446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d': ('o200k_base', 'o200k', {
-        '<|endoftext|>': 199999, '<|endofprompt|>': 200018}),
+        ENDOFTEXT: 199999, '<|endofprompt|>': 200018}),
 }
 
-WORD_SPECIALS = {'<|unk|>': 0, '<|endoftext|>': 1}  # of a word tokenizer; its words follow
+WORD_SPECIALS = {'<|unk|>': 0, ENDOFTEXT: 1}  # of a word tokenizer; its words follow
 # The pattern of a word tokenizer, with what \w is here as a class of characters: in Oniguruma it is another.
 WORD = (r'\p{L}\p{M}\p{Nd}\p{Nl}\p{Pc}'
         '\u200c\u200d\u24b6-\u24e9\U0001f130-\U0001f149\U0001f150-\U0001f169\U0001f170-\U0001f189')
@@ -323,7 +324,7 @@ def read_bos_token(post_processor) -> str | None:
     steps = post_processor.get('processors', [post_processor]) if isinstance(post_processor, dict) else []
     for step in steps if isinstance(steps, list) else []:
         match step:
-            case {'type': 'TemplateProcessing', 'single': [{'SpecialToken': {'id': token}}, {'Sequence': _}]}:
+            case {'type': 'TemplateProcessing', 'single': [{'SpecialToken': {'id': str() as token}}, {'Sequence': _}]}:
                 return token
     return None
 
@@ -459,10 +460,10 @@ def hf_tokenizer(values: dict, path) -> dict:
     if 'normalizer' in values:
         file['normalizer'] = {'type': values['normalizer']}
     if bos_token := values.get('bos_token'):
-        ends, text = [{'SpecialToken': {'id': bos_token, 'type_id': 0}}], [{'Sequence': {'id': 'A', 'type_id': 0}}]
+        first, text = [{'SpecialToken': {'id': bos_token, 'type_id': 0}}], [{'Sequence': {'id': 'A', 'type_id': 0}}]
         second = [{'SpecialToken': {'id': bos_token, 'type_id': 1}}, {'Sequence': {'id': 'B', 'type_id': 1}}]
         token = {'id': bos_token, 'ids': [values['special_tokens'][bos_token]], 'tokens': [bos_token]}
-        file['post_processor'] = {'type': 'TemplateProcessing', 'single': ends + text, 'pair': ends + text + second,
+        file['post_processor'] = {'type': 'TemplateProcessing', 'single': first + text, 'pair': first + text + second,
                                   'special_tokens': {bos_token: token}}
     return file
 

@@ -198,6 +198,25 @@ def whole_windows(n_tokens, block_size):
     return np.arange(0, n_tokens - 1, block_size)
 
 
+def sliding_windows(n_tokens, block_size, stride):
+    """
+    Windows that overlap, to predict a whole text with context: [(start, end, first), ...]. A window has the tokens
+    start ... end - 1 and scores those from `first` on.
+
+    Each starts stride (1 to block_size) tokens after the one before and scores what that did not. So every token but
+    the text's first is scored once, past the first window with at least block_size - stride tokens before it. A window
+    has block_size tokens, as in transformers' recipe; but with stride = block_size one more, the last one's target,
+    since nothing else would predict that: these are whole_windows().
+    """
+    length = block_size + (stride == block_size)
+    windows, start, first = [], 0, 1
+    while first < n_tokens:
+        end = min(start + length, n_tokens)
+        windows.append((start, end, first))
+        start, first = start + stride, end
+    return windows
+
+
 # From windows to tensors ---------------------------------------------------------------------------------------------
 
 

@@ -1,86 +1,302 @@
 """
 From logits to text: draw the next token, and the one after it, from a cache of what was computed already.
+
+    for ids, logprobs, ended in generate(model, [[1, 2, 3], [4, 5]], max_new_tokens=20, temperature=0): ...
+    for samples in generate_texts(model, tokenizer, ['Once upon', 'He'], max_new_tokens=100): ...
 """
 
 import codecs
+import re
+from collections import Counter
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
-from torch.nn import functional as F
 
 from model import KVCache
 
+# Drawing --------------------------------------------------------------------------------------------------------------
 
-def sample_next(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
+
+def sample_next(logits, temperature=1.0, top_k=None, top_p=None, min_p=None, u=None):
     """
-    logits (B, V) -> one id for each row, (B, 1).
+    logits (B, V) -> one id for each row, (B, 1), of those whose logits are not -inf.
 
-    temperature divides the logits; 0 takes the likeliest id. top_k keeps the k likeliest ids, top_p the smallest set of
-    likeliest ids that holds probability p ("The Curious Case of Neural Text Degeneration", Holtzman et al. 2020).
+    temperature divides the logits; 0 takes the likeliest id. Of the ids by falling probability top_k keeps the first k;
+    top_p the fewest that hold probability p ("The Curious Case of Neural Text Degeneration", Holtzman et al. 2020);
+    min_p those that have p times the probability of the first ("Turning Up the Heat", Nguyen et al. 2024); each
+    of what the one before it left. u: (B,) of [0, 1), which decide; None: random ones.
     """
     logits = logits.float()
     if temperature < 1e-30:  # 0, or so small that dividing overflows float32 and the likeliest has all probability
         return logits.argmax(-1, keepdim=True)
-    logits = logits / temperature
+    logits, ids = logits / temperature, None
     if top_k is not None and top_k < logits.size(-1):
-        kth = logits.topk(top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
+        logits, ids = logits.topk(top_k)
+    log_total = logits.double().logsumexp(-1, keepdim=True)
+    if ids is None and (top_p is not None and top_p < 1.0 or min_p):
+        logits, ids = by_probability(logits, log_total, 1.0 if top_p is None else top_p, min_p or 0.0)
+    p = (logits.double() - log_total).exp()
     if top_p is not None and top_p < 1.0:
-        ordered, ids = logits.sort(descending=True)
-        before = F.softmax(ordered, dim=-1).cumsum(-1) - F.softmax(ordered, dim=-1)  # probability of all likelier ids
-        logits = logits.masked_fill((before >= top_p).scatter(-1, ids, before >= top_p), -torch.inf)
-    return torch.multinomial(F.softmax(logits, dim=-1), num_samples=1, generator=generator)
+        p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0.0)  # what all likelier ids hold is enough
+    if min_p:
+        p = p.masked_fill(p < min_p * p[:, :1], 0.0)
+    u = torch.rand(len(p), device=p.device) if u is None else u
+    below = p.cumsum(-1)  # an id of probability 0 ends where the one before it does, so it is never the first above u
+    drawn = torch.searchsorted(below, u.double()[:, None] * below[:, -1:], right=True)
+    return drawn if ids is None else ids.gather(1, drawn)
+
+
+def by_probability(logits, log_total, top_p, min_p):
+    """
+    The logits (B, V) and their ids by falling probability; on the CPU, where sorting a large vocabulary would take
+    a third of a step, only the first 1024 if top_p and min_p ask for no more.
+    """
+    if logits.device.type == 'cpu' and logits.size(-1) > 1024:
+        largest, ids = logits.topk(1024)
+        p = (largest.double() - log_total).exp()
+        if (p.sum(-1) > top_p).all() or (p[:, -1] < min_p * p[:, 0]).all():
+            return largest, ids
+    return logits.sort(descending=True)
+
+
+def uniforms(seed, prompt, sample, n):
+    """
+    n numbers of [0, 1) that decide over the tokens of a sample: a function of the seed and the numbers of the prompt
+    and of the sample alone, so that a sample is the same in whatever batch it is drawn.
+    """
+    key = np.array([seed, prompt << 32 | sample], dtype=np.uint64)
+    return torch.from_numpy(np.random.Generator(np.random.Philox(key=key)).random(n, dtype=np.float32))
+
+
+def penalized(logits, seen, penalty):
+    """
+    logits (B, V), those of the ids in seen (B, V) of bool divided by the penalty, or multiplied where they are negative
+    ("CTRL", Keskar et al. 2019); above 1 repetitions become less likely.
+    """
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+# Decoding -------------------------------------------------------------------------------------------------------------
+
+
+def left_padded(prompts, device):
+    """Lists of ids -> idx (B, T), padded with 0 in front; and how much that is in each row, (B,), or None."""
+    T = max(map(len, prompts))
+    idx = torch.tensor([[0] * (T - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+    padding = torch.tensor([T - len(prompt) for prompt in prompts], device=device)
+    return idx, padding if padding.any() else None
+
+
+class Decoder:
+    """
+    The logits that follow a growing context, (B, T) and then one token after the other. What was computed stays in a
+    KVCache up to block_size tokens; beyond that the context slides, by `slide` tokens each time it is full, and
+    all of it is computed anew, because a dropped token changes what every later one was computed from.
+    """
+
+    def __init__(self, model, idx, padding, max_length, cache_dtype, slide):
+        self.model, self.slide = model, slide
+        self.idx, self.padding = idx, padding
+        block_size, (B, T) = model.config.block_size, idx.shape
+        # a compiled step of several rows would be slower on the CPU than its library (bench/results)
+        self.is_compiled = model.has_compiled_step and (B == 1 or idx.device.type == 'cuda')
+        if self.is_compiled:  # for few sizes of the cache, not for each anew
+            max_length = -(-max_length // 256) * 256
+        self.cache = KVCache(model.config, B, idx.device, cache_dtype, min(block_size, max_length),
+                             is_static=self.is_compiled)
+        self.new, self.graph = None, None
+        self.start_over(min(block_size, T))
+
+    def start_over(self, n):
+        """Forget the cache; the context is the last n tokens."""
+        dropped = self.idx.size(1) - n
+        self.new = self.idx[:, dropped:]
+        self.cache.restart(None if self.padding is None else (self.padding - dropped).clamp(min=0))
+
+    def append(self, ids):
+        """ids: (B, 1)"""
+        self.idx = torch.cat((self.idx, ids), dim=1)
+        self.new = ids
+        if self.cache.length == self.model.config.block_size:
+            self.start_over(self.cache.length + 1 - self.slide)
+
+    def logits(self):
+        """-> (B, V), of what follows the context."""
+        if not self.model.has_compiled_step:
+            return self.model(self.new, cache=self.cache)[0][:, -1]
+        if not self.is_compiled or self.new.size(1) > 1:
+            with torch.compiler.set_stance('force_eager'):
+                return self.model(self.new, cache=self.cache)[0][:, -1]
+        if self.new.device.type != 'cuda':
+            return self.model(self.new, cache=self.cache)[0][:, -1]
+        return self.replayed()
+
+    def replayed(self):
+        """
+        A step as a CUDA graph: its hundreds of kernels are launched at once, where launching them one by one would take
+        longer than they do. Captured at the first step, after warming up in a stream of its own.
+        """
+        cache = self.cache
+        if self.graph is None:
+            self.input, length = self.new.clone(), cache.length
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(3):
+                    self.model(self.input, cache=cache)
+                    cache.go_back_to(length)
+            torch.cuda.current_stream().wait_stream(stream)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.output = self.model(self.input, cache=cache)[0][:, -1]
+            cache.go_back_to(length)
+        self.input.copy_(self.new)
+        self.graph.replay()  # which advances cache.next_slot, on the device, but not the number beside it
+        cache.length += 1
+        return self.output
 
 
 @torch.no_grad()
-def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, vocab_size=None, generator=None,
-             cache_dtype=None):
+def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, min_p=None,
+             repetition_penalty=1.0, vocab_size=None, u=None, stop_ids=(), matchers=None, slide=1, cache_dtype=None):
     """
-    Continue the prompts idx (B, T), T >= 1, of one length; yield the ids of each new position, (B, 1), as they come.
+    Continue the prompts, idx (B, T) or lists of ids of any lengths above 0. After every token yield (ids, logprobs,
+    ended): the new ids (B, 1); the log-probabilities that the model itself gives them, before any control, (B, 1);
+    and B bools, whether a row has ended, without its new id, which is one of stop_ids or of no meaning.
 
-    vocab_size: ids from there on, the padding of the embedding, are never drawn. Up to block_size tokens each costs one
-    position; beyond, the context slides and costs a whole forward pass, because learned positions change with it.
+    vocab_size: ids from there on, the padding of the embedding, are never drawn. u: (B, max_new_tokens) of [0, 1),
+    which decide over what is drawn; None: random ones. matchers: B of constrain.Constraint.matcher(), or None.
+    slide: how many tokens the context drops at once when it is full; 1 is exact, as if there was no cache, and each
+    token costs a whole pass; n costs one pass in n tokens, and between block_size - n + 1 and block_size are seen.
     """
-    block_size = model.config.block_size
-    length = min(block_size, idx.size(1) + max_new_tokens)
-    cache = KVCache(model.config, len(idx), idx.device, cache_dtype or model.lm_head.weight.dtype, length)
-    new = idx[:, -block_size:]  # what the cache has not seen
-    # torch.multinomial on mps can draw ids of probability zero (pytorch issue 192577), so the CPU draws for it
-    draw_on = 'cpu' if idx.device.type == 'mps' else idx.device
-    for _ in range(max_new_tokens):
-        if cache.length < block_size:
-            logits = model(new, cache=cache)[0]
-        else:
-            logits = model(idx[:, -block_size:])[0]
-        next_id = sample_next(logits[:, -1, :vocab_size].to(draw_on), temperature, top_k, top_p, generator)
-        new = next_id.to(idx.device)
-        yield new
-        idx = torch.cat((idx, new), dim=1)
-
-
-def generate_texts(model, tokenizer, prompt, num_samples, max_new_tokens, stop='', seed=1337, **controls):
-    """
-    Sample num_samples continuations of the text `prompt` as one batch. After every token yield (texts, done): what each
-    has so far, in whole characters, and whether it has met the text `stop`, which it then ends before.
-
-    controls: temperature, top_k, top_p and cache_dtype of generate(). A special token such as <|endoftext|> in the
-    prompt is that token, since whoever asks wrote the prompt himself. Raises ValueError for an empty prompt or one the
-    tokenizer can't encode.
-    """
-    ids = tokenizer.encode(prompt, allowed_special='all')
-    if not ids:
-        raise ValueError('the prompt is empty, and the model continues at least one token; try --start="The"')
     device = model.lm_head.weight.device
-    generator = torch.Generator('cpu' if device.type == 'mps' else device).manual_seed(seed)
-    idx = torch.tensor(ids, device=device).expand(num_samples, -1)
-    decoders = [codecs.getincrementaldecoder('utf-8')('replace') for _ in range(num_samples)]
-    texts, done = [''] * num_samples, [False] * num_samples
-    for next_id in generate(model, idx, max_new_tokens, vocab_size=tokenizer.vocab_size, generator=generator,
-                            **controls):
-        for row, token in enumerate(next_id[:, 0].tolist()):
-            if not done[row]:
-                texts[row] += decoders[row].decode(tokenizer.decode_bytes([token]))
-                done[row] = stop != '' and stop in texts[row]
-                texts[row] = texts[row].split(stop)[0] if done[row] else texts[row]
-        yield texts, done
-        if all(done):
+    idx, padding = (prompts, None) if torch.is_tensor(prompts) else left_padded(prompts, device)
+    (B, T), V = idx.shape, vocab_size or model.config.vocab_size
+    if cache_dtype is None:
+        cache_dtype = model.lm_head.weight.dtype if model.lm_head.weight.is_floating_point() else torch.bfloat16
+    draw_on = 'cpu' if device.type == 'mps' else device  # which has no float64
+    u = torch.rand(B, max_new_tokens) if u is None else u
+    u, ended = u.to(draw_on), [False] * B
+    seen = None
+    if repetition_penalty != 1.0:
+        is_token = torch.ones_like(idx, dtype=torch.bool) if padding is None else (
+            torch.arange(T, device=device) >= padding[:, None])
+        seen = torch.zeros(B, model.config.vocab_size, dtype=torch.int, device=device).scatter_add_(
+            1, idx, is_token.int())[:, :V].bool().to(draw_on)
+    decoder = Decoder(model, idx, padding, T + max_new_tokens, cache_dtype, slide)
+    for step in range(max_new_tokens):
+        logits = plain = decoder.logits()[:, :V].to(draw_on).float()
+        if seen is not None:
+            logits = penalized(logits, seen, repetition_penalty)
+        masks = matchers and [None if ended[row] else matcher.allowed(max_new_tokens - step)
+                              for row, matcher in enumerate(matchers)]
+        for row, mask in enumerate(masks or ()):
+            if mask is not None and not matchers[row].may_end:
+                logits[row].masked_fill_(~mask.to(draw_on), -torch.inf)
+        next_id = sample_next(logits, temperature, top_k, top_p, min_p, u[:, step])
+        logprobs = plain.gather(1, next_id) - plain.logsumexp(-1, keepdim=True)
+        for row, drawn in enumerate(next_id[:, 0].tolist() if masks or stop_ids else ()):
+            # a model that may end, and would go on with what the constraint forbids, has ended
+            if drawn in stop_ids or masks and masks[row] is not None and not masks[row][drawn]:
+                ended[row] = True
+            elif masks and not ended[row]:
+                matchers[row].accept(drawn)
+        yield next_id.to(device), logprobs, list(ended)
+        if all(ended):
             return
+        if seen is not None:
+            seen.scatter_(1, next_id, True)
+        if step + 1 < max_new_tokens:
+            decoder.append(next_id.to(device))
+
+
+# Text -----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Sample:
+    """What one sample has so far. finish: None while it goes on, 'stop', 'complete' (the constraint) or 'length'."""
+
+    text: str = ''
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish: str | None = None
+
+    def __post_init__(self):
+        self.decoder = codecs.getincrementaldecoder('utf-8')('replace')
+
+    def shown(self, stops):
+        """The text without a tail that may yet turn out to be the beginning of one of `stops`."""
+        if self.finish is not None:
+            return self.text
+        ends = [n for stop in stops for n in range(1, len(stop)) if self.text.endswith(stop[:n])]
+        return self.text[: len(self.text) - max(ends, default=0)]
+
+
+def generate_texts(model, tokenizer, prompts, max_new_tokens, num_samples=1, stops=(), seed=1337, first=0,
+                   constraint=None, crop_prompt=False, stop_ids=(), **controls):
+    """
+    Draw num_samples continuations of each of the texts, or lists of ids, `prompts`, all as one batch. After every token
+    yield the Samples, those of the first prompt first. A sample ends before the first of the texts `stops`.
+
+    controls: of generate(). first: number of the first prompt, which decides over its samples as the seed does. A
+    special token such as <|endoftext|> in a prompt is that token, since whoever asks wrote the prompt himself. Raises
+    ValueError for an empty prompt, one that the tokenizer can't encode, and, unless crop_prompt lets the model see only
+    its end, one longer than the context.
+    """
+    block_size, rows, u = model.config.block_size, [], []
+    for number, prompt in enumerate(prompts, first):
+        ids = tokenizer.encode(prompt, allowed_special='all') if isinstance(prompt, str) else list(prompt)
+        if not ids:
+            raise ValueError('the prompt is empty, and the model continues at least one token; try --start="The"')
+        if len(ids) > block_size and not crop_prompt:
+            raise ValueError(f'the prompt has {len(ids):,} tokens, the context of the model {block_size:,}; shorten '
+                             f'it, or let the model see only its end with --crop_prompt=True')
+        rows += [ids[-block_size:]] * num_samples
+        u += [uniforms(seed, number, sample, max_new_tokens) for sample in range(num_samples)]
+    samples = [Sample() for _ in rows]
+    matchers = None
+    if constraint is not None:
+        constraint.check_length(max_new_tokens)
+        matchers = [constraint.matcher() for _ in rows]
+    steps = generate(model, rows, max_new_tokens, vocab_size=tokenizer.vocab_size, u=torch.stack(u), stop_ids=stop_ids,
+                     matchers=matchers, **controls)
+    for step, (next_id, logprobs, ended) in enumerate(steps, 1):
+        for sample, i, logprob, has_ended in zip(samples, next_id[:, 0].tolist(), logprobs[:, 0].tolist(), ended,
+                                                 strict=True):
+            if sample.finish is not None:
+                continue
+            if has_ended:
+                sample.finish = 'stop' if i in stop_ids else 'complete'
+                continue
+            sample.ids.append(i)
+            sample.logprobs.append(logprob)
+            sample.text += sample.decoder.decode(tokenizer.decode_bytes([i]))
+            found = [sample.text.find(stop) for stop in stops if stop in sample.text]
+            if found:
+                sample.text, sample.finish = sample.text[: min(found)], 'stop'
+            elif step == max_new_tokens:
+                sample.text += sample.decoder.decode(b'', final=True)
+                sample.finish = 'length' if constraint is None else 'complete'
+        yield samples
+        if all(sample.finish for sample in samples):
+            return
+
+
+def likeliest(samples):
+    """Best of n: the sample whose tokens are the likeliest on average, so that long ones are not at a disadvantage."""
+    return max(samples, key=lambda sample: sum(sample.logprobs) / max(1, len(sample.logprobs)))
+
+
+def majority(texts, pattern):
+    """
+    Self-consistency ("Self-Consistency Improves Chain of Thought Reasoning", Wang et al. 2023): the answer that most
+    texts come to. pattern: regular expression that finds the answer, its first group if it has one; the last match in a
+    text counts. -> [(answer, how many)], the most frequent first, of equally frequent ones that which came first.
+    """
+    answers = []
+    for text in texts:
+        if matches := list(re.finditer(pattern, text)):
+            answers.append(matches[-1].group(1 if matches[-1].re.groups else 0))
+    return Counter(answers).most_common()

@@ -162,16 +162,65 @@ class KVCache:
     """
     Keys and values of the tokens seen so far, so that the next token costs one position instead of the whole context.
 
-    k, v: (n_layer, B, G, max_length, D), of which the first `length` positions are filled; GPT.forward fills them and
-    advances `length`. Memory: 2 * n_layer * B * max_length * G * D numbers; GPT-2 124M at 1 x 1024 in fp32: 75 MB.
+    k, v: (n_layer, B, G, S, D), of whose S slots the first `length` are filled; GPT.forward fills them and advances
+    `length`. S grows with the tokens up to max_length; with is_static it is max_length from the start, so that all
+    steps of one position have the same shapes, which is what a compiled step or a CUDA graph needs. Memory:
+    2 * n_layer * B * S * G * D numbers; GPT-2 124M at 1 x 1024 in fp32: 75 MB.
+
+    padding: None, or (B,), for prompts of different lengths, which all end at the same slot: how many slots before the
+    first token of each row nobody attends to.
     """
 
-    def __init__(self, config, batch_size, device=None, dtype=None, max_length=None):
-        max_length = max_length or config.block_size
-        shape = (config.n_layer, batch_size, config.kv_heads, max_length, config.head_size)
-        self.k = torch.empty(shape, device=device, dtype=dtype)
-        self.v = torch.empty(shape, device=device, dtype=dtype)
+    def __init__(self, config, batch_size, device=None, dtype=None, max_length=None, padding=None, is_static=False):
+        self.max_length = max_length or config.block_size
+        S = self.max_length if is_static else 0
+        self.k, self.v = torch.zeros(2, config.n_layer, batch_size, config.kv_heads, S, config.head_size,
+                                     device=device, dtype=dtype)
         self.length = 0
+        self.next_slot = torch.zeros(1, dtype=torch.long, device=device)  # length, where a CUDA graph can read it
+        self.padding = padding
+
+    def restart(self, padding=None):
+        """Empty, for prompts with this padding; at the same addresses, which a CUDA graph has recorded."""
+        self.go_back_to(0)
+        if self.padding is None or padding is None:
+            self.padding = padding
+        else:
+            self.padding.copy_(padding)
+
+    def go_back_to(self, length):
+        """Forget all but the first `length` tokens."""
+        self.length = length
+        self.next_slot.fill_(length)
+
+    def make_room(self, B, T):
+        """For T more tokens of B rows. ValueError if the cache was not made for so many."""
+        rows, S, needed = self.k.size(1), self.k.size(3), self.length + T
+        if B != rows:
+            raise ValueError(f'the cache was made for a batch of {rows}, but the tokens are a batch of {B}')
+        if needed > self.max_length:
+            raise ValueError(f'the cache has room for {self.max_length} tokens, but {self.length} + {T} were to be in '
+                             f'it; make a longer one with max_length={needed}')
+        if needed > S:
+            more = min(self.max_length, -(-needed // 128) * 128) - S
+            self.k, self.v = (F.pad(part, (0, 0, 0, more)) for part in (self.k, self.v))
+
+    def visible(self, T, window):
+        """
+        Which slots each of the next T positions attends to: (B or 1, 1, 1, S) of bool for T = 1, for more
+        (B, 1, T, length + T), or None where the usual causal mask will do.
+        """
+        if T > 1 and self.padding is None:
+            return None
+        slots = torch.arange(self.k.size(3) if T == 1 else self.length + T, device=self.k.device)
+        queries = (self.next_slot + slots[:T])[:, None]
+        seen = slots <= queries
+        if window:
+            seen = seen & (slots > queries - window)
+        if self.padding is None:
+            return seen[None, None]
+        # padding sees itself, since a softmax over nothing would be NaN
+        return (seen & (slots >= self.padding[:, None, None]) | (slots == queries))[:, None]
 
 
 class Dropout(nn.Dropout):
@@ -242,8 +291,9 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, past=None, rotation=None, value_embedding=None, window_blocks=None):
         """
-        x: (B, T, C). past: (k, v, length) of this layer's cache, to which the T new positions are added. rotation: of
-        the T positions, see rotate(). value_embedding: (B, T, G * D), added to the values. window_blocks: GPT's.
+        x: (B, T, C). past: (k, v, slots, mask), of this layer's cache the slots so far and new, to the T of which given
+        by `slots` the new positions are written; mask: KVCache.visible(). rotation: of the T positions, see rotate().
+        value_embedding: (B, T, G * D), added to the values. window_blocks: GPT's.
         """
         B, T, _ = x.shape
         heads = self.c_attn(x).view(B, T, -1, self.head_size)
@@ -260,34 +310,59 @@ class CausalSelfAttention(nn.Module):
         qk = qk.to(v.dtype)  # norm and rotation may be in fp32
         q, k = qk.split((self.n_head, self.n_kv_head), dim=2)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (B, H, T, D), (B, G, T, D), (B, G, T, D)
+        mask = None
         if past is not None:
-            past_k, past_v, length = past
-            past_k[:, :, length : length + T], past_v[:, :, length : length + T] = k, v
-            k, v = past_k[:, :, : length + T], past_v[:, :, : length + T]  # (B, G, S, D), S = length + T
+            past_k, past_v, slots, mask = past
+            past_k.index_copy_(2, slots, k.to(past_k.dtype))
+            past_v.index_copy_(2, slots, v.to(past_v.dtype))
+            q, k, v = q.to(past_k.dtype), past_k, past_v  # (B, G, S, D)
         seen = min(T, self.window or T)
         in_blocks = past is None and x.device.type == 'cpu' and torch.compiler.is_compiling()
         if in_blocks and (seen <= 512 or self.attn_dropout.p > 0):
             y = self.attend_in_blocks(q, k, v)
         elif seen < T and window_blocks is not None:
             y = flex_attention(q, k, v, block_mask=window_blocks, enable_gqa=self.n_kv_head < self.n_head)
+        elif past is not None and T == 1 and x.device.type == 'cpu':
+            y = self.attend_once(q, k, v, mask)
         else:
-            y = self.attend(q, k, v)
-        y = y.transpose(1, 2).reshape(B, T, -1)  # (B, T, H * D), heads side by side again
+            y = self.attend(q, k, v, mask)
+        y = y.to(heads.dtype).transpose(1, 2).reshape(B, T, -1)  # (B, T, H * D), heads side by side again
         return self.resid_dropout(self.c_proj(y))
 
-    def attend(self, q, k, v):
-        """Attention of the queries at the last T of S positions, by torch's kernels; -> (B, H, T, D)."""
+    def attend(self, q, k, v, mask=None):
+        """
+        Attention by torch's kernels; -> (B, H, T, D). The queries are at the last T of S positions and see the keys up
+        to their own, from the window on; or what mask (B or 1, 1, T, S) says.
+        """
         T = q.size(2)
-        if self.window:  # what none of the queries sees need not be read
+        if self.window and mask is None:  # what none of the queries sees need not be read
             k, v = k[:, :, -(T + self.window - 1) :], v[:, :, -(T + self.window - 1) :]
         S = k.size(2)
         # is_causal lets query t see the keys up to t: right without a past. Otherwise a mask says what it sees; a
         # single query sees everything
-        is_causal = T == S and (not self.window or T <= self.window)
-        mask = None if T == 1 or is_causal else visible(T, S, self.window, q.device)
+        is_causal = mask is None and T == S and (not self.window or T <= self.window)
+        if mask is None and T > 1 and not is_causal:
+            mask = visible(T, S, self.window, q.device)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal,
                                               dropout_p=self.attn_dropout.p if self.training else 0.0,
                                               enable_gqa=self.n_kv_head < self.n_head)
+
+    def attend_once(self, q, k, v, mask):
+        """
+        Attention of one query, q (B, H, 1, D), to the slots of mask, written out: what torch has for that on the CPU
+        takes several times as long in bf16 (bench/results). -> (B, H, 1, D)
+        """
+        q = q.unflatten(1, (self.n_kv_head, -1)).squeeze(3)  # (B, G, H / G, D): those that share a head of keys
+        if torch.compiler.is_compiling():  # a pass over the keys and one over the values
+            scores = (q.unsqueeze(3).float() * k.unsqueeze(2).float()).sum(-1)
+        else:
+            scores = (q @ k.transpose(2, 3)).float()  # (B, G, H / G, S)
+        weights = (scores * self.head_size**-0.5).masked_fill(~mask, -math.inf).softmax(dim=-1)
+        if torch.compiler.is_compiling():
+            y = (weights.unsqueeze(4) * v.unsqueeze(2).float()).sum(3)
+        else:
+            y = weights.to(v.dtype) @ v
+        return y.flatten(1, 2).unsqueeze(2)
 
     def attend_in_blocks(self, q, k, v):
         """
@@ -430,6 +505,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 
 class GPT(nn.Module):
+    has_compiled_step = False  # quantize.for_decoding() sets it
+
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -471,9 +548,9 @@ class GPT(nn.Module):
             else:
                 raise AssertionError(f'no initialisation is written for parameter {name}')
 
-    def rotation(self, start, T, device):
-        """cos and sin, (2, T, 1, D/2), of RoPE's angles at positions start ... start + T - 1."""
-        angles = torch.arange(start, start + T, device=device).float().view(T, 1, 1) * self.rope_frequencies(device)
+    def rotation(self, positions):
+        """cos and sin, (2, ..., T, 1, D/2), of RoPE's angles at the positions (..., T)."""
+        angles = positions[..., None, None].float() * self.rope_frequencies(positions.device)
         return torch.stack((angles.cos(), angles.sin()))
 
     def rope_frequencies(self, device):
@@ -518,32 +595,44 @@ class GPT(nn.Module):
         None. With a KVCache, idx continues the tokens in it. Raises ValueError when the context would exceed
         block_size.
         """
-        T = idx.size(1)
+        B, T = idx.shape
         start = 0 if cache is None else cache.length
         if start + T > self.config.block_size:
             raise ValueError(f'a context of {start + T} tokens is longer than block_size={self.config.block_size}')
+        positions, masks = torch.arange(T, device=idx.device), {}
+        if cache is not None:
+            cache.make_room(B, T)
+            slots = positions = cache.next_slot + positions
+            S = cache.k.size(3) if T == 1 else start + T
+            masks = {window: cache.visible(T, window) for window in {self.config.window, 0}}
+            if cache.padding is not None:
+                positions = (slots - cache.padding[:, None]).clamp(min=0)  # (B, T)
         x, rotation = self.transformer.wte(idx), None  # (B, T, C)
         if self.config.pos == 'learned':
-            x = x + self.transformer.wpe.weight[start : start + T]
+            wpe = self.transformer.wpe
+            x = x + (wpe.weight[:T] if cache is None else wpe(positions))
         else:
-            rotation = self.rotation(start, T, idx.device)
+            rotation = self.rotation(positions)
+        x = x.to(self.transformer.ln_f.weight.dtype)  # the residual stream is as precise as the norms
         window_blocks = None if targets is None or cache is not None else self.window_blocks(T, idx.device)
         x = self.transformer.drop(x)
         x0 = x.clone() if self.config.residual_lambdas else None  # aliases would be compiled for separately
         for layer, block in enumerate(self.transformer.h):
-            past = None if cache is None else (cache.k[layer], cache.v[layer], start)
-            value_embedding = None
+            past, value_embedding = None, None
+            if cache is not None:
+                past = cache.k[layer, :, :, :S], cache.v[layer, :, :, :S], slots, masks[block.attn.window]
             if self.config.has_value_embedding(layer):
                 value_embedding = self.transformer.vte[str(layer)](idx)
             x = block(x, past, rotation, value_embedding, x0, window_blocks)
         x = self.transformer.ln_f(x)
         if cache is not None:
             cache.length += T
+            cache.next_slot += T
         if targets is None:
             return self.logits(x[:, -1:]), None
         device, weight = x.device.type, self.lm_head.weight
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        is_large = targets.numel() * self.config.vocab_size > CHUNK
+        is_large = targets.numel() * self.config.vocab_size > CHUNK and isinstance(self.lm_head, nn.Linear)
         if is_large and not return_logits and dtype != torch.float16:  # a GradScaler's factor would come too late
             total = ChunkedCrossEntropy.apply(x.flatten(0, 1), weight, targets.flatten(), self.config.logit_softcap,
                                               dtype, torch.is_grad_enabled())

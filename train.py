@@ -615,9 +615,9 @@ if world.is_main and not eval_only:
             final_model.eval()
             torch.compiler.set_stance('force_eager')
             try:
-                *_, (texts, _) = generate_texts(final_model, tokenizer.from_dict(text_tokenizer), sample_prompt, 1,
-                                                sample_tokens, temperature=0.8, top_k=200)
-                print(f'---------------\n{sample_prompt}{texts[0]}\n---------------')
+                *_, samples = generate_texts(final_model, tokenizer.from_dict(text_tokenizer), [sample_prompt],
+                                             sample_tokens, crop_prompt=True, temperature=0.8, top_k=200)
+                print(f'---------------\n{sample_prompt}{samples[0].text}\n---------------')
             except ValueError as error:  # the run is done and saved; a prompt that can't be encoded must not fail it
                 print(f'no sample: {error}')
         start = [f'--start={sample_prompt}'] if sample_prompt.strip() else []

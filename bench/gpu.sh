@@ -13,6 +13,8 @@
 #     char        time to val 1.4697 on shakespeare_char
 #     recipe      tokens to a loss, 124M: GPT-2's recipe and ours
 #     attention   torch's kernels, forward and backward
+#     decode      tokens/s of sampling from 124M, against transformers (and nanoGPT) and the memory's bandwidth
+#     decode_xl   the same for 1.5B, alone
 #     peer        train.py's step against nanoGPT's, compiled, 124M
 #     speed       tokens/s and MFU of 124M, 350M, 1.5B
 #
@@ -38,7 +40,7 @@ PYTHON=${PYTHON:-python}
 BUDGET=${BUDGET:-530}
 DRY=${DRY:-}
 PEER=${PEER:-}
-PARTS=${PARTS:-machine check char recipe attention ${PEER:+peer} speed}
+PARTS=${PARTS:-machine check char recipe attention decode decode_xl ${PEER:+peer} speed}
 dry=()
 if [[ -n $DRY ]]; then
     dry=(--dry)
@@ -54,9 +56,11 @@ weight_of() {  # of a part; of the time that is left it gets weight / (weights o
         char) echo 10 ;;
         recipe) echo 34 ;;
         attention) echo 7 ;;
+        decode) echo 9 ;;
+        decode_xl) echo 7 ;;
         peer) echo 13 ;;
         speed) echo 36 ;;
-        *) echo "PARTS: '$1' is none of machine, check, char, recipe, attention, peer, speed" >&2; return 1 ;;
+        *) echo "PARTS: '$1' is none of machine, check, char, recipe, attention, decode, decode_xl, peer, speed" >&2; return 1 ;;
     esac
 }
 
@@ -78,6 +82,12 @@ command_of() {  # part limit -> the array `command`
         attention)
             command=("$PYTHON" bench/attention.py)
             if [[ -n $DRY ]]; then command+=(--shapes=1x2x64x16 --dropouts=0.0 --n=2 --kept=False); fi ;;
+        decode)
+            command=("$PYTHON" bench/generate.py --rounds=2 ${PEER:+"--peer=$PEER"})
+            if [[ -n $DRY ]]; then command+=(--n_layer=2 --n_embd=96 --vocab_size=512 --new_tokens=8); fi ;;
+        decode_xl)
+            command=("$PYTHON" bench/generate.py --rounds=2 --n_layer=48 --n_head=25 --n_embd=1600 --transformers=False)
+            if [[ -n $DRY ]]; then command+=(--n_layer=2 --n_embd=100 --vocab_size=512 --new_tokens=8); fi ;;
         peer)
             command=("$PYTHON" bench/train_step.py --cases=gpt2 --rounds=2 "--peer=$PEER")
             if [[ -n $DRY ]]; then

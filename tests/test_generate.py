@@ -1,11 +1,14 @@
 """generate.py: drawing tokens, and the cache against no cache. Run: pytest tests/test_generate.py"""
 
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_model import OPTIONS, sharpened, tiny
 
-from generate import generate, generate_texts, sample_next
+import quantize
+from generate import Sample, generate, generate_texts, likeliest, majority, penalized, sample_next, uniforms
 from model import GPT, GPTConfig
 from tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
 
@@ -23,10 +26,109 @@ def gpt():
 
 
 def collect(*args, **controls):
-    return torch.cat(list(generate(*args, **controls)), dim=1)
+    return torch.cat([ids for ids, _, _ in generate(*args, **controls)], dim=1)
 
 
 # against the plain definition -----------------------------------------------------------------------------------------
+
+@settings(max_examples=40)
+@given(options=OPTIONS, lengths=st.lists(st.integers(1, 24), min_size=1, max_size=4), seed=st.integers(0, 99))
+def test_options_greedy_equals_uncached(options, lengths, seed):
+    """Every option of the model, prompts of different lengths in one batch, beyond block_size (16): each row has the
+    tokens that it has alone without a cache."""
+    model = sharpened(tiny(**options)).eval()
+    source = torch.Generator().manual_seed(seed)
+    prompts = [torch.randint(40, (length,), generator=source).tolist() for length in lengths]
+    together = collect(model, prompts, 12, temperature=0)
+    for row, prompt in enumerate(prompts):
+        alone = model.generate(torch.tensor([prompt]), 12, temperature=0)[0, len(prompt) :]
+        if not torch.equal(together[row], alone):  # then where they part two ids must be as good as equally likely
+            n = (together[row] != alone).nonzero()[0].item()
+            logits = model(torch.tensor([prompt + alone[:n].tolist()])[:, -16:])[0][0, -1]
+            assert (logits[alone[n]] - logits[together[row, n]]).abs() < 1e-3, (row, n)
+
+
+@settings(max_examples=10)
+@given(options=OPTIONS, seed=st.integers(0, 99))
+def test_logprobs(options, seed):
+    """Of a ragged batch, whatever the controls: those of log_softmax over the whole context, the model's own."""
+    model = sharpened(tiny(**options)).eval()
+    prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
+    steps = list(generate(model, prompts, 8, temperature=0.7, top_k=20, repetition_penalty=1.3,
+                          u=torch.rand(3, 8, generator=torch.Generator().manual_seed(seed))))
+    new, logprobs = (torch.cat([step[i] for step in steps], dim=1) for i in (0, 1))
+    for row, prompt in enumerate(prompts):
+        idx = torch.tensor([prompt + new[row].tolist()])
+        expected = model(idx, idx)[0][0].log_softmax(-1)[len(prompt) - 1 : -1].gather(1, new[row][:, None])[:, 0]
+        torch.testing.assert_close(logprobs[row], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_sampled_distribution(gpt):
+    """Two tokens drawn from a batch behind a cache have the probabilities of the plain model: Pearson's chi-squared
+    over the 32 * 32 pairs, whose standardised value is below 5."""
+    n = 60_000
+    prompts = [[3, 7, 1]] * n
+    pairs = collect(gpt, prompts, 2, temperature=1.3, u=torch.rand(n, 2, generator=torch.Generator().manual_seed(0)))
+    observed = torch.bincount(pairs[:, 0] * 32 + pairs[:, 1], minlength=1024).double()
+    first = (gpt(torch.tensor([[3, 7, 1]]))[0][0, -1].double() / 1.3).softmax(-1)
+    then = (gpt(torch.tensor([[3, 7, 1, i] for i in range(32)]))[0][:, -1].double() / 1.3).softmax(-1)
+    expected = (first[:, None] * then).flatten() * n
+    many = expected > 5
+    chi2 = ((observed - expected)[many] ** 2 / expected[many]).sum().item()
+    assert abs(chi2 - many.sum().item()) / (2 * many.sum().item()) ** 0.5 < 5
+
+
+def test_slide(gpt):
+    """Full contexts drop `slide` tokens at once: what is seen then is what is said, and one pass serves that many."""
+    passes = []
+    hook = gpt.transformer.h[0].register_forward_hook(lambda module, args, x: passes.append(x.size(1)))
+    got = collect(gpt, [[1, 2, 3, 4, 5]], 30, temperature=0, slide=4)[0].tolist()
+    hook.remove()
+    assert passes == [5] + [1] * 7 + ([9] + [1] * 3) * 5 + [9, 1]
+    context = [1, 2, 3, 4, 5]
+    for i in got:
+        assert i == gpt(torch.tensor([context]))[0][0, -1].argmax()
+        context = context + [i] if len(context) < 12 else context[4:] + [i]
+
+
+MODERN = {'pos': 'rope', 'norm': 'rmsnorm', 'mlp': 'swiglu', 'n_kv_head': 2, 'window': 5, 'window_pattern': 'SL',
+          'bias': False, 'tie_embeddings': False, 'qk_norm': True, 'logit_softcap': 5.0, 'value_embeddings': True}
+
+
+@pytest.mark.filterwarnings('ignore')  # of torch.compile's own modules
+@pytest.mark.parametrize('options, dtype', [({}, torch.float32), (MODERN, torch.bfloat16), (MODERN, torch.int8)])
+def test_for_decoding(options, dtype):
+    """In fp32 the same greedy tokens, compiled or not; in fewer bits nearly the same logits; step for step the same
+    from the cache as from the whole context."""
+    torch._dynamo.reset()
+    tolerance = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.int8: 0.1}[dtype]
+    plain = sharpened(tiny(n_head=4, n_embd=32, vocab_size=40, **options)).eval()
+    idx = torch.randint(40, (1, 6), generator=torch.Generator().manual_seed(0))
+    expected = [plain(idx[:, :n])[0] for n in range(1, 7)]
+    spread = torch.cat(expected).std()
+    for compile in (False, True):
+        model = sharpened(tiny(n_head=4, n_embd=32, vocab_size=40, **options)).eval()
+        quantize.for_decoding(model, dtype, compile)
+        logits = [model(idx[:, :n])[0] for n in range(1, 7)]
+        for got, want in zip(logits, expected, strict=True):
+            assert (got - want).abs().max() < tolerance * spread
+        steps = list(generate(model, idx[:, :3], 20, temperature=0, cache_dtype=torch.float32))
+        whole = torch.cat((idx[:, :3], *(ids for ids, _, _ in steps)), dim=1)
+        for n, (ids, logprob, _) in enumerate(steps):
+            want = model(whole[:, max(0, 3 + n - 16) : 3 + n])[0][0, -1].log_softmax(-1)[ids[0, 0]]
+            assert (logprob[0, 0] - want).abs() < max(1e-4, tolerance / 2) * spread
+        if dtype == torch.float32:
+            assert torch.equal(whole, plain.generate(idx[:, :3], 20, temperature=0))
+
+
+def test_quantize_rows():
+    """Within half a step of each weight; a row of zeros stays one."""
+    weight = torch.randn(50, 30, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 3, 50)[:, None]
+    weight[7] = 0
+    q, scale = quantize.quantize_rows(weight)
+    assert q.dtype == torch.int8 and (q.abs().amax(1)[weight.abs().amax(1) > 0] == 127).all()
+    assert ((q * scale[:, None] - weight).abs() <= scale[:, None] * 0.5001).all() and (q[7] == 0).all()
+
 
 @pytest.mark.parametrize('n_prompt', [1, 5, 11, 12, 13, 30])  # block_size is 12
 def test_greedy_equals_uncached(gpt, n_prompt):
@@ -41,7 +143,7 @@ def test_logits_of_every_step_equal_uncached(gpt):
     idx = torch.randint(32, (2, 5), generator=torch.Generator().manual_seed(3))
     seen = []
     hook = gpt.lm_head.register_forward_hook(lambda module, args, logits: seen.append(logits[:, -1]))
-    new = collect(gpt, idx, 20, temperature=1.0, generator=torch.Generator().manual_seed(0))
+    new = collect(gpt, idx, 20, temperature=1.0, u=torch.rand(2, 20, generator=torch.Generator().manual_seed(0)))
     hook.remove()
     context = torch.cat((idx, new), dim=1)
     for step in range(20):
@@ -67,7 +169,7 @@ def test_bf16_cache(gpt):
 
 def frequencies(logits, n=40_000, **controls):
     generator = torch.Generator().manual_seed(0)
-    ids = sample_next(torch.tensor(logits).expand(n, -1), generator=generator, **controls)
+    ids = sample_next(torch.tensor(logits).expand(n, -1), u=torch.rand(n, generator=generator), **controls)
     assert ids.shape == (n, 1)
     return torch.bincount(ids[:, 0], minlength=len(logits)) / n
 
@@ -130,13 +232,25 @@ def test_padding_is_never_drawn(gpt):
 
 def test_seeds_and_rows(gpt):
     idx = torch.zeros(6, 2, dtype=torch.long)
-    a, b, c = (collect(gpt, idx, 20, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    u = torch.rand(2, 6, 20, generator=torch.Generator().manual_seed(1))
+    a, b, c = (collect(gpt, idx, 20, u=u[i]) for i in (0, 0, 1))
     assert torch.equal(a, b) and not torch.equal(a, c)
     assert len({tuple(row) for row in a.tolist()}) > 1  # the samples of one batch differ
-    torch.manual_seed(0)
     before = torch.get_rng_state()
-    collect(gpt, idx, 5, generator=torch.Generator().manual_seed(1))
+    collect(gpt, idx, 5, u=u[0])
     assert torch.equal(torch.get_rng_state(), before)  # nothing else's random numbers are used
+    assert torch.equal(torch.cat([collect(gpt, idx[:1], 20, u=u[0, i : i + 1]) for i in range(6)]), a)
+
+
+def test_uniforms():
+    """Different for every seed, prompt and sample, the same whenever asked for, the fewer the first of the more, and
+    uniform by the Kolmogorov-Smirnov statistic, whose 99.9% point is 1.95 / sqrt(n)."""
+    keys = [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (2**63, 2**31, 2**31)]
+    assert len({tuple(uniforms(*key, 4).tolist()) for key in keys}) == len(keys)
+    for key in keys:
+        u = uniforms(*key, 10_000)
+        assert torch.equal(uniforms(*key, 5), u[:5]) and 0 <= u.min() and u.max() < 1
+        assert (u.sort().values - torch.arange(10_000) / 10_000).abs().max() < 0.0195
 
 
 def test_no_tokens(gpt):
@@ -150,6 +264,8 @@ CHARS = CharTokenizer([chr(ord('a') + i) for i in range(26)] + list(' .,!?\n'))
 
 class Script:
     """In place of a model: says the given ids, whatever it is asked."""
+
+    has_compiled_step = False
 
     def __init__(self, ids, vocab_size=256, block_size=1000):
         self.ids, self.said, self.vocab_size = ids, 0, vocab_size
@@ -166,50 +282,117 @@ class Script:
         return logits, None
 
 
-def texts_of(text, stop='', num_samples=1, max_new_tokens=None):
-    """-> the texts after every token when a byte model says `text`."""
+def texts_of(text, stops=(), num_samples=1, max_new_tokens=None):
+    """-> what there is after every token when a byte model says `text`: [(text, finish) of each sample]."""
     ids = list(text if isinstance(text, bytes) else text.encode())
-    steps = generate_texts(Script(ids), ByteTokenizer(), 'x', num_samples, max_new_tokens or len(ids), stop)
-    return [(list(texts), list(done)) for texts, done in steps]
+    steps = generate_texts(Script(ids), ByteTokenizer(), ['x'], max_new_tokens or len(ids), num_samples, stops)
+    return [[(sample.text, sample.finish) for sample in samples] for samples in steps]
 
 
 def test_texts_grow_by_whole_characters():
-    steps = [texts[0] for texts, _ in texts_of('aé🙂z')]
+    steps = [step[0][0] for step in texts_of('aé🙂z')]
     assert steps == ['a', 'a', 'aé', 'aé', 'aé', 'aé', 'aé🙂', 'aé🙂z']
 
 
 def test_bytes_that_are_no_text():
-    assert texts_of(b'a\xff\xc3z')[-1][0] == ['a\ufffd\ufffdz']
+    assert texts_of(b'a\xff\xc3z')[-1] == [('a\ufffd\ufffdz', 'length')]
+    assert texts_of(b'a\xf0\x9f')[-1] == [('a\ufffd', 'length')]  # the tokens end inside a character
 
 
-@pytest.mark.parametrize('text, stop, expected', [
-    ('hello END more', 'END', 'hello '), ('hello END more', 'xyz', 'hello END more'), ('ENDEND', 'END', ''),
-    ('EENEND.', 'END', 'EEN'), ('a🙂b', '🙂', 'a'), ('line\nnext', '\n', 'line')])
-def test_stop(text, stop, expected):
-    steps = texts_of(text, stop, num_samples=2)
-    assert steps[-1] == ([expected] * 2, [stop in text] * 2)
-    if stop in text:
-        assert len(steps) == len(text[: text.index(stop)].encode()) + len(stop.encode())  # no token more is computed
+@pytest.mark.parametrize('text, stops, expected', [
+    ('hello END more', ['END'], 'hello '), ('hello END more', ['xyz'], 'hello END more'), ('ENDEND', ['END'], ''),
+    ('EENEND.', ['END'], 'EEN'), ('a🙂b', ['🙂'], 'a'), ('line\nnext', ['\n'], 'line'), ('one two', ['two', 'n'], 'o'),
+    ('one two', ['e t', 'e'], 'on'), ('one two', ['e t', 'one t'], '')])
+def test_stop(text, stops, expected):
+    steps = texts_of(text, stops, num_samples=2)
+    found = [text.index(stop) + len(stop) for stop in stops if stop in text]
+    assert steps[-1] == [(expected, 'stop' if found else 'length')] * 2
+    assert len(steps) == len(text[: min(found, default=None)].encode())  # no token more is computed
+
+
+def test_shown():
+    """What may be printed: all but a tail that may become a stop text."""
+    sample = Sample(text='it is the EN')
+    assert sample.shown(['END', 'is']) == 'it is the ' and sample.shown([]) == sample.shown(['x']) == 'it is the EN'
+    assert Sample(text='it is the EN', finish='length').shown(['END']) == 'it is the EN'
 
 
 def test_prompts(gpt):
     def first(prompt, **controls):
-        return next(generate_texts(gpt, CHARS, prompt, 2, 1, **controls))[0]
+        return [sample.text for sample in next(generate_texts(gpt, CHARS, [prompt], 1, 2, **controls))]
 
     assert [len(text) for text in first('hello')] == [1, 1]
     with pytest.raises(ValueError, match='prompt is empty.*--start="The"'):
         first('')
     with pytest.raises(ValueError, match=r"'é' \(U\+00E9\)"):
         first('caf\u00e9')
-    *_, (texts, done) = generate_texts(gpt, CHARS, 'hello there, this is long', 3, 25, seed=4, temperature=0)
-    assert [len(text) for text in texts] == [25] * 3 and len(set(texts)) == 1 and done == [False] * 3
-    runs = [list(generate_texts(gpt, CHARS, 'a', 3, 25, seed=seed))[-1][0] for seed in (4, 4, 5)]
-    assert runs[0] == runs[1] != runs[2]
+    with pytest.raises(ValueError, match='25 tokens, the context of the model 12.*--crop_prompt=True'):
+        first('hello there, this is long')
+    *_, samples = generate_texts(gpt, CHARS, ['hello there, this is long'], 25, 3, temperature=0, crop_prompt=True)
+    assert [len(sample.text) for sample in samples] == [25] * 3 and len({sample.text for sample in samples}) == 1
+    assert {sample.finish for sample in samples} == {'length'}
+    *_, cropped = generate_texts(gpt, CHARS, ['hello there, this is long'[-12:]], 25, 1, temperature=0)
+    assert cropped[0].text == samples[0].text
+
+
+def test_a_sample_depends_on_nothing_but_its_seed_and_numbers(gpt):
+    def texts(prompts, n, **controls):
+        *_, samples = generate_texts(gpt, CHARS, prompts, 10, n, **controls)
+        return [(sample.text, sample.ids) for sample in samples]
+
+    both = texts(['ab', 'hello'], 3)
+    assert both[:3] == texts(['ab'], 3) and both[:2] == texts(['ab'], 2) and both[3:] == texts(['hello'], 3, first=1)
+    assert both != texts(['ab', 'hello'], 3, seed=4) and len(set(map(str, both))) == 6
+
+
+def test_stop_ids(gpt):
+    """A row ends at such an id, and the text does not have it; the others go on."""
+    ids = [5, 6, 7, 8]
+    *_, samples = generate_texts(Script(ids), ByteTokenizer(), ['x', 'y'], 4, stop_ids={7})
+    assert [(sample.ids, sample.finish) for sample in samples] == [([5, 6], 'stop')] * 2
 
 
 def test_special_tokens_of_a_prompt():
     """What the model is given is the one id of <|endoftext|>, not the ids of its characters."""
     tokenizer = BPETokenizer.train(['hello hello'] * 3, vocab_size=260, special_tokens=['<|endoftext|>'])
     model = Script([0], tokenizer.vocab_size)
-    next(generate_texts(model, tokenizer, 'hi<|endoftext|>', 2, 1))
+    next(generate_texts(model, tokenizer, ['hi<|endoftext|>'], 1, 2))
     assert model.heard.tolist() == [[*tokenizer.encode('hi'), tokenizer.eot]] * 2
+
+
+def test_repetition_penalty(gpt):
+    logits = torch.tensor([[2.0, -2.0, 1.0, -1.0]])
+    seen = torch.tensor([[True, True, False, False]])
+    assert penalized(logits, seen, 2.0).tolist() == [[1.0, -4.0, 1.0, -1.0]]
+    # of prompt and answer alike, and not of the padding, id 0
+    prompts = [[1, 2, 3], [4]]
+    positive = sharpened(GPT(GPTConfig(block_size=40, vocab_size=20, n_layer=1, n_head=1, n_embd=8))).eval()
+    new = collect(positive, prompts, 15, temperature=0, repetition_penalty=1e9)
+    for prompt, row in zip(prompts, new.tolist(), strict=True):
+        alone = collect(positive, [prompt], 15, temperature=0, repetition_penalty=1e9)[0].tolist()
+        assert row == alone
+
+
+def test_best_and_majority():
+    samples = [Sample('a', [1, 2], [-1.0, -3.0]), Sample('b', [1], [-1.9]), Sample('c', [1, 2, 3], [-2.0, -2.0, -2.0])]
+    assert likeliest(samples).text == 'b'
+    texts = ['so it is 12', 'I think 7, no, 12.', 'it is 7', 'nothing', '12']
+    assert majority(texts, r'\d+') == [('12', 3), ('7', 1)]
+    assert majority(texts, r'is (\d+)') == [('12', 1), ('7', 1)] and majority(texts, 'x') == []
+
+
+@pytest.mark.parametrize('controls', [{'top_p': 0.6}, {'min_p': 0.02}, {'top_p': 0.9999},
+                                      {'top_p': 0.9, 'min_p': 0.01}])
+def test_large_vocabularies(controls):
+    """Where not everything is sorted: the same ids are kept as where it is."""
+    logits = torch.randn(2, 20_000, generator=torch.Generator().manual_seed(0)) * 3
+    for row in logits:
+        p, ids = row.double().softmax(0).sort(descending=True)
+        kept = (p.cumsum(0) - p < controls.get('top_p', 2)) & (p >= controls.get('min_p', 0) * p[0])
+        u = torch.linspace(0, 1, 300)[:-1]
+        drawn = sample_next(row.expand(len(u), -1), u=u, **controls)[:, 0]
+        assert set(drawn.tolist()) <= set(ids[kept].tolist())
+        edges = torch.cat((torch.zeros(1).double(), p[kept].cumsum(0) / p[kept].sum()))
+        place = {i: n for n, i in enumerate(ids.tolist())}
+        for x, i in zip(u.tolist(), drawn.tolist(), strict=True):  # the inverse of the distribution function
+            assert edges[place[i]] - 1e-6 <= x <= edges[place[i] + 1] + 1e-6

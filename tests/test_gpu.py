@@ -7,6 +7,8 @@ import torch
 
 import dataloader
 import model as model_module
+import quantize
+from generate import generate
 from model import GPT, PRESETS, GPTConfig
 
 DEVICE = torch.device('cuda', 0)
@@ -70,3 +72,23 @@ def test_a_loss_that_is_not_finite_is_not_saved(folder, eval_interval):
     folder.train(device='cuda', init_from='resume', eval_interval=eval_interval).refused(
         'step 4: loss is nan', 'Stopped without saving; out/ckpt.pt is of step 4')
     assert (folder.path / 'out' / 'ckpt.pt').read_bytes() == before
+
+
+@pytest.mark.parametrize('options', [{}, {'window': 20, 'n_kv_head': 2}])
+@pytest.mark.parametrize('preset', PRESETS)
+def test_decoding_as_a_cuda_graph(preset, options):
+    """Prompts of different lengths, through a full context: the tokens that a row has alone without a cache, on the
+    CPU."""
+    torch._dynamo.reset()
+    torch.set_float32_matmul_precision('highest')
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**{**PRESETS[preset], 'n_layer': 3, 'n_head': 4, 'n_embd': 64, 'block_size': 48,
+                             'vocab_size': 64, 'zero_init': False, **options})).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.3)
+    prompts = [[1, 2, 3], [4] * 20, [5, 6]]
+    expected = [model.generate(torch.tensor([prompt]), 40, temperature=0)[0, len(prompt) :] for prompt in prompts]
+    quantize.for_decoding(model.to(DEVICE), torch.float32, compile=True)
+    got = torch.cat([ids for ids, _, _ in generate(model, prompts, 40, temperature=0)], dim=1).cpu()
+    assert torch.equal(got, torch.stack(expected))

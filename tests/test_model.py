@@ -129,7 +129,8 @@ def test_no_gradient_to_later_inputs_behind_a_cache(past, n):
 
     def attend(x):
         k, v = torch.randn(2, 2, 2, 16, 8, generator=torch.Generator().manual_seed(0))
-        return attention(x, (k.clone(), v.clone(), past))
+        k, v, slots = k[:, :, : past + n].clone(), v[:, :, : past + n].clone(), torch.arange(past, past + n)
+        return attention(x, (k, v, slots, None))
 
     assert gradients_to_the_future(attend, torch.randn(2, n, 16)) == 0
 
@@ -145,7 +146,7 @@ def test_compiled_block(options):
     compiled.compile(dynamic=False, options={'fallback_random': True})
     x0 = embedding = rotation = None
     if models[0].config.pos == 'rope':
-        x0, embedding, rotation = torch.randn(2, 65, 16), torch.randn(2, 65, 8), models[0].rotation(0, 65, 'cpu')
+        x0, embedding, rotation = torch.randn(2, 65, 16), torch.randn(2, 65, 8), models[0].rotation(torch.arange(65))
     blocks = [lambda x, block=block: block(x, None, rotation, embedding, x0) for block in (eager, compiled)]
     x = torch.randn(2, 65, 16, requires_grad=True)
     torch.testing.assert_close(blocks[1](x), blocks[0](x), atol=1e-4, rtol=1e-4)
@@ -177,8 +178,40 @@ def test_cached_logits_equal_uncached(cuts):
 
 
 def test_cache_shapes():
-    cache = KVCache(GPTConfig(block_size=8, n_layer=3, n_head=2, n_embd=10), 4, dtype=torch.bfloat16)
-    assert cache.k.shape == cache.v.shape == (3, 4, 2, 8, 5) and cache.k.dtype == torch.bfloat16 and cache.length == 0
+    """Grows with the tokens, up to max_length; a static one is there at once."""
+    config = GPTConfig(block_size=300, vocab_size=7, n_layer=3, n_head=2, n_embd=10)
+    cache = KVCache(config, 4, dtype=torch.bfloat16)
+    assert cache.k.shape == cache.v.shape == (3, 4, 2, 0, 5) and cache.k.dtype == torch.bfloat16 and cache.length == 0
+    model = GPT(config).eval()
+    for length, slots in ((1, 128), (128, 128), (129, 256), (257, 300), (300, 300)):
+        with torch.no_grad():
+            model(torch.zeros(4, length - cache.length, dtype=torch.long), cache=cache)
+        assert cache.length == cache.next_slot.item() == length and cache.k.shape == (3, 4, 2, slots, 5)
+    assert KVCache(config, 4, is_static=True).k.size(3) == 300
+    assert KVCache(config, 4, is_static=True, max_length=17).k.size(3) == 17
+
+
+def test_a_cache_of_another_size():
+    model = tiny()
+    cache = KVCache(model.config, 2, max_length=5)
+    with pytest.raises(ValueError, match='made for a batch of 2, but the tokens are a batch of 3'):
+        model(torch.zeros(3, 1, dtype=torch.long), cache=cache)
+    with pytest.raises(ValueError, match=r'room for 5 tokens, but 0 \+ 6 .* max_length=6'):
+        model(torch.zeros(2, 6, dtype=torch.long), cache=cache)
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float64])
+def test_a_cache_of_another_precision(dtype):
+    """Keys and values are rounded to it, the model stays as it is."""
+    model = sharpened(tiny(pos='rope', n_kv_head=2, n_head=4)).eval()
+    idx = torch.randint(40, (2, 12), generator=torch.Generator().manual_seed(0))
+    cache = KVCache(model.config, 2, dtype=dtype)
+    with torch.no_grad():
+        got = [model(part, cache=cache)[0] for part in idx.split((5, 1, 6), dim=1)]
+        want = [model(idx[:, :end])[0] for end in (5, 6, 12)]
+    assert got[0].dtype == torch.float32 and cache.k.dtype == dtype
+    error = max((a - b).abs().max() / b.std() for a, b in zip(got, want, strict=True))
+    assert error < (1e-5 if dtype == torch.float64 else 0.1)
 
 
 # all options, in combination ------------------------------------------------------------------------------------------
@@ -476,7 +509,7 @@ def test_llama_equals_transformers(heads, half, layers, base, tied):
 def test_rotation_is_that_of_complex_numbers():
     model = tiny(pos='rope', n_head=2, n_embd=16, rope_base=50.0)
     x = torch.randn(2, 5, 3, 8, dtype=torch.float64)
-    got = rotate(x, model.rotation(7, 5, 'cpu').double())
+    got = rotate(x, model.rotation(torch.arange(7, 12)).double())
     for t in range(5):
         for i in range(4):
             turned = torch.complex(x[:, t, :, i], x[:, t, :, i + 4]) * torch.polar(
@@ -488,10 +521,10 @@ def test_rotation_is_that_of_complex_numbers():
 def test_scores_under_rope_depend_on_distance_alone():
     model = tiny(pos='rope', block_size=64)
     q, k = torch.randn(2, 1, 1, 1, 8)
-    scores = [(rotate(q, model.rotation(s + 9, 1, 'cpu')) * rotate(k, model.rotation(s, 1, 'cpu'))).sum().item()
-              for s in (0, 3, 50)]
+    at = [model.rotation(torch.tensor([position])) for position in range(60)]
+    scores = [(rotate(q, at[s + 9]) * rotate(k, at[s])).sum().item() for s in (0, 3, 50)]
     assert scores == pytest.approx([scores[0]] * 3, abs=1e-4)
-    other = (rotate(q, model.rotation(8, 1, 'cpu')) * rotate(k, model.rotation(0, 1, 'cpu'))).sum().item()
+    other = (rotate(q, model.rotation(torch.tensor([8]))) * rotate(k, model.rotation(torch.tensor([0])))).sum().item()
     assert abs(other - scores[0]) > 1e-3
 
 

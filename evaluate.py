@@ -1,0 +1,233 @@
+"""
+The loss, perplexity and bits per byte of a model on a whole split or a text.
+
+    $ python evaluate.py --out_dir=out-shakespeare-char
+    $ python evaluate.py --out_dir=out --dataset=openwebtext --stride=512
+    $ python evaluate.py --init_from=gpt2 --input=book.txt --stride=512
+    $ python evaluate.py --out_dir=out --quantize=int8   # what int8 costs
+
+Prints what it found and then, as the last line, the same in JSON.
+
+A window of block_size tokens slides over the text, `stride` tokens at a time,
+and predicts what the window before did not: every token but the first is
+predicted exactly once. A smaller stride leaves each more context, which costs
+time and mostly lowers the loss; stride = block_size, the default, is how train.py
+evaluates. The loss is the plain mean over these tokens, in nats.
+
+Perplexity, exp(loss), compares models with the same tokenizer; bits per byte
+any on the same text: all nats / ln 2 / UTF-8 bytes of the predicted tokens.
+Special tokens such as <|endoftext|> have no bytes, but what they cost counts,
+since to know where a text ends is part of predicting it. (nanochat leaves out
+their nats, too.)
+
+With overlap the windows are those of transformers' recipe ("Perplexity of
+fixed-length models") for max_length = block_size, and so is each token's
+probability. Its average gives all windows but the first the weight of one token
+too few; and without overlap it never predicts the first token of a window.
+"""
+
+import json
+import math
+import os
+import sys
+import textwrap
+import time
+from contextlib import nullcontext
+from itertools import groupby
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import checkpoint
+import corpus
+import dataloader
+import parallel
+import tokenizer
+from configurator import explain_errors, override
+from quantize import for_decoding
+
+sys.stdout.reconfigure(errors='replace')  # a terminal that can't show a file's name still gets the rest
+
+# settings ------------------------------------------------------------------------------------------------------------
+init_from = 'resume'  # 'resume': a checkpoint in out_dir; 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'; a HF folder
+out_dir = 'out'  # where train.py wrote ckpt.pt and best.pt
+which = 'best'  # 'best': best.pt where there is one, else ckpt.pt; 'last': ckpt.pt
+dataset = ''  # a folder under data/; '': the one the checkpoint was trained on
+split = 'val'  # of the dataset: 'val' or 'train'
+input = ''  # instead of a dataset: a text file, .jsonl, .csv, .tsv, .parquet or a folder of such, for any tokenizer
+stride: int | None = None  # tokens from a window to the next, 1 to block_size; None or 0: block_size
+block_size: int | None = None  # context length, tokens; None: the model's; with pos='rope' it may be longer
+max_tokens: int | None = None  # only the first so many tokens of the text; None: all
+batch_size: int | None = None  # windows at a time; None: as many as have 8,192 tokens
+device = 'auto'  # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps', ...
+dtype = 'float32'  # the most precise; 'bfloat16' or 'auto' (what suits the device) can be several times faster
+quantize = ''  # 'int8': evaluate the model as it is and as sample.py --quantize=int8 has it, and how they differ
+compile = False  # True: torch.compile the model; pays only for many tokens
+config = override(globals())
+# ---------------------------------------------------------------------------------------------------------------------
+
+sys.excepthook = explain_errors
+for name, is_valid, expected in (
+    ('which', which in ('best', 'last'), "'best' or 'last'"),
+    ('split', split in ('train', 'val'), "'train' or 'val'"),
+    ('max_tokens', max_tokens is None or max_tokens >= 2, '2 or more (the first is not predicted), or None'),
+    ('batch_size', batch_size is None or batch_size >= 1, '1 or more, or None'),
+    ('quantize', quantize in ('', 'int8'), "'int8', or '' for none"),
+    ('input', not (input and dataset), f'this or --dataset={dataset}, not both'),
+):
+    if not is_valid:
+        raise ValueError(f'{name}={config[name]!r}: expected {expected}')
+
+# the model
+device = parallel.choose_device(device)
+dtype, _ = parallel.choose_dtype(dtype, device)
+model, text_tokenizer, _, line = checkpoint.open_model(init_from, out_dir, which)
+print(line)
+if block_size is not None:
+    model.crop_block_size(block_size)
+block_size = model.config.block_size
+stride = stride or block_size
+if not 1 <= stride <= block_size:
+    raise ValueError(f'stride={stride}: expected 1 to block_size={block_size}, or 0 for block_size')
+
+
+# the text: its tokens, where they are from, and how many ids there can be
+def read_input():
+    """Yield the text in pieces. Documents end with a blank line, whatever the tokenizer, so all read the same bytes."""
+    files, _ = corpus.find_files(input)
+    if len(files) == 1 and not corpus.is_rows(files[0]):
+        yield from corpus.read_text(files[0])
+    else:
+        for text in corpus.read_documents(files):
+            yield text + corpus.SEPARATOR
+
+
+def encode_input():
+    """The ids of the text; what looks like a special token is ordinary text. Raises ValueError if there are too few."""
+    arrays, n_tokens = [], 0
+    for piece in text_tokenizer.cut_safely(read_input()):
+        arrays.append(text_tokenizer.encode_array(piece))
+        n_tokens += len(arrays[-1])
+        if max_tokens is not None and n_tokens >= max_tokens:
+            break
+    if n_tokens < 2:
+        raise ValueError(f'{input} has {n_tokens} token(s); expected 2 or more, as the first is not predicted')
+    return np.concatenate(arrays)
+
+
+def trained_on():
+    """The name of the dataset that the checkpoint was trained on. Raises ValueError if there is none to know of."""
+    paths = [os.path.join(out_dir, name) for name in ('best.pt', 'ckpt.pt')]  # either will do: they are of one run
+    state = checkpoint.load(next(filter(os.path.exists, paths))) if init_from == 'resume' else {}
+    if not state.get('config', {}).get('dataset'):
+        raise ValueError(f'{line} does not say what it was trained on; name what to evaluate it on: --dataset=NAME or '
+                         f'--input=FILE')
+    return state['config']['dataset']
+
+
+bytes_unknown = None  # why the bytes of the tokens can't be counted
+if input:
+    tokens, what, n_ids = encode_input(), input, model.config.vocab_size
+else:
+    whose = '' if dataset else ', of the dataset the model was trained on'
+    dataset = dataset or trained_on()
+    data_dir = os.path.join('data', dataset)  # here, or else beside this script, where prepare.py of a dataset writes
+    beside_script = os.path.join(os.path.dirname(os.path.abspath(__file__)), data_dir)
+    if not os.path.isdir(data_dir) and os.path.isdir(beside_script):
+        data_dir = beside_script
+    what = os.path.join(data_dir, f'{split}.bin')
+    if not os.path.exists(what):
+        raise ValueError(f'there is no {what}{whose}; prepare it: {dataloader.prepare_command(data_dir)}\n'
+                         f'or name another --dataset, or a text: --input=FILE')
+    meta = dataloader.load_meta(data_dir)
+    tokens = dataloader.open_tokens(data_dir, split, meta, block_size=1)  # a shorter window than the model's is fine
+    n_ids = min(meta['vocab_size'] or math.inf, model.config.vocab_size)
+    if meta['tokenizer'] is None:
+        bytes_unknown = f'{data_dir} does not say which tokenizer it was prepared with'
+    else:
+        theirs = tokenizer.from_dict(meta['tokenizer'])
+        # GPT-2's by its name and read from files, for one, is the same
+        if theirs.to_dict() != text_tokenizer.to_dict() and \
+                getattr(theirs, 'bpe', theirs).to_dict() != getattr(text_tokenizer, 'bpe', text_tokenizer).to_dict():
+            raise ValueError(f'{data_dir} was prepared with another tokenizer ({theirs.kind}, {theirs.vocab_size:,} '
+                             f'ids) than the model has ({text_tokenizer.kind}, {text_tokenizer.vocab_size:,} ids); '
+                             f'give the text itself, which any tokenizer reads: --input=FILE')
+n_tokens = min(len(tokens), max_tokens or math.inf)
+
+parallel.use_cores()
+if device.type == 'cpu':
+    parallel.keep_freed_memory()
+model.to(device)
+if compile:
+    torch._dynamo.config.suppress_errors = True  # without a working compiler: a warning, and go on without
+    model.compile()
+autocast = nullcontext() if dtype == 'float32' else torch.autocast(device.type, parallel.DTYPES[dtype])
+windows = dataloader.sliding_windows(n_tokens, block_size, stride)
+# tokens at once: the model's loss computes its logits in chunks, except in fp16 and int8, where they take 256 MB
+at_once = 2**13 if dtype != 'float16' and not quantize else min(2**13, 2**26 // model.config.vocab_size)
+
+
+def mean_loss():
+    """-> (nats a token, how often each id was predicted); full windows of equal length at a time."""
+    total, counts = 0.0, np.zeros(n_ids, dtype=np.int64)
+    bar = tqdm(total=n_tokens - 1, unit='tok', unit_scale=True, disable=None, leave=False, dynamic_ncols=True)
+    for length, group in groupby(windows, key=lambda window: window[1] - window[0] - 1):
+        group = list(group)
+        size = batch_size or max(1, at_once // length)
+        for i in range(0, len(group), size):
+            starts, _, first = (np.array(column) for column in zip(*group[i : i + size], strict=True))
+            x, y = dataloader.gather(tokens, starts, length, n_ids)
+            y[torch.from_numpy(starts[:, None] + np.arange(1, length + 1) < first[:, None])] = -1  # scored before
+            scored = y[y >= 0]
+            counts += np.bincount(scored, minlength=n_ids)
+            x, y = dataloader.to_device((x, y), device)
+            try:
+                with torch.no_grad(), autocast:
+                    total += model(x, y, return_logits=False)[1].item() * len(scored)
+            except RuntimeError as error:
+                if not parallel.out_of_memory(error):
+                    raise
+                smaller = f'batch_size={len(x) // 2}' if len(x) > 1 else f'block_size={max(1, length // 2)}'
+                raise SystemExit(f'out of memory with {len(x)} windows of {length} tokens; try --{smaller}') from None
+            bar.update(len(scored))
+    bar.close()
+    loss = total / int(counts.sum())
+    if not loss < 700:  # where exp(loss) ends in fp64
+        raise ValueError(f'the loss of {line} is {loss} nats a token: its weights are broken, or {dtype} can not hold '
+                         f'what they give (--dtype=float32 can)')
+    return loss, counts
+
+
+started = time.perf_counter()
+plain_loss = mean_loss()[0] if quantize else None
+if quantize:
+    for_decoding(model, torch.int8)
+loss, counts = mean_loss()
+n_predicted = int(counts.sum())
+seconds = time.perf_counter() - started
+
+# bytes of text in the predicted tokens
+n_bytes, bits_per_byte = None, None
+if text_tokenizer.kind == 'word' and counts[text_tokenizer.special_tokens['<|unk|>']]:
+    bytes_unknown = 'the vocabulary lacks words of this text, and <|unk|> does not say which'
+if not bytes_unknown:
+    special = set(text_tokenizer.special_tokens.values())
+    n_bytes = sum(len(text_tokenizer.decode_bytes([id])) * int(counts[id]) for id in np.flatnonzero(counts).tolist()
+                  if id not in special)
+    if n_bytes:
+        bits_per_byte = loss * n_predicted / math.log(2) / n_bytes
+    else:
+        bytes_unknown = 'the predicted tokens are all special ones, which have none'
+
+shown = f'{bits_per_byte:.4f} bits per byte' if n_bytes else f'bits per byte unknown: {bytes_unknown}'
+change = math.exp(loss - plain_loss) - 1 if quantize else None
+in_what = f'{quantize}, {100 * change:+.3f}% perplexity against {dtype}' if quantize else dtype
+for text in (f'{what}: {n_predicted:,} tokens predicted in {len(windows):,} window(s) of {block_size}, '
+             f'stride {stride}, on {device}, {seconds:.1f} s',
+             f'{in_what}: loss {loss:.4f} nats a token, perplexity {math.exp(loss):.6g}, {shown}'):
+    print(textwrap.fill(text, 80, subsequent_indent='  ', break_long_words=False, break_on_hyphens=False))
+print(json.dumps({'loss': loss, 'perplexity': math.exp(loss), 'bits_per_byte': bits_per_byte, 'tokens': n_predicted,
+                  'bytes': n_bytes, 'windows': len(windows), 'block_size': block_size, 'stride': stride, 'model': line,
+                  'text': what, 'dtype': quantize or dtype, 'perplexity_change': change, 'device': str(device),
+                  'seconds': round(seconds, 3)}))

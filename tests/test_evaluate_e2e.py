@@ -1,0 +1,340 @@
+"""evaluate.py against transformers, train.py and sums by hand. Run: pytest tests/test_evaluate_e2e.py"""
+
+import json
+import math
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+from conftest import CHARS, Folder, encode, make_text, write_dataset
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+import checkpoint
+import corpus
+import tokenizer
+from dataloader import sliding_windows, whole_windows
+from model import GPT, GPTConfig
+
+CHAR = {'kind': 'char', 'chars': ''.join(CHARS)}
+BYTE = {'kind': 'byte'}
+SMALL = {'block_size': 16, 'n_layer': 2, 'n_head': 2, 'n_embd': 16}
+
+
+# windows --------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('n_tokens, block_size, stride, expected', [
+    (10, 4, 4, [(0, 5, 1), (4, 9, 5), (8, 10, 9)]),
+    (10, 4, 3, [(0, 4, 1), (3, 7, 4), (6, 10, 7)]),
+    (7, 4, 1, [(0, 4, 1), (1, 5, 4), (2, 6, 5), (3, 7, 6)]),
+    (4, 4, 2, [(0, 4, 1)]), (5, 4, 2, [(0, 4, 1), (2, 5, 4)]),
+    (2, 4, 4, [(0, 2, 1)]), (1, 4, 4, []), (0, 4, 4, [])])
+def test_windows_by_hand(n_tokens, block_size, stride, expected):
+    assert sliding_windows(n_tokens, block_size, stride) == expected
+
+
+@given(n_tokens=st.integers(2, 2000), block_size=st.integers(1, 100), data=st.data())
+def test_windows_score_each_token_once(n_tokens, block_size, data):
+    stride = data.draw(st.integers(1, block_size))
+    windows = sliding_windows(n_tokens, block_size, stride)
+    assert [i for _, end, first in windows for i in range(first, end)] == list(range(1, n_tokens))
+    assert all(end - start <= block_size + (stride == block_size) for start, end, _ in windows)
+    assert all(first - start >= max(1, block_size - stride) for start, _, first in windows[1:])  # tokens of context
+    assert [start for start, _, _ in windows] == list(range(0, len(windows) * stride, stride))
+    if stride == block_size:
+        assert [start for start, _, _ in windows] == whole_windows(n_tokens, block_size).tolist()
+
+
+# runs -----------------------------------------------------------------------------------------------------------------
+
+def save(folder, model, tokenizer=CHAR, **changes):
+    """A checkpoint of `model` in out/, as far as evaluating needs it."""
+    (folder.path / 'out').mkdir(exist_ok=True)
+    checkpoint.save(folder.path / 'out', {
+        'model': model.state_dict(), 'model_args': asdict(model.config), 'iter_num': 7, 'best_val_loss': 1.25,
+        'config': {'dataset': 'tiny'}, 'tokenizer': tokenizer, **changes}, is_best=True)
+
+
+def prepared(folder, name, ids, tokenizer, vocab_size):
+    """The dataset data/name, whose splits are both these ids of a tokenizer."""
+    path = folder.path / 'data' / name
+    write_dataset(path, ids, ids)
+    meta = {**json.loads((path / 'meta.json').read_text()), 'tokenizer': tokenizer, 'vocab_size': vocab_size}
+    (path / 'meta.json').write_text(json.dumps(meta))
+
+
+def random_gpt(vocab_size, **changes):
+    """A small model whose predictions differ from token to token as those of a trained one do."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**{**SMALL, 'vocab_size': vocab_size, **changes}))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn_like(p) * 0.3)
+    return model.eval()
+
+
+def uniform_gpt(vocab_size, **changes):
+    """A model to which all ids are equally likely, whatever came before."""
+    return GPT(GPTConfig(**{**SMALL, 'vocab_size': vocab_size, 'tie_embeddings': False, 'zero_init': True, **changes}))
+
+
+def start(folder, **settings):
+    return folder.start('evaluate.py', **{'device': 'cpu', 'out_dir': 'out', **settings}).wait()
+
+
+def evaluate(folder, **settings):
+    """-> what a run of evaluate.py found; all it printed but that JSON line fits a terminal."""
+    *lines, last = start(folder, **settings).ok().out.splitlines()
+    assert max(map(len, lines)) <= 80, lines
+    return json.loads(last)
+
+
+def nats(logits_of, ids, windows):
+    """The sum by its definition: each token's -log probability after those before it in its window."""
+    total = 0.0
+    for begin, end, first in windows:
+        log_p = F.log_softmax(logits_of(torch.tensor(ids[begin : end - 1])[None])[0].double(), dim=-1)
+        total -= sum(log_p[i - begin - 1, ids[i]].item() for i in range(first, end))
+    return total
+
+
+def test_train_pys_val_loss(folder):
+    folder.train().ok()
+    found = evaluate(folder, which='last')
+    assert found['loss'] == pytest.approx(folder.log()[-1]['val_loss'], rel=1e-6)
+    assert found['perplexity'] == pytest.approx(math.exp(found['loss']))
+    assert found['bits_per_byte'] == pytest.approx(found['loss'] / math.log(2))  # a character is a byte here
+    assert (found['tokens'], found['bytes'], found['windows']) == (332, 332, 21)
+    assert (found['block_size'], found['stride'], found['text']) == (16, 16, 'data/tiny/val.bin')
+    assert found['model'].startswith('out/ckpt.pt: step 20')
+    assert evaluate(folder)['model'].startswith('out/best.pt')
+    assert evaluate(folder, split='train')['tokens'] == 2999
+    half = evaluate(folder, which='last', dtype='bfloat16')
+    assert half['loss'] != found['loss'] and half['loss'] == pytest.approx(found['loss'], rel=0.01)
+
+
+@pytest.fixture
+def gpt2(folder):
+    """transformers' GPT-2 over bytes, random, and the same weights in out/."""
+    transformers = pytest.importorskip('transformers')
+    torch.manual_seed(0)
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=256, n_positions=16, n_embd=16, n_layer=2, n_head=2, initializer_range=0.3)).eval()
+    theirs.save_pretrained(folder.path / 'theirs')
+    save(folder, GPT.from_pretrained(str(folder.path / 'theirs')), BYTE)
+    (folder.path / 'text.txt').write_text(make_text(250) + 'Ünïcode, 안녕\n', encoding='utf-8')
+    return theirs
+
+
+@pytest.mark.parametrize('settings, block_size, stride', [
+    ({}, 16, 16), ({'stride': 0}, 16, 16), ({'stride': 5}, 16, 5), ({'stride': 1}, 16, 1),
+    ({'block_size': 9, 'stride': 4}, 9, 4), ({'stride': 7, 'batch_size': 3}, 16, 7)])
+def test_transformers(folder, gpt2, settings, block_size, stride):
+    """The exact sum, of the same windows."""
+    ids = list((folder.path / 'text.txt').read_bytes())
+    windows = sliding_windows(len(ids), block_size, stride)
+    with torch.no_grad():
+        expected = nats(lambda x: gpt2(x).logits, ids, windows)
+    found = evaluate(folder, input='text.txt', **settings)
+    assert found['loss'] == pytest.approx(expected / (len(ids) - 1), rel=1e-6)
+    assert found['bits_per_byte'] == pytest.approx(expected / math.log(2) / (len(ids) - 1), rel=1e-6)
+    assert (found['tokens'], found['windows']) == (len(ids) - 1, len(windows))
+    assert (found['block_size'], found['stride'], found['text']) == (block_size, stride, 'text.txt')
+
+
+@pytest.mark.parametrize('max_length, stride', [(16, 5), (16, 15), (10, 3)])
+def test_transformers_recipe(folder, gpt2, max_length, stride):
+    """Its windows and its own loss, with the weight that the number of its targets gives each."""
+    ids = torch.tensor(list((folder.path / 'text.txt').read_bytes()))[None]
+    total, before = 0.0, 0
+    for begin in range(0, ids.size(1), stride):
+        end = min(begin + max_length, ids.size(1))
+        labels = ids[:, begin:end].clone()
+        labels[:, : before - begin] = -100
+        with torch.no_grad():
+            mean = gpt2(ids[:, begin:end], labels=labels).loss.item()
+        total += mean * (labels[:, 1:] >= 0).sum().item()
+        before = end
+        if end == ids.size(1):
+            break
+    found = evaluate(folder, input='text.txt', block_size=max_length, stride=stride)
+    assert found['loss'] == pytest.approx(total / (ids.size(1) - 1), rel=1e-6)
+
+
+def test_longer_context_than_trained(folder):
+    """RoPE takes any; learned positions do not."""
+    model = random_gpt(len(CHARS), pos='rope')
+    save(folder, model)
+    model.crop_block_size(40)
+    ids = encode(make_text(333, seed=1))
+    windows = sliding_windows(len(ids), 40, 13)
+
+    def logits_of(x):
+        return model(x, targets=x)[0].detach()
+
+    assert evaluate(folder, block_size=40, stride=13)['loss'] == pytest.approx(
+        nats(logits_of, ids, windows) / (len(ids) - 1), rel=1e-6)
+    save(folder, random_gpt(len(CHARS)))
+    start(folder, block_size=40).refused('block_size=40', 'at most 16')
+
+
+def test_max_tokens(folder):
+    """The same as of a text that ends there; and all of a text that is not so long."""
+    save(folder, random_gpt(len(CHARS)))
+    (folder.path / 'long.txt').write_text(make_text(400))
+    (folder.path / 'short.txt').write_text(make_text(100))
+    short = evaluate(folder, input='short.txt', stride=3)
+    found = [evaluate(folder, input='long.txt', stride=3, max_tokens=100)]
+    write_dataset(folder.path / 'data' / 'long', encode(make_text(400)), encode(make_text(400)))
+    found += [evaluate(folder, dataset='long', stride=3, max_tokens=100)]
+    for name in ('loss', 'tokens', 'bytes', 'windows'):
+        assert [a[name] for a in found] == [short[name]] * 2
+    assert short['tokens'] == 99
+    assert evaluate(folder, input='short.txt', stride=3, max_tokens=1000)['loss'] == short['loss']
+
+
+# bytes ----------------------------------------------------------------------------------------------------------------
+
+def test_bits_per_byte(folder):
+    """256 equally likely bytes: 8 bits for each, whatever the text."""
+    save(folder, uniform_gpt(256), BYTE)
+    text = 'Ünïcode, 안녕 <|endoftext|>\n'
+    (folder.path / 'text.txt').write_text(text, encoding='utf-8')
+    found = evaluate(folder, input='text.txt')
+    assert found['bytes'] == found['tokens'] == len(text.encode()) - 1 and found['bits_per_byte'] == pytest.approx(8)
+
+
+def test_bytes_of_characters(folder):
+    """Characters of one to four bytes; the first, of two, is not predicted."""
+    save(folder, uniform_gpt(8), {'kind': 'char', 'chars': 'aü안😀\nxyz'})
+    (folder.path / 'text.txt').write_text('üaü안😀\n', encoding='utf-8')
+    found = evaluate(folder, input='text.txt')
+    assert (found['tokens'], found['bytes']) == (5, 1 + 2 + 3 + 4 + 1)
+    assert found['bits_per_byte'] == pytest.approx(5 * 3 / 11)  # log2(8) a token
+
+
+def test_special_tokens_have_no_bytes(folder):
+    """In a dataset <|endoftext|> costs nats and has no bytes; in a text its name is text."""
+    tok = tokenizer.BPETokenizer.train(make_text(3000), 290, special_tokens=['<|endoftext|>'])
+    texts = [make_text(200, seed) for seed in range(3)]
+    ids = [i for text in texts for i in [*tok.encode(text), tok.eot]]
+    prepared(folder, 'documents', ids, tok.to_dict(), tok.vocab_size)
+    save(folder, uniform_gpt(320), tok.to_dict())
+    found = evaluate(folder, dataset='documents')
+    assert found['tokens'] == len(ids) - 1
+    assert found['bytes'] == 600 - len(tok.decode(ids[:1]))
+    assert found['bits_per_byte'] == pytest.approx((len(ids) - 1) * math.log2(320) / found['bytes'])
+    prepared(folder, 'boundaries', [0, tok.eot, tok.eot], tok.to_dict(), tok.vocab_size)
+    found = evaluate(folder, dataset='boundaries')
+    assert (found['bits_per_byte'], found['tokens']) == (None, 2)
+    (folder.path / 'text.txt').write_text('<|endoftext|>' * 5)
+    found = evaluate(folder, input='text.txt')
+    assert found['bytes'] == 65 - len(tok.decode(tok.encode('<|endoftext|>', 'none')[:1])) and found['tokens'] > 5
+
+
+def test_bytes_that_are_not_known(folder):
+    """A dataset that doesn't say its tokenizer; a text with words that the vocabulary lacks."""
+    save(folder, uniform_gpt(len(CHARS)))
+    write_dataset(folder.path / 'data' / 'silent', encode(make_text(99)), encode(make_text(99)), meta=None)
+    run = start(folder, dataset='silent').ok()
+    assert 'bits per byte unknown: data/silent does not say which tokenizer' in ' '.join(run.out.split())
+    found = json.loads(run.out.splitlines()[-1])
+    assert (found['bits_per_byte'], found['bytes'], found['tokens']) == (None, None, 98)
+    words = tokenizer.WordTokenizer.train('the cat sat', vocab_size=5)
+    save(folder, uniform_gpt(5), words.to_dict())
+    for text, bits in (('the cat sat cat', math.log2(5) * 3 / 12), ('the cat ran', None)):
+        (folder.path / 'text.txt').write_text(text)
+        assert evaluate(folder, input='text.txt')['bits_per_byte'] == (bits and pytest.approx(bits))
+
+
+# which text -----------------------------------------------------------------------------------------------------------
+
+def test_inputs(folder):
+    """A folder and a table are their documents, each with a blank line after it; a text file is itself, CRLF or not."""
+    save(folder, random_gpt(256), BYTE)
+    (folder.path / 'texts').mkdir()
+    (folder.path / 'texts' / 'a.txt').write_text('the cat')
+    (folder.path / 'texts' / 'b.md').write_text('sat\non it')
+    (folder.path / 'rows.jsonl').write_text('{"text": "the cat"}\n{"text": "sat\\non it"}\n')
+    (folder.path / 'joined.text').write_bytes(b'\xef\xbb\xbfthe cat\r\n\r\nsat\r\non it\r\n\r\n')
+    found = [evaluate(folder, input=name) for name in ('texts', 'rows.jsonl', 'joined.text')]
+    assert [a['tokens'] for a in found] == [19] * 3 and len({a['loss'] for a in found}) == 1
+
+
+def test_long_input_is_encoded_whole(folder):
+    """However it is cut to be read, its ids are those of the whole: here 8 newlines, a token, lie across a cut."""
+    tok = tokenizer.BPETokenizer.train((make_text(100) + '\n' * 8) * 20, 290)
+    text = make_text(corpus.PIECE_CHARS - 3) + '.' + '\n' * 8 + 'the cat'
+    assert tok.encode('\n' * 8) != tok.encode('\n' * 2) + tok.encode('\n' * 6)
+    save(folder, uniform_gpt(320, n_layer=1, n_embd=2, n_head=1), tok.to_dict())
+    (folder.path / 'text.txt').write_text(text)
+    assert evaluate(folder, input='text.txt')['tokens'] == len(tok.encode(text)) - 1
+
+
+def test_gpt2s_tokenizer_by_name_and_from_a_file(folder):
+    try:
+        named = tokenizer.load('gpt2')
+    except ValueError as error:
+        pytest.skip(str(error).splitlines()[0])
+    save(folder, uniform_gpt(50257, n_layer=1, n_embd=2, n_head=1), named.bpe.to_dict())
+    ids = named.encode_array(make_text(300))
+    prepared(folder, 'gpt2', ids, named.to_dict(), 50257)
+    found = evaluate(folder, dataset='gpt2')
+    assert found['bytes'] == 300 - len(named.decode(ids[:1]))
+
+
+@pytest.mark.parametrize('settings, said', [
+    ({'split': 'test'}, ["split='test': expected 'train' or 'val'"]),
+    ({'which': 'worst'}, ["which='worst': expected 'best' or 'last'"]),
+    ({'stride': 17}, ['stride=17: expected 1 to block_size=16']),
+    ({'stride': -1}, ['stride=-1: expected 1 to block_size=16']),
+    ({'stride': 9, 'block_size': 8}, ['stride=9: expected 1 to block_size=8']),
+    ({'block_size': 0}, ['block_size=0: expected 1 or more']), ({'block_size': 17}, ['block_size=17', 'at most 16']),
+    ({'max_tokens': 1}, ['max_tokens=1: expected 2 or more']), ({'batch_size': 0}, ['batch_size=0: expected 1']),
+    ({'dtype': 'int4'}, ["dtype='int4'"]), ({'out_dir': 'nowhere'}, ['no checkpoint at nowhere/ckpt.pt']),
+    ({'init_from': 'gpt5'}, ["'gpt5' is neither a folder nor one of gpt2"]),
+    ({'dataset': 'none'}, ['no data/none/val.bin', 'data/text/prepare.py --input=FILE --name=none', '--input=FILE']),
+    ({'dataset': 'tiny', 'input': 'text'}, ["input='text': expected this or --dataset=tiny"]),
+    ({'input': 'none.txt'}, ['none.txt does not exist']), ({'input': 'empty'}, ['empty is empty']),
+    ({'input': 'one'}, ['one has 1 token(s); expected 2 or more']), ({'input': 'bom'}, ['bom has 0 token(s)']),
+    ({'input': 'latin'}, ['latin is not UTF-8: at byte 1', 'iconv']), ({'input': 'foreign'}, ["'é' (U+00E9)"]),
+    ({'dataset': 'bytes'}, ['(byte, 256 ids)', f'(char, {len(CHARS)} ids)', '--input=FILE']),
+    ({'dataset': 'wrong'}, ['token 3 of the data has id 60', f'vocab_size is {len(CHARS)}']),
+    ({'dataset': 'one'}, ['one/val.bin has 1 tokens'])])
+def test_refused(refusing, settings, said):
+    run = start(refusing, **settings).refused(*said)
+    assert '"loss"' not in run.out
+
+
+@pytest.fixture(scope='module')
+def refusing(tmp_path_factory):
+    """A folder with a good checkpoint, and with data that it can't be evaluated on. No test changes it."""
+    folder = Folder(tmp_path_factory.mktemp('refusing'))
+    save(folder, uniform_gpt(len(CHARS)))
+    for name, content in (('empty', b''), ('one', b't'), ('bom', b'\xef\xbb\xbf'), ('latin', b't\xe9'),
+                          ('foreign', 'the é'.encode())):
+        (folder.path / name).write_bytes(content)
+    data = folder.path / 'data'
+    write_dataset(data / 'wrong', [0, 1], [0, 1, 2, 60])
+    write_dataset(data / 'one', [0, 1], [0])
+    prepared(folder, 'bytes', [0, 1], BYTE, 256)
+    return folder
+
+
+def test_the_dataset_it_was_trained_on(folder):
+    save(folder, uniform_gpt(len(CHARS)))
+    assert evaluate(folder)['text'] == 'data/tiny/val.bin'
+    save(folder, uniform_gpt(len(CHARS)), config={'dataset': 'shakespeare'})
+    start(folder, split='train').refused('shakespeare/train.bin, of the dataset the model was trained on', 'prepare.py')
+    save(folder, uniform_gpt(len(CHARS)), config={})
+    start(folder).refused('out/best.pt: step 7', 'does not say what it was trained on', '--dataset=NAME', '--input')
+
+
+def test_broken_weights(folder):
+    model = uniform_gpt(len(CHARS))
+    with torch.no_grad():
+        model.lm_head.weight[3] = np.nan
+    save(folder, model)
+    start(folder).refused('is nan nats a token', 'its weights are broken')

@@ -65,14 +65,14 @@ SHARD = 4 * 2**30  # bytes; larger models are written as several files
 
 # from there -----------------------------------------------------------------------------------------------------------
 
-def load(name_or_folder, dropout=0.0):
+def load(name_or_folder):
     """
     -> (model on the CPU in fp32, its tokenizer as tokenizer.from_dict() takes it, its chat template). The tokenizer is
     None where the folder has none, the template, Jinja's, where the model has none. name_or_folder: see find(). Raises
     ValueError for what can't be read; where only the tokenizer can't, load_model() still does the model.
     """
     folder = find(name_or_folder)
-    return load_model(folder, dropout), load_tokenizer(folder), load_chat_template(folder)
+    return load_model(folder), load_tokenizer(folder), load_chat_template(folder)
 
 
 def find(name_or_folder):

@@ -631,3 +631,16 @@ def gpt2_files(gpt2):
     values = gpt2.to_dict()
     vocab = interchange.hf_tokenizer(values, '')['model']['vocab']
     return vocab, [tuple(merge.split(' ')) for merge in values['merges']]
+
+
+def test_gpt2s_vocabulary_leaves_padded_as_the_model_is(tmp_path):
+    try:
+        gpt2 = tokenizer.load('gpt2')
+    except ValueError:
+        pytest.skip("GPT-2's vocabulary cannot be had here")
+    model = tiny(vocab_size=50304, n_embd=8, n_layer=1)
+    huggingface.save(model, gpt2.to_dict(), None, str(tmp_path / 'hf'))
+    fast = transformers.AutoTokenizer.from_pretrained(tmp_path / 'hf')
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'hf')
+    assert fast(TEXT)['input_ids'] == gpt2.encode(TEXT) and fast.eos_token_id == 50256
+    assert theirs.config.vocab_size == 50304 and theirs.config.eos_token_id == theirs.config.bos_token_id == 50256

@@ -24,6 +24,7 @@ import math
 import os
 import sys
 import tempfile
+import unicodedata
 from array import array
 from collections import Counter, defaultdict
 
@@ -34,8 +35,9 @@ from tqdm import tqdm
 from workers import Workers, core_count
 
 # The patterns of OpenAI's vocabularies; tiktoken spells them in another way, for the same pieces. gpt2 keeps words
-# apart from numbers and from punctuation, with the space before each; gpt4 (cl100k_base) also cuts numbers after three
-# digits, and takes runs of line ends and of indentation whole; o200k cuts words where capitals follow small letters.
+# apart from numbers and from punctuation, with the space before each; gpt4 (cl100k_base, Llama 3) also cuts numbers
+# after three digits, and takes runs of line ends and of indentation whole; o200k cuts words where capitals follow small
+# letters. Of others: qwen2 (and Qwen3) is gpt4 with every digit apart, smollm2 is gpt2 with every digit apart.
 PATTERNS = {
     'gpt2': r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
     'gpt4': (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -45,6 +47,10 @@ PATTERNS = {
               r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
               r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
               r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"),
+    'qwen2': (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+              r"|\s*[\r\n]+|\s+(?!\S)|\s+"),
+    # white space before a digit is one piece, as the digit is cut off before the rest is looked at
+    'smollm2': r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+",
 }
 
 # Every byte as a printable character, so that tokens can stand in a text file: GPT-2's alphabet, with Ġ for a space.
@@ -90,8 +96,14 @@ SINCE_UNICODE_16 = """
     1fa54-1fa57 1fa8a-1fa8e 1fac8 1facc-1facd 1fadd 1faea-1faeb 1faef 1faf9-1fafa 1fbfa 2b73a-2b73f 2b81e 2cea2-2cead
     323b0-33479 3d000-3fc3f
 """.split()
-NEWER = regex.compile('[' + ''.join('-'.join(rf'\U{int(end, 16):08x}' for end in ends.split('-'))
-                                    for ends in SINCE_UNICODE_16) + ']')
+
+
+def char_class(ranges: list[str]) -> str:
+    """A regular expression for one of the characters in ranges of code points, such as 558 or 58b-58c."""
+    return '[' + ''.join('-'.join(rf'\U{int(end, 16):08x}' for end in ends.split('-')) for ends in ranges) + ']'
+
+
+NEWER = regex.compile(char_class(SINCE_UNICODE_16))
 IS_NEWER = np.zeros(0x110000, dtype=bool)  # by code point, ʕ too
 for ends in [*SINCE_UNICODE_16, '295']:
     IS_NEWER[int(ends.split('-')[0], 16):int(ends.split('-')[-1], 16) + 1] = True
@@ -101,6 +113,26 @@ def has_newer(text: str) -> bool:
     """Whether text has characters that other versions of Unicode cut otherwise; 300 times as fast as NEWER.search()."""
     return not text.isascii() and bool(
         IS_NEWER[np.frombuffer(text.encode('utf-32-le', 'surrogatepass'), dtype='<u4')].any())
+
+
+# What matters to NFC and came after Unicode 9, with which Hugging Face's libraries normalize: combining marks, the
+# parts of new compositions and, where these are many, their blocks. There such a character neither moves nor composes.
+SINCE_UNICODE_9 = """
+    5c8-5c9 7fd 897-89f 8ca-8d3 9fe c3c d3b-d3c eba ece 1715 1abf-1af0 1df6-1dfa a82c 105d2 105da 10d24-10d27
+    10d69-10d6d 10eab-10eac 10ecb-10ecf 10ef0-10efb 10efc-10eff 10f46-10f50 10f82-10f85 11070 1133b 11380-113ff 1145e
+    11839-1183a 11930 11935 1193d-1193e 11943 119e0 11a34 11a47 11a99 11d42 11d44-11d45 11d97 11f41-11f42 1611e-1612f
+    16d63-16d6a 16ff0-16ff1 1d127-1d128 1d250-1d252 1d25b-1d25c 1d25f 1d280-1d281 1e08f 1e130-1e136 1e2ae 1e2ec-1e2ef
+    1e4ec-1e4ef 1e5ee-1e5ef 1e6e3 1e6e6 1e6ee-1e6ef 1e6f5
+""".split()
+NOT_NORMALIZED = regex.compile(f'({char_class(SINCE_UNICODE_9)})')
+
+
+def normalize(text: str, form: str | None) -> str:
+    """text in the normal form 'NFC', in which é is one character; None: as it is. Whatever Unicode this Python knows,
+    the result is that of Hugging Face's libraries."""
+    if form is None or text.isascii() or unicodedata.is_normalized(form, text):
+        return text
+    return ''.join(unicodedata.normalize(form, part) for part in NOT_NORMALIZED.split(text))
 
 
 def find_pattern(pattern: str | None) -> str | None:

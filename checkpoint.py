@@ -2,8 +2,8 @@
 Checkpoints: one file that holds a whole run, written so that it is either complete or not there.
 
 A checkpoint is a dict of tensors and plain values: nanoGPT's keys (model, optimizer, model_args, iter_num,
-best_val_loss, config) and, beside them, version, tokenizer, scaler, evals_since_best, train_time. It is read with
-weights_only=True, which refuses anything that could run code. nanoGPT's own ckpt.pt reads the same.
+best_val_loss, config) and, beside them, version, tokenizer, chat_template, scaler, evals_since_best, train_time. It is
+read with weights_only=True, which refuses anything that could run code. nanoGPT's own ckpt.pt reads the same.
 
 In a run's out_dir, ckpt.pt is the last checkpoint, from which the run resumes, and best.pt the one with the lowest
 validation loss. Random state is not among what is saved: batches and dropout are functions of (seed, step).
@@ -20,6 +20,7 @@ from dataclasses import fields
 import torch
 
 import dataloader
+import huggingface
 import tokenizer
 from files import lock_folder, replace_file, sync_folder
 from model import GPT, GPTConfig
@@ -171,8 +172,11 @@ def open_model(init_from, out_dir, which='best'):
     None. Raises ValueError for what can't be loaded.
     """
     if init_from != 'resume':
-        model = GPT.from_pretrained(init_from)
-        return model.eval(), tokenizer.load('gpt2'), None, init_from
+        model, described, chat_template = huggingface.load(init_from)
+        if described is None:
+            raise ValueError(f"{init_from}: vocab_size is {model.config.vocab_size}, not GPT-2's 50257, and it has no "
+                             f'tokenizer.json; copy that of the model into the folder')
+        return model.eval(), tokenizer.from_dict(described), chat_template, init_from
     path = os.path.join(out_dir, 'best.pt')
     if which == 'last' or not os.path.exists(path):
         path = os.path.join(out_dir, 'ckpt.pt')

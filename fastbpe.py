@@ -15,6 +15,7 @@ import bpe
 from bpe import to_utf8
 from workers import core_count
 
+GIGATOKENS = ('gpt2', 'gpt4', 'o200k', 'qwen2')  # patterns that gigatoken has too, under the same names
 FORGET_CHARS = 64_000_000  # 0.5 GB of words, at worst; to begin anew takes 0.1 s
 
 
@@ -27,8 +28,8 @@ class FastEncoder:
         self.tokens, self.pattern, self.slow = tokens, pattern, slow
         if encoding is not None:
             self.tiktoken = encoding
-        names = {regex: name for name, regex in bpe.PATTERNS.items()}  # gigatoken's for its schemes, too
-        self.scheme = names.get(pattern) if bpe.has_gigatoken() else None
+        schemes = {bpe.PATTERNS[name]: name for name in GIGATOKENS} if bpe.has_gigatoken() else {}
+        self.scheme = schemes.get(pattern)
         self.chars = 0  # encoded by gigatoken so far
 
     @functools.cached_property

@@ -18,6 +18,12 @@
     merge_ids       id of each merge's token; None: 256, 257, ...
     ignore_merges   True: a piece that is itself a token becomes that token at once
 
+and, where a vocabulary has it:
+
+    normalizer      'NFC': the form in which text is cut into pieces
+    bos_token       the special token that Hugging Face's libraries put in front of every text
+    visible_tokens  special tokens that they do not skip in decoded text, such as <think>
+
 What is read or written gives the same ids for every text, or it is refused and the ValueError says what stands in the
 way. Special tokens are the exception: Hugging Face's libraries turn their text into ids wherever it occurs, encode()
 of this program and tiktoken only when allowed to.
@@ -50,6 +56,8 @@ from bpe import (
 from files import replace_file
 
 ENDOFTEXT = '<|endoftext|>'
+DOCUMENT_ENDS = (ENDOFTEXT, '<|end_of_text|>')  # the second is Llama 3's
+ANSWER_ENDS = ('<|im_end|>', '<|eot_id|>')  # of chats: Qwen's and SmolLM2's, Llama 3's
 UNDERSTOOD = ("tiktoken's *.tiktoken, Hugging Face's tokenizer.json (byte-level BPE), GPT-2's vocab.json and "
               "merges.txt or encoder.json and vocab.bpe side by side, or a folder with one of these")
 
@@ -66,6 +74,14 @@ PUBLISHED = {
         ENDOFTEXT: 199999, '<|endofprompt|>': 200018}),
 }
 
+WORD_SPECIALS = {'<|unk|>': 0, ENDOFTEXT: 1}  # of a word tokenizer; its words follow
+# The pattern of a word tokenizer, with what \w is here as a class of characters: in Oniguruma it is another.
+WORD = (r'\p{L}\p{M}\p{Nd}\p{Nl}\p{Pc}'
+        '\u200c\u200d\u24b6-\u24e9\U0001f130-\U0001f149\U0001f150-\U0001f169\U0001f170-\U0001f189')
+WORDS = rf' ?[{WORD}]+|[^{WORD}\s]|\s'
+BYTES = {'kind': 'bpe', 'pattern': None, 'special_tokens': {}, 'merges': [], 'byte_ids': None, 'merge_ids': None,
+         'ignore_merges': False}  # a byte tokenizer, said as one of byte pairs
+
 # What a special token looks like where a file does not say which tokens are special: <s>, <|im_end|>, [PAD].
 SPECIAL = regex.compile(r'<.*\p{L}.*>|\[.*\p{L}.*\]', regex.DOTALL)
 
@@ -81,6 +97,7 @@ PORTABLE = regex.compile(r'''(?x: (?:
       )
     | (?: [*+?][+?]? | \{\d+(?:,\d*)?\} ) (?![*+?{])                              # how often
     )+ )''')
+LLAMA_3 = PATTERNS['qwen2'].replace(r'|\p{N}|', r'|\p{N}{1,3}|')  # how it spells gpt4, for the same pieces
 INSIDE = r'(?<inside>(?:\\.|\[(?:\\.|[^\]])*\]|\((?&inside)\)|[^()\\\[])*)'  # of a group
 LOOK_AHEAD = regex.compile(rf'\(\?[=!]{INSIDE}\)', regex.DOTALL)
 REPEATED = regex.compile(rf'(?<!\\)(?<group>\({INSIDE}\))[*+{{]', regex.DOTALL)
@@ -244,10 +261,12 @@ def tiktoken_differs(ids, pairs, by_rank, ignore_merges) -> str | None:
 # Hugging Face
 
 def read_tokenizer_json(path) -> dict:
-    """The description of a Hugging Face tokenizer.json that holds a byte-level BPE.
+    """The description of a Hugging Face tokenizer.json that holds a byte-level BPE, or characters or words as
+    write_tokenizer_json() writes them.
 
     What concerns sequences rather than text stays behind: truncation, padding, and the tokens that a post-processor
-    adds at the ends. ValueError, naming the part of the file, when ids could differ from those of tokenizers.
+    adds at the ends, but for one in front. ValueError, naming the part of the file, when ids could differ from those
+    of tokenizers.
     """
     file = read_json(path)
     model = file.get('model') if isinstance(file, dict) else None
@@ -258,14 +277,20 @@ def read_tokenizer_json(path) -> dict:
         raise ValueError(f'{path}: {key} is {short(value)}, which this program cannot do; expected {expected}')
 
     kind = model.get('type', 'BPE' if 'merges' in model else None)  # old files have no type
+    if kind == 'WordLevel' and is_vocab(model.get('vocab')):
+        tokens = sorted(model['vocab'], key=model['vocab'].get)
+        for values in ({'kind': 'char', 'chars': ''.join(tokens)}, {'kind': 'word', 'words': tokens[2:]}):
+            if hf_words(values) == file:
+                return values
     if kind != 'BPE':
         refuse("model's type", kind, "'BPE' (words and pieces of other models do not come from merges)")
     # unk_token and fuse_unk may say anything: with all 256 bytes in the vocabulary nothing is unknown
     for key in ('dropout', 'continuing_subword_prefix', 'end_of_word_suffix', 'byte_fallback'):
         if model.get(key):
             refuse(f"model's {key}", model[key], 'none')
-    if file.get('normalizer') is not None:
-        refuse('normalizer', file['normalizer'], 'none. If your text is in that form already, set "normalizer": null '
+    normalizer = file.get('normalizer')
+    if normalizer not in (None, {'type': 'NFC'}):
+        refuse('normalizer', normalizer, 'NFC or none. If your text is in that form already, set "normalizer": null '
                'in a copy of the file and read that')
     decoder = file.get('decoder')
     if decoder is not None and (not isinstance(decoder, dict) or decoder.get('type') != 'ByteLevel'):
@@ -276,10 +301,32 @@ def read_tokenizer_json(path) -> dict:
         raise ValueError(f"{path}: the model's vocab is {short(vocab)}; expected an object {{token: id}}")
     if not isinstance(merges, list):
         raise ValueError(f"{path}: the model's merges are {short(merges)}; expected a list")
-    special_tokens = read_added_tokens(path, file.get('added_tokens') or [], vocab)
+    added_tokens = file.get('added_tokens') or []
+    special_tokens = read_added_tokens(path, added_tokens, vocab)
     pattern = read_pattern(path, file.get('pre_tokenizer'))
     pairs = [(f'merges[{i}]', merge.split(' ') if isinstance(merge, str) else merge) for i, merge in enumerate(merges)]
-    return describe_text(path, vocab, pairs, pattern, special_tokens, bool(model.get('ignore_merges')))
+    values = describe_text(path, vocab, pairs, pattern, special_tokens, bool(model.get('ignore_merges')))
+    if normalizer:
+        values['normalizer'] = 'NFC'
+        if late := [token['content'] for token in added_tokens if token.get('normalized')]:
+            raise ValueError(f'{path}: the added token {late[0]!r} is looked for in normalized text, in which a mark '
+                             f'after it can hide it; expected "normalized": false, as this program looks for it '
+                             f'before. Set that in a copy of the file and read it')
+    if (bos_token := read_bos_token(file.get('post_processor'))) in special_tokens:
+        values['bos_token'] = bos_token
+    if visible := [token['content'] for token in added_tokens if not token.get('special')]:
+        values['visible_tokens'] = visible
+    return values
+
+
+def read_bos_token(post_processor) -> str | None:
+    """The token that a post_processor puts in front of a text, where that is all it does."""
+    steps = post_processor.get('processors', [post_processor]) if isinstance(post_processor, dict) else []
+    for step in steps if isinstance(steps, list) else []:
+        match step:
+            case {'type': 'TemplateProcessing', 'single': [{'SpecialToken': {'id': str() as token}}, {'Sequence': _}]}:
+                return token
+    return None
 
 
 def read_added_tokens(path, added_tokens, vocab: dict) -> dict[str, int]:
@@ -310,14 +357,14 @@ def read_added_tokens(path, added_tokens, vocab: dict) -> dict[str, int]:
 
 
 def read_pattern(path, pre_tokenizer) -> str | None:
-    """The pattern of a pre_tokenizer: ByteLevel alone, or Split with a regular expression and then ByteLevel."""
+    """The pattern of a pre_tokenizer: ByteLevel alone, after a Split with a regular expression, or after Digits."""
     expected = ('expected ByteLevel, or a Sequence of one Split (Regex, Isolated) and ByteLevel with use_regex false, '
-                'with add_prefix_space false')
+                'or of Digits (individual_digits) and ByteLevel, with add_prefix_space false')
     steps = [pre_tokenizer]
     if isinstance(pre_tokenizer, dict) and pre_tokenizer.get('type') == 'Sequence':
         steps = pre_tokenizer.get('pretokenizers')
     types = [step.get('type') if isinstance(step, dict) else step for step in steps] if isinstance(steps, list) else []
-    if types not in (['ByteLevel'], ['Split', 'ByteLevel']):
+    if types not in (['ByteLevel'], ['Split', 'ByteLevel'], ['Digits', 'ByteLevel']):
         raise ValueError(f'{path}: pre_tokenizer is {short(pre_tokenizer)}, which this program cannot do; {expected}')
     if steps[-1].get('add_prefix_space', True):
         raise ValueError(f'{path}: the pre_tokenizer has add_prefix_space, so decoded text would begin with a space '
@@ -326,12 +373,14 @@ def read_pattern(path, pre_tokenizer) -> str | None:
     if len(steps) == 1:
         return PATTERNS['gpt2'] if use_regex else None
     split = steps[0]
+    if types[0] == 'Digits' and split.get('individual_digits') and use_regex:
+        return PATTERNS['smollm2']  # the same but for 13 numbers new in Unicode 17, which Digits alone knows
     pattern = split.get('pattern')
     pattern = pattern.get('Regex') if isinstance(pattern, dict) else None
     if use_regex or not isinstance(pattern, str) or split.get('behavior') != 'Isolated' or split.get('invert'):
         raise ValueError(f'{path}: pre_tokenizer is {short(pre_tokenizer)}, which this program cannot do; {expected}')
     check_portable(path, pattern)
-    return pattern
+    return PATTERNS['gpt4'] if pattern == LLAMA_3 else pattern
 
 
 def check_portable(path, pattern: str):
@@ -359,12 +408,25 @@ def write_tokenizer_json(values: dict, path):
     write_file(path, to_json(hf_tokenizer(values, path)))
 
 
-def write_hf_folder(values: dict, folder):
-    """Write tokenizer.json and tokenizer_config.json into folder, for AutoTokenizer.from_pretrained(folder)."""
+def end_tokens(values: dict, is_chat: bool) -> list[str]:
+    """The special tokens of a description that end a document or, of a model that chats, an answer; the usual first."""
+    special_tokens = WORD_SPECIALS if values['kind'] == 'word' else values.get('special_tokens', {})
+    return [token for token in ANSWER_ENDS * is_chat + DOCUMENT_ENDS if token in special_tokens]
+
+
+def write_hf_folder(values: dict, folder, more: dict | None = None):
+    """Write tokenizer.json and tokenizer_config.json into folder, for AutoTokenizer.from_pretrained(folder). more: what
+    else tokenizer_config.json should say, such as the chat_template."""
     tokenizer = hf_tokenizer(values, os.path.join(folder, 'tokenizer.json'))
-    config = {'tokenizer_class': 'PreTrainedTokenizerFast', 'clean_up_tokenization_spaces': False}
-    if ENDOFTEXT in values['special_tokens']:
-        config |= {'bos_token': ENDOFTEXT, 'eos_token': ENDOFTEXT, 'unk_token': ENDOFTEXT}
+    config = {'tokenizer_class': 'PreTrainedTokenizerFast', 'clean_up_tokenization_spaces': False, **(more or {})}
+    if documents := end_tokens(values, is_chat=False):
+        config |= {'bos_token': documents[0], 'eos_token': documents[0], 'unk_token': documents[0]}
+    if answers := end_tokens(values, is_chat='chat_template' in config):
+        config['eos_token'] = answers[0]
+    if 'bos_token' in values:
+        config['bos_token'] = values['bos_token']
+    if values['kind'] == 'word':
+        config['unk_token'] = '<|unk|>'
     os.makedirs(folder, exist_ok=True)
     write_file(os.path.join(folder, 'tokenizer.json'), to_json(tokenizer))
     write_file(os.path.join(folder, 'tokenizer_config.json'), to_json(config))
@@ -372,12 +434,16 @@ def write_hf_folder(values: dict, folder):
 
 def hf_tokenizer(values: dict, path) -> dict:
     """The content of the tokenizer.json for a description."""
+    if values['kind'] in ('char', 'word'):
+        return hf_words(values)
+    if values['kind'] == 'byte':
+        values = BYTES
     ids, _ = tokens_of(values)
     vocab = {printable(token): i for token, i in ids.items()}
     steps = []
     if values['pattern'] is not None:
         check_portable(path, values['pattern'])
-        steps = [{'type': 'Split', 'pattern': {'Regex': values['pattern']}, 'behavior': 'Isolated', 'invert': False}]
+        steps = [split_by(values['pattern'])]
     for text, i in values['special_tokens'].items():
         if text in vocab:
             raise ValueError(f'{path} cannot be written: the special token {text!r} (id {i}) has the name of the token '
@@ -385,22 +451,48 @@ def hf_tokenizer(values: dict, path) -> dict:
         # In the vocabulary as well: tokenizers numbers other added tokens itself, without the gaps that ids can have.
         vocab[text] = i
     byte_level = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': False}
+    model = {'type': 'BPE', 'dropout': None, 'unk_token': None, 'continuing_subword_prefix': None,
+             'end_of_word_suffix': None, 'fuse_unk': False, 'byte_fallback': False,
+             'ignore_merges': values['ignore_merges'], 'vocab': dict(sorted(vocab.items(), key=lambda item: item[1])),
+             'merges': values['merges']}
+    file = hf_file(model, values['special_tokens'], {'type': 'Sequence', 'pretokenizers': [*steps, byte_level]},
+                   byte_level, values.get('visible_tokens', ()))
+    if 'normalizer' in values:
+        file['normalizer'] = {'type': values['normalizer']}
+    if bos_token := values.get('bos_token'):
+        first, text = [{'SpecialToken': {'id': bos_token, 'type_id': 0}}], [{'Sequence': {'id': 'A', 'type_id': 0}}]
+        second = [{'SpecialToken': {'id': bos_token, 'type_id': 1}}, {'Sequence': {'id': 'B', 'type_id': 1}}]
+        token = {'id': bos_token, 'ids': [values['special_tokens'][bos_token]], 'tokens': [bos_token]}
+        file['post_processor'] = {'type': 'TemplateProcessing', 'single': first + text, 'pair': first + text + second,
+                                  'special_tokens': {bos_token: token}}
+    return file
+
+
+def hf_words(values: dict) -> dict:
+    """The content of the tokenizer.json of a char or word tokenizer. A character that a char tokenizer does not have is
+    an error there, too: of its vocabulary, the unknown token is none."""
+    if values['kind'] == 'char':
+        special_tokens, tokens, pattern, unknown = {}, values['chars'], r'[\s\S]', ''
+    else:
+        special_tokens, tokens, pattern, unknown = WORD_SPECIALS, [*WORD_SPECIALS, *values['words']], WORDS, '<|unk|>'
+    model = {'type': 'WordLevel', 'vocab': {token: i for i, token in enumerate(tokens)}, 'unk_token': unknown}
+    return hf_file(model, special_tokens, split_by(pattern), {'type': 'Fuse'})
+
+
+def hf_file(model: dict, special_tokens: dict[str, int], pre_tokenizer, decoder, visible_tokens=()) -> dict:
+    """What is around the model in a tokenizer.json."""
     return {
         'version': '1.0', 'truncation': None, 'padding': None,
         'added_tokens': [{'id': i, 'content': text, 'single_word': False, 'lstrip': False, 'rstrip': False,
-                          'normalized': False, 'special': True} for text, i in values['special_tokens'].items()],
-        'normalizer': None,
-        'pre_tokenizer': {'type': 'Sequence', 'pretokenizers': [*steps, byte_level]},
-        'post_processor': None,
-        'decoder': byte_level,
-        'model': {
-            'type': 'BPE', 'dropout': None, 'unk_token': None, 'continuing_subword_prefix': None,
-            'end_of_word_suffix': None, 'fuse_unk': False, 'byte_fallback': False,
-            'ignore_merges': values['ignore_merges'],
-            'vocab': dict(sorted(vocab.items(), key=lambda item: item[1])),
-            'merges': values['merges'],
-        },
+                          'normalized': False, 'special': text not in visible_tokens}
+                         for text, i in special_tokens.items()],
+        'normalizer': None, 'pre_tokenizer': pre_tokenizer, 'post_processor': None, 'decoder': decoder, 'model': model,
     }
+
+
+def split_by(pattern: str) -> dict:
+    """The pre_tokenizer that cuts text into pieces by a pattern."""
+    return {'type': 'Split', 'pattern': {'Regex': pattern}, 'behavior': 'Isolated', 'invert': False}
 
 
 def describe_text(path, vocab: dict[str, int], pairs, pattern, special_tokens: dict[str, int],

@@ -14,9 +14,7 @@ Sources: "Language Models are Unsupervised Multitask Learners" (GPT-2, Radford e
 (github.com/openai/gpt-2, src/model.py) for the architecture and the initialisation; an option's is beside it.
 """
 
-import json
 import math
-import os
 import re
 from dataclasses import dataclass, fields
 
@@ -717,101 +715,15 @@ class GPT(nn.Module):
     @classmethod
     def from_pretrained(cls, name_or_folder, override_args=None):
         """
-        GPT-2's weights: 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl' from the Hugging Face hub, or a local folder
-        with config.json and safetensors. override_args: {'dropout': p}. ValueError for what is not a GPT-2.
+        A model of Hugging Face's layout, GPT-2's or Llama's: one of GPT-2's names, 'gpt2' to 'gpt2-xl', a folder, or a
+        hub id; see huggingface.py. override_args: {'dropout': p}. ValueError for what can't be read.
         """
+        import huggingface  # it imports this module
+
         unknown = set(override_args or {}) - {'dropout'}
         if unknown:
             raise ValueError(f'{sorted(unknown)}: only dropout can be overridden, the weights fix the rest')
-        folder = name_or_folder if os.path.isdir(name_or_folder) else download_gpt2(name_or_folder)
-        config = gpt2_config(folder)
-        config.dropout = (override_args or {}).get('dropout', config.dropout)
-        model = cls(config)
-        state = {k.removeprefix('transformer.'): v for k, v in read_safetensors(folder).items()}
-        # the published files carry the causal mask as a buffer, and some the tied head as well
-        extra = ('.attn.bias', '.attn.masked_bias', 'lm_head.weight')
-        state = {k: v for k, v in state.items() if not k.endswith(extra)}
-        for name, p in model.transformer.named_parameters():
-            if name not in state:
-                raise ValueError(f'{folder}: no tensor {name!r} in the safetensors; a GPT-2 checkpoint has it')
-            tensor = state.pop(name)
-            if name.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight')):
-                tensor = tensor.t()  # stored (in, out), for OpenAI's Conv1D; nn.Linear has (out, in)
-            if tensor.shape != p.shape:
-                raise ValueError(f'{folder}: {name} has shape {tuple(tensor.shape)}, config.json says {tuple(p.shape)}')
-            p.data.copy_(tensor)
-        if state:
-            raise ValueError(f'{folder}: unexpected tensors {sorted(state)[:5]}; this is not a plain GPT-2')
-        return model
-
-
-# GPT-2 from files ----------------------------------------------------------------------------------------------------
-
-GPT2_NAMES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
-
-
-def download_gpt2(name):
-    """Fetch one of OpenAI's GPT-2 models into the hub's cache, or find it there; -> its folder."""
-    if name not in GPT2_NAMES:
-        raise ValueError(f'{name!r} is neither a folder nor one of {", ".join(GPT2_NAMES)}')
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise ValueError(f"{name} needs huggingface_hub: pip install -c constraints.txt -e '.[hf]'") from None
-    try:
-        return snapshot_download(f'openai-community/{name}', allow_patterns=['config.json', 'model.safetensors'])
-    except Exception as error:  # the hub's errors have no common base across its versions and its HTTP libraries
-        why = f'{type(error).__name__}: {(str(error).splitlines() or [""])[0]}'
-        raise ValueError(f'{name} could not be downloaded ({why}). Without a network: copy config.json and '
-                         f'model.safetensors of huggingface.co/openai-community/{name} into a folder and pass '
-                         f'--init_from=FOLDER') from error
-
-
-def gpt2_config(folder):
-    """GPTConfig from a Hugging Face config.json; ValueError naming whatever this model does not do."""
-    path = os.path.join(folder, 'config.json')
-    if not os.path.isfile(path):
-        raise ValueError(f'{folder}: no config.json; expected a folder in Hugging Face layout with config.json and '
-                         f'model.safetensors')
-    try:
-        with open(path, encoding='utf-8') as f:
-            hf = dict(json.load(f))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f'{path} is damaged ({error}); copy it again') from error
-    if hf.get('model_type') != 'gpt2':
-        raise ValueError(f'{path}: model_type is {hf.get("model_type")!r}; only gpt2 can be read')
-    if missing := {'n_positions', 'vocab_size', 'n_layer', 'n_head', 'n_embd'} - set(hf):
-        raise ValueError(f'{path} lacks {", ".join(sorted(missing))}')
-    gelu = {'gelu_new': 'gelu', 'gelu_pytorch_tanh': 'gelu', 'gelu': 'gelu_erf'}
-    activation = hf.get('activation_function', 'gelu_new')
-    expected = {'activation_function': tuple(gelu), 'layer_norm_epsilon': (1e-5,), 'scale_attn_weights': (True,),
-                'scale_attn_by_inverse_layer_idx': (False,), 'tie_word_embeddings': (True,),
-                'add_cross_attention': (False,), 'n_inner': (None, 4 * hf['n_embd'])}
-    for key, values in expected.items():
-        if hf.get(key, values[0]) not in values:
-            raise ValueError(f'{path}: {key} = {hf[key]!r} is not supported, expected {" or ".join(map(repr, values))}')
-    return GPTConfig(block_size=hf['n_positions'], vocab_size=hf['vocab_size'], n_layer=hf['n_layer'],
-                     n_head=hf['n_head'], n_embd=hf['n_embd'], dropout=0.0, bias=True, mlp=gelu[activation])
-
-
-def read_safetensors(folder):
-    """{name: tensor} of all *.safetensors files in the folder (a large model comes in several)."""
-    try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-    except ImportError:
-        raise ValueError("safetensors is not installed: pip install -c constraints.txt -e '.[hf]'") from None
-    files = sorted(f for f in os.listdir(folder) if f.endswith('.safetensors'))
-    if not files:
-        raise ValueError(f'{folder}: no .safetensors file in it (a pytorch_model.bin is a pickle and is not read)')
-    tensors = {}
-    for path in (os.path.join(folder, file) for file in files):
-        try:
-            tensors.update(load_file(path))
-        except SafetensorError as error:
-            raise ValueError(f'{path}, {os.path.getsize(path):,} bytes, can not be read ({error}): it is truncated or '
-                             f'something else, such as a pointer of git-lfs; copy it again') from error
-    return tensors
+        return huggingface.load_model(huggingface.find(name_or_folder), **(override_args or {}))
 
 
 # Devices -------------------------------------------------------------------------------------------------------------

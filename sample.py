@@ -9,7 +9,6 @@ The samples are generated as one batch. The first is printed as it comes, the
 others when all are done.
 """
 
-import os
 import sys
 from contextlib import nullcontext
 
@@ -17,15 +16,13 @@ import torch
 
 import checkpoint
 import parallel
-import tokenizer
 from configurator import explain_errors, override
 from generate import generate_texts
-from model import GPT
 
 sys.stdout.reconfigure(errors='replace')  # a terminal that can't show a character still gets the rest
 
 # settings ------------------------------------------------------------------------------------------------------------
-init_from = 'resume'  # 'resume': a checkpoint in out_dir; 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'; a HF folder
+init_from = 'resume'  # 'resume': a checkpoint in out_dir; or a Hugging Face folder, a hub id, 'gpt2' to 'gpt2-xl'
 out_dir = 'out'  # where train.py wrote ckpt.pt and best.pt
 which = 'best'  # 'best': best.pt where there is one, else ckpt.pt; 'last': ckpt.pt
 start = '\n'  # the prompt, or FILE:path of a text file that holds it
@@ -56,24 +53,9 @@ for name, is_valid, expected in (
 
 # the model and its tokenizer
 device = parallel.choose_device(device)
-if init_from == 'resume':
-    path = os.path.join(out_dir, 'best.pt')
-    if which == 'last' or not os.path.exists(path):
-        path = os.path.join(out_dir, 'ckpt.pt')
-    state = checkpoint.load(path)
-    model = checkpoint.model_of(state, path, dropout=0.0)
-    text_tokenizer = checkpoint.tokenizer_of(state)
-    # a checkpoint knows the lowest val loss of its run so far, which is its own in best.pt unless nanoGPT wrote that
-    of_what = 'val loss' if path.endswith('best.pt') and 'version' in state else 'lowest val loss so far'
-    best_val_loss = float(state['best_val_loss'])
-    print(f'{path}: step {state["iter_num"]}' + (f', {of_what} {best_val_loss:.4f}' if best_val_loss < 1e9 else ''))
-else:
-    model = GPT.from_pretrained(init_from)
-    if model.config.vocab_size != 50257:
-        raise ValueError(f"{init_from}: vocab_size is {model.config.vocab_size}, not GPT-2's 50257, so its tokenizer "
-                         f'is unknown here')
-    text_tokenizer = tokenizer.load('gpt2')
-model.eval().to(device)
+model, text_tokenizer, _, line = checkpoint.open_model(init_from, out_dir, which)
+print(line)
+model.to(device)
 # on the CPU 'auto' is fp32: converting every weight for every token costs more than bf16 saves
 dtype = 'float32' if dtype == 'auto' and device.type == 'cpu' else parallel.choose_dtype(dtype, device)[0]
 autocast = nullcontext() if dtype == 'float32' else torch.autocast(device.type, parallel.DTYPES[dtype])

@@ -329,7 +329,7 @@ class WordTokenizer(Tokenizer):
 
     kind = 'word'
     pattern = r' ?\w+|[^\w\s]|\s'
-    special_tokens = {'<|unk|>': 0, ENDOFTEXT: 1}
+    special_tokens = interchange.WORD_SPECIALS
 
     def __init__(self, words):
         self.words = list(words)
@@ -388,17 +388,28 @@ class BPETokenizer(Tokenizer):
     merges: pairs of bytes, in the order they were learnt: token = left + right. pattern: a regular expression of the
     package regex that cuts text into pieces, one of bpe.PATTERNS' names, or None. special_tokens: {text: id}.
     byte_ids, merge_ids: ids of the 256 bytes and of the merges' tokens (default: the byte's value, and 256 + i).
-    ignore_merges: a piece that is a token is taken as it is, even if no merges lead there (Llama 3).
+    ignore_merges: a piece that is a token is taken as it is, even if no merges lead there (Llama 3). normalizer: 'NFC',
+    the form in which text is encoded, special tokens aside, so that decode(encode(text)) is NFC of text (Qwen).
+    bos_token, visible_tokens: of the special tokens, the one that Hugging Face's libraries put in front of a text, and
+    those that they show in decoded text even when told to skip special ones; nothing here depends on them.
     """
 
     kind = 'bpe'
 
     def __init__(self, merges, pattern: str | None = None, special_tokens: dict[str, int] | None = None, byte_ids=None,
-                 merge_ids=None, ignore_merges: bool = False):
+                 merge_ids=None, ignore_merges: bool = False, normalizer: str | None = None,
+                 bos_token: str | None = None, visible_tokens=()):
         self.merges = [(bytes(left), bytes(right)) for left, right in merges]
         self.pattern = bpe.find_pattern(pattern)
         self.special_tokens = dict(special_tokens or {})
-        self.ignore_merges = ignore_merges
+        self.ignore_merges, self.normalizer = ignore_merges, normalizer
+        self.bos_token, self.visible_tokens = bos_token, list(visible_tokens)
+        if normalizer not in (None, 'NFC'):
+            raise ValueError(f"normalizer is {normalizer!r}; expected 'NFC' or None")
+        for token in [*self.visible_tokens, *([] if bos_token is None else [bos_token])]:
+            if not isinstance(token, str) or token not in self.special_tokens:
+                raise ValueError(f'{token!r} is among bos_token and visible_tokens, and no special token; expected one '
+                                 f'of {", ".join(self.special_tokens) or "none"}')
         place = {bytes([byte]): byte for byte in range(256)}  # of a token among the 256 bytes and then the merges
         pairs = []
         for i, (left, right) in enumerate(self.merges):
@@ -477,9 +488,13 @@ class BPETokenizer(Tokenizer):
         return from_dict(interchange.describe(name, ranks, merges, pattern, encoding._special_tokens,
                                               ignore_merges=len(merges) < len(ranks) - 256))
 
+    def normalized(self, text: str) -> str:
+        """text as it is cut into pieces: without halves of surrogate pairs, in the tokenizer's normal form."""
+        return bpe.normalize(to_utf8(text).decode('utf-8'), self.normalizer)
+
     def encode_ordinary(self, text: str) -> list[int]:
         ids = []
-        for piece in bpe.split(to_utf8(text).decode('utf-8'), self.pattern):
+        for piece in bpe.split(self.normalized(text), self.pattern):
             known = self._known.get(piece)
             if known is None:
                 known = self.encode_piece(piece.encode('utf-8'))
@@ -501,7 +516,9 @@ class BPETokenizer(Tokenizer):
     def encode_invalid(self, data: bytes, valid: int) -> list[int]:
         """As tiktoken does it: the last piece of the valid part goes on to the end of data. So do the tokens of white
         space before it, when it begins with one: what follows could have been of their piece too."""
-        pieces = bpe.split(data[:valid].decode('utf-8'), self.pattern)
+        text = self.normalized(data[:valid].decode('utf-8'))
+        data = text.encode('utf-8') + data[valid:]
+        pieces = bpe.split(text, self.pattern)
         ids = [self.encode_piece(piece.encode('utf-8')) for piece in pieces]
         last = len(ids[-1]) if ids else 0
         ids = list(itertools.chain.from_iterable(ids))
@@ -535,17 +552,20 @@ class BPETokenizer(Tokenizer):
 
     def encode_array(self, text: str) -> np.ndarray:
         if self.is_fast:
-            return self._array(self._fast.encode(text))
+            return self._array(self._fast.encode(self.normalized(text) if self.normalizer else text))
         return np.array(self.encode_ordinary(text), dtype=id_dtype(self.vocab_size))
 
     def encode_batch(self, texts: list[str], workers: int | None = None) -> list[np.ndarray]:
         if self.is_fast:
+            texts = list(map(self.normalized, texts)) if self.normalizer else texts
             return [self._array(places) for places in self._fast.encode_batch(texts, workers)]
         return encode_in_processes(self, texts, workers)
 
     def cuts(self, text: str):
         if self.pattern is None:
             for i in range(len(text) - 1, 0, -1):
+                if self.normalizer and not text[i - 1:i + 1].isascii():  # the two may compose
+                    continue
                 left, right = (char.encode('utf-8', 'replace') for char in text[i - 1:i + 1])
                 if left[-1:] + right[:1] not in self._side_by_side:
                     yield i
@@ -564,8 +584,11 @@ class BPETokenizer(Tokenizer):
             raise ValueError(f'cannot decode token id {error}: this vocabulary does not use this id') from None
 
     def to_dict(self) -> dict:
+        # what few have is left out where it is not so, and thus compares as it did before there was such a thing
+        rare = {'normalizer': self.normalizer, 'bos_token': self.bos_token, 'visible_tokens': self.visible_tokens}
         return {'kind': 'bpe', 'pattern': self.pattern, 'special_tokens': dict(self.special_tokens),
                 'byte_ids': self.byte_ids, 'merge_ids': self.merge_ids, 'ignore_merges': self.ignore_merges,
+                **{key: value for key, value in rare.items() if value},
                 'merges': [f'{bpe.printable(left)} {bpe.printable(right)}' for left, right in self.merges]}
 
 
@@ -765,9 +788,10 @@ def from_dict(values: dict):
         if not isinstance(values[key], expected):
             raise ValueError(f'{key} of a {kind!r} tokenizer is {str(values[key])[:80]!r}; expected '
                              f'{getattr(expected, "__name__", expected)}')
-    for key in ('byte_ids', 'merge_ids'):
+    for key, expected in (('byte_ids', 'ids'), ('merge_ids', 'ids'), ('visible_tokens', 'special tokens')):
         if not isinstance(values.get(key), list | None):
-            raise ValueError(f'{key} of a {kind!r} tokenizer is {str(values[key])[:80]!r}; expected a list of ids')
+            raise ValueError(f'{key} of a {kind!r} tokenizer is {str(values[key])[:80]!r}; expected a list of '
+                             f'{expected}')
     if kind == 'char':
         return CharTokenizer(values['chars'])
     if kind == 'byte':
@@ -785,7 +809,8 @@ def from_dict(values: dict):
             raise ValueError(f"merge {i} is {merge!r}; expected two tokens in GPT-2's byte alphabet with a space "
                              f"between, such as 'Ġ t'") from None
     return BPETokenizer(merges, values['pattern'], values['special_tokens'], values.get('byte_ids'),
-                        values.get('merge_ids'), values.get('ignore_merges', False))
+                        values.get('merge_ids'), values.get('ignore_merges', False), values.get('normalizer'),
+                        values.get('bos_token'), values.get('visible_tokens') or ())
 
 
 class PlainUnpickler(pickle.Unpickler):

@@ -37,12 +37,13 @@ from tqdm import tqdm
 
 import checkpoint
 import dataloader
+import huggingface
 import optim
 import parallel
 import tokenizer
 from configurator import explain_errors, override
 from generate import generate_texts
-from model import GPT, GPT2_NAMES, PRESETS, GPTConfig, padded_vocab_size
+from model import GPT, PRESETS, GPTConfig, padded_vocab_size
 
 # each line as it comes, also into a file or a pipe, and whatever the terminal can't show as '?'
 sys.stdout.reconfigure(errors='replace', line_buffering=True)
@@ -56,7 +57,7 @@ eval_iters = 200  # batches of the training split in an evaluation; the val spli
 eval_only = False  # True: evaluate once and exit
 eval_first = True  # evaluate before the first step too, when nothing is learnt yet; False: start at once
 always_save_checkpoint = True  # False: after an evaluation save only if val improved; the end and signals always save
-init_from = 'scratch'  # 'scratch', 'resume', 'auto' (resume if there is a checkpoint), 'gpt2*' or a Hugging Face folder
+init_from = 'scratch'  # 'resume', 'auto' (resume if there is a checkpoint), a Hugging Face folder or hub id, 'gpt2*'
 patience = 0  # stop after this many evaluations in a row without a lower val loss; 0: never
 sample_tokens = 0  # tokens of a sample to print at the end; 0: none
 sample_prompt = '\n'  # what the sample continues
@@ -128,7 +129,7 @@ globals().update(from_preset)
 if from_preset and os.environ.get('RANK', '0') == '0':
     print(textwrap.fill(f'preset {preset}: ' + ', '.join(f'{key}={value!r}' for key, value in from_preset.items()), 80,
                         subsequent_indent='  ', break_on_hyphens=False))
-sources = ('scratch', 'resume', 'auto', *GPT2_NAMES)
+sources = ('scratch', 'resume', 'auto', *huggingface.GPT2_NAMES)
 for names, is_valid, expected in (
     (('eval_interval', 'log_interval', 'eval_iters', 'batch_size', 'block_size', 'gradient_accumulation_steps'),
      lambda value: value >= 1, '1 or more'),
@@ -144,8 +145,8 @@ for names, is_valid, expected in (
      f'at least warmup_iters={warmup_iters}, or the rate would fall before it has risen'),
     (('warmup_iters',), lambda value: value <= max_iters or lr_decay_iters is not None or 'warmup_iters' not in
      config.given, f'at most max_iters={max_iters}, or the rate would never reach its highest'),
-    (('init_from',), lambda value: value in sources or os.path.isdir(value),
-     f'a folder in Hugging Face layout or one of {", ".join(sources)}'),
+    (('init_from',), lambda value: value in sources or os.path.isdir(value) or '/' in value,
+     f'a folder in Hugging Face layout or one of {", ".join(sources)}, or the id of a model on the hub, owner/name'),
 ):
     for name in names:
         if not is_valid(config[name]):
@@ -177,7 +178,7 @@ if init_from == 'auto':
     state = checkpoint.load(ckpt_path) if n_found else None
 
 # the model; a checkpoint decides over its architecture, and a setting that contradicts it is an error
-text_tokenizer = meta['tokenizer']
+text_tokenizer, chat_template = meta['tokenizer'], None
 torch.manual_seed(seed)
 
 
@@ -212,23 +213,37 @@ elif init_from == 'resume':
         raise ValueError(f'{ckpt_path} was trained with another tokenizer ({saved_tokenizer["kind"]}, vocab_size '
                          f'{model.config.vocab_size}) than {data_dir} was prepared with ({text_tokenizer["kind"]}, '
                          f'{meta["vocab_size"]}); resume on its own dataset (--dataset={state["config"]["dataset"]})')
-    text_tokenizer = text_tokenizer or saved_tokenizer
+    text_tokenizer, chat_template = text_tokenizer or saved_tokenizer, state.get('chat_template')
     # nanoGPT's checkpoints have no tokenizer that could be compared
-    if meta['vocab_size'] and model.config.vocab_size not in (meta['vocab_size'],
+    if not saved_tokenizer and meta['vocab_size'] and model.config.vocab_size not in (meta['vocab_size'],
                                                               padded_vocab_size(meta['vocab_size'])):
         raise ValueError(f'{ckpt_path} has a vocabulary of {model.config.vocab_size}, {data_dir} one of '
                          f'{meta["vocab_size"]}; resume on the dataset it was trained with (--dataset)')
 else:
-    model = GPT.from_pretrained(init_from, {'dropout': dropout})
+    model_folder = huggingface.find(init_from)
+    model = huggingface.load_model(model_folder, dropout)
+    chat_template = huggingface.load_chat_template(model_folder)
     # the sizes and biases that a nanoGPT user's settings may hold for training from scratch are passed over, as there
     refuse_another([name for name in options if name not in ('n_layer', 'n_head', 'n_embd', 'bias')], init_from)
-    if meta['vocab_size'] not in (None, model.config.vocab_size):
-        raise ValueError(f'{data_dir} was prepared for a vocabulary of {meta["vocab_size"]}, {init_from} has '
-                         f'{model.config.vocab_size}; prepare the text with its tokenizer (--tokenizer=gpt2)')
-if text_tokenizer is None and model.config.vocab_size >= 50257:
+    if text_tokenizer is None:  # a dataset that does not say is taken to have the model's ids
+        with suppress(ValueError):  # one of SentencePiece, for example, can't be read, and training needs none
+            text_tokenizer = huggingface.load_tokenizer(model_folder)
+    else:
+        own = huggingface.load_tokenizer(model_folder)
+        is_own = huggingface.same_tokenizer(text_tokenizer, own) if own else (
+            meta['vocab_size'] == model.config.vocab_size)
+        if not is_own:
+            name = own.get('name', model_folder) if own else 'FILE'
+            raise ValueError(f'{data_dir} was prepared for a vocabulary of {meta["vocab_size"]} '
+                             f'({text_tokenizer["kind"]}), {init_from} has another, of {model.config.vocab_size}; '
+                             f'prepare the text with its tokenizer: {dataloader.prepare_command(data_dir)} '
+                             f'--tokenizer={name}')
+if text_tokenizer is None and init_from in ('scratch', 'resume') and model.config.vocab_size >= 50257:
     text_tokenizer = {'kind': 'tiktoken', 'name': 'gpt2'}  # as nanoGPT takes a dataset without meta.pkl
 if init_from != 'scratch' and 'block_size' not in config.given:
-    block_size = model.config.block_size
+    # of a model of others with RoPE, whose context can be 100,000 tokens, no more than the setting says
+    is_long = init_from != 'resume' and model.config.pos == 'rope'
+    block_size = min(block_size, model.config.block_size) if is_long else model.config.block_size
 if block_size > model.config.block_size and model.config.pos == 'learned':
     raise ValueError(f'block_size={block_size} is above the {model.config.block_size} positions of the model in '
                      f'{ckpt_path if init_from == "resume" else init_from}; use --block_size={model.config.block_size} '
@@ -389,6 +404,7 @@ def save_checkpoint(is_best):
         return True
     state = {'model': final_model.state_dict(), 'optimizer': opt.state_dict(), 'model_args': asdict(model.config),
              'iter_num': iter_num, 'best_val_loss': best_val_loss, 'config': dict(config), 'tokenizer': text_tokenizer,
+             'chat_template': chat_template,
              'scaler': scaler.state_dict(), 'evals_since_best': evals_since_best, 'train_time': train_time}
     if final_model is not model:
         state['unaveraged'] = model.state_dict()

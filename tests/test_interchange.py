@@ -7,6 +7,7 @@ import base64
 import json
 import os
 import random
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,8 @@ TEXTS = [
 # characters from which a random text is mostly made of pattern's borders
 NASTY = list(" \t\n\r\x0b\x0c\x85\xa0\u2028\u3000'’sStTſrReEvVlLmMdDK09٣½²aAéÉßǅʰªЖжﬁ中각ि́🙂_-/.!<|>") + ['\r\n', '  ']
 nasty_text = st.one_of(st.text(max_size=60), st.lists(st.sampled_from(NASTY), max_size=60).map(''.join))
+# every character but those of the planes without scripts, and Han and Hangul syllables, which are many and alike
+SCRIPTS = ''.join(map(chr, [*range(0x3500), *range(0x9f00, 0xad00), *range(0xd700, 0xd800), *range(0xf900, 0x20100)]))
 same_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])  # for all examples of a test
 
 
@@ -210,6 +213,137 @@ def test_reads_what_tokenizers_trained(pattern, tmp_path):
     del old['model']['type'], old['model']['ignore_merges']
     (tmp_path / 'old.json').write_text(json.dumps(old))
     assert interchange.read(tmp_path / 'old.json') == values
+
+
+QWEN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)"
+        r"|\s+")  # as its tokenizer.json has it
+
+
+def published_like(family):
+    """A small vocabulary in the way of SmolLM2's, Qwen's or Llama 3's tokenizer.json, trained by tokenizers."""
+    pre = tokenizers.pre_tokenizers
+    pre_tokenizer = {
+        'smollm2': lambda: pre.Sequence([pre.Digits(individual_digits=True), pre.ByteLevel(add_prefix_space=False)]),
+        'qwen': lambda: pre_tokenizers_of(QWEN),
+        'llama 3': lambda: pre_tokenizers_of(QWEN.replace(r'\p{N}|', r'\p{N}{1,3}|')),
+    }[family]()
+    hf = trained_by_tokenizers([*TEXTS, Path(__file__).read_text(encoding='utf-8')], 700, pre_tokenizer,
+                               ignore_merges=family == 'llama 3')
+    hf.add_special_tokens(['<|im_start|>', '<|im_end|>'])
+    hf.add_tokens([tokenizers.AddedToken(token, special=False, normalized=False) for token in ('<think>', '</think>')])
+    if family == 'qwen':
+        hf.normalizer = tokenizers.normalizers.NFC()
+    if family == 'llama 3':
+        hf.post_processor = tokenizers.processors.Sequence([
+            tokenizers.processors.ByteLevel(trim_offsets=False),
+            tokenizers.processors.TemplateProcessing(single='<s> $A', pair='<s> $A <s>:1 $B:1', special_tokens=[
+                ('<s>', hf.token_to_id('<s>'))])])
+    return hf
+
+
+@pytest.mark.parametrize('family', ['smollm2', 'qwen', 'llama 3'])
+def test_published_families(family, tmp_path):
+    """Read, used, saved, loaded and written again: the ids of tokenizers, by every way to encode."""
+    theirs = published_like(family)
+    theirs.save(str(tmp_path / 'tokenizer.json'))
+    values = interchange.read(tmp_path)
+    ours = tokenizer.from_dict(values)
+    assert values['pattern'] == bpe.PATTERNS[{'qwen': 'qwen2', 'llama 3': 'gpt4'}.get(family, family)]
+    assert ours.normalizer == ('NFC' if family == 'qwen' else None)
+    assert ours.bos_token == ('<s>' if family == 'llama 3' else None)
+    assert ours.visible_tokens == ['<think>', '</think>'] and ours.is_fast
+    ours.save(tmp_path / 'own.json')
+    assert tokenizer.load(tmp_path / 'own.json').to_dict() == ours.to_dict() == values
+    interchange.write_tokenizer_json(values, tmp_path / 'again.json')
+    again = tokenizers.Tokenizer.from_file(str(tmp_path / 'again.json'))
+    assert interchange.read(tmp_path / 'again.json') == values
+    assert again.encode('a', 'b').ids == theirs.encode('a', 'b').ids  # with what a post-processor adds
+    marks = '<|im_start|>a <think>e\u0301</think>\u0338<|im_end|>\u0338'
+    for text in [*TEXTS, marks]:
+        assert ours.encode(text, 'all') == hf_ids(theirs, text) == hf_ids(again, text)
+    ids = hf_ids(theirs, marks)
+    assert again.decode(ids) == theirs.decode(ids) and '<think>' in theirs.decode(ids)
+
+    @given(nasty_text.filter(lambda text: not any(token in text for token in values['special_tokens'])))
+    @settings(max_examples=300)
+    def same(text):
+        expected = hf_ids(theirs, text)
+        assert encode_plainly(values, bpe.normalize(text, ours.normalizer)) == expected
+        assert ours.encode(text) == ours.encode_array(text).tolist() == ours.encode(text.encode()) == expected
+        assert ours.encode_batch([text, 'a'])[0].tolist() == list(ours.encode_iterable(text)) == expected
+        assert ours.decode(expected) == (unicodedata.normalize('NFC', text) if ours.normalizer else text)
+    same()
+
+
+@pytest.mark.parametrize('pattern', ['qwen2', None, r'\S+|\s+'])
+def test_nfc_in_a_stream(pattern, monkeypatch):
+    """Wherever a stream is cut, the ids are those of the whole text, whose parts may compose over a cut."""
+    monkeypatch.setattr(tokenizer, 'STREAM_CHARS', 4)
+    values = {**interchange.BYTES, 'pattern': bpe.PATTERNS.get(pattern, pattern), 'normalizer': 'NFC',
+              'merges': ['e s', 'Ã ©']}  # es, é
+    ours = tokenizer.from_dict(values)
+    composing = st.text('es= \n\u0301\u0327\u0338\u1100\u1161\u11a8\uac00\u212b🙂', max_size=40)
+
+    @given(composing)
+    @settings(max_examples=300)
+    def same(text):
+        ids = ours.encode(text)
+        assert list(ours.encode_iterable(list(text))) == ids
+        assert ours.decode(ids) == unicodedata.normalize('NFC', text)
+        assert ours.decode_bytes(ours.encode(text.encode() + b'\xff')) == ours.decode_bytes(ids) + b'\xff'
+    same()
+
+
+def test_nfc_is_that_of_tokenizers():
+    """Whatever Unicode this Python is at: every character alone, and between marks that it may change places with."""
+    theirs = tokenizers.normalizers.NFC()
+    marks = ['{}', 'a{}\u0334', 'a\u0345{}', 'a\u0301{}', 'a\u0327{}\u0301', '\U000105d2{}', '\U00011935{}']
+    for form in marks:
+        text = '\n'.join(map(form.format, SCRIPTS))
+        assert bpe.normalize(text, 'NFC') == theirs.normalize_str(text), form
+
+
+def test_digits_apart():
+    """SmolLM2's two steps as one pattern: white space before a digit is cut off with what precedes it."""
+    pre = tokenizers.pre_tokenizers
+    theirs = pre.Sequence([pre.Digits(individual_digits=True), pre.ByteLevel(add_prefix_space=False)])
+
+    def same(text):
+        expected = [piece for piece, _ in theirs.pre_tokenize_str(text)]
+        assert [bpe.printable(piece.encode()) for piece in bpe.split(text, bpe.PATTERNS['smollm2'])] == expected
+
+    same("a  12  b 3's  '5 \n\n6\t٣½ x")
+    rng = random.Random(0)
+    for _ in range(3000):
+        same(''.join(rng.choices([*NASTY, '5'], k=rng.randint(1, 12))))
+    # Digits knows Unicode 17, in which 13 were new
+    known = [char for char in SCRIPTS if not (0x11de0 <= ord(char) < 0x11dea or 0x16ff4 <= ord(char) < 0x16ff7)]
+    same(''.join(known))
+    rng.shuffle(known)
+    same(''.join(known))
+
+
+@pytest.mark.parametrize('kind', ['char', 'word'])
+def test_characters_and_words_as_a_tokenizer_json(kind, tmp_path):
+    text = ' '.join(TEXTS).replace('<|endoftext|>', '')
+    ours = tokenizer.CharTokenizer.from_text(text) if kind == 'char' else tokenizer.WordTokenizer.train(text, 100)
+    interchange.write_hf_folder(ours.to_dict(), tmp_path)
+    assert interchange.read(tmp_path) == ours.to_dict()
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / 'tokenizer.json'))
+    assert theirs.get_vocab_size() == ours.vocab_size
+    rng = random.Random(0)
+    samples = [''.join(rng.choices(text, k=40)) for _ in range(300)]
+    for sample in [*samples, *([SCRIPTS] if kind == 'word' else [])]:
+        ids = ours.encode(sample)
+        assert hf_ids(theirs, sample) == ids
+        assert theirs.decode(ids, skip_special_tokens=False) == ours.decode(ids)
+    if kind == 'char':
+        with pytest.raises(Exception, match='Missing'):
+            theirs.encode('ζ')
+    changed = json.loads((tmp_path / 'tokenizer.json').read_text(encoding='utf-8'))
+    changed['pre_tokenizer'] = {'type': 'Whitespace'}
+    with pytest.raises(ValueError, match='type is "WordLevel"'):
+        read_file(tmp_path, changed)
 
 
 @same_folder
@@ -493,7 +627,8 @@ SPLIT = {'type': 'Split', 'pattern': {'Regex': r'\s+|\S+'}, 'behavior': 'Isolate
     (byte_level_file(['a b'], vocab=[1]), r'vocab is \[1\]'),
     (byte_level_file(['a b'], vocab={'a': '1'}), 'vocab is {"a": "1"}'),
     (byte_level_file(['a b'], merges='a b'), 'merges are "a b"'),
-    (with_part(normalizer={'type': 'NFC'}), 'normalizer is {"type": "NFC"}.*"normalizer": null'),
+    (with_part(normalizer={'type': 'NFKC'}), 'normalizer is {"type": "NFKC"}.*"normalizer": null'),
+    (with_part(normalizer={'type': 'NFC'}, added_tokens=added(normalized=True)), "'<x>' is looked for in normalized"),
     (with_part(decoder={'type': 'Metaspace'}), 'decoder is .*Metaspace'),
     (with_part(pre_tokenizer=None), 'pre_tokenizer is null'),
     (with_part(pre_tokenizer={'type': 'Metaspace'}), 'pre_tokenizer is .*Metaspace.*expected ByteLevel'),

@@ -1,6 +1,5 @@
 """model.py against transformers, torch and arithmetic by hand. Run: pytest tests/test_model.py"""
 
-import json
 import math
 from dataclasses import asdict
 
@@ -56,134 +55,11 @@ def huggingface(**changes):
 
 # GPT-2 ----------------------------------------------------------------------------------------------------------------
 
-@pytest.fixture
-def gpt2_folder(tmp_path):
-    """-> (transformers' model, a folder where it saved itself)."""
-    theirs = huggingface()
-    theirs.save_pretrained(tmp_path)
-    return theirs, tmp_path
-
-
-@settings(max_examples=8)
-@given(layers=st.integers(1, 3), heads=st.integers(1, 4), width=st.integers(1, 12), vocab=st.integers(2, 70),
-       positions=st.integers(1, 20), activation=st.sampled_from(['gelu_new', 'gelu']), data=st.data())
-def test_logits_equal_transformers(tmp_path_factory, layers, heads, width, vocab, positions, activation, data):
-    theirs = huggingface(n_layer=layers, n_head=heads, n_embd=heads * width, vocab_size=vocab, n_positions=positions,
-                         activation_function=activation)
-    folder = tmp_path_factory.mktemp('hf')
-    theirs.save_pretrained(folder)
-    ours = GPT.from_pretrained(str(folder)).eval()
-    idx = torch.randint(vocab, (2, data.draw(st.integers(1, positions))))
-    with torch.no_grad():
-        expected = theirs(idx).logits
-        torch.testing.assert_close(ours(idx, idx)[0], expected, atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(ours(idx)[0], expected[:, -1:], atol=1e-4, rtol=1e-4)
-        targets = torch.randint(vocab, idx.shape)
-        torch.testing.assert_close(ours(idx, targets)[1], F.cross_entropy(expected.flatten(0, 1), targets.flatten()))
-
-
-def test_gradients_equal_transformers(gpt2_folder):
-    theirs, folder = gpt2_folder
-    ours = GPT.from_pretrained(str(folder))
-    idx = torch.randint(41, (2, 16))
-    ours(idx, idx)[1].backward()
-    F.cross_entropy(theirs(idx).logits.flatten(0, 1), idx.flatten()).backward()
-    torch.testing.assert_close(ours.lm_head.weight.grad, theirs.lm_head.weight.grad, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(ours.transformer.h[0].attn.c_attn.weight.grad.t(),
-                               theirs.transformer.h[0].attn.c_attn.weight.grad, atol=1e-4, rtol=1e-4)
-
-
 def test_state_dict_names_are_gpt2s():
     theirs, ours = huggingface(), tiny(n_embd=24, n_head=3)
     assert set(ours.state_dict()) == set(theirs.state_dict())
     without = {name for name in theirs.state_dict() if not name.endswith('.bias')}
     assert set(tiny(bias=False).state_dict()) == without
-
-
-def test_pretrained_layouts(gpt2_folder, tmp_path_factory):
-    """The layouts in which GPT-2 is published: with the prefix and without, causal masks, the head, several files."""
-    theirs, folder = gpt2_folder
-    expected = GPT.from_pretrained(str(folder)).state_dict()
-    saved = safetensors_torch.load_file(folder / 'model.safetensors')
-    assert all(name.startswith('transformer.') for name in saved)
-    bare = {name.removeprefix('transformer.'): tensor for name, tensor in saved.items()}
-    bare['h.0.attn.bias'] = torch.ones(1, 1, 16, 16)
-    bare['h.1.attn.masked_bias'] = torch.tensor(-1e4)
-    with_head = {**saved, 'lm_head.weight': saved['transformer.wte.weight'].clone()}
-    half = sorted(saved)[: len(saved) // 2]
-    shards = [{name: t for name, t in saved.items() if (name in half) == first} for first in (True, False)]
-    for parts in ([bare], [with_head], shards):
-        other = tmp_path_factory.mktemp('layout')
-        (other / 'config.json').write_text((folder / 'config.json').read_text())
-        for i, part in enumerate(parts, 1):
-            safetensors_torch.save_file(part, other / f'model-{i:05}-of-{len(parts):05}.safetensors')
-        loaded = GPT.from_pretrained(str(other)).state_dict()
-        assert all(torch.equal(loaded[name], expected[name]) for name in expected)
-
-
-def test_pretrained_errors_name_what_is_wrong(gpt2_folder):
-    _, folder = gpt2_folder
-    path = folder / 'model.safetensors'
-    saved = safetensors_torch.load_file(path)
-
-    def refused(tensors, *said):
-        safetensors_torch.save_file(tensors, path)
-        with pytest.raises(ValueError) as error:
-            GPT.from_pretrained(str(folder))
-        for text in said:
-            assert text in str(error.value)
-
-    refused({name: t for name, t in saved.items() if 'h.1.mlp.c_fc.bias' not in name}, 'no tensor', 'h.1.mlp.c_fc.bias')
-    refused({**saved, 'transformer.wpe.weight': torch.zeros(17, 24)}, 'wpe.weight', '(17, 24)', '(16, 24)')
-    refused({**saved, 'transformer.h.2.ln_1.bias': torch.zeros(24)}, 'unexpected', 'h.2.ln_1.bias')
-    whole = path.read_bytes()
-    for damaged in (b'', whole[:5], whole[:500], whole[:-1], bytes(100), b'version https://git-lfs.github.com/spec/v1'):
-        path.write_bytes(damaged)
-        with pytest.raises(ValueError, match=rf'model.safetensors, {len(damaged):,} bytes, can not .*copy it again'):
-            GPT.from_pretrained(str(folder))
-    path.unlink()
-    with pytest.raises(ValueError, match='no .safetensors file'):
-        GPT.from_pretrained(str(folder))
-
-
-@pytest.mark.parametrize('key, value', [
-    ('model_type', 'llama'), ('activation_function', 'relu'), ('layer_norm_epsilon', 1e-6), ('n_inner', 50),
-    ('scale_attn_weights', False), ('scale_attn_by_inverse_layer_idx', True), ('tie_word_embeddings', False),
-    ('add_cross_attention', True)])
-def test_unsupported_options_are_named(gpt2_folder, key, value):
-    _, folder = gpt2_folder
-    path = folder / 'config.json'
-    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
-    with pytest.raises(ValueError) as error:
-        GPT.from_pretrained(str(folder))
-    assert key in str(error.value) and repr(value) in str(error.value)
-
-
-def test_damaged_config(gpt2_folder):
-    _, folder = gpt2_folder
-    path = folder / 'config.json'
-    config = json.loads(path.read_text())
-    for damaged in ('', '{"model_type": "gpt2"', '[1, 2]', 'null'):
-        path.write_text(damaged)
-        with pytest.raises(ValueError, match='config.json is damaged .*copy it again'):
-            GPT.from_pretrained(str(folder))
-    path.write_text(json.dumps({key: value for key, value in config.items() if key != 'n_embd'}))
-    with pytest.raises(ValueError, match='config.json lacks n_embd'):
-        GPT.from_pretrained(str(folder))
-
-
-def test_pretrained_wrong_names(tmp_path):
-    with pytest.raises(ValueError, match="'gpt3' is neither a folder nor one of gpt2, gpt2-medium"):
-        GPT.from_pretrained('gpt3')
-    with pytest.raises(ValueError, match='no config.json'):
-        GPT.from_pretrained(str(tmp_path))
-    with pytest.raises(ValueError, match="n_layer.*only dropout"):
-        GPT.from_pretrained(str(tmp_path), {'n_layer': 3})
-
-
-def test_pretrained_dropout_can_be_set(gpt2_folder):
-    model = GPT.from_pretrained(str(gpt2_folder[1]), {'dropout': 0.25})
-    assert model.config.dropout == model.transformer.h[1].attn.attn_dropout.p == model.transformer.drop.p == 0.25
 
 
 # causality ------------------------------------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ LLAMA_NAMES = {
     'mlp.c_fc': ['mlp.gate_proj', 'mlp.up_proj'], 'mlp.c_proj': ['mlp.down_proj'],
 }
 QKV = ('q_proj', 'k_proj', 'v_proj')
-QK_NORM_EPS = 1e-6  # of model.py's QK-norm, which has no other
+QK_NORM_EPS = 1e-6  # of model.py's QK-norm without weights
 SHARD = 4 * 2**30  # bytes; larger models are written as several files
 
 
@@ -119,9 +119,6 @@ def load_model(folder, dropout=0.0):
         model.transformer.wte.weight = model.lm_head.weight
     with ExitStack() as stack:
         copy_weights(weights_of(model), open_tensors(folder, stack), hf, folder)
-    if config.qk_norm and config.norm_eps != QK_NORM_EPS:
-        for name, weight in weights_of(model).items():
-            weight.mul_(query_scale(name, QK_NORM_EPS, config.norm_eps))
     return model
 
 
@@ -374,14 +371,6 @@ def weights_of(model):
     return weights
 
 
-def query_scale(name, eps, other_eps):
-    """
-    By what to multiply a tensor so that QK-norm with eps gives what it gave with other_eps: x / sqrt(mean(x^2) + e) is
-    the same for s x and s^2 e, so queries and keys are scaled, and nothing else.
-    """
-    return (eps / other_eps) ** 0.5 if 'q_proj' in name or 'k_proj' in name else 1.0
-
-
 # to there -------------------------------------------------------------------------------------------------------------
 
 def check_expressible(config):
@@ -509,15 +498,20 @@ def llama_json(c, weights, described):
 def tensors_of(model, hf):
     """
     {name: tensor} of a model as the model type of the config.json `hf` has them: with biases of 0 where only that has
-    some, without those that are 0 where only this has some; QK-norm with weights, and for the eps of the other norms.
+    some, without those that are 0 where only this has some; QK-norm with weights.
+
+    There QK-norm has the eps of the other norms. x / sqrt(mean(x^2) + eps) is the same for s x and s^2 eps, so where
+    that is another than the one here, queries and keys are scaled, and nothing else.
     """
     c, weights, tensors = model.config, weights_of(model), {}
+    of_ones = c.qk_norm and not c.qk_norm_weight
     has_bias = {} if hf['model_type'] == 'gpt2' else biases_of({**DEFAULTS[hf['model_type']], **hf})
     for name, weight in weights.items():
         module, kind = name.rsplit('.', 1)
         if kind == 'bias':
             continue  # comes with its weight
-        scale = query_scale(name, c.norm_eps, QK_NORM_EPS) if c.qk_norm else 1.0
+        is_scaled = of_ones and module.endswith(('q_proj', 'k_proj'))
+        scale = (c.norm_eps / QK_NORM_EPS) ** 0.5 if is_scaled else 1.0
         tensors[name] = weight if scale == 1.0 else weight * scale
         is_biased = any(has_bias[key] and key in module for key in has_bias)
         if hf['model_type'] == 'gpt2':
@@ -526,7 +520,7 @@ def tensors_of(model, hf):
             n_out = weight.shape[-1] if hf['model_type'] == 'gpt2' else weight.shape[0]
             bias = weights.get(f'{module}.bias', torch.zeros(n_out))
             tensors[f'{module}.bias'] = bias if scale == 1.0 else bias * scale
-    if c.qk_norm and not c.qk_norm_weight:
+    if of_ones:
         tensors |= {f'model.layers.{layer}.self_attn.{name}.weight': torch.ones(c.head_size)
                     for layer in range(c.n_layer) for name in ('q_norm', 'k_norm')}
     return tensors

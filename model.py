@@ -285,7 +285,7 @@ class CausalSelfAttention(nn.Module):
         self.attn_dropout = Dropout(config.dropout)
         self.resid_dropout = Dropout(config.dropout)
         self.qk_norm = config.qk_norm
-        self.q_norm, self.k_norm = (nn.RMSNorm(self.head_size, eps=1e-6) if config.qk_norm_weight else None
+        self.q_norm, self.k_norm = (nn.RMSNorm(self.head_size, eps=config.norm_eps) if config.qk_norm_weight else None
                                     for _ in range(2))
         self.window = window
 

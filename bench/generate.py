@@ -6,9 +6,9 @@ Decoding GPT-2 124M (random weights): tokens a second, against nanoGPT, transfor
 
 Each answers a prompt of 32 tokens with 200, and one of 900 with 100, at temperature 0.8 and top_k 200; the second is
 timed from the first of its tokens on (nanoGPT, which goes over the prompt for each of them, answers with fewer). They
-take turns; ratios are taken within a round. A token can't be had in less than it takes to read every weight once: the floor is the
-time in which torch.sum() reads as many bytes, on as many threads, just before. Also printed: how long a process waits
-for the first and the third token of its first answer; the prompt is read as it is, the second token is compiled for.
+take turns; ratios are taken within a round. A token can't be had in less than it takes to read every weight once: the
+floor is the time in which torch.sum() reads as many bytes, on as many threads, just before. Also printed: how long a
+process waits for the first and the third token of its first answer; the second is the one that is compiled for.
 
 nanoGPT's model.generate() runs as its sample.py runs it on a CPU (fp32, eager), transformers' generate() with its cache
 in the better of fp32 and bf16. The bars on two CPU cores: 12 times nanoGPT's tokens a second, 60 times at 900;
@@ -136,7 +136,7 @@ if transformers and importlib.util.find_spec('transformers'):
 first, rate, ratios = {}, {name: [] for name in runs}, {}
 for name, (answer, idx, _) in runs.items():  # compiles, warms up
     first[name] = seconds(answer, idx, 3)
-    print('{}: {:.2f} s until the first token, {:.2f} until the third'.format(name, *first[name]), file=sys.stderr)
+    print('{}: first token after {:.2f} s, third {:.2f} s'.format(name, *first[name]), file=sys.stderr)
 n_weights = GPT(gpt_config).get_num_params(non_embedding=True)
 floors = []
 for _ in range(rounds):
@@ -167,7 +167,7 @@ compare('int8 against ' + dtype, 'int8, compiled', ours_name, 1.5)
 compare(f'batch of {batch} against 1', f'{dtype}, batch of {batch}', ours_name, 6)
 
 print(common.heading('bench/generate.py'))
-rows = [('', 'tokens/s', 'first token', 'third token')]
+rows = [('', 'tokens/s', 'first', 'third')]
 rows += [(name, common.show(common.spread(values)), *(f'{s:.1f} s' for s in first.get(name, ())), '', '')[:4]
          for name, values in rate.items()]
 print(common.table(rows), '\n')

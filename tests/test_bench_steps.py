@@ -168,10 +168,26 @@ def test_train_step_takes_the_step_apart(folder):
     assert 'bare step: optimizer' in out and 'forward + backward: products' in out
 
 
-@pytest.mark.parametrize('name', ['train_step', 'scaling', 'attention', 'gpu'])
+@pytest.mark.parametrize('name', ['train_step', 'scaling', 'attention', 'generate', 'gpu'])
 def test_scripts_explain_themselves(folder, name):
     out = folder.start(f'bench/{name}.py', '--help').ok().out
     assert f'$ python bench/{name}.py' in out and 'config = ' not in out
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_generate(folder):
+    """Every run has a rate, the comparisons are ratios of them, and the table fits a terminal."""
+    out = folder.start('bench/generate.py', rounds=2, new_tokens=4, long_prompt=40, long_tokens=3, batch=2, n_layer=1,
+                       n_head=2, n_embd=16, vocab_size=64, device='cpu').wait(300).ok().out
+    figures = json.loads(out.splitlines()[-1])
+    rates = figures['tokens_per_second']
+    assert {'bfloat16, compiled', 'int8, compiled, long', 'bfloat16, batch of 2', 'floor'} <= set(rates)
+    assert all(rate['n'] == 2 and rate['min'] > 0 for rate in rates.values())
+    assert set(figures['ratios']) >= {'share of the floor', 'int8 against bfloat16', 'batch of 2 against 1'}
+    int8, bf16 = rates['int8, compiled'], rates['bfloat16, compiled']
+    ratio = figures['ratios']['int8 against bfloat16']['median']
+    assert int8['min'] / bf16['max'] - 0.01 <= ratio <= int8['max'] / bf16['min'] + 0.01
+    assert max(map(len, out.splitlines()[:-1])) <= 80
 
 
 # gpu.py, gpu.sh ------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ Settings: a page of plain assignments at the top of a script, overridden by conf
     config = override(globals())
 
     $ python train.py config/quickstart.py --batch_size=32
+    $ python train.py --compile        # of a setting that can be True or False: --compile=True
     $ python train.py --help
 
 Overrides apply in the order given, so the last one wins. A config file is Python made of plain assignments; it sees
@@ -55,6 +56,8 @@ def override(settings, argv=None):
         if argument.startswith('--') and '=' in argument:
             key, text = argument[2:].split('=', 1)
             changes = {key: parse(text, allowed[key])} if key in page else {key: text}
+        elif argument[:2] == '--' and bool in allowed.get(argument[2:], ()):
+            changes = {argument[2:]: True}
         elif argument.startswith('-'):
             key = argument.lstrip('-')
             example = f'--{key}={settings[key]}' if key in page else '--key=value'

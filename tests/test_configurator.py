@@ -68,7 +68,8 @@ def test_defaults(tmp_path):
     ('--out_dir=a b', 'out_dir', 'a b'), ('--out_dir=ü', 'out_dir', 'ü'), ('--out_dir=((((', 'out_dir', '(((('),
     ('--top_k=None', 'top_k', None), ('--top_k=5', 'top_k', 5), ('--top_p=0.5', 'top_p', 0.5),
     ('--top_p=1', 'top_p', 1.0),
-    ('--compile=True', 'compile', True), ('--compile=false', 'compile', False), ('--compile=auto', 'compile', 'auto')])
+    ('--compile=True', 'compile', True), ('--compile=false', 'compile', False), ('--compile=auto', 'compile', 'auto'),
+    ('--compile', 'compile', True), ('--bias', 'bias', True)])
 def test_one_argument(tmp_path, argument, key, value):
     namespace, printed = resolve(tmp_path, argument)
     config = namespace['config']

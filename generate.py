@@ -253,32 +253,41 @@ class Sample:
         return self.text[: len(self.text) - max(ends, default=0)]
 
 
-def generate_texts(model, tokenizer, prompts, max_new_tokens, num_samples=1, stops=(), seed=1337, first=0,
+def encode_prompt(prompt, tokenizer, block_size, crop_prompt=False):
+    """
+    A text, or a list of ids, -> the ids that the model continues. A special token such as <|endoftext|> in a text is
+    that token, since whoever asks wrote the prompt himself. Raises ValueError for an empty prompt, one that the
+    tokenizer can't encode, and, unless crop_prompt lets the model see only its end, one longer than the context.
+    """
+    ids = tokenizer.encode(prompt, allowed_special='all') if isinstance(prompt, str) else list(prompt)
+    if not ids:
+        raise ValueError('the prompt is empty, and the model continues at least one token; try --start="The"')
+    if len(ids) > block_size and not crop_prompt:
+        raise ValueError(f'the prompt has {len(ids):,} tokens, the context of the model {block_size:,}; shorten it, or '
+                         f'let the model see only its end with --crop_prompt=True')
+    return ids[-block_size:]
+
+
+def generate_texts(model, tokenizer, prompts, max_new_tokens, num_samples=1, stops=(), seed=1337, numbers=None,
                    constraint=None, crop_prompt=False, stop_ids=(), **controls):
     """
     Draw num_samples continuations of each of the texts, or lists of ids, `prompts`, all as one batch. After every token
     yield the Samples, those of the first prompt first. A sample ends before the first of the texts `stops`.
 
-    controls: of generate(). first: number of the first prompt, which decides over its samples as the seed does. A
-    special token such as <|endoftext|> in a prompt is that token, since whoever asks wrote the prompt himself. Raises
-    ValueError for an empty prompt, one that the tokenizer can't encode, and, unless crop_prompt lets the model see only
-    its end, one longer than the context.
+    controls: of generate(). numbers: of the prompts, which decide over their samples as the seed does; None: 0, 1, ...
+    Raises ValueError for a prompt that encode_prompt() refuses.
     """
-    block_size, rows, u = model.config.block_size, [], []
-    for number, prompt in enumerate(prompts, first):
-        ids = tokenizer.encode(prompt, allowed_special='all') if isinstance(prompt, str) else list(prompt)
-        if not ids:
-            raise ValueError('the prompt is empty, and the model continues at least one token; try --start="The"')
-        if len(ids) > block_size and not crop_prompt:
-            raise ValueError(f'the prompt has {len(ids):,} tokens, the context of the model {block_size:,}; shorten '
-                             f'it, or let the model see only its end with --crop_prompt=True')
-        rows += [ids[-block_size:]] * num_samples
+    rows, u = [], []
+    for number, prompt in zip(range(len(prompts)) if numbers is None else numbers, prompts, strict=True):
+        rows += [encode_prompt(prompt, tokenizer, model.config.block_size, crop_prompt)] * num_samples
         u += [uniforms(seed, number, sample, max_new_tokens) for sample in range(num_samples)]
-    samples = [Sample() for _ in rows]
+    samples = [Sample(finish=None if max_new_tokens else 'length') for _ in rows]
     matchers = None
     if constraint is not None:
         constraint.check_length(max_new_tokens)
         matchers = [constraint.matcher() for _ in rows]
+    if not max_new_tokens:
+        yield samples
     steps = generate(model, rows, max_new_tokens, vocab_size=tokenizer.vocab_size, u=torch.stack(u), stop_ids=stop_ids,
                      matchers=matchers, **controls)
     for step, (next_id, logprobs, ended) in enumerate(steps, 1):

@@ -1,0 +1,82 @@
+"""jsonl.py: objects in, results out, nothing lost. Run: pytest tests/test_jsonl.py"""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from jsonl import Results, read_objects
+
+OBJECTS = {1: {'a': 'é🙂'}, 3: {'b': '\ud800'}}
+
+
+@pytest.mark.parametrize('content, said', [
+    (b'{"a": 1}\n{"a": }\n', 'line 2: no JSON, Expecting value at character 7'), (b'[1]', 'line 1: [1] is no object'),
+    (b'\n\n{"a": "\xff"}', "line 3: 'utf-8' codec can't decode"), (b'[' * 200_000, 'line 1: '),
+    (b'{"a": 1} {"a": 2}', 'line 1: no JSON, Extra data')])
+def test_lines_that_are_no_objects(tmp_path, content, said):
+    (tmp_path / 'in.jsonl').write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(f'in.jsonl, {said}')):
+        read_objects(tmp_path / 'in.jsonl')
+
+
+def test_no_file(tmp_path):
+    with pytest.raises(ValueError, match='none.jsonl can not be read.*No such file'):
+        read_objects(tmp_path / 'none.jsonl')
+
+
+def test_results_come_in_the_order_of_the_objects(tmp_path):
+    (tmp_path / 'in.jsonl').write_bytes('{"a": "é🙂"}\r\n \n{"b": "\\ud800"}'.encode())
+    out = tmp_path / 'out.jsonl'
+    assert read_objects(tmp_path / 'in.jsonl') == OBJECTS
+    results = Results(out, 'd')
+    results.add(3, {'x': 3})
+    results.add(1, {'x': '\ud800'})
+    assert not out.exists()
+    results.finish(OBJECTS)
+    assert [json.loads(line) for line in out.read_text(encoding='utf-8').splitlines()] == [
+        {'a': 'é🙂', 'x': '\ud800'}, {'b': '\ud800', 'x': 3}]
+    assert [path.name for path in tmp_path.iterdir() if path.suffix != '.jsonl'] == []
+    with pytest.raises(ValueError, match='out.jsonl is there already; delete it'):
+        Results(out, 'd')
+
+
+def test_killed_anywhere(tmp_path):
+    """Whatever of the file was written, what is whole in it is kept, and what comes next is appended to that."""
+    results = Results(tmp_path / 'out', 'd')
+    results.add(1, {'x': 'é'})
+    results.add(3, {'x': 3})
+    results.file.close()
+    whole = (tmp_path / 'out.part').read_bytes()
+    head = whole.index(b'\n') + 1
+    for n in range(head, len(whole) + 1):
+        path = tmp_path / f'{n}'
+        (tmp_path / f'{n}.part').write_bytes(whole[:n])
+        results = Results(path, 'd')
+        assert results.done == {number: result for number, result in {1: {'x': 'é'}, 3: {'x': 3}}.items()
+                                if whole[:n].count(b'\n') > {1: 1, 3: 2}[number]}
+        for number in {1, 3} - set(results.done):
+            results.add(number, {'x': 'new'})
+        results.finish(OBJECTS)
+        assert len(path.read_bytes().splitlines()) == 2
+
+
+@pytest.mark.parametrize('content', [b'{"digest": "other"}\n', b'{"dig', b'notes of mine\n', b'\xff\x00'])
+def test_a_part_of_another_run_is_left_alone(tmp_path, content):
+    (tmp_path / 'out.part').write_bytes(content)
+    with pytest.raises(ValueError, match='out.part has results of other prompts.*another --out'):
+        Results(tmp_path / 'out', 'd')
+    assert (tmp_path / 'out.part').read_bytes() == content
+
+
+def test_two_at_the_same_time(tmp_path):
+    pytest.importorskip('fcntl')
+    results = Results(tmp_path / 'out', 'd')
+    done = subprocess.run([sys.executable, '-c', 'import jsonl; jsonl.Results("out", "d")'], cwd=tmp_path,
+                          env={'PYTHONPATH': str(ROOT)}, capture_output=True, text=True)
+    assert 'another process is writing out.part right now' in done.stderr
+    results.finish({})
+    assert (tmp_path / 'out').read_bytes() == b''

@@ -1,23 +1,44 @@
 """
-Sample text from a checkpoint of this repository or of nanoGPT, or from GPT-2.
+Sample text from a checkpoint of this repository or of nanoGPT, from GPT-2, or
+from a folder of Hugging Face's; or talk to it.
 
     $ python sample.py --out_dir=out-shakespeare-char
     $ python sample.py --init_from=gpt2-xl --start="What is it?" --num_samples=5
     $ python sample.py --start=FILE:prompt.txt --temperature=0 --num_samples=1
+    $ python sample.py --start="A person: " --json_schema=person.json
+    $ python sample.py --prompts=questions.jsonl --out=answers.jsonl
+    $ python sample.py --init_from=FOLDER --chat
 
 The samples are generated as one batch. The first is printed as it comes, the
 others when all are done.
+
+Each line of a file of prompts is {"prompt": "text"}, {"ids": [1, 2]} or
+{"messages": [{"role": "user", "content": "text"}]}, and may have other keys,
+which are copied. The line of the result is the same with "samples", a list of
+{"text", "finish"}. finish: 'stop' (a stop text, or the end of the answer),
+'complete' (the constraint) or 'length'. --logprobs adds "tokens" and "logprobs"
+to a sample, --vote "answer" and "votes" to a line. A run that was killed goes
+on where it was when the same command is given again.
 """
 
+import json
+import math
+import re
 import sys
-from contextlib import nullcontext
+import textwrap
+import time
 
 import torch
+from tqdm import tqdm
 
 import checkpoint
+import jsonl
 import parallel
+import quantize as quantization
+import tokenizer
+from chat import converse, find_endings, render
 from configurator import explain_errors, override
-from generate import generate_texts
+from generate import encode_prompt, generate_texts, likeliest, majority
 
 sys.stdout.reconfigure(errors='replace')  # a terminal that can't show a character still gets the rest
 
@@ -26,61 +47,286 @@ init_from = 'resume'  # 'resume': a checkpoint in out_dir; or a Hugging Face fol
 out_dir = 'out'  # where train.py wrote ckpt.pt and best.pt
 which = 'best'  # 'best': best.pt where there is one, else ckpt.pt; 'last': ckpt.pt
 start = '\n'  # the prompt, or FILE:path of a text file that holds it
-num_samples = 10  # how many to draw
+prompts = ''  # many prompts instead: FILE.jsonl, see above
+out = ''  # their results: FILE.jsonl
+chat = False  # True: talk at the terminal, in the model's chat format if it has one
+system = ''  # what the chat begins with: who the assistant is, what it should do
+crop_prompt = False  # True: of a prompt longer than the context the model sees the end; False: refuse it
+num_samples = 10  # how many to draw of each prompt; a chat has one answer
 max_new_tokens = 500  # tokens in each
+batch_size = 16  # prompts of a file times samples at once
+slide = 1  # tokens that a full context drops at once; 1: exact, but every token then costs a pass over all of it
+
+# which token comes next
 temperature = 0.8  # 1.0: as the model says; lower: less random; 0: always the likeliest token
 top_k: int | None = 200  # only the k likeliest tokens; None or 0: all
 top_p: float | None = None  # only the likeliest tokens that together have this probability; None: all
-stop = ''  # end a sample before this text; '': never
-seed = 1337
+min_p: float | None = None  # only tokens at least this times as likely as the likeliest; None: all
+repetition_penalty = 1.0  # above 1: tokens that were there already become less likely
+seed = 1337  # a sample depends on it and its own number, not on the batch
+stop = ''  # end a sample before this text, or one of a JSON list of texts; '': never
+
+# what the text has to be: at most one of these
+choices = ''  # one of these texts: yes,no,maybe or a JSON list
+regex = ''  # a text that this regular expression matches as a whole
+json_schema = ''  # JSON of this schema: {...} or the path of a file
+
+# which samples are worth keeping
+best_of = 0  # n: draw n for every sample and keep the likeliest; 0: do not
+vote = ''  # a regular expression that finds the answer in a sample: count the answers of all, the most frequent first
+logprobs = False  # True: also the log-probability of every token, before any of the controls
+
+# the machine
 device = 'auto'  # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps', ...
 dtype = 'auto'  # 'auto', 'float32', 'bfloat16' or 'float16'
-compile = False  # True: torch.compile the model; pays only for many tokens
+quantize = ''  # 'int8': weights of 8 bits, nearly twice as fast as bfloat16 where it is compiled
+compile: bool | str = 'auto'  # torch.compile the step of one token; pays for many tokens
 config = override(globals())
 # ---------------------------------------------------------------------------------------------------------------------
 
 sys.excepthook = explain_errors
 for name, is_valid, expected in (
+    ('which', which in ('best', 'last'), "'best' or 'last'"),
     ('num_samples', num_samples >= 1, '1 or more'),
     ('max_new_tokens', max_new_tokens >= 0, '0 or more'),
-    ('temperature', temperature >= 0, '0 or more'),
+    ('batch_size', batch_size >= 1, '1 or more'),
+    ('slide', slide >= 1, '1 or more'),
+    ('temperature', 0 <= temperature < math.inf, '0 or more'),
     ('top_k', top_k is None or top_k >= 0, '1 or more, or None'),
     ('top_p', top_p is None or 0 < top_p <= 1, 'a probability above 0, or None'),
-    ('which', which in ('best', 'last'), "'best' or 'last'"),
+    ('min_p', min_p is None or 0 <= min_p <= 1, 'a probability, or None'),
+    ('repetition_penalty', 0 < repetition_penalty < math.inf, 'more than 0'),
+    ('seed', 0 <= seed < 2**64, '0 or more, of 64 bits'),
+    ('best_of', best_of >= 0, '2 or more, or 0'),
+    ('quantize', quantize in ('', 'int8'), "'' or 'int8'"),
+    ('dtype', dtype == 'auto' or not quantize, f"'auto' with --quantize={quantize}, which is a precision itself"),
+    ('chat', not (chat and (prompts or best_of or vote or logprobs)),
+     'no prompts, best_of, vote or logprobs beside it'),
+    ('system', chat or not system, 'a chat, with --chat'),
+    ('prompts', not prompts or out, 'also a file for the results: --out=FILE.jsonl'),
+    ('out', not out or prompts, 'also the prompts: --prompts=FILE.jsonl'),
+    ('regex', sum(map(bool, (choices, regex, json_schema))) <= 1, 'only one of choices, regex and json_schema'),
 ):
     if not is_valid:
         raise ValueError(f'{name}={config[name]!r}: expected {expected}')
+try:
+    re.compile(vote)
+except re.error as error:
+    raise ValueError(f'vote={vote!r} is no regular expression: {error}') from error
 
-# the model and its tokenizer
-device = parallel.choose_device(device)
-model, text_tokenizer, _, line = checkpoint.open_model(init_from, out_dir, which)
-print(line)
-model.to(device)
-# on the CPU 'auto' is fp32: converting every weight for every token costs more than bf16 saves
-dtype = 'float32' if dtype == 'auto' and device.type == 'cpu' else parallel.choose_dtype(dtype, device)[0]
-autocast = nullcontext() if dtype == 'float32' else torch.autocast(device.type, parallel.DTYPES[dtype])
-if compile:
-    torch._dynamo.config.suppress_errors = True  # without a working compiler: a warning, and go on without
-    model.compile(dynamic=True)
 
-prompt = start
-if start.startswith('FILE:'):
+def read_file(path, setting):
     try:
-        with open(start[len('FILE:') :], encoding='utf-8') as f:
-            prompt = f.read()
+        with open(path, encoding='utf-8') as f:
+            return f.read()
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f'start={start!r}: {error}') from error
+        raise ValueError(f'{setting}={config[setting]!r}: {error}') from error
 
-# the first sample as it comes, without the tail that may yet turn out to be the beginning of `stop`
-printed, texts = 0, [''] * num_samples
-with autocast:
-    for texts, done in generate_texts(model, text_tokenizer, prompt, num_samples, max_new_tokens, stop, seed,
-                                      temperature=temperature, top_k=top_k or None, top_p=top_p,
-                                      cache_dtype=parallel.DTYPES[dtype]):
-        first = prompt + texts[0]
-        safe = len(first) if done[0] else max(len(prompt), len(first) - max(0, len(stop) - 1))
-        print(first[printed:safe], end='', flush=True)
-        printed = max(printed, safe)
-print((prompt + texts[0])[printed:] + '\n---------------')
-for text in texts[1:]:
-    print(prompt + text + '\n---------------')
+
+def split_list(setting, separator=None):
+    """The texts of a setting that is a JSON list, or several with a separator between them, or one, or none."""
+    text = config[setting]
+    if text.startswith('['):
+        try:
+            texts = json.loads(text)
+        except ValueError:
+            texts = None
+        if not (isinstance(texts, list) and texts and all(isinstance(one, str) and one for one in texts)):
+            raise ValueError(f'{setting}={text!r} begins as a JSON list does; expected one of texts: ["a", "b"]')
+        return texts
+    if separator:
+        return [one.strip() for one in text.split(separator)]
+    return [text] if text else []
+
+
+# the model, its tokenizer, what its text has to be
+device = parallel.choose_device(device)
+model, text_tokenizer, template, line = checkpoint.open_model(init_from, out_dir, which)
+block_size = model.config.block_size
+if slide > block_size:
+    raise ValueError(f'slide={slide}: expected 1 to {block_size}, the context of the model')
+stops, stop_ids, constraint = split_list('stop'), set(), None
+if json_schema and not json_schema.lstrip().startswith('{'):
+    json_schema = read_file(json_schema, 'json_schema')
+if choices or regex or json_schema:
+    from constrain import Constraint  # needs the package llguidance
+
+    constraint = Constraint(text_tokenizer, choices=split_list('choices', ',') if choices else None,
+                            regex=regex or None, json_schema=json_schema or None)
+    constraint.check_length(max_new_tokens)
+
+# precision, compilation
+rows = num_samples * max(1, best_of)  # of one prompt
+at_once = 1 if chat else max(rows, batch_size) if prompts else rows
+parallel.use_cores()
+if device.type == 'cpu':
+    parallel.keep_freed_memory()
+if quantize:
+    dtype, dtype_reason = quantize, 'as set'
+elif dtype == 'auto' and device.type == 'cpu':
+    # a token of a large model costs the reading of its weights; those of a small one are in the caches
+    is_large = model.get_num_params() > 30e6 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    dtype, dtype_reason = ('bfloat16', 'half as much to read') if is_large else ('float32', 'small, or no bf16 here')
+else:
+    dtype, dtype_reason = parallel.choose_dtype(dtype, device)
+is_long = quantize or device.type == 'cuda' or chat or at_once == 1 and max_new_tokens >= 1000
+compile, compile_reason = parallel.choose_compile(compile, device, math.inf if is_long else 0)
+threads = f' (threads: {torch.get_num_threads()})' if device.type == 'cpu' else ''
+print(textwrap.fill(f'device {device}{threads}, dtype {dtype} ({dtype_reason}), compile {compile} ({compile_reason})',
+                    80, subsequent_indent='  '), file=sys.stderr, flush=True)
+print(line, flush=True)
+quantization.for_decoding(model.to(device), torch.int8 if quantize else parallel.DTYPES[dtype], compile)
+
+
+def draw(batch, numbers, n):
+    """generate_texts() with all the settings: n samples of each prompt, a list of ids, of the batch."""
+    try:
+        yield from generate_texts(
+            model, text_tokenizer, batch, max_new_tokens, n, stops, seed, numbers, constraint,
+            stop_ids=stop_ids, temperature=temperature, top_k=top_k or None, top_p=top_p, min_p=min_p,
+            repetition_penalty=repetition_penalty, slide=slide)
+    except RuntimeError as error:
+        if not parallel.out_of_memory(error):
+            raise
+        smaller = 'batch_size' if len(batch) > 1 else 'best_of' if best_of else 'num_samples'
+        raise SystemExit(f'out of memory with {len(batch) * n} samples at once; try a smaller --{smaller}') from None
+
+
+def warm_up(batch, n):
+    """Compile the step, if it will be, with two tokens of this batch; where that fails, go on without."""
+    if not compile or device.type == 'cpu' and len(batch) * n > 1:
+        return
+    print('compiling the step of one token (--compile=False starts at once)', file=sys.stderr, flush=True)
+    try:
+        for step, _ in enumerate(draw(batch, None, n)):
+            if step == 2:
+                break
+    except Exception as error:  # whatever is wrong with a compiler
+        why = f'{type(error).__name__}: {(str(error).strip().splitlines() or [""])[0]}'
+        print(f'WARNING: torch.compile failed ({why}); going on without it, slower. --compile=False silences this',
+              file=sys.stderr, flush=True)
+        torch.compiler.set_stance('force_eager')
+
+
+def keep(samples):
+    """The samples, or the likeliest of each best_of."""
+    return [likeliest(samples[i : i + best_of]) for i in range(0, len(samples), best_of)] if best_of else samples
+
+
+# a chat --------------------------------------------------------------------------------------------------------------
+if chat:
+    stop_ids, ends = find_endings(template, text_tokenizer)
+    stops += ends
+    print('it was trained on chats' if template else 'it has no chat format, so it continues a transcript of one')
+    first = [{'role': 'system', 'content': system}] * bool(system) + [{'role': 'user', 'content': 'Hello'}]
+    warm_up([render(first, template, text_tokenizer)[-block_size:]], 1)
+    converse(lambda ids, number: (samples[0].shown(stops) for samples in draw([ids], [number], 1)), template,
+             text_tokenizer, block_size - min(max_new_tokens, block_size // 2), system)
+    raise SystemExit
+
+
+# one prompt ----------------------------------------------------------------------------------------------------------
+if not prompts:
+    prompt = read_file(start[len('FILE:') :], 'start') if start.startswith('FILE:') else start
+    ids, printed = encode_prompt(prompt, text_tokenizer, block_size, crop_prompt), 0
+    warm_up([ids], rows)
+    for samples in draw([ids], [0], rows):
+        if not best_of:
+            shown = prompt + samples[0].shown(stops)
+            print(shown[printed:], end='', flush=True)
+            printed = len(shown)
+    samples = keep(samples)
+    for sample in samples:
+        print((prompt + sample.text)[printed:])
+        printed = 0
+        if logprobs:
+            for i, logprob in zip(sample.ids, sample.logprobs, strict=True):
+                token = text_tokenizer.decode_bytes([i]).decode('utf-8', 'backslashreplace')
+                print(f'{logprob:10.4f}  {token!r}')
+        print('---------------')
+    if vote:
+        answers = majority([sample.text for sample in samples], vote)
+        print('\n'.join(f'{count:5}  {answer}' for answer, count in answers) or f'no sample has an answer: {vote}')
+    raise SystemExit
+
+
+# many prompts --------------------------------------------------------------------------------------------------------
+def ids_of(value):
+    """What the model is to continue, of the object of a line."""
+    if taken := [key for key in ('samples', 'answer', 'votes') if key in value]:
+        raise ValueError(f'the result has a {taken[0]!r} of its own; rename this one')
+    given = [kind for kind in ('prompt', 'ids', 'messages') if kind in value]
+    if len(given) != 1 or given != kinds:
+        raise ValueError('expected either "prompt" or "ids" or "messages", and in every line the same of them')
+    prompt = value[kinds[0]]
+    if kinds == ['messages']:
+        prompt = render(prompt, template, text_tokenizer)
+    elif kinds == ['prompt'] and not isinstance(prompt, str):
+        raise ValueError('"prompt" is a text')
+    elif kinds == ['ids']:
+        n_ids = model.config.vocab_size
+        if not isinstance(prompt, list) or not all(type(i) is int and 0 <= i < n_ids for i in prompt):
+            raise ValueError(f'"ids" are a list of whole numbers from 0 to {n_ids - 1}')
+    if not prompt:
+        raise ValueError(f'"{kinds[0]}" is empty, and the model continues at least one token')
+    return encode_prompt(prompt, text_tokenizer, block_size, crop_prompt)
+
+
+def result_of(samples):
+    """What is added to a line."""
+    result = {'samples': [{'text': sample.text, 'finish': sample.finish} for sample in samples]}
+    if logprobs:
+        for entry, sample in zip(result['samples'], samples, strict=True):
+            entry |= {'tokens': sample.ids, 'logprobs': sample.logprobs}
+    if vote:
+        votes = majority([sample.text for sample in samples], vote)
+        result |= {'answer': votes[0][0] if votes else None, 'votes': votes}
+    return result
+
+
+objects, prompt_ids = jsonl.read_objects(prompts), {}
+if not objects:
+    raise ValueError(f'{prompts} has no prompts; expected lines such as {{"prompt": "text"}}')
+kinds = [kind for kind in ('prompt', 'ids', 'messages') if kind in next(iter(objects.values()))][:1]  # of all lines
+for number, value in objects.items():  # all are checked before anything is drawn
+    try:
+        prompt_ids[number] = ids_of(value)
+    except ValueError as error:
+        raise ValueError(f'{prompts}, line {number}: {error}') from None
+if kinds == ['messages']:
+    stop_ids, ends = find_endings(template, text_tokenizer)
+    stops += ends
+# all that the results depend on: not in which batches they are computed
+settings = {**config, 'json_schema': json_schema, 'prompts': '', 'out': '', 'batch_size': 0}
+weights = [tensor.flatten()[:8].tolist() for tensor in model.state_dict().values()]  # enough to tell models apart
+digest = tokenizer.digest({'settings': settings, 'weights': weights, 'tokenizer': text_tokenizer.to_dict(),
+                           'prompts': list(objects.items())})
+n_tokens, started = 0, time.perf_counter()
+try:
+    results = jsonl.Results(out, digest)
+    # those of similar lengths together, the longest first, so that memory runs out at the beginning or never
+    waiting = sorted(set(objects) - set(results.done), key=lambda number: -len(prompt_ids[number]))
+    size = max(1, batch_size // rows)
+    bar = tqdm(total=len(objects), initial=len(results.done), unit='prompt', disable=None, leave=False,
+               dynamic_ncols=True, miniters=0)
+    for i in range(0, len(waiting), size):
+        numbers, before = waiting[i : i + size], n_tokens
+        batch = [prompt_ids[number] for number in numbers]
+        if i == 0:
+            warm_up(batch, rows)
+        for samples in draw(batch, numbers, rows):
+            for k, number in enumerate(numbers):
+                group = samples[k * rows : (k + 1) * rows]
+                if number not in results.done and all(sample.finish for sample in group):
+                    results.add(number, result_of(keep(group)))
+                    bar.update()
+            n_tokens = before + sum(len(sample.ids) for sample in samples)
+            bar.set_postfix_str(f'{n_tokens / (time.perf_counter() - started):,.0f} tokens/s', refresh=False)
+            bar.update(0)
+    bar.close()
+    results.finish(objects)
+except OSError as error:
+    raise ValueError(f'{out} can not be written: {error}; free some space, or name another --out') from error
+except KeyboardInterrupt:
+    raise SystemExit(f'\nstopped; the results so far are in {out}.part, and the same command goes on') from None
+print(f'{out}: {len(objects):,} prompts, {n_tokens:,} tokens in {time.perf_counter() - started:.1f} s')

@@ -54,7 +54,8 @@ def render(messages, template, tokenizer):
     def hide(message):
         hidden = [token for token in stand_ins if not (message['role'] == 'assistant' and token in THOUGHTS)]
         parts = bpe.split_specials(message['content'], hidden)
-        return {**message, 'content': ''.join(stand_ins[part] if i % 2 else part for i, part in enumerate(parts))}
+        content = ''.join(stand_ins[part] if i % 2 else part for i, part in enumerate(parts))
+        return {'role': message['role'], 'content': content}
 
     text = apply_template(template, tokenizer, [hide(message) for message in messages], add_generation_prompt=True)
     shown = {ord(char): token for token, char in stand_ins.items()}

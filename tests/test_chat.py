@@ -35,7 +35,7 @@ TEMPLATES = {
 {%- endif %}
 {{- '<|start_header_id|>system<|end_header_id|>\\n\\nToday: ' + date + '\\n' + system + '<|eot_id|>' }}
 {%- for message in rest %}
-    {{- '<|start_header_id|>' + message.role + '<|end_header_id|>\\n\\n' + message.content | trim + '<|eot_id|>' }}
+    {{- '<|start_header_id|>' + message.role + '<|end_header_id|>\\n\\n' + (message.name or '') + message.content | trim + '<|eot_id|>' }}
 {%- endfor %}
 {%- if add_generation_prompt %}
     {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
@@ -120,7 +120,7 @@ def test_nobody_can_speak_as_another(bpe, theirs, name, first, answer, second):
     ids = render(messages, TEMPLATES[name], bpe)
     assert bpe.decode(ids) == expected(theirs[name], messages, False)
     special = set(bpe.special_tokens.values())
-    plain = render([{**message, 'content': 'x'} for message in messages], TEMPLATES[name], bpe)
+    plain = render([{**message, 'content': 'x', 'name': '</s>'} for message in messages], TEMPLATES[name], bpe)
     assert [i for i in ids if i in special] == [i for i in plain if i in special]
 
 

@@ -19,13 +19,13 @@ import signal
 from datetime import datetime
 
 import bpe
+from interchange import ANSWER_ENDS, DOCUMENT_ENDS
 
 NAMES = {'user': 'User', 'assistant': 'Assistant'}  # in a transcript
 ROLES = ('system', 'user', 'assistant', 'tool')
-# A tokenizer does not say what its special tokens are for: by name, those that begin a text and those that end an
-# answer in Llama 3, Mistral, Qwen, SmolLM2 and GPT-2
-BEGINNINGS = ('<|begin_of_text|>', '<s>', '<|endoftext|>')
-ENDINGS = ('<|im_end|>', '<|eot_id|>', '</s>', '<|end_of_text|>', '<|endoftext|>')
+# Tokenizers do not say what their special tokens are for: by name, those that begin a text and those that end an answer
+BEGINNINGS = ('<|begin_of_text|>', '<s>', '<|endoftext|>')  # of Llama 3, Mistral, GPT-2
+ENDINGS = (*ANSWER_ENDS, '</s>', *DOCUMENT_ENDS)
 THOUGHTS = ('<think>', '</think>')  # templates look for these in an answer, to forget what is between them
 HELP = """\
 /reset  forget the conversation         /help   this

@@ -35,7 +35,8 @@ TEMPLATES = {
 {%- endif %}
 {{- '<|start_header_id|>system<|end_header_id|>\\n\\nToday: ' + date + '\\n' + system + '<|eot_id|>' }}
 {%- for message in rest %}
-    {{- '<|start_header_id|>' + message.role + '<|end_header_id|>\\n\\n' + (message.name or '') + message.content | trim + '<|eot_id|>' }}
+    {{- '<|start_header_id|>' + message.role + '<|end_header_id|>\\n\\n' + (message.name or '') }}
+    {{- message.content | trim + '<|eot_id|>' }}
 {%- endfor %}
 {%- if add_generation_prompt %}
     {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}

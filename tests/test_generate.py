@@ -344,7 +344,9 @@ def test_a_sample_depends_on_nothing_but_its_seed_and_numbers(gpt):
         return [(sample.text, sample.ids) for sample in samples]
 
     both = texts(['ab', 'hello'], 3)
-    assert both[:3] == texts(['ab'], 3) and both[:2] == texts(['ab'], 2) and both[3:] == texts(['hello'], 3, first=1)
+    assert both[:3] == texts(['ab'], 3) and both[:2] == texts(['ab'], 2)
+    assert both[3:] == texts(['hello'], 3, numbers=[1])
+    assert texts(['hello', 'ab'], 3, numbers=[1, 0]) == both[3:] + both[:3]
     assert both != texts(['ab', 'hello'], 3, seed=4) and len(set(map(str, both))) == 6
 
 

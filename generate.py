@@ -7,6 +7,7 @@ From logits to text: draw the next token, and the one after it, from a cache of 
 
 import codecs
 import functools
+import math
 import re
 from collections import Counter
 from dataclasses import dataclass, field
@@ -313,8 +314,11 @@ def generate_texts(model, tokenizer, prompts, max_new_tokens, num_samples=1, sto
 
 
 def likeliest(samples):
-    """Best of n: the sample whose tokens are the likeliest on average, so that long ones are not at a disadvantage."""
-    return max(samples, key=lambda sample: sum(sample.logprobs) / max(1, len(sample.logprobs)))
+    """
+    Best of n: the sample whose tokens are the likeliest on average, so that long ones are not at a disadvantage. One
+    that ended before its first token comes last.
+    """
+    return max(samples, key=lambda sample: sum(sample.logprobs) / len(sample.logprobs) if sample.ids else -math.inf)
 
 
 def majority(texts, pattern):
@@ -327,4 +331,4 @@ def majority(texts, pattern):
     for text in texts:
         if matches := list(re.finditer(pattern, text)):
             answers.append(matches[-1].group(1 if matches[-1].re.groups else 0))
-    return Counter(answers).most_common()
+    return Counter(answer for answer in answers if answer is not None).most_common()

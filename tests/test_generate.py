@@ -380,10 +380,11 @@ def test_repetition_penalty(gpt):
 
 def test_best_and_majority():
     samples = [Sample('a', [1, 2], [-1.0, -3.0]), Sample('b', [1], [-1.9]), Sample('c', [1, 2, 3], [-2.0, -2.0, -2.0])]
-    assert likeliest(samples).text == 'b'
+    assert likeliest([Sample(finish='stop'), *samples]).text == 'b' and likeliest([Sample()]).text == ''
     texts = ['so it is 12', 'I think 7, no, 12.', 'it is 7', 'nothing', '12']
     assert majority(texts, r'\d+') == [('12', 3), ('7', 1)]
     assert majority(texts, r'is (\d+)') == [('12', 1), ('7', 1)] and majority(texts, 'x') == []
+    assert majority(texts, r'(7)?') == [] and majority(['7 or', 'b'], r'(\d) or|b') == [('7', 1)]
 
 
 @pytest.mark.parametrize('controls', [{'top_p': 0.6}, {'min_p': 0.02}, {'top_p': 0.9999},

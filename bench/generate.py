@@ -126,7 +126,7 @@ if long_prompt:
     runs['int8, compiled, long'] = int8, long, long_tokens
 if peer:
     nanogpt = nanogpts()
-    runs['nanoGPT'] = nanogpt, prompt, max(1, new_tokens // 4)  # its tokens take the longer the more there are
+    runs['nanoGPT'] = nanogpt, prompt, new_tokens
     if long_prompt:
         runs['nanoGPT, long'] = nanogpt, long, max(1, long_tokens // 16)
 if transformers and importlib.util.find_spec('transformers'):

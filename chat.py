@@ -23,7 +23,7 @@ from interchange import ANSWER_ENDS, DOCUMENT_ENDS
 
 NAMES = {'user': 'User', 'assistant': 'Assistant'}  # in a transcript
 ROLES = ('system', 'user', 'assistant', 'tool')
-# Tokenizers do not say what their special tokens are for: by name, those that begin a text and those that end an answer
+# Most tokenizers do not say what their special tokens are for: by name, those that begin a text, or end an answer
 BEGINNINGS = ('<|begin_of_text|>', '<s>', '<|endoftext|>')  # of Llama 3, Mistral, GPT-2
 ENDINGS = (*ANSWER_ENDS, '</s>', *DOCUMENT_ENDS)
 THOUGHTS = ('<think>', '</think>')  # templates look for these in an answer, to forget what is between them
@@ -96,7 +96,7 @@ def apply_template(template, tokenizer, messages, add_generation_prompt):
     try:
         return compiled(template).render(
             messages=messages, add_generation_prompt=add_generation_prompt, tools=None, documents=None,
-            bos_token=named(BEGINNINGS), eos_token=named(ENDINGS))
+            bos_token=getattr(tokenizer, 'bos_token', None) or named(BEGINNINGS), eos_token=named(ENDINGS))
     except Exception as error:  # of Jinja, of the template, or of what it does to the messages
         raise ValueError(f"the model's chat template can not render this conversation: {error}") from error
 

@@ -42,9 +42,11 @@ from tqdm import tqdm
 import checkpoint
 import corpus
 import dataloader
+import huggingface
 import parallel
 import tokenizer
 from configurator import explain_errors, override
+from generate import bos_ids
 from quantize import for_decoding
 
 sys.stdout.reconfigure(errors='replace')  # a terminal that can't show a file's name still gets the rest
@@ -62,7 +64,7 @@ max_tokens: int | None = None  # only the first so many tokens of the text; None
 batch_size: int | None = None  # windows at a time; None: as many as have 8,192 tokens
 device = 'auto'  # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps', ...
 dtype = 'float32'  # the most precise; 'bfloat16' or 'auto' (what suits the device) can be several times faster
-quantize = ''  # 'int8': evaluate the model as it is and as sample.py --quantize=int8 has it, and how they differ
+quantize = ''  # 'int8': the model as it is and with the weights of sample.py --quantize=int8, and how they differ
 compile = False  # True: torch.compile the model; pays only for many tokens
 config = override(globals())
 # ---------------------------------------------------------------------------------------------------------------------
@@ -105,7 +107,8 @@ def read_input():
 
 def encode_input():
     """The ids of the text; what looks like a special token is ordinary text. Raises ValueError if there are too few."""
-    arrays, n_tokens = [], 0
+    arrays = [np.array(bos_ids(text_tokenizer), dtype=np.int64)]
+    n_tokens = len(arrays[0])
     for piece in text_tokenizer.cut_safely(read_input()):
         arrays.append(text_tokenizer.encode_array(piece))
         n_tokens += len(arrays[-1])
@@ -147,9 +150,7 @@ else:
         bytes_unknown = f'{data_dir} does not say which tokenizer it was prepared with'
     else:
         theirs = tokenizer.from_dict(meta['tokenizer'])
-        # GPT-2's by its name and read from files, for one, is the same
-        if theirs.to_dict() != text_tokenizer.to_dict() and \
-                getattr(theirs, 'bpe', theirs).to_dict() != getattr(text_tokenizer, 'bpe', text_tokenizer).to_dict():
+        if not huggingface.same_tokenizer(meta['tokenizer'], text_tokenizer.to_dict()):
             raise ValueError(f'{data_dir} was prepared with another tokenizer ({theirs.kind}, {theirs.vocab_size:,} '
                              f'ids) than the model has ({text_tokenizer.kind}, {text_tokenizer.vocab_size:,} ids); '
                              f'give the text itself, which any tokenizer reads: --input=FILE')

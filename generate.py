@@ -35,17 +35,19 @@ def sample_next(logits, temperature=1.0, top_k=None, top_p=None, min_p=None, u=N
     logits, ids = logits / temperature, None
     if top_k is not None and top_k < logits.size(-1):
         logits, ids = logits.topk(top_k)
-    log_total = logits.double().logsumexp(-1, keepdim=True)
+    log_total = logits.logsumexp(-1, keepdim=True)
     if ids is None and (top_p is not None and top_p < 1.0 or min_p):
         logits, ids = by_probability(logits, log_total, 1.0 if top_p is None else top_p, min_p or 0.0)
-    p = (logits.double() - log_total).exp()
+    p = (logits - log_total).exp()
     if top_p is not None and top_p < 1.0:
-        p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0.0)  # what all likelier ids hold is enough
+        p = p.masked_fill(p.cumsum(-1, dtype=torch.double) - p >= top_p, 0.0)  # what all likelier ids hold is enough
     if min_p:
         p = p.masked_fill(p < min_p * p[:, :1], 0.0)
     u = torch.rand(len(p), device=p.device) if u is None else u
-    below = p.cumsum(-1)  # an id of probability 0 ends where the one before it does, so it is never the first above u
+    # an id of probability 0 ends where the one before it does, so it is never the first that ends above u
+    below = p.cumsum(-1, dtype=torch.double)
     drawn = torch.searchsorted(below, u.double()[:, None] * below[:, -1:], right=True)
+    drawn = drawn.clamp(max=p.size(-1) - 1)  # where all is NaN
     return drawn if ids is None else ids.gather(1, drawn)
 
 
@@ -56,7 +58,7 @@ def by_probability(logits, log_total, top_p, min_p):
     """
     if logits.device.type == 'cpu' and logits.size(-1) > 1024:
         largest, ids = logits.topk(1024)
-        p = (largest.double() - log_total).exp()
+        p = (largest - log_total).exp()
         if (p.sum(-1) > top_p).all() or (p[:, -1] < min_p * p[:, 0]).all():
             return largest, ids
     return logits.sort(descending=True)
@@ -222,6 +224,9 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=
         for row, drawn in enumerate(next_id[:, 0].tolist() if stop_ids else ()):
             ended[row] = ended[row] or drawn in stop_ids
         logprobs = plain.gather(1, next_id) - plain.logsumexp(-1, keepdim=True)
+        if logprobs.isnan().any():
+            raise ValueError('the logits are not numbers: the weights are broken, or their precision can not hold what '
+                             'they give (--dtype=float32 can)')
         yield next_id.to(device), logprobs, list(ended)
         if all(ended):
             return
@@ -244,7 +249,27 @@ class Sample:
     finish: str | None = None
 
     def __post_init__(self):
+        self.starts = []  # length of the text before each token
         self.decoder = codecs.getincrementaldecoder('utf-8')('replace')
+
+    def append(self, i, logprob, token):
+        """A token: its id, log-probability and bytes."""
+        self.ids.append(i)
+        self.logprobs.append(logprob)
+        self.starts.append(len(self.text))
+        self.text += self.decoder.decode(token)
+
+    def end(self, finish):
+        """The text ends here, whether or not with a whole character."""
+        self.text += self.decoder.decode(b'', final=True)
+        self.finish = finish
+
+    def cut(self, length):
+        """The text ends before a stop text, at this length, and so do its tokens."""
+        while self.starts and self.starts[-1] >= length:
+            for of_tokens in (self.ids, self.logprobs, self.starts):
+                of_tokens.pop()
+        self.text, self.finish = self.text[:length], 'stop'
 
     def shown(self, stops):
         """The text without a tail that may yet turn out to be the beginning of one of `stops`."""
@@ -252,6 +277,12 @@ class Sample:
             return self.text
         ends = [n for stop in stops for n in range(1, len(stop)) if self.text.endswith(stop[:n])]
         return self.text[: len(self.text) - max(ends, default=0)]
+
+
+def bos_ids(tokenizer):
+    """[the id that a model such as Llama 3 has seen before every text], or [] where there is none."""
+    bos = tokenizer.special_tokens.get(getattr(tokenizer, 'bos_token', None))
+    return [] if bos is None else [bos]
 
 
 def encode_prompt(prompt, tokenizer, block_size, crop_prompt=False):
@@ -263,6 +294,8 @@ def encode_prompt(prompt, tokenizer, block_size, crop_prompt=False):
     ids = tokenizer.encode(prompt, allowed_special='all') if isinstance(prompt, str) else list(prompt)
     if not ids:
         raise ValueError('the prompt is empty, and the model continues at least one token; try --start="The"')
+    if isinstance(prompt, str) and ids[:1] != bos_ids(tokenizer):
+        ids = bos_ids(tokenizer) + ids
     if len(ids) > block_size and not crop_prompt:
         raise ValueError(f'the prompt has {len(ids):,} tokens, the context of the model {block_size:,}; shorten it, or '
                          f'let the model see only its end with --crop_prompt=True')
@@ -297,17 +330,14 @@ def generate_texts(model, tokenizer, prompts, max_new_tokens, num_samples=1, sto
             if sample.finish is not None:
                 continue
             if has_ended:
-                sample.finish = 'stop' if i in stop_ids else 'complete'
+                sample.end('stop' if constraint is None else 'complete')
                 continue
-            sample.ids.append(i)
-            sample.logprobs.append(logprob)
-            sample.text += sample.decoder.decode(tokenizer.decode_bytes([i]))
+            sample.append(i, logprob, tokenizer.decode_bytes([i]))
             found = [sample.text.find(stop) for stop in stops if stop in sample.text]
             if found:
-                sample.text, sample.finish = sample.text[: min(found)], 'stop'
+                sample.cut(min(found))
             elif step == max_new_tokens:
-                sample.text += sample.decoder.decode(b'', final=True)
-                sample.finish = 'length' if constraint is None else 'complete'
+                sample.end('length' if constraint is None else 'complete')
         yield samples
         if all(sample.finish for sample in samples):
             return

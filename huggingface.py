@@ -134,6 +134,9 @@ def read_config(folder):
     except (TypeError, ValueError) as error:
         raise ValueError(f'{path} is damaged ({error}); copy it again') from error
     kind = hf.get('model_type')
+    if 'model_type' not in hf and any(os.path.exists(os.path.join(folder, name)) for name in ('best.pt', 'ckpt.pt')):
+        raise ValueError(f'{folder} is a run of train.py, not a Hugging Face folder; say --out_dir={folder} instead '
+                         f'(train.py: --init_from=resume --out_dir={folder})')
     if not isinstance(kind, str) or kind not in DEFAULTS:
         raise ValueError(f'{path}: model_type is {kind!r}; can be read: {", ".join(DEFAULTS)}')
     family = 'gpt2' if kind == 'gpt2' else 'llama'
@@ -307,7 +310,7 @@ def load_tokenizer(folder):
     """
     hf = read_config(folder)
     files = set(os.listdir(folder))
-    if 'tokenizer.json' in files or any({*names} <= files for names in interchange.GPT2_NAMES):
+    if 'tokenizer.json' in files or any({*names} <= files for names in interchange.GPT2_FILES):
         described = interchange.read(folder)
     elif 'tokenizer.model' in files:
         raise ValueError(f'{folder}: its tokenizer.model is one of SentencePiece, whose tokens do not come from bytes, '

@@ -61,7 +61,7 @@ ANSWER_ENDS = ('<|im_end|>', '<|eot_id|>')  # of chats: Qwen's and SmolLM2's, Ll
 UNDERSTOOD = ("tiktoken's *.tiktoken, Hugging Face's tokenizer.json (byte-level BPE), GPT-2's vocab.json and "
               "merges.txt or encoder.json and vocab.bpe side by side, or a folder with one of these")
 
-GPT2_NAMES = [('vocab.json', 'merges.txt'), ('encoder.json', 'vocab.bpe')]
+GPT2_FILES = [('vocab.json', 'merges.txt'), ('encoder.json', 'vocab.bpe')]
 
 # OpenAI's published files: SHA-256 -> name, pattern, special tokens, none of which are in the file itself.
 PUBLISHED = {
@@ -555,7 +555,7 @@ def read(path, pattern: str | None = 'gpt4', special_tokens: dict[str, int] | No
         tiktokens = [name for name in names if name.endswith('.tiktoken')]
         if 'tokenizer.json' in names:
             return read_tokenizer_json(os.path.join(path, 'tokenizer.json'))
-        for vocab, merges in GPT2_NAMES:
+        for vocab, merges in GPT2_FILES:
             if vocab in names and merges in names:
                 return read_gpt2_files(os.path.join(path, vocab), os.path.join(path, merges))
         if len(tiktokens) != 1:
@@ -567,14 +567,14 @@ def read(path, pattern: str | None = 'gpt4', special_tokens: dict[str, int] | No
     if content.lstrip()[:1] == b'{':
         file = read_json(path)
         if is_vocab(file):
-            return read_gpt2_files(path, beside(path, dict(GPT2_NAMES)))
+            return read_gpt2_files(path, beside(path, dict(GPT2_FILES)))
         if 'model' in file:
             return read_tokenizer_json(path)
         if 'kind' in file:
             raise ValueError(f"{path} is in this program's own format, of kind {short(file['kind'])}: "
                              f'tokenizer.load() reads it')
     elif first_line[:1] == [b'#version:']:
-        return read_gpt2_files(beside(path, {merges: vocab for vocab, merges in GPT2_NAMES}), path)
+        return read_gpt2_files(beside(path, {merges: vocab for vocab, merges in GPT2_FILES}), path)
     elif len(first_line) == 2 and len(first_line[0]) % 4 == 0 and first_line[1].isdigit():
         return read_tiktoken(path, pattern, special_tokens)
     found = 'unknown content'

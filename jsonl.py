@@ -68,7 +68,8 @@ class Results:
         for line in lines:
             if not line.endswith(b'\n'):  # the run was killed while it wrote this
                 break
-            entry, whole = json.loads(line), whole + len(line)
+            entry = read_object(f'{self.part} is damaged; delete it, or name another --out: its line', line)
+            whole += len(line)
             if 'line' in entry:
                 self.done[entry['line']] = entry['result']
         self.file.truncate(whole)

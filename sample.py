@@ -63,7 +63,7 @@ top_k: int | None = 200  # only the k likeliest tokens; None or 0: all
 top_p: float | None = None  # only the likeliest tokens that together have this probability; None: all
 min_p: float | None = None  # only tokens at least this times as likely as the likeliest; None: all
 repetition_penalty = 1.0  # above 1: tokens that were there already become less likely
-seed = 1337  # a sample depends on it and its own number, not on the batch
+seed = 1337  # a sample depends on it and its own number, in float32 not on the batch it is in
 stop = ''  # end a sample before this text, or one of a JSON list of texts; '': never
 
 # what the text has to be: at most one of these
@@ -79,7 +79,7 @@ logprobs = False  # True: also the log-probability of every token, before any of
 # the machine
 device = 'auto'  # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps', ...
 dtype = 'auto'  # 'auto', 'float32', 'bfloat16' or 'float16'
-quantize = ''  # 'int8': weights of 8 bits, nearly twice as fast as bfloat16 where it is compiled
+quantize = ''  # 'int8': weights of 8 bits; on a CPU the fastest, one sample at a time and compiled
 compile: bool | str = 'auto'  # torch.compile the step of one token; pays for many tokens
 config = override(globals())
 # ---------------------------------------------------------------------------------------------------------------------
@@ -97,7 +97,7 @@ for name, is_valid, expected in (
     ('min_p', min_p is None or 0 <= min_p <= 1, 'a probability, or None'),
     ('repetition_penalty', 0 < repetition_penalty < math.inf, 'more than 0'),
     ('seed', 0 <= seed < 2**64, '0 or more, of 64 bits'),
-    ('best_of', best_of >= 0, '2 or more, or 0'),
+    ('best_of', best_of == 0 or best_of >= 2, '2 or more, or 0'),
     ('quantize', quantize in ('', 'int8'), "'' or 'int8'"),
     ('dtype', dtype == 'auto' or not quantize, f"'auto' with --quantize={quantize}, which is a precision itself"),
     ('chat', not (chat and (prompts or best_of or vote or logprobs)),
@@ -105,6 +105,8 @@ for name, is_valid, expected in (
     ('system', chat or not system, 'a chat, with --chat'),
     ('prompts', not prompts or out, 'also a file for the results: --out=FILE.jsonl'),
     ('out', not out or prompts, 'also the prompts: --prompts=FILE.jsonl'),
+    ('stop', not stop or not (choices or regex or json_schema),
+     "'' with choices, regex or json_schema, which say themselves where the text ends"),
     ('regex', sum(map(bool, (choices, regex, json_schema))) <= 1, 'only one of choices, regex and json_schema'),
 ):
     if not is_valid:
@@ -165,7 +167,7 @@ if quantize:
     dtype, dtype_reason = quantize, 'as set'
 elif dtype == 'auto' and device.type == 'cpu':
     # a token of a large model costs the reading of its weights; those of a small one are in the caches
-    is_large = model.get_num_params() > 30e6 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    is_large = model.get_num_params() > 30e6 and quantization.has_bf16_products()
     dtype, dtype_reason = ('bfloat16', 'half as much to read') if is_large else ('float32', 'small, or no bf16 here')
 else:
     dtype, dtype_reason = parallel.choose_dtype(dtype, device)
@@ -176,6 +178,7 @@ print(textwrap.fill(f'device {device}{threads}, dtype {dtype} ({dtype_reason}), 
                     80, subsequent_indent='  '), file=sys.stderr, flush=True)
 print(line, flush=True)
 quantization.for_decoding(model.to(device), torch.int8 if quantize else parallel.DTYPES[dtype], compile)
+model.has_compiled_step = compile and (device.type != 'cpu' or at_once == 1)  # a last, smaller batch is not worth it
 
 
 def draw(batch, numbers, n):
@@ -194,17 +197,20 @@ def draw(batch, numbers, n):
 
 def warm_up(batch, n):
     """Compile the step, if it will be, with two tokens of this batch; where that fails, go on without."""
-    if not compile or device.type == 'cpu' and len(batch) * n > 1:
+    if not model.has_compiled_step:
         return
     print('compiling the step of one token (--compile=False starts at once)', file=sys.stderr, flush=True)
     try:
         for step, _ in enumerate(draw(batch, None, n)):
             if step == 2:
                 break
+    except ValueError:  # not of a compiler
+        raise
     except Exception as error:  # whatever is wrong with a compiler
         why = f'{type(error).__name__}: {(str(error).strip().splitlines() or [""])[0]}'
         print(f'WARNING: torch.compile failed ({why}); going on without it, slower. --compile=False silences this',
               file=sys.stderr, flush=True)
+        model.has_compiled_step = False
         torch.compiler.set_stance('force_eager')
 
 
@@ -216,7 +222,7 @@ def keep(samples):
 # a chat --------------------------------------------------------------------------------------------------------------
 if chat:
     stop_ids, ends = find_endings(template, text_tokenizer)
-    stops += ends
+    stops += ends * (constraint is None)
     print('it was trained on chats' if template else 'it has no chat format, so it continues a transcript of one')
     first = [{'role': 'system', 'content': system}] * bool(system) + [{'role': 'user', 'content': 'Hello'}]
     warm_up([render(first, template, text_tokenizer)[-block_size:]], 1)
@@ -253,7 +259,7 @@ if not prompts:
 # many prompts --------------------------------------------------------------------------------------------------------
 def ids_of(value):
     """What the model is to continue, of the object of a line."""
-    if taken := [key for key in ('samples', 'answer', 'votes') if key in value]:
+    if taken := [key for key in ('samples', *(('answer', 'votes') if vote else ())) if key in value]:
         raise ValueError(f'the result has a {taken[0]!r} of its own; rename this one')
     given = [kind for kind in ('prompt', 'ids', 'messages') if kind in value]
     if len(given) != 1 or given != kinds:
@@ -295,9 +301,10 @@ for number, value in objects.items():  # all are checked before anything is draw
         raise ValueError(f'{prompts}, line {number}: {error}') from None
 if kinds == ['messages']:
     stop_ids, ends = find_endings(template, text_tokenizer)
-    stops += ends
-# all that the results depend on: not in which batches they are computed
-settings = {**config, 'json_schema': json_schema, 'prompts': '', 'out': '', 'batch_size': 0}
+    stops += ends * (constraint is None)
+# all that the results depend on; in which batches they are computed only by rounding, of which float32 has too little
+settings = {**config, 'json_schema': json_schema, 'prompts': '', 'out': '',
+            'batch_size': 0 if dtype == 'float32' else batch_size}
 weights = [tensor.flatten()[:8].tolist() for tensor in model.state_dict().values()]  # enough to tell models apart
 digest = tokenizer.digest({'settings': settings, 'weights': weights, 'tokenizer': text_tokenizer.to_dict(),
                            'prompts': list(objects.items())})

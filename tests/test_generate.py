@@ -11,7 +11,17 @@ from test_model import OPTIONS, sharpened, tiny
 
 import quantize
 from constrain import Constraint
-from generate import Sample, generate, generate_texts, likeliest, majority, penalized, sample_next, uniforms
+from generate import (
+    Sample,
+    encode_prompt,
+    generate,
+    generate_texts,
+    likeliest,
+    majority,
+    penalized,
+    sample_next,
+    uniforms,
+)
 from model import GPT, GPTConfig
 from tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
 
@@ -429,3 +439,30 @@ def test_a_complete_text_ends_where_the_model_would_go_on_with_something_else():
     *_, samples = generate_texts(Script(list(b'12 apples')), ByteTokenizer(), ['x'], 9, constraint=constraint,
                                  temperature=0)
     assert (samples[0].text, samples[0].finish) == ('12', 'complete')
+
+
+def test_the_end_of_a_constraint_is_no_stop_id():
+    """A row that has ended has no id, whatever the stop ids are."""
+    pytest.importorskip('llguidance')
+    constraint = Constraint(ByteTokenizer(), choices=['12'])
+    *_, samples = generate_texts(Script(list(b'12')), ByteTokenizer(), ['x'], 9, constraint=constraint, stop_ids={0})
+    assert (samples[0].text, samples[0].finish) == ('12', 'complete')
+
+
+def test_weights_that_are_not_numbers(gpt):
+    broken = sharpened(GPT(gpt.config)).eval()
+    with torch.no_grad():
+        broken.lm_head.weight[0, 0] = float('nan')
+    for controls in ({}, {'top_k': 5}, {'top_p': 0.5}, {'temperature': 0}):
+        with pytest.raises(ValueError, match='logits are not numbers'):
+            collect(broken, [[1, 2]], 2, **controls)
+
+
+def test_a_token_before_every_text(gpt):
+    """A bos_token of the tokenizer comes in front of a text that does not begin with it; ids are taken as they are."""
+    tokenizer = BPETokenizer.train(['hello hello'] * 3, vocab_size=260, special_tokens=['<|endoftext|>'])
+    for bos, expected in ((None, [104, 105]), ('<|endoftext|>', [tokenizer.eot, 104, 105])):
+        tokenizer.bos_token = bos
+        assert encode_prompt('hi', tokenizer, 10) == expected
+        assert encode_prompt([104, 105], tokenizer, 10) == [104, 105]
+        assert encode_prompt('<|endoftext|>hi', tokenizer, 10) == [tokenizer.eot, 104, 105]

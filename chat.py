@@ -16,6 +16,7 @@ import functools
 import json
 import re
 import signal
+import sys
 from datetime import datetime
 
 import bpe
@@ -151,6 +152,9 @@ def converse(answer, template, tokenizer, most, system=''):
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (lets input() edit lines)
     beginning = [{'role': 'system', 'content': system}] if system else []
+    if len(ids := render([*beginning, {'role': 'user', 'content': ''}], template, tokenizer)) >= most:
+        raise ValueError(f'the system message and the format of the chat take {len(ids):,} tokens, and beside an answer '
+                         f'there is room for {most:,}; shorten --system, or answers with --max_new_tokens')
     messages, number, was_told = list(beginning), 0, False
     print('/help for help, Ctrl-D to leave')
     while True:
@@ -192,6 +196,13 @@ def converse(answer, template, tokenizer, most, system=''):
             messages.pop()  # not as if it had been answered
 
 
+def for_terminal(text):
+    """The text; at a terminal without what would move its cursor or change its colours."""
+    if not sys.stdout.isatty():
+        return text
+    return re.sub(r'[\x00-\x08\x0b-\x1f\x7f-\x9f]', lambda char: f'\\x{ord(char[0]):02x}', text)
+
+
 def read_message():
     text = input('> ')
     while text.endswith('\\'):
@@ -204,8 +215,8 @@ def shorten(messages, template, tokenizer, most):
     n_first = int(messages[0]['role'] == 'system')
     while len(ids := render(messages, template, tokenizer)) > most:
         if len(messages) <= n_first + 1:
-            raise ValueError(f'this takes {len(ids):,} tokens, and the context of the model has room for {most:,}; '
-                             f'say it shorter')
+            raise ValueError(f'this takes {len(ids):,} tokens, and the context of the model has room for {most:,} '
+                             f'beside an answer; say it shorter')
         messages = messages[:n_first] + messages[n_first + 2 :]  # a message and its answer
     return messages, ids
 
@@ -226,7 +237,7 @@ def stream(texts):
     try:
         for text in texts:
             printed, said = len(said), text.lstrip()
-            print(said[printed:], end='', flush=True)
+            print(for_terminal(said[printed:]), end='', flush=True)
             if presses:
                 break
     finally:

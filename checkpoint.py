@@ -121,7 +121,12 @@ def load(path):
     except Exception as error:  # by kind of damage: RuntimeError, EOFError, UnpicklingError, zipfile's, KeyError ...
         why = f'{type(error).__name__}: {str(error).splitlines()[0][:200]}' if str(error) else type(error).__name__
         best = os.path.join(os.path.dirname(path), 'best.pt')
+        last = os.path.join(os.path.dirname(path), 'ckpt.pt')
         remedy = f'cp {best} {path}' if os.path.exists(best) and best != path else 'restore a copy (no best.pt here)'
+        if path == best:
+            remedy = 'restore a copy'
+        if path == best and os.path.exists(last):
+            remedy = 'take the last one with --which=last, or restore a copy'
         if isinstance(error, pickle.UnpicklingError):
             why = 'it was refused, as it asks for more than tensors and plain values and may run code; none was run'
         raise ValueError(f'{path} can not be read ({why}): it is damaged or truncated; {remedy}') from error

@@ -142,7 +142,7 @@ def parse(text, types_allowed):
 def check_known(key, page, where):
     """SystemExit naming the nearest setting if there is none called `key`."""
     if key not in page:
-        near = difflib.get_close_matches(key, page, n=1, cutoff=0.5)
+        near = [name for name in page if name.startswith(key)] or difflib.get_close_matches(key, page, n=1, cutoff=0.5)
         meant = f'did you mean {near[0]!r}? ' if near else ''
         raise SystemExit(f'{where}: unknown setting {key!r}; {meant}All settings: python {sys.argv[0]} --help')
 

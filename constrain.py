@@ -164,6 +164,13 @@ def parse_schema(schema: dict | str) -> dict:
     for part in dicts_in(schema):
         if isinstance(part.get('items'), list):
             raise ValueError('json_schema: a list of "items" is of an old draft; call it "prefixItems"')
+        for bound, others, sign, instead in (
+                ('exclusiveMinimum', ('maximum', 'exclusiveMaximum'), 1, '"minimum": 0.001'),
+                ('exclusiveMaximum', ('minimum', 'exclusiveMinimum'), -1, '"maximum": -0.001')):
+            is_small = any(isinstance(part.get(other), int | float) and sign * part[other] < 1 for other in others)
+            if part.get(bound) == 0 and part.get('type') != 'integer' and (is_small or 'multipleOf' in part):
+                raise ValueError(f'json_schema: "{bound}": 0 would let 0 pass in so small a range; give a bound that '
+                                 f'may be reached, such as {instead}')
         least, required = part.get('minProperties', 0), part.get('required', [])
         if isinstance(least, int) and isinstance(required, list) and least > len(required) + 1:
             raise ValueError(f'json_schema: "minProperties": {least} is not possible beside {len(required)} required '
@@ -172,10 +179,11 @@ def parse_schema(schema: dict | str) -> dict:
 
 
 def dicts_in(value):
-    """All dicts in a value of JSON, itself among them."""
+    """All schemas in a schema, itself among them, and no data such as a "const"."""
     if isinstance(value, dict):
         yield value
-    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        value = [inner for key, inner in value.items() if key not in ('const', 'enum', 'default', 'examples')]
+    for inner in value if isinstance(value, list) else ():
         yield from dicts_in(inner)
 
 

@@ -331,9 +331,13 @@ def load_chat_template(folder):
     if os.path.exists(path):
         return interchange.read_utf8(path)
     path = os.path.join(folder, 'tokenizer_config.json')
-    template = interchange.read_json(path).get('chat_template') if os.path.exists(path) else None
+    content = interchange.read_json(path) if os.path.exists(path) else {}
+    template = content.get('chat_template') if isinstance(content, dict) else content
     if isinstance(template, list):  # several by name
-        template = next((entry['template'] for entry in template if entry.get('name') == 'default'), None)
+        named = {entry.get('name'): entry.get('template') for entry in template if isinstance(entry, dict)}
+        template = named.get('default')
+    if not isinstance(template, str | None):
+        raise ValueError(f'{path} is damaged: expected an object whose chat_template is a text; copy it again')
     return template
 
 

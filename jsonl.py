@@ -29,10 +29,11 @@ def read_objects(path):
 
 def read_object(where, line):
     try:
-        value = json.loads(line.decode('utf-8'))
+        value = json.loads(line.decode('utf-8-sig'))
+        json.dumps(value, allow_nan=False)  # infinities are Python's, not JSON's
     except json.JSONDecodeError as error:
         raise ValueError(f'{where}: no JSON, {error.msg} at character {error.pos + 1}') from None
-    except (UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f'{where}: {error}') from None
     if not isinstance(value, dict):
         raise ValueError(f'{where}: {json.dumps(value)[:40]} is no object; expected {{"key": value, ...}}')

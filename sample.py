@@ -36,7 +36,7 @@ import jsonl
 import parallel
 import quantize as quantization
 import tokenizer
-from chat import converse, find_endings, render
+from chat import converse, find_endings, for_terminal, render
 from configurator import explain_errors, override
 from generate import encode_prompt, generate_texts, likeliest, majority
 
@@ -95,7 +95,7 @@ for name, is_valid, expected in (
     ('top_k', top_k is None or top_k >= 0, '1 or more, or None'),
     ('top_p', top_p is None or 0 < top_p <= 1, 'a probability above 0, or None'),
     ('min_p', min_p is None or 0 <= min_p <= 1, 'a probability, or None'),
-    ('repetition_penalty', 0 < repetition_penalty < math.inf, 'more than 0'),
+    ('repetition_penalty', 0.01 <= repetition_penalty <= 100, '0.01 to 100'),
     ('seed', 0 <= seed < 2**64, '0 or more, of 64 bits'),
     ('best_of', best_of == 0 or best_of >= 2, '2 or more, or 0'),
     ('quantize', quantize in ('', 'int8'), "'' or 'int8'"),
@@ -148,7 +148,7 @@ block_size = model.config.block_size
 if slide > block_size:
     raise ValueError(f'slide={slide}: expected 1 to {block_size}, the context of the model')
 stops, stop_ids, constraint = split_list('stop'), set(), None
-if json_schema and not json_schema.lstrip().startswith('{'):
+if json_schema and not json_schema.lstrip().startswith(('{', '[')):
     json_schema = read_file(json_schema, 'json_schema')
 if choices or regex or json_schema:
     from constrain import Constraint  # needs the package llguidance
@@ -239,11 +239,11 @@ if not prompts:
     for samples in draw([ids], [0], rows):
         if not best_of:
             shown = prompt + samples[0].shown(stops)
-            print(shown[printed:], end='', flush=True)
+            print(for_terminal(shown[printed:]), end='', flush=True)
             printed = len(shown)
     samples = keep(samples)
     for sample in samples:
-        print((prompt + sample.text)[printed:])
+        print(for_terminal((prompt + sample.text)[printed:]))
         printed = 0
         if logprobs:
             for i, logprob in zip(sample.ids, sample.logprobs, strict=True):

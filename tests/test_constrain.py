@@ -361,3 +361,19 @@ def test_the_package_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, 'llguidance', None)
     with pytest.raises(ValueError, match='pip install .*constrain'):
         Constraint(get('byte'), choices=['a'])
+
+
+@pytest.mark.parametrize('schema, refused', [
+    ({'type': 'number', 'exclusiveMinimum': 0, 'maximum': 0.5}, True), ({'anyOf': [
+        {'exclusiveMaximum': 0, 'minimum': -0.5, 'type': 'number'}]}, True),
+    ({'type': 'number', 'exclusiveMinimum': 0, 'multipleOf': 0.1}, True),
+    ({'type': 'number', 'exclusiveMinimum': 0}, False),
+    ({'type': 'integer', 'exclusiveMinimum': 0, 'maximum': 5}, False),
+    ({'const': {'items': [1], 'exclusiveMinimum': 0, 'maximum': 0.5}}, False)])
+def test_bounds_that_the_library_would_pass_over(schema, refused):
+    """An exclusive 0 in a small range is refused; what is only data is no schema."""
+    if refused:
+        with pytest.raises(ValueError, match='exclusiveM.*: 0 would let 0 pass'):
+            Constraint(tokenizer.ByteTokenizer(), json_schema=schema)
+    else:
+        jsonschema.validate(json.loads(bytes(Constraint(tokenizer.ByteTokenizer(), json_schema=schema).ending)), schema)

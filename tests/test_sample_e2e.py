@@ -104,7 +104,7 @@ def test_prompt_from_a_file(trained, tmp_path):
     ({'top_k': -1}, ['top_k=-1']), ({'top_p': 0}, ['top_p=0.0']), ({'top_p': 1.5}, ['top_p=1.5']),
     ({'max_new_tokens': -1}, ['max_new_tokens=-1']), ({'which': 'worst'}, ["which='worst': expected 'best' or 'last'"]),
     ({'init_from': 'gpt5'}, ["'gpt5' is neither a folder nor one of gpt2"]), ({'dtype': 'int4'}, ["dtype='int4'"]),
-    ({'min_p': 1.5}, ['min_p=1.5']), ({'repetition_penalty': 0}, ['repetition_penalty=0.0: expected more than 0']),
+    ({'min_p': 1.5}, ['min_p=1.5']), ({'repetition_penalty': 0}, ['repetition_penalty=0.0: expected 0.01 to 100']),
     ({'seed': -1}, ['seed=-1']), ({'best_of': -1}, ['best_of=-1']), ({'slide': 0}, ['slide=0']),
     ({'slide': 17}, ['slide=17: expected 1 to 16']), ({'quantize': 'int4'}, ["quantize='int4'"]),
     ({'quantize': 'int8', 'dtype': 'bfloat16'}, ["dtype='bfloat16': expected 'auto' with --quantize=int8"]),

@@ -153,8 +153,8 @@ def converse(answer, template, tokenizer, most, system=''):
         import readline  # noqa: F401  (lets input() edit lines)
     beginning = [{'role': 'system', 'content': system}] if system else []
     if len(ids := render([*beginning, {'role': 'user', 'content': ''}], template, tokenizer)) >= most:
-        raise ValueError(f'the system message and the format of the chat take {len(ids):,} tokens, and beside an answer '
-                         f'there is room for {most:,}; shorten --system, or answers with --max_new_tokens')
+        raise ValueError(f'the system message and the format of the chat take {len(ids):,} tokens, and beside an '
+                         f'answer there is room for {most:,}; shorten --system, or answers with --max_new_tokens')
     messages, number, was_told = list(beginning), 0, False
     print('/help for help, Ctrl-D to leave')
     while True:

@@ -58,7 +58,8 @@ class DecodeLinear(nn.Module):
             y = y if self.bias is None else y + self.bias
         elif self.packed is not None:
             rows = F.pad(x, (0, 0, 0, 4 - n)) if n < 4 else x  # of 4 rows and less, 4 are the fastest
-            y = torch.ops.mkldnn._linear_pointwise(rows.to(self.dtype), self.packed, self.bias, 'none', [], '')[:n]
+            y = torch.ops.mkldnn._linear_pointwise(rows.to(self.dtype), self.packed, None, 'none', [], '')[:n]
+            y = y if self.bias is None else y + self.bias
         elif self.scale is None:
             y = F.linear(x.to(self.dtype), self.weight, self.bias)
         else:

@@ -205,12 +205,12 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=
             torch.arange(T, device=device) >= padding[:, None])
         seen = torch.zeros(B, model.config.vocab_size, dtype=torch.int, device=device).scatter_add_(
             1, idx, is_token.int())[:, :V].bool().to(draw_on)
+    draw = functools.partial(sample_next, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     decoder = Decoder(model, idx, padding, T + max_new_tokens, cache_dtype, slide)
     for step in range(max_new_tokens):
         logits = plain = decoder.logits()[:, :V].to(draw_on).float()
         if seen is not None:
             logits = penalized(logits, seen, repetition_penalty)
-        draw = functools.partial(sample_next, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
         if matchers is None:
             next_id = draw(logits, u=u[:, step])
         else:

@@ -69,7 +69,8 @@ class Step:
         if self.device.type == 'cuda':
             torch.set_float32_matmul_precision('high')
         torch.manual_seed(s['seed'])
-        self.model = GPT(GPTConfig(**{field.name: s[field.name] for field in fields(GPTConfig) if field.name in s})).to(self.device)
+        architecture = {field.name: s[field.name] for field in fields(GPTConfig) if field.name in s}
+        self.model = GPT(GPTConfig(**architecture)).to(self.device)
         rate, betas = s['learning_rate'], (s['beta1'], s['beta2'])
         if s['optimizer'] == 'muon':
             ns_dtype = torch.bfloat16 if s['dtype'] == 'bfloat16' else torch.float32

@@ -10,6 +10,7 @@ are here); what is not compiled multiplies in bf16.
 """
 
 import mmap
+from contextlib import suppress
 
 import torch
 import torch._inductor.config
@@ -83,7 +84,8 @@ def move_together(weights):
         return
     sizes = [-(-weight.numel() * weight.element_size() // 64) * 64 for weight in weights]
     block = mmap.mmap(-1, sum(sizes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    block.madvise(mmap.MADV_HUGEPAGE)
+    with suppress(OSError):  # a kernel without them
+        block.madvise(mmap.MADV_HUGEPAGE)
     start = 0
     for weight, size in zip(weights, sizes, strict=True):
         moved = torch.frombuffer(block, dtype=weight.dtype, count=weight.numel(), offset=start).view_as(weight)

@@ -97,7 +97,7 @@ def apply_template(template, tokenizer, messages, add_generation_prompt):
     try:
         return compiled(template).render(
             messages=messages, add_generation_prompt=add_generation_prompt, tools=None, documents=None,
-            bos_token=getattr(tokenizer, 'bos_token', None) or named(BEGINNINGS), eos_token=named(ENDINGS))
+            bos_token=tokenizer.bos_token or named(BEGINNINGS), eos_token=named(ENDINGS))
     except Exception as error:  # of Jinja, of the template, or of what it does to the messages
         raise ValueError(f"the model's chat template can not render this conversation: {error}") from error
 

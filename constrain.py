@@ -57,7 +57,7 @@ def import_llguidance():
     return llguidance
 
 
-def library_tokenizer(tokens: list[bytes]):
+def llg_tokenizer(tokens: list[bytes]):
     """llguidance's view of these tokens (b'': never allowed) and one more, for the end of the text."""
     class Tokens:
         eos_token_id, bos_token_id, special_token_ids = len(tokens), None, [len(tokens)]
@@ -98,11 +98,11 @@ class Vocabulary:
             elif token:
                 self.id_of[token] = i
         self.longest = max(map(len, self.id_of), default=0)
-        self.library = library_tokenizer(self.tokens)
+        self.llg_tokens = llg_tokenizer(self.tokens)
         utf8 = [bytes([byte]) for byte in range(0xf5) if byte not in (0xc0, 0xc1)]  # the bytes that occur in it
         self.has_bytes = all(byte in self.id_of for byte in utf8)
         self.symbols = [bytes([byte]) for byte in range(255)] if self.has_bytes else self.tokens
-        self.symbol_library = library_tokenizer(self.symbols) if self.has_bytes else self.library
+        self.llg_symbols = llg_tokenizer(self.symbols) if self.has_bytes else self.llg_tokens
         self.penalty = [int(PENALTY[symbol[0]]) if symbol else math.inf for symbol in self.symbols]
         order = sorted(range(len(self.symbols)), key=lambda i: (self.penalty[i], len(self.symbols[i]), self.symbols[i]))
         self.order = np.array(order)  # the symbols, those to be tried first in front
@@ -220,13 +220,13 @@ class Constraint:
             grammar = 'start: %json ' + json.dumps({**schema, 'x-guidance': {'whitespace_flexible': False}})
         value = values[self.name]
         shown = repr((json.dumps(value) if isinstance(value, dict) else str(value))[:60])
-        self.start = start_matching(self.vocabulary.library, grammar)
+        self.start = start_matching(self.vocabulary.llg_tokens, grammar)
         if self.start.is_error():
             message = self.start.get_error()
             reason = re.search(r'^error: (.*)', message, re.MULTILINE) or re.match(
                 r'(?:at \d+\(\d+\): )?(?:failed to compile JSON schema: )?(.*)', message)
             raise ValueError(f'{self.name}={shown} is not possible: {reason[1]}')
-        self.search_start = start_matching(self.vocabulary.symbol_library, grammar)
+        self.search_start = start_matching(self.vocabulary.llg_symbols, grammar)
         ending = self.shortest_match(regex) if regex is not None else None
         if ending is None:
             endings = [self.complete(self.search_start, b'', haste, TEXTS_AT_START) for haste in (1, 0.01)]
@@ -277,7 +277,7 @@ class Constraint:
 
         def find(most):
             grammar = f'start: TEXT\nTEXT: {lark(regex)} & /[{one_of}]{{0,{most}}}/'
-            state, path = start_matching(self.vocabulary.symbol_library, grammar), []
+            state, path = start_matching(self.vocabulary.llg_symbols, grammar), []
             while not state.is_accepting():
                 allowed = self.in_order(state)
                 if not len(allowed) or not state.consume_token(int(allowed[0])):

@@ -54,6 +54,13 @@ def load_meta(data_dir):
     return meta
 
 
+def folder_of(dataset):
+    """data/<dataset> here, or else beside this file, where prepare.py of a dataset writes."""
+    here = os.path.join('data', dataset)
+    beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), here)
+    return beside if os.path.isdir(beside) and not os.path.isdir(here) else here
+
+
 def prepare_command(data_dir):
     """The command that makes a dataset anew."""
     script = os.path.join(data_dir, 'prepare.py')

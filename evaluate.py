@@ -135,10 +135,7 @@ if input:
 else:
     whose = '' if dataset else ', of the dataset the model was trained on'
     dataset = dataset or trained_on()
-    data_dir = os.path.join('data', dataset)  # here, or else beside this script, where prepare.py of a dataset writes
-    beside_script = os.path.join(os.path.dirname(os.path.abspath(__file__)), data_dir)
-    if not os.path.isdir(data_dir) and os.path.isdir(beside_script):
-        data_dir = beside_script
+    data_dir = dataloader.folder_of(dataset)
     what = os.path.join(data_dir, f'{split}.bin')
     if not os.path.exists(what):
         raise ValueError(f'there is no {what}{whose}; prepare it: {dataloader.prepare_command(data_dir)}\n'

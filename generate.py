@@ -281,7 +281,7 @@ class Sample:
 
 def bos_ids(tokenizer):
     """[the id that a model such as Llama 3 has seen before every text], or [] where there is none."""
-    bos = tokenizer.special_tokens.get(getattr(tokenizer, 'bos_token', None))
+    bos = tokenizer.special_tokens.get(tokenizer.bos_token)
     return [] if bos is None else [bos]
 
 

@@ -87,6 +87,7 @@ class Tokenizer:
     """The common part: special tokens, streams, files. A subclass has encode_array, decode_bytes, to_dict."""
 
     special_tokens = {}
+    bos_token = None  # the special token that a model has seen in front of every text; encode() does not add it
     pattern = None  # in which pieces text is encoded: a regular expression, or None
     workers = None  # see encode_in_processes()
 
@@ -391,7 +392,7 @@ class BPETokenizer(Tokenizer):
     ignore_merges: a piece that is a token is taken as it is, even if no merges lead there (Llama 3). normalizer: 'NFC',
     the form in which text is encoded, special tokens aside, so that decode(encode(text)) is NFC of text (Qwen).
     bos_token, visible_tokens: of the special tokens, the one that Hugging Face's libraries put in front of a text, and
-    those that they show in decoded text even when told to skip special ones; nothing here depends on them.
+    those that they show in decoded text even when told to skip special ones; encode() and decode() depend on neither.
     """
 
     kind = 'bpe'

@@ -155,10 +155,7 @@ for names, is_valid, expected in (
 # this process, its device, its data
 world = parallel.from_environment()
 device = parallel.choose_device(device, world.local_rank)
-data_dir = os.path.join('data', dataset)  # here, or else beside this script, where prepare.py of a dataset writes
-beside_script = os.path.join(os.path.dirname(os.path.abspath(__file__)), data_dir)
-if not os.path.isdir(data_dir) and os.path.isdir(beside_script):
-    data_dir = beside_script
+data_dir = dataloader.folder_of(dataset)
 ckpt_path = os.path.join(out_dir, 'ckpt.pt')
 architecture = {field.name: config[field.name] for field in fields(GPTConfig) if field.name in config}
 if init_from == 'scratch':

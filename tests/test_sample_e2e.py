@@ -1,5 +1,6 @@
 """sample.py as its users run it. Run: pytest tests/test_sample_e2e.py"""
 
+import ast
 import json
 import math
 import os
@@ -202,7 +203,7 @@ def test_logprobs_best_of_and_votes(trained, tmp_path):
     means = {}
     for part in out[:4]:
         lines = re.findall(r'^ +(-?\d+\.\d{4})  (.+)$', part, flags=re.M)
-        text = ''.join(eval(token) for _, token in lines)
+        text = ''.join(ast.literal_eval(token) for _, token in lines)
         assert f'the cat{text}\n' in part and len(text) == 8
         ids = torch.from_numpy(encode('the cat' + text))[None]
         logprobs = model.eval()(ids[:, :-1], ids[:, 1:])[0].log_softmax(-1)[0].gather(1, ids[0, 1:, None])[6:, 0]

@@ -1,6 +1,7 @@
 """Shared by the tests: tiny datasets, and running train.py and sample.py as processes of their own."""
 
 import contextlib
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -159,6 +160,19 @@ class Folder:
 
     def log(self, out_dir='out'):
         return [json.loads(line) for line in (self.path / out_dir / 'log.jsonl').read_text().splitlines()]
+
+
+def load_lab(name, *arguments):
+    """A script of lab/ as a module with the settings that `arguments` give it, for its functions; main() is not run."""
+    path = ROOT / 'lab' / f'{name}.py'
+    spec = importlib.util.spec_from_file_location(f'lab_{name}', path)
+    module = importlib.util.module_from_spec(spec)
+    argv, sys.argv = sys.argv, [str(path), *arguments]
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.argv = argv
+    return module
 
 
 def same_tensors(a, b):

@@ -33,10 +33,9 @@ from tokenview import visible as printable
 
 # settings ------------------------------------------------------------------------------------------------------------
 init_from = 'resume'  # 'resume': a checkpoint in out_dir; or a Hugging Face folder, a hub id, 'gpt2' to 'gpt2-xl'
-out_dir = 'out-quickstart'  # where train.py wrote ckpt.pt and best.pt
-which = 'best'  # 'best': best.pt where there is one, else ckpt.pt; 'last': ckpt.pt
+out_dir = 'out-quickstart'  # where train.py wrote best.pt
 text = 'def area(width, height):\n    return width * height\n'  # or FILE:path of a text file that holds it
-layer = 0  # whose heads are drawn larger; 0 is the first
+layer: int | None = None  # whose heads are drawn larger, 0 the first; None: the last
 out = 'out-lab'  # folder of the pictures, the page and the numbers
 config = override(globals())
 # ---------------------------------------------------------------------------------------------------------------------
@@ -77,8 +76,8 @@ def look(model, ids):
 
         return attend
 
-    hooks = [blocks[0].register_forward_pre_hook(lambda block, inputs: streams.append(inputs[0]))]
-    hooks += [block.register_forward_hook(lambda block, inputs, output: streams.append(output)) for block in blocks]
+    hooks = [module.register_forward_pre_hook(lambda module, inputs: streams.append(inputs[0]))
+             for module in (*blocks, model.transformer.ln_f)]
     for block in blocks:
         block.attn.attend = recording(block.attn)
     try:
@@ -167,20 +166,19 @@ def page(title, summary, ids, tokenizer, logits, loss):
 
 
 # pictures -------------------------------------------------------------------------------------------------------------
-def draw_heads(plt, weights, names, titles, columns, size):
-    """Attention maps, (heads, T, T), `columns` beside each other, `size` inches each."""
+def draw_heads(plt, weights, names, titles, columns, figsize):
+    """Attention maps, (heads, T, T), `columns` beside each other; with the tokens where there is room for them."""
     from matplotlib.colors import PowerNorm
 
-    figure, axes = plt.subplots(-(-len(weights) // columns), columns, squeeze=False, layout='constrained',
-                                figsize=(columns * size, -(-len(weights) // columns) * size))
+    figure, axes = plt.subplots(-(-len(weights) // columns), columns, squeeze=False, figsize=figsize)
     T = weights.size(-1)
+    has_ticks = columns <= 2 and T <= WITH_TICKS
     for ax in axes.flat[len(weights) :]:
         ax.axis('off')
     for ax, head, title in zip(axes.flat, weights, titles, strict=False):
-        ax.imshow(head, cmap='Blues', norm=PowerNorm(0.5, vmin=0, vmax=1))  # of small weights more is seen
-        ax.set_title(title, fontsize=min(9, 3.3 * size))
+        ax.imshow(head, cmap='Blues', norm=PowerNorm(0.5, vmin=0, vmax=1), aspect='auto')  # small weights seen, too
+        ax.set_title(title, fontsize=9 if columns <= 4 else 6)
         ax.grid(False)
-        has_ticks = size > 3 and T <= WITH_TICKS
         ax.set_xticks(range(T) if has_ticks else [], names if has_ticks else [], family='monospace', fontsize=6.5,
                       rotation=90 if max(map(len, names)) > 2 else 0)
         ax.set_yticks(range(T) if has_ticks else [], names if has_ticks else [], family='monospace', fontsize=6.5)
@@ -199,7 +197,7 @@ def draw_loss(plt, names, ids, loss):
             rows.append([])
             x = 0
         rows[-1].append((x, width, name, cost))
-        x = 99 if name.endswith('\\n') else x + width
+        x = 64 if name.endswith('\\n') else x + width  # a new line after a line end
     rows = rows[:12]  # of a longer text its beginning
     figure, ax = plt.subplots(figsize=(9, 0.6 + 0.55 * len(rows)))
     for y, row in enumerate(rows):
@@ -209,7 +207,9 @@ def draw_loss(plt, names, ids, loss):
             ax.text(x + width / 2, y + 0.38, name, ha='center', va='center', family='monospace')
             if cost is not None:
                 ax.text(x + width / 2, y + 0.76, f'{cost:.1f}', ha='center', va='center', fontsize=6)
-    ax.set(xlim=(0, 64), ylim=(len(rows), 0), title=f'loss of each token in nats; mean {loss.mean():.2f}')
+    longest = max(sum(row[-1][:2]) for row in rows)
+    ax.set(xlim=(0, max(40, longest)), ylim=(len(rows), 0),
+           title=f'loss of each token in nats; mean {loss.mean():.2f}')
     ax.axis('off')
     return figure
 
@@ -222,12 +222,12 @@ def draw_lens(plt, best, p, ids, names, tokenizer):
     figure, axes = plt.subplots(blocks, 1, squeeze=False, figsize=(10, 0.4 + blocks * (0.5 + 0.25 * n_rows)))
     for block, ax in enumerate(axes.flat):
         here = range(block * per_block, min(T, (block + 1) * per_block))
-        ax.imshow(p[:, here.start : here.stop], cmap='Greens', vmin=0, vmax=1.3, aspect='auto', origin='lower')
+        ax.imshow(p[:, here.start : here.stop], cmap='Greens', vmin=0, vmax=2.2, aspect='auto', origin='lower')
         for x, t in enumerate(here):
             for row, name in enumerate(token_names(best[:, t].tolist(), tokenizer)):
                 is_right = best[row, t] == ids[t + 1]
                 ax.text(x, row, name[:7], ha='center', va='center', family='monospace', fontsize=8,
-                        color='black' if is_right else '#888888', weight='bold' if is_right else 'normal')
+                        color='black' if is_right else '#707070', weight='bold' if is_right else 'normal')
         ax.set_xticks(range(len(here)), [names[t] for t in here], family='monospace')
         ax.set_yticks(range(n_rows), ['embedding', *(f'layer {n}' for n in range(n_rows - 1))])
         ax.set_xlim(-0.5, per_block - 0.5)
@@ -239,16 +239,15 @@ def draw_lens(plt, best, p, ids, names, tokenizer):
 
 
 def main():
-    if which not in ('best', 'last'):
-        raise SystemExit(f"which={which!r}: expected 'best' or 'last'")
     paths = [os.path.join(out_dir, name) for name in ('best.pt', 'ckpt.pt')]
     if init_from == 'resume' and not any(map(os.path.exists, paths)):
         raise SystemExit(f'no checkpoint in {out_dir}; train one in minutes: python train.py config/quickstart.py\n'
                          f'or name another: --out_dir=FOLDER or --init_from=gpt2')
     common.use_machine()
-    model, tokenizer, _, line = checkpoint.open_model(init_from, out_dir, which)
+    model, tokenizer, _, line = checkpoint.open_model(init_from, out_dir)
     c = model.config
-    if not 0 <= layer < c.n_layer:
+    large = c.n_layer - 1 if layer is None else layer  # its heads
+    if not 0 <= large < c.n_layer:
         raise SystemExit(f'layer={layer}: expected 0 to {c.n_layer - 1}, of the {c.n_layer} layers of this model')
     ids = [*bos_ids(tokenizer), *tokenizer.encode_array(read_text()).tolist()]  # as evaluate.py --input
     if len(ids) < 2:
@@ -284,15 +283,16 @@ def main():
     common.record(out, 'look_inside', model=line, ids=ids, loss=loss.tolist(), nats=total, bits_per_byte=bits_per_byte,
                   lens_loss=nats, lens_right=right, heads={k: v.tolist() for k, v in shares.items()})
     plt = common.pyplot()
+    plt.rcParams['text.parse_math'] = False  # a dollar is a token like others
     titles = []
     for n, h in heads:
         share, role = max((share[n, h].item(), role) for role, share in shares.items())
         titles.append(f'{n}.{h}: {role} {share:.0%}')
     read = names[:-1]
-    common.save(draw_heads(plt, weights.flatten(0, 1), read, titles, c.n_head, 9 / max(4, c.n_head)), out,
-                'look_inside_heads')
-    own = slice(layer * c.n_head, (layer + 1) * c.n_head)
-    common.save(draw_heads(plt, weights[layer], read, titles[own], min(2, c.n_head), 4.9), out, 'look_inside_layer')
+    common.save(draw_heads(plt, weights.flatten(0, 1), read, titles, c.n_head, (9, 6)), out, 'look_inside_heads')
+    own = slice(large * c.n_head, (large + 1) * c.n_head)
+    size = 4.8 * min(2, c.n_head), 4.8 * -(-c.n_head // 2)
+    common.save(draw_heads(plt, weights[large], read, titles[own], min(2, c.n_head), size), out, 'look_inside_layer')
     common.save(draw_loss(plt, names, ids, loss), out, 'look_inside_loss')
     common.save(draw_lens(plt, best, p, ids, names, tokenizer), out, 'look_inside_lens')
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import load_lab
+from PIL import Image
 
 lab = load_lab('baby_gpt')
 X, Y = lab.windows('111101111011110', ['0', '1'], 3)
@@ -86,7 +87,7 @@ def test_gradient_of_full_windows_alone():
 
 
 def test_run(folder):
-    run = folder.start('lab/baby_gpt.py', gif=True, out='pictures').ok()
+    run = folder.start('lab/baby_gpt.py', out='pictures').ok()
     got = json.loads((folder.path / 'pictures' / 'baby_gpt.json').read_text())
     before, after = np.array(got['before']), np.array(got['after'])
     i = got['states'].index
@@ -94,7 +95,7 @@ def test_run(folder):
     assert abs(before[:, 1] - 0.5).max() < 0.1
     assert abs(after[i('101'), 1] - 0.79) < 0.05 and abs(after[i('111'), 1] - 0.45) < 0.05
     assert after[i('000'), 1] > before[i('000'), 1] + 0.1  # never seen, and yet moved
-    assert got['windows'] == [0, 0, 0, 3, 0, 3, 3, 6]
+    assert got['windows'] == [0, 0, 0, 2, 0, 2, 2, 6]
     assert got['lowest_loss'] == pytest.approx(math.log(2) / 2)  # half of the windows are 111, a coin
     assert got['lowest_loss'] < got['losses'][-1] < got['losses'][0]
     assert sum(got['stationary']) == pytest.approx(1) and 0 < got['entropy_rate'] < math.log(2)
@@ -107,28 +108,26 @@ def test_run(folder):
     assert ('101', '011', '1', f'{100 * after[5, 1]:.0f}') in edges
     assert re.findall(r'"(\d{3})" \[style=dashed\]', text) == ['000', '001', '010', '100']
     assert text.startswith('digraph') and text.rstrip().endswith('}')
-
-    from PIL import Image
-    with Image.open(folder.path / 'pictures' / 'baby_gpt.gif') as film:
-        assert film.n_frames > 20
-    assert (folder.path / 'pictures' / 'baby_gpt.gif').stat().st_size < 1e6
     with Image.open(folder.path / 'pictures' / 'baby_gpt.png') as picture:
         assert picture.size == (900, 450)
 
 
 def test_other_tokens(folder):
-    folder.start('lab/baby_gpt.py', sequence='abcabcabcab', context=2, steps=3, vocab_size=4, out='out').ok()
-    got = json.loads((folder.path / 'out' / 'baby_gpt.json').read_text())
+    folder.start('lab/baby_gpt.py', sequence='abcabcabcab', context=2, steps=3, vocab_size=4, gif=True).ok()
+    got = json.loads((folder.path / 'out-lab' / 'baby_gpt.json').read_text())
     assert got['tokens'] == ['0', 'a', 'b', 'c'] and len(got['states']) == 16
     assert {s for s, n in zip(got['states'], got['windows'], strict=True) if n} == {'ab', 'bc', 'ca'}
     np.testing.assert_allclose(np.array(got['after']).sum(axis=1), 1)
+    with Image.open(folder.path / 'out-lab' / 'baby_gpt.gif') as film:
+        assert film.n_frames >= 4  # of step 0, 1, 2, 3; the last one may be kept as one for longer
 
 
 @pytest.mark.parametrize('settings, said', [
     ({'sequence': '011'}, "sequence='011'"), ({'sequence': ''}, "sequence=''"), ({'sequence': '1111'}, '--vocab_size'),
-    ({'context': 0}, 'context=0'), ({'context': 6}, '32 states'), ({'vocab_size': 1}, 'vocab_size=1'),
+    ({'sequence': '1-1-1-'}, 'letters and digits'), ({'context': 0}, 'context=0'),
+    ({'context': 6}, '32 states'), ({'vocab_size': 1}, 'vocab_size=1'),
     ({'steps': 0}, 'steps=0'), ({'learning_rate': -1}, 'learning_rate'), ({'weight_decay': -1}, 'weight_decay')])
-def test_bad_settings(settings, said, capsys):
+def test_bad_settings(settings, said):
     with pytest.raises(SystemExit) as error:
         load_lab('baby_gpt', *(f'--{key}={value}' for key, value in settings.items())).check_settings()
     assert said in str(error.value)

@@ -4,9 +4,16 @@ What a model does with a text: where its heads look, what each token costs it, w
     $ python train.py config/quickstart.py                       # minutes: a model to look at
     $ python lab/look_inside.py                                  # seconds
     $ python lab/look_inside.py --layer=0 --text='a (b (c) d) e'
-    $ python lab/look_inside.py --init_from=gpt2 --text=FILE:story.txt
+    $ python lab/look_inside.py --out_dir=out --text=FILE:story.txt
 
-PLACEHOLDER
+Four pictures and a page. _heads: what each head looks at, rows looking at columns, and most of what it does by name;
+_layer: the heads of one layer with the tokens; _loss and the .html: the text coloured by what each token costs (on the
+page the mouse shows what was expected instead); _lens: the next token that the head would name after each layer.
+
+On the quickstart model (val loss 1.18) and the default text: head 2.1 spends 48% on the previous token; head 3.2 looks
+at the blank or bracket before the word that it is in; ending after the embedding the model would lose 4.08 nats a
+token, after each layer 3.24, 2.62, 2.01 and 1.72. No head copies: the second `height` costs 11.0 nats, the first 9.5.
+7 s on a core of an AMD EPYC.
 
 Induction heads: "In-context Learning and Induction Heads" (Olsson et al. 2022); the logit lens: "interpreting GPT: the
 logit lens" (nostalgebraist 2020). Needs '.[lab]'.
@@ -176,7 +183,8 @@ def draw_heads(plt, weights, names, titles, columns, figsize):
     for ax in axes.flat[len(weights) :]:
         ax.axis('off')
     for ax, head, title in zip(axes.flat, weights, titles, strict=False):
-        ax.imshow(head, cmap='Blues', norm=PowerNorm(0.5, vmin=0, vmax=1), aspect='auto')  # small weights seen, too
+        ax.imshow(head, cmap='Blues', norm=PowerNorm(0.5, vmin=0, vmax=1), aspect='auto',  # small weights show, too
+                  interpolation='nearest')
         ax.set_title(title, fontsize=9 if columns <= 4 else 6)
         ax.grid(False)
         ax.set_xticks(range(T) if has_ticks else [], names if has_ticks else [], family='monospace', fontsize=6.5,

@@ -113,13 +113,12 @@ def test_run(folder):
 
 
 def test_other_tokens(folder):
-    folder.start('lab/baby_gpt.py', sequence='abcabcabcab', context=2, steps=3, vocab_size=4, gif=True).ok()
+    folder.start('lab/baby_gpt.py', sequence='abababab', context=1, steps=1, vocab_size=3, gif=True).ok()
     got = json.loads((folder.path / 'out-lab' / 'baby_gpt.json').read_text())
-    assert got['tokens'] == ['0', 'a', 'b', 'c'] and len(got['states']) == 16
-    assert {s for s, n in zip(got['states'], got['windows'], strict=True) if n} == {'ab', 'bc', 'ca'}
+    assert got['states'] == got['tokens'] == ['0', 'a', 'b'] and got['windows'] == [0, 4, 3]
     np.testing.assert_allclose(np.array(got['after']).sum(axis=1), 1)
     with Image.open(folder.path / 'out-lab' / 'baby_gpt.gif') as film:
-        assert film.n_frames >= 4  # of step 0, 1, 2, 3; the last one may be kept as one for longer
+        assert film.n_frames >= 2  # before and after
 
 
 @pytest.mark.parametrize('settings, said', [

@@ -276,7 +276,7 @@ def main():
     summary = (f'{len(loss)} tokens predicted: {total:.2f} nats, {total / len(loss):.4f} a token'
                + (f', {bits_per_byte:.4f} bits per byte' if n_bytes else ''))
     print(f'{summary}\n\n% of a head\'s attention that goes to ... (induction: to what followed the\n'
-          f'same token the last times):\n')
+          f'same token earlier):\n')
     shares = roles(weights, ids)
     heads = [(n, h) for n in range(c.n_layer) for h in range(c.n_head)]
     print(table([('', *shares), *((f'layer {n} head {h}', *(f'{100 * share[n, h]:.0f}' for share in shares.values()))

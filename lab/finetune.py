@@ -1,7 +1,19 @@
 """
-Pretrain on a large corpus, finetune on a small one: what a start from knowing another text is worth.
+Pretrain on a large corpus, finetune on a small one: what it is worth to have read something else before.
 
-    $ python lab/finetune.py                                  # minutes on two cores
+    $ python lab/finetune.py                                  # 7 minutes on two cores
+    $ python lab/finetune.py --part=0.01 --pretrain_steps=300 # 10 kB of Shakespeare, a shorter school
+    $ python lab/finetune.py --corpus=NAME                    # from python data/text/prepare.py --input=FILE --name=NAME
+
+A GPT of 0.8M parameters learns the bytes of Python's standard library (31 MB, of which it reads a tenth, nothing
+twice): train and val loss stay within 0.07 nats of each other. Then 150 steps on Shakespeare, half the rate, against
+the same model from scratch: the same batches, steps and evaluations, each at the best of the rates that were tried.
+Two cores of an AMD EPYC, lowest val loss in nats a byte: with all of the training text 1.763 pretrained, 1.817 from
+scratch; with a twentieth of it, 50 kB, 2.049 (after 75 steps) against 2.218 (after 120), and from there on both learn
+it by heart. Pretraining is not free: scratch with all of the text and as many steps as both together has LONG.
+
+Sources: "Universal Language Model Fine-tuning for Text Classification", Howard & Ruder 2018; "Language Models are
+Unsupervised Multitask Learners", Radford et al. 2019. Needs '.[lab]'.
 """
 
 import os
@@ -24,11 +36,11 @@ from model import GPT, PRESETS, GPTConfig
 # settings ------------------------------------------------------------------------------------------------------------
 corpus = 'python_stdlib'  # to pretrain on: a dataset of bytes under data/
 input = ''  # a text file to finetune on; '': tiny Shakespeare, downloaded if it is not here
-pretrain_steps = 1000
-steps = 300  # on Shakespeare, from scratch as from the pretrained weights
+pretrain_steps = 1500
+steps = 150  # on Shakespeare, from scratch as from the pretrained weights
 part = 0.05  # how much of Shakespeare's training split the runs with little text may see
 scratch_rate = 1.0  # learning rates, as multiples of train.py's for preset=modern, which pretraining has
-finetune_rate = 0.3
+finetune_rate = 0.5
 n_layer = 4
 n_head = 4
 n_embd = 128

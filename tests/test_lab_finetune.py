@@ -24,7 +24,7 @@ def texts(folder):
     (data / 'meta.json').write_text(json.dumps({
         'dtype': 'uint16', 'vocab_size': 256, 'tokens': {split: len(text) for split, text in parts.items()},
         'tokenizer': {'kind': 'byte'}}))
-    (folder.path / 'target.txt').write_text(make_text(3_000, seed=2).upper())
+    (folder.path / 'target.txt').write_text(make_text(3_000, seed=2))
     return folder
 
 

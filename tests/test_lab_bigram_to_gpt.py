@@ -91,20 +91,19 @@ def test_bigram_learns_the_counts_of_the_pairs(ids):
 
 
 def test_the_ladder_descends(folder):
-    run = folder.start('lab/bigram_to_gpt.py', dataset='tiny', steps=200, batch_size=8, block_size=16, n_embd=32,
+    run = folder.start('lab/bigram_to_gpt.py', dataset='tiny', steps=200, batch_size=4, block_size=16, n_embd=32,
                        out='out').ok()
     rungs = json.loads((folder.path / 'out' / 'bigram_to_gpt.json').read_text())['rungs']
     loss = {name: rung['val_loss'] for name, rung in rungs.items()}
     assert list(rungs) == list(ladder.RUNGS)
-    assert loss['bigram'] > loss['one head'] + 0.02, loss
-    assert loss['one head'] > loss['multi-head'] + 0.05, loss
-    assert loss['multi-head'] > loss['feed-forward'] + 0.05, loss
-    assert loss['deeper'] > loss['feed-forward'], loss  # the lecture's point of the residual connections
-    assert loss['deeper'] > loss['residual'] + 0.3, loss
-    assert loss['residual'] < loss['feed-forward'] + 0.05, loss
-    assert loss['norm'] < loss['residual'] + 0.05, loss
-    assert loss['norm'] < loss['dropout'] - 0.02, loss  # nothing is read often enough to be learnt by heart
-    assert loss['scaled up'] < loss['norm'] + 0.05, loss
+    assert loss['bigram'] > loss['one head'] + 0.05, str(loss)
+    assert loss['one head'] > loss['multi-head'] + 0.05, str(loss)
+    assert loss['multi-head'] > loss['feed-forward'] + 0.02, str(loss)
+    assert loss['deeper'] > loss['feed-forward'] + 0.1, str(loss)  # the lecture's case for residual connections
+    assert loss['deeper'] > loss['residual'] + 0.1, str(loss)
+    assert loss['residual'] > loss['norm'] - 0.05, str(loss)
+    assert loss['dropout'] > loss['norm'] + 0.02, str(loss)  # nothing is read often enough to be learnt by heart
+    assert loss['multi-head'] > loss['scaled up'], str(loss)
     assert 'heads as a dimension of the batch = 4 separate heads' in run.out
     assert 'the last rung = model.GPT' in run.out
     assert all(len(rung['sample'].replace('\\n', 'n')) == 60 for rung in rungs.values())

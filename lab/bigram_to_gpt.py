@@ -2,7 +2,7 @@
 From a table of letter pairs to a GPT, one part at a time, on Shakespeare's characters: what each part is worth.
 
     $ python lab/bigram_to_gpt.py                          # 150 s of processor time: two minutes on two cores
-    $ python lab/bigram_to_gpt.py --steps=200 --scale=1    # a fifth of that
+    $ python lab/bigram_to_gpt.py --steps=200 --scale=1    # a first look
 
 The rungs of Andrej Karpathy's lecture "Let's build GPT: from scratch, in code, spelled out" (2023), all with the same
 batches, as many steps, and AdamW. Asserted at the start: heads as a dimension of the batch are separate heads; the last

@@ -1,0 +1,242 @@
+"""
+From a table of letter pairs to a GPT, one part at a time, on Shakespeare's characters: what each part is worth.
+
+    $ python lab/bigram_to_gpt.py                          # 150 s of processor time: two minutes on two cores
+    $ python lab/bigram_to_gpt.py --steps=200 --scale=1    # a first look
+
+The rungs of Andrej Karpathy's lecture "Let's build GPT: from scratch, in code, spelled out" (2023), all with the same
+batches, as many steps, and AdamW. Asserted at the start: heads as a dimension of the batch are separate heads; the last
+rung, built by hand, is model.GPT. Val loss of the whole split, nats a character, on an AMD EPYC: bigram 2.494, one head
+2.398, multi-head 2.218, feed-forward 2.058, deeper 2.518, residual 1.930, norm 1.966, dropout 2.068, scaled up 1.871.
+
+Two blocks in a row learn less than one until there are residual connections, so that depth needs them. So shallow a
+net does without the norm, which is for deeper ones ("On Layer Normalization in the Transformer Architecture", Xiong et
+al. 2020). Dropout costs where nothing is read twice; it is for many epochs, and the last rung leaves it out again.
+Needs '.[lab]'.
+"""
+
+import os
+import sys
+import time
+from collections import OrderedDict
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # Python looks only beside the script
+
+import dataloader
+import optim
+import tokenizer
+from bench.common import table
+from configurator import explain_errors, override
+from generate import sample_next, uniforms
+from lab import common
+from model import GPT, GPTConfig
+
+# settings ------------------------------------------------------------------------------------------------------------
+dataset = 'shakespeare_char'
+steps = 700  # of every rung
+batch_size = 16  # sequences a step
+block_size = 64  # characters of context
+n_layer = 2  # blocks, from the rung 'deeper' on
+n_head = 4
+n_embd = 64  # channels
+dropout = 0.1  # of the rung that adds it; the next leaves it out again
+scale = 2  # the last rung has so many times the blocks, heads and channels
+sample_chars = 60
+seed = 1337
+out = 'out-lab'  # folder of the picture and the numbers
+config = override(globals())
+# ---------------------------------------------------------------------------------------------------------------------
+
+RUNGS = {  # each has the parts of those before it, and one more: what that does, and AdamW's highest rate
+    'bigram': ('this character -> the next', 0.3),
+    'one head': ('looks back at what was', 1e-2),
+    'multi-head': (f'{n_head} looks at once', 1e-2),
+    'feed-forward': ('thinks about what it saw', 1e-2),
+    'deeper': (f'{n_layer} such blocks in a row', 1e-3),
+    'residual': ('blocks add to what comes in', 1e-2),
+    'norm': ('blocks read it at one scale', 1e-2),
+    'dropout': (f'{dropout:.0%} zeroed in training', 1e-2),
+    'scaled up': (f'{scale}x as deep and wide', 5e-3)}
+
+
+def attend(q, k, v, drop):
+    """
+    q, k, v: (..., T, D) -> (..., T, D): at each position the average of the values up to there, weighted by how well
+    its query matches their keys. Whatever stands before T and D is a batch.
+    """
+    T, D = q.shape[-2:]
+    scores = q @ k.mT / D**0.5  # (..., T, T)
+    future = torch.ones(T, T, dtype=torch.bool).triu(1)
+    return drop(scores.masked_fill(future, -torch.inf).softmax(-1)) @ v
+
+
+class MultiHead(nn.Module):
+    """H heads of D = C / H channels as one more dimension of the batch, and a projection that mixes what they found."""
+
+    def __init__(self, n_head, n_embd, p):
+        super().__init__()
+        self.n_head, self.drop = n_head, nn.Dropout(p)
+        self.c_attn = nn.Linear(n_embd, 3 * n_embd, bias=False)  # the queries of all heads, their keys, their values
+        self.c_proj = nn.Linear(n_embd, n_embd, bias=False)
+
+    def heads(self, x):
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, D)
+        return attend(q, k, v, self.drop).transpose(1, 2).reshape(B, T, C)
+
+    def heads_one_by_one(self, x):
+        """The same, a head after the other, and what they give side by side."""
+        found, C = [], x.size(-1)
+        for i in range(0, C, C // self.n_head):
+            q, k, v = (x @ weight[i : i + C // self.n_head].T for weight in self.c_attn.weight.split(C))  # (B, T, D)
+            found.append(attend(q, k, v, self.drop))
+        return torch.cat(found, dim=-1)
+
+    def forward(self, x):
+        return self.c_proj(self.heads(x))
+
+
+class Block(nn.Module):
+    """Communicate, then compute, with the parts that the set `has` names."""
+
+    def __init__(self, has, n_head, n_embd):
+        super().__init__()
+        p = dropout if 'dropout' in has else 0.0
+        self.attn = MultiHead(n_head if 'multi-head' in has else 1, n_embd, p)
+        self.mlp = nn.Sequential(OrderedDict(  # each position by itself, four times as wide in between
+            c_fc=nn.Linear(n_embd, 4 * n_embd, bias=False), gelu=nn.GELU(approximate='tanh'),
+            c_proj=nn.Linear(4 * n_embd, n_embd, bias=False))) if 'feed-forward' in has else None
+        self.ln_1, self.ln_2 = (nn.LayerNorm(n_embd, bias=False) if 'norm' in has else nn.Identity() for _ in range(2))
+        self.drop, self.has_residual = nn.Dropout(p), 'residual' in has
+
+    def forward(self, x):
+        for norm, part in ((self.ln_1, self.attn), (self.ln_2, self.mlp)):
+            if part is not None:
+                update = self.drop(part(norm(x)))
+                x = x + update if self.has_residual else update
+        return x
+
+
+class LanguageModel(nn.Module):
+    """(x, y) -> (logits, loss), as model.GPT, under whose names the parts are. A bigram is a table of logits alone."""
+
+    def __init__(self, vocab_size, has, n_layer, n_head, n_embd):
+        super().__init__()
+        self.is_bigram = has == {'bigram'}
+        self.transformer = nn.ModuleDict({'wte': nn.Embedding(vocab_size, vocab_size if self.is_bigram else n_embd)})
+        if not self.is_bigram:
+            self.transformer.update({
+                'wpe': nn.Embedding(block_size, n_embd), 'drop': nn.Dropout(dropout if 'dropout' in has else 0.0),
+                'h': nn.Sequential(*[Block(has, n_head, n_embd) for _ in range(n_layer)]),
+                'ln_f': nn.LayerNorm(n_embd, bias=False) if 'norm' in has else nn.Identity()})
+            self.lm_head = nn.Linear(n_embd, vocab_size, bias=False)
+        for linear in (module for module in self.modules() if isinstance(module, nn.Linear)):
+            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)  # what goes through keeps its size
+
+    def forward(self, x, y=None):
+        t = self.transformer
+        logits = t.wte(x)  # (B, T, V), or of any other model (B, T, C): which character it is
+        if not self.is_bigram:
+            stream = t.drop(logits + t.wpe.weight[:x.size(1)])  # and where
+            logits = self.lm_head(t.ln_f(t.h(stream)))
+        return logits, None if y is None else F.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=-1)
+
+
+def build(rung, vocab_size):
+    has, times = set(list(RUNGS)[:list(RUNGS).index(rung) + 1]), 1
+    if rung == 'scaled up':
+        has, times = has - {'dropout'}, scale
+    return LanguageModel(vocab_size, has, n_layer * times if 'deeper' in has else 1, n_head * times, n_embd * times)
+
+
+def check(vocab_size):
+    """Assert two things that the lecture says, and print by how much they are off in float32."""
+    multi, x = MultiHead(n_head, n_embd, 0.0), torch.randn(2, block_size, n_embd)
+    off = (multi.heads(x) - multi.heads_one_by_one(x)).abs().max().item()
+    assert off < 1e-4, f'heads as a dimension of the batch are off by {off} from separate heads'
+    print(f'{n_head} heads as a dimension of the batch = {n_head} separate heads: off by {off:.1g}')
+    by_hand = build('scaled up', vocab_size)
+    real = GPT(GPTConfig(block_size, vocab_size, n_layer * scale, n_head * scale, n_embd * scale, bias=False,
+                         tie_embeddings=False))
+    real.load_state_dict(by_hand.state_dict())  # refuses a name or a shape that the other does not have
+    x = torch.randint(vocab_size, (2, block_size))
+    off = (by_hand(x)[0] - real(x, x)[0]).abs().max().item()
+    assert off < 1e-3, f'the logits of the last rung are off by {off} from those of model.GPT'
+    print(f'the last rung = model.GPT with the same weights: logits off by {off:.1g}')
+
+
+@torch.no_grad()
+def sample(model, letters):
+    """sample_chars characters that follow a line end, drawn one by one, line ends shown as \\n."""
+    ids = torch.tensor([letters.encode('\n')])
+    for u in uniforms(seed, 0, 0, sample_chars):
+        ids = torch.cat([ids, sample_next(model(ids[:, -block_size:])[0][:, -1], u=u[None])], dim=1)
+    return letters.decode(ids[0, 1:].tolist()).replace('\n', '\\n')
+
+
+def draw(losses):
+    """The val loss of each rung as a bar, red where the part made it worse."""
+    figure, ax = common.pyplot().subplots(figsize=(9, 5))
+    values = list(losses.values())
+    worse = [loss > min(values[:i], default=torch.inf) for i, loss in enumerate(values)]
+    bars = ax.barh(list(losses), values, color=[common.RED if w else common.BLUE for w in worse])
+    ax.bar_label(bars, fmt='%.2f', padding=4, weight='bold')
+    for i, rung in enumerate(losses):
+        ax.text(0.04, i, RUNGS[rung][0], color='white', va='center')
+    ax.invert_yaxis()
+    ax.margins(x=0.08)
+    ax.grid(visible=False)
+    ax.set(xlabel='loss on the validation text, nats a character', title=f'What each part is worth: {steps:,} steps '
+           f'of {batch_size} x {block_size} characters for each rung')
+    return figure
+
+
+def main():
+    sys.excepthook = explain_errors
+    for name in ('steps', 'batch_size', 'scale', 'sample_chars'):
+        if config[name] < 1:
+            raise SystemExit(f'{name}={config[name]}: expected 1 or more')
+    GPTConfig(block_size, 1, n_layer, n_head, n_embd, dropout)  # which checks these
+    common.use_machine()
+    folder = dataloader.folder_of(dataset)
+    dataloader.prepare_if_missing(folder, is_first=True)
+    meta = dataloader.load_meta(folder)
+    V, letters = meta['vocab_size'], tokenizer.from_dict(meta['tokenizer'])
+    train, val = (dataloader.open_tokens(folder, split, meta, block_size) for split in ('train', 'val'))
+    torch.manual_seed(seed)
+    check(V)
+    all_of_val = dataloader.gather(val, dataloader.whole_windows(len(val), block_size), block_size, V)
+
+    def get_batch(step):
+        starts = dataloader.train_windows(step, batch_size, len(train), block_size, seed)
+        return dataloader.gather(train, starts, block_size, V)
+
+    print(f'\neach rung reads {steps * batch_size * block_size / len(train):.2f} times the training text')
+    rungs, rows = {}, [['rung', 'what it adds', 'val loss', 'parameters', 'seconds', 'rate']]
+    for rung, (adds, rate) in RUNGS.items():
+        print(f'{rung:12} train loss', end='', flush=True)
+        torch.manual_seed(seed)
+        model, started = build(rung, V), time.perf_counter()
+        for step, loss in common.train(model, get_batch, steps, optim.adamw(model, 0.1, rate, (0.9, 0.99)), rate):
+            if (step + 1) % -(-steps // 5) == 0:
+                print(f' {loss:.2f}', end='', flush=True)
+        seconds = time.perf_counter() - started
+        with torch.no_grad():
+            val_loss = model.eval()(*all_of_val)[1].item()
+        rungs[rung] = {'val_loss': val_loss, 'parameters': sum(p.numel() for p in model.parameters()),
+                       'seconds': seconds, 'rate': rate, 'sample': sample(model, letters)}
+        print(f', val loss {val_loss:.3f}')
+        rows.append([rung, adds, f'{val_loss:.3f}', f'{rungs[rung]["parameters"]:,}', f'{seconds:.0f}', f'{rate:g}'])
+    print('\n' + table(rows) + '\n')
+    for rung, figures in rungs.items():
+        print(f'{rung:12}  {figures["sample"]}')
+    common.save(draw({rung: figures['val_loss'] for rung, figures in rungs.items()}), out, 'bigram_to_gpt')
+    common.record(out, 'bigram_to_gpt', steps=steps, batch_size=batch_size, block_size=block_size, rungs=rungs)
+
+
+if __name__ == '__main__':
+    main()

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import configurator
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -26,3 +28,36 @@ def test_commands_of_tokens_page(command, printed):
                             env={**os.environ, 'PATH': path, 'PYTHONUTF8': '1'})
     assert result.stderr == ''
     assert result.stdout == printed
+
+
+def commands_of(text):
+    """(script, [settings]) of every `python lab/x.py --a=b ...` in a text."""
+    return [(script, re.findall(r'--(\w+)', rest)) for script, rest in re.findall(r'python (lab/\w+\.py)(.*)', text)]
+
+
+@pytest.mark.parametrize('script', sorted(path.name for path in (ROOT / 'lab').glob('*.py')))
+def test_every_script_is_in_the_course(script):
+    """With its picture, and commands that its settings allow. What has no settings is a part of others."""
+    source = (ROOT / 'lab' / script).read_text(encoding='utf-8')
+    if 'override(globals())' not in source:
+        return
+    course = (ROOT / 'lab' / 'README.md').read_text(encoding='utf-8')
+    commands = [(name, settings) for name, settings in commands_of(course + source) if name == f'lab/{script}']
+    page = set(configurator.read_page(source))
+    assert commands and f'pictures/{script.removesuffix(".py")}' in course
+    assert {setting for _, settings in commands for setting in settings} <= page | {'help'}
+    assert 'out' in page
+
+
+def test_pictures_of_the_course():
+    course = (ROOT / 'lab' / 'README.md').read_text(encoding='utf-8')
+    shown = set(re.findall(r'!\[[^\]]+\]\((pictures/[\w.]+)\)', course))
+    assert shown == {f'pictures/{path.name}' for path in (ROOT / 'lab' / 'pictures').iterdir()}
+    for name in shown:
+        data = (ROOT / 'lab' / name).read_bytes()
+        assert data[:4] in (b'\x89PNG', b'GIF8') and len(data) < 150_000, f'{name} has {len(data):,} bytes'
+
+
+def test_nothing_imports_the_lab():
+    for path in [*ROOT.glob('*.py'), *ROOT.glob('bench/*.py'), *ROOT.glob('data/*/*.py'), *ROOT.glob('config/*.py')]:
+        assert not re.search(r'^\s*(from|import) lab\b', path.read_text(encoding='utf-8'), flags=re.M), path

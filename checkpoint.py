@@ -169,6 +169,12 @@ def model_of(state, path, dropout):
     return model
 
 
+def path_in(out_dir, which='best'):
+    """best.pt of a run (which='best', where there is one) or ckpt.pt (which='last')."""
+    path = os.path.join(out_dir, 'best.pt')
+    return path if which == 'best' and os.path.exists(path) else os.path.join(out_dir, 'ckpt.pt')
+
+
 def open_model(init_from, out_dir, which='best'):
     """
     What sample.py, evaluate.py and export.py work with: -> (model, tokenizer, chat template, a line that says which it
@@ -182,9 +188,7 @@ def open_model(init_from, out_dir, which='best'):
             raise ValueError(f"{init_from}: vocab_size is {model.config.vocab_size}, not GPT-2's 50257, and it has no "
                              f'tokenizer.json; copy that of the model into the folder')
         return model.eval(), tokenizer.from_dict(described), chat_template, init_from
-    path = os.path.join(out_dir, 'best.pt')
-    if which == 'last' or not os.path.exists(path):
-        path = os.path.join(out_dir, 'ckpt.pt')
+    path = path_in(out_dir, which)
     state = load(path)
     model = model_of(state, path, dropout=0.0)
     # a checkpoint knows the lowest val loss of its run so far, which is its own in best.pt unless nanoGPT wrote that

@@ -141,7 +141,8 @@ else:
         raise ValueError(f'there is no {what}{whose}; prepare it: {dataloader.prepare_command(data_dir)}\n'
                          f'or name another --dataset, or a text: --input=FILE')
     meta = dataloader.load_meta(data_dir)
-    tokens = dataloader.open_tokens(data_dir, split, meta, block_size=1)  # a shorter window than the model's is fine
+    # a shorter window than the model's is fine
+    tokens = dataloader.open_tokens(data_dir, split, meta, block_size=meta['row'] - 1 if meta['row'] else 1)
     n_ids = min(meta['vocab_size'] or math.inf, model.config.vocab_size)
     if meta['tokenizer'] is None:
         bytes_unknown = f'{data_dir} does not say which tokenizer it was prepared with'
@@ -161,7 +162,17 @@ if compile:
     torch._dynamo.config.suppress_errors = True  # without a working compiler: a warning, and go on without
     model.compile()
 autocast = nullcontext() if dtype == 'float32' else torch.autocast(device.type, parallel.DTYPES[dtype])
-windows = dataloader.sliding_windows(n_tokens, block_size, stride)
+row = dataloader.row_of(tokens)
+if row:  # conversations, of which only the answers are predicted
+    if stride != block_size or max_tokens:
+        raise ValueError(f'{what} has conversations in rows of {row} tokens, which are evaluated whole; leave out '
+                         f'--stride and --max_tokens')
+    if row > block_size + 1:
+        raise ValueError(f'{what} has conversations in rows of {row} tokens, more than the {block_size} of the '
+                         f'context and one; prepare it for this model: --block_size={block_size}')
+    windows = [(start, start + row, start + 1) for start in dataloader.whole_windows(n_tokens, row - 1, row)]
+else:
+    windows = dataloader.sliding_windows(n_tokens, block_size, stride)
 # tokens at once: the model's loss computes its logits in chunks, except in fp16 and int8, where they take 256 MB
 at_once = 2**13 if dtype != 'float16' and not quantize else min(2**13, 2**26 // model.config.vocab_size)
 

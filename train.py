@@ -57,7 +57,7 @@ eval_iters = 200  # batches of the training split in an evaluation; the val spli
 eval_only = False  # True: evaluate once and exit
 eval_first = True  # evaluate before the first step too, when nothing is learnt yet; False: start at once
 always_save_checkpoint = True  # False: after an evaluation save only if val improved; the end and signals always save
-init_from = 'scratch'  # 'resume', 'auto' (resume if there is a checkpoint), a Hugging Face folder or hub id, 'gpt2*'
+init_from = 'scratch'  # 'resume', 'auto' (resume or scratch), another run's out_dir, a Hugging Face folder or hub id
 patience = 0  # stop after this many evaluations in a row without a lower val loss; 0: never
 sample_tokens = 0  # tokens of a sample to print at the end; 0: none
 sample_prompt = '\n'  # what the sample continues
@@ -217,30 +217,40 @@ elif init_from == 'resume':
         raise ValueError(f'{ckpt_path} has a vocabulary of {model.config.vocab_size}, {data_dir} one of '
                          f'{meta["vocab_size"]}; resume on the dataset it was trained with (--dataset)')
 else:
-    model_folder = huggingface.find(init_from)
-    model = huggingface.load_model(model_folder, dropout)
-    chat_template = huggingface.load_chat_template(model_folder)
+    if os.path.exists(start_path := checkpoint.path_in(init_from)):  # of a run of this script
+        start = checkpoint.load(start_path)
+        model = checkpoint.model_of(start, start_path, dropout)
+        own, chat_template = start.get('tokenizer'), start.get('chat_template')
+        del start
+    else:
+        model_folder = huggingface.find(init_from)
+        model = huggingface.load_model(model_folder, dropout)
+        own, chat_template = None, huggingface.load_chat_template(model_folder)
+        # one of SentencePiece, for example, can't be read, and data that does not say what its ids are needs none
+        with suppress(ValueError) if text_tokenizer is None else nullcontext():
+            own = huggingface.load_tokenizer(model_folder)
     # the sizes and biases that a nanoGPT user's settings may hold for training from scratch are passed over, as there
     refuse_another([name for name in options if name not in ('n_layer', 'n_head', 'n_embd', 'bias')], init_from)
     if text_tokenizer is None:  # a dataset that does not say is taken to have the model's ids
-        with suppress(ValueError):  # one of SentencePiece, for example, can't be read, and training needs none
-            text_tokenizer = huggingface.load_tokenizer(model_folder)
+        text_tokenizer = own
     else:
-        own = huggingface.load_tokenizer(model_folder)
         is_own = huggingface.same_tokenizer(text_tokenizer, own) if own else (
             meta['vocab_size'] == model.config.vocab_size)
         if not is_own:
-            name = own.get('name', model_folder) if own else 'FILE'
+            name = own.get('name', init_from) if own else 'FILE'
             raise ValueError(f'{data_dir} was prepared for a vocabulary of {meta["vocab_size"]} '
                              f'({text_tokenizer["kind"]}), {init_from} has another, of {model.config.vocab_size}; '
                              f'prepare the text with its tokenizer: {dataloader.prepare_command(data_dir)} '
                              f'--tokenizer={name}')
+chat_template = meta['chat_template'] or chat_template
 if text_tokenizer is None and init_from in ('scratch', 'resume') and model.config.vocab_size >= 50257:
     text_tokenizer = {'kind': 'tiktoken', 'name': 'gpt2'}  # as nanoGPT takes a dataset without meta.pkl
 if init_from != 'scratch' and 'block_size' not in config.given:
     # of a model of others with RoPE, whose context can be 100,000 tokens, no more than the setting says
     is_long = init_from != 'resume' and model.config.pos == 'rope'
     block_size = min(block_size, model.config.block_size) if is_long else model.config.block_size
+if meta['row'] and 'block_size' not in config.given:
+    block_size = meta['row'] - 1  # what the conversations are packed for
 if block_size > model.config.block_size and model.config.pos == 'learned':
     raise ValueError(f'block_size={block_size} is above the {model.config.block_size} positions of the model in '
                      f'{ckpt_path if init_from == "resume" else init_from}; use --block_size={model.config.block_size} '
@@ -259,7 +269,8 @@ else:
     opt = optim.adamw(model, weight_decay, learning_rate, (beta1, beta2))
 if state is not None and 'optimizer' in state:
     optim.load_optimizer(opt, state['optimizer'])
-if block_size != model.config.block_size:
+is_short = meta['row'] and block_size < model.config.block_size  # rows that the context has room for, and more
+if block_size != model.config.block_size and not is_short:
     world.print(f'the context is changed from {model.config.block_size} to {block_size} tokens')
     for cropped in {model, final_model}:
         cropped.crop_block_size(block_size)
@@ -316,12 +327,26 @@ if not eval_only:
                 f'{batch_size} x {block_size}')
 
 
+row = dataloader.row_of(tokens['train'])  # tokens of a row of conversations, or None
+
+
 def get_batch(step):
-    """The micro-batches of this process at a step, on the device: [(x, y), ...], each (batch_size, block_size)."""
-    starts = dataloader.train_windows(step, n_sequences, len(tokens['train']), block_size, seed)
+    """
+    -> (the micro-batches of this process at a step, on the device, number of targets in all of the step).
+
+    A micro-batch is (x, y, share), x and y (batch_size, block_size), share that of the step's targets which are in it;
+    times the number of processes, since DDP averages over them. So the loss of a step is the mean over its targets,
+    however they fall on micro-batches and processes.
+    """
+    starts = dataloader.train_windows(step, n_sequences, len(tokens['train']), block_size, seed, row)
+    n_targets = dataloader.count_targets(tokens['train'], starts, block_size)
     mine = starts[world.rank * per_process : (world.rank + 1) * per_process]
-    return [dataloader.to_device(dataloader.gather(tokens['train'], chunk, block_size, n_ids), device)
-            for chunk in mine.reshape(micro_steps, batch_size)]
+    micro_batches = []
+    for chunk in mine.reshape(micro_steps, batch_size):
+        x, y = dataloader.to_device(dataloader.gather(tokens['train'], chunk, block_size, n_ids), device)
+        here = dataloader.count_targets(tokens['train'], chunk, block_size)
+        micro_batches.append((x, y, world.size * here / max(1, n_targets)))
+    return micro_batches, n_targets
 
 
 def evaluate():
@@ -332,9 +357,9 @@ def evaluate():
     final_model.eval()
     # more windows at once than in training, for speed, as long as their logits stay below 16 MB
     n_windows = max(batch_size, 2**22 // (block_size * model.config.vocab_size))
-    val = dataloader.whole_windows(len(tokens['val']), block_size)
+    val = dataloader.whole_windows(len(tokens['val']), block_size, row)
     n_train = min(eval_iters * batch_size, max(len(val), batch_size))
-    windows = {'train': dataloader.even_windows(n_train, len(tokens['train']), block_size), 'val': val}
+    windows = {'train': dataloader.even_windows(n_train, len(tokens['train']), block_size, row), 'val': val}
     losses = {}
     for split, starts in windows.items():
         total, count = torch.zeros((), device=device), torch.zeros((), dtype=torch.long, device=device)
@@ -347,7 +372,7 @@ def evaluate():
                 total += final_model(x, y, return_logits=False)[1] * n_targets
             count += n_targets
         total, count = world.sum([total.item(), count.item()])
-        losses[split] = total / count
+        losses[split] = total / max(1, count)
     final_model.train()
     return losses
 
@@ -477,7 +502,7 @@ if compile:
     else:
         step_model = torch.compile(model, dynamic=False, fullgraph=True)
     try:
-        x, y = get_batch(iter_num)[0]
+        x, y, _ = get_batch(iter_num)[0][0]
         with autocast:
             loss = step_model(x, y, return_logits=False)[1]
         loss.backward()
@@ -534,18 +559,18 @@ while True:
     if iter_num >= max_iters or stop_reason:
         break
 
-    # one step: forward and backward over the micro-batches, the gradient of their mean loss adding up in .grad
+    # one step: forward and backward over the micro-batches, the gradient of the mean loss adding up in .grad
     torch.manual_seed(seed + 1_000_003 * (iter_num + 1) + world.rank)  # dropout too depends on (seed, step) alone
     lr = learning_rate_at(iter_num)
     for group in opt.param_groups:
         group['lr'] = lr * group['lr_scale']
-    micro_batches, next_batch = next_batch.result(), prefetch.submit(get_batch, iter_num + 1)
+    (micro_batches, n_targets), next_batch = next_batch.result(), prefetch.submit(get_batch, iter_num + 1)
     loss_sum = torch.zeros((), device=device)
-    for micro_step, (x, y) in enumerate(micro_batches):
+    for micro_step, (x, y, share) in enumerate(micro_batches):
         if world.size > 1:  # average gradients over the processes once, with the last micro-batch
             step_model.require_backward_grad_sync = micro_step == micro_steps - 1
         with autocast:
-            loss = step_model(x, y, return_logits=False)[1] / micro_steps
+            loss = step_model(x, y, return_logits=False)[1] * share
         loss_sum += loss.detach()
         scaler.scale(loss).backward()
     scaler.unscale_(opt)
@@ -567,7 +592,8 @@ while True:
         if stop_requests:
             stop_reason = f'stopped by {signal.Signals(stop_signal or signal.SIGTERM).name}'
         records.append({'step': step, 'loss': loss, 'lr': step_lr, 'grad_norm': norm})
-    scaler.step(opt)
+    if n_targets:  # of conversations a batch could have none, and weight decay alone is no step
+        scaler.step(opt)
     scaler.update()
     if final_model is not model:
         optim.average_into(final_model, model, average_decay, iter_num)

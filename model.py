@@ -633,7 +633,7 @@ class GPT(nn.Module):
         device, weight = x.device.type, self.lm_head.weight
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         n_targets = (targets >= 0).sum().clamp(min=1)
-        is_large = targets.numel() * self.config.vocab_size > CHUNK and isinstance(self.lm_head, nn.Linear)
+        is_large = targets.numel() * self.config.vocab_size > CHUNK and type(self.lm_head) is nn.Linear
         if is_large and not return_logits and dtype != torch.float16:  # a GradScaler's factor would come too late
             total = ChunkedCrossEntropy.apply(x.flatten(0, 1), weight, targets.flatten(), self.config.logit_softcap,
                                               dtype, torch.is_grad_enabled())

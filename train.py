@@ -38,6 +38,7 @@ from tqdm import tqdm
 import checkpoint
 import dataloader
 import huggingface
+import lora
 import optim
 import parallel
 import tokenizer
@@ -103,6 +104,11 @@ beta1 = 0.9
 beta2 = 0.95
 grad_clip = 1.0  # largest norm of the gradient; 0: no clipping
 average_decay = 0.0  # evaluate and keep a moving average of the weights, over 1 / (1 - average_decay) steps; 0: none
+# LoRA: train small matrices beside the frozen ones of a model that init_from names, see lora.py
+lora_rank = 0  # 8 to 64; 0: train all weights
+lora_alpha = 16.0  # what they add is scaled by lora_alpha / lora_rank
+lora_targets = 'c_attn,c_fc,c_proj'  # the layers that get them, such as 'c_attn,mlp.c_proj,lm_head'
+lora_int8 = False  # the frozen weights of these layers in 8 bits, a quarter of the memory
 # learning rate over time
 decay_lr = True  # False: constant
 lr_schedule = 'cosine'  # 'cosine', or 'wsd': warmup, stable, linear decay
@@ -145,6 +151,11 @@ for names, is_valid, expected in (
      f'at least warmup_iters={warmup_iters}, or the rate would fall before it has risen'),
     (('warmup_iters',), lambda value: value <= max_iters or lr_decay_iters is not None or 'warmup_iters' not in
      config.given, f'at most max_iters={max_iters}, or the rate would never reach its highest'),
+    (('lora_rank',), lambda value: value >= 0, '0 or more'),
+    (('lora_rank',), lambda value: value == 0 or init_from != 'scratch', "0 with init_from='scratch', where nothing is "
+     'learnt yet that could be frozen'),
+    (('optimizer',), lambda value: lora_rank == 0 or value == 'adamw', "'adamw' with LoRA (--optimizer=adamw), as its "
+     'matrices are no maps from channels to channels, whose singular values Muon evens out'),
     (('init_from',), lambda value: value in sources or os.path.isdir(value) or '/' in value,
      f'a folder in Hugging Face layout or one of {", ".join(sources)}, or the id of a model on the hub, owner/name'),
 ):
@@ -217,14 +228,11 @@ elif init_from == 'resume':
         raise ValueError(f'{ckpt_path} has a vocabulary of {model.config.vocab_size}, {data_dir} one of '
                          f'{meta["vocab_size"]}; resume on the dataset it was trained with (--dataset)')
 else:
-    if os.path.exists(start_path := checkpoint.path_in(init_from)):  # of a run of this script
-        start = checkpoint.load(start_path)
-        model = checkpoint.model_of(start, start_path, dropout)
-        own, chat_template = start.get('tokenizer'), start.get('chat_template')
-        del start
+    model, start = checkpoint.base_model(init_from, dropout)
+    if start is not None:
+        own, chat_template, start = start.get('tokenizer'), start.get('chat_template'), None
     else:
         model_folder = huggingface.find(init_from)
-        model = huggingface.load_model(model_folder, dropout)
         own, chat_template = None, huggingface.load_chat_template(model_folder)
         # one of SentencePiece, for example, can't be read, and data that does not say what its ids are needs none
         with suppress(ValueError) if text_tokenizer is None else nullcontext():
@@ -243,6 +251,15 @@ else:
                              f'prepare the text with its tokenizer: {dataloader.prepare_command(data_dir)} '
                              f'--tokenizer={name}')
 chat_template = meta['chat_template'] or chat_template
+adapted = state.get('lora') if state else None  # with which adapters, as a checkpoint has it
+if state is not None and 'lora_rank' in config.given and lora_rank != (adapted['rank'] if adapted else 0):
+    raise ValueError(f'lora_rank={lora_rank}, but {ckpt_path} was trained with '
+                     f'{adapted["rank"] if adapted else "no adapters, lora_rank=0"}; resume with that, or begin with '
+                     f'its model in another run: --init_from={out_dir} and another --out_dir')
+if adapted is None and lora_rank:
+    adapted = {'init_from': init_from, 'digest': lora.digest(model), 'rank': lora_rank, 'alpha': lora_alpha,
+               'targets': [target.strip() for target in lora_targets.split(',')], 'int8': lora_int8}
+    lora.add(model, lora_rank, lora_alpha, adapted['targets'], lora_int8)
 if text_tokenizer is None and init_from in ('scratch', 'resume') and model.config.vocab_size >= 50257:
     text_tokenizer = {'kind': 'tiktoken', 'name': 'gpt2'}  # as nanoGPT takes a dataset without meta.pkl
 if init_from != 'scratch' and 'block_size' not in config.given:
@@ -259,7 +276,7 @@ n_ids = min(meta['vocab_size'] or math.inf, model.config.vocab_size)  # ids of t
 model.to(device)
 final_model = copy.deepcopy(model) if average_decay else model  # what is evaluated, kept and sampled from
 if state is not None and 'unaveraged' in state:  # beside 'model', which is the average then
-    model.load_state_dict(state['unaveraged'])
+    model.load_state_dict(state['unaveraged'], strict=not adapted)
 dtype, dtype_reason = parallel.choose_dtype(dtype, device)
 if optimizer == 'muon':
     ns_dtype = torch.bfloat16 if dtype == 'bfloat16' else torch.float32
@@ -320,7 +337,10 @@ threads = f' (threads: {torch.get_num_threads()})' if device.type == 'cpu' else 
 world.print(textwrap.fill(f'device {device}{threads}, dtype {dtype} ({dtype_reason}), compile {compile} '
                           f'({compile_reason})', 80, subsequent_indent='  '))
 epochs = max_iters * total_batch_size / len(tokens['train'])
+trained = [p for p in model.parameters() if p.requires_grad]
+n_trained, n_params = sum(p.numel() for p in trained), model.get_num_params(non_embedding=False)
 world.print(f'{model.get_num_params() / 1e6:.2f}M parameters'
+            + (f', of which {n_trained:,} ({n_trained / n_params:.2%}) are trained' if adapted else '')
             + ('' if eval_only else f'; {max_iters} steps, {epochs:.2f} epochs'))
 if not eval_only:
     world.print(f'a step of {total_batch_size:,} tokens = {world.size} process(es) x {micro_steps} micro-batch(es) x '
@@ -417,6 +437,11 @@ saved_iter = tried_iter = start_iter  # the step of ckpt.pt, and of the last att
 sys.excepthook = explain_out_of_memory
 
 
+def weights_of(model):
+    """What a checkpoint has of a model; with LoRA the adapters alone."""
+    return lora.adapters(model) if adapted else model.state_dict()
+
+
 def save_checkpoint(is_best):
     """Write ckpt.pt, and best.pt if the last evaluation was the best. -> whether it could be written."""
     global saved_iter, tried_iter
@@ -424,12 +449,14 @@ def save_checkpoint(is_best):
     if not world.is_main:
         saved_iter = iter_num
         return True
-    state = {'model': final_model.state_dict(), 'optimizer': opt.state_dict(), 'model_args': asdict(model.config),
+    state = {'model': weights_of(final_model), 'optimizer': opt.state_dict(), 'model_args': asdict(model.config),
              'iter_num': iter_num, 'best_val_loss': best_val_loss, 'config': dict(config), 'tokenizer': text_tokenizer,
-             'chat_template': chat_template,
-             'scaler': scaler.state_dict(), 'evals_since_best': evals_since_best, 'train_time': train_time}
+             'chat_template': chat_template, 'scaler': scaler.state_dict(), 'evals_since_best': evals_since_best,
+             'train_time': train_time}
     if final_model is not model:
-        state['unaveraged'] = model.state_dict()
+        state['unaveraged'] = weights_of(model)
+    if adapted:
+        state['lora'] = adapted
     try:
         checkpoint.save(out_dir, state, is_best)
     except OSError as error:
@@ -574,9 +601,9 @@ while True:
         loss_sum += loss.detach()
         scaler.scale(loss).backward()
     scaler.unscale_(opt)
-    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+    norm = torch.nn.utils.get_total_norm([p.grad for p in trained])
     if grad_clip and (device.type == 'cuda' or norm > grad_clip):  # to ask a GPU would be to wait for it
-        torch.nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip, norm)
+        torch.nn.utils.clip_grads_with_norm_(trained, grad_clip, norm)
 
     # read loss and norm, to stop before an update that would ruin the weights; and all processes together when one is
     # asked to stop. A GPU would idle meanwhile: there it is those of the step before, while this one computes, but

@@ -104,7 +104,7 @@ beta1 = 0.9
 beta2 = 0.95
 grad_clip = 1.0  # largest norm of the gradient; 0: no clipping
 average_decay = 0.0  # evaluate and keep a moving average of the weights, over 1 / (1 - average_decay) steps; 0: none
-# LoRA: train small matrices beside the frozen ones of a model that init_from names, see lora.py
+# LoRA: small matrices beside the frozen ones of the model in init_from; lora.py
 lora_rank = 0  # 8 to 64; 0: train all weights
 lora_alpha = 16.0  # what they add is scaled by lora_alpha / lora_rank
 lora_targets = 'c_attn,c_fc,c_proj'  # the layers that get them, such as 'c_attn,mlp.c_proj,lm_head'

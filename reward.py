@@ -100,6 +100,7 @@ else:
     model = critic.Critic.from_gpt(base, dropout)
 block_size = model.config.block_size
 model.to(device)
+model.value_head.bias.requires_grad_(False)  # only differences of scores matter, and its gradient is but rounding
 opt = optim.adamw(model, weight_decay, learning_rate, (beta1, beta2))
 if state:
     optim.load_optimizer(opt, state['optimizer'])

@@ -70,4 +70,5 @@ def confidence_interval(n_right, n):
     """
     z = 1.959964
     share, spread = n_right / n, z * math.sqrt(n_right * (n - n_right) / n**3 + z**2 / (4 * n**2))
-    return tuple((share + z**2 / (2 * n) + side * spread) / (1 + z**2 / n) for side in (-1, 1))
+    lowest, highest = ((share + z**2 / (2 * n) + side * spread) / (1 + z**2 / n) for side in (-1, 1))
+    return max(0.0, lowest), min(1.0, highest)  # but for rounding they are within

@@ -13,10 +13,11 @@ by how much an answer does better than that.
 dpo: no answers are drawn; it learns from pairs of a better and a worse one, as
 reward.py does, and --task only measures.
 
-A task is tasks/NAME.py with examples(split, n, seed), dicts with 'messages';
-evaluate(example, text), whether an answer is right; and reward(example, text),
-a number. With --reward_model the reward is that model's score instead. All three
-keep near the model they began with, the reference, as kl_coef (dpo: beta) says.
+A task is tasks/NAME.py with examples(split, n, seed), dicts with 'messages',
+split being 'train' or 'val'; evaluate(example, text), whether an answer is
+right; and reward(example, text), a number. With --reward_model the reward is
+that model's score instead. All three keep near the model they began with, the
+reference, as much as kl_coef (dpo: beta) says.
 
 Writes to out_dir: ckpt.pt (the last state, to resume from with --init_from=
 resume), best.pt (most held-out answers right), log.jsonl, config.json. Ctrl-C or
@@ -79,7 +80,8 @@ clip_high: float | None = None  # upwards, if that is another: 0.28 keeps more v
 normalize_std = True  # grpo: divide by the standard deviation of a group; False: Dr. GRPO
 gamma = 1.0  # ppo: what the next token's reward is worth now
 lam = 0.95  # ppo: 1: the value function is only what to compare with; lower: it is believed more, with less noise
-value_clip = 0.2  # ppo: how far a step can move a value
+value_clip = 0.0  # ppo: how far a step can move a value; 0: as far as it likes
+critic_warmup = 5  # ppo: first steps, in which only the value function learns: its errors would be taken for merit
 beta = 0.1  # dpo: rewards are beta log(policy / reference)
 label_smoothing = 0.0  # dpo: share of the pairs that are the wrong way round
 # optimizer
@@ -107,9 +109,10 @@ for names, is_valid, expected in (
      '1 or more, and for grpo, which compares the answers to a prompt, 2'),
     (('eval_interval', 'log_interval', 'train_examples', 'eval_examples', 'prompts_per_step', 'max_new_tokens',
       'epochs', 'minibatch_size'), lambda value: value >= 1, '1 or more'),
-    (('max_iters', 'warmup_iters', 'kl_coef', 'weight_decay', 'grad_clip', 'learning_rate', 'critic_lr'),
+    (('max_iters', 'warmup_iters', 'kl_coef', 'weight_decay', 'grad_clip', 'learning_rate', 'critic_lr',
+      'value_clip', 'critic_warmup'),
      lambda value: 0 <= value < math.inf, '0 or more'),
-    (('temperature', 'clip', 'value_clip', 'beta'), lambda value: 0 < value < math.inf, 'more than 0'),
+    (('temperature', 'clip', 'beta'), lambda value: 0 < value < math.inf, 'more than 0'),
     (('clip_high',), lambda value: value is None or value > 0, 'more than 0, or None'),
     (('clip',), lambda value: value < 1, 'less than 1'),
     (('gamma', 'lam', 'final_share'), lambda value: 0 <= value <= 1, '0 to 1'),
@@ -178,8 +181,9 @@ if reward_model:
         raise ValueError(f'the reward model in {reward_model} has another tokenizer than the model in {init_from}; '
                          f'train one that begins with that: python reward.py --init_from={init_from}')
     judge.to(device).requires_grad_(False)
-if algorithm == 'ppo':  # the reward model knows already much of what its values are
-    value_model = critic.Critic.from_gpt(policy) if judge is None else copy.deepcopy(judge).requires_grad_(True)
+    ending = ending_of(template, tokenizer)
+if algorithm == 'ppo':
+    value_model = critic.Critic.from_gpt(policy)
     value_opt = optim.adamw(value_model.to(device), weight_decay, critic_lr, (beta1, beta2))
 
 # where the run stands
@@ -214,7 +218,7 @@ def prompts_of(split, n):
 train_prompts, val_prompts, train_pairs, val_pairs = [], [], [], []
 task_module = load_task(task) if task else None
 if task:
-    val_prompts = prompts_of('test', eval_examples)
+    val_prompts = prompts_of('val', eval_examples)
 if algorithm == 'dpo':
     found, n_too_long = read_pairs(pairs, template, tokenizer, block_size, val_fraction)
     train_pairs, val_pairs = found['train'], found['val']
@@ -273,7 +277,6 @@ def is_right(example, text):
 
 def score(prompts, answers):
     """What the reward model says to answers, (n,)."""
-    ending = ending_of(template, tokenizer)
     with autocast:
         return torch.cat([scores_of(judge, prompts[i : i + minibatch_size], answers[i : i + minibatch_size], stop_ids,
                                     ending) for i in range(0, len(prompts), minibatch_size)])
@@ -317,17 +320,22 @@ def save_checkpoint(is_best):
     return is_saved
 
 
+def stop_not_finite(what):
+    """End the run, with the last good checkpoint as it is."""
+    where = f'{ckpt_path} is of step {saved_iter}' if saved_iter else 'there is no checkpoint yet'
+    raise SystemExit(f'step {iter_num}: {what}. Stopped without saving; {where}. Try a lower --learning_rate, or '
+                     f'--dtype=float32')
+
+
 def update(optimizer, model, loss):
-    """One step of an optimizer; -> the loss and the norm of its gradient. Ends the run before a ruinous one."""
+    """One step of an optimizer; -> the norm of the gradient."""
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf).item()
     if not (math.isfinite(loss.item()) and math.isfinite(norm)):
-        where = f'{ckpt_path} is of step {saved_iter}' if saved_iter else 'there is no checkpoint yet'
-        raise SystemExit(f'step {iter_num}: loss is {loss.item()}, norm of the gradient {norm}. Stopped without '
-                         f'saving; {where}. Try a lower --learning_rate, or --dtype=float32')
+        stop_not_finite(f'loss is {loss.item()}, norm of the gradient {norm}')
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return loss.item(), norm
+    return norm
 
 
 # the loop ------------------------------------------------------------------------------------------------------------
@@ -337,6 +345,8 @@ while True:
     if (iter_num % eval_interval == 0 or iter_num >= max_iters) and (iter_num > start_iter or iter_num == 0):
         record, shown = evaluate()
         print(f'step {iter_num}: held out: {shown}')
+        if not math.isfinite(record['val_loss']):  # the last update ruined the weights: they must not be saved
+            stop_not_finite(f'val loss is {record["val_loss"]}')
         runs.log(out_dir, step=iter_num, **record, train_time=round(train_time, 3))
         is_best, former_best = record['val_loss'] < best_val_loss, best_val_loss
         best_val_loss = min(best_val_loss, record['val_loss'])
@@ -404,14 +414,16 @@ while True:
             ratio = (logprobs.detach() - old_logprobs[rows]).exp()
             of_update = {'clipped': losses.masked_mean(((ratio - 1).abs() > clip).float(), acts[rows])}
         if algorithm == 'grpo':
-            k3 = losses.kl_estimates(logprobs, reference_logprobs[rows])[2]
-            loss = loss + kl_coef * losses.reduced(k3, acts[rows], reduction)
+            _, _, kl = losses.kl_estimates(logprobs, reference_logprobs[rows])
+            loss = loss + kl_coef * losses.reduced(kl, acts[rows], reduction)
         if algorithm == 'ppo':
             value_loss = losses.clipped_value_loss(values_of(idx[rows]), old_values[rows], returns[rows], acts[rows],
-                                                   value_clip)
-            of_update['value_loss'], _ = update(value_opt, value_model, value_loss)
-        of_update['loss'], of_update['grad_norm'] = update(opt, policy, loss)
-        updates.append(of_update)
+                                                   value_clip or math.inf)
+            update(value_opt, value_model, value_loss)
+            of_update['value_loss'] = value_loss.detach()
+        if algorithm != 'ppo' or iter_num >= critic_warmup:
+            of_update['grad_norm'] = update(opt, policy, loss)
+        updates.append({**of_update, 'loss': loss.detach()})
     record.update({key: sum(float(one[key]) for one in updates) / len(updates) for key in updates[0]})
     iter_num += 1
     dt = time.perf_counter() - t0

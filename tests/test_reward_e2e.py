@@ -20,22 +20,30 @@ SMALL = {'init_from': 'chat', 'data': 'pairs.jsonl', 'device': 'cpu', 'dtype': '
          'batch_size': 8, 'eval_interval': 10, 'log_interval': 5, 'learning_rate': 3e-3, 'warmup_iters': 2}
 
 
+LETTERS = 'abcdefghijklmnopqrstuvwxyz'
+
+
 def save_chat_model(path, name='chat', **changes):
-    """A model that knows the chat format and nothing else, as train.py would save it; -> the model."""
-    model = tiny(n_embd=32, bias=False)
+    """A model that answers with letters, each as likely as any other and as the end; as train.py would save it."""
+    model = tiny(n_embd=32, tie_embeddings=False)
+    with torch.no_grad():  # the first channel is 1 at the head, and speaks against all other tokens
+        model.transformer.ln_f.weight[0], model.transformer.ln_f.bias[0] = 0.0, 1.0
+        model.lm_head.weight[:, 0] = -10.0
+        model.lm_head.weight[[*LETTERS.encode(), 261], 0] = 0.0
     (path / name).mkdir()
     torch.save({'version': 1, 'model': model.state_dict(), 'model_args': asdict(model.config), 'iter_num': 7,
                 'best_val_loss': 1.25, 'config': {'dataset': 'talks'}, 'tokenizer': TOKENIZER.to_dict(),
                 'chat_template': chat.TEMPLATE, **changes}, path / name / 'ckpt.pt')
-    return model
 
 
 def save_pairs(path, n=200):
-    """Small letters are better than large ones."""
-    rng = random.Random(0)
-    words = [''.join(rng.choices('abcdefgh', k=rng.randint(1, 6))) for _ in range(n)]
-    write_pairs(path / 'pairs.jsonl', [{'messages': [{'role': 'user', 'content': f'{i}'}], 'chosen': word,
-                                        'rejected': word.upper()} for i, word in enumerate(words)])
+    """Vowels are better than other letters."""
+    rng, values = random.Random(0), []
+    for i in range(n):
+        chosen = ''.join(rng.choices('aeiou', k=rng.randint(1, 6)))
+        rejected = ''.join(rng.choices([letter for letter in LETTERS if letter not in 'aeiou'], k=rng.randint(1, 6)))
+        values.append({'messages': [{'role': 'user', 'content': str(i)}], 'chosen': chosen, 'rejected': rejected})
+    write_pairs(path / 'pairs.jsonl', values)
 
 
 @pytest.fixture
@@ -61,8 +69,8 @@ def test_learns_and_says_so(chats):
     model, tokenizer, template, line = critic.open_reward_model(str(chats.path / 'out'))
     assert template == chat.TEMPLATE and tokenizer.vocab_size == 266 and 'best.pt: step' in line
     ids = [256, 258, *b'7', 261, 259]
-    small, large = model.scores(torch.tensor([[*ids, *b'abc', 261], [*ids, *b'ABC', 261]]), torch.tensor([9, 9]))
-    assert small > large
+    vowels, others = model.scores(torch.tensor([[*ids, *b'aeo', 261], [*ids, *b'abc', 261]]), torch.tensor([9, 9]))
+    assert vowels > others
     for script, settings in (('sample.py', {}), ('evaluate.py', {'input': 'pairs.jsonl'})):
         chats.start(script, out_dir='out', device='cpu', **settings).refused('out/best.pt is a reward model',
                                                                              'is in chat')
@@ -109,11 +117,13 @@ def test_resumes_bit_for_bit(chats):
 
 
 def test_micro_batches_are_the_same_step(chats):
-    start(chats, out_dir='one', max_iters=3).ok()
-    start(chats, out_dir='four', max_iters=3, micro_batch_size=2).ok()
-    one, four = chats.checkpoint('one')['model'], chats.checkpoint('four')['model']
-    for name in one:
-        torch.testing.assert_close(four[name], one[name], atol=2e-5, rtol=0)
+    """Seen in the losses and gradients: weights of a gradient that is but rounding may move either way."""
+    start(chats, out_dir='one', max_iters=4, log_interval=1).ok()
+    start(chats, out_dir='four', max_iters=4, log_interval=1, micro_batch_size=2).ok()
+    one, four = ([(record['loss'], record['grad_norm']) for record in chats.log(out_dir) if 'loss' in record]
+                 for out_dir in ('one', 'four'))
+    assert len(one) == 4 and len(set(one)) == 4
+    torch.testing.assert_close(torch.tensor(four), torch.tensor(one), atol=0, rtol=1e-3)
 
 
 @pytest.mark.parametrize('changes, said', [

@@ -38,6 +38,7 @@ import runs
 from answers import pair_rows, read_pairs
 from configurator import explain_errors, override
 from losses import bradley_terry_loss
+from tasks.common import wilson
 
 sys.stdout.reconfigure(errors='replace', line_buffering=True)
 
@@ -169,7 +170,7 @@ while True:
     if (iter_num % eval_interval == 0 or iter_num >= max_iters) and (iter_num > start_iter or iter_num == 0):
         val_loss, n_right = evaluate()
         n = len(pairs['val'])
-        low, high = runs.confidence_interval(n_right, n)
+        low, high = wilson(n_right, n)
         print(f'step {iter_num}: val loss {val_loss:.4f}, accuracy {n_right / n:.1%} ({low:.1%} to {high:.1%})')
         if not math.isfinite(val_loss):  # the last update ruined the weights: they must not be saved
             raise SystemExit(f'step {iter_num}: val loss is {val_loss}. Stopped without saving; try a lower '

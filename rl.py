@@ -13,11 +13,10 @@ by how much an answer does better than that.
 dpo: no answers are drawn; it learns from pairs of a better and a worse one, as
 reward.py does, and --task only measures.
 
-A task is tasks/NAME.py with examples(split, n, seed), dicts with 'messages',
-split being 'train' or 'val'; evaluate(example, text), whether an answer is
-right; and reward(example, text), a number. With --reward_model the reward is
-that model's score instead. All three keep near the model they began with, the
-reference, as much as kl_coef (dpo: beta) says.
+A task is a file of tasks/, which asks, checks and rewards, see tasks/common.py;
+best.pt is chosen by its val questions, so that those of test stay unseen. With
+--reward_model the reward is that model's score instead. All three keep near the
+model they began with, the reference, as much as kl_coef (dpo: beta) says.
 
 Writes to out_dir: ckpt.pt (the last state, to resume from with --init_from=
 resume), best.pt (most held-out answers right), log.jsonl, config.json. Ctrl-C or
@@ -25,7 +24,6 @@ SIGTERM finishes the step, saves and says how to go on.
 """
 
 import copy
-import importlib.util
 import math
 import os
 import sys
@@ -48,8 +46,10 @@ import optim
 import parallel
 import runs
 from answers import draw_answers, ending_of, logprobs_of, pair_rows, read_pairs, scores_of, to_rows
+from calculator import generate_with_tools
 from configurator import explain_errors, override
 from generate import uniforms
+from tasks import common as tasks
 
 sys.stdout.reconfigure(errors='replace', line_buffering=True)
 
@@ -57,7 +57,10 @@ sys.stdout.reconfigure(errors='replace', line_buffering=True)
 out_dir = 'out-rl'
 init_from = 'out-sft'  # a chat model: a run's out_dir, a Hugging Face folder or hub id; 'resume'
 algorithm = 'grpo'  # 'grpo', 'ppo', 'dpo'
-task = ''  # NAME of tasks/NAME.py: where prompts, rewards and what is right come from
+task = ''  # tiny_chat, gsm8k, or a file tasks/NAME.py of your own: where prompts, rewards and right answers are from
+input = ''  # the file of questions, for tasks that read one
+kinds = ''  # only questions of these kinds: addition,spelling; '': all
+tools = False  # True: the model may call the calculator, see calculator.py
 reward_model = ''  # out_dir of reward.py: its score is the reward; '': the task's
 pairs = ''  # dpo: FILE.jsonl, see reward.py
 val_fraction = 0.1  # dpo: share of the conversations in it that are held out
@@ -102,7 +105,7 @@ config = override(globals())
 sys.excepthook = explain_errors
 for names, is_valid, expected in (
     (('algorithm',), lambda value: value in ('grpo', 'ppo', 'dpo'), "'grpo', 'ppo' or 'dpo'"),
-    (('task',), lambda value: value or algorithm == 'dpo', 'NAME of a tasks/NAME.py, which has the prompts'),
+    (('task',), lambda value: value or algorithm == 'dpo', 'NAME of a tasks/NAME.py, where the prompts are'),
     (('pairs',), lambda value: bool(value) == (algorithm == 'dpo'), 'FILE.jsonl with --algorithm=dpo, and only there'),
     (('reward_model',), lambda value: not value or algorithm != 'dpo', "'' with --algorithm=dpo, which needs none"),
     (('group_size',), lambda value: value >= (2 if algorithm == 'grpo' else 1),
@@ -126,21 +129,6 @@ for names, is_valid, expected in (
     for name in names:
         if not is_valid(config[name]):
             raise ValueError(f'{name}={config[name]!r}: expected {expected}')
-
-
-def load_task(name):
-    """tasks/NAME.py, of the current folder or else beside this file, as a module. ValueError if there is none."""
-    folders = ['tasks', os.path.join(os.path.dirname(os.path.abspath(__file__)), 'tasks')]
-    path = next(filter(os.path.exists, (os.path.join(folder, f'{name}.py') for folder in folders)), None)
-    if path is None:
-        found = {file[:-3] for folder in filter(os.path.isdir, folders) for file in os.listdir(folder)
-                 if file.endswith('.py')}
-        raise ValueError(f'task={name!r}: there is no tasks/{name}.py; there is: {", ".join(sorted(found)) or "none"}')
-    spec = importlib.util.spec_from_file_location(f'tasks.{name}', path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
 
 # the policy, which learns, and the reference, which it began as
 device = parallel.choose_device(device)
@@ -203,8 +191,9 @@ state = None  # the loaded tensors are no longer needed
 # the prompts, or pairs
 def prompts_of(split, n):
     """-> [(example of the task, ids of its prompt), ...], without those that leave too little room for an answer."""
-    examples = task_module.examples(split, n, seed)
-    prompts = [(example, chat.render(example['messages'], template, tokenizer)) for example in examples]
+    wanted = tuple(kind.strip() for kind in kinds.split(',')) if kinds else ()
+    examples = questions.examples(split, n, seed, input=input, kinds=wanted)
+    prompts = [(example, tasks.chat_prompt(example, template, tokenizer, math.inf, tools)) for example in examples]
     fitting = [prompt for prompt in prompts if len(prompt[1]) + max_new_tokens <= block_size]
     if len(fitting) < len(prompts):
         print(f'{len(prompts) - len(fitting):,} of {len(prompts):,} {split} prompts are longer than the '
@@ -216,7 +205,7 @@ def prompts_of(split, n):
 
 
 train_prompts, val_prompts, train_pairs, val_pairs = [], [], [], []
-task_module = load_task(task) if task else None
+questions = tasks.load(task) if task else None
 if task:
     val_prompts = prompts_of('val', eval_examples)
 if algorithm == 'dpo':
@@ -243,10 +232,18 @@ if folder := checkpoint.open_folder(out_dir, resolved, start_iter, version):
 
 
 def answers_to(prompts, temperature, u):
-    """What the policy answers to prompts, lists of ids: -> (lists of ids, texts without the token that ends them)."""
+    """
+    What the policy answers to prompts, lists of ids. -> (lists of ids; of each a list of 1 for what the policy chose
+    itself, 0 for what the calculator told it; the texts, without the token that ends them)
+    """
     with autocast:
-        answers = draw_answers(policy, prompts, max_new_tokens, stop_ids, tokenizer.vocab_size, temperature, u)
-    return answers, [tokenizer.decode([i for i in answer if i not in stop_ids]) for answer in answers]
+        if tools:
+            answers, chosen = generate_with_tools(policy, tokenizer, prompts, max_new_tokens, stop_ids, u,
+                                                  temperature=temperature)
+        else:
+            answers = draw_answers(policy, prompts, max_new_tokens, stop_ids, tokenizer.vocab_size, temperature, u)
+            chosen = [[1] * len(answer) for answer in answers]
+    return answers, chosen, [tokenizer.decode([i for i in answer if i not in stop_ids]) for answer in answers]
 
 
 def say(model, idx, mask):
@@ -272,7 +269,7 @@ def learn_from_pairs(idx, mask):
 
 
 def is_right(example, text):
-    return bool(task_module.evaluate(example, text))
+    return bool(questions.evaluate(example, text))
 
 
 def score(prompts, answers):
@@ -300,10 +297,10 @@ def evaluate():
         n, n_right, at_once = len(val_prompts), 0, prompts_per_step * group_size
         for i in range(0, n, at_once):
             examples, prompts = zip(*val_prompts[i : i + at_once], strict=True)
-            _, texts = answers_to(prompts, 0.0, torch.zeros(len(prompts), max_new_tokens))
+            _, _, texts = answers_to(prompts, 0.0, torch.zeros(len(prompts), max_new_tokens))
             n_right += sum(map(is_right, examples, texts))
         record.update(val_loss=1 - n_right / n, val_accuracy=n_right / n)
-        low, high = runs.confidence_interval(n_right, n)
+        low, high = tasks.wilson(n_right, n)
         shown.append(f'accuracy {n_right / n:.1%} ({low:.1%} to {high:.1%})')
     return record, ', '.join(shown)
 
@@ -372,14 +369,14 @@ while True:
         examples, prompts = zip(*(train_prompts[i] for i in indices for _ in range(group_size)), strict=True)
         u = torch.stack([uniforms(seed, iter_num * prompts_per_step + prompt, sample, max_new_tokens)
                          for prompt in range(prompts_per_step) for sample in range(group_size)])
-        answers, texts = answers_to(prompts, temperature, u)
-        idx, mask = to_rows([(prompt + answer, [0] * len(prompt) + [1] * len(answer))
-                             for prompt, answer in zip(prompts, answers, strict=True)], device)
+        answers, chosen, texts = answers_to(prompts, temperature, u)
+        idx, mask = to_rows([(prompt + answer, [0] * len(prompt) + own)
+                             for prompt, answer, own in zip(prompts, answers, chosen, strict=True)], device)
         n_items, acts = len(idx), mask[:, 1:]  # acts: which of what follows a state the policy chose, (N, T - 1)
 
         # the rewards, and what the policy that drew them, the reference and the value function say to these answers
         rewards = score(prompts, answers) if judge else torch.tensor(
-            [float(task_module.reward(example, text)) for example, text in zip(examples, texts, strict=True)],
+            [float(questions.reward(example, text)) for example, text in zip(examples, texts, strict=True)],
             device=device)
         with torch.no_grad():
             parts = list(zip(idx.split(minibatch_size), mask.split(minibatch_size), strict=True))
@@ -390,7 +387,7 @@ while True:
         if algorithm == 'grpo':
             advantages = losses.group_advantages(rewards, group_size, normalize_std)[:, None]
         else:
-            last = torch.tensor([len(p) + len(a) - 2 for p, a in zip(prompts, answers, strict=True)], device=device)
+            last = acts.size(1) - 1 - acts.flip(1).int().argmax(dim=1)  # (N,), the last token that it chose
             token_rewards = (-kl_coef * k1).scatter_add(1, last[:, None], rewards[:, None])
             advantages, returns = losses.gae(token_rewards, old_values, acts, gamma, lam)
             advantages = losses.whiten(advantages, acts)

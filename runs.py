@@ -1,7 +1,6 @@
 """What a run has beside its mathematics: a log, checkpoints, signals that ask it to stop, the command to go on."""
 
 import json
-import math
 import os
 import shlex
 import signal
@@ -61,14 +60,3 @@ def save(out_dir, state, is_best):
         return False
     print(f'saved {path} at step {step}' + (' (best so far)' if is_best else ''))
     return True
-
-
-def confidence_interval(n_right, n):
-    """
-    Wilson's 95% interval of a share, n_right of n, which stays within 0 and 1 and is right for small n, too
-    ("Probable Inference", Wilson 1927). -> (lowest, highest)
-    """
-    z = 1.959964
-    share, spread = n_right / n, z * math.sqrt(n_right * (n - n_right) / n**3 + z**2 / (4 * n**2))
-    lowest, highest = ((share + z**2 / (2 * n) + side * spread) / (1 + z**2 / n) for side in (-1, 1))
-    return max(0.0, lowest), min(1.0, highest)  # but for rounding they are within

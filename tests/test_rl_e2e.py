@@ -13,7 +13,7 @@ from test_reward_e2e import save_chat_model, save_pairs
 from model import GPT, GPTConfig
 
 TASK = '''
-def examples(split, n, seed):
+def examples(split, n, seed=0, input='', kinds=()):
     return [{'messages': [{'role': 'user', 'content': f'{split[0]} {i}'}]} for i in range(n)]
 
 
@@ -176,6 +176,17 @@ def test_refuses(chats, changes, said):
                         model_args=vars(with_bytes.config), tokenizer={'kind': 'byte'}, chat_template=template)
     start(chats, **changes).refused(said)
     assert not (chats.path / 'out').exists()
+
+
+def test_what_a_tool_says_is_not_learnt(chats):
+    """A model that calls all the time: of its answers only what it drew itself counts."""
+    save_chat_model(chats.path, 'calls', block_size=256, words=['<|python|>', '<|python_end|>'])
+    for algorithm in ('grpo', 'ppo'):
+        lengths = []
+        for tools in (False, True):
+            start(chats, init_from='calls', algorithm=algorithm, tools=tools, max_iters=1, max_new_tokens=16).ok()
+            lengths.append(steps_of(chats)[0]['length'])
+        assert lengths[1] < lengths[0] - 2  # an 'error', or a number, between two marks
 
 
 def test_long_prompts_are_counted(chats):

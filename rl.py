@@ -64,7 +64,7 @@ tools = False  # True: the model may call the calculator, see calculator.py
 reward_model = ''  # out_dir of reward.py: its score is the reward; '': the task's
 pairs = ''  # dpo: FILE.jsonl, see reward.py
 val_fraction = 0.1  # dpo: share of the conversations in it that are held out
-train_examples = 10_000  # of the task, that prompts are from
+train_examples = 5_000  # of the task, that prompts are from
 eval_examples = 200  # of the task, held out, answered greedily in each evaluation
 eval_interval = 10  # steps between evaluations; each is followed by a checkpoint
 log_interval = 1  # steps between log lines
@@ -194,13 +194,15 @@ def prompts_of(split, n):
     wanted = tuple(kind.strip() for kind in kinds.split(',')) if kinds else ()
     examples = questions.examples(split, n, seed, input=input, kinds=wanted)
     prompts = [(example, tasks.chat_prompt(example, template, tokenizer, math.inf, tools)) for example in examples]
-    fitting = [prompt for prompt in prompts if len(prompt[1]) + max_new_tokens <= block_size]
+    # the reward model sees an answer that was cut off with one more token
+    room = min(block_size, judge.config.block_size - 1 if judge else block_size) - max_new_tokens
+    fitting = [prompt for prompt in prompts if len(prompt[1]) <= room]
     if len(fitting) < len(prompts):
-        print(f'{len(prompts) - len(fitting):,} of {len(prompts):,} {split} prompts are longer than the '
-              f'{block_size - max_new_tokens} tokens that an answer leaves them, left out')
+        print(f'{len(prompts) - len(fitting):,} of {len(prompts):,} {split} prompts are longer than the {room} tokens '
+              f'that an answer leaves them, left out')
     if not fitting:
-        raise ValueError(f'task={task}: no {split} prompt has room in a context of {block_size} tokens with '
-                         f'max_new_tokens={max_new_tokens}; lower that, or take a model with a longer context')
+        raise ValueError(f'task={task}: no {split} prompt has room in a context of {room + max_new_tokens} tokens '
+                         f'with max_new_tokens={max_new_tokens}; lower that, or take a model with a longer context')
     return fitting
 
 

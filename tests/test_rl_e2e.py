@@ -91,6 +91,9 @@ def test_learned_reward(chats):
     first, *_, last = steps_of(chats)
     assert last['reward'] > first['reward'] + 0.5
     assert first['accuracy'] < 0.2 and last['accuracy'] > 0.5
+    # an answer that was cut off has one token more there, and the shortest prompts have 7
+    start(chats, reward_model='judge', max_new_tokens=25, max_iters=1).refused('in a context of 31 tokens')
+    start(chats, reward_model='judge', max_new_tokens=24, max_iters=1).ok()
     save_chat_model(chats.path, 'other', tokenizer={'kind': 'byte'}, chat_template='{{ messages[0].content }}')
     start(chats, reward_model='other').refused('other/ckpt.pt is a language model; expected a reward model')
 

@@ -3,8 +3,9 @@ Checkpoints: one file that holds a whole run, written so that it is either compl
 
 A checkpoint is a dict of tensors and plain values: nanoGPT's keys (model, optimizer, model_args, iter_num,
 best_val_loss, config) and, beside them, version, tokenizer, chat_template, scaler, evals_since_best, train_time. Of a
-run with LoRA `model` has the adapters alone, and `lora` says beside which model they were trained. It is read with
-weights_only=True, which refuses anything that could run code. nanoGPT's own ckpt.pt reads the same.
+run with LoRA `model` has the adapters alone, and `lora` says beside which model they were trained. Of a reward model
+`model` has a Critic, and `reward_model` is True. It is read with weights_only=True, which refuses anything that could
+run code. nanoGPT's own ckpt.pt reads the same.
 
 In a run's out_dir, ckpt.pt is the last checkpoint, from which the run resumes, and best.pt the one with the lowest
 validation loss. Random state is not among what is saved: batches and dropout are functions of (seed, step).
@@ -150,8 +151,13 @@ def load(path):
 def model_of(state, path, dropout):
     """
     The GPT inside the checkpoint that load(path) gave, on the CPU; of a run with LoRA with its adapters. Raises
-    ValueError naming what of its architecture or its weights is missing, too much, or of another shape.
+    ValueError naming what of its architecture or its weights is missing, too much, or of another shape, and for a
+    reward model, which critic.py opens.
     """
+    if state.get('reward_model'):
+        raise ValueError(f'{path} is a reward model, which scores answers and can not write any. It is for rl.py '
+                         f'--reward_model={os.path.dirname(path) or "."}; the language model that it began with is in '
+                         f'{state["config"]["init_from"]}')
     if 'lora' in state:
         return with_adapters(state, path, dropout)
     known = {field.name for field in fields(GPTConfig)}

@@ -1,11 +1,15 @@
 """
-Conversations: from messages to the ids that an assistant's answer continues, and the loop at the terminal.
+Conversations: from messages to the ids that an assistant's answer continues, or to those that a model learns from, and
+the loop at the terminal.
 
     ids = render([{'role': 'user', 'content': 'Hello'}], template, tokenizer)
+    ids, mask = render_conversation([{'role': 'user', 'content': 'Hello'}, {'role': 'assistant', 'content': 'Hi!'}],
+                                    template, tokenizer)
     stop_ids, stop_texts = find_endings(template, tokenizer)
 
 A template is one of Hugging Face's, in Jinja; render() gives the ids that transformers' apply_chat_template() does.
-A model without one gets a transcript, which any model of text can go on with:
+TEMPLATE is that of the models that are trained here. A model without one gets a transcript, which any model of text can
+go on with:
 
     User: Hello
     Assistant:
@@ -28,6 +32,23 @@ ROLES = ('system', 'user', 'assistant', 'tool')
 BEGINNINGS = ('<|begin_of_text|>', '<s>', '<|endoftext|>')  # of Llama 3, Mistral, GPT-2
 ENDINGS = (*ANSWER_ENDS, '</s>', *DOCUMENT_ENDS)
 THOUGHTS = ('<think>', '</think>')  # templates look for these in an answer, to forget what is between them
+# an assistant may compute: between the first two it writes what, between the others it is told the result
+PYTHON, PYTHON_END, OUTPUT, OUTPUT_END = TOOL_TOKENS = ('<|python|>', '<|python_end|>', '<|output|>', '<|output_end|>')
+# What a tokenizer needs for TEMPLATE, in which every turn begins and ends with a special token, so that an answer is
+# the same tokens whatever stands around it
+SPECIAL_TOKENS = ('<|endoftext|>', '<|system|>', '<|user|>', '<|assistant|>', '<|tool|>', '<|im_end|>', *TOOL_TOKENS)
+TEMPLATE = """\
+{{- '<|endoftext|>' }}
+{%- for message in messages %}
+    {{- '<|' + message.role + '|>' }}
+    {%- if message.role == 'assistant' %}
+        {%- generation %}{{ message.content + '<|im_end|>' }}{% endgeneration %}
+    {%- else %}
+        {{- message.content + '<|im_end|>' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}
+"""
 HELP = """\
 /reset  forget the conversation         /help   this
 /retry  another answer to the same      Ctrl-C  stops an answer; here, leaves
@@ -44,22 +65,83 @@ def render(messages, template, tokenizer):
     template's own words for one that it refuses.
     """
     check_messages(messages)
+    if messages[-1]['role'] == 'assistant':
+        raise ValueError("the last message is the assistant's own; expected one that it can answer")
     if template is None:
         return tokenizer.encode(transcript(messages), allowed_special='none')
-    # Each special token in a content becomes a private character that stands for it until the template's own are ids.
-    # The content is otherwise what the template expects: it may strip it, or look into it.
+    hidden, shown, _ = hide_specials(messages, tokenizer)
+    return encode_rendered(apply_template(template, tokenizer, hidden, add_generation_prompt=True), shown, tokenizer)
+
+
+def render_conversation(messages, template, tokenizer):
+    """
+    A whole conversation -> (ids, mask), lists of one length: mask is 1 for what the assistant says and the token that
+    ends it, which carry loss when a model learns to answer; 0 for all others, also for what a tool told it.
+
+    What the assistant says is what the template has in {% generation %}, or else what it adds to the conversation
+    before that answer. Raises ValueError for what is no conversation, or where that can't be told.
+    """
+    check_conversation(messages)
+    hidden, shown, (begin, end) = hide_specials(messages, tokenizer)
+    if re.search(r'\{%[-+]?\s*generation\b', template):
+        text = apply_template(template, tokenizer, hidden, add_generation_prompt=False, marks=(begin, end))
+        parts = re.split(f'[{begin}{end}]', text)
+    else:
+        parts, text, done = [], apply_template(template, tokenizer, hidden, add_generation_prompt=False), 0
+        for i in (i for i, message in enumerate(hidden) if message['role'] == 'assistant'):
+            before = apply_template(template, tokenizer, hidden[:i], add_generation_prompt=True)
+            after = apply_template(template, tokenizer, hidden[: i + 1], add_generation_prompt=False)
+            if not (text.startswith(before) and text.startswith(after) and len(before) < len(after)):
+                raise ValueError('the chat template writes an answer in another way once the conversation goes on, so '
+                                 'that what the assistant says can not be told; put {% generation %} and '
+                                 '{% endgeneration %} around it in the template')
+            answer = text[len(before) : len(after)]  # up to the token that ends it
+            ends = [match.end() for match in re.finditer('|'.join(map(re.escape, ENDINGS)), answer)]
+            length = ends[-1] if ends else len(answer)
+            parts += [text[done : len(before)], answer[:length]]
+            done = len(before) + length
+        parts.append(text[done:])
+    ids, mask = [], []
+    for i, part in enumerate(parts):
+        part_ids = encode_rendered(part, shown, tokenizer)
+        ids += part_ids
+        mask += said_by_tool(part_ids, tokenizer) if i % 2 else [0] * len(part_ids)
+    return ids, mask
+
+
+def said_by_tool(ids, tokenizer):
+    """ids of an answer -> a list of 0 from each OUTPUT to the next OUTPUT_END, both included, and of 1 elsewhere."""
+    mask, inside = [], False
+    for i in ids:
+        inside = inside or i == tokenizer.special_tokens.get(OUTPUT)
+        mask.append(0 if inside else 1)
+        inside = inside and i != tokenizer.special_tokens.get(OUTPUT_END)
+    return mask
+
+
+def hide_specials(messages, tokenizer):
+    """
+    Each special token in a content becomes a private character that stands for it until the template's own are ids;
+    the content is otherwise what the template expects: it may strip it, or look into it. An assistant's thoughts and
+    calls of tools stay what they are. -> (messages, {character: token} as str.translate() takes it, two more
+    characters that no content has).
+    """
     contents = ''.join(message['content'] for message in messages)
     free = (char for char in map(chr, range(0xF0000, 0x10FFFE)) if char not in contents)
+    marks = next(free), next(free)
     stand_ins = dict(zip(tokenizer.special_tokens, free, strict=False))
 
     def hide(message):
-        hidden = [token for token in stand_ins if not (message['role'] == 'assistant' and token in THOUGHTS)]
-        parts = bpe.split_specials(message['content'], hidden)
+        own = (*THOUGHTS, *TOOL_TOKENS) if message['role'] == 'assistant' else ()
+        parts = bpe.split_specials(message['content'], [token for token in stand_ins if token not in own])
         content = ''.join(stand_ins[part] if i % 2 else part for i, part in enumerate(parts))
         return {'role': message['role'], 'content': content}
 
-    text = apply_template(template, tokenizer, [hide(message) for message in messages], add_generation_prompt=True)
-    shown = {ord(char): token for token, char in stand_ins.items()}
+    return [hide(message) for message in messages], {ord(char): token for token, char in stand_ins.items()}, marks
+
+
+def encode_rendered(text, shown, tokenizer):
+    """What a template wrote -> ids. Those in `shown`, see hide_specials(), are ordinary text."""
     ids = []
     for i, part in enumerate(bpe.split_specials(text, list(tokenizer.special_tokens))):
         if i % 2:
@@ -70,7 +152,7 @@ def render(messages, template, tokenizer):
 
 
 def check_messages(messages):
-    """ValueError unless these are messages of a conversation in which the assistant is next."""
+    """ValueError unless these are messages."""
     if not isinstance(messages, list) or not messages:
         raise ValueError('messages are a list of at least one, such as [{"role": "user", "content": "Hello"}]')
     for message in messages:
@@ -78,8 +160,25 @@ def check_messages(messages):
         if role not in ROLES or not isinstance(content, str):
             raise ValueError(f'{json.dumps(message)[:60]} is no message; expected a role, one of {", ".join(ROLES)}, '
                              f'and a text, such as {{"role": "user", "content": "Hello"}}')
-    if messages[-1]['role'] == 'assistant':
-        raise ValueError("the last message is the assistant's own; expected one that it can answer")
+
+
+def check_conversation(messages):
+    """ValueError unless a model can learn from these messages: somebody speaks, the assistant answers, and so on."""
+    check_messages(messages)
+    roles = [message['role'] for message in messages]
+    spoken = roles[1:] if roles[0] == 'system' else roles
+    if 'system' in spoken:
+        raise ValueError('a system message comes first or not at all')
+    for i, (role, following) in enumerate(zip(spoken, spoken[1:], strict=False), start=1 + len(roles) - len(spoken)):
+        if role == following:
+            raise ValueError(f'messages {i} and {i + 1} are both of role {role!r}; expected turns, join the two')
+    if not spoken or spoken[0] == 'assistant':
+        raise ValueError('nobody has spoken before the assistant; expected a message of the user first')
+    if spoken[-1] != 'assistant':
+        raise ValueError(f"the last message is of role {spoken[-1]!r}; expected the assistant's answer to learn from")
+    for i, message in enumerate(messages, 1):
+        if message['role'] == 'assistant' and not message['content'].strip():
+            raise ValueError(f'message {i}, an answer of the assistant, is empty; there is nothing to learn from it')
 
 
 def transcript(messages):
@@ -89,24 +188,41 @@ def transcript(messages):
     return ''.join(lines) + 'Assistant:'
 
 
-def apply_template(template, tokenizer, messages, add_generation_prompt):
-    """-> text, in which special tokens are spelt out."""
+def apply_template(template, tokenizer, messages, add_generation_prompt, marks=('', '')):
+    """-> text, in which special tokens are spelt out, and what {% generation %} encloses stands between the marks."""
     def named(names):
         return next((name for name in names if name in tokenizer.special_tokens), '')
 
     try:
-        return compiled(template).render(
+        return compiled(template, *marks).render(
             messages=messages, add_generation_prompt=add_generation_prompt, tools=None, documents=None,
             bos_token=tokenizer.bos_token or named(BEGINNINGS), eos_token=named(ENDINGS))
     except Exception as error:  # of Jinja, of the template, or of what it does to the messages
         raise ValueError(f"the model's chat template can not render this conversation: {error}") from error
 
 
-@functools.lru_cache(maxsize=2)
-def compiled(template):
-    """A template, with what transformers offers to it. It comes with a model, from anybody, hence the sandbox."""
+@functools.lru_cache(maxsize=4)
+def compiled(template, begin='', end=''):
+    """
+    A template, with what transformers offers to it; it writes begin and end around what {% generation %} encloses. It
+    comes with a model, from anybody, hence the sandbox.
+    """
     import jinja2
+    import jinja2.ext
     from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(jinja2.ext.Extension):
+        """{% generation %} ... {% endgeneration %}, which some templates have around what the assistant says."""
+
+        tags = {'generation'}
+
+        def parse(self, parser):
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(('name:endgeneration',), drop_needle=True)
+            return jinja2.nodes.CallBlock(self.call_method('enclose'), [], [], body).set_lineno(line)
+
+        def enclose(self, caller):
+            return begin + caller() + end
 
     def raise_exception(message):
         raise jinja2.TemplateError(message)
@@ -115,13 +231,10 @@ def compiled(template):
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                                extensions=['jinja2.ext.loopcontrols'])
+                                                extensions=[Generation, 'jinja2.ext.loopcontrols'])
     environment.filters['tojson'] = tojson
     environment.globals['raise_exception'] = raise_exception
     environment.globals['strftime_now'] = lambda format: datetime.now().strftime(format)
-    # {% generation %} ... {% endgeneration %}, around what the assistant says, changes nothing of the text
-    template = re.sub(r'(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})',
-                      lambda tag: tag[1] + ('endif' if tag[2] else 'if true') + tag[3], template)
     return environment.from_string(template)
 
 

@@ -2,8 +2,10 @@
 Checkpoints: one file that holds a whole run, written so that it is either complete or not there.
 
 A checkpoint is a dict of tensors and plain values: nanoGPT's keys (model, optimizer, model_args, iter_num,
-best_val_loss, config) and, beside them, version, tokenizer, chat_template, scaler, evals_since_best, train_time. It is
-read with weights_only=True, which refuses anything that could run code. nanoGPT's own ckpt.pt reads the same.
+best_val_loss, config) and, beside them, version, tokenizer, chat_template, scaler, evals_since_best, train_time. Of a
+run with LoRA `model` has the adapters alone, and `lora` says beside which model they were trained. Of a reward model
+`model` has a Critic, and `reward_model` is True. It is read with weights_only=True, which refuses anything that could
+run code. nanoGPT's own ckpt.pt reads the same.
 
 In a run's out_dir, ckpt.pt is the last checkpoint, from which the run resumes, and best.pt the one with the lowest
 validation loss. Random state is not among what is saved: batches and dropout are functions of (seed, step).
@@ -21,6 +23,7 @@ import torch
 
 import dataloader
 import huggingface
+import lora
 import tokenizer
 from files import lock_folder, replace_file, sync_folder
 from model import GPT, GPTConfig
@@ -147,9 +150,16 @@ def load(path):
 
 def model_of(state, path, dropout):
     """
-    The GPT inside the checkpoint that load(path) gave, on the CPU. Raises ValueError naming what of its architecture or
-    its weights is missing, too much, or of another shape.
+    The GPT inside the checkpoint that load(path) gave, on the CPU; of a run with LoRA with its adapters. Raises
+    ValueError naming what of its architecture or its weights is missing, too much, or of another shape, and for a
+    reward model, which critic.py opens.
     """
+    if state.get('reward_model'):
+        raise ValueError(f'{path} is a reward model, which scores answers and can not write any. It is for rl.py '
+                         f'--reward_model={os.path.dirname(path) or "."}; the language model that it began with is in '
+                         f'{state["config"]["init_from"]}')
+    if 'lora' in state:
+        return with_adapters(state, path, dropout)
     known = {field.name for field in fields(GPTConfig)}
     args = state['model_args']
     nanogpts = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size')
@@ -169,6 +179,42 @@ def model_of(state, path, dropout):
     return model
 
 
+def with_adapters(state, path, dropout):
+    """model_of() a run with LoRA: the model that it began with, and the adapters. ValueError if that is not there."""
+    settings = state['lora']
+    try:
+        model, _ = base_model(settings['init_from'], dropout)
+    except ValueError as error:
+        raise ValueError(f'{path} has adapters for the model in {settings["init_from"]}, which can not be loaded: '
+                         f'{error}') from error
+    if lora.digest(model) != settings['digest']:
+        raise ValueError(f'{path} has adapters for the model that was in {settings["init_from"]}; the one that is '
+                         f'there now has other weights. Put that back, or train them anew')
+    if state['model_args']['block_size'] != model.config.block_size:
+        model.crop_block_size(state['model_args']['block_size'])
+    lora.add(model, settings['rank'], settings['alpha'], settings['targets'], settings['int8'])
+    lora.load_adapters(model, state['model'])
+    return model
+
+
+def base_model(init_from, dropout=0.0):
+    """
+    The model that a finetuning begins with: of a run's out_dir, merged if it had adapters, or of Hugging Face's.
+    -> (model, the checkpoint it is from or None)
+    """
+    path = path_in(init_from)
+    if os.path.exists(path):
+        state = load(path)
+        return lora.merge(model_of(state, path, dropout)), state
+    return huggingface.load_model(huggingface.find(init_from), dropout), None
+
+
+def path_in(out_dir, which='best'):
+    """best.pt of a run (which='best', where there is one) or ckpt.pt (which='last')."""
+    path = os.path.join(out_dir, 'best.pt')
+    return path if which == 'best' and os.path.exists(path) else os.path.join(out_dir, 'ckpt.pt')
+
+
 def open_model(init_from, out_dir, which='best'):
     """
     What sample.py, evaluate.py and export.py work with: -> (model, tokenizer, chat template, a line that says which it
@@ -182,11 +228,9 @@ def open_model(init_from, out_dir, which='best'):
             raise ValueError(f"{init_from}: vocab_size is {model.config.vocab_size}, not GPT-2's 50257, and it has no "
                              f'tokenizer.json; copy that of the model into the folder')
         return model.eval(), tokenizer.from_dict(described), chat_template, init_from
-    path = os.path.join(out_dir, 'best.pt')
-    if which == 'last' or not os.path.exists(path):
-        path = os.path.join(out_dir, 'ckpt.pt')
+    path = path_in(out_dir, which)
     state = load(path)
-    model = model_of(state, path, dropout=0.0)
+    model = lora.merge(model_of(state, path, dropout=0.0))
     # a checkpoint knows the lowest val loss of its run so far, which is its own in best.pt unless nanoGPT wrote that
     of_what = 'val loss' if path.endswith('best.pt') and 'version' in state else 'lowest val loss so far'
     best_val_loss = float(state['best_val_loss'])

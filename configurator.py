@@ -81,7 +81,8 @@ def explain_errors(kind, error, trace):
     all that is shown. So is that of Ctrl-C. Anything else is unexpected and keeps its traceback.
     """
     raised_in = traceback.extract_tb(trace)[-1].filename if trace else ''
-    ours = os.path.dirname(os.path.abspath(raised_in)) == os.path.dirname(os.path.abspath(__file__))
+    here = os.path.dirname(os.path.abspath(__file__))
+    ours = os.path.dirname(os.path.abspath(raised_in)) in (here, os.path.join(here, 'tasks'))
     if ours and issubclass(kind, ValueError):
         print(f'error: {error}', file=sys.stderr)
     elif issubclass(kind, KeyboardInterrupt):

@@ -708,6 +708,23 @@ def report(out_dir, meta: dict, started: float, next_command: str):
     print(f'next:  {next_command}')
 
 
+def output_folder(name, path):
+    """The folder data/<name> (name: by default from the input's); ValueError when it is not ours to write to."""
+    if name is None:
+        stem = os.path.splitext(os.path.basename(os.path.abspath(path)))[0]
+        name = re.sub(r'[^\w.-]+', '_', stem).strip('._') or 'mytext'
+    if not re.fullmatch(r'[\w-][\w.-]*', name):
+        raise ValueError(f'--name={name} is not a plain name; expected letters, digits, "_", "-" and ".", like '
+                         f'--name=mytext (the folder becomes data/mytext)')
+    out_dir = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data', name)
+    if os.path.exists(os.path.join(out_dir, 'prepare.py')):
+        raise ValueError(f'data/{name} is a dataset with its own prepare.py; choose another name: --name=my_{name}')
+    if os.path.exists(os.path.join(out_dir, 'train.bin')) and not os.path.exists(os.path.join(out_dir, 'meta.json')):
+        raise ValueError(f'data/{name} has a train.bin that this script did not make (there is no meta.json beside '
+                         f'it); choose another name: --name=my_{name}')
+    return name, out_dir
+
+
 def run(main):
     """Run a script's main(); anything a person can put right ends it with one line instead of a traceback."""
     try:

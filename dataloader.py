@@ -23,11 +23,12 @@ import tokenizer
 
 def load_meta(data_dir):
     """
-    -> {'dtype', 'vocab_size', 'tokenizer', 'tokens', 'files'} of a dataset; all but dtype are None where the folder
-    doesn't say.
+    -> {'dtype', 'vocab_size', 'tokenizer', 'tokens', 'files', 'row', 'chat_template'} of a dataset; all but dtype are
+    None where the folder doesn't say.
 
     'tokens' is {'train': count, 'val': count}, 'files' {'train': [[name, count], ...], 'val': ...}; 'tokenizer' is what
-    tokenizer.from_dict() takes, not built here because training needs none. Raises ValueError on a damaged file.
+    tokenizer.from_dict() takes, not built here because training needs none. 'row' and 'chat_template' are those of
+    conversations, see Rows. Raises ValueError on a damaged file.
     """
     path = os.path.join(data_dir, 'meta.json')
     if os.path.exists(path):
@@ -42,11 +43,13 @@ def load_meta(data_dir):
                 if not files[split] or sum(n for _, n in files[split]) != tokens[split]:
                     raise ValueError(f'the files of {split} do not add up to {tokens[split]:,} tokens')
             return {'dtype': np.dtype(meta['dtype']), 'vocab_size': int(meta['vocab_size']),
-                    'tokenizer': dict(meta['tokenizer']), 'tokens': tokens, 'files': files}
+                    'tokenizer': dict(meta['tokenizer']), 'tokens': tokens, 'files': files,
+                    'row': int(meta['row']) if 'row' in meta else None, 'chat_template': meta.get('chat_template')}
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f'{path} is damaged ({type(error).__name__}: {error}); '
                              f'prepare the dataset again: {prepare_command(data_dir)}') from error
-    meta = {'dtype': np.dtype(np.uint16), 'vocab_size': None, 'tokens': None, 'tokenizer': None, 'files': None}
+    meta = {'dtype': np.dtype(np.uint16), 'vocab_size': None, 'tokens': None, 'tokenizer': None, 'files': None,
+            'row': None, 'chat_template': None}
     path = os.path.join(data_dir, 'meta.pkl')
     if os.path.exists(path):
         char_tokenizer = tokenizer.from_meta_pkl(path)
@@ -61,12 +64,12 @@ def folder_of(dataset):
     return beside if os.path.isdir(beside) and not os.path.isdir(here) else here
 
 
-def prepare_command(data_dir):
-    """The command that makes a dataset anew."""
+def prepare_command(data_dir, kind='text'):
+    """The command that makes a dataset anew, of kind 'text' or 'chat'."""
     script = os.path.join(data_dir, 'prepare.py')
     if os.path.exists(script):
         return f'python {script}'
-    return f'python data/text/prepare.py --input=FILE --name={os.path.basename(data_dir)}'
+    return f'python data/{kind}/prepare.py --input=FILE --name={os.path.basename(data_dir)}'
 
 
 class Shards:
@@ -88,6 +91,27 @@ class Shards:
         return ids
 
 
+class Rows:
+    """
+    Conversations packed into rows of `row` tokens, the context and one: ids, and mask, which is 1 for what the
+    assistant says. Only there is a target; a window is a row, so that no conversation is cut. See data/chat/prepare.py.
+    """
+
+    def __init__(self, ids, mask, row):
+        self.ids, self.mask, self.row = ids, mask, row
+
+    def __len__(self):
+        return len(self.ids)
+
+    def __getitem__(self, index):
+        return self.ids[index]
+
+
+def row_of(tokens):
+    """Tokens of a row of conversations; None for running text."""
+    return tokens.row if isinstance(tokens, Rows) else None
+
+
 def arrays_of(tokens):
     """The arrays that tokens are made of, end to end."""
     return tokens.arrays if isinstance(tokens, Shards) else [tokens]
@@ -96,22 +120,32 @@ def arrays_of(tokens):
 def open_tokens(data_dir, split, meta, block_size):
     """
     -> read-only array of the ids of a split ('train' or 'val'), mapped from disk, not read; Shards where it has several
-    files. Raises ValueError if a file is missing, truncated, other than meta.json says, or all of them are too short
-    for one window of block_size tokens and its targets.
+    files, Rows of conversations. Raises ValueError if a file is missing, truncated, other than meta.json says, or all
+    of them are too short for one window of block_size tokens and its targets; and if rows are of another length.
     """
-    item, arrays = meta['dtype'].itemsize, []
-    for name, n_tokens in meta['files'][split] if meta['files'] else [[f'{split}.bin', None]]:
+    again = f"prepare the dataset again: {prepare_command(data_dir, 'chat' if meta['row'] else 'text')}"
+
+    def mapped(name, dtype, n_tokens):
         path = os.path.join(data_dir, name)
         if not os.path.exists(path):
-            raise ValueError(f'{path} is missing; prepare the dataset again: {prepare_command(data_dir)}')
+            raise ValueError(f'{path} is missing; {again}')
         size = os.path.getsize(path)
-        expected = size - size % item if n_tokens is None else n_tokens * item
+        expected = size - size % dtype.itemsize if n_tokens is None else n_tokens * dtype.itemsize
         if size != expected:
             raise ValueError(f'{path} has {size:,} bytes, expected {expected:,}: it is truncated or of another '
-                             f'preparation; prepare the dataset again: {prepare_command(data_dir)}')
-        mapped = np.memmap(path, meta['dtype'], mode='r') if size else np.empty(0, meta['dtype'])  # it needs a byte
-        arrays.append(np.asarray(mapped))  # plain array: np.memmap indexes slower
+                             f'preparation; {again}')
+        array = np.memmap(path, dtype, mode='r') if size else np.empty(0, dtype)  # it needs a byte
+        return np.asarray(array)  # plain array: np.memmap indexes slower
+
+    arrays = [mapped(name, meta['dtype'], n_tokens)
+              for name, n_tokens in (meta['files'][split] if meta['files'] else [[f'{split}.bin', None]])]
     tokens = arrays[0] if len(arrays) == 1 else Shards(arrays)
+    if meta['row']:
+        if block_size != meta['row'] - 1:
+            raise ValueError(f'block_size={block_size}, but the conversations in {data_dir} are packed for a context '
+                             f'of {meta["row"] - 1} tokens; use --block_size={meta["row"] - 1}, or prepare them again '
+                             f'with --block_size={block_size}')
+        return Rows(tokens, mapped(f'{split}_mask.bin', np.dtype(np.uint8), len(tokens)), meta['row'])
     if len(tokens) <= block_size:
         shorter = f', or --block_size={len(tokens) - 1}' if len(tokens) > 1 else ''
         raise ValueError(f'{os.path.join(data_dir, split)}.bin has {len(tokens):,} tokens, fewer than block_size + 1 = '
@@ -179,30 +213,34 @@ def shuffled(i, n, key):
     return i
 
 
-def train_windows(step, n_sequences, n_tokens, block_size, seed):
+def train_windows(step, n_sequences, n_tokens, block_size, seed, row=None):
     """
     First positions of the n_sequences windows of the global batch at `step`, shape (n_sequences,).
 
     Each epoch cuts the tokens into windows end to end, from an offset of its own, and visits them in an order of its
-    own, each once. A window spans block_size + 1 tokens: inputs and, one further, targets.
+    own, each once. A window spans block_size + 1 tokens: inputs and, one further, targets. row: row_of() the tokens;
+    then the windows are the rows.
     """
     index = np.uint64(step) * np.uint64(n_sequences) + np.arange(n_sequences, dtype=np.uint64)
-    per_epoch = max(1, (n_tokens - block_size) // block_size)
+    stride = row or block_size
+    per_epoch = n_tokens // row if row else max(1, (n_tokens - block_size) // block_size)
     epoch, place = index // np.uint64(per_epoch), index % np.uint64(per_epoch)
     key = mix(epoch, np.full_like(epoch, seed % 2**64))
-    n_offsets = min(block_size, n_tokens - per_epoch * block_size)
-    starts = shuffled(place, per_epoch, key) * np.uint64(block_size) + key % np.uint64(n_offsets)
+    n_offsets = 1 if row else min(block_size, n_tokens - per_epoch * block_size)
+    starts = shuffled(place, per_epoch, key) * np.uint64(stride) + key % np.uint64(n_offsets)
     return starts.astype(np.int64)
 
 
-def even_windows(n_windows, n_tokens, block_size):
+def even_windows(n_windows, n_tokens, block_size, row=None):
     """First positions of n_windows windows evenly spaced over the tokens: the same at every evaluation."""
+    if row:
+        return np.linspace(0, n_tokens // row - 1, n_windows).astype(np.int64) * row
     return np.linspace(0, n_tokens - block_size - 1, n_windows).astype(np.int64)
 
 
-def whole_windows(n_tokens, block_size):
+def whole_windows(n_tokens, block_size, row=None):
     """First positions of the windows that cover every token of a split as a target once; the last may be shorter."""
-    return np.arange(0, n_tokens - 1, block_size)
+    return np.arange(0, n_tokens - 1, row or block_size)
 
 
 def sliding_windows(n_tokens, block_size, stride):
@@ -231,8 +269,9 @@ def gather(tokens, starts, block_size, vocab_size):
     """
     -> inputs x and targets y, int64 tensors (len(starts), block_size); y is x shifted by one token.
 
-    Past the end of the tokens x is 0 and y is -1, which the loss ignores. Raises ValueError on an id that the model has
-    no embedding for. DeviceTokens give tensors on their device, and have been checked already.
+    Past the end of the tokens x is 0 and y is -1, which the loss ignores, and so is y in Rows where their mask is 0.
+    Raises ValueError on an id that the model has no embedding for. DeviceTokens give tensors on their device, and have
+    been checked already.
     """
     if isinstance(tokens, DeviceTokens):
         return tokens.gather(starts, block_size)
@@ -241,9 +280,18 @@ def gather(tokens, starts, block_size, vocab_size):
     if ids.max() >= vocab_size:
         place = np.unravel_index(ids.argmax(), ids.shape)
         raise unknown_id(index[place], ids[place], vocab_size)
-    beyond = index[:, 1:] >= len(tokens)
-    x, y = np.where(index[:, :-1] >= len(tokens), 0, ids[:, :-1]), np.where(beyond, -1, ids[:, 1:])
+    no_target = index[:, 1:] >= len(tokens)
+    if isinstance(tokens, Rows):
+        no_target |= (tokens.mask[np.minimum(index[:, 1:], len(tokens) - 1)] == 0)
+    x, y = np.where(index[:, :-1] >= len(tokens), 0, ids[:, :-1]), np.where(no_target, -1, ids[:, 1:])
     return torch.from_numpy(x), torch.from_numpy(y)
+
+
+def count_targets(tokens, starts, block_size):
+    """How many targets the training windows at `starts` have: what the loss of a step is a mean over."""
+    if not isinstance(tokens, Rows):
+        return len(starts) * block_size
+    return int(tokens.mask[starts[:, None] + np.arange(1, block_size + 1)].sum())
 
 
 def unknown_id(position, id, vocab_size):

@@ -1,10 +1,13 @@
 """
-The loss, perplexity and bits per byte of a model on a whole split or a text.
+The loss, perplexity and bits per byte of a model on a whole split or a text, or
+its accuracy on a task.
 
     $ python evaluate.py --out_dir=out-shakespeare-char
     $ python evaluate.py --out_dir=out --dataset=openwebtext --stride=512
     $ python evaluate.py --init_from=gpt2 --input=book.txt --stride=512
     $ python evaluate.py --out_dir=out --quantize=int8   # what int8 costs
+    $ python evaluate.py --out_dir=out-sft --task=tiny_chat
+    $ python evaluate.py --init_from=gpt2 --task=hellaswag --input=val.jsonl
 
 Prints what it found and then, as the last line, the same in JSON.
 
@@ -24,6 +27,20 @@ With overlap the windows are those of transformers' recipe ("Perplexity of
 fixed-length models") for max_length = block_size, and so is each token's
 probability. Its average gives all windows but the first the weight of one token
 too few; and without overlap it never predicts the first token of a window.
+
+A task is a file of tasks/, which asks and checks: those of tiny_chat are made,
+those of gsm8k, multiple_choice (ARC, MMLU) and hellaswag are read from --input.
+A chat model is asked in its own format; any other, or with --shots=4 every one,
+continues examples that are solved (of the file itself, where there is one) and
+the question. The accuracy has Wilson's interval, which holds the true one in
+95% of cases. With --num_samples=9 --temperature=0.8 the most frequent of nine
+answers counts (self-consistency); also given are the accuracy of single samples
+and the share of questions that at least one of them gets right.
+
+Of multiple choice the likeliest choice counts, by the log-probability of all of
+its text, "accuracy", and by that of a character, "accuracy_norm": what
+lm-evaluation-harness calls acc and acc_norm. A chat model is shown the choices
+with letters, and the likeliest letter counts.
 """
 
 import json
@@ -48,6 +65,7 @@ import tokenizer
 from configurator import explain_errors, override
 from generate import bos_ids
 from quantize import for_decoding
+from tasks import common as tasks
 
 sys.stdout.reconfigure(errors='replace')  # a terminal that can't show a file's name still gets the rest
 
@@ -61,11 +79,22 @@ input = ''  # instead of a dataset: a text file, .jsonl, .csv, .tsv, .parquet or
 stride: int | None = None  # tokens from a window to the next, 1 to block_size; None or 0: block_size
 block_size: int | None = None  # context length, tokens; None: the model's; with pos='rope' it may be longer
 max_tokens: int | None = None  # only the first so many tokens of the text; None: all
-batch_size: int | None = None  # windows at a time; None: as many as have 8,192 tokens
+batch_size: int | None = None  # windows at a time, None: as many as have 8,192 tokens; of a task: answers, None: 64
 device = 'auto'  # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps', ...
 dtype = 'float32'  # the most precise; 'bfloat16' or 'auto' (what suits the device) can be several times faster
-quantize = ''  # 'int8': the model as it is and with the weights of sample.py --quantize=int8, and how they differ
+quantize = ''  # 'int8': the model as it is, and with the weights of sample.py --quantize=int8 (a task: only with these)
 compile = False  # True: torch.compile the model; pays only for many tokens
+
+# instead of a text: a task
+task = ''  # tiny_chat, gsm8k, multiple_choice, hellaswag, or a file tasks/NAME.py of your own; split: val is its test
+n = 500  # questions, or as many as there are
+kinds = ''  # only of these kinds: addition,spelling; '': all
+shots: int | None = None  # examples before the question, as plain text; None: 0 for a chat model, else 4
+max_new_tokens = 128  # of an answer
+num_samples = 1  # answers to a question, of which the most frequent counts
+temperature = 0.0  # 0: the likeliest tokens
+tools = False  # True: a chat model is told that it has a calculator, and may call it
+seed = 1337  # of what is asked and drawn
 config = override(globals())
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -77,14 +106,27 @@ for name, is_valid, expected in (
     ('batch_size', batch_size is None or batch_size >= 1, '1 or more, or None'),
     ('quantize', quantize in ('', 'int8'), "'int8', or '' for none"),
     ('input', not (input and dataset), f'this or --dataset={dataset}, not both'),
+    ('n', n >= 1, '1 or more'),
+    ('shots', shots is None or shots >= 0, '0 or more, or None'),
+    ('max_new_tokens', max_new_tokens >= 1, '1 or more'),
+    ('num_samples', num_samples >= 1, '1 or more'),
+    ('temperature', 0 <= temperature < math.inf, '0 or more'),
+    ('temperature', temperature > 0 or num_samples == 1, 'above 0 with several samples, or all are the same'),
+    ('seed', 0 <= seed < 2**64, '0 or more, of 64 bits'),
 ):
     if not is_valid:
         raise ValueError(f'{name}={config[name]!r}: expected {expected}')
+of_tasks = {'n', 'kinds', 'shots', 'max_new_tokens', 'num_samples', 'temperature', 'tools', 'seed'}
+of_texts = {'dataset', 'stride', 'max_tokens', 'compile'}
+for name in sorted(config.given & (of_texts if task else of_tasks)):
+    raise ValueError(f'{name}={config[name]!r} is for {"texts" if task else "tasks"}, and does not go with '
+                     f'{f"--task={task}" if task else "a text; name a task: --task=tiny_chat"}')
+questions = tasks.load(task) if task else None
 
 # the model
 device = parallel.choose_device(device)
 dtype, _ = parallel.choose_dtype(dtype, device)
-model, text_tokenizer, _, line = checkpoint.open_model(init_from, out_dir, which)
+model, text_tokenizer, template, line = checkpoint.open_model(init_from, out_dir, which)
 print(line)
 if block_size is not None:
     model.crop_block_size(block_size)
@@ -92,6 +134,48 @@ block_size = model.config.block_size
 stride = stride or block_size
 if not 1 <= stride <= block_size:
     raise ValueError(f'stride={stride}: expected 1 to block_size={block_size}, or 0 for block_size')
+
+
+# a task --------------------------------------------------------------------------------------------------------------
+if task:
+    parallel.use_cores()
+    for_decoding(model.to(device), torch.int8 if quantize else parallel.DTYPES[dtype])
+    shots = (0 if template else 4) if shots is None else shots
+    if tools and (shots or template is None):
+        raise ValueError('tools=True: expected a chat model, one trained on conversations, and no --shots')
+    part = 'train' if split == 'train' else 'all' if input else 'test'
+    wanted = tuple(kind.strip() for kind in kinds.split(',')) if kinds else ()
+    examples = questions.examples(part, n, seed, input=input, kinds=wanted)
+    if not examples:
+        raise ValueError(f'{input} has no question for --split={split}')
+    # solved ones are of another split, or else others of the same file
+    pool = questions.examples('all' if input else 'train', 1000, seed, input=input, kinds=wanted) if shots else ()
+    started = time.perf_counter()
+    bar = tqdm(total=len(examples), unit='question', disable=None, leave=False, dynamic_ncols=True)
+    try:
+        found = tasks.measure(questions, examples, model, text_tokenizer, template, pool, shots, max_new_tokens,
+                              num_samples, tools, seed, batch_size or 64, bar.update, temperature=temperature)
+    except RuntimeError as error:
+        if not parallel.out_of_memory(error):
+            raise
+        raise SystemExit(f'out of memory; try --batch_size={(batch_size or 64) // 2 or 1}') from None
+    bar.close()
+    asked = ('few-shot' if shots else 'plain text') if shots or template is None else 'chat'
+    print(f'{task}, {input or part}: {len(examples):,} questions, {asked}, {quantize or dtype}, on {device}\n\n'
+          f'{"kind":24}  {"n":>6}  {"right":>6}  {"accuracy":>8}  95% interval')
+    for kind, row in found['kinds'].items():
+        print(f'{kind[:24]:24}  {row["n"]:6,}  {row["right"]:6,}  {row["accuracy"]:8.1%}  '
+              f'{row["low"]:6.1%} to {row["high"]:.1%}')
+    for name, value in found['others'].items():
+        print(f'{name}: {value:.1%}')
+    if shots:
+        print(f'shots: {found["shots"]:.3g} of {shots} on average, as many as fit')
+    print(json.dumps({'task': task, **found['kinds']['all'], **found['others'], 'shots': found['shots'],
+                      'kinds': found['kinds'], 'asked': asked, 'model': line, 'questions': input or part,
+                      'tools': tools, 'num_samples': num_samples, 'temperature': temperature, 'seed': seed,
+                      'dtype': quantize or dtype, 'device': str(device),
+                      'seconds': round(time.perf_counter() - started, 3)}))
+    raise SystemExit
 
 
 # the text: its tokens, where they are from, and how many ids there can be
@@ -141,7 +225,8 @@ else:
         raise ValueError(f'there is no {what}{whose}; prepare it: {dataloader.prepare_command(data_dir)}\n'
                          f'or name another --dataset, or a text: --input=FILE')
     meta = dataloader.load_meta(data_dir)
-    tokens = dataloader.open_tokens(data_dir, split, meta, block_size=1)  # a shorter window than the model's is fine
+    # a shorter window than the model's is fine
+    tokens = dataloader.open_tokens(data_dir, split, meta, block_size=meta['row'] - 1 if meta['row'] else 1)
     n_ids = min(meta['vocab_size'] or math.inf, model.config.vocab_size)
     if meta['tokenizer'] is None:
         bytes_unknown = f'{data_dir} does not say which tokenizer it was prepared with'
@@ -161,7 +246,17 @@ if compile:
     torch._dynamo.config.suppress_errors = True  # without a working compiler: a warning, and go on without
     model.compile()
 autocast = nullcontext() if dtype == 'float32' else torch.autocast(device.type, parallel.DTYPES[dtype])
-windows = dataloader.sliding_windows(n_tokens, block_size, stride)
+row = dataloader.row_of(tokens)
+if row:  # conversations, of which only the answers are predicted
+    if stride != block_size or max_tokens:
+        raise ValueError(f'{what} has conversations in rows of {row} tokens, which are evaluated whole; leave out '
+                         f'--stride and --max_tokens')
+    if row > block_size + 1:
+        raise ValueError(f'{what} has conversations in rows of {row} tokens, more than the {block_size} of the '
+                         f'context and one; prepare it for this model: --block_size={block_size}')
+    windows = [(start, start + row, start + 1) for start in dataloader.whole_windows(n_tokens, row - 1, row)]
+else:
+    windows = dataloader.sliding_windows(n_tokens, block_size, stride)
 # tokens at once: the model's loss computes its logits in chunks, except in fp16 and int8, where they take 256 MB
 at_once = 2**13 if dtype != 'float16' and not quantize else min(2**13, 2**26 // model.config.vocab_size)
 

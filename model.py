@@ -585,15 +585,11 @@ class GPT(nn.Module):
             return None
         return create_block_mask(window_mask(c.window), None, None, T, T, device)
 
-    def forward(self, idx, targets=None, cache=None, return_logits=True):
+    def hidden(self, idx, cache=None, window_blocks=None):
         """
-        idx: (B, T) ids. -> (logits, loss)
-
-        With targets (B, T), negative where there is none: logits (B, T, V) and their mean cross-entropy in nats;
-        whoever needs the loss alone says return_logits=False and gets None and the loss, for which all logits need not
-        be in memory at once. Without targets: logits (B, 1, V) of the last position alone, all that sampling needs, and
-        None. With a KVCache, idx continues the tokens in it. Raises ValueError when the context would exceed
-        block_size.
+        All but the head: ids (B, T) -> what the last norm gives for each, (B, T, C). With a KVCache, idx continues the
+        tokens in it. window_blocks: the method of that name, for T, or None. Raises ValueError when the context would
+        exceed block_size.
         """
         B, T = idx.shape
         start = 0 if cache is None else cache.length
@@ -614,7 +610,6 @@ class GPT(nn.Module):
         else:
             rotation = self.rotation(positions)
         x = x.to(self.transformer.ln_f.weight.dtype)  # the residual stream is as precise as the norms
-        window_blocks = None if targets is None or cache is not None else self.window_blocks(T, idx.device)
         x = self.transformer.drop(x)
         x0 = x.clone() if self.config.residual_lambdas else None  # aliases would be compiled for separately
         for layer, block in enumerate(self.transformer.h):
@@ -628,20 +623,35 @@ class GPT(nn.Module):
         if cache is not None:
             cache.length += T
             cache.next_slot += T
+        return x
+
+    def forward(self, idx, targets=None, cache=None, return_logits=True):
+        """
+        idx: (B, T) ids. -> (logits, loss)
+
+        With targets (B, T), negative where there is none: logits (B, T, V) and their mean cross-entropy in nats, 0 if
+        all are negative; whoever needs the loss alone says return_logits=False and gets None and the loss, for which
+        all logits need not be in memory at once. Without targets: logits (B, 1, V) of the last position alone, all that
+        sampling needs, and None. With a KVCache, idx continues the tokens in it. Raises ValueError when the context
+        would exceed block_size.
+        """
+        window_blocks = None if targets is None or cache is not None else self.window_blocks(idx.size(1), idx.device)
+        x = self.hidden(idx, cache, window_blocks)
         if targets is None:
             return self.logits(x[:, -1:]), None
         device, weight = x.device.type, self.lm_head.weight
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        is_large = targets.numel() * self.config.vocab_size > CHUNK and isinstance(self.lm_head, nn.Linear)
+        n_targets = (targets >= 0).sum().clamp(min=1)
+        is_large = targets.numel() * self.config.vocab_size > CHUNK and type(self.lm_head) is nn.Linear
         if is_large and not return_logits and dtype != torch.float16:  # a GradScaler's factor would come too late
             total = ChunkedCrossEntropy.apply(x.flatten(0, 1), weight, targets.flatten(), self.config.logit_softcap,
                                               dtype, torch.is_grad_enabled())
-            return None, total / (targets >= 0).sum()
+            return None, total / n_targets
         logits = self.logits(x)
         # in fp32: a bf16 log-sum-exp would round the loss itself to three digits
-        loss = F.cross_entropy(logits.float().view(-1, logits.size(-1)), targets.reshape(-1).clamp(min=-1),
-                               ignore_index=-1)
-        return logits if return_logits else None, loss
+        total = F.cross_entropy(logits.float().view(-1, logits.size(-1)), targets.reshape(-1).clamp(min=-1),
+                                ignore_index=-1, reduction='sum')
+        return logits if return_logits else None, total / n_targets
 
     def logits(self, x):
         """The head, (B, T, C) -> (B, T, V), softly capped if the config says so."""

@@ -38,6 +38,7 @@ from tqdm import tqdm
 import checkpoint
 import dataloader
 import huggingface
+import lora
 import optim
 import parallel
 import tokenizer
@@ -57,7 +58,7 @@ eval_iters = 200  # batches of the training split in an evaluation; the val spli
 eval_only = False  # True: evaluate once and exit
 eval_first = True  # evaluate before the first step too, when nothing is learnt yet; False: start at once
 always_save_checkpoint = True  # False: after an evaluation save only if val improved; the end and signals always save
-init_from = 'scratch'  # 'resume', 'auto' (resume if there is a checkpoint), a Hugging Face folder or hub id, 'gpt2*'
+init_from = 'scratch'  # 'resume', 'auto' (resume or scratch), another run's out_dir, a Hugging Face folder or hub id
 patience = 0  # stop after this many evaluations in a row without a lower val loss; 0: never
 sample_tokens = 0  # tokens of a sample to print at the end; 0: none
 sample_prompt = '\n'  # what the sample continues
@@ -103,6 +104,11 @@ beta1 = 0.9
 beta2 = 0.95
 grad_clip = 1.0  # largest norm of the gradient; 0: no clipping
 average_decay = 0.0  # evaluate and keep a moving average of the weights, over 1 / (1 - average_decay) steps; 0: none
+# LoRA: small matrices beside the frozen ones of the model in init_from; lora.py
+lora_rank = 0  # 8 to 64; 0: train all weights
+lora_alpha = 16.0  # what they add is scaled by lora_alpha / lora_rank
+lora_targets = 'c_attn,c_fc,c_proj'  # the layers that get them, such as 'c_attn,mlp.c_proj,lm_head'
+lora_int8 = False  # the frozen weights of these layers in 8 bits, a quarter of the memory
 # learning rate over time
 decay_lr = True  # False: constant
 lr_schedule = 'cosine'  # 'cosine', or 'wsd': warmup, stable, linear decay
@@ -145,6 +151,11 @@ for names, is_valid, expected in (
      f'at least warmup_iters={warmup_iters}, or the rate would fall before it has risen'),
     (('warmup_iters',), lambda value: value <= max_iters or lr_decay_iters is not None or 'warmup_iters' not in
      config.given, f'at most max_iters={max_iters}, or the rate would never reach its highest'),
+    (('lora_rank',), lambda value: value >= 0, '0 or more'),
+    (('lora_rank',), lambda value: value == 0 or init_from != 'scratch', "0 with init_from='scratch', where nothing is "
+     'learnt yet that could be frozen'),
+    (('optimizer',), lambda value: lora_rank == 0 or value == 'adamw', "'adamw' with LoRA (--optimizer=adamw), as its "
+     'matrices are no maps from channels to channels, whose singular values Muon evens out'),
     (('init_from',), lambda value: value in sources or os.path.isdir(value) or '/' in value,
      f'a folder in Hugging Face layout or one of {", ".join(sources)}, or the id of a model on the hub, owner/name'),
 ):
@@ -217,30 +228,46 @@ elif init_from == 'resume':
         raise ValueError(f'{ckpt_path} has a vocabulary of {model.config.vocab_size}, {data_dir} one of '
                          f'{meta["vocab_size"]}; resume on the dataset it was trained with (--dataset)')
 else:
-    model_folder = huggingface.find(init_from)
-    model = huggingface.load_model(model_folder, dropout)
-    chat_template = huggingface.load_chat_template(model_folder)
+    model, start = checkpoint.base_model(init_from, dropout)
+    if start is not None:
+        own, chat_template, start = start.get('tokenizer'), start.get('chat_template'), None
+    else:
+        model_folder = huggingface.find(init_from)
+        own, chat_template = None, huggingface.load_chat_template(model_folder)
+        # one of SentencePiece, for example, can't be read, and data that does not say what its ids are needs none
+        with suppress(ValueError) if text_tokenizer is None else nullcontext():
+            own = huggingface.load_tokenizer(model_folder)
     # the sizes and biases that a nanoGPT user's settings may hold for training from scratch are passed over, as there
     refuse_another([name for name in options if name not in ('n_layer', 'n_head', 'n_embd', 'bias')], init_from)
     if text_tokenizer is None:  # a dataset that does not say is taken to have the model's ids
-        with suppress(ValueError):  # one of SentencePiece, for example, can't be read, and training needs none
-            text_tokenizer = huggingface.load_tokenizer(model_folder)
+        text_tokenizer = own
     else:
-        own = huggingface.load_tokenizer(model_folder)
         is_own = huggingface.same_tokenizer(text_tokenizer, own) if own else (
             meta['vocab_size'] == model.config.vocab_size)
         if not is_own:
-            name = own.get('name', model_folder) if own else 'FILE'
+            name = own.get('name', init_from) if own else 'FILE'
             raise ValueError(f'{data_dir} was prepared for a vocabulary of {meta["vocab_size"]} '
                              f'({text_tokenizer["kind"]}), {init_from} has another, of {model.config.vocab_size}; '
                              f'prepare the text with its tokenizer: {dataloader.prepare_command(data_dir)} '
                              f'--tokenizer={name}')
+chat_template = meta['chat_template'] or chat_template
+adapted = state.get('lora') if state else None  # with which adapters, as a checkpoint has it
+if state is not None and 'lora_rank' in config.given and lora_rank != (adapted['rank'] if adapted else 0):
+    raise ValueError(f'lora_rank={lora_rank}, but {ckpt_path} was trained with '
+                     f'{adapted["rank"] if adapted else "no adapters, lora_rank=0"}; resume with that, or begin with '
+                     f'its model in another run: --init_from={out_dir} and another --out_dir')
+if adapted is None and lora_rank:
+    adapted = {'init_from': init_from, 'digest': lora.digest(model), 'rank': lora_rank, 'alpha': lora_alpha,
+               'targets': [target.strip() for target in lora_targets.split(',')], 'int8': lora_int8}
+    lora.add(model, lora_rank, lora_alpha, adapted['targets'], lora_int8)
 if text_tokenizer is None and init_from in ('scratch', 'resume') and model.config.vocab_size >= 50257:
     text_tokenizer = {'kind': 'tiktoken', 'name': 'gpt2'}  # as nanoGPT takes a dataset without meta.pkl
 if init_from != 'scratch' and 'block_size' not in config.given:
     # of a model of others with RoPE, whose context can be 100,000 tokens, no more than the setting says
     is_long = init_from != 'resume' and model.config.pos == 'rope'
     block_size = min(block_size, model.config.block_size) if is_long else model.config.block_size
+if meta['row'] and 'block_size' not in config.given:
+    block_size = meta['row'] - 1  # what the conversations are packed for
 if block_size > model.config.block_size and model.config.pos == 'learned':
     raise ValueError(f'block_size={block_size} is above the {model.config.block_size} positions of the model in '
                      f'{ckpt_path if init_from == "resume" else init_from}; use --block_size={model.config.block_size} '
@@ -249,7 +276,7 @@ n_ids = min(meta['vocab_size'] or math.inf, model.config.vocab_size)  # ids of t
 model.to(device)
 final_model = copy.deepcopy(model) if average_decay else model  # what is evaluated, kept and sampled from
 if state is not None and 'unaveraged' in state:  # beside 'model', which is the average then
-    model.load_state_dict(state['unaveraged'])
+    model.load_state_dict(state['unaveraged'], strict=not adapted)
 dtype, dtype_reason = parallel.choose_dtype(dtype, device)
 if optimizer == 'muon':
     ns_dtype = torch.bfloat16 if dtype == 'bfloat16' else torch.float32
@@ -259,7 +286,8 @@ else:
     opt = optim.adamw(model, weight_decay, learning_rate, (beta1, beta2))
 if state is not None and 'optimizer' in state:
     optim.load_optimizer(opt, state['optimizer'])
-if block_size != model.config.block_size:
+is_short = meta['row'] and block_size < model.config.block_size  # rows that the context has room for, and more
+if block_size != model.config.block_size and not is_short:
     world.print(f'the context is changed from {model.config.block_size} to {block_size} tokens')
     for cropped in {model, final_model}:
         cropped.crop_block_size(block_size)
@@ -309,19 +337,36 @@ threads = f' (threads: {torch.get_num_threads()})' if device.type == 'cpu' else 
 world.print(textwrap.fill(f'device {device}{threads}, dtype {dtype} ({dtype_reason}), compile {compile} '
                           f'({compile_reason})', 80, subsequent_indent='  '))
 epochs = max_iters * total_batch_size / len(tokens['train'])
+trained = [p for p in model.parameters() if p.requires_grad]
+n_trained, n_params = sum(p.numel() for p in trained), model.get_num_params(non_embedding=False)
 world.print(f'{model.get_num_params() / 1e6:.2f}M parameters'
+            + (f', of which {n_trained:,} ({n_trained / n_params:.2%}) are trained' if adapted else '')
             + ('' if eval_only else f'; {max_iters} steps, {epochs:.2f} epochs'))
 if not eval_only:
     world.print(f'a step of {total_batch_size:,} tokens = {world.size} process(es) x {micro_steps} micro-batch(es) x '
                 f'{batch_size} x {block_size}')
 
 
+row = dataloader.row_of(tokens['train'])  # tokens of a row of conversations, or None
+
+
 def get_batch(step):
-    """The micro-batches of this process at a step, on the device: [(x, y), ...], each (batch_size, block_size)."""
-    starts = dataloader.train_windows(step, n_sequences, len(tokens['train']), block_size, seed)
+    """
+    -> (the micro-batches of this process at a step, on the device, number of targets in all of the step).
+
+    A micro-batch is (x, y, share), x and y (batch_size, block_size), share that of the step's targets which are in it;
+    times the number of processes, since DDP averages over them. So the loss of a step is the mean over its targets,
+    however they fall on micro-batches and processes.
+    """
+    starts = dataloader.train_windows(step, n_sequences, len(tokens['train']), block_size, seed, row)
+    n_targets = dataloader.count_targets(tokens['train'], starts, block_size)
     mine = starts[world.rank * per_process : (world.rank + 1) * per_process]
-    return [dataloader.to_device(dataloader.gather(tokens['train'], chunk, block_size, n_ids), device)
-            for chunk in mine.reshape(micro_steps, batch_size)]
+    micro_batches = []
+    for chunk in mine.reshape(micro_steps, batch_size):
+        x, y = dataloader.to_device(dataloader.gather(tokens['train'], chunk, block_size, n_ids), device)
+        here = dataloader.count_targets(tokens['train'], chunk, block_size)
+        micro_batches.append((x, y, world.size * here / max(1, n_targets)))
+    return micro_batches, n_targets
 
 
 def evaluate():
@@ -332,9 +377,9 @@ def evaluate():
     final_model.eval()
     # more windows at once than in training, for speed, as long as their logits stay below 16 MB
     n_windows = max(batch_size, 2**22 // (block_size * model.config.vocab_size))
-    val = dataloader.whole_windows(len(tokens['val']), block_size)
+    val = dataloader.whole_windows(len(tokens['val']), block_size, row)
     n_train = min(eval_iters * batch_size, max(len(val), batch_size))
-    windows = {'train': dataloader.even_windows(n_train, len(tokens['train']), block_size), 'val': val}
+    windows = {'train': dataloader.even_windows(n_train, len(tokens['train']), block_size, row), 'val': val}
     losses = {}
     for split, starts in windows.items():
         total, count = torch.zeros((), device=device), torch.zeros((), dtype=torch.long, device=device)
@@ -347,7 +392,7 @@ def evaluate():
                 total += final_model(x, y, return_logits=False)[1] * n_targets
             count += n_targets
         total, count = world.sum([total.item(), count.item()])
-        losses[split] = total / count
+        losses[split] = total / max(1, count)
     final_model.train()
     return losses
 
@@ -392,6 +437,11 @@ saved_iter = tried_iter = start_iter  # the step of ckpt.pt, and of the last att
 sys.excepthook = explain_out_of_memory
 
 
+def weights_of(model):
+    """What a checkpoint has of a model; with LoRA the adapters alone."""
+    return lora.adapters(model) if adapted else model.state_dict()
+
+
 def save_checkpoint(is_best):
     """Write ckpt.pt, and best.pt if the last evaluation was the best. -> whether it could be written."""
     global saved_iter, tried_iter
@@ -399,12 +449,14 @@ def save_checkpoint(is_best):
     if not world.is_main:
         saved_iter = iter_num
         return True
-    state = {'model': final_model.state_dict(), 'optimizer': opt.state_dict(), 'model_args': asdict(model.config),
+    state = {'model': weights_of(final_model), 'optimizer': opt.state_dict(), 'model_args': asdict(model.config),
              'iter_num': iter_num, 'best_val_loss': best_val_loss, 'config': dict(config), 'tokenizer': text_tokenizer,
-             'chat_template': chat_template,
-             'scaler': scaler.state_dict(), 'evals_since_best': evals_since_best, 'train_time': train_time}
+             'chat_template': chat_template, 'scaler': scaler.state_dict(), 'evals_since_best': evals_since_best,
+             'train_time': train_time}
     if final_model is not model:
-        state['unaveraged'] = model.state_dict()
+        state['unaveraged'] = weights_of(model)
+    if adapted:
+        state['lora'] = adapted
     try:
         checkpoint.save(out_dir, state, is_best)
     except OSError as error:
@@ -477,7 +529,7 @@ if compile:
     else:
         step_model = torch.compile(model, dynamic=False, fullgraph=True)
     try:
-        x, y = get_batch(iter_num)[0]
+        x, y, _ = get_batch(iter_num)[0][0]
         with autocast:
             loss = step_model(x, y, return_logits=False)[1]
         loss.backward()
@@ -534,24 +586,24 @@ while True:
     if iter_num >= max_iters or stop_reason:
         break
 
-    # one step: forward and backward over the micro-batches, the gradient of their mean loss adding up in .grad
+    # one step: forward and backward over the micro-batches, the gradient of the mean loss adding up in .grad
     torch.manual_seed(seed + 1_000_003 * (iter_num + 1) + world.rank)  # dropout too depends on (seed, step) alone
     lr = learning_rate_at(iter_num)
     for group in opt.param_groups:
         group['lr'] = lr * group['lr_scale']
-    micro_batches, next_batch = next_batch.result(), prefetch.submit(get_batch, iter_num + 1)
+    (micro_batches, n_targets), next_batch = next_batch.result(), prefetch.submit(get_batch, iter_num + 1)
     loss_sum = torch.zeros((), device=device)
-    for micro_step, (x, y) in enumerate(micro_batches):
+    for micro_step, (x, y, share) in enumerate(micro_batches):
         if world.size > 1:  # average gradients over the processes once, with the last micro-batch
             step_model.require_backward_grad_sync = micro_step == micro_steps - 1
         with autocast:
-            loss = step_model(x, y, return_logits=False)[1] / micro_steps
+            loss = step_model(x, y, return_logits=False)[1] * share
         loss_sum += loss.detach()
         scaler.scale(loss).backward()
     scaler.unscale_(opt)
-    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+    norm = torch.nn.utils.get_total_norm([p.grad for p in trained])
     if grad_clip and (device.type == 'cuda' or norm > grad_clip):  # to ask a GPU would be to wait for it
-        torch.nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip, norm)
+        torch.nn.utils.clip_grads_with_norm_(trained, grad_clip, norm)
 
     # read loss and norm, to stop before an update that would ruin the weights; and all processes together when one is
     # asked to stop. A GPU would idle meanwhile: there it is those of the step before, while this one computes, but
@@ -567,7 +619,8 @@ while True:
         if stop_requests:
             stop_reason = f'stopped by {signal.Signals(stop_signal or signal.SIGTERM).name}'
         records.append({'step': step, 'loss': loss, 'lr': step_lr, 'grad_norm': norm})
-    scaler.step(opt)
+    if n_targets:  # of conversations a batch could have none, and weight decay alone is no step
+        scaler.step(opt)
     scaler.update()
     if final_model is not model:
         optim.average_into(final_model, model, average_decay, iter_num)

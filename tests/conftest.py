@@ -164,8 +164,12 @@ class Folder:
 
 def load_lab(name, *arguments):
     """A script of lab/ as a module with the settings that `arguments` give it, for its functions; main() is not run."""
-    path = ROOT / 'lab' / f'{name}.py'
-    spec = importlib.util.spec_from_file_location(f'lab_{name}', path)
+    return load_script(ROOT / 'lab' / f'{name}.py', *arguments)
+
+
+def load_script(path, *arguments):
+    """The same of any script that has a main()."""
+    spec = importlib.util.spec_from_file_location(f'{path.parent.name}_{path.stem}', path)
     module = importlib.util.module_from_spec(spec)
     argv, sys.argv = sys.argv, [str(path), *arguments]
     try:

@@ -214,7 +214,7 @@ def test_paragraphs_fit_a_terminal():
     assert fitted[3] == 'short\nlines'
 
 
-@pytest.mark.parametrize('script', ['train.py', 'sample.py', 'evaluate.py', 'export.py'])
+@pytest.mark.parametrize('script', ['train.py', 'sample.py', 'evaluate.py', 'export.py', 'reward.py', 'rl.py'])
 def test_help_fits_a_terminal(script):
     """No line is wider than 80 columns, and breaking them loses no word."""
     source = (ROOT / script).read_text(encoding='utf-8')

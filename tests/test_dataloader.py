@@ -168,10 +168,10 @@ def test_nanogpts_folders(tmp_path):
     write_dataset(tmp_path / 'pkl', np.arange(20), np.arange(10), meta='pkl')
     meta = dataloader.load_meta(str(tmp_path / 'pkl'))
     assert meta == {'dtype': np.dtype('uint16'), 'vocab_size': len(CHARS), 'tokens': None, 'files': None,
-                    'tokenizer': {'kind': 'char', 'chars': ''.join(CHARS)}}
+                    'tokenizer': {'kind': 'char', 'chars': ''.join(CHARS)}, 'row': None, 'chat_template': None}
     write_dataset(tmp_path / 'bare', np.arange(20), np.arange(10), meta=None)
     meta = dataloader.load_meta(str(tmp_path / 'bare'))
-    assert meta == {'dtype': np.dtype('uint16'), 'vocab_size': None, 'tokens': None, 'files': None, 'tokenizer': None}
+    assert meta == dict.fromkeys(meta, None) | {'dtype': np.dtype('uint16')}
     assert opened(tmp_path / 'bare').tolist() == list(range(20))
 
 

@@ -12,11 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+import calculator
+import chat
 import checkpoint
 import corpus
 import tokenizer
 from dataloader import sliding_windows, whole_windows
-from model import GPT, GPTConfig
+from model import GPT, PRESETS, GPTConfig
+from tasks import tiny_chat
 
 CHAR = {'kind': 'char', 'chars': ''.join(CHARS)}
 BYTE = {'kind': 'byte'}
@@ -249,6 +252,104 @@ def test_bytes_that_are_not_known(folder):
         assert evaluate(folder, input='text.txt')['bits_per_byte'] == (bits and pytest.approx(bits))
 
 
+# tasks ----------------------------------------------------------------------------------------------------------------
+
+WITH_SPECIALS = tokenizer.BPETokenizer([], None, {token: 256 + i for i, token in enumerate(chat.SPECIAL_TOKENS)})
+WORDS = {'task': 'tiny_chat', 'n': 4, 'kinds': 'counting,reversing,spelling,table'}
+ASKED = tiny_chat.examples('test', 4, seed=1337, kinds=tuple(WORDS['kinds'].split(',')))
+SUMS = tiny_chat.examples('test', 2, seed=1337, kinds=('addition', 'subtraction'))
+
+
+@pytest.fixture(scope='module')
+def learnt():
+    """
+    A model that has learnt answers by heart: in chats right ones but for the last, in plain text right ones, behind
+    which it goes on asking; and sums that are wrong unless it has a calculator.
+    """
+    texts = []
+    for example in ASKED:
+        answer = 'The answer is 0.5.' if example is ASKED[-1] else example['solution']
+        texts.append((example['messages'], answer))
+    for example in SUMS:
+        called = f'{chat.PYTHON}{example["call"]}{chat.PYTHON_END}{chat.OUTPUT}{example["answer"]}{chat.OUTPUT_END}'
+        texts.append(([{'role': 'system', 'content': calculator.SYSTEM}, *example['messages']],
+                      called + example['solution']))
+        texts.append((example['messages'], f'{tiny_chat.FORM} 1.'))
+    rows = [chat.render_conversation([*messages, {'role': 'assistant', 'content': answer}], chat.TEMPLATE,
+                                     WITH_SPECIALS) for messages, answer in texts]
+    for example, between in zip(ASKED, ('\n', '\n\n', '\n', '\n\n'), strict=True):
+        context = WITH_SPECIALS.encode(example['context'])
+        ids = context + WITH_SPECIALS.encode(f' {example["solution"]}{between}Q: What')
+        rows.append((ids, [0] * len(context) + [1] * (len(ids) - len(context))))
+    T = max(len(ids) for ids, _ in rows)
+    ids = torch.tensor([ids + [0] * (T - len(ids)) for ids, _ in rows])
+    mask = torch.tensor([mask + [0] * (T - len(mask)) for _, mask in rows])
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**{**PRESETS['llama'], **SMALL, 'n_layer': 1, 'n_embd': 48, 'block_size': 256,
+                             'vocab_size': WITH_SPECIALS.vocab_size}))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    for _ in range(200):
+        loss = model(ids[:, :-1], ids[:, 1:].masked_fill(mask[:, 1:] == 0, -1))[1]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.02
+    return model
+
+
+def test_task_of_a_chat_model(folder, learnt):
+    save(folder, learnt, WITH_SPECIALS.to_dict(), chat_template=chat.TEMPLATE)
+    found = evaluate(folder, **WORDS)
+    assert (found['n'], found['right'], found['accuracy'], found['asked']) == (4, 3, 0.75, 'chat')
+    assert (found['low'], found['high']) == pytest.approx((0.3006, 0.9544), abs=1e-4)  # Wilson's by hand
+    assert {kind: row['right'] for kind, row in found['kinds'].items()} == {
+        **{example['kind']: int(example is not ASKED[-1]) for example in ASKED}, 'all': 3}
+    sampled = evaluate(folder, **WORDS, num_samples=3, temperature=0.1)
+    assert (sampled['right'], sampled['accuracy_of_one'], sampled['accuracy_of_any']) == (3, 0.75, 0.75)
+    rounded = evaluate(folder, **WORDS, dtype='bfloat16')
+    assert rounded['right'] == 3 and rounded['dtype'] == 'bfloat16'
+
+
+def test_task_with_a_calculator(folder, learnt):
+    save(folder, learnt, WITH_SPECIALS.to_dict(), chat_template=chat.TEMPLATE)
+    sums = {'task': 'tiny_chat', 'n': 2, 'kinds': 'addition,subtraction'}
+    assert evaluate(folder, **sums)['right'] == 0
+    assert evaluate(folder, **sums, tools=True)['right'] == 2
+
+
+def test_task_of_a_base_model(folder, learnt):
+    """Plain text: an answer ends where the next question begins. With examples in front, as many as have room."""
+    save(folder, learnt, WITH_SPECIALS.to_dict())
+    found = evaluate(folder, **WORDS, shots=0)
+    assert (found['right'], found['asked'], found['shots']) == (4, 'plain text', 0)
+    found = evaluate(folder, **WORDS, max_new_tokens=60)
+    assert (found['asked'], found['n']) == ('few-shot', 4) and 1 < found['shots'] <= 4
+
+
+def test_task_of_choices(folder):
+    """Accuracies of the likeliest choices, whole and by character, of all the file's questions."""
+    rows = [{'question': text, 'choices': ['on a mat', 'it', 'me'], 'answer': i % 3, 'subject': f'part {i % 2}'}
+            for i, text in enumerate(('the cat sat', 'who saw it go', 'and ran', 'no one', 'but me'))]
+    (folder.path / 'q.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    model = random_gpt(256, block_size=64)
+    save(folder, model, BYTE)
+    right, right_by_length = [], []
+    for row in rows:
+        context, scores = f'Question: {row["question"]}\nAnswer:', []
+        for choice in row['choices']:
+            ids = list(f'{context} {choice}'.encode())
+            log_p = F.log_softmax(model(torch.tensor([ids]), torch.tensor([ids]))[0][0].detach().double(), dim=-1)
+            scores.append(sum(log_p[i - 1, ids[i]].item() for i in range(len(context), len(ids))))
+        per_char = [score / len(choice) for score, choice in zip(scores, row['choices'], strict=True)]
+        right.append(scores.index(max(scores)) == row['answer'])
+        right_by_length.append(per_char.index(max(per_char)) == row['answer'])
+    found = evaluate(folder, task='multiple_choice', input='q.jsonl', shots=0)
+    assert (found['right'], found['n']) == (sum(right), 5)
+    assert found['accuracy_norm'] == pytest.approx(sum(right_by_length) / 5)
+    assert {kind: row['n'] for kind, row in found['kinds'].items()} == {'part 0': 3, 'part 1': 2, 'all': 5}
+    assert evaluate(folder, task='multiple_choice', input='q.jsonl', kinds='part 1', shots=0)['n'] == 2
+
+
 # which text -----------------------------------------------------------------------------------------------------------
 
 def test_inputs(folder):
@@ -302,7 +403,19 @@ def test_gpt2s_tokenizer_by_name_and_from_a_file(folder):
     ({'input': 'latin'}, ['latin is not UTF-8: at byte 1', 'iconv']), ({'input': 'foreign'}, ["'é' (U+00E9)"]),
     ({'dataset': 'bytes'}, ['(byte, 256 ids)', f'(char, {len(CHARS)} ids)', '--input=FILE']),
     ({'dataset': 'wrong'}, ['token 3 of the data has id 60', f'vocab_size is {len(CHARS)}']),
-    ({'dataset': 'one'}, ['one/val.bin has 1 tokens'])])
+    ({'dataset': 'one'}, ['one/val.bin has 1 tokens']),
+    ({'task': 'riddles'}, ["no task 'riddles'; expected one of gsm8k, hellaswag, multiple_choice, tiny_chat"]),
+    ({'shots': 2}, ['shots=2 is for tasks, and does not go with a text; name a task']),
+    ({'task': 'tiny_chat', 'stride': 3}, ['stride=3 is for texts, and does not go with --task=tiny_chat']),
+    ({'task': 'tiny_chat', 'tools': True}, ['tools=True: expected a chat model']),
+    ({'task': 'tiny_chat', 'num_samples': 3}, ['temperature=0.0: expected above 0 with several samples']),
+    ({'task': 'tiny_chat', 'n': 0}, ['n=0: expected 1 or more']),
+    ({'task': 'tiny_chat', 'shots': -1}, ['shots=-1: expected 0 or more']),
+    ({'task': 'tiny_chat', 'kinds': 'sums'}, ["there is no 'sums'; expected some of addition"]),
+    ({'task': 'tiny_chat', 'input': 'one'}, ['tiny_chat makes its own questions']),
+    ({'task': 'gsm8k'}, ['name a file of them, --input=FILE, with a "question"']),
+    ({'task': 'gsm8k', 'input': 'none.jsonl'}, ['none.jsonl can not be read']),
+    ({'task': 'hellaswag', 'input': 'scenes.jsonl'}, ['a question has 20 tokens, and the context has room for 16'])])
 def test_refused(refusing, settings, said):
     run = start(refusing, **settings).refused(*said)
     assert '"loss"' not in run.out
@@ -316,6 +429,7 @@ def refusing(tmp_path_factory):
     for name, content in (('empty', b''), ('one', b't'), ('bom', b'\xef\xbb\xbf'), ('latin', b't\xe9'),
                           ('foreign', 'the é'.encode())):
         (folder.path / name).write_bytes(content)
+    (folder.path / 'scenes.jsonl').write_text('{"ctx": "the cat sat on a mat", "endings": ["and", "a"], "label": 1}')
     data = folder.path / 'data'
     write_dataset(data / 'wrong', [0, 1], [0, 1, 2, 60])
     write_dataset(data / 'one', [0, 1], [0])

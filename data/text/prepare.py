@@ -31,34 +31,15 @@ When interrupted, run the same command again: it goes on where it was.
 import argparse
 import itertools
 import os
-import re
 import sys
 import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-ROOT = os.path.dirname(os.path.dirname(HERE))
-sys.path.insert(0, ROOT)  # so that it runs from any folder
+sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))  # so that it runs from any folder
 
 import corpus  # noqa: E402
 
 FEW = 100  # documents; with fewer, a tenth of them is too few to stand for all
-
-
-def output_folder(name, path):
-    """The folder data/<name> (name: by default from the input's); ValueError when it is not ours to write to."""
-    if name is None:
-        stem = os.path.splitext(os.path.basename(os.path.abspath(path)))[0]
-        name = re.sub(r'[^\w.-]+', '_', stem).strip('._') or 'mytext'
-    if not re.fullmatch(r'[\w-][\w.-]*', name):
-        raise ValueError(f'--name={name} is not a plain name; expected letters, digits, "_", "-" and ".", like '
-                         f'--name=mytext (the folder becomes data/mytext)')
-    out_dir = os.path.join(ROOT, 'data', name)
-    if os.path.exists(os.path.join(out_dir, 'prepare.py')):
-        raise ValueError(f'data/{name} is a dataset with its own prepare.py; choose another name: --name=my_{name}')
-    if os.path.exists(os.path.join(out_dir, 'train.bin')) and not os.path.exists(os.path.join(out_dir, 'meta.json')):
-        raise ValueError(f'data/{name} has a train.bin that this script did not make (there is no meta.json beside '
-                         f'it); choose another name: --name=my_{name}')
-    return name, out_dir
 
 
 def main():
@@ -73,7 +54,7 @@ def main():
     started = time.time()
     corpus.check_fraction(args.val_fraction)
     files, skipped = corpus.find_files(args.input)
-    name, out_dir = output_folder(args.name, args.input)
+    name, out_dir = corpus.output_folder(args.name, args.input)
     if skipped:
         print(f'{len(files):,} files; {skipped:,} more were left out because their suffix is not that of a text file',
               file=sys.stderr)

@@ -1,0 +1,148 @@
+"""
+Answers to conversations: read from preference pairs or drawn from a model, as rows of ids with a mask; how likely a
+model finds them, and how good a reward model.
+
+    {"messages": [{"role": "user", "content": "2+2?"}], "chosen": "4", "rejected": "5"}
+
+    pairs, n_too_long = read_pairs('pairs.jsonl', template, tokenizer, block_size=256, val_fraction=0.1)
+    idx, mask = to_rows([pairs['train'][i] for i in (3, 1, 4)], device)
+
+    answers = draw_answers(model, prompts, max_new_tokens, stop_ids, n_ids, temperature=1.0, u=u)
+    logprobs, entropies = logprobs_of(model, idx, mask, n_ids)
+"""
+
+import json
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+import chat
+import corpus
+import jsonl
+import losses
+from generate import generate
+
+# Pairs ---------------------------------------------------------------------------------------------------------------
+
+
+def read_pairs(path, template, tokenizer, block_size, val_fraction):
+    """
+    -> ({'train': pairs, 'val': pairs}, how many were left out because they do not fit into block_size). A pair is
+    (chosen, rejected), each of them (ids, mask) of render_answer(). All pairs of a conversation are in the same split,
+    chosen by its content. Raises ValueError naming the line that is no pair, and if a split is empty.
+    """
+    corpus.check_fraction(val_fraction)
+    pairs, n_too_long = {'train': [], 'val': []}, 0
+    for number, value in jsonl.read_objects(path).items():
+        try:
+            pair = render_pair(value, template, tokenizer)
+        except ValueError as error:
+            raise ValueError(f'{path}, line {number}: {error}') from None
+        if max(len(ids) for ids, _ in pair) > block_size:
+            n_too_long += 1
+            continue
+        split = 'val' if corpus.text_hash(json.dumps(value['messages'])) < val_fraction else 'train'
+        pairs[split].append(pair)
+    for split, found in pairs.items():
+        if not found:
+            n = sum(map(len, pairs.values()))
+            raise ValueError(f'of {n + n_too_long:,} pairs in {path} {n_too_long:,} are longer than the context of '
+                             f'{block_size} tokens, and of the others none is in {split}; give more of them, a model '
+                             f'with a longer context, or another --val_fraction')
+    return pairs, n_too_long
+
+
+def render_pair(value, template, tokenizer):
+    """A pair as JSON has it -> (chosen, rejected), see read_pairs(). Raises ValueError for what is none."""
+    for key, kind in (('messages', list), ('chosen', str), ('rejected', str)):
+        if not isinstance(value.get(key), kind):
+            raise ValueError(f'{key} is {json.dumps(value.get(key))[:40]}; expected {{"messages": [{{"role": "user", '
+                             f'"content": "2+2?"}}], "chosen": "4", "rejected": "5"}}')
+    for key in ('chosen', 'rejected'):
+        if not value[key].strip():
+            raise ValueError(f'{key} is empty; expected an answer')
+    pair = tuple(render_answer(value['messages'], value[key], template, tokenizer) for key in ('chosen', 'rejected'))
+    if pair[0] == pair[1]:  # or does so in the template, which may strip them
+        raise ValueError(f'chosen equals rejected, {json.dumps(value["chosen"])[:40]}; there is nothing to prefer')
+    return pair
+
+
+def render_answer(messages, answer, template, tokenizer):
+    """
+    A conversation, its last message not the assistant's, and an answer -> (ids, mask): all up to the token that ends
+    the answer, and 1 for the answer's own tokens, that one included. Raises ValueError where there is none of either.
+    """
+    prompt = chat.render(messages, template, tokenizer)
+    ids, mask = chat.render_conversation([*messages, {'role': 'assistant', 'content': answer}], template, tokenizer)
+    if ids[: len(prompt)] != prompt:
+        raise ValueError('the chat template writes the conversation in another way once it is answered, so that where '
+                         'the answer begins can not be told')
+    end = max(i for i, counts in enumerate(mask, 1) if counts)
+    return ids[:end], [0] * len(prompt) + mask[len(prompt) : end]
+
+
+# Rows ----------------------------------------------------------------------------------------------------------------
+
+
+def to_rows(conversations, device):
+    """[(ids, mask), ...] -> ids (B, T) and the masks (B, T), of bool, padded behind with 0."""
+    idx, mask = (pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+                 for rows in zip(*conversations, strict=True))
+    return idx.to(device), mask.bool().to(device)
+
+
+def pair_rows(pairs, device):
+    """n pairs -> ids (2n, T) and masks (2n, T): the chosen answers, then the rejected ones in the same order."""
+    return to_rows([chosen for chosen, _ in pairs] + [rejected for _, rejected in pairs], device)
+
+
+# Of a model ----------------------------------------------------------------------------------------------------------
+
+
+def draw_answers(model, prompts, max_new_tokens, stop_ids, n_ids, temperature, u):
+    """
+    One answer to each of the prompts, lists of ids, all as one batch; a prompt can be there several times. n_ids: of
+    the tokenizer, those beyond are never drawn. u: (n, max_new_tokens) of [0, 1), which decide, see
+    generate.uniforms(). -> lists of ids, each up to and with one of stop_ids, or of max_new_tokens
+    """
+    answers, is_done = [[] for _ in prompts], [False] * len(prompts)
+    for ids, _, ended in generate(model, list(prompts), max_new_tokens, temperature, vocab_size=n_ids, u=u,
+                                  stop_ids=stop_ids):
+        for answer, i, was_done in zip(answers, ids[:, 0].tolist(), is_done, strict=True):
+            if not was_done:
+                answer.append(i)
+        is_done = ended
+    return answers
+
+
+def logprobs_of(model, idx, mask, n_ids, temperature=1.0):
+    """
+    What draw_answers() drew from: the log-probabilities of the ids (B, T) where the mask (B, T) is 1, and the entropies
+    of their distributions, (B, T - 1) both, of all but the first id; 0 where the mask is. Padding is behind, where
+    nothing that counts sees it.
+    """
+    mask = mask[:, 1:]
+    logits = model.logits(model.hidden(idx[:, :-1])[mask])  # from which the tokens that count came, (n, V)
+    logits = logits[:, :n_ids].float() / temperature
+    zeros = torch.zeros(mask.shape, device=idx.device)
+    return (zeros.masked_scatter(mask, losses.token_logprobs(logits, idx[:, 1:][mask])),
+            zeros.masked_scatter(mask, losses.entropy(logits)))
+
+
+def ending_of(template, tokenizer):
+    """The id that ends an answer in this chat template."""
+    messages = [{'role': 'user', 'content': '?'}, {'role': 'assistant', 'content': '!'}]
+    ids, mask = chat.render_conversation(messages, template, tokenizer)
+    return [i for i, counts in zip(ids, mask, strict=True) if counts][-1]
+
+
+@torch.no_grad()
+def scores_of(critic, prompts, answers, stop_ids, ending):
+    """
+    What a reward model says to answers that draw_answers() gave, (n,). An answer that was cut off, or that another
+    token ended, is scored as if `ending` did, since at other tokens the reward model has not learnt to.
+    """
+    rows = [prompt + [i for i in answer if i not in stop_ids] + [ending]
+            for prompt, answer in zip(prompts, answers, strict=True)]
+    idx, _ = to_rows([(ids, ids) for ids in rows], critic.value_head.weight.device)
+    return critic.scores(idx, torch.tensor([len(ids) for ids in rows], device=idx.device))

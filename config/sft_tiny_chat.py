@@ -1,0 +1,26 @@
+"""
+Supervised finetuning: the base model of config/tiny_web.py becomes an assistant, on the conversations of
+data/tiny_chat. The loss is that of what the assistant says.
+
+    $ python train.py config/sft_tiny_chat.py
+    $ python evaluate.py --out_dir=out-sft-tiny-chat --task=tiny_chat
+    $ python evaluate.py --out_dir=out-sft-tiny-chat --task=tiny_chat --kinds=addition,subtraction --tools=True
+    $ python sample.py --out_dir=out-sft-tiny-chat --chat
+"""
+
+out_dir = 'out-sft-tiny-chat'
+init_from = 'out-tiny-web'
+dataset = 'tiny_chat'
+eval_interval = 200
+eval_iters = 20
+log_interval = 50
+
+preset = 'modern'
+batch_size = 16
+gradient_accumulation_steps = 1
+max_iters = 600
+
+# a quarter of the rates of pretraining, from which it starts
+muon_lr = 0.005
+embedding_lr = 0.005
+learning_rate = 0.001

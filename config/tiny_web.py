@@ -1,0 +1,28 @@
+"""
+The base model of data/tiny_chat: 1.9M parameters over bytes, pretrained on texts about sums, words and small tables.
+
+    $ python data/tiny_chat/prepare.py
+    $ python data/text/prepare.py --input=data/tiny_chat/corpus.jsonl --name=tiny_web \\
+        --tokenizer=data/tiny_chat/chat.json
+    $ python train.py config/tiny_web.py
+    $ python evaluate.py --out_dir=out-tiny-web --task=tiny_chat --shots=4 --max_new_tokens=40
+
+It knows these things, and no conversation. What comes next: config/sft_tiny_chat.py.
+"""
+
+out_dir = 'out-tiny-web'
+dataset = 'tiny_web'
+eval_interval = 500
+eval_iters = 20
+eval_first = False
+log_interval = 50
+
+preset = 'modern'
+n_layer = 4
+n_head = 4
+n_embd = 192
+block_size = 256  # four solved examples, a question and its answer
+
+batch_size = 16
+gradient_accumulation_steps = 1
+max_iters = 1500

@@ -1,0 +1,118 @@
+"""Make a training set of conversations: JSON lines of messages, in OpenAI's
+shape or ShareGPT's.
+
+    python data/chat/prepare.py --input=talks.jsonl --tokenizer=out-base
+    python train.py --init_from=out-base --dataset=talks --out_dir=out-chat
+
+    {"messages": [{"role": "user", "content": "Hello"},
+                  {"role": "assistant", "content": "Hi!"}]}
+    {"conversations": [{"from": "human", "value": "Hello"},
+                       {"from": "gpt", "value": "Hi!"}]}
+
+Writes train.bin and val.bin, beside them train_mask.bin and val_mask.bin (a
+byte for each token: 1 for what the assistant says and the token that ends it,
+0 for all else, which carries no loss), and meta.json.
+
+Conversations are packed into rows of --block_size + 1 tokens, so that none is
+cut: the longest first, each into the fullest row that has room. What remains
+is filled up, usually less than one token in fifty. One that is too long ends
+where the row does; if no answer begins before that, it is refused.
+
+--tokenizer is that of the model: a run's out_dir, a Hugging Face folder, or a
+tokenizer file. The format is the model's own chat template, or that of chat.py,
+which needs its special tokens; or --template=FILE, in Jinja. val.bin has every
+tenth conversation (--val_fraction), chosen by its content.
+
+Whatever is no conversation stops everything and is named by its line: a role
+that isn't known, two turns of one role in a row, an empty answer.
+--skip_bad leaves such lines out and says how many.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import time
+from collections import Counter
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))  # so that it runs from any folder
+
+import chat  # noqa: E402
+import checkpoint  # noqa: E402
+import conversations  # noqa: E402
+import corpus  # noqa: E402
+import huggingface  # noqa: E402
+import interchange  # noqa: E402
+import jsonl  # noqa: E402
+import tokenizer as tokenizers  # noqa: E402
+
+
+def open_tokenizer(source):
+    """--tokenizer -> (tokenizer, chat template or None, block_size or None): of a run, a model, or a file alone."""
+    path = checkpoint.path_in(source)
+    if os.path.exists(path):
+        state = checkpoint.load(path)
+        return checkpoint.tokenizer_of(state), state.get('chat_template'), state['model_args']['block_size']
+    if os.path.isfile(os.path.join(source, 'config.json')):
+        described = huggingface.load_tokenizer(source)
+        if described is None:
+            raise ValueError(f'{source} has no tokenizer.json; copy that of the model into the folder')
+        return tokenizers.from_dict(described), huggingface.load_chat_template(source), None
+    return tokenizers.load(source), None, None
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.add_argument('--input', required=True, help='a file of JSON lines')
+    parser.add_argument('--name', help='name of the dataset (that of the input)')
+    parser.add_argument('--tokenizer', required=True, help="a run's out_dir, a model's folder, or a tokenizer file")
+    parser.add_argument('--template', help="a Jinja file (the model's template, else that of chat.py)")
+    parser.add_argument('--block_size', type=corpus.positive, help="context to pack for (the model's, else 256)")
+    parser.add_argument('--val_fraction', type=float, default=0.1, help='share of the conversations in val (0.1)')
+    parser.add_argument('--skip_bad', action='store_true', help='leave out lines that are no conversation')
+    args = parser.parse_args()
+
+    started = time.time()
+    corpus.check_fraction(args.val_fraction)
+    name, out_dir = corpus.output_folder(args.name, args.input)
+    tokenizer, template, block_size = open_tokenizer(args.tokenizer)
+    row = (args.block_size or block_size or 256) + 1
+    if args.template:
+        template = interchange.read_utf8(args.template)
+    if template is None:
+        template = chat.TEMPLATE
+        conversations.check_tokenizer(tokenizer, f'--tokenizer={args.tokenizer}')
+
+    found, bad, n_cut, digest = {'train': [], 'val': []}, Counter(), 0, hashlib.sha256()
+    for number, value in jsonl.read_objects(args.input).items():
+        try:
+            messages = conversations.messages_of(value)
+            ids, mask, was_cut = conversations.render(messages, template, tokenizer, row)
+        except ValueError as error:
+            if not args.skip_bad:
+                raise ValueError(f'{args.input}, line {number}: {error} (--skip_bad leaves such lines out)') from None
+            bad[str(error)[:70]] += 1
+            continue
+        n_cut += was_cut
+        text = json.dumps(messages)
+        digest.update(text.encode())
+        split = 'val' if corpus.text_hash(text) < args.val_fraction else 'train'
+        found[split].append((ids, mask))
+    for reason, count in bad.most_common(5):
+        print(f'left out {count:,}: {reason}', file=sys.stderr)
+    if len(bad) > 5:
+        print(f'left out {sum(bad.values()):,} in all', file=sys.stderr)
+    if n_cut:
+        print(f'{n_cut:,} conversations end early, at the end of their row; longer rows: --block_size', file=sys.stderr)
+    conversations.write_dataset(out_dir, found, tokenizer, template, row, source=os.path.basename(args.input),
+                                val_fraction=args.val_fraction, sha256=digest.hexdigest())
+    start = f' --init_from={args.tokenizer}' if os.path.isdir(args.tokenizer) else ''
+    print(f'wrote  {os.path.relpath(out_dir)} in {time.time() - started:.1f} s\n'
+          f'next:  python train.py{start} --dataset={name} --out_dir=out-{name}')
+
+
+if __name__ == '__main__':
+    corpus.run(main)

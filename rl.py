@@ -1,0 +1,448 @@
+"""
+Reinforcement learning: a chat model answers, what is rewarded becomes likelier.
+
+    $ python rl.py --init_from=out-sft --task=tiny_chat --out_dir=out-grpo
+    $ python rl.py --init_from=out-sft --task=tiny_chat --algorithm=ppo \\
+        --reward_model=out-reward --out_dir=out-ppo
+    $ python rl.py --init_from=out-sft --task=tiny_chat --algorithm=dpo \\
+        --pairs=data/tiny_chat/pairs.jsonl --out_dir=out-dpo
+
+grpo: several answers to each prompt, each judged against the others.
+ppo: a value function (critic.py) predicts the reward, token by token; judged is
+by how much an answer does better than that.
+dpo: no answers are drawn; it learns from pairs of a better and a worse one, as
+reward.py does, and --task only measures.
+
+A task is a file of tasks/, which asks, checks and rewards, see tasks/common.py;
+best.pt is chosen by its val questions, so that those of test stay unseen. With
+--reward_model the reward is that model's score instead. All three keep near the
+model they began with, the reference, as much as kl_coef (dpo: beta) says.
+
+Writes to out_dir: ckpt.pt (the last state, to resume from with --init_from=
+resume), best.pt (most held-out answers right), log.jsonl, config.json. Ctrl-C or
+SIGTERM finishes the step, saves and says how to go on.
+"""
+
+import copy
+import math
+import os
+import sys
+import textwrap
+import time
+from contextlib import nullcontext
+from dataclasses import asdict
+
+import torch
+
+import chat
+import checkpoint
+import conversations
+import critic
+import dataloader
+import huggingface
+import lora
+import losses
+import optim
+import parallel
+import runs
+from answers import draw_answers, ending_of, logprobs_of, pair_rows, read_pairs, scores_of, to_rows
+from calculator import generate_with_tools
+from configurator import explain_errors, override
+from generate import uniforms
+from tasks import common as tasks
+
+sys.stdout.reconfigure(errors='replace', line_buffering=True)
+
+# settings ------------------------------------------------------------------------------------------------------------
+out_dir = 'out-rl'
+init_from = 'out-sft'  # a chat model: a run's out_dir, a Hugging Face folder or hub id; 'resume'
+algorithm = 'grpo'  # 'grpo', 'ppo', 'dpo'
+task = ''  # tiny_chat, gsm8k, or a file tasks/NAME.py of your own: where prompts, rewards and right answers are from
+input = ''  # the file of questions, for tasks that read one
+kinds = ''  # only questions of these kinds: addition,spelling; '': all
+tools = False  # True: the model may call the calculator, see calculator.py
+reward_model = ''  # out_dir of reward.py: its score is the reward; '': the task's
+pairs = ''  # dpo: FILE.jsonl, see reward.py
+val_fraction = 0.1  # dpo: share of the conversations in it that are held out
+train_examples = 5_000  # of the task, that prompts are from
+eval_examples = 200  # of the task, held out, answered greedily in each evaluation
+eval_interval = 10  # steps between evaluations; each is followed by a checkpoint
+log_interval = 1  # steps between log lines
+max_iters = 100  # steps in all
+# a step: prompts_per_step * group_size answers, learnt from in minibatches
+prompts_per_step = 32  # dpo: pairs
+group_size = 8  # answers to each prompt; grpo compares them
+max_new_tokens = 64  # of an answer
+temperature = 1.0  # at which answers are drawn, and of the probabilities that are learnt
+epochs = 1  # how often a step learns from its answers
+minibatch_size = 128  # answers (dpo: pairs) in an update, as many as fit in memory
+# what is learnt
+kl_coef = 0.02  # how dear it is to move away from the reference: grpo in the loss, ppo in the reward of each token
+clip = 0.2  # grpo, ppo: how far, as a factor, a step can move the probability of a token
+clip_high: float | None = None  # upwards, if that is another: 0.28 keeps more variety (DAPO)
+normalize_std = True  # grpo: divide by the standard deviation of a group; False: Dr. GRPO
+gamma = 1.0  # ppo: what the next token's reward is worth now
+lam = 0.95  # ppo: 1: the value function is only what to compare with; lower: it is believed more, with less noise
+value_clip = 0.0  # ppo: how far a step can move a value; 0: as far as it likes
+critic_warmup = 5  # ppo: first steps, in which only the value function learns: its errors would be taken for merit
+beta = 0.1  # dpo: rewards are beta log(policy / reference)
+label_smoothing = 0.0  # dpo: share of the pairs that are the wrong way round
+# optimizer
+learning_rate = 1e-4  # the highest; for a large model 1e-6
+critic_lr = 3e-4  # ppo: of the value function
+warmup_iters = 5
+final_share = 1.0  # what is left of the rates at max_iters, after half a cosine; 1: constant
+weight_decay = 0.0
+beta1 = 0.9
+beta2 = 0.95
+grad_clip = 1.0  # largest norm of the gradient; 0: no clipping
+seed = 1337  # of prompts, answers and minibatches
+device = 'auto'  # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps', ...
+dtype = 'auto'  # 'float32', or 'bfloat16' where the hardware multiplies it
+config = override(globals())
+# ---------------------------------------------------------------------------------------------------------------------
+
+sys.excepthook = explain_errors
+for names, is_valid, expected in (
+    (('algorithm',), lambda value: value in ('grpo', 'ppo', 'dpo'), "'grpo', 'ppo' or 'dpo'"),
+    (('task',), lambda value: value or algorithm == 'dpo', 'NAME of a tasks/NAME.py, where the prompts are'),
+    (('pairs',), lambda value: bool(value) == (algorithm == 'dpo'), 'FILE.jsonl with --algorithm=dpo, and only there'),
+    (('reward_model',), lambda value: not value or algorithm != 'dpo', "'' with --algorithm=dpo, which needs none"),
+    (('group_size',), lambda value: value >= (2 if algorithm == 'grpo' else 1),
+     '1 or more, and for grpo, which compares the answers to a prompt, 2'),
+    (('eval_interval', 'log_interval', 'train_examples', 'eval_examples', 'prompts_per_step', 'max_new_tokens',
+      'epochs', 'minibatch_size'), lambda value: value >= 1, '1 or more'),
+    (('max_iters', 'warmup_iters', 'kl_coef', 'weight_decay', 'grad_clip', 'learning_rate', 'critic_lr',
+      'value_clip', 'critic_warmup'),
+     lambda value: 0 <= value < math.inf, '0 or more'),
+    (('temperature', 'clip', 'beta'), lambda value: 0 < value < math.inf, 'more than 0'),
+    (('clip_high',), lambda value: value is None or value > 0, 'more than 0, or None'),
+    (('clip',), lambda value: value < 1, 'less than 1'),
+    (('gamma', 'lam', 'final_share'), lambda value: 0 <= value <= 1, '0 to 1'),
+    (('label_smoothing',), lambda value: 0 <= value < 0.5, 'at least 0 and below 0.5'),
+    (('beta1', 'beta2'), lambda value: 0 <= value < 1, 'at least 0 and below 1'),
+    (('seed',), lambda value: 0 <= value < 2**63, '0 or more'),
+    (('dtype',), lambda value: value in ('auto', 'float32', 'bfloat16'), "'auto', 'float32' or 'bfloat16'"),
+    (('out_dir',), lambda value: os.path.abspath(value) != os.path.abspath(init_from),
+     'another folder than that of the model which init_from names'),
+):
+    for name in names:
+        if not is_valid(config[name]):
+            raise ValueError(f'{name}={config[name]!r}: expected {expected}')
+
+# the policy, which learns, and the reference, which it began as
+device = parallel.choose_device(device)
+parallel.use_cores()
+ckpt_path = os.path.join(out_dir, 'ckpt.pt')
+state = checkpoint.load(ckpt_path) if init_from == 'resume' else None
+if state:
+    if state['config'].get('algorithm') != algorithm:
+        raise ValueError(f'algorithm={algorithm!r}, but {ckpt_path} is a run of {state["config"].get("algorithm")!r}; '
+                         f'resume with that, or begin anew in another --out_dir')
+    init_from = state['config']['init_from']
+is_run = os.path.exists(checkpoint.path_in(init_from))
+reference, tokenizer, template, line = checkpoint.open_model('resume' if is_run else init_from, init_from)
+print(f'reference: {line}')
+digest = lora.digest(reference)
+if state and state['reference'] != digest:
+    raise ValueError(f'{ckpt_path} began with the model that was in {init_from}; the one that is there now has other '
+                     f'weights. Put that back, or begin anew in another --out_dir')
+if template is None:
+    template = chat.TEMPLATE
+    conversations.check_tokenizer(tokenizer, f'the tokenizer of {init_from}')
+stop_ids, _ = chat.find_endings(template, tokenizer)
+if not stop_ids:
+    raise ValueError(f'the chat template of {init_from} ends an answer with no special token, so that a model could '
+                     f'not be taught when to stop')
+policy = copy.deepcopy(reference) if state is None else checkpoint.model_of(state, ckpt_path, dropout=0.0).eval()
+reference.to(device).requires_grad_(False)
+policy.to(device)
+opt = optim.adamw(policy, weight_decay, learning_rate, (beta1, beta2))
+block_size = policy.config.block_size
+
+# what rewards, and what predicts rewards
+judge = value_model = value_opt = None
+if reward_model:
+    judge, their_tokenizer, _, line = critic.open_reward_model(reward_model)
+    print(f'reward model: {line}')
+    if not huggingface.same_tokenizer(tokenizer.to_dict(), their_tokenizer.to_dict()):
+        raise ValueError(f'the reward model in {reward_model} has another tokenizer than the model in {init_from}; '
+                         f'train one that begins with that: python reward.py --init_from={init_from}')
+    judge.to(device).requires_grad_(False)
+    ending = ending_of(template, tokenizer)
+if algorithm == 'ppo':
+    value_model = critic.Critic.from_gpt(policy)
+    value_opt = optim.adamw(value_model.to(device), weight_decay, critic_lr, (beta1, beta2))
+
+# where the run stands
+if state:
+    optim.load_optimizer(opt, state['optimizer'])
+    if algorithm == 'ppo':
+        value_model.load_state_dict(state['value_model'])
+        optim.load_optimizer(value_opt, state['value_optimizer'])
+iter_num = state['iter_num'] if state else 0  # steps done
+best_val_loss = state['best_val_loss'] if state else math.inf
+train_time = state['train_time'] if state else 0.0  # seconds, without evaluations
+version = state['version'] if state else None
+start_iter = saved_iter = iter_num
+state = None  # the loaded tensors are no longer needed
+
+
+# the prompts, or pairs
+def prompts_of(split, n):
+    """-> [(example of the task, ids of its prompt), ...], without those that leave too little room for an answer."""
+    wanted = tuple(kind.strip() for kind in kinds.split(',')) if kinds else ()
+    examples = questions.examples(split, n, seed, input=input, kinds=wanted)
+    prompts = [(example, tasks.chat_prompt(example, template, tokenizer, math.inf, tools)) for example in examples]
+    # the reward model sees an answer that was cut off with one more token
+    room = min(block_size, judge.config.block_size - 1 if judge else block_size) - max_new_tokens
+    fitting = [prompt for prompt in prompts if len(prompt[1]) <= room]
+    if len(fitting) < len(prompts):
+        print(f'{len(prompts) - len(fitting):,} of {len(prompts):,} {split} prompts are longer than the {room} tokens '
+              f'that an answer leaves them, left out')
+    if not fitting:
+        raise ValueError(f'task={task}: no {split} prompt has room in a context of {room + max_new_tokens} tokens '
+                         f'with max_new_tokens={max_new_tokens}; lower that, or take a model with a longer context')
+    return fitting
+
+
+train_prompts, val_prompts, train_pairs, val_pairs = [], [], [], []
+questions = tasks.load(task) if task else None
+if task:
+    val_prompts = prompts_of('val', eval_examples)
+if algorithm == 'dpo':
+    found, n_too_long = read_pairs(pairs, template, tokenizer, block_size, val_fraction)
+    train_pairs, val_pairs = found['train'], found['val']
+    print(f'{len(train_pairs):,} pairs to learn from, {len(val_pairs):,} held out'
+          + (f'; {n_too_long:,} are longer than {block_size} tokens, left out' if n_too_long else ''))
+else:
+    train_prompts = prompts_of('train', train_examples)
+
+# the machine, the folder
+dtype, dtype_reason = parallel.choose_dtype(dtype, device)
+if dtype == 'float16':
+    dtype, dtype_reason = 'float32', 'no native bf16 here'
+autocast = nullcontext() if dtype == 'float32' else torch.autocast(device.type, parallel.DTYPES[dtype])
+if device.type == 'cpu':
+    parallel.keep_freed_memory()
+what = f'{prompts_per_step} pairs' if algorithm == 'dpo' else f'{prompts_per_step} x {group_size} answers'
+print(textwrap.fill(f'device {device}, dtype {dtype} ({dtype_reason}), {policy.get_num_params() / 1e6:.2f}M '
+                    f'parameters; {max_iters} steps of {what}', 80, subsequent_indent='  '))
+resolved = {**config, 'init_from': init_from, 'device': str(device), 'dtype': dtype}
+if folder := checkpoint.open_folder(out_dir, resolved, start_iter, version):
+    print(f'{out_dir} held an earlier run; it is in {folder} now')
+
+
+def answers_to(prompts, temperature, u):
+    """
+    What the policy answers to prompts, lists of ids. -> (lists of ids; of each a list of 1 for what the policy chose
+    itself, 0 for what the calculator told it; the texts, without the token that ends them)
+    """
+    with autocast:
+        if tools:
+            answers, chosen = generate_with_tools(policy, tokenizer, prompts, max_new_tokens, stop_ids, u,
+                                                  temperature=temperature)
+        else:
+            answers = draw_answers(policy, prompts, max_new_tokens, stop_ids, tokenizer.vocab_size, temperature, u)
+            chosen = [[1] * len(answer) for answer in answers]
+    return answers, chosen, [tokenizer.decode([i for i in answer if i not in stop_ids]) for answer in answers]
+
+
+def say(model, idx, mask):
+    """-> log-probabilities that a model gives to what the mask has of the ids (B, T), and entropies, (B, T - 1) both"""
+    with autocast:
+        return logprobs_of(model, idx, mask, tokenizer.vocab_size, temperature)
+
+
+def values_of(idx):
+    """ids (B, T) -> the values of the states before all but the first, (B, T - 1)"""
+    with autocast:
+        return value_model(idx[:, :-1])
+
+
+def learn_from_pairs(idx, mask):
+    """Rows of n pairs -> dpo's losses (n,), the margins between its implicit rewards (n,), the policy's entropy."""
+    logprobs, entropies = say(policy, idx, mask)
+    with torch.no_grad():
+        reference_logprobs, _ = say(reference, idx, mask)
+    loss, chosen, rejected = losses.dpo_loss(*logprobs.sum(dim=1).chunk(2), *reference_logprobs.sum(dim=1).chunk(2),
+                                             beta, label_smoothing)
+    return loss, chosen - rejected, losses.masked_mean(entropies.detach(), mask[:, 1:])
+
+
+def is_right(example, text):
+    return bool(questions.evaluate(example, text))
+
+
+def score(prompts, answers):
+    """What the reward model says to answers, (n,)."""
+    with autocast:
+        return torch.cat([scores_of(judge, prompts[i : i + minibatch_size], answers[i : i + minibatch_size], stop_ids,
+                                    ending) for i in range(0, len(prompts), minibatch_size)])
+
+
+@torch.no_grad()
+def evaluate():
+    """
+    Greedy answers to held-out prompts, and dpo's loss on held-out pairs. -> (numbers for the log, the line to print).
+    val_loss decides which checkpoint is the best: the share of wrong answers, or where there is no task dpo's loss.
+    """
+    record, shown = {}, []
+    if val_pairs:
+        parts = [learn_from_pairs(*pair_rows(val_pairs[i : i + minibatch_size], device))
+                 for i in range(0, len(val_pairs), minibatch_size)]
+        pair_losses, margins = (torch.cat([part[k] for part in parts]) for k in range(2))
+        record = {'val_loss': pair_losses.mean().item(), 'val_dpo_loss': pair_losses.mean().item(),
+                  'val_preferred': (margins > 0).float().mean().item()}
+        shown = [f'dpo loss {record["val_dpo_loss"]:.4f}, preferred {record["val_preferred"]:.1%}']
+    if val_prompts:
+        n, n_right, at_once = len(val_prompts), 0, prompts_per_step * group_size
+        for i in range(0, n, at_once):
+            examples, prompts = zip(*val_prompts[i : i + at_once], strict=True)
+            _, _, texts = answers_to(prompts, 0.0, torch.zeros(len(prompts), max_new_tokens))
+            n_right += sum(map(is_right, examples, texts))
+        record.update(val_loss=1 - n_right / n, val_accuracy=n_right / n)
+        low, high = tasks.wilson(n_right, n)
+        shown.append(f'accuracy {n_right / n:.1%} ({low:.1%} to {high:.1%})')
+    return record, ', '.join(shown)
+
+
+def save_checkpoint(is_best):
+    global saved_iter
+    state = {'model': policy.state_dict(), 'optimizer': opt.state_dict(), 'model_args': asdict(policy.config),
+             'iter_num': iter_num, 'best_val_loss': best_val_loss, 'config': resolved, 'reference': digest,
+             'tokenizer': tokenizer.to_dict(), 'chat_template': template, 'train_time': train_time}
+    if algorithm == 'ppo':
+        state.update(value_model=value_model.state_dict(), value_optimizer=value_opt.state_dict())
+    is_saved = runs.save(out_dir, state, is_best)
+    saved_iter = iter_num if is_saved else saved_iter
+    return is_saved
+
+
+def stop_not_finite(what):
+    """End the run, with the last good checkpoint as it is."""
+    where = f'{ckpt_path} is of step {saved_iter}' if saved_iter else 'there is no checkpoint yet'
+    raise SystemExit(f'step {iter_num}: {what}. Stopped without saving; {where}. Try a lower --learning_rate, or '
+                     f'--dtype=float32')
+
+
+def update(optimizer, model, loss):
+    """One step of an optimizer; -> the norm of the gradient."""
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf).item()
+    if not (math.isfinite(loss.item()) and math.isfinite(norm)):
+        stop_not_finite(f'loss is {loss.item()}, norm of the gradient {norm}')
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+# the loop ------------------------------------------------------------------------------------------------------------
+interrupt = runs.Interrupt()
+while True:
+    # evaluate and save
+    if (iter_num % eval_interval == 0 or iter_num >= max_iters) and (iter_num > start_iter or iter_num == 0):
+        record, shown = evaluate()
+        print(f'step {iter_num}: held out: {shown}')
+        if not math.isfinite(record['val_loss']):  # the last update ruined the weights: they must not be saved
+            stop_not_finite(f'val loss is {record["val_loss"]}')
+        runs.log(out_dir, step=iter_num, **record, train_time=round(train_time, 3))
+        is_best, former_best = record['val_loss'] < best_val_loss, best_val_loss
+        best_val_loss = min(best_val_loss, record['val_loss'])
+        if iter_num > 0 and not save_checkpoint(is_best):
+            best_val_loss = former_best  # the best is the best that is on disk
+    if iter_num >= max_iters or interrupt.reason:
+        break
+
+    # all that is random in a step depends on (seed, step) alone
+    t0 = time.perf_counter()
+    torch.manual_seed(seed + 1_000_003 * (iter_num + 1))
+    share = optim.cosine(iter_num, 1.0, warmup_iters, max_iters, final_share)  # of the highest rates
+    for optimizer, highest in ((opt, learning_rate), (value_opt, critic_lr)):
+        for group in optimizer.param_groups if optimizer else ():
+            group['lr'] = highest * share * group['lr_scale']
+    indices = dataloader.train_windows(iter_num, prompts_per_step, len(train_pairs or train_prompts), 1, seed, row=1)
+
+    # experience: rows of ids, and a mask of what the policy is to be judged by
+    if algorithm == 'dpo':
+        idx, mask = pair_rows([train_pairs[i] for i in indices], device)
+        n_items, record = prompts_per_step, {}
+    else:
+        examples, prompts = zip(*(train_prompts[i] for i in indices for _ in range(group_size)), strict=True)
+        u = torch.stack([uniforms(seed, iter_num * prompts_per_step + prompt, sample, max_new_tokens)
+                         for prompt in range(prompts_per_step) for sample in range(group_size)])
+        answers, chosen, texts = answers_to(prompts, temperature, u)
+        idx, mask = to_rows([(prompt + answer, [0] * len(prompt) + own)
+                             for prompt, answer, own in zip(prompts, answers, chosen, strict=True)], device)
+        n_items, acts = len(idx), mask[:, 1:]  # acts: which of what follows a state the policy chose, (N, T - 1)
+
+        # the rewards, and what the policy that drew them, the reference and the value function say to these answers
+        rewards = score(prompts, answers) if judge else torch.tensor(
+            [float(questions.reward(example, text)) for example, text in zip(examples, texts, strict=True)],
+            device=device)
+        with torch.no_grad():
+            parts = list(zip(idx.split(minibatch_size), mask.split(minibatch_size), strict=True))
+            old_logprobs, entropies = (torch.cat(of) for of in zip(*(say(policy, *p) for p in parts), strict=True))
+            reference_logprobs = torch.cat([say(reference, *part)[0] for part in parts])
+            k1, _, k3 = losses.kl_estimates(old_logprobs, reference_logprobs)
+            old_values = torch.cat([values_of(part) for part, _ in parts]) if algorithm == 'ppo' else None
+        if algorithm == 'grpo':
+            advantages = losses.group_advantages(rewards, group_size, normalize_std)[:, None]
+        else:
+            last = acts.size(1) - 1 - acts.flip(1).int().argmax(dim=1)  # (N,), the last token that it chose
+            token_rewards = (-kl_coef * k1).scatter_add(1, last[:, None], rewards[:, None])
+            advantages, returns = losses.gae(token_rewards, old_values, acts, gamma, lam)
+            advantages = losses.whiten(advantages, acts)
+        record = {'reward': rewards.mean().item(), 'accuracy': sum(map(is_right, examples, texts)) / n_items,
+                  'kl': losses.masked_mean(k3, acts).item(), 'entropy': losses.masked_mean(entropies, acts).item(),
+                  'length': acts.sum().item() / n_items}
+
+    # learn from it
+    updates = []
+    for rows in (rows for _ in range(epochs) for rows in torch.randperm(n_items).to(device).split(minibatch_size)):
+        if algorithm == 'dpo':
+            both = torch.cat((rows, rows + n_items))
+            pair_losses, margins, mean_entropy = learn_from_pairs(idx[both], mask[both])
+            loss = pair_losses.mean()
+            of_update = {'margin': margins.mean(), 'preferred': (margins > 0).float().mean(), 'entropy': mean_entropy}
+        else:
+            logprobs, _ = say(policy, idx[rows], mask[rows])
+            reduction = 'sequence-mean' if algorithm == 'grpo' else 'token-mean'
+            loss = losses.clipped_policy_loss(logprobs, old_logprobs[rows], advantages[rows], acts[rows], clip,
+                                              clip_high, reduction)
+            ratio = (logprobs.detach() - old_logprobs[rows]).exp()
+            of_update = {'clipped': losses.masked_mean(((ratio - 1).abs() > clip).float(), acts[rows])}
+        if algorithm == 'grpo':
+            _, _, kl = losses.kl_estimates(logprobs, reference_logprobs[rows])
+            loss = loss + kl_coef * losses.reduced(kl, acts[rows], reduction)
+        if algorithm == 'ppo':
+            value_loss = losses.clipped_value_loss(values_of(idx[rows]), old_values[rows], returns[rows], acts[rows],
+                                                   value_clip or math.inf)
+            update(value_opt, value_model, value_loss)
+            of_update['value_loss'] = value_loss.detach()
+        if algorithm != 'ppo' or iter_num >= critic_warmup:
+            of_update['grad_norm'] = update(opt, policy, loss)
+        updates.append({**of_update, 'loss': loss.detach()})
+    record.update({key: sum(float(one[key]) for one in updates) / len(updates) for key in updates[0]})
+    iter_num += 1
+    dt = time.perf_counter() - t0
+    train_time += dt
+
+    # report
+    if (iter_num - 1) % log_interval == 0 or iter_num == max_iters:
+        names = ('loss', 'margin', 'preferred', 'entropy') if algorithm == 'dpo' else (
+            'reward', 'accuracy', 'kl', 'entropy', 'length')
+        print(f'iter {iter_num - 1}: ' + ', '.join(f'{key} {record[key]:.{1 if key == "length" else 3}f}'
+                                                   for key in names))
+        runs.log(out_dir, step=iter_num - 1, **record, lr=learning_rate * share, ms=round(dt * 1e3, 3))
+
+# the end: save what was not saved, say what can be done with it ------------------------------------------------------
+if saved_iter < iter_num:
+    save_checkpoint(is_best=False)
+if interrupt.reason:
+    print(f'{interrupt.reason} after step {iter_num}. To go on:\n  {runs.command(init_from="resume")}')
+else:
+    print(f'{iter_num} steps, {train_time:.1f} s of learning; talk to it:\n  python sample.py --chat '
+          f'--out_dir={out_dir}')
+if saved_iter < iter_num:
+    raise SystemExit(f'the state of step {iter_num} could not be saved; {ckpt_path} is older')

@@ -1,0 +1,62 @@
+"""What a run has beside its mathematics: a log, checkpoints, signals that ask it to stop, the command to go on."""
+
+import json
+import os
+import shlex
+import signal
+import sys
+import time
+from contextlib import suppress
+
+import checkpoint
+
+
+class Interrupt:
+    """
+    SIGINT and SIGTERM only ask a run to stop, which it does between two steps: `reason` says so then. A second Ctrl-C,
+    more than a second later, is obeyed at once.
+    """
+
+    def __init__(self):
+        self.reason, self.time = None, 0.0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.ask)
+
+    def ask(self, number, frame):
+        if number == signal.SIGINT and self.reason == 'stopped by SIGINT' and time.monotonic() > self.time + 1:
+            raise KeyboardInterrupt
+        if number == signal.SIGINT and self.reason is None:
+            with suppress(OSError):  # nobody reads it. print could be what is being interrupted, and can not be called
+                os.write(2, b'\nfinishing this step, then saving; Ctrl-C again stops at once, unsaved\n')
+        self.reason, self.time = f'stopped by {signal.Signals(number).name}', time.monotonic()
+
+
+def command(**changes):
+    """The command line of this run with some settings changed."""
+    kept = [a for a in sys.argv[1:] if a.removeprefix('--').split('=')[0] not in changes]
+    return shlex.join(['python', sys.argv[0], *kept, *(f'--{key}={value}' for key, value in changes.items())])
+
+
+def log(out_dir, **record):
+    """Append a line to out_dir/log.jsonl; a disk without room for it is no reason to stop."""
+    path = os.path.join(out_dir, 'log.jsonl')
+    size = os.path.getsize(path) if os.path.exists(path) else 0
+    try:
+        with open(path, 'a', encoding='utf-8') as f:
+            f.write(json.dumps(record) + '\n')
+    except OSError as error:
+        os.truncate(path, size)  # the part of the line that still found room
+        print(f'WARNING: {path} lacks the line of step {record["step"]}: {error}')
+
+
+def save(out_dir, state, is_best):
+    """checkpoint.save(), and say so; -> whether it could be written. A full disk is no reason to stop, either."""
+    path, step = os.path.join(out_dir, 'ckpt.pt'), state['iter_num']
+    try:
+        checkpoint.save(out_dir, state, is_best)
+    except OSError as error:
+        print(f'WARNING: {path} could not be saved at step {step} ({error}). What was there is untouched; free some '
+              f'space before the next save')
+        return False
+    print(f'saved {path} at step {step}' + (' (best so far)' if is_best else ''))
+    return True

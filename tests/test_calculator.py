@@ -1,0 +1,163 @@
+"""calculator.py: what it computes and refuses, and a model that calls it. Run: pytest tests/test_calculator.py"""
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+import chat
+from calculator import calculate, generate_with_tools, output_of
+from chat import OUTPUT, OUTPUT_END, PYTHON, PYTHON_END
+from generate import sample_next
+from model import GPT, PRESETS, GPTConfig
+from tokenizer import BPETokenizer, ByteTokenizer
+
+TOKENIZER = BPETokenizer([], None, {token: 256 + i for i, token in enumerate(chat.SPECIAL_TOKENS)})  # one a byte
+
+
+@pytest.mark.parametrize('expression, value', [
+    ('5', '5'), ('2 + 3 * 4', '14'), ('(2 + 3) * 4', '20'), ('-2 ** 2', '-4'), ('2 ** -1', '0.5'), ('7 // 2', '3'),
+    ('-7 // 2', '-4'), ('-7 % 3', '2'), ('10 / 4', '2.5'), ('10 / 5', '2'), ('1 / 3', '0.333333333333'),
+    ('2 / 3', '0.666666666667'), ('0.1 + 0.2', '0.3'), ('.5 * 10', '5'), ('1.50', '1.5'), ('1,000 * 2', '2000'),
+    ('1,234,567.5 - 0.5', '1234567'), ('2 ** 0.5', '1.41421356237'), ('9 ** 0.5', '3'), ('0 ** 0', '1'),
+    ('1 ** 999999999', '1'), ('--3', '3'), ('100 * 10', '1000'), ('0.00001 / 10', '0.000001'), (' 1+1 ', '2'),
+    ('2 ** 100', '1267650600228229401496703205376'), ('3 - 3', '0'), ('0 * -1', '0')])
+def test_values(expression, value):
+    assert calculate(expression) == value
+
+
+numbers = st.integers(0, 999).map(str)
+expressions = st.recursive(numbers, lambda inner: st.one_of(
+    st.tuples(inner, st.sampled_from(['+', '-', '*', ' + ', ' - ']), inner).map(''.join),
+    inner.map(lambda text: f'({text})'), inner.map(lambda text: f'-{text}')), max_leaves=8)
+
+
+@given(expressions)
+def test_integers_as_python_has_them(expression):
+    assume(len(expression) <= 200)
+    assert calculate(expression) == str(eval(expression))
+
+
+@given(expressions, expressions)
+def test_quotients_as_python_has_them(left, right):
+    assume(len(left) + len(right) < 180)  # longer ones are refused
+    divisor = eval(right)
+    if divisor == 0:
+        with pytest.raises(ValueError, match='divides by zero'):
+            calculate(f'({left}) / ({right})')
+    else:
+        assert float(calculate(f'({left}) / ({right})')) == pytest.approx(eval(left) / divisor, rel=1e-10)
+        assert calculate(f'({left}) // ({right})') == str(eval(left) // divisor)
+        assert calculate(f'({left}) % ({right})') == str(eval(left) % divisor)
+
+
+@pytest.mark.parametrize('expression, said', [
+    ('', 'no calculation'), ('(1', 'no calculation'), ('1 +', 'no calculation'), ('2 3', 'no calculation'),
+    ('a + 1', "'a + 1' is no calculation; expected integers"), ('__import__("os")', 'no calculation'),
+    ('1e5', 'no calculation'), ('0x10', 'no calculation'), ('1_000', 'no calculation'), ('1,2', 'no calculation'),
+    ('7(3)', 'no calculation'), ('()', 'no calculation'), ('1 < 2', 'no calculation'), ('1\n+ 1', 'no calculation'),
+    ('٣ + 1', 'no calculation'), ('1 if 1 else 2', 'no calculation'), ('+1', 'no calculation'),
+    ('1 / 0', "'1 / 0' divides by zero"), ('1 // (2 - 2)', 'divides by zero'), ('1 % 0', 'divides by zero'),
+    ('0 ** -1', 'divides by zero'), ('0 ** -0.5', 'divides by zero'), ('(-1) ** 0.5', 'negative number, -1, has no'),
+    ('9 ** 9 ** 9', 'too many digits'), ('2 ** 1000000000', 'too many digits'), ('2 ** -1000', 'too many digits'),
+    ('9.9 ** 999.5', 'too many digits'), ('10 ** 20 * 10 ** 20', 'too many digits'),
+    ('9' * 60, 'too many digits'), ('1+' * 150 + '1', '301 characters; expected at most 200'),
+    ('-' * 150 + '1', 'nested too deeply'), ('(' * 99 + '1', 'no calculation')])
+def test_refused(expression, said):
+    with pytest.raises(ValueError) as error:
+        calculate(expression)
+    assert said in str(error.value)
+
+
+# called by a model ----------------------------------------------------------------------------------------------------
+
+
+def test_output():
+    """Of the last call, however the text before it reads; a call that says nothing is an error."""
+    def told(text):
+        return TOKENIZER.decode(output_of(TOKENIZER.encode(text, allowed_special='all'), TOKENIZER))
+
+    assert told(f'{PYTHON}2*3{PYTHON_END}') == f'{OUTPUT}6{OUTPUT_END}'
+    assert told(f'{PYTHON}2*3{PYTHON_END}{OUTPUT}6{OUTPUT_END}So {PYTHON}6/4{PYTHON_END}') == f'{OUTPUT}1.5{OUTPUT_END}'
+    for text in (f'{PYTHON}two{PYTHON_END}', f'2*3{PYTHON}{PYTHON_END}', f'So{PYTHON_END}'):
+        assert told(text) == f'{OUTPUT}error{OUTPUT_END}'
+
+
+def talk(question, answer):
+    return [{'role': 'user', 'content': question}, {'role': 'assistant', 'content': answer}]
+
+
+def called(call, value):
+    return f'{PYTHON}{call}{PYTHON_END}{OUTPUT}{value}{OUTPUT_END}'
+
+
+TALKS = [talk('a', f'{called("2+3", 5)}It is 5.'), talk('Question b', 'No sum.'),
+         talk('c', f'{called("7*", "error")}?'),
+         talk('What is d?', f'{called("1/4", 0.25)}{called("0.25*8", 2)}2!')]
+
+
+@pytest.fixture(scope='module')
+def model():
+    """A model that has learnt TALKS by heart."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**{**PRESETS['llama'], 'n_layer': 1, 'n_head': 2, 'n_embd': 48, 'block_size': 96,
+                             'vocab_size': TOKENIZER.vocab_size}))
+    whole = [chat.render_conversation(messages, chat.TEMPLATE, TOKENIZER) for messages in TALKS]
+    T = max(len(ids) for ids, _ in whole) - 1
+    x, y = torch.zeros(len(whole), T, dtype=torch.long), torch.full((len(whole), T), -1)
+    for row, (ids, mask) in enumerate(whole):
+        x[row, : len(ids) - 1] = torch.tensor(ids[:-1])
+        y[row, : len(ids) - 1] = torch.where(torch.tensor(mask[1:]) == 1, torch.tensor(ids[1:]), -1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    for _ in range(150):
+        loss = model(x, y)[1]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.02
+    return model.eval()
+
+
+PROMPTS = [chat.render(messages[:-1], chat.TEMPLATE, TOKENIZER) for messages in TALKS]
+STOP_IDS, _ = chat.find_endings(chat.TEMPLATE, TOKENIZER)
+
+
+def test_a_model_that_calls(model):
+    """What it writes and is told is the conversation it has learnt, with the same mask, which no loss taught it."""
+    answers, masks = generate_with_tools(model, TOKENIZER, PROMPTS, 80, STOP_IDS, temperature=0)
+    for prompt, answer, mask, messages in zip(PROMPTS, answers, masks, TALKS, strict=True):
+        ids, expected = chat.render_conversation(messages, chat.TEMPLATE, TOKENIZER)
+        assert prompt + answer == ids and [0] * len(prompt) + mask == expected
+
+
+@pytest.mark.parametrize('most', [0, 1, 6, 7, 8, 9, 10, 30])
+def test_never_more_than_asked_for(model, most):
+    """Also where the end comes amidst what it is told."""
+    whole, masks = generate_with_tools(model, TOKENIZER, PROMPTS, 80, STOP_IDS, temperature=0)
+    answers, cut = generate_with_tools(model, TOKENIZER, PROMPTS, most, STOP_IDS, temperature=0)
+    assert answers == [ids[:most] for ids in whole] and cut == [mask[:most] for mask in masks]
+
+
+@torch.no_grad()
+def test_tokens_are_drawn_by_their_place(model):
+    """A token at a time, from the whole context, by the number of u that belongs to its place in the answer."""
+    u = torch.rand(4, 60, generator=torch.Generator().manual_seed(0))
+    controls = {'temperature': 5.0, 'top_k': 5}
+    answers, masks = generate_with_tools(model, TOKENIZER, PROMPTS, 60, STOP_IDS, u, **controls)
+    for row, prompt in enumerate(PROMPTS):
+        ids, mask = [], []
+        while len(ids) < 60 and not (ids and ids[-1] in STOP_IDS):
+            logits = model(torch.tensor([prompt + ids]))[0][:, -1]
+            ids.append(sample_next(logits, u=u[row, len(ids)][None], **controls).item())
+            mask.append(1)
+            if ids[-1] == TOKENIZER.special_tokens[PYTHON_END]:
+                told = output_of(ids, TOKENIZER)
+                ids, mask = (ids + told)[:60], (mask + [0] * len(told))[:60]
+        assert answers[row] == ids and masks[row] == mask
+    greedy, _ = generate_with_tools(model, TOKENIZER, PROMPTS, 60, STOP_IDS, temperature=0)
+    assert sum(map(len, masks)) > sum(map(sum, masks)) and answers != greedy
+
+
+def test_a_tokenizer_without_calls(model):
+    with pytest.raises(ValueError, match=r'has no <\|python\|>, .* calls the calculator'):
+        generate_with_tools(model, ByteTokenizer(), PROMPTS, 5)

@@ -1,0 +1,180 @@
+"""lora.py: adapters beside frozen weights, alone and through train.py. Run: pytest tests/test_lora.py"""
+
+import json
+
+import pytest
+import torch
+from conftest import same_state, same_tensors
+from torch import nn
+
+import checkpoint
+import lora
+import model as model_module
+from model import GPT, PRESETS, GPTConfig
+
+IDX = torch.randint(40, (2, 16), generator=torch.Generator().manual_seed(0))
+
+
+def tiny(preset='llama', **changes):
+    torch.manual_seed(0)
+    sizes = {'n_layer': 2, 'n_head': 2, 'n_embd': 16, 'block_size': 16, 'vocab_size': 40}
+    return GPT(GPTConfig(**{**PRESETS[preset], **sizes, **changes}))
+
+
+def adapt(model, targets=('c_attn', 'c_fc', 'c_proj'), int8=False):
+    """Adapters that do something, as after training."""
+    lora.add(model, 4, 8.0, targets, int8)
+    for name, p in model.named_parameters():
+        if name.endswith('lora_b'):
+            nn.init.normal_(p, std=0.3)
+    return model
+
+
+@pytest.mark.parametrize('preset', PRESETS)
+def test_starts_as_the_model_and_trains_the_adapters_alone(preset):
+    model = tiny(preset)
+    before, names = model(IDX, IDX)[0], set(model.state_dict())
+    lora.add(model, 4, 16.0, ['c_attn', 'mlp.c_proj'])
+    assert torch.equal(model(IDX, IDX)[0], before)
+    assert names < set(model.state_dict())  # what there was keeps its name
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert set(trained) == set(lora.adapters(model)) == {
+        f'transformer.h.{layer}.{name}.lora_{part}' for layer in range(2) for name in ('attn.c_attn', 'mlp.c_proj')
+        for part in 'ab'}
+    width = model.config.mlp_width
+    assert sum(p.numel() for p in trained.values()) == 2 * 4 * ((16 + 48) + (16 + width))  # rank * (inputs + outputs)
+    model(IDX, IDX)[1].backward()
+    assert all((p.grad is not None) == (name in trained) for name, p in model.named_parameters())
+
+
+def test_formula():
+    """W x + (alpha / rank) B A x + b, and its gradients, as autograd finds them for a dense matrix."""
+    torch.manual_seed(0)
+    linear = nn.Linear(5, 7)
+    layer = lora.LoRALinear(linear, 3, 6.0, int8=False)
+    nn.init.normal_(layer.lora_b)
+    x = torch.randn(4, 5)
+    dense = linear.weight + 2.0 * layer.lora_b @ layer.lora_a
+    expected = x @ dense.T + linear.bias
+    torch.testing.assert_close(layer(x), expected)
+    ours = torch.autograd.grad(layer(x).square().sum(), [layer.lora_a, layer.lora_b])
+    theirs = torch.autograd.grad(expected.square().sum(), [layer.lora_a, layer.lora_b])
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize('preset', PRESETS)
+@pytest.mark.parametrize('int8', [False, True])
+def test_merged_is_the_same_model(preset, int8):
+    model = adapt(tiny(preset), int8=int8)
+    expected = model(IDX, IDX)[0]
+    plain = tiny(preset)
+    lora.merge(model)
+    assert not any(isinstance(module, lora.LoRALinear) for module in model.modules())
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    torch.testing.assert_close(model(IDX, IDX)[0], expected, rtol=1e-4, atol=1e-5)
+    assert (plain(IDX, IDX)[0] - expected).abs().max() > 0.1  # the adapters did something
+
+
+def test_int8_keeps_weights_and_gradients():
+    torch.manual_seed(0)
+    linear = nn.Linear(32, 24)
+    layer = lora.LoRALinear(linear, 2, 2.0, int8=True)
+    assert layer.weight.dtype == torch.int8 and layer.weight.numel() == 32 * 24
+    x = torch.randn(6, 32, requires_grad=True)
+    dense = layer.weight * layer.scale[:, None]
+    assert (dense - linear.weight).abs().max() <= linear.weight.abs().max() / 254 * 1.001  # half a step
+    ours, theirs = layer(x), x @ dense.T + linear.bias
+    torch.testing.assert_close(ours, theirs)
+    ours, theirs = (torch.autograd.grad(y.square().sum(), x) for y in (ours, theirs))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_head_with_adapters_counts_in_a_loss_in_chunks(monkeypatch):
+    model = adapt(tiny(), ['lm_head'])
+    expected = model(IDX, IDX)[1]
+    monkeypatch.setattr(model_module, 'CHUNK', 100)
+    torch.testing.assert_close(model(IDX, IDX, return_logits=False)[1], expected)
+
+
+@pytest.mark.parametrize('rank, targets, changes, said', [
+    (0, ['c_attn'], {}, 'lora_rank=0: expected 1 or more'),
+    (4, ['q_proj'], {}, "'q_proj' names no linear layer of this model; expected some of c_attn, c_proj, c_fc, lm_head"),
+    (4, ['attn'], {}, "'attn' names no linear layer"), (4, ['lm_head'], {'tie_embeddings': True}, 'is the embedding')])
+def test_refused(rank, targets, changes, said):
+    with pytest.raises(ValueError, match=said):
+        lora.add(tiny(**changes), rank, 8.0, targets)
+
+
+def test_adapters_of_another_model():
+    one, other = adapt(tiny()), adapt(tiny(n_embd=32))
+    with pytest.raises(ValueError, match='the adapters are of another model'):
+        lora.load_adapters(one, lora.adapters(other))
+
+
+# through train.py -----------------------------------------------------------------------------------------------------
+
+LORA = {'init_from': 'base', 'lora_rank': 2, 'lora_targets': 'c_attn,mlp.c_proj', 'preset': 'llama', 'block_size': None}
+
+
+@pytest.fixture
+def base(folder):
+    folder.train(out_dir='base', preset='llama', max_iters=10).ok()
+    return folder
+
+
+@pytest.mark.parametrize('int8', [False, True])
+def test_run_resumed_bit_for_bit(base, int8):
+    run = base.train(**LORA, lora_int8=int8, out_dir='whole').ok()
+    assert 'are trained' in run.out
+    whole = base.checkpoint('whole')
+    assert all(name.endswith(('.lora_a', '.lora_b')) for name in whole['model'])
+    assert len(whole['optimizer']['state']) == len(whole['model']) == 2 * 2 * 2
+    small, large = ((base.path / out_dir / 'ckpt.pt').stat().st_size for out_dir in ('whole', 'base'))
+    assert small < large
+    base.train(**LORA, lora_int8=int8, out_dir='half', max_iters=10).ok()
+    base.train(**{**LORA, 'init_from': 'resume', 'lora_int8': int8}, out_dir='half').ok()
+    same_state(base.checkpoint('half'), whole)
+
+
+def test_merged_by_whoever_loads_it(base, monkeypatch):
+    base.train(**LORA, out_dir='out', learning_rate=0.05).ok()
+    val_loss = base.log()[-1]['val_loss']
+    assert val_loss < base.log('base')[-1]['val_loss']
+    evaluated = base.start('evaluate.py', out_dir='out', which='last', device='cpu').ok().out.splitlines()[-1]
+    assert json.loads(evaluated)['loss'] == pytest.approx(val_loss, abs=1e-4)
+    base.sample(max_new_tokens=5, num_samples=1).ok()
+    transformers = pytest.importorskip('transformers')
+    base.start('export.py', out_dir='out', which='last', out='hf').ok()
+    monkeypatch.chdir(base.path)
+    ours = checkpoint.open_model('resume', 'out', 'last')[0]
+    idx = torch.randint(ours.config.vocab_size, (1, 16), generator=torch.Generator().manual_seed(1))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(base.path / 'hf')
+    torch.testing.assert_close(ours(idx, idx)[0], theirs(idx).logits, rtol=1e-4, atol=1e-4)
+    # and a folder of Hugging Face's can be adapted, and what came of adapters as well
+    base.train(**{**LORA, 'init_from': 'hf'}, out_dir='again', max_iters=2).ok()
+    base.train(**{**LORA, 'init_from': 'out'}, out_dir='further', max_iters=2).ok()
+    first = [base.log(name)[0]['val_loss'] for name in ('again', 'further')]
+    assert first == pytest.approx([val_loss, val_loss], abs=1e-3)
+
+
+def test_refused_by_train(base):
+    base.train(lora_rank=4).refused("lora_rank=4: expected 0 with init_from='scratch'")
+    base.train(**{**LORA, 'lora_targets': 'query'}).refused("'query' names no linear layer")
+    base.train(**{**LORA, 'optimizer': 'muon'}).refused("optimizer='muon': expected 'adamw' with LoRA")
+    base.train(**LORA, max_iters=2).ok()
+    base.train(**{**LORA, 'init_from': 'resume', 'lora_rank': 3}).refused('was trained with 2; resume with that')
+    base.train(init_from='resume', out_dir='base', lora_rank=3, preset='llama').refused('no adapters, lora_rank=0')
+    base.train(out_dir='base', preset='llama', max_iters=1, seed=5).ok()
+    base.sample(max_new_tokens=2).refused('has adapters for the model that was in base', 'has other weights')
+    for name in ('ckpt.pt', 'best.pt'):
+        (base.path / 'base' / name).unlink(missing_ok=True)
+    base.sample(max_new_tokens=2).refused('has adapters for the model in base, which can not be loaded')
+
+
+def test_averaged_weights(base):
+    base.train(**LORA, average_decay=0.5, max_iters=6).ok()
+    state = base.checkpoint()
+    assert state['model'].keys() == state['unaveraged'].keys() and all('lora_' in name for name in state['model'])
+    base.train(**LORA, out_dir='half', average_decay=0.5, max_iters=3).ok()
+    base.train(**{**LORA, 'init_from': 'resume'}, out_dir='half', average_decay=0.5, max_iters=6).ok()
+    same_tensors(base.checkpoint('half')['unaveraged'], state['unaveraged'])

@@ -1,0 +1,261 @@
+"""losses.py: values worked by hand, brute force, properties of gradients. Run: pytest tests/test_losses.py"""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import losses
+
+
+def close(actual, expected, **tolerance):
+    torch.testing.assert_close(actual, torch.as_tensor(expected, dtype=actual.dtype), **tolerance)
+
+
+def gradient(f, x):
+    """df/dx, x a list of numbers."""
+    x = torch.tensor(x, requires_grad=True)
+    return torch.autograd.grad(f(x), x)[0]
+
+
+# of a model -----------------------------------------------------------------------------------------------------------
+
+
+def test_token_logprobs():
+    """log 1/4, 1/2 of logits log 1, log 2, log 1; cross-entropy otherwise; in fp32 whatever the logits are in."""
+    logits = torch.tensor([[1.0, 2.0, 1.0], [1.0, 2.0, 1.0]]).log()
+    close(losses.token_logprobs(logits, torch.tensor([0, 1])), [math.log(1 / 4), math.log(1 / 2)])
+    logits, ids = torch.randn(2, 5, 7), torch.randint(7, (2, 5))
+    close(losses.token_logprobs(logits, ids), -F.cross_entropy(logits.mT, ids, reduction='none'))
+    assert losses.token_logprobs(logits.bfloat16(), ids).dtype == torch.float32
+
+
+def test_entropy():
+    close(losses.entropy(torch.zeros(3, 8)), [math.log(8)] * 3)
+    close(losses.entropy(torch.tensor([1.0, 2.0, 1.0]).log()), 1.5 * math.log(2))  # of 1/4, 1/2, 1/4
+    logits = torch.randn(2, 5, 7)
+    close(losses.entropy(logits), torch.distributions.Categorical(logits=logits).entropy())
+    impossible = torch.tensor([0.0, 0.0, -torch.inf], requires_grad=True)
+    losses.entropy(impossible).backward()
+    close(losses.entropy(impossible).detach(), math.log(2))
+    close(impossible.grad, [0.0, 0.0, 0.0])
+
+
+def test_kl_estimates():
+    k1, k2, k3 = losses.kl_estimates(torch.tensor(0.5).log(), torch.tensor(0.25).log())
+    close(k1, math.log(2))
+    close(k2, math.log(2) ** 2 / 2)
+    close(k3, 0.5 - 1 + math.log(2))
+
+
+def test_kl_estimates_are_of_the_kl():
+    """The expectation over what p draws: k1 and k3 have exactly that of KL(p || q); k3 is never negative."""
+    torch.manual_seed(0)
+    log_p, log_q = (torch.randn(6).double().log_softmax(0) for _ in range(2))
+    k1, k2, k3 = losses.kl_estimates(log_p, log_q)
+    kl = F.kl_div(log_q, log_p, log_target=True, reduction='sum')
+    close((log_p.exp() * k1).sum(), kl)
+    close((log_p.exp() * k3).sum(), kl)
+    assert (k1 < 0).any() and (k3 >= 0).all() and (k2 >= 0).all()
+    # where the two are equal nothing pulls
+    close(gradient(lambda x: losses.kl_estimates(x, torch.tensor([-1.0, -2.0]))[2].sum(), [-1.0, -2.0]), [0.0, 0.0])
+
+
+# averages -------------------------------------------------------------------------------------------------------------
+
+X, MASK = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]), torch.tensor([[1, 1, 0], [1, 0, 0]])
+
+
+@pytest.mark.parametrize('mask', [MASK, MASK.bool(), MASK.float()])
+def test_masked_mean(mask):
+    close(losses.masked_mean(X, mask), 7 / 3)
+    close(losses.masked_mean(X, mask, dim=1), [1.5, 4.0])
+    close(losses.masked_mean(X, torch.zeros(2, 3)), 0.0)
+
+
+def test_what_does_not_count_may_be_anything():
+    broken = torch.where(MASK.bool(), X, torch.nan)
+    for f in (losses.masked_mean, losses.whiten):
+        close(f(broken, MASK), f(X, MASK))
+    old = torch.where(MASK.bool(), 0.0, -1000.0)  # a ratio of infinity
+    x = torch.zeros(2, 3, requires_grad=True)
+    losses.clipped_policy_loss(x, old, X, MASK).backward()
+    close(x.grad, -X * MASK / 3)
+
+
+def test_whiten():
+    white = losses.whiten(X, MASK)  # of 1, 2, 4: mean 7/3, variance 14/9
+    close(white, [[-4 / 14**0.5, -1 / 14**0.5, 0], [5 / 14**0.5, 0, 0]])
+    close(losses.whiten(100 * X - 7, MASK), white)
+    close(losses.whiten(torch.full((2, 3), 5.0), MASK), torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize('reduction, expected', [
+    ('token-mean', (1 + 2 + 4) / 3), ('sequence-mean', (1.5 + 4) / 2), ('none', [[1, 2, 0], [4, 0, 0]])])
+def test_reduced(reduction, expected):
+    close(losses.reduced(X, MASK, reduction), expected)
+    if reduction != 'none':  # a sequence without tokens is no sequence
+        close(losses.reduced(torch.cat((X, X)), torch.cat((MASK, 0 * MASK)), reduction), expected)
+
+
+def test_unknown_reduction():
+    with pytest.raises(ValueError, match="reduction='mean': expected 'token-mean', 'sequence-mean', 'none'"):
+        losses.reduced(X, MASK, 'mean')
+
+
+# preferences ----------------------------------------------------------------------------------------------------------
+
+
+def test_bradley_terry():
+    chosen, rejected = torch.tensor([3.0, 1.0, -2.0]), torch.tensor([1.0, 1.0, 0.0])
+    odds = [math.exp(2), 1.0, math.exp(-2)]  # P(chosen wins) = odds / (1 + odds)
+    close(losses.bradley_terry_loss(chosen, rejected), [-math.log(o / (1 + o)) for o in odds])
+    close(losses.bradley_terry_loss(chosen, rejected, margin=2.0)[0], math.log(2))
+    close(losses.bradley_terry_loss(chosen, rejected, margin=torch.tensor([2.0, 0.0, -2.0])), [math.log(2)] * 3)
+    # the gradient is that of a probability that was too low
+    close(gradient(lambda x: losses.bradley_terry_loss(x, rejected).sum(), chosen.tolist()),
+          [o / (1 + o) - 1 for o in odds])
+    assert losses.bradley_terry_loss(torch.tensor(-1e4), torch.tensor(0.0)).isfinite()
+
+
+def test_dpo_by_hand():
+    """Against the reference the policy finds the chosen e^2 times, the rejected e^-1 times as likely; beta 0.5."""
+    loss, chosen, rejected = losses.dpo_loss(*torch.tensor([[-3.0], [-6.0], [-5.0], [-5.0]]), beta=0.5)
+    close(loss, [-math.log(1 / (1 + math.exp(-1.5)))])
+    close(chosen, [1.0])
+    close(rejected, [-0.5])
+
+
+def test_dpo():
+    torch.manual_seed(0)
+    four = torch.randn(4, 9)
+    loss, chosen, rejected = losses.dpo_loss(*four, beta=0.3)
+    close(loss, -torch.sigmoid(0.3 * ((four[0] - four[1]) - (four[2] - four[3]))).log())
+    close(loss, losses.bradley_terry_loss(chosen, rejected))
+    close(losses.dpo_loss(*four[:2], *four[:2], beta=0.3)[0], [math.log(2)] * 9)  # the policy is the reference
+    # gradient: beta times how wrong the implicit rewards are, up for the chosen and as much down for the rejected
+    policy = four[:2].clone().requires_grad_(True)
+    loss, chosen, rejected = losses.dpo_loss(*policy, *four[2:], beta=0.3)
+    assert not chosen.requires_grad and not rejected.requires_grad
+    loss.sum().backward()
+    close(policy.grad[0], -0.3 * torch.sigmoid(rejected - chosen))
+    close(policy.grad[1], -policy.grad[0])
+
+
+def test_dpo_label_smoothing():
+    """Half of the pairs the wrong way round: nothing to learn where the two are equal, and the best is not infinite."""
+    pairs = torch.zeros(4, 1)
+    plain, swapped = losses.dpo_loss(*torch.tensor([[2.0], [0.0], [0.0], [0.0]]), 1.0)[0], losses.dpo_loss(
+        *torch.tensor([[0.0], [2.0], [0.0], [0.0]]), 1.0)[0]
+    close(losses.dpo_loss(*torch.tensor([[2.0], [0.0], [0.0], [0.0]]), 1.0, label_smoothing=0.1)[0],
+          0.9 * plain + 0.1 * swapped)
+    close(gradient(lambda x: losses.dpo_loss(x, *pairs[1:], 1.0, label_smoothing=0.5)[0].sum(), [0.0]), [0.0])
+    at_best = math.log(9)  # odds of 9 to 1 are what a tenth of wrong labels ask for
+    close(gradient(lambda x: losses.dpo_loss(x, *pairs[1:], 1.0, label_smoothing=0.1)[0].sum(), [at_best]), [0.0],
+          atol=1e-6, rtol=0)
+
+
+# generalized advantage estimates --------------------------------------------------------------------------------------
+
+
+def test_gae_by_hand():
+    """d = 0.5*0.2 - 0.1, 0.5*0.4 - 0.2, 1 - 0.4 = 0, 0, 0.6, each handed back by a factor of 0.5 * 0.5."""
+    advantages, returns = losses.gae(torch.tensor([[0.0, 0.0, 1.0]]), torch.tensor([[0.1, 0.2, 0.4]]), torch.ones(1, 3),
+                                     gamma=0.5, lam=0.5)
+    close(advantages, [[0.0375, 0.15, 0.6]])
+    close(returns, [[0.1375, 0.35, 1.0]])
+
+
+@pytest.mark.parametrize('places', [[0, 1, 2], [3, 4, 5], [2, 3, 4], [0, 3, 5]])  # before and behind; holes
+def test_gae_knows_no_padding(places):
+    """What does not count takes no time, and may have any value and reward."""
+    rewards, values, mask = torch.full((1, 6), 9.0), torch.full((1, 6), -7.0), torch.zeros(1, 6, dtype=torch.bool)
+    rewards[0, places], values[0, places] = torch.tensor([0.3, -0.2, 1.0]), torch.tensor([0.1, 0.2, 0.4])
+    mask[0, places] = True
+    advantages, returns = losses.gae(rewards, values, mask, 0.9, 0.8)
+    expected = losses.gae(rewards[:, places], values[:, places], torch.ones(1, 3), 0.9, 0.8)
+    close(advantages[:, places], expected[0])
+    close(returns[:, places], expected[1])
+    assert not advantages[~mask].any() and not returns[~mask].any()
+
+
+def test_gae_at_its_ends():
+    """lam=1: the discounted rewards to come, whatever the values are, minus the value; lam=0: one step ahead."""
+    torch.manual_seed(0)
+    rewards, values, mask = torch.randn(4, 7), torch.randn(4, 7), torch.arange(7) < torch.tensor([[7], [5], [1], [2]])
+    advantages, returns = losses.gae(rewards, values, mask, 0.9, 1.0)
+    for row, n in enumerate((7, 5, 1, 2)):
+        to_come = [sum(0.9 ** (s - t) * rewards[row, s].item() for s in range(t, n)) for t in range(n)]
+        close(returns[row, :n], to_come)
+        close(advantages[row, :n], torch.tensor(to_come) - values[row, :n])
+    following = F.pad((values * mask)[:, 1:], (0, 1))
+    close(losses.gae(rewards, values, mask, 0.9, 0.0)[0], (rewards + 0.9 * following - values) * mask)
+
+
+# groups ---------------------------------------------------------------------------------------------------------------
+
+
+def test_group_advantages():
+    rewards = torch.tensor([0.0, 1.0, 1.0, 1.0, 3.0, 5.0])  # three groups; standard deviations 0.5 sqrt 2, 0, sqrt 2
+    half = 0.5**0.5
+    close(losses.group_advantages(rewards, 2), [-half, half, 0, 0, -half, half], rtol=1e-5, atol=0)
+    close(losses.group_advantages(rewards, 2, normalize_std=False), [-0.5, 0.5, 0, 0, -1, 1])
+    close(losses.group_advantages(torch.tensor([1.0, 2.0, 6.0]), 3), torch.tensor([-2.0, -1.0, 3.0]) / 7**0.5,
+          rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize('normalize_std', [True, False])
+def test_a_group_of_equals_says_nothing(normalize_std):
+    """Exactly, where 0.1 + 0.1 + 0.1 is not 3 * 0.1, and eps would blow up what rounding leaves."""
+    for reward in (0.1, 0.7, -1 / 3, 1e8):
+        assert not losses.group_advantages(torch.full((21,), reward), 7, normalize_std).any()
+
+
+@pytest.mark.parametrize('n, size', [(6, 4), (6, 1), (3, 0)])
+def test_groups_that_are_none(n, size):
+    with pytest.raises(ValueError, match=f'group_size={size} for {n} rewards'):
+        losses.group_advantages(torch.zeros(n), size)
+
+
+# clipped --------------------------------------------------------------------------------------------------------------
+
+RATIOS, ADVANTAGES = torch.tensor([[1.5, 0.5, 1.1], [1.5, 0.5, 0.9]]), torch.tensor([[1.0, -1, 2], [-1, 1, -2]])
+ALL = torch.ones(2, 3)
+
+
+def test_clipped_policy_loss_by_hand():
+    old = torch.randn(2, 3)
+    expected = torch.tensor([[-1.2, 0.8, -2.2], [1.5, -0.5, 1.8]])
+    close(losses.clipped_policy_loss(old + RATIOS.log(), old, ADVANTAGES, ALL, reduction='none'), expected)
+    close(losses.clipped_policy_loss(old + RATIOS.log(), old, ADVANTAGES, ALL), expected.mean())
+    close(losses.clipped_policy_loss(old + RATIOS.log(), old, ADVANTAGES, MASK), (-1.2 + 0.8 + 1.5) / 3)
+    close(losses.clipped_policy_loss(old + RATIOS.log(), old, ADVANTAGES, MASK, reduction='sequence-mean'),
+          (-0.2 + 1.5) / 2)
+    loss = losses.clipped_policy_loss(old + RATIOS.log(), old, ADVANTAGES, ALL, clip_high=0.4, reduction='none')
+    close(loss, [[-1.4, 0.8, -2.2], [1.5, -0.5, 1.8]])
+
+
+def test_clipped_policy_gradient():
+    """None where the ratio has gone further than the clip already, to where the advantage wants it; else -ratio A."""
+    moved = torch.tensor([[True, True, False], [False, False, False]])
+    found = gradient(lambda x: losses.clipped_policy_loss(x, torch.zeros(2, 3), ADVANTAGES, ALL), RATIOS.log().tolist())
+    close(found, torch.where(moved, 0.0, -RATIOS * ADVANTAGES) / 6)
+
+
+def test_policy_gradient_before_the_first_update():
+    """Where the policy is the one that drew the tokens, it is REINFORCE's: -A grad log p; and one A for a sequence."""
+    found = gradient(lambda x: losses.clipped_policy_loss(x, x.detach(), torch.tensor([[2.0], [-1.0]]), MASK,
+                                                          reduction='sequence-mean'), [[-1.0] * 3, [-2.0] * 3])
+    close(found, [[-0.5, -0.5, 0.0], [0.5, 0.0, 0.0]])  # half for each of two sequences, shared by their tokens
+
+
+def test_clipped_value_loss():
+    """Old values 0, clip 0.5: 0.8 towards 2 is clipped to 0.5; -0.8 away from 2 is not, nor is what moved little."""
+    values, returns = [[0.8, -0.8, 0.4]], torch.tensor([[2.0, 2.0, 2.0]])
+    old, mask = torch.zeros(1, 3), torch.ones(1, 3)
+    loss = losses.clipped_value_loss(torch.tensor(values), old, returns, mask, 0.5)
+    close(loss, (1.5**2 + 2.8**2 + 1.6**2) / 2 / 3)
+    found = gradient(lambda x: losses.clipped_value_loss(x, old, returns, mask, 0.5), values)
+    close(found, [[0.0, -2.8 / 3, -1.6 / 3]])
+    close(losses.clipped_value_loss(torch.tensor(values), old, returns, torch.tensor([[0, 0, 1]]), 0.5), 1.6**2 / 2)

@@ -1,0 +1,152 @@
+"""python reward.py: learning, resuming, refusing. Run: pytest tests/test_reward_e2e.py"""
+
+import json
+import random
+import shlex
+import signal
+from dataclasses import asdict
+
+import pytest
+import torch
+from conftest import Folder, same_tensors
+from test_answers import TOKENIZER, tiny, write_pairs
+
+import chat
+import checkpoint
+import critic
+
+SMALL = {'init_from': 'chat', 'data': 'pairs.jsonl', 'device': 'cpu', 'dtype': 'float32', 'max_iters': 20,
+         'batch_size': 8, 'eval_interval': 10, 'log_interval': 5, 'learning_rate': 3e-3, 'warmup_iters': 2}
+
+
+LETTERS = 'abcdefghijklmnopqrstuvwxyz'
+
+
+def save_chat_model(path, name='chat', block_size=32, words=(), **changes):
+    """
+    A model that answers with letters, each as likely as any other and as the end, and likelier with these special
+    tokens; as train.py would save it.
+    """
+    model = tiny(n_embd=32, tie_embeddings=False, block_size=block_size)
+    with torch.no_grad():  # the first channel is 1 at the head, and speaks against all other tokens
+        model.transformer.ln_f.weight[0], model.transformer.ln_f.bias[0] = 0.0, 1.0
+        model.lm_head.weight[:, 0] = -10.0
+        model.lm_head.weight[[*LETTERS.encode(), 261], 0] = 0.0
+        model.lm_head.weight[[TOKENIZER.special_tokens[word] for word in words], 0] = 2.0
+    (path / name).mkdir()
+    torch.save({'version': 1, 'model': model.state_dict(), 'model_args': asdict(model.config), 'iter_num': 7,
+                'best_val_loss': 1.25, 'config': {'dataset': 'talks'}, 'tokenizer': TOKENIZER.to_dict(),
+                'chat_template': chat.TEMPLATE, **changes}, path / name / 'ckpt.pt')
+
+
+def save_pairs(path, n=200):
+    """Vowels are better than other letters."""
+    rng, values = random.Random(0), []
+    for i in range(n):
+        chosen = ''.join(rng.choices('aeiou', k=rng.randint(1, 6)))
+        rejected = ''.join(rng.choices([letter for letter in LETTERS if letter not in 'aeiou'], k=rng.randint(1, 6)))
+        values.append({'messages': [{'role': 'user', 'content': str(i)}], 'chosen': chosen, 'rejected': rejected})
+    write_pairs(path / 'pairs.jsonl', values)
+
+
+@pytest.fixture
+def chats(tmp_path):
+    save_chat_model(tmp_path)
+    save_pairs(tmp_path)
+    return Folder(tmp_path)
+
+
+def start(folder, **changes):
+    return folder.start('reward.py', **{**SMALL, 'out_dir': 'out', **changes})
+
+
+def test_learns_and_says_so(chats):
+    """From ln 2 and half of the held-out pairs to all; best.pt scores, and no script takes it for a language model."""
+    run = start(chats, max_iters=60).ok()
+    first, *_, last = [record for record in chats.log() if 'val_loss' in record]
+    assert abs(first['val_loss'] - 0.6931) < 1e-4 and first['val_accuracy'] == 0.5
+    assert last['val_loss'] < 0.5 and last['val_accuracy'] > 0.95
+    assert 'pairs to learn from' in run.out and f'accuracy {last["val_accuracy"]:.1%} (' in run.out
+    *_, printed = run.out.partition('lowest val loss')
+    assert max(map(len, printed.splitlines())) <= 80
+    model, tokenizer, template, line = critic.open_reward_model(str(chats.path / 'out'))
+    assert template == chat.TEMPLATE and tokenizer.vocab_size == 266 and 'best.pt: step' in line
+    ids = [256, 258, *b'7', 261, 259]
+    vowels, others = model.scores(torch.tensor([[*ids, *b'aeo', 261], [*ids, *b'abc', 261]]), torch.tensor([9, 9]))
+    assert vowels > others
+    for script, settings in (('sample.py', {}), ('evaluate.py', {'input': 'pairs.jsonl'})):
+        chats.start(script, out_dir='out', device='cpu', **settings).refused('out/best.pt is a reward model',
+                                                                             'is in chat')
+    with pytest.raises(ValueError, match='is a reward model'):
+        checkpoint.base_model(str(chats.path / 'out'))  # what train.py begins with
+    with pytest.raises(ValueError, match='is a language model; expected a reward model'):
+        critic.open_reward_model(str(chats.path / 'chat'))
+
+
+def state_of(folder, out_dir):
+    state = folder.checkpoint(out_dir)
+    moments = {f'{i}.{name}': value for i, of in state['optimizer']['state'].items() for name, value in of.items()}
+    return {**state['model'], **moments}, {key: state[key] for key in ('iter_num', 'best_val_loss', 'chat_template')}
+
+
+def test_resumes_bit_for_bit(chats):
+    """Stopped by a signal in the middle, gone on with by the command that it prints; with dropout."""
+    changes = {'dropout': 0.1, 'max_iters': 40}
+    start(chats, out_dir='whole', **changes).ok()
+    run = start(chats, out_dir='a b', log_interval=1, **changes)
+    run.wait_for('iter 5:')
+    run.kill(signal.SIGTERM).ok()
+    stopped = chats.checkpoint('a b')['iter_num']
+    assert 5 < stopped < 40 and f'stopped by SIGTERM after step {stopped}. To go on:' in run.out
+    program, script, *argv = shlex.split(run.out.splitlines()[-1])
+    given = dict(a.removeprefix('--').split('=', 1) for a in argv)
+    assert given['init_from'] == 'resume' and given['out_dir'] == 'a b'
+    chats.start('reward.py', **given).ok()
+    (tensors, values), (expected, expected_values) = state_of(chats, 'a b'), state_of(chats, 'whole')
+    same_tensors(tensors, expected)
+    assert values == expected_values
+    steps = [record['step'] for record in chats.log('a b') if 'loss' in record]
+    assert steps == list(range(40))
+    config = json.loads((chats.path / 'a b' / 'config.json').read_text())
+    assert config['init_from'] == 'chat'  # where the model is from, resumed or not
+
+
+def test_micro_batches_are_the_same_step(chats):
+    """Seen in the losses and gradients: weights of a gradient that is but rounding may move either way."""
+    start(chats, out_dir='one', max_iters=4, log_interval=1).ok()
+    start(chats, out_dir='four', max_iters=4, log_interval=1, micro_batch_size=2).ok()
+    one, four = ([(record['loss'], record['grad_norm']) for record in chats.log(out_dir) if 'loss' in record]
+                 for out_dir in ('one', 'four'))
+    assert len(one) == 4 and len(set(one)) == 4
+    torch.testing.assert_close(torch.tensor(four), torch.tensor(one), atol=0, rtol=1e-3)
+
+
+@pytest.mark.parametrize('changes, said', [
+    ({'data': ''}, ["data='': expected a file of pairs: --data=FILE.jsonl"]),
+    ({'data': 'none.jsonl'}, ['none.jsonl can not be read']),
+    ({'batch_size': 0}, ['batch_size=0: expected 1 or more']),
+    ({'micro_batch_size': 3}, ['micro_batch_size=3: expected 0, or a divisor of batch_size=8']),
+    ({'val_fraction': 1.0}, ['val_fraction']),
+    ({'dtype': 'float16'}, ["dtype='float16': expected 'auto', 'float32' or 'bfloat16'"]),
+    ({'out_dir': 'chat'}, ["out_dir='chat': expected another folder"]),
+    ({'init_from': 'resume'}, ['no checkpoint at out/ckpt.pt']),
+    ({'init_from': 'plain'}, ['the tokenizer of plain has no', '<|assistant|>']),
+    ({'learning_rate': 1e30, 'warmup_iters': 0}, ['Stopped without saving']),
+])
+def test_refuses(chats, changes, said):
+    if changes.get('init_from') == 'plain':
+        save_chat_model(chats.path, 'plain', tokenizer={'kind': 'byte'}, chat_template=None)
+    start(chats, **changes).refused(*said)
+    assert not (chats.path / 'out' / 'ckpt.pt').exists()
+
+
+def test_bad_line(chats):
+    with open(chats.path / 'pairs.jsonl', 'a') as file:
+        file.write(json.dumps({'messages': [{'role': 'user', 'content': 'a'}], 'chosen': 'b', 'rejected': 'b'}))
+    start(chats).refused('pairs.jsonl, line 201: chosen equals rejected')
+
+
+def test_too_long_pairs_are_counted(chats):
+    with open(chats.path / 'pairs.jsonl', 'a') as file:
+        file.write(json.dumps({'messages': [{'role': 'user', 'content': 'a'}], 'chosen': 'b' * 90, 'rejected': 'c'}))
+    assert '; 1 are longer than 32 tokens, left out' in start(chats, max_iters=1).ok().out

@@ -1,0 +1,199 @@
+"""python rl.py: three algorithms on a toy task, resuming, refusing. Run: pytest tests/test_rl_e2e.py"""
+
+import math
+import shlex
+import signal
+
+import pytest
+import torch
+from conftest import Folder, same_tensors
+from test_reward_e2e import SMALL as SMALL_REWARD
+from test_reward_e2e import save_chat_model, save_pairs
+
+from model import GPT, GPTConfig
+
+TASK = '''
+def examples(split, n, seed=0, input='', kinds=()):
+    return [{'messages': [{'role': 'user', 'content': f'{split[0]} {i}'}]} for i in range(n)]
+
+
+def evaluate(example, text):
+    """Whether it is mostly vowels."""
+    return reward(example, text) > 0.5
+
+
+def reward(example, text):
+    return sum(char in 'aeiou' for char in text) / max(1, len(text))
+'''
+SMALL = {'init_from': 'chat', 'task': 'vowels', 'device': 'cpu', 'dtype': 'float32', 'max_new_tokens': 6,
+         'max_iters': 30, 'prompts_per_step': 8, 'group_size': 8, 'minibatch_size': 32, 'learning_rate': 5e-3,
+         'critic_lr': 5e-3, 'warmup_iters': 0, 'train_examples': 50, 'eval_examples': 16, 'eval_interval': 15,
+         'critic_warmup': 0}
+DPO = {'algorithm': 'dpo', 'pairs': 'pairs.jsonl', 'minibatch_size': 8}
+
+
+@pytest.fixture
+def chats(tmp_path):
+    save_chat_model(tmp_path)
+    save_pairs(tmp_path)
+    (tmp_path / 'tasks').mkdir()
+    (tmp_path / 'tasks' / 'vowels.py').write_text(TASK)
+    return Folder(tmp_path)
+
+
+def start(folder, **changes):
+    return folder.start('rl.py', **{**SMALL, 'out_dir': 'out', **changes})
+
+
+def steps_of(folder, out_dir='out'):
+    return [record for record in folder.log(out_dir) if 'loss' in record]
+
+
+@pytest.mark.parametrize('changes', [{'algorithm': 'grpo'}, {'algorithm': 'ppo'}, {'minibatch_size': 64}])
+def test_what_is_rewarded_becomes_likelier(chats, changes):
+    """From 5 of 26 letters to most, away from the reference, with less doubt; greedy answers come out right."""
+    run = start(chats, **changes).ok()
+    first, *_, last = steps_of(chats)
+    assert first['reward'] < 0.3 and last['reward'] > 0.6
+    assert first['kl'] == 0 < last['kl'] and abs(first['entropy'] - math.log(27)) < 0.1 > last['entropy'] - 2.5
+    assert 1 <= first['length'] <= 6 and {'accuracy', 'grad_norm', 'lr', 'clipped'} <= first.keys()
+    # the first update of a step is of the policy that drew the answers; the second one is not
+    assert any(record['clipped'] for record in steps_of(chats)) == (changes.get('minibatch_size') != 64)
+    assert ('value_loss' in first) == (changes.get('algorithm') == 'ppo')
+    evaluations = [record for record in chats.log() if 'val_accuracy' in record]
+    assert [record['step'] for record in evaluations] == [0, 15, 30]
+    assert evaluations[0]['val_accuracy'] == 0 and evaluations[-1]['val_accuracy'] > 0.8
+    *_, printed = run.out.partition('lowest val loss')
+    assert max(map(len, printed.splitlines())) <= 80
+    assert chats.checkpoint(name='best.pt')['best_val_loss'] == 1 - max(e['val_accuracy'] for e in evaluations)
+    chats.sample(start='a', num_samples=1, max_new_tokens=3).ok()  # a checkpoint like any other
+
+
+def test_dpo(chats):
+    """The margin between the implicit rewards grows, held-out pairs and the task's answers come out right."""
+    start(chats, **DPO).ok()
+    first, *_, last = steps_of(chats)
+    assert abs(first['loss'] - math.log(2)) < 1e-6 and first['margin'] == 0
+    assert last['loss'] < 0.3 and last['margin'] > 1 and last['preferred'] > 0.9
+    before, *_, after = [record for record in chats.log() if 'val_loss' in record]
+    assert after['val_dpo_loss'] < 0.4 and after['val_preferred'] > 0.9 and before['val_preferred'] == 0
+    assert after['val_loss'] == 1 - after['val_accuracy']
+    start(chats, **DPO, task='', out_dir='alone', max_iters=2, eval_interval=1).ok()
+    alone = [record for record in chats.log('alone') if 'val_loss' in record]
+    assert alone[-1]['val_loss'] == alone[-1]['val_dpo_loss'] < alone[0]['val_loss']
+
+
+def test_learned_reward(chats):
+    """Pairs -> reward model -> PPO: the true checker finds more of the answers right, too."""
+    chats.start('reward.py', **{**SMALL_REWARD, 'out_dir': 'judge', 'max_iters': 40, 'batch_size': 16}).ok()
+    run = start(chats, algorithm='ppo', reward_model='judge', critic_warmup=5, max_iters=35).ok()
+    assert 'reward model: judge/best.pt' in run.out
+    first, *_, last = steps_of(chats)
+    assert last['reward'] > first['reward'] + 0.5
+    assert first['accuracy'] < 0.2 and last['accuracy'] > 0.5
+    # an answer that was cut off has one token more there, and the shortest prompts have 7
+    start(chats, reward_model='judge', max_new_tokens=25, max_iters=1).refused('in a context of 31 tokens')
+    start(chats, reward_model='judge', max_new_tokens=24, max_iters=1).ok()
+    save_chat_model(chats.path, 'other', tokenizer={'kind': 'byte'}, chat_template='{{ messages[0].content }}')
+    start(chats, reward_model='other').refused('other/ckpt.pt is a language model; expected a reward model')
+
+
+@pytest.mark.parametrize('changes', [{'algorithm': 'grpo', 'epochs': 2}, {'algorithm': 'ppo'}, DPO])
+def test_resumes_bit_for_bit(chats, changes):
+    """4 steps = 2 + resume 2; and what the log says of them."""
+    changes = {**changes, 'eval_interval': 2}
+    start(chats, **changes, max_iters=4, out_dir='whole').ok()
+    start(chats, **changes, max_iters=2).ok()
+    start(chats, **changes, max_iters=4, init_from='resume').ok()
+    whole, parts = chats.checkpoint('whole'), chats.checkpoint()
+    assert whole['iter_num'] == parts['iter_num'] == 4
+    for key in ('model', 'value_model') if changes['algorithm'] == 'ppo' else ('model',):
+        same_tensors(whole[key], parts[key])
+    for key in ('optimizer', 'value_optimizer') if changes['algorithm'] == 'ppo' else ('optimizer',):
+        for i, moments in whole[key]['state'].items():
+            same_tensors(moments, parts[key]['state'][i])
+    logs = [[{key: value for key, value in record.items() if key not in ('ms', 'train_time')}
+             for record in chats.log(out_dir)] for out_dir in ('whole', 'out')]
+    assert logs[0] == logs[1] and len(logs[0]) == 4 + 3
+
+
+def test_the_value_function_learns_first(chats):
+    """The policy stays what it was for as long as critic_warmup says."""
+    start(chats, algorithm='ppo', critic_warmup=2, max_iters=2).ok()
+    same_tensors(chats.checkpoint()['model'], chats.checkpoint('chat')['model'])
+    assert chats.checkpoint()['value_model']['value_head.weight'].any()
+    start(chats, algorithm='ppo', critic_warmup=2, max_iters=3, init_from='resume').ok()
+    before, after = (chats.checkpoint(out_dir)['model']['lm_head.weight'] for out_dir in ('chat', 'out'))
+    assert not torch.equal(before, after)
+
+
+def test_signal_saves_and_says_how_to_go_on(chats):
+    run = start(chats, max_iters=500, eval_interval=500, out_dir='a b')
+    run.wait_for('iter 3:')
+    run.kill(signal.SIGTERM).ok()
+    stopped = chats.checkpoint('a b')['iter_num']
+    assert 3 < stopped < 500 and f'stopped by SIGTERM after step {stopped}. To go on:' in run.out
+    program, script, *argv = shlex.split(run.out.splitlines()[-1])
+    given = dict(a.removeprefix('--').split('=', 1) for a in argv)
+    assert given['init_from'] == 'resume'
+    chats.start('rl.py', **{**given, 'max_iters': stopped + 1}).ok()
+    assert [record['step'] for record in steps_of(chats, 'a b')] == list(range(stopped + 1))
+
+
+def test_reference_must_be_the_same(chats):
+    start(chats, max_iters=1).ok()
+    start(chats, init_from='resume', algorithm='ppo').refused("algorithm='ppo', but out/ckpt.pt is a run of 'grpo'")
+    state = chats.checkpoint('chat')
+    state['model']['transformer.ln_f.weight'] *= 2
+    torch.save(state, chats.path / 'chat' / 'ckpt.pt')
+    start(chats, init_from='resume').refused('began with the model that was in chat; the one that is there now')
+
+
+def test_broken_weights_are_not_saved(chats):
+    start(chats, learning_rate=1e30).refused('Stopped without saving')
+    assert not (chats.path / 'out' / 'ckpt.pt').exists()
+
+
+@pytest.mark.parametrize('changes, said', [
+    ({'algorithm': 'trpo'}, "algorithm='trpo': expected 'grpo', 'ppo' or 'dpo'"),
+    ({'task': ''}, "task='': expected NAME of a tasks/NAME.py"),
+    ({'task': 'none'}, 'vowels'),
+    ({'pairs': 'pairs.jsonl'}, "pairs='pairs.jsonl': expected FILE.jsonl with --algorithm=dpo, and only there"),
+    ({'algorithm': 'dpo'}, "pairs='': expected FILE.jsonl"),
+    ({**DPO, 'reward_model': 'judge'}, "reward_model='judge': expected '' with --algorithm=dpo"),
+    ({'group_size': 1}, 'group_size=1: expected 1 or more, and for grpo'),
+    ({'clip': 1.5}, 'clip=1.5: expected less than 1'), ({'clip_high': 0.0}, 'clip_high=0.0: expected more than 0'),
+    ({'gamma': 1.5}, 'gamma=1.5: expected 0 to 1'), ({'temperature': 0.0}, 'temperature=0.0: expected more than 0'),
+    ({'label_smoothing': 0.5}, 'label_smoothing=0.5'), ({'minibatch_size': 0}, 'minibatch_size=0: expected 1 or more'),
+    ({'out_dir': 'chat'}, "out_dir='chat': expected another folder"),
+    ({'max_new_tokens': 30}, 'no val prompt has room in a context of 32 tokens with max_new_tokens=30; lower that'),
+    ({'init_from': 'resume'}, 'no checkpoint at out/ckpt.pt'),
+    ({'init_from': 'plain'}, 'the tokenizer of plain has no'),
+    ({'init_from': 'endless'}, 'ends an answer with no special token'),
+])
+def test_refuses(chats, changes, said):
+    if changes.get('init_from') in ('plain', 'endless'):
+        with_bytes = GPT(GPTConfig(block_size=32, vocab_size=256, n_layer=1, n_head=1, n_embd=8))
+        template = '{{ messages[0].content }}' if changes['init_from'] == 'endless' else None
+        save_chat_model(chats.path, changes['init_from'], model=with_bytes.state_dict(),
+                        model_args=vars(with_bytes.config), tokenizer={'kind': 'byte'}, chat_template=template)
+    start(chats, **changes).refused(said)
+    assert not (chats.path / 'out').exists()
+
+
+def test_what_a_tool_says_is_not_learnt(chats):
+    """A model that calls all the time: of its answers only what it drew itself counts."""
+    save_chat_model(chats.path, 'calls', block_size=256, words=['<|python|>', '<|python_end|>'])
+    for algorithm in ('grpo', 'ppo'):
+        lengths = []
+        for tools in (False, True):
+            start(chats, init_from='calls', algorithm=algorithm, tools=tools, max_iters=1, max_new_tokens=16).ok()
+            lengths.append(steps_of(chats)[0]['length'])
+        assert lengths[1] < lengths[0] - 2  # an 'error', or a number, between two marks
+
+
+def test_long_prompts_are_counted(chats):
+    """Those that leave too little room for an answer are left out, and the run says how many."""
+    task = chats.path / 'tasks' / 'vowels.py'
+    task.write_text(TASK.replace("f'{split[0]} {i}'", "'x' * i"))
+    assert '27 of 50 train prompts are longer than the 26 tokens' in start(chats, max_iters=1).ok().out

@@ -1,0 +1,193 @@
+"""
+Which way a small GPT learns to add: answers written as we write them, or units first.
+
+    $ python lab/addition.py                     # TODO seconds on two cores
+    $ python lab/addition.py --n_train=3000      # TODO
+    $ python lab/addition.py --n_layer=1         # TODO
+
+TODO
+
+Source: "Teaching Arithmetic to Small Transformers" (Lee et al. 2023); an exercise of Karpathy's lecture "Let's build
+GPT" (2023). Needs '.[lab]'.
+"""
+
+import os
+import sys
+import time
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # Python looks only beside the script
+
+import numpy as np
+import torch
+
+import dataloader
+from bench.common import table
+from configurator import explain_errors, override
+from lab import common
+from model import GPT, PRESETS, GPTConfig
+
+# settings ------------------------------------------------------------------------------------------------------------
+dataset = 'addition'  # folder under data/ that data/addition/prepare.py wrote; prepared now where it is missing
+n_train = 0  # sums to learn from; 0: all of train
+n_layer = 2
+n_head = 4
+n_embd = 32
+batch_size = 256  # sums
+steps = 200  # for each of the two orders
+seed = 1337
+out = 'out-lab'  # folder of the picture and the numbers
+config = override(globals())
+# ---------------------------------------------------------------------------------------------------------------------
+
+CHARS = '\n+0123456789='  # of data/addition, by id
+ORDERS = ('plain', 'reversed')
+PLACES = ('units', 'tens', 'hundreds', 'thousands')
+POINTS, POINT_SUMS = 15, 2000  # of the curve; the numbers at the end are of all held-out sums
+
+
+def read_sums(data_dir, split):
+    """-> ids of a split's lines, (n, 3 digits + 4), and the numbers added in them, (n,) each."""
+    meta = dataloader.load_meta(data_dir)
+    ids = np.asarray(dataloader.open_tokens(data_dir, split, meta, block_size=1))
+    if (meta['tokenizer'] or {}).get('chars') == CHARS:
+        length = int((ids == CHARS.index('\n')).argmax()) + 1
+        lines, digits = ids[: len(ids) // length * length].reshape(-1, length), (length - 4) // 3
+        a, b, answer = (number(lines[:, start : start + n]) for start, n in
+                        ((0, digits), (digits + 1, digits), (2 * digits + 2, digits + 1)))
+        if (a + b == answer).all():
+            return lines, a, b
+    raise SystemExit(f'{data_dir}: expected lines such as 123+456=0579 (this script itself turns the answers round); '
+                     f'make them: python data/addition/prepare.py --out_dir={data_dir}')
+
+
+def number(ids):
+    """The numbers (n,) whose digits have these ids (n, digits)."""
+    return (ids.astype(np.int64) - CHARS.index('0')) @ 10 ** np.arange(ids.shape[1])[::-1]
+
+
+def sequences(lines, order):
+    """Lines of ids (n, 3 digits + 4) -> inputs x and targets y, (n, 3 digits + 2) each; y is -1 but for the answer."""
+    lines = lines.astype(np.int64)
+    start = 2 * (lines.shape[1] - 4) // 3 + 2  # of the answer
+    if order == 'reversed':
+        lines[:, start:-1] = lines[:, start:-1][:, ::-1].copy()
+    x, y = lines[:, :-2], lines[:, 1:-1].copy()  # the line end has nothing to teach
+    y[:, : start - 1] = -1  # nor has what is asked: it can't be predicted
+    return torch.from_numpy(x), torch.from_numpy(y)
+
+
+def carries(a, b, digits):
+    """Numbers (n,) -> (n, digits) of bool: whether units, tens, ... carry one to the next place."""
+    place = 10 ** np.arange(1, digits + 1)
+    return a[:, None] % place + b[:, None] % place >= place
+
+
+def passed_on(a, b, digits):
+    """-> (n,): how many places make 9 of their own digits, and carry only because one is carried to them."""
+    place = 10 ** np.arange(1, digits)
+    nine = a[:, None] // place % 10 + b[:, None] // place % 10 == 9
+    return (nine & carries(a, b, digits)[:, :-1]).sum(axis=1)
+
+
+def new_model(block_size):
+    # absolute positions: what is to be added stands at fixed places
+    return GPT(GPTConfig(**{**PRESETS['modern'], 'pos': 'learned', 'n_layer': n_layer, 'n_head': n_head,
+                            'n_embd': n_embd, 'vocab_size': len(CHARS), 'block_size': block_size}))
+
+
+@torch.inference_mode()
+def right_digits(model, lines, order):
+    """
+    -> (n, digits + 1) of bool, units first: whether the likeliest digit is the right one, given the question and the
+    right digits written before it. Where all are, greedy decoding writes the answer, and only there.
+    """
+    model.eval()
+    right = []
+    for some in np.array_split(lines, -(-len(lines) // 5000)):
+        x, y = sequences(some, order)
+        right.append((model(x, y)[0].argmax(dim=-1) == y)[:, y[0] >= 0])
+    right = torch.cat(right).numpy()
+    return right if order == 'reversed' else right[:, ::-1]
+
+
+def learn(order, train_lines, val_lines):
+    """Train a model on answers of this order; -> its curve, [(step, exact match)], and right_digits() at the end."""
+    torch.manual_seed(seed)  # both start from the same weights and see the same sums
+    rng = np.random.default_rng(seed)
+    model = new_model(train_lines.shape[1] - 2)
+    print(f'{order}: {sum(p.numel() for p in model.parameters()):,} parameters', flush=True)
+    curve, started = [], time.time()
+
+    def get_batch(step):
+        return sequences(train_lines[rng.integers(len(train_lines), size=batch_size)], order)
+
+    for step, loss in common.train(model, get_batch, steps):
+        if (step + 1) % max(1, steps // POINTS) == 0 or step + 1 == steps:
+            exact = float(right_digits(model, val_lines[:POINT_SUMS], order).all(axis=1).mean())
+            curve.append((step + 1, exact))
+            print(f'  step {step + 1:4}  loss {loss:.4f}  right {exact:7.2%}  {time.time() - started:5.1f} s',
+                  flush=True)
+    return curve, right_digits(model, val_lines, order)
+
+
+def draw(curves, wrong, groups):
+    """curves: {order: [(step, exact match)]}. wrong: {order: {group: share of wrong answers}}, drawn for `groups`."""
+    plt = common.pyplot()
+    figure, (left, bars) = plt.subplots(1, 2, figsize=(9.5, 4.6), width_ratios=(5, 4))
+    shown = {'plain': (common.RED, '123+456=0579\nas we write it', -0.2), 'reversed': (common.BLUE, '123+456=9750\n'
+                                                                                       'units first', 0.2)}
+    for order, (color, label, shift) in shown.items():
+        steps_, exact = zip((0, 0.0), *curves[order], strict=True)
+        left.plot(steps_, exact, color=color, marker='.')
+        middle = next(i for i, value in enumerate(exact) if value >= exact[-1] / 2)
+        left.annotate(label, (steps_[middle], exact[middle]), (8 if order == 'plain' else -8, 0), color=color,
+                      textcoords='offset points', ha='left' if order == 'plain' else 'right', va='center')
+        drawn = bars.bar([i + shift for i in range(len(groups))], [wrong[order][name] for name in groups], 0.4,
+                         color=color)
+        bars.bar_label(drawn, [f'{wrong[order][name]:.1%}' for name in groups], color=color, fontsize=8, padding=2)
+    left.set(title='held-out sums answered right', xlabel='training step', ylim=(-0.03, 1.03))
+    left.yaxis.set_major_formatter(lambda value, _: f'{value:.0%}')
+    bars.set(title='answered wrongly, by carries in the sum', xticks=range(len(groups)), xticklabels=groups)
+    bars.yaxis.set_major_formatter(lambda value, _: f'{value:.0%}')
+    bars.grid(visible=False, axis='x')
+    return figure
+
+
+def main():
+    for name in ('n_layer', 'n_head', 'n_embd', 'batch_size', 'steps'):
+        if config[name] < 1:
+            raise SystemExit(f'{name}={config[name]}: expected 1 or more')
+    common.use_machine()
+    data_dir = dataloader.folder_of(dataset)
+    dataloader.prepare_if_missing(data_dir, is_first=True)
+    train_lines = read_sums(data_dir, 'train')[0]
+    val_lines, a, b = read_sums(data_dir, 'val')
+    digits = (val_lines.shape[1] - 4) // 3
+    if not 0 <= n_train <= len(train_lines):
+        raise SystemExit(f'n_train={n_train}: expected 1 to {len(train_lines)}, the sums in train, or 0 for all')
+    train_lines = train_lines[: n_train or None]
+    print(f'{len(train_lines):,} sums to learn from, {len(val_lines):,} held out; {steps} steps of {batch_size}')
+    curves, right = {}, {}
+    for order in ORDERS:
+        curves[order], right[order] = learn(order, train_lines, val_lines)
+
+    n_carries, n_passed = carries(a, b, digits).sum(axis=1), passed_on(a, b, digits)
+    by_carries = [(f'{n} carr{"y" if n == 1 else "ies"}', n_carries == n) for n in range(digits + 1)]
+    groups = [('all', n_carries >= 0), *by_carries]
+    groups += [(f'passed on by {n} place{"s" * (n != 1)}', n_passed == n) for n in range(1, digits)]
+    wrong = {order: {name: float(1 - right[order].all(axis=1)[which].mean()) for name, which in groups}
+             for order in ORDERS}
+    print('\nheld-out sums answered wrongly')
+    print(table([('', 'sums', *ORDERS), *((name, f'{which.sum():,}', *(f'{wrong[order][name]:.2%}' for order in ORDERS))
+                                          for name, which in groups)]))
+    by_place = {order: (1 - right[order].mean(axis=0)).tolist() for order in ORDERS}
+    print('\ndigits of the answer that are wrong, given the right ones before')
+    print(table([('', *ORDERS), *((PLACES[i], *(f'{by_place[order][i]:.2%}' for order in ORDERS))
+                                  for i in reversed(range(digits + 1)))]))
+    common.save(draw(curves, wrong, [name for name, _ in by_carries]), out, 'addition')
+    common.record(out, 'addition', steps=steps, curves=curves, wrong=wrong, wrong_by_place=by_place)
+
+
+if __name__ == '__main__':
+    sys.excepthook = explain_errors
+    main()

@@ -1,0 +1,127 @@
+"""
+An ability that seems to emerge with scale, and the smooth curve that it is made of.
+
+    $ python lab/emergence.py                 # TODO seconds on two cores
+    $ python lab/emergence.py --length=4      # shorter answers: where is the jump now?
+    $ python lab/emergence.py --widths=4,5,6,7,8,9,10,11,12 --seeds=1
+
+TODO
+
+Source: "Are Emergent Abilities of Large Language Models a Mirage?" (Schaeffer et al. 2023). Needs '.[lab]'.
+"""
+
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # Python looks only beside the script
+
+import torch
+
+from configurator import explain_errors, override
+from lab import common
+from model import GPT, PRESETS, GPTConfig
+
+# settings ------------------------------------------------------------------------------------------------------------
+widths = '2,3,4,6,8,12,16,24,32'  # n_embd of the models, from small to large
+length = 16  # letters of a string
+n_letters = 26  # of the alphabet
+n_layer = 2
+steps = 300  # for every model
+batch_size = 128  # strings
+seeds = 2  # runs of each model, whose figures are averaged
+n_test = 2000  # strings that all models are asked; so many that no model has been trained on one of them
+seed = 1337
+out = 'out-lab'  # folder of the picture and the numbers
+config = override(globals())
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def strings(n, generator):
+    """-> inputs x and targets y, (n, 2 length): a string of random letters, '=', and, to be predicted, it sorted."""
+    question = torch.randint(n_letters, (n, length), generator=generator)
+    text = torch.cat((question, torch.full((n, 1), n_letters), question.sort(dim=1).values), dim=1)  # n_letters: '='
+    x, y = text[:, :-1], text[:, 1:].clone()
+    y[:, :length] = -1  # random letters can't be predicted
+    return x, y
+
+
+def train_one(width, run_seed):
+    """-> a model of that width, trained as all of them are."""
+    torch.manual_seed(run_seed)
+    # absolute positions, for the task is about places; SwiGLU's usual width has a floor of 64
+    model = GPT(GPTConfig(**{**PRESETS['modern'], 'pos': 'learned', 'n_layer': n_layer, 'n_head': 1, 'n_embd': width,
+                             'n_inner': max(4, 8 * width // 3), 'vocab_size': n_letters + 1,
+                             'block_size': 2 * length}))
+    generator = torch.Generator().manual_seed(run_seed)
+    for _ in common.train(model, lambda step: strings(batch_size, generator), steps):
+        pass
+    return model
+
+
+@torch.no_grad()
+def measure(model, x, y):
+    """
+    -> the answers' log-likelihood, nats a letter; the share of letters that are the likeliest, given the right ones
+    before; and of answers whose letters all are, which are just those that greedy decoding gets right.
+    """
+    model.eval()
+    logits, loss = model(x, y)
+    right = logits[:, length:].argmax(dim=-1) == y[:, length:]
+    return {'log_likelihood': -loss.item(), 'letters': right.float().mean().item(),
+            'exact': right.all(dim=1).float().mean().item()}
+
+
+def largest_step(values):
+    """The largest rise from one size to the next, as a share of the rise from the first to the last."""
+    return max(after - before for before, after in zip(values, values[1:], strict=False)) / (values[-1] - values[0])
+
+
+def draw(sizes, found):
+    """sizes: parameters. found: what each reached, by measure()'s names."""
+    plt = common.pyplot()
+    figure, axes = plt.subplots(1, 3, figsize=(10, 4))
+    panels = (('exact', 'whole answers right: a jump', common.RED), ('letters', 'letters right', common.GREEN),
+              ('log_likelihood', 'log-likelihood, nats a letter', common.BLUE))
+    for ax, (name, title, color) in zip(axes, panels, strict=True):
+        ax.plot(sizes, found[name], color=color, marker='o')
+        ax.set(title=title, xscale='log', xlabel='parameters')
+        if name != 'log_likelihood':
+            ax.set_ylim(-0.03, 1.03)
+            ax.yaxis.set_major_formatter(lambda value, _: f'{value:.0%}')
+    axes[0].plot(sizes, [p**length for p in found['letters']], color=common.BLACK, linestyle='--')
+    return figure
+
+
+def main():
+    sizes_wanted = widths.split(',')
+    if not all(width.strip().isdigit() and int(width) for width in sizes_wanted) or len(set(sizes_wanted)) < 2:
+        raise SystemExit(f'widths={widths!r}: expected two or more different numbers of channels, such as 4,8,16')
+    for name in ('length', 'n_letters', 'n_layer', 'steps', 'batch_size', 'seeds', 'n_test'):
+        if config[name] < 1:
+            raise SystemExit(f'{name}={config[name]}: expected 1 or more')
+    common.use_machine()
+    x, y = strings(n_test, torch.Generator().manual_seed(seed - 1))
+    sizes, found = [], {'log_likelihood': [], 'letters': [], 'exact': []}
+    header = ('width', 'parameters', 'log-likelihood', 'letters right', f'power {length}', 'answers right')
+    print('  '.join(header))
+    for width in sorted({int(width) for width in sizes_wanted}):
+        runs = []
+        for run_seed in range(seed, seed + seeds):
+            model = train_one(width, run_seed)
+            runs.append(measure(model, x, y))
+        sizes.append(sum(p.numel() for p in model.parameters()))
+        for name, values in found.items():
+            values.append(sum(run[name] for run in runs) / seeds)
+        cells = (width, f'{sizes[-1]:,}', f'{found["log_likelihood"][-1]:.3f}', f'{found["letters"][-1]:.1%}',
+                 f'{found["letters"][-1] ** length:.1%}', f'{found["exact"][-1]:.1%}')
+        print('  '.join(str(cell).rjust(len(name)) for cell, name in zip(cells, header, strict=True)), flush=True)
+    steps_up = {name: largest_step(values) for name, values in found.items()}
+    print(f'\nlargest step between two neighbouring sizes, of the whole rise: whole answers {steps_up["exact"]:.0%}, '
+          f'letters {steps_up["letters"]:.0%},\nlog-likelihood {steps_up["log_likelihood"]:.0%}')
+    common.save(draw(sizes, found), out, 'emergence')
+    common.record(out, 'emergence', parameters=sizes, **found, largest_step=steps_up)
+
+
+if __name__ == '__main__':
+    sys.excepthook = explain_errors
+    main()

@@ -1,11 +1,16 @@
 """
-Which way a small GPT learns to add: answers written as we write them, or units first.
+Which way a small GPT learns to add: answers as we write them, or units first.
 
-    $ python lab/addition.py                     # TODO seconds on two cores
-    $ python lab/addition.py --n_train=3000      # TODO
-    $ python lab/addition.py --n_layer=1         # TODO
+    $ python lab/addition.py                                 # TIME on two cores
+    $ python lab/addition.py --steps=1000 --seeds=1          # where the other order has caught up
+    $ python lab/addition.py --n_train=3000 --seeds=1        # learn from a third of a percent of the sums
+    $ python data/addition/prepare.py --digits=2 --out_dir=data/addition_2
+    $ python lab/addition.py --dataset=addition_2 --seeds=1
 
-TODO
+The same 21,824 parameters, the same weights to start from, the same sums at every step; only the digits of the answer
+are turned round, 123+456=0579 or 123+456=9750. The loss is that of the answer alone. Units first, every digit needs one
+place of the two numbers and what has just been written. The other way the first digit needs all the carries before a
+single place has been worked out. RESULT
 
 Source: "Teaching Arithmetic to Small Transformers" (Lee et al. 2023); an exercise of Karpathy's lecture "Let's build
 GPT" (2023). Needs '.[lab]'.
@@ -33,7 +38,8 @@ n_layer = 2
 n_head = 4
 n_embd = 32
 batch_size = 256  # sums
-steps = 200  # for each of the two orders
+steps = 300  # of each run
+seeds = 3  # runs of each order, from this one on:
 seed = 1337
 out = 'out-lab'  # folder of the picture and the numbers
 config = override(globals())
@@ -42,7 +48,7 @@ config = override(globals())
 CHARS = '\n+0123456789='  # of data/addition, by id
 ORDERS = ('plain', 'reversed')
 PLACES = ('units', 'tens', 'hundreds', 'thousands')
-POINTS, POINT_SUMS = 15, 2000  # of the curve; the numbers at the end are of all held-out sums
+POINTS, POINT_SUMS = 20, 2000  # of the curve; the numbers at the end are of all held-out sums
 
 
 def read_sums(data_dir, split):
@@ -82,11 +88,10 @@ def carries(a, b, digits):
     return a[:, None] % place + b[:, None] % place >= place
 
 
-def passed_on(a, b, digits):
-    """-> (n,): how many places make 9 of their own digits, and carry only because one is carried to them."""
+def nines(a, b, digits):
+    """-> (n,): in how many places above the units the digits make 9, so that those below decide whether it carries."""
     place = 10 ** np.arange(1, digits)
-    nine = a[:, None] // place % 10 + b[:, None] // place % 10 == 9
-    return (nine & carries(a, b, digits)[:, :-1]).sum(axis=1)
+    return (a[:, None] // place % 10 + b[:, None] // place % 10 == 9).sum(axis=1)
 
 
 def new_model(block_size):
@@ -110,51 +115,50 @@ def right_digits(model, lines, order):
     return right if order == 'reversed' else right[:, ::-1]
 
 
-def learn(order, train_lines, val_lines):
+def learn(order, run_seed, train_lines, val_lines):
     """Train a model on answers of this order; -> its curve, [(step, exact match)], and right_digits() at the end."""
-    torch.manual_seed(seed)  # both start from the same weights and see the same sums
-    rng = np.random.default_rng(seed)
-    model = new_model(train_lines.shape[1] - 2)
-    print(f'{order}: {sum(p.numel() for p in model.parameters()):,} parameters', flush=True)
-    curve, started = [], time.time()
+    torch.manual_seed(run_seed)  # both orders start from the same weights and see the same sums
+    rng = np.random.default_rng(run_seed)
+    model, curve, started = new_model(train_lines.shape[1] - 2), [(0, 0.0)], time.time()
 
     def get_batch(step):
         return sequences(train_lines[rng.integers(len(train_lines), size=batch_size)], order)
 
-    for step, loss in common.train(model, get_batch, steps):
+    for step, _ in common.train(model, get_batch, steps):
         if (step + 1) % max(1, steps // POINTS) == 0 or step + 1 == steps:
-            exact = float(right_digits(model, val_lines[:POINT_SUMS], order).all(axis=1).mean())
-            curve.append((step + 1, exact))
-            print(f'  step {step + 1:4}  loss {loss:.4f}  right {exact:7.2%}  {time.time() - started:5.1f} s',
-                  flush=True)
-    return curve, right_digits(model, val_lines, order)
+            right = right_digits(model, val_lines[:POINT_SUMS], order)
+            curve.append((step + 1, float(right.all(axis=1).mean())))
+    right = right_digits(model, val_lines, order)
+    print(f'{order:8}  seed {run_seed}  right {right.all(axis=1).mean():8.3%}  '
+          f'{time.time() - started:.1f} s', flush=True)
+    return curve, right
 
 
 def draw(curves, wrong, groups):
-    """curves: {order: [(step, exact match)]}. wrong: {order: {group: share of wrong answers}}, drawn for `groups`."""
+    """curves: {order: [[(step, exact match), ...], ...]}. wrong: {order: {group: share}}, drawn for `groups`."""
     plt = common.pyplot()
     figure, (left, bars) = plt.subplots(1, 2, figsize=(9.5, 4.6), width_ratios=(5, 4))
-    shown = {'plain': (common.RED, '123+456=0579\nas we write it', -0.2), 'reversed': (common.BLUE, '123+456=9750\n'
-                                                                                       'units first', 0.2)}
-    for order, (color, label, shift) in shown.items():
-        steps_, exact = zip((0, 0.0), *curves[order], strict=True)
-        left.plot(steps_, exact, color=color, marker='.')
-        middle = next(i for i, value in enumerate(exact) if value >= exact[-1] / 2)
-        left.annotate(label, (steps_[middle], exact[middle]), (8 if order == 'plain' else -8, 0), color=color,
-                      textcoords='offset points', ha='left' if order == 'plain' else 'right', va='center')
-        drawn = bars.bar([i + shift for i in range(len(groups))], [wrong[order][name] for name in groups], 0.4,
-                         color=color)
-        bars.bar_label(drawn, [f'{wrong[order][name]:.1%}' for name in groups], color=color, fontsize=8, padding=2)
+    looks = {'plain': (common.RED, '123+456=0579\nas we write it', (0.64, 0.25), -0.2),
+             'reversed': (common.BLUE, '123+456=9750\nunits first', (0.02, 0.6), 0.2)}
+    for order, (color, label, place, shift) in looks.items():
+        for curve in curves[order]:
+            left.plot(*zip(*curve, strict=True), color=color, marker='.', alpha=0.8)
+        drawn = bars.barh([i + shift for i in range(len(groups))], [wrong[order][name] for name in groups], 0.4,
+                          color=color)
+        bars.bar_label(drawn, [f'{wrong[order][name]:.1%}' for name in groups], color=color, fontsize=9, padding=2)
+        left.text(*place, label, color=color, transform=left.transAxes)
     left.set(title='held-out sums answered right', xlabel='training step', ylim=(-0.03, 1.03))
     left.yaxis.set_major_formatter(lambda value, _: f'{value:.0%}')
-    bars.set(title='answered wrongly, by carries in the sum', xticks=range(len(groups)), xticklabels=groups)
-    bars.yaxis.set_major_formatter(lambda value, _: f'{value:.0%}')
-    bars.grid(visible=False, axis='x')
+    bars.set(title='wrong at the end, by kind of sum', yticks=range(len(groups)), yticklabels=groups)
+    bars.invert_yaxis()
+    bars.margins(x=0.15)
+    bars.xaxis.set_major_formatter(lambda value, _: f'{value:.0%}')
+    bars.grid(visible=False, axis='y')
     return figure
 
 
 def main():
-    for name in ('n_layer', 'n_head', 'n_embd', 'batch_size', 'steps'):
+    for name in ('n_layer', 'n_head', 'n_embd', 'batch_size', 'steps', 'seeds'):
         if config[name] < 1:
             raise SystemExit(f'{name}={config[name]}: expected 1 or more')
     common.use_machine()
@@ -166,26 +170,32 @@ def main():
     if not 0 <= n_train <= len(train_lines):
         raise SystemExit(f'n_train={n_train}: expected 1 to {len(train_lines)}, the sums in train, or 0 for all')
     train_lines = train_lines[: n_train or None]
-    print(f'{len(train_lines):,} sums to learn from, {len(val_lines):,} held out; {steps} steps of {batch_size}')
-    curves, right = {}, {}
-    for order in ORDERS:
-        curves[order], right[order] = learn(order, train_lines, val_lines)
+    print(f'{len(train_lines):,} sums to learn from, {len(val_lines):,} held out; '
+          f'{sum(p.numel() for p in new_model(3 * digits + 2).parameters()):,} parameters')
+    curves, right = {order: [] for order in ORDERS}, {order: [] for order in ORDERS}
+    for run_seed in range(seed, seed + seeds):
+        for order in ORDERS:
+            curve, digits_right = learn(order, run_seed, train_lines, val_lines)
+            curves[order].append(curve)
+            right[order].append(digits_right)
+    right = {order: np.stack(runs) for order, runs in right.items()}  # (seeds, n, digits + 1)
 
-    n_carries, n_passed = carries(a, b, digits).sum(axis=1), passed_on(a, b, digits)
-    by_carries = [(f'{n} carr{"y" if n == 1 else "ies"}', n_carries == n) for n in range(digits + 1)]
-    groups = [('all', n_carries >= 0), *by_carries]
-    groups += [(f'passed on by {n} place{"s" * (n != 1)}', n_passed == n) for n in range(1, digits)]
-    wrong = {order: {name: float(1 - right[order].all(axis=1)[which].mean()) for name, which in groups}
+    n_carries, n_nines = carries(a, b, digits).sum(axis=1), nines(a, b, digits)
+    groups = {'all': n_carries >= 0}
+    groups |= {f'{n} carr{"y" if n == 1 else "ies"}': n_carries == n for n in range(digits + 1)}
+    groups |= {f'9 in {n or "no"} place{"s" * (n > 1)}': n_nines == n for n in range(digits)}
+    wrong = {order: {name: float(1 - right[order].all(axis=2)[:, which].mean()) for name, which in groups.items()}
              for order in ORDERS}
     print('\nheld-out sums answered wrongly')
-    print(table([('', 'sums', *ORDERS), *((name, f'{which.sum():,}', *(f'{wrong[order][name]:.2%}' for order in ORDERS))
-                                          for name, which in groups)]))
-    by_place = {order: (1 - right[order].mean(axis=0)).tolist() for order in ORDERS}
+    print(table([('', 'sums', *ORDERS), *((name, f'{which.sum():,}', *(f'{wrong[order][name]:.3%}' for order in ORDERS))
+                                          for name, which in groups.items())]))
+    by_place = {order: (1 - right[order].mean(axis=(0, 1))).tolist() for order in ORDERS}
     print('\ndigits of the answer that are wrong, given the right ones before')
-    print(table([('', *ORDERS), *((PLACES[i], *(f'{by_place[order][i]:.2%}' for order in ORDERS))
+    print(table([('', *ORDERS), *((PLACES[i], *(f'{by_place[order][i]:.3%}' for order in ORDERS))
                                   for i in reversed(range(digits + 1)))]))
-    common.save(draw(curves, wrong, [name for name, _ in by_carries]), out, 'addition')
-    common.record(out, 'addition', steps=steps, curves=curves, wrong=wrong, wrong_by_place=by_place)
+    common.save(draw(curves, wrong, list(groups)[1:]), out, 'addition')
+    common.record(out, 'addition', exact={order: right[order].all(axis=2).mean(axis=1).tolist() for order in ORDERS},
+                  curves=curves, wrong=wrong, wrong_by_place=by_place)
 
 
 if __name__ == '__main__':

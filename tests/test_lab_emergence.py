@@ -42,6 +42,13 @@ def test_largest_step():
     assert lab.largest_step([-3.0, -2.0, -1.0]) == pytest.approx(0.5)
 
 
+def test_unseen():
+    lab = load_lab('emergence')
+    assert lab.unseen([0.0, 0.04, 0.05, 0.9]) == 2
+    assert lab.unseen([0.0, 0.01]) == 2
+    assert lab.unseen([0.5, 0.9]) == 0
+
+
 def test_whole_answers_jump_and_their_likelihood_does_not(folder):
     run = folder.start('lab/emergence.py', widths='3,4,6,8,12,16', length=12, seeds=1, steps=200, batch_size=64,
                        n_test=500).ok()
@@ -53,6 +60,7 @@ def test_whole_answers_jump_and_their_likelihood_does_not(folder):
     assert all(after > before - 0.05 for before, after in zip(likelihood, likelihood[1:], strict=False))
     assert max(exact[:3]) < 0.05 and exact[-1] > 0.5
     assert likelihood[2] - likelihood[0] > 0.3 * (likelihood[-1] - likelihood[0])
+    assert found['risen_unseen'] > 0.3
     assert found['largest_step']['exact'] > 1.3 * found['largest_step']['log_likelihood']
 
 

@@ -1,16 +1,16 @@
 """
 Which way a small GPT learns to add: answers as we write them, or units first.
 
-    $ python lab/addition.py                                 # TIME on two cores
-    $ python lab/addition.py --steps=1000 --seeds=1          # where the other order has caught up
-    $ python lab/addition.py --n_train=3000 --seeds=1        # learn from a third of a percent of the sums
-    $ python data/addition/prepare.py --digits=2 --out_dir=data/addition_2
-    $ python lab/addition.py --dataset=addition_2 --seeds=1
+    $ python lab/addition.py                             # 80 seconds on two cores
+    $ python lab/addition.py --steps=1000 --seeds=1      # by then the other order has caught up
+    $ python lab/addition.py --n_train=3000 --seeds=1    # learn from a third of a percent of the sums
 
 The same 21,824 parameters, the same weights to start from, the same sums at every step; only the digits of the answer
 are turned round, 123+456=0579 or 123+456=9750. The loss is that of the answer alone. Units first, every digit needs one
-place of the two numbers and what has just been written. The other way the first digit needs all the carries before a
-single place has been worked out. RESULT
+place of the two numbers and what has just been written; the other way the first digit needs all the carries. On an AMD
+EPYC three runs of 240 steps got all 99,993 held-out sums right, units first; the other way 97.7%, 99.7%, and 9.0% where
+the units were not learnt yet. What the middle run got wrong is told by places whose digits make 9, which carry only if
+one is carried to them: 1.0% wrong without, 7.6% with one, 10.7% with two; by number of carries 1.8, 1.7, 1.9, 5.0%.
 
 Source: "Teaching Arithmetic to Small Transformers" (Lee et al. 2023); an exercise of Karpathy's lecture "Let's build
 GPT" (2023). Needs '.[lab]'.
@@ -18,7 +18,6 @@ GPT" (2023). Needs '.[lab]'.
 
 import os
 import sys
-import time
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # Python looks only beside the script
 
@@ -38,7 +37,7 @@ n_layer = 2
 n_head = 4
 n_embd = 32
 batch_size = 256  # sums
-steps = 300  # of each run
+steps = 240  # of each run
 seeds = 3  # runs of each order, from this one on:
 seed = 1337
 out = 'out-lab'  # folder of the picture and the numbers
@@ -119,7 +118,7 @@ def learn(order, run_seed, train_lines, val_lines):
     """Train a model on answers of this order; -> its curve, [(step, exact match)], and right_digits() at the end."""
     torch.manual_seed(run_seed)  # both orders start from the same weights and see the same sums
     rng = np.random.default_rng(run_seed)
-    model, curve, started = new_model(train_lines.shape[1] - 2), [(0, 0.0)], time.time()
+    model, curve = new_model(train_lines.shape[1] - 2), [(0, 0.0)]
 
     def get_batch(step):
         return sequences(train_lines[rng.integers(len(train_lines), size=batch_size)], order)
@@ -129,27 +128,25 @@ def learn(order, run_seed, train_lines, val_lines):
             right = right_digits(model, val_lines[:POINT_SUMS], order)
             curve.append((step + 1, float(right.all(axis=1).mean())))
     right = right_digits(model, val_lines, order)
-    print(f'{order:8}  seed {run_seed}  right {right.all(axis=1).mean():8.3%}  '
-          f'{time.time() - started:.1f} s', flush=True)
+    print(f'{order:8}  seed {run_seed}  right {right.all(axis=1).mean():8.3%}', flush=True)
     return curve, right
 
 
 def draw(curves, wrong, groups):
     """curves: {order: [[(step, exact match), ...], ...]}. wrong: {order: {group: share}}, drawn for `groups`."""
     plt = common.pyplot()
-    figure, (left, bars) = plt.subplots(1, 2, figsize=(9.5, 4.6), width_ratios=(5, 4))
-    looks = {'plain': (common.RED, '123+456=0579\nas we write it', (0.64, 0.25), -0.2),
-             'reversed': (common.BLUE, '123+456=9750\nunits first', (0.02, 0.6), 0.2)}
-    for order, (color, label, place, shift) in looks.items():
+    figure, (left, bars) = plt.subplots(1, 2, figsize=(9, 4.5), width_ratios=(5, 4))
+    for order, color, label, place, shift in (('plain', common.RED, '0579\nas we write it', (0.64, 0.25), -0.2),
+                                              ('reversed', common.BLUE, '9750\nunits first', (0.17, 0.85), 0.2)):
         for curve in curves[order]:
             left.plot(*zip(*curve, strict=True), color=color, marker='.', alpha=0.8)
-        drawn = bars.barh([i + shift for i in range(len(groups))], [wrong[order][name] for name in groups], 0.4,
-                          color=color)
-        bars.bar_label(drawn, [f'{wrong[order][name]:.1%}' for name in groups], color=color, fontsize=9, padding=2)
-        left.text(*place, label, color=color, transform=left.transAxes)
+        shares = [wrong[order][name] for name in groups]
+        drawn = bars.barh([i + shift for i in range(len(groups))], shares, 0.4, color=color)
+        bars.bar_label(drawn, [f'{share:.1%}' for share in shares], color=color, fontsize=9, padding=2)
+        left.text(*place, f'123+456={label}', color=color, transform=left.transAxes)
     left.set(title='held-out sums answered right', xlabel='training step', ylim=(-0.03, 1.03))
     left.yaxis.set_major_formatter(lambda value, _: f'{value:.0%}')
-    bars.set(title='wrong at the end, by kind of sum', yticks=range(len(groups)), yticklabels=groups)
+    bars.set(title='wrong at the end (middle run)', yticks=range(len(groups)), yticklabels=groups)
     bars.invert_yaxis()
     bars.margins(x=0.15)
     bars.xaxis.set_major_formatter(lambda value, _: f'{value:.0%}')
@@ -158,7 +155,7 @@ def draw(curves, wrong, groups):
 
 
 def main():
-    for name in ('n_layer', 'n_head', 'n_embd', 'batch_size', 'steps', 'seeds'):
+    for name in ('batch_size', 'steps', 'seeds'):  # GPTConfig checks the others
         if config[name] < 1:
             raise SystemExit(f'{name}={config[name]}: expected 1 or more')
     common.use_machine()
@@ -172,30 +169,31 @@ def main():
     train_lines = train_lines[: n_train or None]
     print(f'{len(train_lines):,} sums to learn from, {len(val_lines):,} held out; '
           f'{sum(p.numel() for p in new_model(3 * digits + 2).parameters()):,} parameters')
-    curves, right = {order: [] for order in ORDERS}, {order: [] for order in ORDERS}
+    curves, right = ({order: [] for order in ORDERS} for _ in range(2))
     for run_seed in range(seed, seed + seeds):
         for order in ORDERS:
             curve, digits_right = learn(order, run_seed, train_lines, val_lines)
             curves[order].append(curve)
             right[order].append(digits_right)
-    right = {order: np.stack(runs) for order, runs in right.items()}  # (seeds, n, digits + 1)
+    exact = {order: [float(run.all(axis=1).mean()) for run in runs] for order, runs in right.items()}
+    # a run that got stuck would drown what the others have to say about carries: look into the middle one
+    middle = {order: right[order][np.argsort(exact[order])[seeds // 2]] for order in ORDERS}
 
     n_carries, n_nines = carries(a, b, digits).sum(axis=1), nines(a, b, digits)
     groups = {'all': n_carries >= 0}
     groups |= {f'{n} carr{"y" if n == 1 else "ies"}': n_carries == n for n in range(digits + 1)}
     groups |= {f'9 in {n or "no"} place{"s" * (n > 1)}': n_nines == n for n in range(digits)}
-    wrong = {order: {name: float(1 - right[order].all(axis=2)[:, which].mean()) for name, which in groups.items()}
-             for order in ORDERS}
-    print('\nheld-out sums answered wrongly')
+    wrong = {order: {name: float(1 - digits_right[which].all(axis=1).mean()) for name, which in groups.items()}
+             for order, digits_right in middle.items()}
+    print(f'\nheld-out sums answered wrongly, by the middle one of {seeds} runs')
     print(table([('', 'sums', *ORDERS), *((name, f'{which.sum():,}', *(f'{wrong[order][name]:.3%}' for order in ORDERS))
                                           for name, which in groups.items())]))
-    by_place = {order: (1 - right[order].mean(axis=(0, 1))).tolist() for order in ORDERS}
-    print('\ndigits of the answer that are wrong, given the right ones before')
+    by_place = {order: (1 - digits_right.mean(axis=0)).tolist() for order, digits_right in middle.items()}
+    print('\ndigits of its answers that are wrong, given the right ones before')
     print(table([('', *ORDERS), *((PLACES[i], *(f'{by_place[order][i]:.3%}' for order in ORDERS))
                                   for i in reversed(range(digits + 1)))]))
     common.save(draw(curves, wrong, list(groups)[1:]), out, 'addition')
-    common.record(out, 'addition', exact={order: right[order].all(axis=2).mean(axis=1).tolist() for order in ORDERS},
-                  curves=curves, wrong=wrong, wrong_by_place=by_place)
+    common.record(out, 'addition', exact=exact, curves=curves, wrong=wrong, wrong_by_place=by_place)
 
 
 if __name__ == '__main__':

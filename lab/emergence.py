@@ -1,16 +1,18 @@
 """
 An ability that seems to emerge with scale, and the smooth curve that it is made of.
 
-    $ python lab/emergence.py              # TIME on two cores
+    $ python lab/emergence.py              # 100 seconds on two cores
     $ python lab/emergence.py --length=4   # shorter answers: where is the jump now?
     $ python lab/emergence.py --seeds=1 --widths=3,4,5,6,7,8,9,10,11,12
 
-Models of 274 to 16,008 parameters, all trained alike, sort strings of 16 random letters. Counted in whole answers, the
-small ones can do nothing and then, within a few sizes, nearly everything; the log-likelihood of a letter rises all the
-while. Nothing happens between these sizes but that a whole answer takes 16 right letters in a row: the share of right
-letters to the power of 16 gives the same curve to a few points. RESULT
+Models of 274 to 16,008 parameters, all trained alike, sort strings of 16 random letters. Counted in whole answers those
+up to 732 parameters can't do it at all, and those from 4,548 on can: 0%, 0%, 0%, 10%, 51%, 94%, 94%, 99%. The
+log-likelihood of a letter rises all the while: -2.08, -1.53, -1.20, -0.59, -0.25, -0.03, -0.02, -0.00 nats. A whole
+answer takes 16 right letters in a row, and the share of right letters to the power of 16 is within 3.3 points of the
+share of whole answers at every size: the jump is made by the way of counting. (Measured on an AMD EPYC.)
 
-How smooth is smooth: the likelihood is not a straight line either, and ends at 0, where nothing is left to learn.
+How smooth is smooth: at 1,410 parameters the likelihood has made 72% of its rise and the whole answers 10%; but from
+one size to the next, about a factor of two, it too makes up to 30%, where the whole answers make 43%.
 
 Source: "Are Emergent Abilities of Large Language Models a Mirage?" (Schaeffer et al. 2023). Needs '.[lab]'.
 """
@@ -31,7 +33,7 @@ widths = '2,3,4,6,8,12,16,24'  # n_embd of the models, from small to large
 length = 16  # letters of a string
 n_letters = 26  # of the alphabet
 n_layer = 2
-steps = 300  # for every model
+steps = 400  # for every model
 batch_size = 128  # strings
 seeds = 2  # runs of each model, whose figures are averaged
 n_test = 2000  # strings that all models are asked; so many that no model has been trained on one of them
@@ -76,24 +78,31 @@ def measure(model, x, y):
             'exact': right.all(dim=1).float().mean().item()}
 
 
+def risen(values):
+    """How much of the rise from the first size to the last each size has made."""
+    rise = values[-1] - values[0]
+    return [(value - values[0]) / rise if rise else 0.0 for value in values]
+
+
 def largest_step(values):
-    """The largest rise from one size to the next, as a share of the rise from the first to the last."""
-    return max(after - before for before, after in zip(values, values[1:], strict=False)) / (values[-1] - values[0])
+    """The largest rise from one size to the next, as a share of the whole."""
+    return max(after - before for before, after in zip(risen(values), risen(values)[1:], strict=False))
 
 
-def unseen(exact):
-    """How many of the sizes, from the smallest on, get less than 5% of the answers right: what a table rounds to 0."""
-    return next((i for i, share in enumerate(exact) if share >= 0.05), len(exact))
+def widest_gap(found):
+    """-> index of the size at which the log-likelihood is farthest ahead of the whole answers."""
+    gaps = [a - b for a, b in zip(risen(found['log_likelihood']), risen(found['exact']), strict=True)]
+    return gaps.index(max(gaps))
 
 
 def draw(sizes, found):
     """sizes: parameters. found: what each reached, by measure()'s names."""
-    plt = common.pyplot()
+    plt, gap = common.pyplot(), widest_gap(found)
     figure, axes = plt.subplots(1, 3, figsize=(10, 4.5))
     panels = (('exact', 'whole answers right', common.RED), ('letters', 'letters right', common.GREEN),
               ('log_likelihood', 'log-likelihood, nats a letter', common.BLUE))
     for ax, (name, title, color) in zip(axes, panels, strict=True):
-        ax.axvspan(sizes[0] / 1.2, sizes[max(0, unseen(found['exact']) - 1)] * 1.1, color='0.93', zorder=0)
+        ax.axvspan(sizes[0] / 1.2, sizes[gap] * 1.1, color='0.93', zorder=0)
         ax.plot(sizes, found[name], color=color, marker='o')
         ax.set(title=title, xscale='log', xlabel='parameters', xlim=(sizes[0] / 1.2, sizes[-1] * 1.2))
         ax.xaxis.set_major_formatter(lambda value, _: f'{value:,.0f}')
@@ -102,8 +111,9 @@ def draw(sizes, found):
             ax.yaxis.set_major_formatter(lambda value, _: f'{value:.0%}')
     axes[0].plot(sizes, [p**length for p in found['letters']], color=common.BLACK, linestyle='--', marker='')
     axes[0].text(0.05, 0.75, f'- -  (letters right)$^{{{length}}}$', transform=axes[0].transAxes)
-    axes[0].text(0.05, 0.12, 'nothing\nseems to\nhappen ...', transform=axes[0].transAxes)
-    axes[2].text(0.46, 0.12, '... where most\nis learnt', transform=axes[2].transAxes)
+    for ax, name, words in ((axes[0], 'exact', 'of its rise ...'), (axes[2], 'log_likelihood', 'of its rise')):
+        ax.annotate(f'{risen(found[name])[gap]:.0%} {words}', (sizes[gap], found[name][gap]), (10, -4),
+                    textcoords='offset points', va='top')
     return figure
 
 
@@ -131,15 +141,15 @@ def main():
                  f'{found["letters"][-1] ** length:.1%}', f'{found["exact"][-1]:.1%}')
         print('  '.join(str(cell).rjust(len(name)) for cell, name in zip(cells, header, strict=True)), flush=True)
     steps_up = {name: largest_step(values) for name, values in found.items()}
-    likelihood, first = found['log_likelihood'], unseen(found['exact'])
-    risen = (likelihood[max(0, first - 1)] - likelihood[0]) / (likelihood[-1] - likelihood[0])
+    gap = widest_gap(found)
+    ahead, behind = risen(found['log_likelihood'])[gap], risen(found['exact'])[gap]
     print(f'\nLargest rise between two neighbouring sizes, of the whole rise:\nwhole answers {steps_up["exact"]:.0%}, '
           f'letters {steps_up["letters"]:.0%}, log-likelihood {steps_up["log_likelihood"]:.0%}.\n'
-          f'The {first} smallest models get less than 5% of the answers right; over these sizes\n'
-          f'the log-likelihood makes {risen:.0%} of its rise.')
+          f'At {sizes[gap]:,} parameters the log-likelihood has made {ahead:.0%} of its rise,\n'
+          f'the whole answers {behind:.0%} of theirs.')
     common.save(draw(sizes, found), out, 'emergence')
-    common.record(out, 'emergence', parameters=sizes, **found, largest_step=steps_up,
-                  risen_unseen=risen)
+    common.record(out, 'emergence', parameters=sizes, **found, largest_step=steps_up, ahead=ahead,
+                  behind=behind)
 
 
 if __name__ == '__main__':

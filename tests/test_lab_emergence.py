@@ -42,11 +42,12 @@ def test_largest_step():
     assert lab.largest_step([-3.0, -2.0, -1.0]) == pytest.approx(0.5)
 
 
-def test_unseen():
+def test_widest_gap():
     lab = load_lab('emergence')
-    assert lab.unseen([0.0, 0.04, 0.05, 0.9]) == 2
-    assert lab.unseen([0.0, 0.01]) == 2
-    assert lab.unseen([0.5, 0.9]) == 0
+    found = {'log_likelihood': [-3.0, -2.0, -1.0, 0.0, 0.0], 'exact': [0.0, 0.0, 0.1, 0.7, 0.8]}
+    assert lab.risen(found['log_likelihood']) == pytest.approx([0, 1 / 3, 2 / 3, 1, 1])
+    assert lab.widest_gap(found) == 2
+    assert lab.risen([0.0, 0.0]) == [0.0, 0.0]
 
 
 def test_whole_answers_jump_and_their_likelihood_does_not(folder):
@@ -60,7 +61,7 @@ def test_whole_answers_jump_and_their_likelihood_does_not(folder):
     assert all(after > before - 0.05 for before, after in zip(likelihood, likelihood[1:], strict=False))
     assert max(exact[:3]) < 0.05 and exact[-1] > 0.5
     assert likelihood[2] - likelihood[0] > 0.3 * (likelihood[-1] - likelihood[0])
-    assert found['risen_unseen'] > 0.3
+    assert found['ahead'] - found['behind'] > 0.4
     assert found['largest_step']['exact'] > 1.3 * found['largest_step']['log_likelihood']
 
 

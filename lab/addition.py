@@ -45,8 +45,7 @@ config = override(globals())
 # ---------------------------------------------------------------------------------------------------------------------
 
 CHARS = '\n+0123456789='  # of data/addition, by id
-ORDERS = ('plain', 'reversed')
-PLACES = ('units', 'tens', 'hundreds', 'thousands')
+ORDERS, PLACES = ('plain', 'reversed'), ('units', 'tens', 'hundreds', 'thousands')
 POINTS, POINT_SUMS = 20, 2000  # of the curve; the numbers at the end are of all held-out sums
 
 
@@ -155,9 +154,9 @@ def draw(curves, wrong, groups):
 
 
 def main():
-    for name in ('batch_size', 'steps', 'seeds'):  # GPTConfig checks the others
-        if config[name] < 1:
-            raise SystemExit(f'{name}={config[name]}: expected 1 or more')
+    for name, least in (('batch_size', 1), ('steps', 1), ('seeds', 1), ('seed', 0)):  # GPTConfig checks the others
+        if config[name] < least:
+            raise SystemExit(f'{name}={config[name]}: expected {least} or more')
     common.use_machine()
     data_dir = dataloader.folder_of(dataset)
     dataloader.prepare_if_missing(data_dir, is_first=True)
@@ -185,7 +184,7 @@ def main():
     groups |= {f'9 in {n or "no"} place{"s" * (n > 1)}': n_nines == n for n in range(digits)}
     wrong = {order: {name: float(1 - digits_right[which].all(axis=1).mean()) for name, which in groups.items()}
              for order, digits_right in middle.items()}
-    print(f'\nheld-out sums answered wrongly, by the middle one of {seeds} runs')
+    print('\nheld-out sums answered wrongly (middle run)')
     print(table([('', 'sums', *ORDERS), *((name, f'{which.sum():,}', *(f'{wrong[order][name]:.3%}' for order in ORDERS))
                                           for name, which in groups.items())]))
     by_place = {order: (1 - digits_right.mean(axis=0)).tolist() for order, digits_right in middle.items()}

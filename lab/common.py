@@ -68,6 +68,8 @@ def train(model, get_batch, steps, optimizer=None, learning_rate=None, decay=0.6
         x, y = (part.to(device) for part in get_batch(step))
         with autocast:
             loss = model(x, y)[1]
+        if not loss.isfinite():
+            raise SystemExit(f'step {step}: the loss is {loss.item()}; try a lower learning rate')
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

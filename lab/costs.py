@@ -9,6 +9,7 @@ code which is not compiled, without dropout and without recomputation.
 """
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -57,19 +58,21 @@ def kv_cache(config, B, T, item=2):
 
 def activations(config, B, T, item=2):
     """
-    -> (bytes of a layer, bytes of the rest) that autograd keeps from the forward pass for the backward pass, uncompiled
-    and without dropout. item: bytes of what a product reads, 2 in bf16 by autocast; the residual stream and the losses
-    are in fp32. The (T, T) weights of attention are not kept: the kernels compute them twice.
+    -> (bytes of a layer, bytes of the rest) that autograd keeps from the forward pass for the backward pass, in
+    model.PRESETS and their like. item: bytes of what a product reads, 2 in bf16 by autocast; the residual stream and
+    the losses are in fp32. The (T, T) weights of attention are not kept: the kernels compute them twice.
     """
     c, (q, qkv, _, n_out) = config, widths(config)
-    stream = 4 * c.n_embd  # what a norm reads
+    qk = (qkv + q) // 2
+    norm = 4 * c.n_embd * (2 if c.norm == 'rmsnorm' else 1)  # its input; on CPUs RMSNorm keeps it normalised, too
     inputs = item * (2 * c.n_embd + q + n_out)  # of the four linear layers
-    heads = item * (qkv + (c.pos == 'rope') * (qkv + q) // 2) + 4 * c.n_head  # rotated ones are another copy
-    bent = item * {'swiglu': 3, 'relu2': 1}.get(c.mlp, 1) * n_out  # what the activation function's gradient needs
+    heads = item * (qkv + (c.pos == 'rope') * qk) + 4 * c.n_head  # rotated ones are another copy
+    heads += 4 * qk * (c.qk_norm and item < 4)  # and so are those that are normed, in fp32
+    bent = item * (3 if c.mlp == 'swiglu' else 1) * n_out  # for the activation function's gradient
     logits = 4 * c.vocab_size * (2 if c.logit_softcap else 1)
     if B * T * c.vocab_size > CHUNK:  # model.ChunkedCrossEntropy keeps a gradient instead
         logits = 4 * c.n_embd
-    return B * T * (2 * stream + inputs + heads + bent), B * T * (stream + item * c.n_embd + logits)
+    return B * T * (2 * norm + inputs + heads + bent), B * T * (norm + item * c.n_embd + logits)
 
 
 def memory(config, B, T, optimizer='adamw', item=2):
@@ -84,9 +87,9 @@ def memory(config, B, T, optimizer='adamw', item=2):
 
 def counted(config, B, T):
     """-> FLOPs of the forward and of the backward pass of B sequences of T tokens, as torch counts them."""
-    with torch.device('meta'):  # shapes without numbers
+    # fake tensors are shapes without numbers; the counter sees products, not what is inside torch's attention kernels
+    with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH):
         model, (x, y) = GPT(config), torch.zeros(2, B, T, dtype=torch.long)
-    with sdpa_kernel(SDPBackend.MATH):  # the counter sees products, not what is inside torch's attention kernels
         with FlopCounterMode(display=False) as forward:
             loss = model(x, y)[1]
         with FlopCounterMode(display=False) as backward:

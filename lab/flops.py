@@ -6,11 +6,11 @@ Where a transformer's FLOPs and memory go, part by part, and how long a step mus
     $ python lab/flops.py --preset=llama --n_layer=32 --n_head=32 --n_kv_head=8 --n_embd=4096 --block_size=8192
 
 Counts what a token costs in the projections of attention, in its scores (each position with all others), in the MLP and
-in the head, forward and backward, and what each part holds in memory; and has torch count the same, on a model without
-numbers (the meta device). Pictures: as models grow from GPT-2 to GPT-3, the MLP takes most (40% of the FLOPs in 124M,
-66% in 175B) and the head nothing; as the context grows, scores take all (95% in 124M at 128k tokens). Then how long a
-step must take on a few GPUs, and whether it fits; and the same prediction for a small model on this CPU, made of
-measured products and memory bandwidth, beside the step itself: RATIO on two cores of an AMD EPYC.
+in the head, forward and backward, and what each part holds in memory; and has torch count the same. As models grow from
+GPT-2 to GPT-3, the MLP takes most (40% of the FLOPs in 124M, 66% in 175B) and the head nothing; as the context grows,
+scores take all (95% in 124M at 128k tokens). Then how long a step must take on a few GPUs, and whether it fits; and the
+same prediction for a small model on this CPU, made of measured products and memory bandwidth, beside the step itself:
+RATIO on two cores of an AMD EPYC.
 
 Source: the sizes are those of "Language Models are Unsupervised Multitask Learners" (GPT-2, Radford et al. 2019) and
 "Language Models are Few-Shot Learners" (GPT-3, Brown et al. 2020, table 2.1); counting what is kept for the backward
@@ -93,7 +93,7 @@ def attention_time(config, B, T):
     return fastest(attend)
 
 
-def check_step(rounds=3):
+def check_step(rounds=6):
     """
     -> {part: seconds} predicted of a step of AdamW in fp32 on this CPU, the seconds it takes, and its FLOP/s. Predicted
     from what products of its shapes, the attention kernel and a sum of two arrays take by themselves. Both are measured
@@ -102,19 +102,23 @@ def check_step(rounds=3):
     s = bare.settings('gpt2', device='cpu', dtype='float32', compile=False, seed=seed, **CHECKED)
     step = bare.Step(s)
     config, tokens, T = step.model.config, step.tokens, CHECKED['block_size']
-    f = costs.flops(config, T)
+    layers = [(m.in_features, m.out_features) for m in step.model.modules() if isinstance(m, torch.nn.Linear)]
     step(), step()  # the second meets the state of the optimizer as the others do
-    predicted, measured = [], []
+    alone, steps = [], []
     for i in range(rounds):
         print(f'round {i + 1} of {rounds}', flush=True)
-        speed, _ = bare.product_speed(s, step.model, 0.2)
-        predicted.append({'products': 3 * (sum(f.values()) - f['scores']) * tokens / speed,
-                          'attention': config.n_layer * attention_time(config, s['batch_size'], T),
-                          'element-wise': costs.element_wise(config) * tokens / bandwidth(tokens * config.n_embd),
-                          'AdamW': costs.adamw(config) / bandwidth(sum(costs.parameters(config).values()))})
-        measured += [bare.milliseconds(step) / 1e3 for _ in range(4)]
-    best = min(measured)
-    return {part: min(p[part] for p in predicted) for part in predicted[0]}, best, 3 * sum(f.values()) * tokens / best
+        speeds = bare.product_speed(s, step.model, 0.1)[1]  # of a shape, forward and backward
+        alone.append({**{shape: 1 / speed for shape, speed in speeds.items()},
+                      'attention': attention_time(config, s['batch_size'], T),
+                      'element-wise': 1 / bandwidth(tokens * config.n_embd),
+                      'AdamW': 1 / bandwidth(sum(costs.parameters(config).values()))})
+        steps += [bare.milliseconds(step) / 1e3 for _ in range(4)]
+    fastest_of = {name: min(times[name] for times in alone) for name in alone[0]}
+    parts = {'products': sum(6 * tokens * n_in * n_out * fastest_of[f'{n_in}x{n_out}'] for n_in, n_out in layers),
+             'attention': config.n_layer * fastest_of['attention'],
+             'element-wise': costs.element_wise(config) * tokens * fastest_of['element-wise'],
+             'AdamW': costs.adamw(config) * fastest_of['AdamW']}
+    return parts, min(steps), 3 * sum(costs.flops(config, T).values()) * tokens / min(steps)
 
 
 # tables ---------------------------------------------------------------------------------------------------------------
@@ -133,10 +137,11 @@ def shares(config, T):
     return {part: 100 * f[part] / sum(f.values()) for part in f}
 
 
-def short(n):
+def short(n, digits=3):
     """124439808 -> '124M'"""
     exponent = max(0, (len(f'{n:.0f}') - 1) // 3)
-    return f'{n / 1000**exponent:.3g}{["", "k", "M", "G", "T", "P"][exponent]}'
+    n /= 1000**exponent
+    return f'{n:.{max(digits, len(f"{n:.0f}"))}g}{["", "k", "M", "G", "T", "P"][exponent]}'
 
 
 def thousands(T):
@@ -174,9 +179,9 @@ def print_sizes():
                      *map(short, (n['weights'] + n['gradients'], n['moments'],
                                   costs.memory(config, 1, block_size, 'muon')['moments'], n['activations'],
                                   costs.kv_cache(config, 1, block_size)))])
-    print(f'\nthe sizes of GPT-2 and GPT-3 in a context of {block_size:,}: FLOPs to train on a token; bytes of the\n'
-          f'weights with their gradients, of the optimizer, of what a sequence keeps for the\nbackward pass, and of '
-          f'its KV cache\n\n{table(rows)}')
+    print(f'\nGPT-2 and GPT-3 in a context of {block_size:,}: FLOPs to train on a token; bytes of the\nweights with '
+          f'their gradients, of the optimizer, of what a sequence keeps for the\nbackward pass, and of its KV cache'
+          f'\n\n{table(rows)}')
 
 
 def print_devices(config):
@@ -190,9 +195,9 @@ def print_devices(config):
         rows.append([name, f'{short(room)}B', 'yes' if sum(need.values()) <= room else 'no',
                      f'{max(0, room - fixed) // one["activations"]:,.0f} sequences', f'{1e3 * seconds:,.0f} ms',
                      f'{tokens / seconds:,.0f}'])
-    print(f'\nthe same trained on {batch_size} sequences a step: {short(sum(need.values()))}B in bf16 by autocast ('
-          + ', '.join(f'{part} {short(value)}' for part, value in need.items())
-          + f');\nproducts at {utilisation:.0%} of the peak\n\n{table(rows)}')
+    print(f'\nthe same trained by {optimizer} on {batch_size} sequences a step, in bf16 by autocast:\n'
+          + ', '.join(f'{part} {short(value)}B' for part, value in need.items())
+          + f',\ntogether {short(sum(need.values()))}B; products at {utilisation:.0%} of the peak\n\n{table(rows)}')
     return {'memory': need, 'step_seconds': figures}
 
 
@@ -210,15 +215,13 @@ def draw_shares(plt, by_size, by_context):
         ax.margins(0)
         ax.grid(False)
         bottom = [0] * len(columns)
-        names = ('attention: projections', 'attention: scores, mixing', 'MLP', 'head')
-        for name, row in zip(names, heights, strict=True):
-            widest = max(range(1, len(row) - 1), key=lambda k, row=row: row[k])  # where there is most room for it
-            if row[widest] > 8:
-                ax.text(widest, bottom[widest] + row[widest] / 2, name, ha='center', va='center')
+        for name, row in zip(('projections', 'scores', 'MLP', 'head'), heights, strict=True):
+            widest = max(range(1, len(row) - 2), key=lambda k, row=row: row[k])  # where there is room for its name
+            ax.text(widest, bottom[widest] + row[widest] / 2, name, ha='center', va='center')
             bottom = [b + h for b, h in zip(bottom, row, strict=True)]
-    left.set(title=f'Larger models: the MLP (context {block_size:,})', xlabel='parameters of GPT-2 and GPT-3',
+    left.set(title=f'Larger models: the MLP grows (context {block_size:,})', xlabel='parameters of GPT-2 and GPT-3',
              ylabel='share of the FLOPs, %')
-    right.set(title='Longer contexts: attention (the chosen model)', xlabel='context, tokens')
+    right.set(title='Longer contexts: the scores of attention grow', xlabel='context, tokens')
     common.save(figure, out, 'flops')
 
 
@@ -230,11 +233,11 @@ def draw_memory(plt):
     for part, color in zip(needs[0], (common.BLUE, common.SKY, common.ORANGE, common.RED), strict=True):
         heights = [100 * need[part] / sum(need.values()) for need in needs]
         left.bar(range(len(SIZES)), heights, bottom=bottom, color=color, alpha=0.8)
-        i = 0 if part == 'activations' else -1
-        left.text(i % len(SIZES), bottom[i] + heights[i] / 2, part, ha='center', va='center', rotation=90 * (i == 0))
+        left.text(len(SIZES) - 0.5, bottom[-1] + heights[-1] / 2, part, va='center')
         bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
     for i, need in enumerate(needs):
-        left.text(i, 101, f'{short(sum(need.values()))}B', ha='center', fontsize=9)
+        left.text(i, 101, f'{short(sum(need.values()), 2)}B', ha='center', fontsize=9)
+    left.set_xlim(-0.6, len(SIZES) + 1.4)
     left.set_xticks(range(len(SIZES)), SIZES)
     left.grid(False)
     left.set(title=f'Training on {batch_size} x {block_size:,} tokens', xlabel='parameters of GPT-2 and GPT-3',

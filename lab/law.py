@@ -61,7 +61,7 @@ def fit(N, D, loss, start=None, delta=1e-3):
     else:
         E, A, B, alpha, beta = start
         starts = [(math.log(E), math.log(A) - alpha * n0, math.log(B) - beta * d0, alpha, beta)]
-    limits = [(-20, 20)] * 3 + [(1e-3, 5)] * 2
+    limits = [(-10, 10)] * 3 + [(0.05, 5)] * 2  # wide, and nothing overflows in them
     found = [minimize(objective, p, jac=True, method='L-BFGS-B', bounds=limits,
                       options={'maxiter': 2000, 'maxfun': 5000, 'ftol': 1e-12, 'gtol': 1e-7}) for p in starts]
     e, a, b, alpha, beta = min(found, key=lambda result: result.fun).x.tolist()

@@ -314,7 +314,7 @@ def hold_out(best, samples):
     """Predict the best run of a larger budget, say so, and only then train it; -> its runs, the prediction."""
     C = larger * max(numbers('budgets'))
     target = law.best_size(best, C)[0]
-    width = min(range(16, 2049, 16), key=lambda width: abs(math.log(size_of(width) / target)))
+    width = min(range(16, 513, 16), key=lambda width: abs(math.log(size_of(width) / target)))
     jobs = [job_of(width, C, seed + i) for i in range(seeds)]
     N, D = jobs[0]['N'], jobs[0]['D']
     predicted = law.loss_of(best, N, D)

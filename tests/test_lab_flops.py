@@ -62,18 +62,18 @@ def test_kv_cache_is_the_models(config):
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=['fp32', 'bf16'])
-@each_config
+@pytest.mark.parametrize('config', list(CONFIGS.values())[:-1], ids=list(CONFIGS)[:-1])
 def test_activations_are_what_autograd_keeps(config, dtype):
-    model, (x, y) = GPT(config), torch.randint(config.vocab_size, (2, 2, 96))
-    weights = {tuple(sorted(p.shape)) for p in model.parameters()}  # autocast's copies of them are no activations
+    model, (x, y) = GPT(config), torch.randint(config.vocab_size, (2, 3, 70))
+    weights = {tuple(sorted(p.shape)) for p in model.parameters()}  # no activations, nor are autocast's copies
     kept = []
     autocast = torch.autocast('cpu', dtype) if dtype == torch.bfloat16 else nullcontext()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t), autocast:
         model(x, y, return_logits=False)
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept
                 if tuple(sorted(t.shape)) not in weights}
-    layer, rest = costs.activations(config, 2, 96, dtype.itemsize)
-    assert 3 * layer + rest == pytest.approx(sum(storages.values()), rel=0.12)
+    layer, rest = costs.activations(config, 3, 70, dtype.itemsize)
+    assert 3 * layer + rest == pytest.approx(sum(storages.values()), rel=0.03)
 
 
 def test_activations_of_a_large_vocabulary():

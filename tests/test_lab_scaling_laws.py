@@ -93,7 +93,7 @@ def test_tables_that_can_not_be_fitted(tmp_path, text, said):
 
 
 GRID = {'dataset': 'tiny', 'n_layer': 1, 'block_size': 8, 'batch_size': 4, 'widths': '16,32,48', 'val_windows': 64,
-        'budgets': '1e7,4e7', 'ratios': '.01,1000', 'bootstraps': 20, 'larger': 3.0, 'out': 'out'}
+        'budgets': '1e7,4e7', 'ratios': '1e-4,1000', 'bootstraps': 20, 'larger': 3.0, 'out': 'out'}
 
 
 def test_a_grid_that_was_killed_goes_on(folder):

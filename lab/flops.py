@@ -215,8 +215,8 @@ def draw_shares(plt, by_size, by_context):
         ax.margins(0)
         ax.grid(False)
         bottom = [0] * len(columns)
-        for name, row in zip(('projections', 'scores', 'MLP', 'head'), heights, strict=True):
-            widest = max(range(1, len(row) - 2), key=lambda k, row=row: row[k])  # where there is room for its name
+        for name, row in zip(('attention projections', 'attention scores', 'MLP', 'head'), heights, strict=True):
+            widest = max(range(2, len(row) - 2), key=lambda k, row=row: row[k])  # where there is room for its name
             ax.text(widest, bottom[widest] + row[widest] / 2, name, ha='center', va='center')
             bottom = [b + h for b, h in zip(bottom, row, strict=True)]
     left.set(title=f'Larger models: the MLP grows (context {block_size:,})', xlabel='parameters of GPT-2 and GPT-3',
@@ -236,9 +236,9 @@ def draw_memory(plt):
         left.text(len(SIZES) - 0.5, bottom[-1] + heights[-1] / 2, part, va='center')
         bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
     for i, need in enumerate(needs):
-        left.text(i, 101, f'{short(sum(need.values()), 2)}B', ha='center', fontsize=9)
+        left.text(i, 101, f'{short(sum(need.values()), 2)}B', ha='center', fontsize=8)
     left.set_xlim(-0.6, len(SIZES) + 1.4)
-    left.set_xticks(range(len(SIZES)), SIZES)
+    left.set_xticks(range(len(SIZES)), SIZES, fontsize=8)
     left.grid(False)
     left.set(title=f'Training on {batch_size} x {block_size:,} tokens', xlabel='parameters of GPT-2 and GPT-3',
              ylabel='share of the memory, %', ylim=(0, 108))

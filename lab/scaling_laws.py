@@ -319,9 +319,9 @@ def hold_out(best, samples):
     N, D = jobs[0]['N'], jobs[0]['D']
     predicted = law.loss_of(best, N, D)
     low, high = np.percentile([law.loss_of(c, N, D) for c in samples], [2.5, 97.5])
-    print(f'\nBest for {power(C)} FLOPs: N = {target:,.0f}. The nearest model: width {width}, N = {N:,.0f}, D = {D:,}.'
-          f'\nIts predicted loss: {predicted:.4f}, {low:.4f} to {high:.4f} by 95% of the bootstraps.\nNow it is '
-          f'trained, from {seeds} seeds:', flush=True)
+    print(f'\nBest for {power(C)} FLOPs: N = {target:,.0f}. The nearest model:\n'
+          f'width {width}, N = {N:,.0f}, on D = {D:,} tokens. Its predicted loss:\n'
+          f'{predicted:.4f}, {low:.4f} to {high:.4f} by 95% of the bootstraps. Now it is trained:', flush=True)
     runs = complete(jobs)
     for run in runs:
         print(f'seed {run["seed"]}: loss {run["loss"]:.4f}, {run["loss"] / predicted - 1:+.2%} beside the prediction')

@@ -116,10 +116,7 @@ def test_a_grid_that_was_killed_goes_on(folder):
     assert all(losses[4e7, width] < losses[1e7, width] for width in (16, 32, 48))  # longer runs are better
     assert [run['seed'] for run in figures['held_out']] == [1337, 1338]
     assert second.out.index('predicted loss') < second.out.index('2 runs, 2 to do')
-    third = folder.start('lab/scaling_laws.py', processes=1, **GRID).ok()
-    assert '6 runs, 0 to do' in third.out and '2 runs, 0 to do' in third.out
-    assert json.loads((folder.path / 'out' / 'scaling_laws.json').read_text()) == figures
-    assert max(map(len, third.out.splitlines())) <= 80
+    assert max(map(len, second.out.splitlines())) <= 80
 
 
 @pytest.mark.parametrize('changes, said', [

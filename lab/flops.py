@@ -1,7 +1,7 @@
 """
 Where a transformer's FLOPs and memory go, part by part, and how long a step must take.
 
-    $ python lab/flops.py                                        # SECONDS on two cores
+    $ python lab/flops.py                                        # 25 seconds
     $ python lab/flops.py --size=175B --batch_size=1 --measure=False
     $ python lab/flops.py --preset=llama --n_layer=32 --n_head=32 --n_kv_head=8 --n_embd=4096 --block_size=8192
 
@@ -9,8 +9,8 @@ Counts what a token costs in the projections of attention, in its scores (each p
 in the head, forward and backward, and what each part holds in memory; and has torch count the same. As models grow from
 GPT-2 to GPT-3, the MLP takes most (40% of the FLOPs in 124M, 66% in 175B) and the head nothing; as the context grows,
 scores take all (95% in 124M at 128k tokens). Then how long a step must take on a few GPUs, and whether it fits; and the
-same prediction for a small model on this CPU, made of measured products and memory bandwidth, beside the step itself:
-RATIO on two cores of an AMD EPYC.
+same prediction for a small model on one core of this CPU, made of measured products and memory bandwidth, beside the
+step itself: 0.92 to 0.99 of it on an AMD EPYC, in eight measurements.
 
 Source: the sizes are those of "Language Models are Unsupervised Multitask Learners" (GPT-2, Radford et al. 2019) and
 "Language Models are Few-Shot Learners" (GPT-3, Brown et al. 2020, table 2.1); counting what is kept for the backward
@@ -19,6 +19,7 @@ pass, of "Reducing Activation Recomputation in Large Transformer Models" (Korthi
 
 import os
 import sys
+import time
 
 import torch
 from torch.nn import functional as F
@@ -68,15 +69,29 @@ def step_time(config, tokens, peak, bytes_per_s):
     return products / (utilisation * peak) + costs.adamw(config) / bytes_per_s
 
 
-def fastest(f, seconds=0.2):
-    """-> seconds that f() takes, the least of several: whatever else the machine does only adds to it."""
-    return min(bare.repeat(lambda: bare.milliseconds(f), seconds)) / 1e3
+def fastest(f, least=5, seconds=0.1):
+    """
+    -> seconds of CPU time that f() takes, the least of several. On one thread and with nobody else there that is its
+    time; what other processes do meanwhile counts little, unlike on a clock.
+    """
+    times = []
+    while len(times) < least or sum(times) < seconds:
+        start = time.process_time()
+        f()
+        times.append(time.process_time() - start)
+    return min(times)
 
 
-def bandwidth(n):
-    """-> bytes a second of c = a + b on arrays of n numbers in fp32, two of them read and one written."""
+def bandwidth(n=2**23):
+    """-> bytes a second of c = a + b, arrays of n numbers in fp32: 96 MB, as a step's tensors are seldom in a cache."""
     a, b, c = torch.ones(3, n)
     return 12 * n / fastest(lambda: torch.add(a, b, out=c))
+
+
+def product_time(rows, n_in, n_out):
+    """-> seconds of a linear layer's three products, forward and backward."""
+    x, w, dy = (torch.randn(shape, requires_grad=True) for shape in ((rows, n_in), (n_out, n_in), (rows, n_out)))
+    return fastest(lambda: torch.autograd.grad(F.linear(x, w), (x, w), dy))
 
 
 def attention_time(config, B, T):
@@ -93,31 +108,27 @@ def attention_time(config, B, T):
     return fastest(attend)
 
 
-def check_step(rounds=6):
+def check_step(rounds=4):
     """
-    -> {part: seconds} predicted of a step of AdamW in fp32 on this CPU, the seconds it takes, and its FLOP/s. Predicted
-    from what products of its shapes, the attention kernel and a sum of two arrays take by themselves. Both are measured
-    in turns and the fastest of each counts, so that a busy moment of the machine harms neither.
+    -> {part: seconds} predicted of a step of AdamW in fp32 on one core of this CPU, the seconds it takes, its FLOP/s.
+    Predicted from what products of its shapes, the attention kernel and a sum of two arrays take by themselves. All are
+    measured in turns, and the fastest of each counts.
     """
-    s = bare.settings('gpt2', device='cpu', dtype='float32', compile=False, seed=seed, **CHECKED)
-    step = bare.Step(s)
-    config, tokens, T = step.model.config, step.tokens, CHECKED['block_size']
+    step = bare.Step(bare.settings('gpt2', device='cpu', dtype='float32', compile=False, seed=seed, **CHECKED))
+    torch.set_num_threads(1)
+    config, tokens, B, T = step.model.config, step.tokens, CHECKED['batch_size'], CHECKED['block_size']
     layers = [(m.in_features, m.out_features) for m in step.model.modules() if isinstance(m, torch.nn.Linear)]
     step(), step()  # the second meets the state of the optimizer as the others do
     alone, steps = [], []
     for i in range(rounds):
         print(f'round {i + 1} of {rounds}', flush=True)
-        speeds = bare.product_speed(s, step.model, 0.1)[1]  # of a shape, forward and backward
-        alone.append({**{shape: 1 / speed for shape, speed in speeds.items()},
-                      'attention': attention_time(config, s['batch_size'], T),
-                      'element-wise': 1 / bandwidth(tokens * config.n_embd),
-                      'AdamW': 1 / bandwidth(sum(costs.parameters(config).values()))})
-        steps += [bare.milliseconds(step) / 1e3 for _ in range(4)]
-    fastest_of = {name: min(times[name] for times in alone) for name in alone[0]}
-    parts = {'products': sum(6 * tokens * n_in * n_out * fastest_of[f'{n_in}x{n_out}'] for n_in, n_out in layers),
-             'attention': config.n_layer * fastest_of['attention'],
-             'element-wise': costs.element_wise(config) * tokens * fastest_of['element-wise'],
-             'AdamW': costs.adamw(config) * fastest_of['AdamW']}
+        alone.append({**{shape: product_time(tokens, *shape) for shape in set(layers)},
+                      'attention': attention_time(config, B, T), 'byte': 1 / bandwidth()})
+        steps.append(fastest(step, least=3))
+    best = {name: min(times[name] for times in alone) for name in alone[0]}
+    parts = {'products': sum(best[shape] for shape in layers), 'attention': config.n_layer * best['attention'],
+             'element-wise': costs.element_wise(config) * tokens * best['byte'],
+             'AdamW': costs.adamw(config) * best['byte']}
     return parts, min(steps), 3 * sum(costs.flops(config, T).values()) * tokens / min(steps)
 
 
@@ -179,9 +190,9 @@ def print_sizes():
                      *map(short, (n['weights'] + n['gradients'], n['moments'],
                                   costs.memory(config, 1, block_size, 'muon')['moments'], n['activations'],
                                   costs.kv_cache(config, 1, block_size)))])
-    print(f'\nGPT-2 and GPT-3 in a context of {block_size:,}: FLOPs to train on a token; bytes of the\nweights with '
-          f'their gradients, of the optimizer, of what a sequence keeps for the\nbackward pass, and of its KV cache'
-          f'\n\n{table(rows)}')
+    print(f'\nsizes of GPT-2 and GPT-3 as {preset} with a context of {block_size:,}: FLOPs to train on\na token; bytes '
+          'of the weights with their gradients, of the optimizer, of what a\nsequence keeps for the backward pass, and of '
+          f'its KV cache\n\n{table(rows)}')
 
 
 def print_devices(config):
@@ -278,15 +289,15 @@ def main():
     draw_shares(plt, figures['shares_by_size'], figures['shares_by_context'])
     draw_memory(plt)
     if measure:
-        print(f'\na step of {CHECKED["n_layer"]} layers, {CHECKED["n_embd"]} channels, {CHECKED["batch_size"]} x '
-              f'{CHECKED["block_size"]} tokens on this CPU, in fp32:')
+        print('\na step of {n_layer} layers, {n_embd} channels, {batch_size} x {block_size} tokens, in fp32 on one '
+              'core of this CPU:'.format(**CHECKED))
         parts, measured, speed = check_step()
         predicted = sum(parts.values())
         rows = [['', 'ms'], *([part, f'{1e3 * seconds:.1f}'] for part, seconds in parts.items()),
                 ['predicted', f'{1e3 * predicted:.1f}'], ['measured', f'{1e3 * measured:.1f}']]
         here = 3 * sum(costs.flops(chosen, block_size).values()) * batch_size * block_size / speed
-        print(f'\n{table(rows)}\n\npredicted / measured: {predicted / measured:.2f}\nat these '
-              f'{short(speed)}FLOP/s a step of the chosen model would take {here:,.0f} s')
+        print(f'\n{table(rows)}\n\npredicted / measured: {predicted / measured:.2f}\nat these {short(speed)}FLOP/s a '
+              f'step of the chosen model would take {here:,.0f} s')
         figures['step'] = {'parts': parts, 'predicted': predicted, 'measured': measured, 'flops_per_s': speed}
     common.record(out, 'flops', **figures)
 

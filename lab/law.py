@@ -83,9 +83,14 @@ def best_size(coefficients, C):
 
 
 def valley(N, loss):
-    """Approach 2: -> N and loss at the bottom of the parabola in log N that fits a budget's runs best; None without."""
+    """
+    Approach 2: -> N and loss at the bottom of the parabola in log N that fits the runs of one budget best. None where
+    the bottom is not between the sizes that were tried.
+    """
     c2, c1, c0 = np.polyfit(np.log(N), loss, 2) if len(N) > 2 else (0, 0, 0)
-    return (math.exp(-c1 / (2 * c2)), c0 - c1**2 / (4 * c2)) if c2 > 0 else None
+    if c2 <= 0 or not np.log(N).min() < -c1 / (2 * c2) < np.log(N).max():
+        return None
+    return math.exp(-c1 / (2 * c2)), float(c0 - c1**2 / (4 * c2))
 
 
 def read_table(path, leave_out=0):

@@ -53,6 +53,7 @@ def test_valley():
     N = np.geomspace(1e5, 1e7, 7)
     assert law.valley(N, 2 + 0.1 * np.log(N / 3e5) ** 2) == (pytest.approx(3e5), pytest.approx(2))
     assert law.valley(N, 2 - 0.1 * np.log(N / 3e5) ** 2) is None  # a hill
+    assert law.valley(N, 2 + 0.1 * np.log(N / 3e7) ** 2) is None  # larger ones were better still
     assert law.valley(N[:2], N[:2]) is None
 
 

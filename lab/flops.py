@@ -191,8 +191,8 @@ def print_sizes():
                                   costs.memory(config, 1, block_size, 'muon')['moments'], n['activations'],
                                   costs.kv_cache(config, 1, block_size)))])
     print(f'\nsizes of GPT-2 and GPT-3 as {preset} with a context of {block_size:,}: FLOPs to train on\na token; bytes '
-          'of the weights with their gradients, of the optimizer, of what a\nsequence keeps for the backward pass, and of '
-          f'its KV cache\n\n{table(rows)}')
+          'of the weights with their gradients, of the optimizer, of what a\nsequence keeps for the backward pass, and '
+          f'of its KV cache\n\n{table(rows)}')
 
 
 def print_devices(config):

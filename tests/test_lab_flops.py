@@ -1,0 +1,128 @@
+"""lab/costs.py against what torch counts, allocates and keeps; lab/flops.py."""
+
+import json
+from contextlib import nullcontext
+
+import pytest
+import torch
+from conftest import load_lab
+
+import optim
+import parallel
+from lab import costs
+from model import CHUNK, GPT, PRESETS, GPTConfig, KVCache
+
+SMALL = {'n_layer': 3, 'n_head': 4, 'n_embd': 128, 'block_size': 96, 'vocab_size': 300}
+CONFIGS = {
+    'gpt2': GPTConfig(**SMALL),
+    'gpt2 without biases': GPTConfig(**SMALL, bias=False, mlp='gelu_erf'),
+    'llama': GPTConfig(**{**PRESETS['llama'], **SMALL, 'n_kv_head': 2}),
+    'modern': GPTConfig(**{**PRESETS['modern'], **SMALL, 'n_kv_head': 1}),
+    'relu2': GPTConfig(**{**PRESETS['modern'], **SMALL, 'mlp': 'relu2', 'head_dim': 16}),
+    'Qwen': GPTConfig(**{**PRESETS['llama'], **SMALL, 'qkv_bias': True, 'qk_norm': True, 'qk_norm_weight': True,
+                         'value_embeddings': True, 'residual_lambdas': True, 'n_inner': 200}),
+}
+each_config = pytest.mark.parametrize('config', CONFIGS.values(), ids=CONFIGS)
+
+
+@pytest.mark.parametrize('config', [GPTConfig(), *CONFIGS.values()], ids=['124M', *CONFIGS])
+def test_flops_are_torchs_count(config):
+    T = config.block_size
+    total = sum(costs.flops(config, T).values()) * 2 * T
+    assert costs.counted(config, 2, T) == (pytest.approx(total, rel=0.01), pytest.approx(2 * total, rel=0.01))
+
+
+@each_config
+def test_flops_are_those_of_the_model(config):
+    # which counts parameters, those of norms and biases too, where these are products
+    total = 3 * sum(costs.flops(config, config.block_size).values())
+    assert total == pytest.approx(GPT(config).flops_per_token(), rel=0.01)
+
+
+def test_flops_of_a_window():
+    near, far = (GPTConfig(**{**PRESETS['llama'], **SMALL, 'window': window, 'window_pattern': 'SL'})
+                 for window in (16, 0))
+    missing = costs.flops(far, 96)['scores'] - costs.flops(near, 96)['scores']
+    assert missing == 4 * 128 * (96 - 16)  # the first layer alone is S, the last always L
+    assert 3 * missing == GPT(far).flops_per_token() - GPT(near).flops_per_token()
+
+
+@each_config
+def test_parameters_are_the_models(config):
+    model, n = GPT(config), costs.parameters(config)
+    assert sum(n.values()) == model.get_num_params(non_embedding=False)
+    assert n['MLP'] == sum(p.numel() for name, p in model.named_parameters() if '.mlp.' in name)
+    assert n['head'] == (0 if config.tie_embeddings else model.lm_head.weight.numel())
+
+
+@each_config
+def test_kv_cache_is_the_models(config):
+    cache = KVCache(config, 3, dtype=torch.bfloat16, is_static=True)
+    assert costs.kv_cache(config, 3, 96) == cache.k.nbytes + cache.v.nbytes
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=['fp32', 'bf16'])
+@pytest.mark.parametrize('config', list(CONFIGS.values())[:-1], ids=list(CONFIGS)[:-1])
+def test_activations_are_what_autograd_keeps(config, dtype):
+    model, (x, y) = GPT(config), torch.randint(config.vocab_size, (2, 3, 70))
+    weights = {tuple(sorted(p.shape)) for p in model.parameters()}  # no activations, nor are autocast's copies
+    kept = []
+    autocast = torch.autocast('cpu', dtype) if dtype == torch.bfloat16 else nullcontext()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t), autocast:
+        model(x, y, return_logits=False)
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept
+                if tuple(sorted(t.shape)) not in weights}
+    layer, rest = costs.activations(config, 3, 70, dtype.itemsize)
+    assert 3 * layer + rest == pytest.approx(sum(storages.values()), rel=0.03)
+
+
+def test_activations_of_a_large_vocabulary():
+    config = GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=64, vocab_size=CHUNK // 63)
+    _, few = costs.activations(config, 1, 62)
+    _, many = costs.activations(config, 1, 64)
+    assert few > 1e6 * 62 and many < 1e3 * 64  # logits of 62 positions; of 64 they are computed in chunks
+
+
+@pytest.mark.parametrize('kind', ['adamw', 'muon'])
+@each_config
+def test_moments_are_the_optimizers(config, kind):
+    model = GPT(config)
+    if kind == 'adamw':
+        optimizer = optim.adamw(model, 0.1, 1e-3, (0.9, 0.95))
+    else:
+        optimizer = optim.muon(model, 0.0, 1e-3, 0.02, 0.02, (0.9, 0.95), 0.95, torch.float32,
+                               parallel.World(0, 0, 1))
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    moments = [t for state in optimizer.state.values() for t in state.values() if t.dim()]
+    assert costs.memory(config, 1, 96, kind)['moments'] == sum(t.nbytes for t in moments)
+
+
+def test_the_script_shows_what_grows(folder):
+    run = folder.start('lab/flops.py', measure=False, out='out').ok()
+    figures = json.loads((folder.path / 'out' / 'flops.json').read_text())
+    by_size, by_context = figures['shares_by_size'], figures['shares_by_context']
+    mlp = [shares['MLP'] for shares in by_size.values()]
+    assert mlp == sorted(mlp) and mlp[-1] > 60  # percent
+    attention = [shares['projections'] + shares['scores'] for shares in by_context.values()]
+    assert attention == sorted(attention) and attention[0] < 30 and attention[-1] > 90
+    assert by_size['124M']['head'] > 25 and by_size['175B']['head'] < 1
+    assert sum(figures['parameters'].values()) == 124_475_904
+    assert figures['step_seconds']['H200'] < figures['step_seconds']['RTX 4090']
+    assert (folder.path / 'out' / 'flops.png').exists() and (folder.path / 'out' / 'flops_memory.png').exists()
+    assert max(map(len, run.out.splitlines())) <= 80
+
+
+def test_a_step_takes_what_was_predicted():
+    parts, measured, _ = load_lab('flops').check_step(rounds=1)
+    assert 0.75 < sum(parts.values()) / measured < 1.25
+    assert max(parts, key=parts.get) == 'products'
+
+
+@pytest.mark.parametrize('changes, said', [
+    ({'size': '125M'}, "--size=125M: expected one of 124M, 350M"), ({'preset': 'gpt4'}, 'gpt2, llama, modern'),
+    ({'optimizer': 'sgd'}, 'adamw, muon'), ({'batch_size': 0}, 'expected 1 or more'),
+    ({'utilisation': 40.0}, 'above 0 and at most 1'), ({'n_head': 7}, 'n_embd=768 is not divisible by n_head=7')])
+def test_settings_that_can_not_be(folder, changes, said):
+    folder.start('lab/flops.py', measure=False, out='out', **changes).refused(said)

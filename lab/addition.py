@@ -157,7 +157,7 @@ def main():
     for name, least in (('batch_size', 1), ('steps', 1), ('seeds', 1), ('seed', 0)):  # GPTConfig checks the others
         if config[name] < least:
             raise SystemExit(f'{name}={config[name]}: expected {least} or more')
-    common.use_machine()
+    common.use_machine(threads=1)
     data_dir = dataloader.folder_of(dataset)
     dataloader.prepare_if_missing(data_dir, is_first=True)
     train_lines = read_sums(data_dir, 'train')[0]

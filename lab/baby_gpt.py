@@ -225,7 +225,7 @@ def draw(ax, places, names, tokens, p, seen, title):
 
 def main():
     check_settings()
-    common.use_machine()
+    common.use_machine(threads=1)
     tokens = vocabulary(sequence, vocab_size)
     names = [''.join(state) for state in product(tokens, repeat=context)]
     n_states, n_tokens = len(names), len(tokens)

@@ -124,7 +124,7 @@ def main():
     for name in ('length', 'n_letters', 'n_layer', 'steps', 'batch_size', 'seeds', 'n_test'):
         if config[name] < 1:
             raise SystemExit(f'{name}={config[name]}: expected 1 or more')
-    common.use_machine()
+    common.use_machine(threads=1)
     x, y = strings(n_test, torch.Generator().manual_seed(seed - 1))
     sizes, found = [], {'log_likelihood': [], 'letters': [], 'exact': []}
     header = ('width', 'parameters', 'log-likelihood', 'letters right', f'power {length}', 'answers right')

@@ -32,7 +32,7 @@ def test_commands_of_tokens_page(command, printed):
 
 def commands_of(text):
     """(script, [settings]) of every `python lab/x.py --a=b ...` in a text."""
-    return [(script, re.findall(r'--(\w+)', rest)) for script, rest in re.findall(r'python (lab/\w+\.py)(.*)', text)]
+    return [(script, re.findall(r'--(\w+)', rest)) for script, rest in re.findall(r'python (lab/\w+\.py)([^#`\n]*)', text)]
 
 
 @pytest.mark.parametrize('script', sorted(path.name for path in (ROOT / 'lab').glob('*.py')))

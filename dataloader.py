@@ -313,8 +313,10 @@ def fits_on(device, splits):
     Whether DeviceTokens of all these tokens are worth it: on a GPU, if they take less than a tenth of the memory that
     is free there and less than a gigabyte, which would take seconds to read before the first step.
     """
+    if device.type != 'cuda' or any(isinstance(tokens, Rows) for tokens in splits):  # whose masks it does not have
+        return False
     arrays = [array for tokens in splits for array in arrays_of(tokens)]
-    if device.type != 'cuda' or any(array.dtype not in (np.uint16, np.uint32) for array in arrays):
+    if any(array.dtype not in (np.uint16, np.uint32) for array in arrays):
         return False
     return sum(array.nbytes for array in arrays) < min(2**30, torch.cuda.mem_get_info(device)[0] / 10)
 

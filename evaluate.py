@@ -254,7 +254,8 @@ if row:  # conversations, of which only the answers are predicted
     if row > block_size + 1:
         raise ValueError(f'{what} has conversations in rows of {row} tokens, more than the {block_size} of the '
                          f'context and one; prepare it for this model: --block_size={block_size}')
-    windows = [(start, start + row, start + 1) for start in dataloader.whole_windows(n_tokens, row - 1, row)]
+    block_size = stride = row - 1
+    windows = [(start, start + row, start + 1) for start in dataloader.whole_windows(n_tokens, block_size, row)]
 else:
     windows = dataloader.sliding_windows(n_tokens, block_size, stride)
 # tokens at once: the model's loss computes its logits in chunks, except in fp16 and int8, where they take 256 MB
@@ -285,6 +286,8 @@ def mean_loss():
                 raise SystemExit(f'out of memory with {len(x)} windows of {length} tokens; try --{smaller}') from None
             bar.update(len(scored))
     bar.close()
+    if not counts.any():
+        raise ValueError(f'{what} has no token that carries loss; prepare it again')
     loss = total / int(counts.sum())
     if not loss < 700:  # where exp(loss) ends in fp64
         raise ValueError(f'the loss of {line} is {loss} nats a token: its weights are broken, or {dtype} can not hold '

@@ -103,7 +103,7 @@ def merge(model):
         if isinstance(module, LoRALinear):
             owner, _, last = name.rpartition('.')
             setattr(model.get_submodule(owner), last, module.merged())
-    return model
+    return model.requires_grad_(True)
 
 
 def adapters(model):

@@ -475,11 +475,14 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, softcap, dtype, needs_gradient):
-        """x: (N, C). weight: (V, C). targets: (N,), negative for none. dtype: of products. -> sum of losses."""
+    def forward(ctx, x, weight, targets, softcap, dtype, needs_gradient, is_frozen):
+        """
+        x: (N, C). weight: (V, C). targets: (N,), negative for none. dtype: of products. is_frozen: the weight needs no
+        gradient. -> sum of losses
+        """
         w, ids = weight.to(dtype), torch.arange(len(weight), device=x.device)
         total = torch.zeros((), device=x.device)
-        dx, dw = [], torch.zeros_like(weight) if needs_gradient else None
+        dx, dw = [], torch.zeros_like(weight) if needs_gradient and not is_frozen else None
         n_chunks = -(-len(x) * len(w) // CHUNK)
         if torch.compiler.is_compiling():
             n_chunks = min(16, n_chunks)  # each is code of its own
@@ -492,7 +495,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 d = torch.where(ids == target, p - 1, p)  # by the logits; then by what the softcap took
                 d = (d * (1 - (logits / softcap).square()) if softcap else d).to(dtype)
                 dx.append((d @ w) * counts)
-                dw += d.T @ (rows * counts)
+                if not is_frozen:
+                    dw += d.T @ (rows * counts)
         if needs_gradient:
             ctx.save_for_backward(torch.cat(dx).to(x.dtype), dw)
         return total
@@ -501,7 +505,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_total):
         dx, dw = ctx.saved_tensors
-        return d_total * dx, d_total * dw, None, None, None, None
+        return d_total * dx, None if dw is None else d_total * dw, None, None, None, None, None
 
 
 class GPT(nn.Module):
@@ -645,7 +649,7 @@ class GPT(nn.Module):
         is_large = targets.numel() * self.config.vocab_size > CHUNK and type(self.lm_head) is nn.Linear
         if is_large and not return_logits and dtype != torch.float16:  # a GradScaler's factor would come too late
             total = ChunkedCrossEntropy.apply(x.flatten(0, 1), weight, targets.flatten(), self.config.logit_softcap,
-                                              dtype, torch.is_grad_enabled())
+                                              dtype, torch.is_grad_enabled(), not weight.requires_grad)
             return None, total / n_targets
         logits = self.logits(x)
         # in fp32: a bf16 log-sum-exp would round the loss itself to three digits

@@ -167,7 +167,8 @@ def average_into(average, model, decay, step):
     initialisation is soon forgotten ("Averaging Weights Leads to Wider Optima", Izmailov et al. 2018, on why it helps).
     """
     decay = min(decay, step / (step + 10))
-    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+    pairs = [(a, p) for a, p in zip(average.parameters(), model.parameters(), strict=True) if p.requires_grad]
+    torch._foreach_lerp_(*map(list, zip(*pairs, strict=True)), 1 - decay)
 
 
 def load_optimizer(optimizer, saved):

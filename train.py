@@ -152,12 +152,17 @@ for names, is_valid, expected in (
     (('warmup_iters',), lambda value: value <= max_iters or lr_decay_iters is not None or 'warmup_iters' not in
      config.given, f'at most max_iters={max_iters}, or the rate would never reach its highest'),
     (('lora_rank',), lambda value: value >= 0, '0 or more'),
-    (('lora_rank',), lambda value: value == 0 or init_from != 'scratch', "0 with init_from='scratch', where nothing is "
-     'learnt yet that could be frozen'),
+    (('lora_rank',), lambda value: value == 0 or init_from not in ('scratch', 'auto'),
+     f'0 with init_from={init_from!r}, since adapters need a model; name it, --init_from=FOLDER'),
+    (('lora_alpha', 'lora_targets', 'lora_int8'), lambda value: lora_rank > 0 or init_from == 'resume' or
+     not {'lora_alpha', 'lora_targets', 'lora_int8'} & config.given, 'a --lora_rank beside it, such as 8'),
+    (('init_from',), lambda value: lora_rank == 0 or os.path.realpath(value) != os.path.realpath(out_dir),
+     'another folder than out_dir, as the adapters in it need the model that is there; name another --out_dir'),
     (('optimizer',), lambda value: lora_rank == 0 or value == 'adamw', "'adamw' with LoRA (--optimizer=adamw), as its "
      'matrices are no maps from channels to channels, whose singular values Muon evens out'),
     (('init_from',), lambda value: value in sources or os.path.isdir(value) or '/' in value,
-     f'a folder in Hugging Face layout or one of {", ".join(sources)}, or the id of a model on the hub, owner/name'),
+     f"another run's out_dir, a folder in Hugging Face layout, one of {', '.join(sources)}, or the id of a model on "
+     f'the hub, owner/name'),
 ):
     for name in names:
         if not is_valid(config[name]):
@@ -252,13 +257,18 @@ else:
                              f'--tokenizer={name}')
 chat_template = meta['chat_template'] or chat_template
 adapted = state.get('lora') if state else None  # with which adapters, as a checkpoint has it
-if state is not None and 'lora_rank' in config.given and lora_rank != (adapted['rank'] if adapted else 0):
-    raise ValueError(f'lora_rank={lora_rank}, but {ckpt_path} was trained with '
-                     f'{adapted["rank"] if adapted else "no adapters, lora_rank=0"}; resume with that, or begin with '
-                     f'its model in another run: --init_from={out_dir} and another --out_dir')
-if adapted is None and lora_rank:
+if state is not None:
+    used = {'lora_rank': adapted['rank'], 'lora_alpha': adapted['alpha'], 'lora_targets': ','.join(adapted['targets']),
+            'lora_int8': adapted['int8']} if adapted else {'lora_rank': 0}
+    for name, value in used.items():
+        if name in config.given and config[name] != value:
+            raise ValueError(f'{name}={config[name]}, but {ckpt_path} was trained with {name}={value}; resume with '
+                             f'that, or begin with its model in another run: --init_from={out_dir} and another '
+                             f'--out_dir')
+    config.update(used)
+elif lora_rank:
     adapted = {'init_from': init_from, 'digest': lora.digest(model), 'rank': lora_rank, 'alpha': lora_alpha,
-               'targets': [target.strip() for target in lora_targets.split(',')], 'int8': lora_int8}
+               'targets': lora_targets.split(','), 'int8': lora_int8}
     lora.add(model, lora_rank, lora_alpha, adapted['targets'], lora_int8)
 if text_tokenizer is None and init_from in ('scratch', 'resume') and model.config.vocab_size >= 50257:
     text_tokenizer = {'kind': 'tiktoken', 'name': 'gpt2'}  # as nanoGPT takes a dataset without meta.pkl
@@ -292,7 +302,7 @@ if block_size != model.config.block_size and not is_short:
     for cropped in {model, final_model}:
         cropped.crop_block_size(block_size)
     if model.config.pos == 'learned':  # crop what the optimizer remembers of the position embeddings, too
-        moments = opt.state[model.transformer.wpe.weight]
+        moments = opt.state.get(model.transformer.wpe.weight, {})  # none of what LoRA leaves frozen
         moments.update({name: m[:block_size].clone() for name, m in moments.items() if m.dim() == 2})
 
 # how the tokens of a step are cut: sequences -> processes -> micro-batches
@@ -494,7 +504,8 @@ def log(**record):
 # the folder of the run: what an earlier run left there is moved, not overwritten
 wandb_log = wandb_log and world.is_main
 if world.is_main and not eval_only:
-    resolved = {key: globals()[key] if key != 'device' else str(device) for key in config}
+    resolved = {**{key: globals()[key] if key != 'device' else str(device) for key in config},
+                **{key: value for key, value in config.items() if key.startswith('lora_')}}
     if folder := checkpoint.open_folder(out_dir, resolved, start_iter, layout_version):
         print(f'{out_dir} held an earlier run; it is in {folder} now')
 if wandb_log:
@@ -639,7 +650,8 @@ while True:
         dt = (train_time - logged_time) / (done - logged_iter)  # seconds a step since the last line
         logged_iter, logged_time = done, train_time
         tokens_per_s = total_batch_size / dt
-        mfu = model.estimate_mfu(n_sequences / world.size, dt)
+        contexts = n_sequences / world.size * block_size / model.config.block_size  # rows can be shorter than one
+        mfu = model.estimate_mfu(contexts, dt)
         shown_mfu = 'n/a' if mfu is None else f'{mfu:.1%}'
         left = f', {tqdm.format_interval((max_iters - done) * dt)} left' if bar.disable else ''  # the bar says it
         bar.set_postfix_str(f'loss {shown[-1]["loss"]:.3f}, {tokens_per_s:,.0f} tok/s', refresh=False)

@@ -179,10 +179,10 @@ def sample(model, letters):
 
 
 def draw(losses):
-    """The val loss of each rung as a bar, red where the part made it worse."""
+    """The val loss of each rung as a bar, red where its part made it worse than the rung before."""
     figure, ax = common.pyplot().subplots(figsize=(9, 5))
     values = list(losses.values())
-    worse = [loss > min(values[:i], default=torch.inf) for i, loss in enumerate(values)]
+    worse = [i > 0 and loss > values[i - 1] for i, loss in enumerate(values)]
     bars = ax.barh(list(losses), values, color=[common.RED if w else common.BLUE for w in worse])
     ax.bar_label(bars, fmt='%.2f', padding=4, weight='bold')
     for i, rung in enumerate(losses):

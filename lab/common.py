@@ -53,7 +53,8 @@ def train(model, get_batch, steps, optimizer=None, learning_rate=None, decay=0.6
     at the model in between.
 
     get_batch(step) -> x, y: (B, T) ids, y negative where there is no target. optimizer, learning_rate: its highest
-    rate; None: muon(model). The rate rises over `warmup` steps and falls in a line over the last `decay` of them.
+    rate; None: muon(model). The rate rises over `warmup` steps, at most a tenth of all, and falls in a line over the
+    last `decay` of them.
     compile: worth its 10 s a shape for runs of a minute or more; then with bf16 products where the CPU has them.
     """
     if optimizer is None:
@@ -74,7 +75,7 @@ def train(model, get_batch, steps, optimizer=None, learning_rate=None, decay=0.6
         with autocast:
             loss = model(x, y)[1]
         if not loss.isfinite():
-            raise SystemExit(f'step {step}: the loss is {loss.item()}; try a lower learning rate')
+            raise SystemExit(f'step {step}: the loss is {loss.item()}, and training can not go on from there')
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

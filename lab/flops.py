@@ -200,7 +200,7 @@ def print_devices(config):
     tokens = batch_size * config.block_size
     need, one = (costs.memory(config, B, config.block_size, optimizer) for B in (batch_size, 1))
     fixed = sum(need.values()) - need['activations']
-    rows, figures = [['', 'memory', 'fits', 'at most', 'a step', 'tokens a second']], {}
+    rows, figures = [['', 'memory', 'fits', 'at most', 'AdamW step', 'tokens a second']], {}
     for name, (room, bytes_per_s) in DEVICES.items():
         seconds = figures[name] = step_time(config, tokens, PEAK_FLOPS[name], bytes_per_s)
         rows.append([name, f'{short(room)}B', 'yes' if sum(need.values()) <= room else 'no',

@@ -123,7 +123,7 @@ def read_table(path, leave_out=0):
         if not all(0 < value < math.inf for value in run.values()):
             raise SystemExit(f'{path}, line {number}: {run}; expected numbers above 0')
         runs.append((run['loss'], run['N'], run.get('D') or run['C'] / 6 / run['N']))
-    kept = sorted(runs)[: len(runs) - leave_out]
+    kept = sorted(runs)[: max(0, len(runs) - leave_out)]
     if len(kept) < 10:
         raise SystemExit(f'{path}: {len(kept)} runs are left; five coefficients need at least 10')
     loss, N, D = np.array(kept).T

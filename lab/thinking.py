@@ -193,7 +193,8 @@ def main():
                    for marker, n in ((AT_ONCE, 1), (IN_STEPS, 2 * k))]
         truth = steps_of(question)[:, -1]
         by_length.append([k, *(100 * (answer == truth).float().mean().item() for answer in answers)])
-    print(f'\n% right of {questions} held-out questions of each length, greedily (by chance {100 / modulus:.1f})\n')
+    print(f'\n% right of {questions} held-out questions of each length, greedily (by chance {100 / modulus:.1f};\n'
+          f'those of one operation were trained on)\n')
     print(table([('operations', 'at once', 'in steps'), *((k, f'{a:.1f}', f'{b:.1f}') for k, a, b in by_length)]))
     found, at_once, in_steps = measure(model, question, rng)
     print(f'\nquestions of {length} operations, temperature {temperature}\n')

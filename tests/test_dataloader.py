@@ -302,6 +302,7 @@ def test_tokens_that_fit_on_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda device: (free[0], 10**12))
     small, large = np.zeros(30_000, dtype=np.uint16), np.broadcast_to(np.uint16(0), 2**29)
     assert dataloader.fits_on(gpu, [small, dataloader.Shards([small[:10_000], small[:5000]])])
+    assert not dataloader.fits_on(gpu, [small, dataloader.Rows(small, small, 100)])
     assert not dataloader.fits_on(gpu, [small, small])
     free[0] = 10**12
     assert dataloader.fits_on(gpu, [small, large[:-30_001]]) and not dataloader.fits_on(gpu, [small, large])

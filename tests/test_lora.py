@@ -70,6 +70,7 @@ def test_merged_is_the_same_model(preset, int8):
     plain = tiny(preset)
     lora.merge(model)
     assert not any(isinstance(module, lora.LoRALinear) for module in model.modules())
+    assert all(p.requires_grad for p in model.parameters())
     assert model.state_dict().keys() == plain.state_dict().keys()
     torch.testing.assert_close(model(IDX, IDX)[0], expected, rtol=1e-4, atol=1e-5)
     assert (plain(IDX, IDX)[0] - expected).abs().max() > 0.1  # the adapters did something
@@ -157,13 +158,33 @@ def test_merged_by_whoever_loads_it(base, monkeypatch):
     assert first == pytest.approx([val_loss, val_loss], abs=1e-3)
 
 
+def test_a_shorter_context(folder):
+    """Of a model with learned positions, which LoRA leaves frozen: the optimizer has nothing of them to shorten."""
+    folder.train(out_dir='base', max_iters=2).ok()
+    folder.train(init_from='base', lora_rank=2, block_size=8, max_iters=2).ok()
+    assert folder.checkpoint()['model_args']['block_size'] == 8
+    folder.sample(max_new_tokens=3, num_samples=1).ok()
+
+
+def test_all_weights_train_on_after_adapters(base):
+    """What was frozen beside adapters is not, once they are merged."""
+    base.train(**LORA, max_iters=2).ok()
+    base.train(init_from='out', out_dir='all', preset='llama', block_size=None, max_iters=2).ok()
+    before, after = base.checkpoint('base')['model'], base.checkpoint('all')['model']
+    assert before.keys() == after.keys() and not any(torch.equal(before[name], after[name]) for name in after)
+
+
 def test_refused_by_train(base):
     base.train(lora_rank=4).refused("lora_rank=4: expected 0 with init_from='scratch'")
+    base.train(lora_rank=4, init_from='auto').refused("expected 0 with init_from='auto'")
+    base.train(lora_alpha=4.0).refused('lora_alpha=4.0: expected a --lora_rank beside it')
+    base.train(**LORA, out_dir='base').refused("init_from='base': expected another folder than out_dir")
     base.train(**{**LORA, 'lora_targets': 'query'}).refused("'query' names no linear layer")
     base.train(**{**LORA, 'optimizer': 'muon'}).refused("optimizer='muon': expected 'adamw' with LoRA")
     base.train(**LORA, max_iters=2).ok()
-    base.train(**{**LORA, 'init_from': 'resume', 'lora_rank': 3}).refused('was trained with 2; resume with that')
-    base.train(init_from='resume', out_dir='base', lora_rank=3, preset='llama').refused('no adapters, lora_rank=0')
+    base.train(**{**LORA, 'init_from': 'resume', 'lora_rank': 3}).refused('trained with lora_rank=2; resume with that')
+    base.train(init_from='resume', preset='llama', lora_targets='lm_head').refused('lora_targets=c_attn,mlp.c_proj')
+    base.train(init_from='resume', out_dir='base', lora_rank=3, preset='llama').refused('was trained with lora_rank=0')
     base.train(out_dir='base', preset='llama', max_iters=1, seed=5).ok()
     base.sample(max_new_tokens=2).refused('has adapters for the model that was in base', 'has other weights')
     for name in ('ckpt.pt', 'best.pt'):
@@ -171,10 +192,12 @@ def test_refused_by_train(base):
     base.sample(max_new_tokens=2).refused('has adapters for the model in base, which can not be loaded')
 
 
-def test_averaged_weights(base):
-    base.train(**LORA, average_decay=0.5, max_iters=6).ok()
+@pytest.mark.parametrize('int8', [False, True])
+def test_averaged_weights(base, int8):
+    more = {**LORA, 'lora_int8': int8, 'average_decay': 0.5}
+    base.train(**more, max_iters=6).ok()
     state = base.checkpoint()
     assert state['model'].keys() == state['unaveraged'].keys() and all('lora_' in name for name in state['model'])
-    base.train(**LORA, out_dir='half', average_decay=0.5, max_iters=3).ok()
-    base.train(**{**LORA, 'init_from': 'resume'}, out_dir='half', average_decay=0.5, max_iters=6).ok()
+    base.train(**more, out_dir='half', max_iters=3).ok()
+    base.train(**{**more, 'init_from': 'resume'}, out_dir='half', max_iters=6).ok()
     same_tensors(base.checkpoint('half')['unaveraged'], state['unaveraged'])

@@ -70,7 +70,7 @@ def main():
     parser.add_argument('--name', help='name of the dataset (that of the input)')
     parser.add_argument('--tokenizer', required=True, help="a run's out_dir, a model's folder, or a tokenizer file")
     parser.add_argument('--template', help="a Jinja file (the model's template, else that of chat.py)")
-    parser.add_argument('--block_size', type=corpus.positive, help="context to pack for (the model's, else 256)")
+    parser.add_argument('--block_size', type=corpus.positive, help="context to pack for (a run's own, else 256)")
     parser.add_argument('--val_fraction', type=float, default=0.1, help='share of the conversations in val (0.1)')
     parser.add_argument('--skip_bad', action='store_true', help='leave out lines that are no conversation')
     args = parser.parse_args()

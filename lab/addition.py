@@ -60,8 +60,8 @@ def read_sums(data_dir, split):
                         ((0, digits), (digits + 1, digits), (2 * digits + 2, digits + 1)))
         if (a + b == answer).all():
             return lines, a, b
-    raise SystemExit(f'{data_dir}: expected lines such as 123+456=0579 (this script itself turns the answers round); '
-                     f'make them: python data/addition/prepare.py --out_dir={data_dir}')
+    raise SystemExit(f'{data_dir}: expected sums such as 123+456=0579, whose answers this script itself turns round; '
+                     f'make them: python data/addition/prepare.py, and leave out --dataset')
 
 
 def number(ids):
@@ -157,7 +157,7 @@ def main():
     for name, least in (('batch_size', 1), ('steps', 1), ('seeds', 1), ('seed', 0)):  # GPTConfig checks the others
         if config[name] < least:
             raise SystemExit(f'{name}={config[name]}: expected {least} or more')
-    common.use_machine(threads=1)
+    common.start(out, seed, threads=1)
     data_dir = dataloader.folder_of(dataset)
     dataloader.prepare_if_missing(data_dir, is_first=True)
     train_lines = read_sums(data_dir, 'train')[0]

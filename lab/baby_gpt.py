@@ -50,7 +50,7 @@ out = 'out-lab'  # folder of the pictures and the numbers
 config = override(globals())
 # ---------------------------------------------------------------------------------------------------------------------
 
-MAX_STATES = 32  # that a picture has room for
+MAX_ARROWS, MAX_LABELS = 64, 32  # that a picture has room for; arrows that have room for their probability
 
 
 def vocabulary(sequence, vocab_size):
@@ -65,12 +65,12 @@ def check_settings():
     for name, is_valid, expected in (
         ('context', context >= 1, '1 token or more, such as --context=3'),
         ('sequence', len(sequence) > context, f'more than context={context} tokens, as in --sequence=111101111011110'),
-        ('sequence', all(map(str.isalnum, sequence)), 'letters and digits'),
-        ('vocab_size', vocab_size in (None, n_tokens), f'the {len(set(sequence))} tokens of the sequence or some more'),
+        ('sequence', all(char.isalnum() and char < '\u2e80' for char in sequence), 'letters and digits of a font'),
+        ('vocab_size', vocab_size in (None, n_tokens), f'the {len(set(sequence))} tokens of the sequence, or up to 36'),
         ('sequence', n_tokens > 1, 'two different tokens; or a second one that never comes, with --vocab_size=2'),
-        ('context', n_tokens ** min(context, 6) <= MAX_STATES,
-         f'{n_tokens}^context to be at most {MAX_STATES} states; try a smaller --context or fewer tokens'),
-        ('steps', steps >= 1, '1 or more'),
+        ('context', n_tokens ** min(context + 1, 7) <= MAX_ARROWS,
+         f'{n_tokens}^(context + 1) to be at most {MAX_ARROWS} arrows; try a smaller --context or fewer tokens'),
+        ('steps', steps >= 0, '0 or more'),
         ('learning_rate', 0 < learning_rate < math.inf, 'more than 0, such as --learning_rate=1e-3'),
         ('weight_decay', 0 <= weight_decay < math.inf, '0 or more'),
     ):
@@ -207,8 +207,9 @@ def draw(ax, places, names, tokens, p, seen, title):
         ax.add_patch(FancyArrowPatch((start.real, start.imag), (end.real, end.imag), arrowstyle='-|>', shrinkA=0,
                                      shrinkB=0, connectionstyle=f'arc3,rad={bend}', mutation_scale=11, color=color,
                                      lw=0.5 + 3 * p[s, t]))
-        ax.text(label.real, label.imag, f'{p[s, t]:.0%}', color=color, ha='center', va='center', fontsize=font,
-                zorder=5, bbox={'facecolor': 'white', 'edgecolor': 'none', 'pad': 0.5})
+        if p.size <= MAX_LABELS:
+            ax.text(label.real, label.imag, f'{p[s, t]:.0%}', color=color, ha='center', va='center', fontsize=font,
+                    zorder=5, bbox={'facecolor': 'white', 'edgecolor': 'none', 'pad': 0.5})
     for place, name, spent, is_seen in zip(places, names, share, seen, strict=True):
         ax.add_patch(Circle((place.real, place.imag), size, facecolor='#FFF3C4' if is_seen else 'white',
                             edgecolor='black', linestyle='-' if is_seen else '--', zorder=4))
@@ -225,7 +226,7 @@ def draw(ax, places, names, tokens, p, seen, title):
 
 def main():
     check_settings()
-    common.use_machine(threads=1)
+    common.start(out, seed, threads=1)
     tokens = vocabulary(sequence, vocab_size)
     names = [''.join(state) for state in product(tokens, repeat=context)]
     n_states, n_tokens = len(names), len(tokens)
@@ -238,6 +239,8 @@ def main():
 
     losses, probabilities = [], []
     for model, loss in train(seed, n_tokens, x, y):
+        if not math.isfinite(loss):
+            raise SystemExit(f'step {len(losses)}: the loss is {loss}; try a lower --learning_rate or --weight_decay')
         losses.append(loss)
         probabilities.append(next_tokens(model, n_tokens, context))
     before, after = probabilities[0], probabilities[-1]

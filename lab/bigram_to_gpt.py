@@ -7,7 +7,7 @@ From a table of letter pairs to a GPT, one part at a time, on Shakespeare's char
 The rungs of Andrej Karpathy's lecture "Let's build GPT: from scratch, in code, spelled out" (2023), all with the same
 batches, as many steps, and AdamW. Asserted at the start: heads as a dimension of the batch are separate heads; the last
 rung, built by hand, is model.GPT. Val loss of the whole split, nats a character, on an AMD EPYC: bigram 2.494, one head
-2.398, multi-head 2.218, feed-forward 2.058, deeper 2.518, residual 1.930, norm 1.966, dropout 2.068, scaled up 1.871.
+2.398, multi-head 2.218, feed-forward 2.058, deeper 2.314, residual 1.930, norm 1.966, dropout 2.068, scaled up 1.868.
 
 Two blocks in a row learn less than one until there are residual connections, so that depth needs them. So shallow a
 net does without the norm, which is for deeper ones ("On Layer Normalization in the Transformer Architecture", Xiong et
@@ -56,7 +56,7 @@ RUNGS = {  # each has the parts of those before it, and one more: what that does
     'one head': ('looks back at what was', 1e-2),
     'multi-head': (f'{n_head} looks at once', 1e-2),
     'feed-forward': ('thinks about what it saw', 1e-2),
-    'deeper': (f'{n_layer} such blocks in a row', 1e-3),
+    'deeper': (f'{n_layer} such blocks in a row', 1e-2),
     'residual': ('blocks add to what comes in', 1e-2),
     'norm': ('blocks read it at one scale', 1e-2),
     'dropout': (f'{dropout:.0%} zeroed in training', 1e-2),
@@ -201,7 +201,7 @@ def main():
         if config[name] < 1:
             raise SystemExit(f'{name}={config[name]}: expected 1 or more')
     GPTConfig(block_size, 1, n_layer, n_head, n_embd, dropout)  # which checks these
-    common.use_machine()
+    common.start(out, seed)
     folder = dataloader.folder_of(dataset)
     dataloader.prepare_if_missing(folder, is_first=True)
     meta = dataloader.load_meta(folder)

@@ -25,11 +25,20 @@ BLUE, RED, GREEN, PURPLE, ORANGE, SKY, BLACK = COLORS = ('#0072B2', '#D55E00', '
                                                          '#56B4E9', '#000000')
 
 
-def use_machine(threads=None):
+def start(out, seed=0, threads=None):
     """
-    Set torch up for this machine's cores. threads: 1 for models so small that a second thread waits more than it works;
-    then the numbers are also the same on any number of cores.
+    Before an experiment: torch is set up for this machine's cores, and the folder of its results made. threads: 1 for
+    models so small that a second thread waits more than it works; then the numbers are also the same on any number of
+    cores. SystemExit if the folder can't be written, now and not after the work; or for a seed out of range.
     """
+    if not 0 <= seed < 2**32:
+        raise SystemExit(f'seed={seed}: expected 0 to {2**32 - 1}')
+    try:
+        os.makedirs(out, exist_ok=True)
+        if not os.access(out, os.W_OK):
+            raise PermissionError('it is write-protected')
+    except OSError as error:
+        raise SystemExit(f'out={out!r} can not be written ({error}); name another folder: --out=FOLDER') from None
     parallel.use_cores()
     if threads:
         torch.set_num_threads(threads)
@@ -113,8 +122,7 @@ def record(out, name, **figures):
 
 
 def write(out, name, data):
-    """Bytes as out/name; the folder is made if it is missing."""
-    os.makedirs(out, exist_ok=True)
+    """Bytes as out/name."""
     path = os.path.join(out, name)
     replace_file(path, data)
     print(f'wrote {path}')

@@ -106,6 +106,7 @@ def draw(sizes, found):
         ax.plot(sizes, found[name], color=color, marker='o')
         ax.set(title=title, xscale='log', xlabel='parameters', xlim=(sizes[0] / 1.2, sizes[-1] * 1.2))
         ax.xaxis.set_major_formatter(lambda value, _: f'{value:,.0f}')
+        ax.xaxis.set_minor_formatter('')
         if name != 'log_likelihood':
             ax.set_ylim(-0.03, 1.03)
             ax.yaxis.set_major_formatter(lambda value, _: f'{value:.0%}')
@@ -118,18 +119,18 @@ def draw(sizes, found):
 
 
 def main():
-    sizes_wanted = widths.split(',')
-    if not all(width.strip().isdigit() and int(width) for width in sizes_wanted) or len(set(sizes_wanted)) < 2:
+    sizes_wanted = {int(width) for width in widths.split(',') if width.strip().isdecimal()}
+    if len(sizes_wanted) < len(widths.split(',')) or len(sizes_wanted) < 2 or 0 in sizes_wanted:
         raise SystemExit(f'widths={widths!r}: expected two or more different numbers of channels, such as 4,8,16')
     for name in ('length', 'n_letters', 'n_layer', 'steps', 'batch_size', 'seeds', 'n_test'):
         if config[name] < 1:
             raise SystemExit(f'{name}={config[name]}: expected 1 or more')
-    common.use_machine(threads=1)
+    common.start(out, seed, threads=1)
     x, y = strings(n_test, torch.Generator().manual_seed(seed - 1))
     sizes, found = [], {'log_likelihood': [], 'letters': [], 'exact': []}
     header = ('width', 'parameters', 'log-likelihood', 'letters right', f'power {length}', 'answers right')
     print('  '.join(header))
-    for width in sorted({int(width) for width in sizes_wanted}):
+    for width in sorted(sizes_wanted):
         runs = []
         for run_seed in range(seed, seed + seeds):
             model = train_one(width, run_seed)
@@ -144,9 +145,12 @@ def main():
     gap = widest_gap(found)
     ahead, behind = risen(found['log_likelihood'])[gap], risen(found['exact'])[gap]
     print(f'\nLargest rise between two neighbouring sizes, of the whole rise:\nwhole answers {steps_up["exact"]:.0%}, '
-          f'letters {steps_up["letters"]:.0%}, log-likelihood {steps_up["log_likelihood"]:.0%}.\n'
-          f'At {sizes[gap]:,} parameters the log-likelihood has made {ahead:.0%} of its rise,\n'
-          f'the whole answers {behind:.0%} of theirs.')
+          f'letters {steps_up["letters"]:.0%}, log-likelihood {steps_up["log_likelihood"]:.0%}.')
+    if ahead > behind:
+        print(f'At {sizes[gap]:,} parameters the log-likelihood has made {ahead:.0%} of its rise,\n'
+              f'the whole answers {behind:.0%} of theirs.')
+    else:
+        print('At none of these sizes is the log-likelihood ahead of the whole answers.')
     common.save(draw(sizes, found), out, 'emergence')
     common.record(out, 'emergence', parameters=sizes, **found, largest_step=steps_up, ahead=ahead,
                   behind=behind)

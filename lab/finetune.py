@@ -161,7 +161,7 @@ def main():
             raise SystemExit(f'{name}={config[name]}: expected more than 0')
     if not 0 < part <= 1:
         raise SystemExit(f'part={part}: expected a fraction, 0 < part <= 1')
-    common.use_machine()
+    common.start(out, seed)
     corpus_train, corpus_val = open_corpus()
     train, val = open_target()
     texts = {'all': train, 'part': train[:int(part * len(train))]}

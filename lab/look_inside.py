@@ -251,7 +251,7 @@ def main():
     if init_from == 'resume' and not any(map(os.path.exists, paths)):
         raise SystemExit(f'no checkpoint in {out_dir}; train one in minutes: python train.py config/quickstart.py\n'
                          f'or name another: --out_dir=FOLDER or --init_from=gpt2')
-    common.use_machine()
+    common.start(out)
     model, tokenizer, _, line = checkpoint.open_model(init_from, out_dir)
     c = model.config
     large = c.n_layer - 1 if layer is None else layer  # its heads

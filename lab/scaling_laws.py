@@ -102,7 +102,7 @@ def job_of(width, C, seed):
 
 def learn(job):
     """Train a model on one core, and append its run with the loss on val to the file of runs as soon as it is done."""
-    common.use_machine()
+    common.start(out, seed)
     torch.set_num_threads(1)
     torch.manual_seed(job['seed'])
     train, val, n_ids = data()

@@ -176,7 +176,7 @@ def main():
             raise SystemExit(f'--{name}={config[name]}: expected {low} to {high}')
     if modulus not in (11, 13, 17, 19, 23, 29, 31):
         raise SystemExit(f'--modulus={modulus}: expected a prime from 11 to 31')
-    common.use_machine()
+    common.start(out, seed)
     torch.manual_seed(seed)
     model = GPT(GPTConfig(**{**PRESETS['modern'], 'n_layer': n_layer, 'n_head': 2, 'n_embd': n_embd,
                              'vocab_size': len(VOCAB), 'block_size': 3 * length + 1}))

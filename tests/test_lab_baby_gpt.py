@@ -124,8 +124,8 @@ def test_other_tokens(folder):
 @pytest.mark.parametrize('settings, said', [
     ({'sequence': '011'}, "sequence='011'"), ({'sequence': ''}, "sequence=''"), ({'sequence': '1111'}, '--vocab_size'),
     ({'sequence': '1-1-1-'}, 'letters and digits'), ({'context': 0}, 'context=0'),
-    ({'context': 6}, '32 states'), ({'vocab_size': 1}, 'vocab_size=1'),
-    ({'steps': 0}, 'steps=0'), ({'learning_rate': -1}, 'learning_rate'), ({'weight_decay': -1}, 'weight_decay')])
+    ({'context': 6}, '64 arrows'), ({'vocab_size': 1}, 'vocab_size=1'),
+    ({'steps': -1}, 'steps=-1'), ({'learning_rate': -1}, 'learning_rate'), ({'weight_decay': -1}, 'weight_decay')])
 def test_bad_settings(settings, said):
     with pytest.raises(SystemExit) as error:
         load_lab('baby_gpt', *(f'--{key}={value}' for key, value in settings.items())).check_settings()

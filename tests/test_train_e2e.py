@@ -848,7 +848,8 @@ for name in ('gradient_accumulation_steps', 'dropout', 'learning_rate', 'lr_deca
 def test_recipes(folder, config):
     """Each of config/ with a small model and few steps on top: it trains, with finite losses and its own settings."""
     source = (ROOT / 'config' / config).read_text()
-    run = folder.start('train.py', ROOT / 'config' / config, **SMALL).ok()
+    begins = {'init_from': 'scratch'} if 'init_from' in source else {}  # of those that go on from another's model
+    run = folder.start('train.py', ROOT / 'config' / config, **SMALL, **begins).ok()
     assert all(math.isfinite(loss) for loss in losses(run)[0].values()) and len(losses(run)[0]) == 4
     assert f"preset = '{folder.checkpoint()['config']['preset']}'" in source or 'classic' in config
     assert f'train.py config/{config}' in source  # its docstring says how to run it

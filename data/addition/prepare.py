@@ -76,7 +76,11 @@ def main():
                                 source=f'sums of {args.digits}-digit numbers, answers {args.order}, '
                                        f'seed {args.seed}', val_fraction=args.val_fraction,
                                 total=sum(map(len, texts.values())))
-    corpus.report(args.out_dir, meta, started, 'python lab/addition.py')
+    name = os.path.basename(os.path.abspath(args.out_dir))
+    following = 'python lab/addition.py' + (f' --dataset={name}' if name != 'addition' else '')
+    if args.order == 'reversed':  # lab/addition.py turns plain ones round itself
+        following = f'python train.py config/quickstart.py --dataset={name} --out_dir=out-{name}'
+    corpus.report(args.out_dir, meta, started, following)
 
 
 if __name__ == '__main__':

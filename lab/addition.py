@@ -1,7 +1,7 @@
 """
 Which way a small GPT learns to add: answers as we write them, or units first.
 
-    $ python lab/addition.py                             # 80 seconds on two cores
+    $ python lab/addition.py                             # 80 seconds on one core
     $ python lab/addition.py --steps=1000 --seeds=1      # by then the other order has caught up
     $ python lab/addition.py --n_train=3000 --seeds=1    # learn from a third of a percent of the sums
 

@@ -1,7 +1,7 @@
 """
 An ability that seems to emerge with scale, and the smooth curve that it is made of.
 
-    $ python lab/emergence.py              # 100 seconds on two cores
+    $ python lab/emergence.py              # 100 seconds on one core
     $ python lab/emergence.py --length=4   # shorter answers: where is the jump now?
     $ python lab/emergence.py --seeds=1 --widths=3,4,5,6,7,8,9,10,11,12
 

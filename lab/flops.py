@@ -279,6 +279,7 @@ def check_settings():
 
 def main():
     check_settings()
+    common.start(out, seed)
     plt = common.pyplot()
     changes = {name: config[name] for name in ('n_layer', 'n_head', 'n_kv_head', 'n_embd', 'mlp')}
     chosen = config_of(size, **{name: value for name, value in changes.items() if value is not None})

@@ -331,6 +331,7 @@ def hold_out(best, samples):
 
 def main():
     check_settings()
+    common.start(out, seed)
     plt = common.pyplot()
     if table:
         fit_table(plt)

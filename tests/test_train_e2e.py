@@ -550,7 +550,7 @@ def test_wandb_offline(folder):
     ({'lr_decay_iters': 1}, ['lr_decay_iters=1: expected at least warmup_iters=2']),
     ({'dtype': 'float8'}, ["dtype='float8': expected 'auto', 'float32', 'bfloat16', 'float16'"]),
     ({'device': 'gpu'}, ["device='gpu' is no device"]), ({'compile': 'maybe'}, ["compile='maybe'"]),
-    ({'init_from': 'gpt3'}, ["init_from='gpt3': expected a folder in Hugging Face layout or one of scratch"]),
+    ({'init_from': 'gpt3'}, ["init_from='gpt3': expected another run's out_dir, a folder in", 'one of scratch']),
     ({'init_from': 'resume'}, ['no checkpoint at out/ckpt.pt', 'python train.py --out_dir=out']),
     ({'block_size': 400}, ['val.bin has 333 tokens, fewer than block_size + 1 = 401', '--block_size=332'])])
 def test_refused(folder, changes, said):

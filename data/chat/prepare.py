@@ -60,7 +60,12 @@ def open_tokenizer(source):
         if described is None:
             raise ValueError(f'{source} has no tokenizer.json; copy that of the model into the folder')
         return tokenizers.from_dict(described), huggingface.load_chat_template(source), None
-    return tokenizers.load(source), None, None
+    try:
+        return tokenizers.load(source), None, None
+    except ValueError as error:
+        if os.path.exists(source):
+            raise
+        raise ValueError(f"--tokenizer={source}: there is no run or model in such a folder; {error}") from None
 
 
 def main():

@@ -37,8 +37,8 @@ def command(**changes):
     return shlex.join(['python', sys.argv[0], *kept, *(f'--{key}={value}' for key, value in changes.items())])
 
 
-def log(out_dir, **record):
-    """Append a line to out_dir/log.jsonl; a disk without room for it is no reason to stop."""
+def log(out_dir, say=print, **record):
+    """Append a line to out_dir/log.jsonl; a disk without room for it is no reason to stop. say: how to warn of it."""
     path = os.path.join(out_dir, 'log.jsonl')
     size = os.path.getsize(path) if os.path.exists(path) else 0
     try:
@@ -46,7 +46,7 @@ def log(out_dir, **record):
             f.write(json.dumps(record) + '\n')
     except OSError as error:
         os.truncate(path, size)  # the part of the line that still found room
-        print(f'WARNING: {path} lacks the line of step {record["step"]}: {error}')
+        say(f'WARNING: {path} lacks the line of step {record["step"]}: {error}')
 
 
 def save(out_dir, state, is_best):

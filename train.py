@@ -19,7 +19,6 @@ saves and says how to go on. A dataset that is missing is prepared first.
 
 import copy
 import gc
-import json
 import math
 import os
 import shlex
@@ -41,6 +40,7 @@ import huggingface
 import lora
 import optim
 import parallel
+import runs
 import tokenizer
 from configurator import explain_errors, override
 from generate import generate_texts
@@ -488,15 +488,8 @@ def stop_not_finite(step, what):
 
 
 def log(**record):
-    """Append a line to out_dir/log.jsonl; a disk without room for it is no reason to stop training."""
-    path = os.path.join(out_dir, 'log.jsonl')
-    size = os.path.getsize(path) if os.path.exists(path) else 0
-    try:
-        with open(path, 'a', encoding='utf-8') as f:
-            f.write(json.dumps(record) + '\n')
-    except OSError as error:
-        os.truncate(path, size)  # the part of the line that still found room
-        bar.write(f'WARNING: {path} lacks the line of step {record["step"]}: {error}')
+    """Append a line to out_dir/log.jsonl, and send it to wandb."""
+    runs.log(out_dir, bar.write, **record)
     if wandb_log:
         wandb.log(record, step=record['step'])
 

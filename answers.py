@@ -12,6 +12,7 @@ model finds them, and how good a reward model.
 """
 
 import json
+import math
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -96,6 +97,11 @@ def pair_rows(pairs, device):
     return to_rows([chosen for chosen, _ in pairs] + [rejected for _, rejected in pairs], device)
 
 
+def lengths_of(mask):
+    """Masks (N, T) -> the lengths of rows up to the last token that counts, (N,)."""
+    return mask.size(1) - mask.flip(1).int().argmax(dim=1)
+
+
 # Of a model ----------------------------------------------------------------------------------------------------------
 
 
@@ -146,3 +152,20 @@ def scores_of(critic, prompts, answers, stop_ids, ending):
             for prompt, answer in zip(prompts, answers, strict=True)]
     idx, _ = to_rows([(ids, ids) for ids in rows], critic.value_head.weight.device)
     return critic.scores(idx, torch.tensor([len(ids) for ids in rows], device=idx.device))
+
+
+@torch.no_grad()
+def ratings_of(critic, messages, texts, template, tokenizer):
+    """
+    What a reward model says to texts that answer a conversation, a list of numbers: -inf to an empty one, and to one
+    that is too long for its context.
+    """
+    scores = [-math.inf] * len(texts)
+    rows = {i: render_answer(messages, text, template, tokenizer) for i, text in enumerate(texts) if text.strip()}
+    rows = {i: row for i, row in rows.items() if len(row[0]) <= critic.config.block_size}
+    if rows:
+        idx, _ = to_rows(rows.values(), critic.value_head.weight.device)
+        lengths = torch.tensor([len(ids) for ids, _ in rows.values()], device=idx.device)
+        for i, score in zip(rows, critic.scores(idx, lengths).tolist(), strict=True):
+            scores[i] = score
+    return scores

@@ -58,7 +58,11 @@ def load_meta(data_dir):
 
 
 def folder_of(dataset):
-    """data/<dataset> here, or else beside this file, where prepare.py of a dataset writes."""
+    """
+    data/<dataset> here, or else beside this file, where prepare.py of a dataset writes; or a path, ./mine or runs/mine.
+    """
+    if os.path.basename(dataset) != dataset and os.path.isdir(dataset):
+        return dataset
     here = os.path.join('data', dataset)
     beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), here)
     return beside if os.path.isdir(beside) and not os.path.isdir(here) else here

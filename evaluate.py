@@ -34,8 +34,9 @@ A chat model is asked in its own format; any other, or with --shots=4 every one,
 continues examples that are solved (of the file itself, where there is one) and
 the question. The accuracy has Wilson's interval, which holds the true one in
 95% of cases. With --num_samples=9 --temperature=0.8 the most frequent of nine
-answers counts (self-consistency); also given are the accuracy of single samples
-and the share of questions that at least one of them gets right.
+answers counts (self-consistency), with --reward_model=out-reward the one that it
+scores highest (best of n); also given are the accuracy of single samples and the
+share of questions that at least one of them gets right.
 
 Of multiple choice the likeliest choice counts, by the log-probability of all of
 its text, "accuracy", and by that of a character, "accuracy_norm": what
@@ -56,8 +57,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import answers
 import checkpoint
 import corpus
+import critic
 import dataloader
 import huggingface
 import parallel
@@ -73,7 +76,7 @@ sys.stdout.reconfigure(errors='replace')  # a terminal that can't show a file's 
 init_from = 'resume'  # 'resume': a checkpoint in out_dir; 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'; a HF folder
 out_dir = 'out'  # where train.py wrote ckpt.pt and best.pt
 which = 'best'  # 'best': best.pt where there is one, else ckpt.pt; 'last': ckpt.pt
-dataset = ''  # a folder under data/; '': the one the checkpoint was trained on
+dataset = ''  # a folder under data/, or the path of one elsewhere; '': the one the checkpoint was trained on
 split = 'val'  # of the dataset: 'val' or 'train'
 input = ''  # instead of a dataset: a text file, .jsonl, .csv, .tsv, .parquet or a folder of such, for any tokenizer
 stride: int | None = None  # tokens from a window to the next, 1 to block_size; None or 0: block_size
@@ -92,6 +95,7 @@ kinds = ''  # only of these kinds: addition,spelling; '': all
 shots: int | None = None  # examples before the question, as plain text; None: 0 for a chat model, else 4
 max_new_tokens = 128  # of an answer
 num_samples = 1  # answers to a question, of which the most frequent counts
+reward_model = ''  # out_dir of reward.py: the answer counts that has its highest score instead
 temperature = 0.0  # 0: the likeliest tokens
 tools = False  # True: a chat model is told that it has a calculator, and may call it
 seed = 1337  # of what is asked and drawn
@@ -112,11 +116,13 @@ for name, is_valid, expected in (
     ('num_samples', num_samples >= 1, '1 or more'),
     ('temperature', 0 <= temperature < math.inf, '0 or more'),
     ('temperature', temperature > 0 or num_samples == 1, 'above 0 with several samples, or all are the same'),
+    ('reward_model', not reward_model or num_samples > 1, 'several answers to choose from: --num_samples=8 '
+     '--temperature=0.8'),
     ('seed', 0 <= seed < 2**64, '0 or more, of 64 bits'),
 ):
     if not is_valid:
         raise ValueError(f'{name}={config[name]!r}: expected {expected}')
-of_tasks = {'n', 'kinds', 'shots', 'max_new_tokens', 'num_samples', 'temperature', 'tools', 'seed'}
+of_tasks = {'n', 'kinds', 'shots', 'max_new_tokens', 'num_samples', 'reward_model', 'temperature', 'tools', 'seed'}
 of_texts = {'dataset', 'stride', 'max_tokens', 'compile'}
 for name in sorted(config.given & (of_texts if task else of_tasks)):
     raise ValueError(f'{name}={config[name]!r} is for {"texts" if task else "tasks"}, and does not go with '
@@ -143,6 +149,19 @@ if task:
     shots = (0 if template else 4) if shots is None else shots
     if tools and (shots or template is None):
         raise ValueError('tools=True: expected a chat model, one trained on conversations, and no --shots')
+    rate = None
+    if reward_model:
+        if shots or template is None:
+            raise ValueError(f'reward_model={reward_model!r}: expected a chat model, one trained on conversations, and '
+                             f'no --shots')
+        judge, their_tokenizer, their_template, judge_line = critic.open_reward_model(reward_model)
+        print(f'reward model: {judge_line}')
+        if not huggingface.same_tokenizer(text_tokenizer.to_dict(), their_tokenizer.to_dict()):
+            raise ValueError(f'the reward model in {reward_model} has another tokenizer than the model it is to judge')
+        judge.to(device)
+
+        def rate(example, texts):
+            return answers.ratings_of(judge, example['messages'], texts, their_template, their_tokenizer)
     part = 'train' if split == 'train' else 'all' if input else 'test'
     wanted = tuple(kind.strip() for kind in kinds.split(',')) if kinds else ()
     examples = questions.examples(part, n, seed, input=input, kinds=wanted)
@@ -154,7 +173,8 @@ if task:
     bar = tqdm(total=len(examples), unit='question', disable=None, leave=False, dynamic_ncols=True)
     try:
         found = tasks.measure(questions, examples, model, text_tokenizer, template, pool, shots, max_new_tokens,
-                              num_samples, tools, seed, batch_size or 64, bar.update, temperature=temperature)
+                              num_samples, tools, seed, batch_size or 64, bar.update, rate,
+                              temperature=temperature)
     except RuntimeError as error:
         if not parallel.out_of_memory(error):
             raise
@@ -172,7 +192,8 @@ if task:
         print(f'shots: {found["shots"]:.3g} of {shots} on average, as many as fit')
     print(json.dumps({'task': task, **found['kinds']['all'], **found['others'], 'shots': found['shots'],
                       'kinds': found['kinds'], 'asked': asked, 'model': line, 'questions': input or part,
-                      'tools': tools, 'num_samples': num_samples, 'temperature': temperature, 'seed': seed,
+                      'tools': tools, 'num_samples': num_samples, 'reward_model': reward_model,
+                      'temperature': temperature, 'seed': seed,
                       'dtype': quantize or dtype, 'device': str(device),
                       'seconds': round(time.perf_counter() - started, 3)}))
     raise SystemExit

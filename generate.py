@@ -142,6 +142,12 @@ class Decoder:
         if self.cache.length == self.model.config.block_size:
             self.start_over(self.cache.length + 1 - self.slide)
 
+    def keep(self, rows):
+        """Go on with these rows of the batch alone. Not for a compiled step, which has one shape."""
+        self.idx, self.new = self.idx[rows], self.new[rows]
+        self.padding = None if self.padding is None else self.padding[rows]
+        self.cache.keep(rows)
+
     def logits(self):
         """-> (B, V), of what follows the context."""
         if not self.model.has_compiled_step:
@@ -184,7 +190,8 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=
     """
     Continue the prompts, idx (B, T) or lists of ids of any lengths above 0. After every token yield (ids, logprobs,
     ended): the new ids (B, 1); the log-probabilities that the model itself gives them, before any control, (B, 1);
-    and B bools, whether a row has ended, without its new id, which is one of stop_ids or of no meaning.
+    and B bools, whether a row has ended, without its new id, which is one of stop_ids or of no meaning. Rows that have
+    ended are no longer computed once they are a quarter of all.
 
     vocab_size: ids from there on, the padding of the embedding, are never drawn. u: (B, max_new_tokens) of [0, 1),
     which decide over what is drawn; None: random ones. matchers: B of constrain.Constraint.matcher(), or None.
@@ -207,6 +214,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=
             1, idx, is_token.int())[:, :V].bool().to(draw_on)
     draw = functools.partial(sample_next, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     decoder = Decoder(model, idx, padding, T + max_new_tokens, cache_dtype, slide)
+    rows = torch.arange(B)  # those that are computed: all at first
     for step in range(max_new_tokens):
         logits = plain = decoder.logits()[:, :V].to(draw_on).float()
         if seen is not None:
@@ -214,26 +222,35 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=
         if matchers is None:
             next_id = draw(logits, u=u[:, step])
         else:
-            next_id = torch.zeros(B, 1, dtype=torch.long, device=draw_on)
-            for row in range(B):
+            next_id = torch.zeros(len(rows), 1, dtype=torch.long, device=draw_on)
+            for i, row in enumerate(rows.tolist()):
                 allowed_id = None if ended[row] else sample_allowed(
-                    logits[row : row + 1], matchers[row], max_new_tokens - step,
-                    functools.partial(draw, u=u[row : row + 1, step]))
+                    logits[i : i + 1], matchers[row], max_new_tokens - step,
+                    functools.partial(draw, u=u[i : i + 1, step]))
                 ended[row] = allowed_id is None
-                next_id[row] = 0 if ended[row] else allowed_id
-        for row, drawn in enumerate(next_id[:, 0].tolist() if stop_ids else ()):
+                next_id[i] = 0 if ended[row] else allowed_id
+        for row, drawn in zip(rows.tolist(), next_id[:, 0].tolist(), strict=True) if stop_ids else ():
             ended[row] = ended[row] or drawn in stop_ids
         logprobs = plain.gather(1, next_id) - plain.logsumexp(-1, keepdim=True)
         if logprobs.isnan().any():
             raise ValueError('the logits are not numbers: the weights are broken, or their precision can not hold what '
                              'they give (--dtype=float32 can)')
-        yield next_id.to(device), logprobs, list(ended)
-        if all(ended):
+        found = next_id.to(device), logprobs
+        if len(rows) < B:
+            found = (part.new_zeros(B, 1).index_copy_(0, rows.to(part.device), part) for part in found)
+        yield *found, list(ended)
+        going = [i for i, row in enumerate(rows.tolist()) if not ended[row]]
+        if not going:
             return
         if seen is not None:
             seen.scatter_(1, next_id, True)
         if step + 1 < max_new_tokens:
             decoder.append(next_id.to(device))
+            # to go on with fewer rows means to copy their cache: not for every row that ends
+            if len(going) <= 0.75 * len(rows) and not decoder.is_compiled:
+                decoder.keep(torch.tensor(going, device=device))
+                rows, u = rows[going], u[going]
+                seen = None if seen is None else seen[going]
 
 
 # Text -----------------------------------------------------------------------------------------------------------------

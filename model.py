@@ -193,6 +193,11 @@ class KVCache:
         self.length = length
         self.next_slot.fill_(length)
 
+    def keep(self, rows):
+        """Of the batch these rows alone, a tensor of their numbers."""
+        self.k, self.v = self.k[:, rows], self.v[:, rows]
+        self.padding = None if self.padding is None else self.padding[rows]
+
     def make_room(self, B, T):
         """For T more tokens of B rows. ValueError if the cache was not made for so many."""
         rows, S, needed = self.k.size(1), self.k.size(3), self.length + T

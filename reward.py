@@ -35,7 +35,7 @@ import dataloader
 import optim
 import parallel
 import runs
-from answers import pair_rows, read_pairs
+from answers import lengths_of, pair_rows, read_pairs
 from configurator import explain_errors, override
 from losses import bradley_terry_loss
 from tasks.common import wilson
@@ -133,9 +133,8 @@ state = None  # the loaded tensors are no longer needed
 def score(pairs):
     """Scores of the chosen and of the rejected answers, (n,) both."""
     idx, mask = pair_rows(pairs, device)
-    lengths = mask.size(1) - mask.flip(1).int().argmax(dim=1)  # the last token of an answer counts, padding does not
     with autocast:
-        return model.scores(idx, lengths).chunk(2)
+        return model.scores(idx, lengths_of(mask)).chunk(2)  # at the last token of each answer
 
 
 @torch.no_grad()

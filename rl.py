@@ -23,6 +23,7 @@ resume), best.pt (most held-out answers right), log.jsonl, config.json. Ctrl-C o
 SIGTERM finishes the step, saves and says how to go on.
 """
 
+import collections
 import copy
 import math
 import os
@@ -45,7 +46,7 @@ import losses
 import optim
 import parallel
 import runs
-from answers import draw_answers, ending_of, logprobs_of, pair_rows, read_pairs, scores_of, to_rows
+from answers import draw_answers, ending_of, lengths_of, logprobs_of, pair_rows, read_pairs, scores_of, to_rows
 from calculator import generate_with_tools
 from configurator import explain_errors, override
 from generate import uniforms
@@ -75,7 +76,8 @@ group_size = 8  # answers to each prompt; grpo compares them
 max_new_tokens = 64  # of an answer
 temperature = 1.0  # at which answers are drawn, and of the probabilities that are learnt
 epochs = 1  # how often a step learns from its answers
-minibatch_size = 128  # answers (dpo: pairs) in an update, as many as fit in memory
+minibatch_size = 128  # answers (dpo: pairs) in an update
+micro_batch_size = 32  # of them at once, as many as fit in memory; does not change the mathematics
 # what is learnt
 kl_coef = 0.02  # how dear it is to move away from the reference: grpo in the loss, ppo in the reward of each token
 clip = 0.2  # grpo, ppo: how far, as a factor, a step can move the probability of a token
@@ -111,7 +113,7 @@ for names, is_valid, expected in (
     (('group_size',), lambda value: value >= (2 if algorithm == 'grpo' else 1),
      '1 or more, and for grpo, which compares the answers to a prompt, 2'),
     (('eval_interval', 'log_interval', 'train_examples', 'eval_examples', 'prompts_per_step', 'max_new_tokens',
-      'epochs', 'minibatch_size'), lambda value: value >= 1, '1 or more'),
+      'epochs', 'minibatch_size', 'micro_batch_size'), lambda value: value >= 1, '1 or more'),
     (('max_iters', 'warmup_iters', 'kl_coef', 'weight_decay', 'grad_clip', 'learning_rate', 'critic_lr',
       'value_clip', 'critic_warmup'),
      lambda value: 0 <= value < math.inf, '0 or more'),
@@ -326,12 +328,20 @@ def stop_not_finite(what):
                      f'--dtype=float32')
 
 
-def update(optimizer, model, loss):
+def micro_batches(rows, lengths):
+    """
+    [(numbers of rows, their longest length), ...]: the rows in parts of similar lengths. Answers differ much in length,
+    so that of all at once most would be padding.
+    """
+    parts = rows[lengths[rows].argsort()].split(micro_batch_size)
+    return [(part, int(lengths[part].max())) for part in parts]
+
+
+def update(optimizer, model):
     """One step of an optimizer; -> the norm of the gradient."""
-    loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf).item()
-    if not (math.isfinite(loss.item()) and math.isfinite(norm)):
-        stop_not_finite(f'loss is {loss.item()}, norm of the gradient {norm}')
+    if not math.isfinite(norm):
+        stop_not_finite(f'the norm of the gradient is {norm}')
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
@@ -366,6 +376,7 @@ while True:
     # experience: rows of ids, and a mask of what the policy is to be judged by
     if algorithm == 'dpo':
         idx, mask = pair_rows([train_pairs[i] for i in indices], device)
+        lengths = lengths_of(mask).view(2, -1).amax(dim=0)  # of the longer of two answers
         n_items, record = prompts_per_step, {}
     else:
         examples, prompts = zip(*(train_prompts[i] for i in indices for _ in range(group_size)), strict=True)
@@ -374,23 +385,25 @@ while True:
         answers, chosen, texts = answers_to(prompts, temperature, u)
         idx, mask = to_rows([(prompt + answer, [0] * len(prompt) + own)
                              for prompt, answer, own in zip(prompts, answers, chosen, strict=True)], device)
-        n_items, acts = len(idx), mask[:, 1:]  # acts: which of what follows a state the policy chose, (N, T - 1)
+        n_items, lengths = len(idx), lengths_of(mask)
+        acts = mask[:, 1:]  # which of what follows a state the policy chose, (N, T - 1)
 
         # the rewards, and what the policy that drew them, the reference and the value function say to these answers
         rewards = score(prompts, answers) if judge else torch.tensor(
             [float(questions.reward(example, text)) for example, text in zip(examples, texts, strict=True)],
             device=device)
+        old_logprobs, entropies, reference_logprobs, old_values = torch.zeros(4, *acts.shape, device=device)
         with torch.no_grad():
-            parts = list(zip(idx.split(minibatch_size), mask.split(minibatch_size), strict=True))
-            old_logprobs, entropies = (torch.cat(of) for of in zip(*(say(policy, *p) for p in parts), strict=True))
-            reference_logprobs = torch.cat([say(reference, *part)[0] for part in parts])
-            k1, _, k3 = losses.kl_estimates(old_logprobs, reference_logprobs)
-            old_values = torch.cat([values_of(part) for part, _ in parts]) if algorithm == 'ppo' else None
+            for part, T in micro_batches(torch.arange(n_items, device=device), lengths):
+                old_logprobs[part, : T - 1], entropies[part, : T - 1] = say(policy, idx[part, :T], mask[part, :T])
+                reference_logprobs[part, : T - 1], _ = say(reference, idx[part, :T], mask[part, :T])
+                if algorithm == 'ppo':
+                    old_values[part, : T - 1] = values_of(idx[part, :T])
+        k1, _, k3 = losses.kl_estimates(old_logprobs, reference_logprobs)
         if algorithm == 'grpo':
             advantages = losses.group_advantages(rewards, group_size, normalize_std)[:, None]
         else:
-            last = acts.size(1) - 1 - acts.flip(1).int().argmax(dim=1)  # (N,), the last token that it chose
-            token_rewards = (-kl_coef * k1).scatter_add(1, last[:, None], rewards[:, None])
+            token_rewards = (-kl_coef * k1).scatter_add(1, lengths[:, None] - 2, rewards[:, None])
             advantages, returns = losses.gae(token_rewards, old_values, acts, gamma, lam)
             advantages = losses.whiten(advantages, acts)
         record = {'reward': rewards.mean().item(), 'accuracy': sum(map(is_right, examples, texts)) / n_items,
@@ -398,32 +411,45 @@ while True:
                   'length': acts.sum().item() / n_items}
 
     # learn from it
+    learns = algorithm != 'ppo' or iter_num >= critic_warmup
     updates = []
     for rows in (rows for _ in range(epochs) for rows in torch.randperm(n_items).to(device).split(minibatch_size)):
-        if algorithm == 'dpo':
-            both = torch.cat((rows, rows + n_items))
-            pair_losses, margins, mean_entropy = learn_from_pairs(idx[both], mask[both])
-            loss = pair_losses.mean()
-            of_update = {'margin': margins.mean(), 'preferred': (margins > 0).float().mean(), 'entropy': mean_entropy}
-        else:
-            logprobs, _ = say(policy, idx[rows], mask[rows])
-            reduction = 'sequence-mean' if algorithm == 'grpo' else 'token-mean'
-            loss = losses.clipped_policy_loss(logprobs, old_logprobs[rows], advantages[rows], acts[rows], clip,
-                                              clip_high, reduction)
-            ratio = (logprobs.detach() - old_logprobs[rows]).exp()
-            of_update = {'clipped': losses.masked_mean(((ratio - 1).abs() > clip).float(), acts[rows])}
-        if algorithm == 'grpo':
-            _, _, kl = losses.kl_estimates(logprobs, reference_logprobs[rows])
-            loss = loss + kl_coef * losses.reduced(kl, acts[rows], reduction)
+        sums = collections.Counter()
+        for part, T in micro_batches(rows, lengths):
+            weight = len(part) / len(rows)
+            if algorithm == 'dpo':
+                both = torch.cat((part, part + n_items))
+                pair_losses, margins, mean_entropy = learn_from_pairs(idx[both, :T], mask[both, :T])
+                loss = pair_losses.mean()
+                found = {'margin': margins.mean(), 'preferred': (margins > 0).float().mean(), 'entropy': mean_entropy}
+            else:
+                own, reduction = acts[part, : T - 1], 'sequence-mean'
+                if algorithm == 'ppo':
+                    weight, reduction = (own.sum() / acts[rows].sum()).item(), 'token-mean'
+                logprobs, _ = say(policy, idx[part, :T], mask[part, :T])
+                old = old_logprobs[part, : T - 1]
+                loss = losses.clipped_policy_loss(logprobs, old, advantages[part, : T - 1], own, clip, clip_high,
+                                                  reduction)
+                found = {'clipped': losses.masked_mean((((logprobs - old).exp() - 1).abs() > clip).float(), own)}
+            if algorithm == 'grpo':
+                _, _, kl = losses.kl_estimates(logprobs, reference_logprobs[part, : T - 1])
+                loss = loss + kl_coef * losses.reduced(kl, own, reduction)
+            if algorithm == 'ppo':
+                value_loss = losses.clipped_value_loss(values_of(idx[part, :T]), old_values[part, : T - 1],
+                                                       returns[part, : T - 1], own, value_clip or math.inf)
+                (weight * value_loss).backward()
+                found['value_loss'] = value_loss
+            if learns:
+                (weight * loss).backward()
+            sums.update({key: weight * value.item() for key, value in {**found, 'loss': loss}.items()})
+        if not math.isfinite(sums['loss']):
+            stop_not_finite(f'loss is {sums["loss"]}')
         if algorithm == 'ppo':
-            value_loss = losses.clipped_value_loss(values_of(idx[rows]), old_values[rows], returns[rows], acts[rows],
-                                                   value_clip or math.inf)
-            update(value_opt, value_model, value_loss)
-            of_update['value_loss'] = value_loss.detach()
-        if algorithm != 'ppo' or iter_num >= critic_warmup:
-            of_update['grad_norm'] = update(opt, policy, loss)
-        updates.append({**of_update, 'loss': loss.detach()})
-    record.update({key: sum(float(one[key]) for one in updates) / len(updates) for key in updates[0]})
+            update(value_opt, value_model)
+        if learns:
+            sums['grad_norm'] = update(opt, policy)
+        updates.append(sums)
+    record.update({key: sum(one[key] for one in updates) / len(updates) for key in updates[0]})
     iter_num += 1
     dt = time.perf_counter() - t0
     train_time += dt

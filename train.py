@@ -67,7 +67,7 @@ wandb_log = False
 wandb_project = 'owt'
 wandb_run_name = 'gpt2'
 # data
-dataset = 'openwebtext'  # a folder under data/
+dataset = 'openwebtext'  # a folder under data/, or the path of one elsewhere
 total_batch_size = 0  # tokens a step, over all processes; 0: gradient_accumulation_steps * batch_size * block_size
 gradient_accumulation_steps = 5 * 8  # micro-batches a step, over all processes, if total_batch_size is 0
 batch_size = 12  # sequences in a micro-batch: as many as fit in memory; does not change the mathematics

@@ -279,15 +279,16 @@ def loglikelihoods(model, pairs, batch_size=64):
 
 
 def measure(task, examples, model, tokenizer, template=None, pool=(), shots=0, max_new_tokens=128, num_samples=1,
-            tools=False, seed=1337, batch_size=64, progress=lambda n: None, **controls):
+            tools=False, seed=1337, batch_size=64, progress=lambda n: None, rate=None, **controls):
     """
     The accuracy of a model on a task: of a chat, if it has a template and shots is 0, or else of plain text that begins
     with that many solved examples of the pool. Multiple choice is decided by likelihood, everything else by answer().
+    Of several samples the most frequent answer counts; with rate(example, texts) -> scores, the best (best of n).
 
     -> {'kinds': of accuracies(), 'shots': how many examples each had on average, 'others': {name: accuracy}}: of
-    multiple choice that by the log-probability of a character of the choices, 'accuracy_norm'; of several samples, of
-    which the most frequent answer counts, that of a single one and the share of questions that any
-    of them gets right.
+    multiple choice that by the log-probability of a character of the choices, 'accuracy_norm'; of several samples
+    'accuracy_of_one', the mean of all, 'accuracy_of_any', the share of questions that one of them or more gets right,
+    and with rate 'accuracy_of_majority'.
     """
     block_size, is_choice = model.config.block_size, 'choices' in examples[0]
     room = block_size if is_choice else max(1, block_size - max_new_tokens)
@@ -313,14 +314,18 @@ def measure(task, examples, model, tokenizer, template=None, pool=(), shots=0, m
         texts = answer(model, tokenizer, prompts, max_new_tokens, template, num_samples, tools, seed, batch_size,
                        progress, **controls)
         rights, others = [], {}
-        n_right = n_any = 0
+        n_right = n_any = n_majority = 0
         for i, example in enumerate(examples):
             mine = texts[i * num_samples : (i + 1) * num_samples]
             each = [task.evaluate(example, text) for text in mine]
-            n_right, n_any = n_right + sum(each), n_any + any(each)
-            rights.append(task.evaluate(example, majority_text(task, mine)))
+            by_majority = task.evaluate(example, majority_text(task, mine))
+            n_right, n_any, n_majority = n_right + sum(each), n_any + any(each), n_majority + by_majority
+            scores = rate(example, mine) if rate else []
+            rights.append(each[scores.index(max(scores))] if rate else by_majority)
         if num_samples > 1:
             others = {'accuracy_of_one': n_right / len(texts), 'accuracy_of_any': n_any / len(examples)}
+        if rate:
+            others['accuracy_of_majority'] = n_majority / len(examples)
     return {'kinds': accuracies([example['kind'] for example in examples], rights), 'shots': n_shots / len(examples),
             'others': others}
 

@@ -166,13 +166,14 @@ def table(rng):
            'price': [f'What does the {key} cost?', f'How much is the {key}?'],
            'colour': [f'What colour does {key} like?', f'Which colour is for {key}?']}[about]
     rows = list(zip(keys, values, strict=True))
+    said = '\n'.join(sentence.format(*row) for row in rng.sample(rows, count))
     shown = [', '.join(f'{key} {value}' for key, value in rows) + '.', '\n'.join(f'| {k} | {v} |' for k, v in rows),
              '\n'.join(f'{key}: {value}' for key, value in rows)]
     return {
         'content': f'{sorted(rows)} {key}', 'answer': value, 'steps': None, 'call': None,
         'ways': [f'{rows_shown}\n{question}' for rows_shown, question in itertools.product(shown, ask)],
         'mistakes': [other for other in values if other != value],
-        'facts': [f'{rows_shown}\n{sentence.format(key, value)}' for rows_shown in shown]}
+        'facts': [f'{rows_shown}\n{said}' for rows_shown in shown]}
 
 
 KINDS = {'addition': addition, 'subtraction': subtraction, 'counting': counting, 'reversing': reversing,

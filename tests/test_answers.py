@@ -1,6 +1,7 @@
 """answers.py, critic.py: pairs, rows, drawing, log-probabilities, scores. Run: pytest tests/test_answers.py"""
 
 import json
+import math
 
 import pytest
 import torch
@@ -198,3 +199,15 @@ def test_scores_of_answers():
     assert scores[0] == scores[1] == scores[2] != scores[3]
     ids, _ = answers.render_answer([{'role': 'user', 'content': 'A'}], 'ok', chat.TEMPLATE, TOKENIZER)
     assert ids == PROMPTS[0] + drawn[0]  # what the reward model has learnt from is what it judges
+
+
+def test_ratings():
+    """As the reward model has seen pairs; never the best are an empty answer, and one longer than its context."""
+    model = trained_head(critic.Critic.from_gpt(tiny()).eval())
+    messages, texts = [{'role': 'user', 'content': 'A'}], ['ok', ' ', 'another', 'x' * model.config.block_size]
+    ratings = answers.ratings_of(model, messages, texts, chat.TEMPLATE, TOKENIZER)
+    assert ratings[1] == ratings[3] == -math.inf
+    for i in (0, 2):
+        ids, _ = answers.render_answer(messages, texts[i], chat.TEMPLATE, TOKENIZER)
+        assert ratings[i] == pytest.approx(model(torch.tensor([ids]))[0, -1].item(), abs=1e-5)
+    assert answers.ratings_of(model, messages, ['', ''], chat.TEMPLATE, TOKENIZER) == [-math.inf] * 2

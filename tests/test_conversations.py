@@ -107,8 +107,8 @@ def data(folder):
 def prepare(folder, monkeypatch, capsys, **settings):
     """Run the script in this process with data/ in `folder`; -> (what it printed, exit message or None)."""
     script = load_script(ROOT / 'data/chat/prepare.py')
-    monkeypatch.setattr(corpus, 'output_folder', lambda name, path: ('sums', str(folder.path / 'data' / 'sums')))
-    argv = ['--input=' + str(folder.path / 'sums.jsonl'), '--tokenizer=' + str(folder.path / 'chat.json')]
+    monkeypatch.chdir(folder.path)
+    argv = ['--input=sums.jsonl', '--tokenizer=chat.json', '--out_dir=data/sums']
     argv += [f'--{key}={value}' if value is not True else f'--{key}' for key, value in settings.items()]
     monkeypatch.setattr('sys.argv', ['prepare.py', *argv])
     error = None

@@ -16,9 +16,11 @@ import calculator
 import chat
 import checkpoint
 import corpus
+import critic
 import tokenizer
 from dataloader import sliding_windows, whole_windows
 from model import GPT, PRESETS, GPTConfig
+from tasks import common as tasks
 from tasks import tiny_chat
 
 CHAR = {'kind': 'char', 'chars': ''.join(CHARS)}
@@ -317,6 +319,46 @@ def test_task_with_a_calculator(folder, learnt):
     assert evaluate(folder, **sums, tools=True)['right'] == 2
 
 
+def test_best_of_n(folder, learnt):
+    """The answer counts that the reward model scores highest, whatever most are."""
+    save(folder, learnt, WITH_SPECIALS.to_dict(), chat_template=chat.TEMPLATE)
+    torch.manual_seed(1)
+    judge = critic.Critic.from_gpt(learnt)
+    torch.nn.init.normal_(judge.value_head.weight)
+    settings = {**WORDS, 'num_samples': 5, 'temperature': 2.0, 'max_new_tokens': 40}
+    alone = evaluate(folder, **settings)
+    found = {}
+    for sign in (1, -1):  # the reward model, and its opposite
+        (folder.path / 'judge').mkdir(exist_ok=True)
+        judge.value_head.weight.data *= sign
+        checkpoint.save(folder.path / 'judge', {
+            'model': judge.state_dict(), 'reward_model': True, 'model_args': asdict(judge.config), 'iter_num': 1,
+            'best_val_loss': 0.5, 'config': {}, 'tokenizer': WITH_SPECIALS.to_dict(), 'chat_template': chat.TEMPLATE},
+            is_best=True)
+        found[sign] = evaluate(folder, **settings, reward_model='judge')
+        assert found[sign]['accuracy_of_majority'] == alone['accuracy']
+        assert [found[sign][key] for key in ('accuracy_of_one', 'accuracy_of_any')] == [
+            alone[key] for key in ('accuracy_of_one', 'accuracy_of_any')]
+        # the same by hand
+        judge.eval()
+        prompts = [tasks.chat_prompt(example, chat.TEMPLATE, WITH_SPECIALS, 256) for example in ASKED]
+        texts = tasks.answer(learnt, WITH_SPECIALS, prompts, 40, chat.TEMPLATE, 5, temperature=2.0)
+        n_right = 0
+        for i, example in enumerate(ASKED):
+            rated = []
+            for text in texts[5 * i : 5 * i + 5]:
+                ids, _ = chat.render_conversation([*example['messages'], {'role': 'assistant', 'content': text}],
+                                                  chat.TEMPLATE, WITH_SPECIALS)
+                end = len(ids) - ids[::-1].index(WITH_SPECIALS.special_tokens['<|im_end|>'])
+                rated.append((judge(torch.tensor([ids[:end]]))[0, -1].item(), tiny_chat.evaluate(example, text)))
+            n_right += max(rated)[1]
+        assert found[sign]['right'] == n_right
+    refused = {'n': 2, 'task': 'tiny_chat', 'reward_model': 'judge'}
+    start(folder, **refused).refused("reward_model='judge': expected several answers to choose from: --num_samples=8")
+    start(folder, **refused, num_samples=2, temperature=1, shots=1).refused('expected a chat model', 'no --shots')
+    start(folder, **{**refused, 'reward_model': 'out'}, num_samples=2, temperature=1).refused('is a language model')
+
+
 def test_task_of_a_base_model(folder, learnt):
     """Plain text: an answer ends where the next question begins. With examples in front, as many as have room."""
     save(folder, learnt, WITH_SPECIALS.to_dict())
@@ -409,6 +451,7 @@ def test_gpt2s_tokenizer_by_name_and_from_a_file(folder):
     ({'task': 'tiny_chat', 'stride': 3}, ['stride=3 is for texts, and does not go with --task=tiny_chat']),
     ({'task': 'tiny_chat', 'tools': True}, ['tools=True: expected a chat model']),
     ({'task': 'tiny_chat', 'num_samples': 3}, ['temperature=0.0: expected above 0 with several samples']),
+    ({'reward_model': 'judge'}, ["reward_model='judge': expected several answers"]),
     ({'task': 'tiny_chat', 'n': 0}, ['n=0: expected 1 or more']),
     ({'task': 'tiny_chat', 'shots': -1}, ['shots=-1: expected 0 or more']),
     ({'task': 'tiny_chat', 'kinds': 'sums'}, ["there is no 'sums'; expected some of addition"]),

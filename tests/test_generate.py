@@ -367,6 +367,37 @@ def test_stop_ids(gpt):
     assert [(sample.ids, sample.finish) for sample in samples] == [([5, 6], 'stop')] * 2
 
 
+@pytest.mark.parametrize('controls', [{}, {'repetition_penalty': 1.5}])
+def test_rows_that_have_ended_are_not_computed(gpt, controls):
+    """Each row is what it is alone, up to its end, in ever smaller batches; also beyond block_size."""
+    source = torch.Generator().manual_seed(3)
+    prompts = [torch.randint(32, (length,), generator=source).tolist() for length in (1, 7, 3, 12, 9, 3, 14, 2)]
+    u, sizes = torch.rand(8, 30, generator=source), []
+    hook = gpt.register_forward_hook(lambda module, args, out: sizes.append(len(args[0])))
+
+    def until_ended(prompts, u):
+        texts = [[] for _ in prompts]
+        was_ended = [False] * len(prompts)
+        for ids, logprobs, ended in generate(gpt, prompts, 30, u=u, stop_ids={4, 5, 6}, **controls):
+            assert ids.shape == logprobs.shape == (len(prompts), 1)
+            for text, pair, was in zip(texts, zip(ids.tolist(), logprobs.tolist(), strict=True), was_ended,
+                                       strict=True):
+                if not was:
+                    text.append(pair)
+            assert all(now or not was for now, was in zip(ended, was_ended, strict=True))
+            was_ended = ended
+        return texts
+
+    together = until_ended(prompts, u)
+    hook.remove()
+    assert sizes[0] == 8 and sizes == sorted(sizes, reverse=True) and len(set(sizes)) >= 3
+    assert len({len(text) for text in together}) >= 4
+    for row, text in enumerate(together):
+        [alone] = until_ended(prompts[row : row + 1], u[row : row + 1])
+        assert [ids for ids, _ in text] == [ids for ids, _ in alone]
+        torch.testing.assert_close(*(torch.tensor([logprob for _, logprob in pairs]) for pairs in (text, alone)))
+
+
 def test_special_tokens_of_a_prompt():
     """What the model is given is the one id of <|endoftext|>, not the ids of its characters."""
     tokenizer = BPETokenizer.train(['hello hello'] * 3, vocab_size=260, special_tokens=['<|endoftext|>'])

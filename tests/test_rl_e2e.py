@@ -117,6 +117,18 @@ def test_resumes_bit_for_bit(chats, changes):
     assert logs[0] == logs[1] and len(logs[0]) == 4 + 3
 
 
+@pytest.mark.parametrize('changes', [{'algorithm': 'grpo', 'kl_coef': 0.5}, {'algorithm': 'ppo'}, DPO])
+def test_micro_batches_change_nothing(chats, changes):
+    changes = {'minibatch_size': 32, **changes, 'max_iters': 3, 'eval_interval': 3}
+    for size in (64, 5):
+        start(chats, **changes, micro_batch_size=size, out_dir=f'of{size}').ok()
+    for whole, parts in zip(steps_of(chats, 'of64'), steps_of(chats, 'of5'), strict=True):
+        assert {**whole, 'ms': 0} == pytest.approx({**parts, 'ms': 0}, rel=1e-3, abs=1e-5)
+    whole, parts = (chats.checkpoint(f'of{size}')['model'] for size in (64, 5))
+    for name, weight in whole.items():
+        torch.testing.assert_close(weight, parts[name], rtol=1e-3, atol=2e-4)
+
+
 def test_the_value_function_learns_first(chats):
     """The policy stays what it was for as long as critic_warmup says."""
     start(chats, algorithm='ppo', critic_warmup=2, max_iters=2).ok()
@@ -165,6 +177,7 @@ def test_broken_weights_are_not_saved(chats):
     ({'clip': 1.5}, 'clip=1.5: expected less than 1'), ({'clip_high': 0.0}, 'clip_high=0.0: expected more than 0'),
     ({'gamma': 1.5}, 'gamma=1.5: expected 0 to 1'), ({'temperature': 0.0}, 'temperature=0.0: expected more than 0'),
     ({'label_smoothing': 0.5}, 'label_smoothing=0.5'), ({'minibatch_size': 0}, 'minibatch_size=0: expected 1 or more'),
+    ({'micro_batch_size': 0}, 'micro_batch_size=0: expected 1 or more'),
     ({'out_dir': 'chat'}, "out_dir='chat': expected another folder"),
     ({'max_new_tokens': 30}, 'no val prompt has room in a context of 32 tokens with max_new_tokens=30; lower that'),
     ({'init_from': 'resume'}, 'no checkpoint at out/ckpt.pt'),

@@ -73,6 +73,7 @@ def main():
                                      allow_abbrev=False)
     parser.add_argument('--input', required=True, help='a file of JSON lines')
     parser.add_argument('--name', help='name of the dataset (that of the input)')
+    parser.add_argument('--out_dir', help='folder to write to (data/NAME)')
     parser.add_argument('--tokenizer', required=True, help="a run's out_dir, a model's folder, or a tokenizer file")
     parser.add_argument('--template', help="a Jinja file (the model's template, else that of chat.py)")
     parser.add_argument('--block_size', type=corpus.positive, help="context to pack for (a run's own, else 256)")
@@ -82,7 +83,7 @@ def main():
 
     started = time.time()
     corpus.check_fraction(args.val_fraction)
-    name, out_dir = corpus.output_folder(args.name, args.input)
+    name, out_dir = corpus.output_folder(args.name, args.input, args.out_dir)
     tokenizer, template, block_size = open_tokenizer(args.tokenizer)
     row = (args.block_size or block_size or 256) + 1
     if args.template:

@@ -48,13 +48,14 @@ def main():
     parser.add_argument('--input', required=True, help='a text file, a folder, or a .jsonl, .csv, .tsv, .parquet file')
     parser.add_argument('--name', help='name of the dataset (that of the input)')
     parser.add_argument('--text_key', default='text', help='field of .jsonl, .csv, .tsv and .parquet with the text')
+    parser.add_argument('--out_dir', help='folder to write to (data/NAME)')
     corpus.add_options(parser, tokenizer='byte', val_fraction=0.1)
     args = parser.parse_args()
 
     started = time.time()
     corpus.check_fraction(args.val_fraction)
     files, skipped = corpus.find_files(args.input)
-    name, out_dir = corpus.output_folder(args.name, args.input)
+    name, out_dir = corpus.output_folder(args.name, args.input, args.out_dir)
     if skipped:
         print(f'{len(files):,} files; {skipped:,} more were left out because their suffix is not that of a text file',
               file=sys.stderr)

@@ -128,7 +128,7 @@ def preferences(n, seed):
 def documents(n, seed):
     """
     Yield n texts, {'text': ...}, about the same things: of seven in ten every line says what is so, as examples' facts
-    have it; others are questions with answers, shorter than an assistant's, or sentences.
+    have it; others are questions with answers, without steps as an assistant has them, or sentences.
     """
     rng = random.Random(f'corpus {seed}')
     makers = [iter(tiny_chat.examples('train', 8 * (n // len(tiny_chat.KINDS) + 1), f'corpus {seed}', kinds=(kind,)))
@@ -138,8 +138,9 @@ def documents(n, seed):
         kind, between = rng.random(), '\n'
         if kind < 0.7:
             lines = [rng.choice(example['facts']) for example in examples]
-        elif kind < 0.85:
-            lines, between = [f'{example["context"]} {example["answer"]}' for example in examples], '\n\n'
+        elif kind < 0.8:
+            form = rng.choice(('answer', 'solution'))  # the same all through: what came before says how to answer
+            lines, between = [f'{example["context"]} {example[form]}' for example in examples], '\n\n'
         else:
             lines = [rng.choice(SENTENCES).format(
                 name=rng.choice(tiny_chat.NAMES), other=rng.choice(tiny_chat.NAMES), good=rng.choice(tiny_chat.GOODS),

@@ -1,0 +1,223 @@
+"""
+"State of GPT" in one command: a base model, and what finetuning, a reward model and reinforcement learning make of it.
+
+    $ python lab/state_of_gpt.py                 # 25 minutes on two cores; killed, it goes on where it was
+    $ python lab/state_of_gpt.py --share=0.02    # two minutes: that it all works, and nothing more
+    $ python sample.py --out_dir=out-lab/state_of_gpt/grpo --chat
+
+Every stage is a command that can be given by hand; each is printed before it runs, in the order of the talk:
+
+    data         questions with answers that can be checked: texts, conversations, pairs of answers (tasks/tiny_chat.py)
+    base         pretraining: a GPT continues texts, from which it learns how words are spelt and sums are done
+    sft          supervised finetuning: the same model answers in conversations
+    reward       a reward model learns from pairs which of two answers is the better
+    ppo          reinforcement learning: answers that the reward model likes become likelier; it is never told the truth
+    grpo         the same with a program that checks answers in place of the model that judges them
+
+All are then asked the same held-out questions, and the finetuned one in the ways that cost no training either: the vote
+of several answers (self-consistency), the one that the reward model likes best (best of n), a calculator.
+
+Expect (two cores of an AMD EPYC): what lab/README.md says.
+
+Source: "State of GPT", Karpathy 2023. Needs '.[lab]'.
+"""
+
+import json
+import os
+import runpy
+import shlex
+import subprocess
+import sys
+import time
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # Python looks only beside the script
+
+import files
+from bench.common import table as aligned
+from configurator import explain_errors, override
+from lab import common
+from tasks.common import wilson
+
+# settings ------------------------------------------------------------------------------------------------------------
+seed = 1337  # of weights, batches and answers; the questions are the same for every seed
+out = 'out-lab'  # folder of the picture and the numbers; all else is in its folder state_of_gpt
+n = 700  # held-out questions, a seventh of each kind
+num_samples = 8  # answers to each that are voted on, and chosen from
+share = 1.0  # of the steps of every stage
+n_layer: int | None = None  # of the model; None: what config/tiny_web.py says, and so for n_embd
+n_embd: int | None = None
+config = override(globals())
+# ---------------------------------------------------------------------------------------------------------------------
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+SUMS = 'addition,subtraction'  # what a calculator is for
+
+
+# the stages -----------------------------------------------------------------------------------------------------------
+
+
+def script(name, recipe='', **options):
+    """The command of a script, with a recipe of config/, of whose steps `share` are taken."""
+    recipe = os.path.join(ROOT, 'config', recipe) if recipe else ''
+    if recipe and share != 1:
+        options['max_iters'] = max(2, round(share * runpy.run_path(recipe)['max_iters']))
+    return ['python', os.path.relpath(os.path.join(ROOT, name)), *([os.path.relpath(recipe)] if recipe else []),
+            *(f'--{key}={value}' for key, value in options.items() if value is not None)]
+
+
+def stages(home):
+    """[(name, command), ...]; those whose name begins with 'ask' print what they found as a last line of JSON."""
+    at = {name: os.path.join(home, name) for name in ('data', 'texts', 'base', 'sft', 'reward', 'ppo', 'grpo')}
+    tokens = os.path.join(at['data'], 'chat.json')
+
+    def ask(name, **options):
+        return script('evaluate.py', out_dir=at[name], task='tiny_chat', n=n, **options)
+
+    def learn(name, recipe, start='sft', **options):
+        return script(name, recipe, init_from=at[start] if start else None, seed=seed, **options)
+
+    sampled = {'num_samples': num_samples, 'temperature': 1.0, 'reward_model': at['reward']}
+    return [
+        ('data', script('data/tiny_chat/prepare.py', out_dir=at['data'])),
+        ('tokens', script('data/text/prepare.py', input=os.path.join(at['data'], 'corpus.jsonl'), out_dir=at['texts'],
+                          tokenizer=tokens)),
+        ('base', learn('train.py', 'tiny_web.py', None, dataset=at['texts'], out_dir=at['base'], n_layer=n_layer,
+                       n_embd=n_embd)),
+        ('ask base', ask('base', shots=0, max_new_tokens=40)),
+        ('ask base, 4 shots', ask('base', shots=4, max_new_tokens=40)),
+        ('sft', learn('train.py', 'sft_tiny_chat.py', 'base', dataset=at['data'], out_dir=at['sft'])),
+        ('ask sft', ask('sft')),
+        ('ask sft, calculator', ask('sft', tools=True)),
+        ('reward', learn('reward.py', 'reward_tiny_chat.py', data=os.path.join(at['data'], 'pairs.jsonl'),
+                         out_dir=at['reward'])),
+        ('ask sft, samples', ask('sft', **sampled)),
+        ('ppo', learn('rl.py', 'ppo_tiny_chat.py', reward_model=at['reward'], out_dir=at['ppo'])),
+        ('ask ppo', ask('ppo')),
+        ('grpo', learn('rl.py', 'grpo_tiny_chat.py', out_dir=at['grpo'])),
+        ('ask grpo', ask('grpo')),
+    ]
+
+
+def run(name, command, can_resume):
+    """Run a stage to its end. -> what it found, of those that ask"""
+    if can_resume:
+        command = [*(part for part in command if not part.startswith('--init_from')), '--init_from=resume']
+    print(f'\n== {name} {"=" * (76 - len(name))}\n$ {shlex.join(command)}', flush=True)
+    asks = name.startswith('ask')
+    done = subprocess.run([sys.executable, *command[1:]], stdout=subprocess.PIPE if asks else None, text=True)
+    if done.returncode:
+        raise SystemExit(f'the stage {name!r} ended with exit code {done.returncode}, see above; the same command goes '
+                         f'on from there:\n  {shlex.join(["python", *sys.argv])}')
+    if asks:
+        print(done.stdout[: done.stdout.rstrip().rindex('\n')], flush=True)
+        return json.loads(done.stdout.splitlines()[-1])
+
+
+def run_all(home):
+    """
+    Run the stages that are not done yet. home/stages.json says which are; from the first one whose command is another
+    now all are run again, since they build on each other. -> {name: {'command', 'seconds', 'found'}}
+    """
+    path = os.path.join(home, 'stages.json')
+    done = {}
+    if os.path.exists(path):
+        with open(path, encoding='utf-8') as file:
+            done = json.load(file)
+    for i, (name, command) in enumerate(stages(home)):
+        record = done.get(name, {})
+        was_begun = record.get('command') == command
+        if was_begun and record['seconds'] is not None:
+            continue
+        done = {**dict(list(done.items())[:i]), name: {'command': command, 'seconds': None, 'found': None}}
+        files.replace_file(path, json.dumps(done, indent=1).encode())
+        started = time.perf_counter()
+        found = run(name, command, was_begun and os.path.exists(os.path.join(home, name, 'ckpt.pt')))
+        done[name].update(seconds=round(time.perf_counter() - started, 1), found=found)
+        files.replace_file(path, json.dumps(done, indent=1).encode())
+    return done
+
+
+# what came of it ------------------------------------------------------------------------------------------------------
+
+
+def rows_of(done):
+    """[(what answers, how many are right, of how many, accuracy of each kind), ...] in the order of the talk."""
+    def row(title, stage, key='accuracy', kinds=True):
+        found = done[stage]['found']
+        return (title, round(found[key] * found['n']), found['n'],
+                {kind: of['accuracy'] for kind, of in found['kinds'].items()} if kinds else {})
+
+    k = num_samples
+    return [row('base', 'ask base'), row('base, 4 examples', 'ask base, 4 shots'), row('SFT', 'ask sft'),
+            row('SFT, one sample', 'ask sft, samples', 'accuracy_of_one', False),
+            row(f'SFT, vote of {k}', 'ask sft, samples', 'accuracy_of_majority', False),
+            row(f'SFT, best of {k}', 'ask sft, samples'), row('SFT, calculator', 'ask sft, calculator'),
+            row('PPO', 'ask ppo'), row('GRPO', 'ask grpo')]
+
+
+def curve(home, name, key):
+    """-> steps and values of a key in a run's log"""
+    with open(os.path.join(home, name, 'log.jsonl'), encoding='utf-8') as file:
+        lines = [json.loads(line) for line in file]
+    return zip(*((line['step'], line[key]) for line in lines if key in line), strict=True)
+
+
+def draw(rows, home):
+    plt = common.pyplot()
+    figure = plt.figure(figsize=(10, 5))
+    bars, accuracy, entropy = figure.subplot_mosaic([['bars', 'accuracy'], ['bars', 'entropy']],
+                                                    width_ratios=[5, 4]).values()
+    colors = {'base': common.BLACK, 'SFT': common.BLUE, 'PPO': common.ORANGE, 'GRPO': common.GREEN}
+    for y, (title, right, n_asked, _) in enumerate(rows):
+        low, high = wilson(right, n_asked)
+        value = right / n_asked
+        bars.barh(y, 100 * value, color=colors[title.split(',')[0]], alpha=0.85, height=0.7)
+        bars.errorbar(100 * value, y, xerr=[[100 * (value - low)], [100 * (high - value)]], color='black', lw=1)
+        bars.text(100 * high + 1.5, y, f'{value:.0%}', va='center')
+    bars.set(yticks=range(len(rows)), yticklabels=[title for title, *_ in rows], xlim=(0, 112),
+             xlabel='held-out questions answered right, %', title='The same questions to all')
+    bars.invert_yaxis()
+    bars.grid(False, axis='y')
+    for name in ('ppo', 'grpo'):
+        steps, values = curve(home, name, 'val_accuracy')
+        accuracy.plot(steps, [100 * value for value in values], 'o-', ms=3, color=colors[name.upper()])
+        accuracy.annotate(name.upper(), (steps[-1], 100 * values[-1]), xytext=(4, 0), textcoords='offset points',
+                          color=colors[name.upper()], va='center')
+        steps, values = curve(home, name, 'entropy')
+        entropy.plot(steps, values, color=colors[name.upper()])
+    accuracy.set(title='Reinforcement learning', ylabel='val questions right, %')
+    entropy.set(xlabel='step', ylabel='entropy, nats a token', ylim=(0, None))
+    common.save(figure, out, 'state_of_gpt')
+
+
+def main():
+    for name, is_valid, expected in (('n', n >= 7, '7 or more, one of each kind'),
+                                     ('num_samples', num_samples >= 2, '2 or more, to choose from'),
+                                     ('share', 0 < share < float('inf'), 'more than 0')):
+        if not is_valid:
+            raise SystemExit(f'{name}={config[name]!r}: expected {expected}')
+    common.pyplot()  # whether it is there, before and not after the work
+    home = os.path.join(out, 'state_of_gpt')
+    common.start(home, seed)
+    done = run_all(home)
+    rows = rows_of(done)
+    kinds = [kind for kind in done['ask sft']['found']['kinds'] if kind != 'all']
+    seconds = sum(record['seconds'] for record in done.values())
+    _, entropies = curve(home, 'grpo', 'entropy')
+    reward = list(curve(home, 'reward', 'val_accuracy'))[1][-1]
+
+    print(f'\n{n} held-out questions, right in %\n')
+    print(aligned([['', 'all', '95%', *(kind[:5] for kind in kinds)]] + [
+        [title, f'{100 * right / of:.1f}', '-'.join(f'{100 * end:.0f}' for end in wilson(right, of)),
+         *(f'{100 * by_kind[kind]:.0f}' if by_kind else '' for kind in kinds)] for title, right, of, by_kind in rows]))
+    print(f'\nThe reward model prefers the right one of {reward:.1%} of held-out pairs. Entropy under GRPO: '
+          f'{entropies[0]:.3f} to\n{entropies[-1]:.3f} nats a token. All stages: {seconds / 60:.1f} minutes.\n')
+    common.record(out, 'state_of_gpt', rows=[row[:3] for row in rows], reward_accuracy=reward, entropies=entropies,
+                  seconds={name: record['seconds'] for name, record in done.items()})
+    draw(rows, home)
+    print(f'talk to it:\n  python sample.py --chat --out_dir={os.path.join(home, "grpo")}')
+
+
+if __name__ == '__main__':
+    sys.excepthook = explain_errors
+    main()

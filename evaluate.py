@@ -62,7 +62,7 @@ import dataloader
 import huggingface
 import parallel
 import tokenizer
-from configurator import explain_errors, override
+from configurator import check, explain_errors, override
 from generate import bos_ids
 from quantize import for_decoding
 from tasks import common as tasks
@@ -99,23 +99,19 @@ config = override(globals())
 # ---------------------------------------------------------------------------------------------------------------------
 
 sys.excepthook = explain_errors
-for name, is_valid, expected in (
-    ('which', which in ('best', 'last'), "'best' or 'last'"),
-    ('split', split in ('train', 'val'), "'train' or 'val'"),
-    ('max_tokens', max_tokens is None or max_tokens >= 2, '2 or more (the first is not predicted), or None'),
-    ('batch_size', batch_size is None or batch_size >= 1, '1 or more, or None'),
-    ('quantize', quantize in ('', 'int8'), "'int8', or '' for none"),
-    ('input', not (input and dataset), f'this or --dataset={dataset}, not both'),
-    ('n', n >= 1, '1 or more'),
-    ('shots', shots is None or shots >= 0, '0 or more, or None'),
-    ('max_new_tokens', max_new_tokens >= 1, '1 or more'),
-    ('num_samples', num_samples >= 1, '1 or more'),
-    ('temperature', 0 <= temperature < math.inf, '0 or more'),
-    ('temperature', temperature > 0 or num_samples == 1, 'above 0 with several samples, or all are the same'),
-    ('seed', 0 <= seed < 2**64, '0 or more, of 64 bits'),
-):
-    if not is_valid:
-        raise ValueError(f'{name}={config[name]!r}: expected {expected}')
+check(config, (
+    ('which', lambda value: value in ('best', 'last'), "'best' or 'last'"),
+    ('split', lambda value: value in ('train', 'val'), "'train' or 'val'"),
+    ('max_tokens', lambda value: value is None or value >= 2, '2 or more (the first is not predicted), or None'),
+    ('batch_size', lambda value: value is None or value >= 1, '1 or more, or None'),
+    ('quantize', lambda value: value in ('', 'int8'), "'int8', or '' for none"),
+    ('input', lambda value: not (value and dataset), f'this or --dataset={dataset}, not both'),
+    ('n max_new_tokens num_samples', lambda value: value >= 1, '1 or more'),
+    ('shots', lambda value: value is None or value >= 0, '0 or more, or None'),
+    ('temperature', lambda value: 0 <= value < math.inf, '0 or more'),
+    ('temperature', lambda value: value > 0 or num_samples == 1, 'above 0 with several samples, or all are the same'),
+    ('seed', lambda value: 0 <= value < 2**64, '0 or more, of 64 bits'),
+))
 of_tasks = {'n', 'kinds', 'shots', 'max_new_tokens', 'num_samples', 'temperature', 'tools', 'seed'}
 of_texts = {'dataset', 'stride', 'max_tokens', 'compile'}
 for name in sorted(config.given & (of_texts if task else of_tasks)):

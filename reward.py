@@ -36,7 +36,7 @@ import optim
 import parallel
 import runs
 from answers import pair_rows, read_pairs
-from configurator import explain_errors, override
+from configurator import check, explain_errors, override
 from losses import bradley_terry_loss
 from tasks.common import wilson
 
@@ -67,21 +67,18 @@ config = override(globals())
 # ---------------------------------------------------------------------------------------------------------------------
 
 sys.excepthook = explain_errors
-for names, is_valid, expected in (
-    (('data',), bool, 'a file of pairs: --data=FILE.jsonl'),
-    (('eval_interval', 'log_interval', 'batch_size'), lambda value: value >= 1, '1 or more'),
-    (('max_iters', 'micro_batch_size', 'warmup_iters', 'weight_decay', 'grad_clip', 'min_lr', 'learning_rate'),
+check(config, (
+    ('data', bool, 'a file of pairs: --data=FILE.jsonl'),
+    ('eval_interval log_interval batch_size', lambda value: value >= 1, '1 or more'),
+    ('max_iters micro_batch_size warmup_iters weight_decay grad_clip min_lr learning_rate',
      lambda value: 0 <= value < math.inf, '0 or more'),
-    (('micro_batch_size',), lambda value: value == 0 or batch_size % value == 0,
+    ('micro_batch_size', lambda value: value == 0 or batch_size % value == 0,
      f'0, or a divisor of batch_size={batch_size}'),
-    (('beta1', 'beta2', 'dropout'), lambda value: 0 <= value < 1, 'at least 0 and below 1'),
-    (('dtype',), lambda value: value in ('auto', 'float32', 'bfloat16'), "'auto', 'float32' or 'bfloat16'"),
-    (('out_dir',), lambda value: os.path.abspath(value) != os.path.abspath(init_from),
+    ('beta1 beta2 dropout', lambda value: 0 <= value < 1, 'at least 0 and below 1'),
+    ('dtype', lambda value: value in ('auto', 'float32', 'bfloat16'), "'auto', 'float32' or 'bfloat16'"),
+    ('out_dir', lambda value: os.path.abspath(value) != os.path.abspath(init_from),
      'another folder than that of the model which init_from names'),
-):
-    for name in names:
-        if not is_valid(config[name]):
-            raise ValueError(f'{name}={config[name]!r}: expected {expected}')
+))
 
 # the model: a language model with another head, or the reward model of an earlier run
 device = parallel.choose_device(device)

@@ -47,7 +47,7 @@ import parallel
 import runs
 from answers import draw_answers, ending_of, logprobs_of, pair_rows, read_pairs, scores_of, to_rows
 from calculator import generate_with_tools
-from configurator import explain_errors, override
+from configurator import check, explain_errors, override
 from generate import uniforms
 from tasks import common as tasks
 
@@ -103,32 +103,28 @@ config = override(globals())
 # ---------------------------------------------------------------------------------------------------------------------
 
 sys.excepthook = explain_errors
-for names, is_valid, expected in (
-    (('algorithm',), lambda value: value in ('grpo', 'ppo', 'dpo'), "'grpo', 'ppo' or 'dpo'"),
-    (('task',), lambda value: value or algorithm == 'dpo', 'NAME of a tasks/NAME.py, where the prompts are'),
-    (('pairs',), lambda value: bool(value) == (algorithm == 'dpo'), 'FILE.jsonl with --algorithm=dpo, and only there'),
-    (('reward_model',), lambda value: not value or algorithm != 'dpo', "'' with --algorithm=dpo, which needs none"),
-    (('group_size',), lambda value: value >= (2 if algorithm == 'grpo' else 1),
+check(config, (
+    ('algorithm', lambda value: value in ('grpo', 'ppo', 'dpo'), "'grpo', 'ppo' or 'dpo'"),
+    ('task', lambda value: value or algorithm == 'dpo', 'NAME of a tasks/NAME.py, where the prompts are'),
+    ('pairs', lambda value: bool(value) == (algorithm == 'dpo'), 'FILE.jsonl with --algorithm=dpo, and only there'),
+    ('reward_model', lambda value: not value or algorithm != 'dpo', "'' with --algorithm=dpo, which needs none"),
+    ('group_size', lambda value: value >= (2 if algorithm == 'grpo' else 1),
      '1 or more, and for grpo, which compares the answers to a prompt, 2'),
-    (('eval_interval', 'log_interval', 'train_examples', 'eval_examples', 'prompts_per_step', 'max_new_tokens',
-      'epochs', 'minibatch_size'), lambda value: value >= 1, '1 or more'),
-    (('max_iters', 'warmup_iters', 'kl_coef', 'weight_decay', 'grad_clip', 'learning_rate', 'critic_lr',
-      'value_clip', 'critic_warmup'),
+    ('eval_interval log_interval train_examples eval_examples prompts_per_step max_new_tokens epochs minibatch_size',
+     lambda value: value >= 1, '1 or more'),
+    ('max_iters warmup_iters kl_coef weight_decay grad_clip learning_rate critic_lr value_clip critic_warmup',
      lambda value: 0 <= value < math.inf, '0 or more'),
-    (('temperature', 'clip', 'beta'), lambda value: 0 < value < math.inf, 'more than 0'),
-    (('clip_high',), lambda value: value is None or value > 0, 'more than 0, or None'),
-    (('clip',), lambda value: value < 1, 'less than 1'),
-    (('gamma', 'lam', 'final_share'), lambda value: 0 <= value <= 1, '0 to 1'),
-    (('label_smoothing',), lambda value: 0 <= value < 0.5, 'at least 0 and below 0.5'),
-    (('beta1', 'beta2'), lambda value: 0 <= value < 1, 'at least 0 and below 1'),
-    (('seed',), lambda value: 0 <= value < 2**63, '0 or more'),
-    (('dtype',), lambda value: value in ('auto', 'float32', 'bfloat16'), "'auto', 'float32' or 'bfloat16'"),
-    (('out_dir',), lambda value: os.path.abspath(value) != os.path.abspath(init_from),
+    ('temperature clip beta', lambda value: 0 < value < math.inf, 'more than 0'),
+    ('clip_high', lambda value: value is None or value > 0, 'more than 0, or None'),
+    ('clip', lambda value: value < 1, 'less than 1'),
+    ('gamma lam final_share', lambda value: 0 <= value <= 1, '0 to 1'),
+    ('label_smoothing', lambda value: 0 <= value < 0.5, 'at least 0 and below 0.5'),
+    ('beta1 beta2', lambda value: 0 <= value < 1, 'at least 0 and below 1'),
+    ('seed', lambda value: 0 <= value < 2**63, '0 or more'),
+    ('dtype', lambda value: value in ('auto', 'float32', 'bfloat16'), "'auto', 'float32' or 'bfloat16'"),
+    ('out_dir', lambda value: os.path.abspath(value) != os.path.abspath(init_from),
      'another folder than that of the model which init_from names'),
-):
-    for name in names:
-        if not is_valid(config[name]):
-            raise ValueError(f'{name}={config[name]!r}: expected {expected}')
+))
 
 # the policy, which learns, and the reference, which it began as
 device = parallel.choose_device(device)

@@ -42,7 +42,7 @@ import optim
 import parallel
 import runs
 import tokenizer
-from configurator import explain_errors, override
+from configurator import check, explain_errors, override
 from generate import generate_texts
 from model import GPT, PRESETS, GPTConfig, padded_vocab_size
 
@@ -126,8 +126,7 @@ config = override(globals())
 # ---------------------------------------------------------------------------------------------------------------------
 
 sys.excepthook = explain_errors
-if preset not in PRESETS:
-    raise ValueError(f'preset={preset!r}: expected {" or ".join(map(repr, PRESETS))}')
+check(config, [('preset', lambda value: value in PRESETS, ' or '.join(map(repr, PRESETS)))])
 from_preset = {key: value for key, value in {**PRESETS[preset], **optim.PRESETS[preset]}.items()
                if key not in config.given}
 config.update(from_preset)
@@ -136,37 +135,33 @@ if from_preset and os.environ.get('RANK', '0') == '0':
     print(textwrap.fill(f'preset {preset}: ' + ', '.join(f'{key}={value!r}' for key, value in from_preset.items()), 80,
                         subsequent_indent='  ', break_on_hyphens=False))
 sources = ('scratch', 'resume', 'auto', *huggingface.GPT2_NAMES)
-for names, is_valid, expected in (
-    (('eval_interval', 'log_interval', 'eval_iters', 'batch_size', 'block_size', 'gradient_accumulation_steps'),
+check(config, (
+    ('eval_interval log_interval eval_iters batch_size block_size gradient_accumulation_steps',
      lambda value: value >= 1, '1 or more'),
-    (('total_batch_size', 'max_iters', 'warmup_iters', 'patience', 'sample_tokens', 'learning_rate', 'min_lr',
-      'weight_decay', 'grad_clip', 'muon_lr', 'embedding_lr'), lambda value: 0 <= value < math.inf, '0 or more'),
-    (('optimizer',), lambda value: value in ('adamw', 'muon'), "'adamw' or 'muon'"),
-    (('learning_rate',), lambda value: optimizer == 'adamw' or value > 0, "above 0 with optimizer='muon'"),
-    (('beta1', 'beta2', 'momentum', 'average_decay'), lambda value: 0 <= value < 1, 'at least 0 and below 1'),
-    (('decay_fraction',), lambda value: 0 < value <= 1, 'above 0 and at most 1'),
-    (('lr_schedule',), lambda value: value in ('cosine', 'wsd'), "'cosine' or 'wsd'"),
-    (('backend',), lambda value: value in ('auto', 'nccl', 'gloo'), "'auto', 'nccl' or 'gloo'"),
-    (('lr_decay_iters',), lambda value: not decay_lr or value is None or value >= warmup_iters,
+    ('total_batch_size max_iters warmup_iters patience sample_tokens learning_rate min_lr weight_decay grad_clip '
+     'muon_lr embedding_lr lora_rank', lambda value: 0 <= value < math.inf, '0 or more'),
+    ('optimizer', lambda value: value in ('adamw', 'muon'), "'adamw' or 'muon'"),
+    ('learning_rate', lambda value: optimizer == 'adamw' or value > 0, "above 0 with optimizer='muon'"),
+    ('beta1 beta2 momentum average_decay', lambda value: 0 <= value < 1, 'at least 0 and below 1'),
+    ('decay_fraction', lambda value: 0 < value <= 1, 'above 0 and at most 1'),
+    ('lr_schedule', lambda value: value in ('cosine', 'wsd'), "'cosine' or 'wsd'"),
+    ('backend', lambda value: value in ('auto', 'nccl', 'gloo'), "'auto', 'nccl' or 'gloo'"),
+    ('lr_decay_iters', lambda value: not decay_lr or value is None or value >= warmup_iters,
      f'at least warmup_iters={warmup_iters}, or the rate would fall before it has risen'),
-    (('warmup_iters',), lambda value: value <= max_iters or lr_decay_iters is not None or 'warmup_iters' not in
+    ('warmup_iters', lambda value: value <= max_iters or lr_decay_iters is not None or 'warmup_iters' not in
      config.given, f'at most max_iters={max_iters}, or the rate would never reach its highest'),
-    (('lora_rank',), lambda value: value >= 0, '0 or more'),
-    (('lora_rank',), lambda value: value == 0 or init_from not in ('scratch', 'auto'),
+    ('lora_rank', lambda value: value == 0 or init_from not in ('scratch', 'auto'),
      f'0 with init_from={init_from!r}, since adapters need a model; name it, --init_from=FOLDER'),
-    (('lora_alpha', 'lora_targets', 'lora_int8'), lambda value: lora_rank > 0 or init_from == 'resume' or
+    ('lora_alpha lora_targets lora_int8', lambda value: lora_rank > 0 or init_from == 'resume' or
      not {'lora_alpha', 'lora_targets', 'lora_int8'} & config.given, 'a --lora_rank beside it, such as 8'),
-    (('init_from',), lambda value: lora_rank == 0 or os.path.realpath(value) != os.path.realpath(out_dir),
+    ('init_from', lambda value: lora_rank == 0 or os.path.realpath(value) != os.path.realpath(out_dir),
      'another folder than out_dir, as the adapters in it need the model that is there; name another --out_dir'),
-    (('optimizer',), lambda value: lora_rank == 0 or value == 'adamw', "'adamw' with LoRA (--optimizer=adamw), as its "
+    ('optimizer', lambda value: lora_rank == 0 or value == 'adamw', "'adamw' with LoRA (--optimizer=adamw), as its "
      'matrices are no maps from channels to channels, whose singular values Muon evens out'),
-    (('init_from',), lambda value: value in sources or os.path.isdir(value) or '/' in value,
+    ('init_from', lambda value: value in sources or os.path.isdir(value) or '/' in value,
      f"another run's out_dir, a folder in Hugging Face layout, one of {', '.join(sources)}, or the id of a model on "
      f'the hub, owner/name'),
-):
-    for name in names:
-        if not is_valid(config[name]):
-            raise ValueError(f'{name}={config[name]!r}: expected {expected}')
+))
 
 # this process, its device, its data
 world = parallel.from_environment()

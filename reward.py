@@ -72,6 +72,8 @@ check(config, (
     ('eval_interval log_interval batch_size', lambda value: value >= 1, '1 or more'),
     ('max_iters micro_batch_size warmup_iters weight_decay grad_clip min_lr learning_rate',
      lambda value: 0 <= value < math.inf, '0 or more'),
+    ('min_lr', lambda value: value <= learning_rate,
+     f'at most learning_rate={learning_rate}, as the rate would rise to it; usually a tenth of that'),
     ('micro_batch_size', lambda value: value == 0 or batch_size % value == 0,
      f'0, or a divisor of batch_size={batch_size}'),
     ('beta1 beta2 dropout', lambda value: 0 <= value < 1, 'at least 0 and below 1'),

@@ -142,6 +142,8 @@ check(config, (
      'muon_lr embedding_lr lora_rank', lambda value: 0 <= value < math.inf, '0 or more'),
     ('optimizer', lambda value: value in ('adamw', 'muon'), "'adamw' or 'muon'"),
     ('learning_rate', lambda value: optimizer == 'adamw' or value > 0, "above 0 with optimizer='muon'"),
+    ('min_lr', lambda value: not decay_lr or value <= learning_rate,
+     f'at most learning_rate={learning_rate}, as the rate would rise to it; usually a tenth of that'),
     ('beta1 beta2 momentum average_decay', lambda value: 0 <= value < 1, 'at least 0 and below 1'),
     ('decay_fraction', lambda value: 0 < value <= 1, 'above 0 and at most 1'),
     ('lr_schedule', lambda value: value in ('cosine', 'wsd'), "'cosine' or 'wsd'"),

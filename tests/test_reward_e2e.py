@@ -125,6 +125,7 @@ def test_micro_batches_are_the_same_step(chats):
     ({'data': ''}, ["data='': expected a file of pairs: --data=FILE.jsonl"]),
     ({'data': 'none.jsonl'}, ['none.jsonl can not be read']),
     ({'batch_size': 0}, ['batch_size=0: expected 1 or more']),
+    ({'learning_rate': 1e-5}, ['min_lr=3e-05: expected at most learning_rate=1e-05']),
     ({'micro_batch_size': 3}, ['micro_batch_size=3: expected 0, or a divisor of batch_size=8']),
     ({'val_fraction': 1.0}, ['val_fraction']),
     ({'dtype': 'float16'}, ["dtype='float16': expected 'auto', 'float32' or 'bfloat16'"]),

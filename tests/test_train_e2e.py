@@ -827,8 +827,8 @@ def test_resuming_nanogpts_optimizer(folder):
     optimizer.load_state_dict(saved['optimizer'])
     for group in optimizer.param_groups:
         group['lr'] = 5e-3
-    folder.train(init_from='resume', max_iters=3, decay_lr=False, learning_rate=5e-3, beta2=0.99, grad_clip=0.0,
-                 weight_decay=0.1).ok()
+    folder.train(init_from='resume', max_iters=3, decay_lr=False, learning_rate=5e-3, min_lr=1.0, beta2=0.99,
+                 grad_clip=0.0, weight_decay=0.1).ok()  # nothing comes near min_lr
     ids = encode(make_text(3000)).astype(np.uint16)
     starts = dataloader.train_windows(2, 8, len(ids), 16, 1337)
     optimizer.zero_grad()

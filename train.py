@@ -22,7 +22,6 @@ import gc
 import math
 import os
 import shlex
-import signal
 import sys
 import textwrap
 import time
@@ -418,16 +417,6 @@ def learning_rate_at(step):
     return optim.cosine(step, learning_rate, warmup_iters, end, min_lr)
 
 
-def command(**changes):
-    """The command line of this run with some settings changed, for the messages that say what to do next."""
-    kept = [a for a in sys.argv[1:] if a.removeprefix('--').split('=')[0] not in changes]
-    here = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
-    launch = ['python'] if world.size == 1 else ['torchrun', '--standalone', f'--nproc_per_node={here}']
-    if here < world.size:  # on several machines each has options of its own
-        launch = ['torchrun', '...']
-    return shlex.join([*launch, sys.argv[0], *kept, *(f'--{key}={value}' for key, value in changes.items())])
-
-
 def explain_out_of_memory(kind, error, trace):
     """For sys.excepthook: where memory ran out, say which command takes the same steps with less of it."""
     if not parallel.out_of_memory(error):
@@ -435,7 +424,7 @@ def explain_out_of_memory(kind, error, trace):
     changes = {'batch_size': smaller_batch, 'total_batch_size': total_batch_size}
     if saved_iter:
         changes['init_from'] = 'resume'
-    remedy = (f'The same mathematics in smaller pieces:\n  {command(**changes)}' if smaller_batch else
+    remedy = (f'The same mathematics in smaller pieces:\n  {runs.command(**changes)}' if smaller_batch else
               'Not even one sequence fits: lower --block_size, --n_layer or --n_embd')
     print(f'out of memory at step {iter_num} ({str(error).splitlines()[0][:120]}). {remedy}', file=sys.stderr)
 
@@ -464,15 +453,9 @@ def save_checkpoint(is_best):
         state['unaveraged'] = weights_of(model)
     if adapted:
         state['lora'] = adapted
-    try:
-        checkpoint.save(out_dir, state, is_best)
-    except OSError as error:
-        bar.write(f'WARNING: {ckpt_path} could not be saved at step {iter_num} ({error}). What was there is untouched; '
-                  f'free some space before the next save')
-        return False
-    saved_iter = iter_num
-    bar.write(f'saved {ckpt_path} at step {iter_num}' + (' (best so far)' if is_best else ''))
-    return True
+    is_saved = runs.save(out_dir, state, is_best, bar.write)
+    saved_iter = iter_num if is_saved else saved_iter
+    return is_saved
 
 
 def stop_not_finite(step, what):
@@ -503,22 +486,7 @@ if wandb_log:
 
     wandb.init(project=wandb_project, name=wandb_run_name, config=dict(config))
 
-# a signal only asks to stop; the loop does so between two steps. A second Ctrl-C, more than a second later, is obeyed
-stop_signal, stop_time = None, 0.0
-
-
-def ask_to_stop(number, frame):
-    global stop_signal, stop_time
-    if number == signal.SIGINT and stop_signal == signal.SIGINT and time.monotonic() > stop_time + 1:
-        raise KeyboardInterrupt
-    if world.is_main and number == signal.SIGINT and stop_signal is None:
-        with suppress(OSError):  # nobody reads it. print could be what is being interrupted, and can not be called
-            os.write(2, b'\nfinishing this step, then saving; Ctrl-C again stops at once, unsaved\n')
-    stop_signal, stop_time = number, time.monotonic()
-
-
-for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, ask_to_stop)
+interrupt = runs.Interrupt(world.is_main)
 
 # the training step, compiled if that works here
 step_model = model
@@ -614,11 +582,11 @@ while True:
     while len(unread) > (device.type == 'cuda' and not is_due(iter_num + 1) and not stop_reason):
         step, step_lr, numbers = unread.pop(0)
         loss, norm = numbers()
-        loss, stop_requests = world.sum([loss / world.size, stop_signal is not None])
+        loss, stop_requests = world.sum([loss / world.size, interrupt.reason is not None])
         if not math.isfinite(loss) or (not math.isfinite(norm) and not scaler.is_enabled()):
             stop_not_finite(step, f'loss is {loss}, norm of the gradient {norm}')
         if stop_requests:
-            stop_reason = f'stopped by {signal.Signals(stop_signal or signal.SIGTERM).name}'
+            stop_reason = interrupt.reason or 'stopped by SIGTERM'  # which another process was sent
         records.append({'step': step, 'loss': loss, 'lr': step_lr, 'grad_norm': norm})
     if n_targets:  # of conversations a batch could have none, and weight decay alone is no step
         scaler.step(opt)
@@ -659,7 +627,7 @@ if not eval_only and tried_iter < iter_num:
 parallel.disconnect()
 if world.is_main and not eval_only:
     if stop_reason:
-        print(f'{stop_reason} after step {iter_num}. To go on:\n  {command(init_from="resume")}')
+        print(f'{stop_reason} after step {iter_num}. To go on:\n  {runs.command(init_from="resume")}')
     else:
         best = f'; best val loss {best_val_loss:.4f}' if math.isfinite(best_val_loss) else ''
         print(f'{iter_num} steps, {train_time:.1f} s of training{best}')

@@ -49,7 +49,6 @@ import os
 import sys
 import textwrap
 import time
-from contextlib import nullcontext
 from itertools import groupby
 
 import numpy as np
@@ -241,7 +240,7 @@ model.to(device)
 if compile:
     torch._dynamo.config.suppress_errors = True  # without a working compiler: a warning, and go on without
     model.compile()
-autocast = nullcontext() if dtype == 'float32' else torch.autocast(device.type, parallel.DTYPES[dtype])
+autocast = parallel.autocast(dtype, device)
 row = dataloader.row_of(tokens)
 if row:  # conversations, of which only the answers are predicted
     if stride != block_size or max_tokens:

@@ -22,20 +22,17 @@ import os
 import sys
 import textwrap
 import time
-from contextlib import nullcontext
 from dataclasses import asdict
 
 import torch
 
-import chat
 import checkpoint
-import conversations
 import critic
 import dataloader
 import optim
 import parallel
 import runs
-from answers import pair_rows, read_pairs
+from answers import open_chat_model, pair_rows, read_pairs
 from configurator import check, explain_errors, override
 from losses import bradley_terry_loss
 from tasks.common import wilson
@@ -91,12 +88,8 @@ if state:
     model, tokenizer = critic.critic_of(state, ckpt_path, dropout), checkpoint.tokenizer_of(state)
     template, init_from = state['chat_template'], state['config']['init_from']
 else:
-    is_run = os.path.exists(checkpoint.path_in(init_from))
-    base, tokenizer, template, line = checkpoint.open_model('resume' if is_run else init_from, init_from)
+    base, tokenizer, template, line = open_chat_model(init_from)
     print(line)
-    if template is None:  # no finetuned one
-        template = chat.TEMPLATE
-        conversations.check_tokenizer(tokenizer, f'the tokenizer of {init_from}')
     model = critic.Critic.from_gpt(base, dropout)
 block_size = model.config.block_size
 model.to(device)
@@ -104,28 +97,22 @@ model.value_head.bias.requires_grad_(False)  # only differences of scores matter
 opt = optim.adamw(model, weight_decay, learning_rate, (beta1, beta2))
 if state:
     optim.load_optimizer(opt, state['optimizer'])
-iter_num = state['iter_num'] if state else 0  # updates done
-best_val_loss = state['best_val_loss'] if state else math.inf
-train_time = state['train_time'] if state else 0.0  # seconds, without evaluations
-version = state['version'] if state else None
+iter_num, best_val_loss, train_time, version = runs.progress_of(state)
 start_iter = saved_iter = iter_num
 
 # the pairs, the machine, the folder
 pairs, n_too_long = read_pairs(data, template, tokenizer, block_size, val_fraction)
 print(f'{len(pairs["train"]):,} pairs to learn from, {len(pairs["val"]):,} held out'
       + (f'; {n_too_long:,} are longer than {block_size} tokens, left out' if n_too_long else ''))
-dtype, dtype_reason = parallel.choose_dtype(dtype, device)
-if dtype == 'float16':
-    dtype, dtype_reason = 'float32', 'no native bf16 here'
-autocast = nullcontext() if dtype == 'float32' else torch.autocast(device.type, parallel.DTYPES[dtype])
+dtype, dtype_reason = parallel.choose_dtype(dtype, device, has_scaler=False)
+autocast = parallel.autocast(dtype, device)
 if device.type == 'cpu':
     parallel.keep_freed_memory()
 print(textwrap.fill(f'device {device}, dtype {dtype} ({dtype_reason}), {model.get_num_params() / 1e6:.2f}M parameters; '
                     f'{max_iters} steps of {batch_size} pairs, {max_iters * batch_size / len(pairs["train"]):.2f} '
                     f'epochs', 80, subsequent_indent='  '))
 resolved = {**config, 'init_from': init_from, 'device': str(device), 'dtype': dtype}
-if folder := checkpoint.open_folder(out_dir, resolved, start_iter, version):
-    print(f'{out_dir} held an earlier run; it is in {folder} now')
+runs.open_folder(out_dir, resolved, start_iter, version)
 state = None  # the loaded tensors are no longer needed
 
 

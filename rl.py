@@ -29,14 +29,12 @@ import os
 import sys
 import textwrap
 import time
-from contextlib import nullcontext
 from dataclasses import asdict
 
 import torch
 
 import chat
 import checkpoint
-import conversations
 import critic
 import dataloader
 import huggingface
@@ -45,7 +43,7 @@ import losses
 import optim
 import parallel
 import runs
-from answers import draw_answers, ending_of, logprobs_of, pair_rows, read_pairs, scores_of, to_rows
+from answers import draw_answers, ending_of, logprobs_of, open_chat_model, pair_rows, read_pairs, scores_of, to_rows
 from calculator import generate_with_tools
 from configurator import check, explain_errors, override
 from generate import uniforms
@@ -136,16 +134,12 @@ if state:
         raise ValueError(f'algorithm={algorithm!r}, but {ckpt_path} is a run of {state["config"].get("algorithm")!r}; '
                          f'resume with that, or begin anew in another --out_dir')
     init_from = state['config']['init_from']
-is_run = os.path.exists(checkpoint.path_in(init_from))
-reference, tokenizer, template, line = checkpoint.open_model('resume' if is_run else init_from, init_from)
+reference, tokenizer, template, line = open_chat_model(init_from)
 print(f'reference: {line}')
 digest = lora.digest(reference)
 if state and state['reference'] != digest:
     raise ValueError(f'{ckpt_path} began with the model that was in {init_from}; the one that is there now has other '
                      f'weights. Put that back, or begin anew in another --out_dir')
-if template is None:
-    template = chat.TEMPLATE
-    conversations.check_tokenizer(tokenizer, f'the tokenizer of {init_from}')
 stop_ids, _ = chat.find_endings(template, tokenizer)
 if not stop_ids:
     raise ValueError(f'the chat template of {init_from} ends an answer with no special token, so that a model could '
@@ -176,10 +170,7 @@ if state:
     if algorithm == 'ppo':
         value_model.load_state_dict(state['value_model'])
         optim.load_optimizer(value_opt, state['value_optimizer'])
-iter_num = state['iter_num'] if state else 0  # steps done
-best_val_loss = state['best_val_loss'] if state else math.inf
-train_time = state['train_time'] if state else 0.0  # seconds, without evaluations
-version = state['version'] if state else None
+iter_num, best_val_loss, train_time, version = runs.progress_of(state)
 start_iter = saved_iter = iter_num
 state = None  # the loaded tensors are no longer needed
 
@@ -215,18 +206,15 @@ else:
     train_prompts = prompts_of('train', train_examples)
 
 # the machine, the folder
-dtype, dtype_reason = parallel.choose_dtype(dtype, device)
-if dtype == 'float16':
-    dtype, dtype_reason = 'float32', 'no native bf16 here'
-autocast = nullcontext() if dtype == 'float32' else torch.autocast(device.type, parallel.DTYPES[dtype])
+dtype, dtype_reason = parallel.choose_dtype(dtype, device, has_scaler=False)
+autocast = parallel.autocast(dtype, device)
 if device.type == 'cpu':
     parallel.keep_freed_memory()
 what = f'{prompts_per_step} pairs' if algorithm == 'dpo' else f'{prompts_per_step} x {group_size} answers'
 print(textwrap.fill(f'device {device}, dtype {dtype} ({dtype_reason}), {policy.get_num_params() / 1e6:.2f}M '
                     f'parameters; {max_iters} steps of {what}', 80, subsequent_indent='  '))
 resolved = {**config, 'init_from': init_from, 'device': str(device), 'dtype': dtype}
-if folder := checkpoint.open_folder(out_dir, resolved, start_iter, version):
-    print(f'{out_dir} held an earlier run; it is in {folder} now')
+runs.open_folder(out_dir, resolved, start_iter, version)
 
 
 def answers_to(prompts, temperature, u):

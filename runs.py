@@ -1,6 +1,7 @@
 """What a run has beside its mathematics: a log, checkpoints, signals that ask it to stop, the command to go on."""
 
 import json
+import math
 import os
 import shlex
 import signal
@@ -40,6 +41,22 @@ def command(**changes):
     if here < size:  # on several machines each has options of its own
         launch = ['torchrun', '...']
     return shlex.join([*launch, sys.argv[0], *kept, *(f'--{key}={value}' for key, value in changes.items())])
+
+
+def progress_of(state):
+    """
+    Where the run stands that a checkpoint is of, or that begins (None): -> (steps done, lowest val loss, seconds of
+    training without evaluations, layout version of the checkpoint or None)
+    """
+    if state is None:
+        return 0, math.inf, 0.0, None
+    return state['iter_num'], state['best_val_loss'], state['train_time'], state['version']
+
+
+def open_folder(out_dir, settings, iter_num, version):
+    """checkpoint.open_folder(), and say so if it moved an earlier run."""
+    if folder := checkpoint.open_folder(out_dir, settings, iter_num, version):
+        print(f'{out_dir} held an earlier run; it is in {folder} now')
 
 
 def log(out_dir, say=print, **record):

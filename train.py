@@ -325,7 +325,7 @@ flops = model.flops_per_token() * total_batch_size * (0 if eval_only else max_it
 compile, compile_reason = parallel.choose_compile(compile, device, flops / world.size)
 if device.type == 'cpu':
     parallel.keep_freed_memory()
-autocast = nullcontext() if dtype == 'float32' else torch.autocast(device.type, parallel.DTYPES[dtype])
+autocast = parallel.autocast(dtype, device)
 scaler = torch.amp.GradScaler(device.type, enabled=dtype == 'float16')
 if state is not None and state.get('scaler'):
     scaler.load_state_dict(state['scaler'])
@@ -479,8 +479,7 @@ wandb_log = wandb_log and world.is_main
 if world.is_main and not eval_only:
     resolved = {**{key: globals()[key] if key != 'device' else str(device) for key in config},
                 **{key: value for key, value in config.items() if key.startswith('lora_')}}
-    if folder := checkpoint.open_folder(out_dir, resolved, start_iter, layout_version):
-        print(f'{out_dir} held an earlier run; it is in {folder} now')
+    runs.open_folder(out_dir, resolved, start_iter, layout_version)
 if wandb_log:
     import wandb
 

@@ -200,8 +200,9 @@ def encode_input():
 
 def trained_on():
     """The name of the dataset that the checkpoint was trained on. Raises ValueError if there is none to know of."""
-    paths = [os.path.join(out_dir, name) for name in ('best.pt', 'ckpt.pt')]  # either will do: they are of one run
-    state = checkpoint.load(next(filter(os.path.exists, paths))) if init_from == 'resume' else {}
+    state = {}
+    if init_from == 'resume':  # open_model() has read it whole and found it sound; mapped, its tensors stay on the disk
+        state = torch.load(checkpoint.path_in(out_dir, which), map_location='cpu', weights_only=True, mmap=True)
     if not state.get('config', {}).get('dataset'):
         raise ValueError(f'{line} does not say what it was trained on; name what to evaluate it on: --dataset=NAME or '
                          f'--input=FILE')

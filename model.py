@@ -158,6 +158,20 @@ PRESETS = {
 }
 
 
+def visible(query, key, window):
+    """
+    Whether a query sees a key, given their positions, tensors that broadcast: it sees its own and those before it, with
+    a window only the window - 1 before it.
+    """
+    seen = key <= query
+    return seen & (key > query - window) if window else seen
+
+
+def window_mask(window):
+    """visible() as FlexAttention asks for it: of a batch, a head, and the indices of a query and a key."""
+    return lambda b, h, query, key: visible(query, key, window)
+
+
 class KVCache:
     """
     Keys and values of the tokens seen so far, so that the next token costs one position instead of the whole context.
@@ -236,20 +250,6 @@ class Dropout(nn.Dropout):
             h = (h ^ ((h >> 16) & 0xFFFF)) * 0x45D9F3B
         h = (h ^ ((h >> 16) & 0xFFFF)) & 0x7FFFFFFF
         return torch.where(h >= round(self.p * 2**31), x / (1 - self.p), 0.0)
-
-
-def visible(query, key, window):
-    """
-    Whether the query at one position sees the key at another: at its own and those before it, with a window only at the
-    window - 1 before it. The positions are tensors that broadcast.
-    """
-    seen = key <= query
-    return seen & (key > query - window) if window else seen
-
-
-def window_mask(window):
-    """visible() as FlexAttention asks for it."""
-    return lambda b, h, query, key: visible(query, key, window)
 
 
 def rotate(x, rotation):

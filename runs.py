@@ -45,8 +45,8 @@ def command(**changes):
 
 def progress_of(state):
     """
-    Where the run stands that a checkpoint is of, or that begins (None): -> (steps done, lowest val loss, seconds of
-    training without evaluations, layout version of the checkpoint or None)
+    Where a run stands, of its checkpoint, or of None if it begins: -> (steps done, lowest val loss, seconds of training
+    without evaluations, layout version of the checkpoint or None)
     """
     if state is None:
         return 0, math.inf, 0.0, None

@@ -485,7 +485,7 @@ if wandb_log:
 
     wandb.init(project=wandb_project, name=wandb_run_name, config=dict(config))
 
-interrupt = runs.Interrupt(world.is_main)
+interrupt = runs.Interrupt(world.is_main)  # from here on a signal only asks to stop
 
 # the training step, compiled if that works here
 step_model = model

@@ -4,6 +4,7 @@ model finds them, and how good a reward model.
 
     {"messages": [{"role": "user", "content": "2+2?"}], "chosen": "4", "rejected": "5"}
 
+    model, tokenizer, template, line = open_chat_model('out-sft')
     pairs, n_too_long = read_pairs('pairs.jsonl', template, tokenizer, block_size=256, val_fraction=0.1)
     idx, mask = to_rows([pairs['train'][i] for i in (3, 1, 4)], device)
 
@@ -13,15 +14,32 @@ model finds them, and how good a reward model.
 
 import json
 import math
+import os
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 import chat
+import checkpoint
+import conversations
 import corpus
 import jsonl
 import losses
 from generate import generate
+
+
+def open_chat_model(init_from):
+    """
+    The model that is to learn from answers, of a run or of Hugging Face's: what checkpoint.open_model() gives, with
+    chat.TEMPLATE where the model has no format of its own. ValueError if its tokenizer can't write that.
+    """
+    is_run = os.path.exists(checkpoint.path_in(init_from))
+    model, tokenizer, template, line = checkpoint.open_model('resume' if is_run else init_from, init_from)
+    if template is None:
+        template = chat.TEMPLATE
+        conversations.check_tokenizer(tokenizer, f'the tokenizer of {init_from}')
+    return model, tokenizer, template, line
+
 
 # Pairs ---------------------------------------------------------------------------------------------------------------
 

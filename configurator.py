@@ -75,6 +75,17 @@ def override(settings, argv=None):
     return Settings({key: settings[key] for key in page}, given)
 
 
+def check(config, rules):
+    """
+    Raise ValueError for the first setting that breaks a rule: (names with spaces between them, a function of the value
+    of any of these that says whether it is valid, what is expected).
+    """
+    for names, is_valid, expected in rules:
+        for name in names.split():
+            if not is_valid(config[name]):
+                raise ValueError(f'{name}={config[name]!r}: expected {expected}')
+
+
 def explain_errors(kind, error, trace):
     """
     For sys.excepthook: a ValueError that a module of this repository raised is addressed to the user, so its message is

@@ -50,7 +50,6 @@ import os
 import sys
 import textwrap
 import time
-from contextlib import nullcontext
 from itertools import groupby
 
 import numpy as np
@@ -65,7 +64,7 @@ import dataloader
 import huggingface
 import parallel
 import tokenizer
-from configurator import explain_errors, override
+from configurator import check, explain_errors, override
 from generate import bos_ids
 from quantize import for_decoding
 from tasks import common as tasks
@@ -103,25 +102,21 @@ config = override(globals())
 # ---------------------------------------------------------------------------------------------------------------------
 
 sys.excepthook = explain_errors
-for name, is_valid, expected in (
-    ('which', which in ('best', 'last'), "'best' or 'last'"),
-    ('split', split in ('train', 'val'), "'train' or 'val'"),
-    ('max_tokens', max_tokens is None or max_tokens >= 2, '2 or more (the first is not predicted), or None'),
-    ('batch_size', batch_size is None or batch_size >= 1, '1 or more, or None'),
-    ('quantize', quantize in ('', 'int8'), "'int8', or '' for none"),
-    ('input', not (input and dataset), f'this or --dataset={dataset}, not both'),
-    ('n', n >= 1, '1 or more'),
-    ('shots', shots is None or shots >= 0, '0 or more, or None'),
-    ('max_new_tokens', max_new_tokens >= 1, '1 or more'),
-    ('num_samples', num_samples >= 1, '1 or more'),
-    ('temperature', 0 <= temperature < math.inf, '0 or more'),
-    ('temperature', temperature > 0 or num_samples == 1, 'above 0 with several samples, or all are the same'),
-    ('reward_model', not reward_model or num_samples > 1, 'several answers to choose from: --num_samples=8 '
+check(config, (
+    ('which', lambda value: value in ('best', 'last'), "'best' or 'last'"),
+    ('split', lambda value: value in ('train', 'val'), "'train' or 'val'"),
+    ('max_tokens', lambda value: value is None or value >= 2, '2 or more (the first is not predicted), or None'),
+    ('batch_size', lambda value: value is None or value >= 1, '1 or more, or None'),
+    ('quantize', lambda value: value in ('', 'int8'), "'int8', or '' for none"),
+    ('input', lambda value: not (value and dataset), f'this or --dataset={dataset}, not both'),
+    ('n max_new_tokens num_samples', lambda value: value >= 1, '1 or more'),
+    ('shots', lambda value: value is None or value >= 0, '0 or more, or None'),
+    ('temperature', lambda value: 0 <= value < math.inf, '0 or more'),
+    ('temperature', lambda value: value > 0 or num_samples == 1, 'above 0 with several samples, or all are the same'),
+    ('reward_model', lambda value: not value or num_samples > 1, 'several answers to choose from: --num_samples=8 '
      '--temperature=0.8'),
-    ('seed', 0 <= seed < 2**64, '0 or more, of 64 bits'),
-):
-    if not is_valid:
-        raise ValueError(f'{name}={config[name]!r}: expected {expected}')
+    ('seed', lambda value: 0 <= value < 2**64, '0 or more, of 64 bits'),
+))
 of_tasks = {'n', 'kinds', 'shots', 'max_new_tokens', 'num_samples', 'reward_model', 'temperature', 'tools', 'seed'}
 of_texts = {'dataset', 'stride', 'max_tokens', 'compile'}
 for name in sorted(config.given & (of_texts if task else of_tasks)):
@@ -226,8 +221,9 @@ def encode_input():
 
 def trained_on():
     """The name of the dataset that the checkpoint was trained on. Raises ValueError if there is none to know of."""
-    paths = [os.path.join(out_dir, name) for name in ('best.pt', 'ckpt.pt')]  # either will do: they are of one run
-    state = checkpoint.load(next(filter(os.path.exists, paths))) if init_from == 'resume' else {}
+    state = {}
+    if init_from == 'resume':  # open_model() has read it whole and found it sound; mapped, its tensors stay on the disk
+        state = torch.load(checkpoint.path_in(out_dir, which), map_location='cpu', weights_only=True, mmap=True)
     if not state.get('config', {}).get('dataset'):
         raise ValueError(f'{line} does not say what it was trained on; name what to evaluate it on: --dataset=NAME or '
                          f'--input=FILE')
@@ -266,7 +262,7 @@ model.to(device)
 if compile:
     torch._dynamo.config.suppress_errors = True  # without a working compiler: a warning, and go on without
     model.compile()
-autocast = nullcontext() if dtype == 'float32' else torch.autocast(device.type, parallel.DTYPES[dtype])
+autocast = parallel.autocast(dtype, device)
 row = dataloader.row_of(tokens)
 if row:  # conversations, of which only the answers are predicted
     if stride != block_size or max_tokens:

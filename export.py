@@ -18,7 +18,7 @@ import textwrap
 import checkpoint
 import huggingface
 import parallel
-from configurator import explain_errors, override
+from configurator import check, explain_errors, override
 
 sys.stdout.reconfigure(errors='replace')  # a terminal that can't show a character still gets the rest
 
@@ -32,13 +32,11 @@ config = override(globals())
 # ---------------------------------------------------------------------------------------------------------------------
 
 sys.excepthook = explain_errors
-for name, is_valid, expected in (
-    ('out', out != '', 'the folder to write, such as --out=my-gpt'),
-    ('which', which in ('best', 'last'), "'best' or 'last'"),
-    ('dtype', dtype in parallel.DTYPES, ' or '.join(map(repr, parallel.DTYPES))),
-):
-    if not is_valid:
-        raise ValueError(f'{name}={config[name]!r}: expected {expected}')
+check(config, (
+    ('out', bool, 'the folder to write, such as --out=my-gpt'),
+    ('which', lambda value: value in ('best', 'last'), "'best' or 'last'"),
+    ('dtype', lambda value: value in parallel.DTYPES, ' or '.join(map(repr, parallel.DTYPES))),
+))
 
 model, text_tokenizer, chat_template, line = checkpoint.open_model(init_from, out_dir, which)
 print(line)

@@ -158,6 +158,20 @@ PRESETS = {
 }
 
 
+def visible(query, key, window):
+    """
+    Whether a query sees a key, given their positions, tensors that broadcast: it sees its own and those before it, with
+    a window only the window - 1 before it.
+    """
+    seen = key <= query
+    return seen & (key > query - window) if window else seen
+
+
+def window_mask(window):
+    """visible() as FlexAttention asks for it: of a batch, a head, and the indices of a query and a key."""
+    return lambda b, h, query, key: visible(query, key, window)
+
+
 class KVCache:
     """
     Keys and values of the tokens seen so far, so that the next token costs one position instead of the whole context.
@@ -210,7 +224,7 @@ class KVCache:
             more = min(self.max_length, -(-needed // 128) * 128) - S
             self.k, self.v = (F.pad(part, (0, 0, 0, more)) for part in (self.k, self.v))
 
-    def visible(self, T, window):
+    def mask(self, T, window):
         """
         Which slots each of the next T positions attends to: (B or 1, 1, 1, S) of bool for T = 1, for more
         (B, 1, T, length + T), or None where the usual causal mask will do.
@@ -219,9 +233,7 @@ class KVCache:
             return None
         slots = torch.arange(self.k.size(3) if T == 1 else self.length + T, device=self.k.device)
         queries = (self.next_slot + slots[:T])[:, None]
-        seen = slots <= queries
-        if window:
-            seen = seen & (slots > queries - window)
+        seen = visible(queries, slots, window)
         if self.padding is None:
             return seen[None, None]
         # padding sees itself, since a softmax over nothing would be NaN
@@ -243,23 +255,6 @@ class Dropout(nn.Dropout):
             h = (h ^ ((h >> 16) & 0xFFFF)) * 0x45D9F3B
         h = (h ^ ((h >> 16) & 0xFFFF)) & 0x7FFFFFFF
         return torch.where(h >= round(self.p * 2**31), x / (1 - self.p), 0.0)
-
-
-def visible(n_queries, n_keys, window, device):
-    """
-    (n_queries, n_keys) of bool: which keys each query sees, the queries standing at the last n_queries positions of
-    the keys. With a window only its own position and the window - 1 before it.
-    """
-    past = torch.ones(n_queries, n_keys, dtype=torch.bool, device=device).tril(n_keys - n_queries)
-    return past.triu(n_keys - n_queries - window + 1) if window else past
-
-
-def window_mask(window):
-    """visible() without a past, as FlexAttention asks for it: a function of the indices of a query and a key."""
-    def mask(b, h, query, key):
-        return (key <= query) & (query - key < window)
-
-    return mask
 
 
 def rotate(x, rotation):
@@ -297,7 +292,7 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x, past=None, rotation=None, value_embedding=None, window_blocks=None):
         """
         x: (B, T, C). past: (k, v, slots, mask), of this layer's cache the slots so far and new, to the T of which given
-        by `slots` the new positions are written; mask: KVCache.visible(). rotation: of the T positions, see rotate().
+        by `slots` the new positions are written; mask: KVCache.mask(). rotation: of the T positions, see rotate().
         value_embedding: (B, T, G * D), added to the values. window_blocks: GPT's.
         """
         B, T, _ = x.shape
@@ -347,7 +342,8 @@ class CausalSelfAttention(nn.Module):
         # single query sees everything
         is_causal = mask is None and T == S and (not self.window or T <= self.window)
         if mask is None and T > 1 and not is_causal:
-            mask = visible(T, S, self.window, q.device)
+            positions = torch.arange(S, device=q.device)
+            mask = visible(positions[-T:, None], positions, self.window)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal,
                                               dropout_p=self.attn_dropout.p if self.training else 0.0,
                                               enable_gqa=self.n_kv_head < self.n_head)
@@ -385,7 +381,8 @@ class CausalSelfAttention(nn.Module):
             # the queries that share a head of keys are rows of one product
             rows = q_block.unflatten(1, (self.n_kv_head, -1)).flatten(2, 3)  # (B, G, H / G * n, D)
             weights = (rows @ keys.transpose(2, 3)).float().unflatten(2, (-1, n)) * D**-0.5  # (B, G, H / G, n, keys)
-            hidden = ~visible(n, end - first, self.window, q.device)
+            positions = torch.arange(first, end, device=q.device)
+            hidden = ~visible(positions[-n:, None], positions, self.window)
             weights = self.attn_dropout(weights.masked_fill(hidden, -math.inf).softmax(dim=-1))
             mixed = weights.to(v.dtype).flatten(2, 3) @ values
             y.append(mixed.unflatten(2, (-1, n)).flatten(1, 2))  # (B, H, n, D)
@@ -609,7 +606,7 @@ class GPT(nn.Module):
             cache.make_room(B, T)
             slots = positions = cache.next_slot + positions
             S = cache.k.size(3) if T == 1 else start + T
-            masks = {window: cache.visible(T, window) for window in {self.config.window, 0}}
+            masks = {window: cache.mask(T, window) for window in {self.config.window, 0}}
             if cache.padding is not None:
                 positions = (slots - cache.padding[:, None]).clamp(min=0)  # (B, T)
         x, rotation = self.transformer.wte(idx), None  # (B, T, C)

@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -141,10 +141,10 @@ def choose_device(device, local_rank=0):
     return chosen
 
 
-def choose_dtype(dtype, device):
+def choose_dtype(dtype, device, has_scaler=True):
     """
     'auto' -> (name in DTYPES, reason). bf16 wherever the hardware multiplies it natively; a GPU without it takes fp16
-    with a gradient scaler; everything else fp32. Raises ValueError for an unknown name.
+    if there is a gradient scaler for it; everything else fp32. Raises ValueError for an unknown name.
     """
     if dtype != 'auto':
         if dtype not in DTYPES:
@@ -153,10 +153,16 @@ def choose_dtype(dtype, device):
     if device.type == 'cuda':
         if torch.cuda.get_device_capability(device) >= (8, 0):
             return 'bfloat16', 'native on this GPU'
-        return 'float16', 'this GPU has no native bf16; with a gradient scaler'
+        if has_scaler:
+            return 'float16', 'this GPU has no native bf16; with a gradient scaler'
     if device.type == 'cpu' and cpu_multiplies_bf16():
         return 'bfloat16', 'native on this CPU'
     return 'float32', 'no native bf16 here'
+
+
+def autocast(dtype, device):
+    """The context in which torch multiplies in that precision, a name in DTYPES."""
+    return nullcontext() if dtype == 'float32' else torch.autocast(device.type, DTYPES[dtype])
 
 
 def cpu_multiplies_bf16():

@@ -22,21 +22,18 @@ import os
 import sys
 import textwrap
 import time
-from contextlib import nullcontext
 from dataclasses import asdict
 
 import torch
 
-import chat
 import checkpoint
-import conversations
 import critic
 import dataloader
 import optim
 import parallel
 import runs
-from answers import lengths_of, pair_rows, read_pairs
-from configurator import explain_errors, override
+from answers import lengths_of, open_chat_model, pair_rows, read_pairs
+from configurator import check, explain_errors, override
 from losses import bradley_terry_loss
 from tasks.common import wilson
 
@@ -67,21 +64,20 @@ config = override(globals())
 # ---------------------------------------------------------------------------------------------------------------------
 
 sys.excepthook = explain_errors
-for names, is_valid, expected in (
-    (('data',), bool, 'a file of pairs: --data=FILE.jsonl'),
-    (('eval_interval', 'log_interval', 'batch_size'), lambda value: value >= 1, '1 or more'),
-    (('max_iters', 'micro_batch_size', 'warmup_iters', 'weight_decay', 'grad_clip', 'min_lr', 'learning_rate'),
+check(config, (
+    ('data', bool, 'a file of pairs: --data=FILE.jsonl'),
+    ('eval_interval log_interval batch_size', lambda value: value >= 1, '1 or more'),
+    ('max_iters micro_batch_size warmup_iters weight_decay grad_clip min_lr learning_rate',
      lambda value: 0 <= value < math.inf, '0 or more'),
-    (('micro_batch_size',), lambda value: value == 0 or batch_size % value == 0,
+    ('min_lr', lambda value: value <= learning_rate,
+     f'at most learning_rate={learning_rate}, as the rate would rise to it; usually a tenth of that'),
+    ('micro_batch_size', lambda value: value == 0 or batch_size % value == 0,
      f'0, or a divisor of batch_size={batch_size}'),
-    (('beta1', 'beta2', 'dropout'), lambda value: 0 <= value < 1, 'at least 0 and below 1'),
-    (('dtype',), lambda value: value in ('auto', 'float32', 'bfloat16'), "'auto', 'float32' or 'bfloat16'"),
-    (('out_dir',), lambda value: os.path.abspath(value) != os.path.abspath(init_from),
+    ('beta1 beta2 dropout', lambda value: 0 <= value < 1, 'at least 0 and below 1'),
+    ('dtype', lambda value: value in ('auto', 'float32', 'bfloat16'), "'auto', 'float32' or 'bfloat16'"),
+    ('out_dir', lambda value: os.path.abspath(value) != os.path.abspath(init_from),
      'another folder than that of the model which init_from names'),
-):
-    for name in names:
-        if not is_valid(config[name]):
-            raise ValueError(f'{name}={config[name]!r}: expected {expected}')
+))
 
 # the model: a language model with another head, or the reward model of an earlier run
 device = parallel.choose_device(device)
@@ -92,12 +88,8 @@ if state:
     model, tokenizer = critic.critic_of(state, ckpt_path, dropout), checkpoint.tokenizer_of(state)
     template, init_from = state['chat_template'], state['config']['init_from']
 else:
-    is_run = os.path.exists(checkpoint.path_in(init_from))
-    base, tokenizer, template, line = checkpoint.open_model('resume' if is_run else init_from, init_from)
+    base, tokenizer, template, line = open_chat_model(init_from)
     print(line)
-    if template is None:  # no finetuned one
-        template = chat.TEMPLATE
-        conversations.check_tokenizer(tokenizer, f'the tokenizer of {init_from}')
     model = critic.Critic.from_gpt(base, dropout)
 block_size = model.config.block_size
 model.to(device)
@@ -105,28 +97,22 @@ model.value_head.bias.requires_grad_(False)  # only differences of scores matter
 opt = optim.adamw(model, weight_decay, learning_rate, (beta1, beta2))
 if state:
     optim.load_optimizer(opt, state['optimizer'])
-iter_num = state['iter_num'] if state else 0  # updates done
-best_val_loss = state['best_val_loss'] if state else math.inf
-train_time = state['train_time'] if state else 0.0  # seconds, without evaluations
-version = state['version'] if state else None
+iter_num, best_val_loss, train_time, version = runs.progress_of(state)
 start_iter = saved_iter = iter_num
 
 # the pairs, the machine, the folder
 pairs, n_too_long = read_pairs(data, template, tokenizer, block_size, val_fraction)
 print(f'{len(pairs["train"]):,} pairs to learn from, {len(pairs["val"]):,} held out'
       + (f'; {n_too_long:,} are longer than {block_size} tokens, left out' if n_too_long else ''))
-dtype, dtype_reason = parallel.choose_dtype(dtype, device)
-if dtype == 'float16':
-    dtype, dtype_reason = 'float32', 'no native bf16 here'
-autocast = nullcontext() if dtype == 'float32' else torch.autocast(device.type, parallel.DTYPES[dtype])
+dtype, dtype_reason = parallel.choose_dtype(dtype, device, has_scaler=False)
+autocast = parallel.autocast(dtype, device)
 if device.type == 'cpu':
     parallel.keep_freed_memory()
 print(textwrap.fill(f'device {device}, dtype {dtype} ({dtype_reason}), {model.get_num_params() / 1e6:.2f}M parameters; '
                     f'{max_iters} steps of {batch_size} pairs, {max_iters * batch_size / len(pairs["train"]):.2f} '
                     f'epochs', 80, subsequent_indent='  '))
 resolved = {**config, 'init_from': init_from, 'device': str(device), 'dtype': dtype}
-if folder := checkpoint.open_folder(out_dir, resolved, start_iter, version):
-    print(f'{out_dir} held an earlier run; it is in {folder} now')
+runs.open_folder(out_dir, resolved, start_iter, version)
 state = None  # the loaded tensors are no longer needed
 
 

@@ -30,14 +30,12 @@ import os
 import sys
 import textwrap
 import time
-from contextlib import nullcontext
 from dataclasses import asdict
 
 import torch
 
 import chat
 import checkpoint
-import conversations
 import critic
 import dataloader
 import huggingface
@@ -46,9 +44,19 @@ import losses
 import optim
 import parallel
 import runs
-from answers import draw_answers, ending_of, lengths_of, logprobs_of, pair_rows, read_pairs, scores_of, to_rows
+from answers import (
+    draw_answers,
+    ending_of,
+    lengths_of,
+    logprobs_of,
+    open_chat_model,
+    pair_rows,
+    read_pairs,
+    scores_of,
+    to_rows,
+)
 from calculator import generate_with_tools
-from configurator import explain_errors, override
+from configurator import check, explain_errors, override
 from generate import uniforms
 from tasks import common as tasks
 
@@ -105,32 +113,28 @@ config = override(globals())
 # ---------------------------------------------------------------------------------------------------------------------
 
 sys.excepthook = explain_errors
-for names, is_valid, expected in (
-    (('algorithm',), lambda value: value in ('grpo', 'ppo', 'dpo'), "'grpo', 'ppo' or 'dpo'"),
-    (('task',), lambda value: value or algorithm == 'dpo', 'NAME of a tasks/NAME.py, where the prompts are'),
-    (('pairs',), lambda value: bool(value) == (algorithm == 'dpo'), 'FILE.jsonl with --algorithm=dpo, and only there'),
-    (('reward_model',), lambda value: not value or algorithm != 'dpo', "'' with --algorithm=dpo, which needs none"),
-    (('group_size',), lambda value: value >= (2 if algorithm == 'grpo' else 1),
+check(config, (
+    ('algorithm', lambda value: value in ('grpo', 'ppo', 'dpo'), "'grpo', 'ppo' or 'dpo'"),
+    ('task', lambda value: value or algorithm == 'dpo', 'NAME of a tasks/NAME.py, where the prompts are'),
+    ('pairs', lambda value: bool(value) == (algorithm == 'dpo'), 'FILE.jsonl with --algorithm=dpo, and only there'),
+    ('reward_model', lambda value: not value or algorithm != 'dpo', "'' with --algorithm=dpo, which needs none"),
+    ('group_size', lambda value: value >= (2 if algorithm == 'grpo' else 1),
      '1 or more, and for grpo, which compares the answers to a prompt, 2'),
-    (('eval_interval', 'log_interval', 'train_examples', 'eval_examples', 'prompts_per_step', 'max_new_tokens',
-      'epochs', 'minibatch_size', 'micro_batch_size'), lambda value: value >= 1, '1 or more'),
-    (('max_iters', 'warmup_iters', 'kl_coef', 'weight_decay', 'grad_clip', 'learning_rate', 'critic_lr',
-      'value_clip', 'critic_warmup'),
+    ('eval_interval log_interval train_examples eval_examples prompts_per_step max_new_tokens epochs minibatch_size '
+     'micro_batch_size', lambda value: value >= 1, '1 or more'),
+    ('max_iters warmup_iters kl_coef weight_decay grad_clip learning_rate critic_lr value_clip critic_warmup',
      lambda value: 0 <= value < math.inf, '0 or more'),
-    (('temperature', 'clip', 'beta'), lambda value: 0 < value < math.inf, 'more than 0'),
-    (('clip_high',), lambda value: value is None or value > 0, 'more than 0, or None'),
-    (('clip',), lambda value: value < 1, 'less than 1'),
-    (('gamma', 'lam', 'final_share'), lambda value: 0 <= value <= 1, '0 to 1'),
-    (('label_smoothing',), lambda value: 0 <= value < 0.5, 'at least 0 and below 0.5'),
-    (('beta1', 'beta2'), lambda value: 0 <= value < 1, 'at least 0 and below 1'),
-    (('seed',), lambda value: 0 <= value < 2**63, '0 or more'),
-    (('dtype',), lambda value: value in ('auto', 'float32', 'bfloat16'), "'auto', 'float32' or 'bfloat16'"),
-    (('out_dir',), lambda value: os.path.abspath(value) != os.path.abspath(init_from),
+    ('temperature clip beta', lambda value: 0 < value < math.inf, 'more than 0'),
+    ('clip_high', lambda value: value is None or value > 0, 'more than 0, or None'),
+    ('clip', lambda value: value < 1, 'less than 1'),
+    ('gamma lam final_share', lambda value: 0 <= value <= 1, '0 to 1'),
+    ('label_smoothing', lambda value: 0 <= value < 0.5, 'at least 0 and below 0.5'),
+    ('beta1 beta2', lambda value: 0 <= value < 1, 'at least 0 and below 1'),
+    ('seed', lambda value: 0 <= value < 2**63, '0 or more'),
+    ('dtype', lambda value: value in ('auto', 'float32', 'bfloat16'), "'auto', 'float32' or 'bfloat16'"),
+    ('out_dir', lambda value: os.path.abspath(value) != os.path.abspath(init_from),
      'another folder than that of the model which init_from names'),
-):
-    for name in names:
-        if not is_valid(config[name]):
-            raise ValueError(f'{name}={config[name]!r}: expected {expected}')
+))
 
 # the policy, which learns, and the reference, which it began as
 device = parallel.choose_device(device)
@@ -142,16 +146,12 @@ if state:
         raise ValueError(f'algorithm={algorithm!r}, but {ckpt_path} is a run of {state["config"].get("algorithm")!r}; '
                          f'resume with that, or begin anew in another --out_dir')
     init_from = state['config']['init_from']
-is_run = os.path.exists(checkpoint.path_in(init_from))
-reference, tokenizer, template, line = checkpoint.open_model('resume' if is_run else init_from, init_from)
+reference, tokenizer, template, line = open_chat_model(init_from)
 print(f'reference: {line}')
 digest = lora.digest(reference)
 if state and state['reference'] != digest:
     raise ValueError(f'{ckpt_path} began with the model that was in {init_from}; the one that is there now has other '
                      f'weights. Put that back, or begin anew in another --out_dir')
-if template is None:
-    template = chat.TEMPLATE
-    conversations.check_tokenizer(tokenizer, f'the tokenizer of {init_from}')
 stop_ids, _ = chat.find_endings(template, tokenizer)
 if not stop_ids:
     raise ValueError(f'the chat template of {init_from} ends an answer with no special token, so that a model could '
@@ -182,10 +182,7 @@ if state:
     if algorithm == 'ppo':
         value_model.load_state_dict(state['value_model'])
         optim.load_optimizer(value_opt, state['value_optimizer'])
-iter_num = state['iter_num'] if state else 0  # steps done
-best_val_loss = state['best_val_loss'] if state else math.inf
-train_time = state['train_time'] if state else 0.0  # seconds, without evaluations
-version = state['version'] if state else None
+iter_num, best_val_loss, train_time, version = runs.progress_of(state)
 start_iter = saved_iter = iter_num
 state = None  # the loaded tensors are no longer needed
 
@@ -221,18 +218,15 @@ else:
     train_prompts = prompts_of('train', train_examples)
 
 # the machine, the folder
-dtype, dtype_reason = parallel.choose_dtype(dtype, device)
-if dtype == 'float16':
-    dtype, dtype_reason = 'float32', 'no native bf16 here'
-autocast = nullcontext() if dtype == 'float32' else torch.autocast(device.type, parallel.DTYPES[dtype])
+dtype, dtype_reason = parallel.choose_dtype(dtype, device, has_scaler=False)
+autocast = parallel.autocast(dtype, device)
 if device.type == 'cpu':
     parallel.keep_freed_memory()
 what = f'{prompts_per_step} pairs' if algorithm == 'dpo' else f'{prompts_per_step} x {group_size} answers'
 print(textwrap.fill(f'device {device}, dtype {dtype} ({dtype_reason}), {policy.get_num_params() / 1e6:.2f}M '
                     f'parameters; {max_iters} steps of {what}', 80, subsequent_indent='  '))
 resolved = {**config, 'init_from': init_from, 'device': str(device), 'dtype': dtype}
-if folder := checkpoint.open_folder(out_dir, resolved, start_iter, version):
-    print(f'{out_dir} held an earlier run; it is in {folder} now')
+runs.open_folder(out_dir, resolved, start_iter, version)
 
 
 def answers_to(prompts, temperature, u):

@@ -37,7 +37,7 @@ import parallel
 import quantize as quantization
 import tokenizer
 from chat import converse, find_endings, for_terminal, render
-from configurator import explain_errors, override
+from configurator import check, explain_errors, override
 from generate import encode_prompt, generate_texts, likeliest, majority
 
 sys.stdout.reconfigure(errors='replace')  # a terminal that can't show a character still gets the rest
@@ -85,32 +85,30 @@ config = override(globals())
 # ---------------------------------------------------------------------------------------------------------------------
 
 sys.excepthook = explain_errors
-for name, is_valid, expected in (
-    ('which', which in ('best', 'last'), "'best' or 'last'"),
-    ('num_samples', num_samples >= 1, '1 or more'),
-    ('max_new_tokens', max_new_tokens >= 0, '0 or more'),
-    ('batch_size', batch_size >= 1, '1 or more'),
-    ('slide', slide >= 1, '1 or more'),
-    ('temperature', 0 <= temperature < math.inf, '0 or more'),
-    ('top_k', top_k is None or top_k >= 0, '1 or more, or None'),
-    ('top_p', top_p is None or 0 < top_p <= 1, 'a probability above 0, or None'),
-    ('min_p', min_p is None or 0 <= min_p <= 1, 'a probability, or None'),
-    ('repetition_penalty', 0.01 <= repetition_penalty <= 100, '0.01 to 100'),
-    ('seed', 0 <= seed < 2**64, '0 or more, of 64 bits'),
-    ('best_of', best_of == 0 or best_of >= 2, '2 or more, or 0'),
-    ('quantize', quantize in ('', 'int8'), "'' or 'int8'"),
-    ('dtype', dtype == 'auto' or not quantize, f"'auto' with --quantize={quantize}, which is a precision itself"),
-    ('chat', not (chat and (prompts or best_of or vote or logprobs)),
+check(config, (
+    ('which', lambda value: value in ('best', 'last'), "'best' or 'last'"),
+    ('num_samples batch_size slide', lambda value: value >= 1, '1 or more'),
+    ('max_new_tokens', lambda value: value >= 0, '0 or more'),
+    ('temperature', lambda value: 0 <= value < math.inf, '0 or more'),
+    ('top_k', lambda value: value is None or value >= 0, '1 or more, or None'),
+    ('top_p', lambda value: value is None or 0 < value <= 1, 'a probability above 0, or None'),
+    ('min_p', lambda value: value is None or 0 <= value <= 1, 'a probability, or None'),
+    ('repetition_penalty', lambda value: 0.01 <= value <= 100, '0.01 to 100'),
+    ('seed', lambda value: 0 <= value < 2**64, '0 or more, of 64 bits'),
+    ('best_of', lambda value: value == 0 or value >= 2, '2 or more, or 0'),
+    ('quantize', lambda value: value in ('', 'int8'), "'' or 'int8'"),
+    ('dtype', lambda value: value == 'auto' or not quantize,
+     f"'auto' with --quantize={quantize}, which is a precision itself"),
+    ('chat', lambda value: not (value and (prompts or best_of or vote or logprobs)),
      'no prompts, best_of, vote or logprobs beside it'),
-    ('system', chat or not system, 'a chat, with --chat'),
-    ('prompts', not prompts or out, 'also a file for the results: --out=FILE.jsonl'),
-    ('out', not out or prompts, 'also the prompts: --prompts=FILE.jsonl'),
-    ('stop', not stop or not (choices or regex or json_schema),
+    ('system', lambda value: chat or not value, 'a chat, with --chat'),
+    ('prompts', lambda value: not value or out, 'also a file for the results: --out=FILE.jsonl'),
+    ('out', lambda value: not value or prompts, 'also the prompts: --prompts=FILE.jsonl'),
+    ('stop', lambda value: not value or not (choices or regex or json_schema),
      "'' with choices, regex or json_schema, which say themselves where the text ends"),
-    ('regex', sum(map(bool, (choices, regex, json_schema))) <= 1, 'only one of choices, regex and json_schema'),
-):
-    if not is_valid:
-        raise ValueError(f'{name}={config[name]!r}: expected {expected}')
+    ('regex', lambda value: sum(map(bool, (choices, value, json_schema))) <= 1,
+     'only one of choices, regex and json_schema'),
+))
 try:
     re.compile(vote)
 except re.error as error:

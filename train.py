@@ -22,7 +22,6 @@ import gc
 import math
 import os
 import shlex
-import signal
 import sys
 import textwrap
 import time
@@ -42,7 +41,7 @@ import optim
 import parallel
 import runs
 import tokenizer
-from configurator import explain_errors, override
+from configurator import check, explain_errors, override
 from generate import generate_texts
 from model import GPT, PRESETS, GPTConfig, padded_vocab_size
 
@@ -126,8 +125,7 @@ config = override(globals())
 # ---------------------------------------------------------------------------------------------------------------------
 
 sys.excepthook = explain_errors
-if preset not in PRESETS:
-    raise ValueError(f'preset={preset!r}: expected {" or ".join(map(repr, PRESETS))}')
+check(config, [('preset', lambda value: value in PRESETS, ' or '.join(map(repr, PRESETS)))])
 from_preset = {key: value for key, value in {**PRESETS[preset], **optim.PRESETS[preset]}.items()
                if key not in config.given}
 config.update(from_preset)
@@ -136,37 +134,35 @@ if from_preset and os.environ.get('RANK', '0') == '0':
     print(textwrap.fill(f'preset {preset}: ' + ', '.join(f'{key}={value!r}' for key, value in from_preset.items()), 80,
                         subsequent_indent='  ', break_on_hyphens=False))
 sources = ('scratch', 'resume', 'auto', *huggingface.GPT2_NAMES)
-for names, is_valid, expected in (
-    (('eval_interval', 'log_interval', 'eval_iters', 'batch_size', 'block_size', 'gradient_accumulation_steps'),
+check(config, (
+    ('eval_interval log_interval eval_iters batch_size block_size gradient_accumulation_steps',
      lambda value: value >= 1, '1 or more'),
-    (('total_batch_size', 'max_iters', 'warmup_iters', 'patience', 'sample_tokens', 'learning_rate', 'min_lr',
-      'weight_decay', 'grad_clip', 'muon_lr', 'embedding_lr'), lambda value: 0 <= value < math.inf, '0 or more'),
-    (('optimizer',), lambda value: value in ('adamw', 'muon'), "'adamw' or 'muon'"),
-    (('learning_rate',), lambda value: optimizer == 'adamw' or value > 0, "above 0 with optimizer='muon'"),
-    (('beta1', 'beta2', 'momentum', 'average_decay'), lambda value: 0 <= value < 1, 'at least 0 and below 1'),
-    (('decay_fraction',), lambda value: 0 < value <= 1, 'above 0 and at most 1'),
-    (('lr_schedule',), lambda value: value in ('cosine', 'wsd'), "'cosine' or 'wsd'"),
-    (('backend',), lambda value: value in ('auto', 'nccl', 'gloo'), "'auto', 'nccl' or 'gloo'"),
-    (('lr_decay_iters',), lambda value: not decay_lr or value is None or value >= warmup_iters,
+    ('total_batch_size max_iters warmup_iters patience sample_tokens learning_rate min_lr weight_decay grad_clip '
+     'muon_lr embedding_lr lora_rank', lambda value: 0 <= value < math.inf, '0 or more'),
+    ('optimizer', lambda value: value in ('adamw', 'muon'), "'adamw' or 'muon'"),
+    ('learning_rate', lambda value: optimizer == 'adamw' or value > 0, "above 0 with optimizer='muon'"),
+    ('min_lr', lambda value: not decay_lr or value <= learning_rate,
+     f'at most learning_rate={learning_rate}, as the rate would rise to it; usually a tenth of that'),
+    ('beta1 beta2 momentum average_decay', lambda value: 0 <= value < 1, 'at least 0 and below 1'),
+    ('decay_fraction', lambda value: 0 < value <= 1, 'above 0 and at most 1'),
+    ('lr_schedule', lambda value: value in ('cosine', 'wsd'), "'cosine' or 'wsd'"),
+    ('backend', lambda value: value in ('auto', 'nccl', 'gloo'), "'auto', 'nccl' or 'gloo'"),
+    ('lr_decay_iters', lambda value: not decay_lr or value is None or value >= warmup_iters,
      f'at least warmup_iters={warmup_iters}, or the rate would fall before it has risen'),
-    (('warmup_iters',), lambda value: value <= max_iters or lr_decay_iters is not None or 'warmup_iters' not in
+    ('warmup_iters', lambda value: value <= max_iters or lr_decay_iters is not None or 'warmup_iters' not in
      config.given, f'at most max_iters={max_iters}, or the rate would never reach its highest'),
-    (('lora_rank',), lambda value: value >= 0, '0 or more'),
-    (('lora_rank',), lambda value: value == 0 or init_from not in ('scratch', 'auto'),
+    ('lora_rank', lambda value: value == 0 or init_from not in ('scratch', 'auto'),
      f'0 with init_from={init_from!r}, since adapters need a model; name it, --init_from=FOLDER'),
-    (('lora_alpha', 'lora_targets', 'lora_int8'), lambda value: lora_rank > 0 or init_from == 'resume' or
+    ('lora_alpha lora_targets lora_int8', lambda value: lora_rank > 0 or init_from == 'resume' or
      not {'lora_alpha', 'lora_targets', 'lora_int8'} & config.given, 'a --lora_rank beside it, such as 8'),
-    (('init_from',), lambda value: lora_rank == 0 or os.path.realpath(value) != os.path.realpath(out_dir),
+    ('init_from', lambda value: lora_rank == 0 or os.path.realpath(value) != os.path.realpath(out_dir),
      'another folder than out_dir, as the adapters in it need the model that is there; name another --out_dir'),
-    (('optimizer',), lambda value: lora_rank == 0 or value == 'adamw', "'adamw' with LoRA (--optimizer=adamw), as its "
+    ('optimizer', lambda value: lora_rank == 0 or value == 'adamw', "'adamw' with LoRA (--optimizer=adamw), as its "
      'matrices are no maps from channels to channels, whose singular values Muon evens out'),
-    (('init_from',), lambda value: value in sources or os.path.isdir(value) or '/' in value,
+    ('init_from', lambda value: value in sources or os.path.isdir(value) or '/' in value,
      f"another run's out_dir, a folder in Hugging Face layout, one of {', '.join(sources)}, or the id of a model on "
      f'the hub, owner/name'),
-):
-    for name in names:
-        if not is_valid(config[name]):
-            raise ValueError(f'{name}={config[name]!r}: expected {expected}')
+))
 
 # this process, its device, its data
 world = parallel.from_environment()
@@ -329,7 +325,7 @@ flops = model.flops_per_token() * total_batch_size * (0 if eval_only else max_it
 compile, compile_reason = parallel.choose_compile(compile, device, flops / world.size)
 if device.type == 'cpu':
     parallel.keep_freed_memory()
-autocast = nullcontext() if dtype == 'float32' else torch.autocast(device.type, parallel.DTYPES[dtype])
+autocast = parallel.autocast(dtype, device)
 scaler = torch.amp.GradScaler(device.type, enabled=dtype == 'float16')
 if state is not None and state.get('scaler'):
     scaler.load_state_dict(state['scaler'])
@@ -421,16 +417,6 @@ def learning_rate_at(step):
     return optim.cosine(step, learning_rate, warmup_iters, end, min_lr)
 
 
-def command(**changes):
-    """The command line of this run with some settings changed, for the messages that say what to do next."""
-    kept = [a for a in sys.argv[1:] if a.removeprefix('--').split('=')[0] not in changes]
-    here = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
-    launch = ['python'] if world.size == 1 else ['torchrun', '--standalone', f'--nproc_per_node={here}']
-    if here < world.size:  # on several machines each has options of its own
-        launch = ['torchrun', '...']
-    return shlex.join([*launch, sys.argv[0], *kept, *(f'--{key}={value}' for key, value in changes.items())])
-
-
 def explain_out_of_memory(kind, error, trace):
     """For sys.excepthook: where memory ran out, say which command takes the same steps with less of it."""
     if not parallel.out_of_memory(error):
@@ -438,7 +424,7 @@ def explain_out_of_memory(kind, error, trace):
     changes = {'batch_size': smaller_batch, 'total_batch_size': total_batch_size}
     if saved_iter:
         changes['init_from'] = 'resume'
-    remedy = (f'The same mathematics in smaller pieces:\n  {command(**changes)}' if smaller_batch else
+    remedy = (f'The same mathematics in smaller pieces:\n  {runs.command(**changes)}' if smaller_batch else
               'Not even one sequence fits: lower --block_size, --n_layer or --n_embd')
     print(f'out of memory at step {iter_num} ({str(error).splitlines()[0][:120]}). {remedy}', file=sys.stderr)
 
@@ -467,15 +453,9 @@ def save_checkpoint(is_best):
         state['unaveraged'] = weights_of(model)
     if adapted:
         state['lora'] = adapted
-    try:
-        checkpoint.save(out_dir, state, is_best)
-    except OSError as error:
-        bar.write(f'WARNING: {ckpt_path} could not be saved at step {iter_num} ({error}). What was there is untouched; '
-                  f'free some space before the next save')
-        return False
-    saved_iter = iter_num
-    bar.write(f'saved {ckpt_path} at step {iter_num}' + (' (best so far)' if is_best else ''))
-    return True
+    is_saved = runs.save(out_dir, state, is_best, bar.write)
+    saved_iter = iter_num if is_saved else saved_iter
+    return is_saved
 
 
 def stop_not_finite(step, what):
@@ -499,29 +479,13 @@ wandb_log = wandb_log and world.is_main
 if world.is_main and not eval_only:
     resolved = {**{key: globals()[key] if key != 'device' else str(device) for key in config},
                 **{key: value for key, value in config.items() if key.startswith('lora_')}}
-    if folder := checkpoint.open_folder(out_dir, resolved, start_iter, layout_version):
-        print(f'{out_dir} held an earlier run; it is in {folder} now')
+    runs.open_folder(out_dir, resolved, start_iter, layout_version)
 if wandb_log:
     import wandb
 
     wandb.init(project=wandb_project, name=wandb_run_name, config=dict(config))
 
-# a signal only asks to stop; the loop does so between two steps. A second Ctrl-C, more than a second later, is obeyed
-stop_signal, stop_time = None, 0.0
-
-
-def ask_to_stop(number, frame):
-    global stop_signal, stop_time
-    if number == signal.SIGINT and stop_signal == signal.SIGINT and time.monotonic() > stop_time + 1:
-        raise KeyboardInterrupt
-    if world.is_main and number == signal.SIGINT and stop_signal is None:
-        with suppress(OSError):  # nobody reads it. print could be what is being interrupted, and can not be called
-            os.write(2, b'\nfinishing this step, then saving; Ctrl-C again stops at once, unsaved\n')
-    stop_signal, stop_time = number, time.monotonic()
-
-
-for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, ask_to_stop)
+interrupt = runs.Interrupt(world.is_main)  # from here on a signal only asks to stop
 
 # the training step, compiled if that works here
 step_model = model
@@ -617,11 +581,11 @@ while True:
     while len(unread) > (device.type == 'cuda' and not is_due(iter_num + 1) and not stop_reason):
         step, step_lr, numbers = unread.pop(0)
         loss, norm = numbers()
-        loss, stop_requests = world.sum([loss / world.size, stop_signal is not None])
+        loss, stop_requests = world.sum([loss / world.size, interrupt.reason is not None])
         if not math.isfinite(loss) or (not math.isfinite(norm) and not scaler.is_enabled()):
             stop_not_finite(step, f'loss is {loss}, norm of the gradient {norm}')
         if stop_requests:
-            stop_reason = f'stopped by {signal.Signals(stop_signal or signal.SIGTERM).name}'
+            stop_reason = interrupt.reason or 'stopped by SIGTERM'  # which another process was sent
         records.append({'step': step, 'loss': loss, 'lr': step_lr, 'grad_norm': norm})
     if n_targets:  # of conversations a batch could have none, and weight decay alone is no step
         scaler.step(opt)
@@ -662,7 +626,7 @@ if not eval_only and tried_iter < iter_num:
 parallel.disconnect()
 if world.is_main and not eval_only:
     if stop_reason:
-        print(f'{stop_reason} after step {iter_num}. To go on:\n  {command(init_from="resume")}')
+        print(f'{stop_reason} after step {iter_num}. To go on:\n  {runs.command(init_from="resume")}')
     else:
         best = f'; best val loss {best_val_loss:.4f}' if math.isfinite(best_val_loss) else ''
         print(f'{iter_num} steps, {train_time:.1f} s of training{best}')

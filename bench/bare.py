@@ -17,7 +17,6 @@ import statistics
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import asdict, fields
 
 import torch
@@ -81,8 +80,7 @@ class Step:
         for group in self.optimizer.param_groups:
             group['lr'] = rate * group['lr_scale']
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=s['dtype'] == 'float16')
-        self.autocast = (nullcontext() if s['dtype'] == 'float32' else
-                         torch.autocast(self.device.type, parallel.DTYPES[s['dtype']]))
+        self.autocast = parallel.autocast(s['dtype'], self.device)
         self.average = copy.deepcopy(self.model) if s['average_decay'] else None
         self.steps, self.unread = 0, None
         if self.device.type == 'cpu':

@@ -55,7 +55,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) 
 
 import dataloader
 from bench import common, plot
-from configurator import explain_errors, override
+from configurator import check, explain_errors, override
 
 # settings ------------------------------------------------------------------------------------------------------------
 case = 'small'  # or 'char'
@@ -158,11 +158,10 @@ def ratios(ours, theirs):
 
 
 sys.excepthook = explain_errors
-if case not in CASES:
-    raise SystemExit(f'case={case!r}: expected {" or ".join(map(repr, CASES))}')
-for name in ('rounds', 'peer_steps'):
-    if config[name] < 1:
-        raise SystemExit(f'{name}={config[name]}: expected 1 or more')
+check(config, (
+    ('case', lambda value: value in CASES, ' or '.join(map(repr, CASES))),
+    ('rounds peer_steps', lambda value: value >= 1, '1 or more'),
+))
 this = CASES[case]
 data_dir = os.path.join('data', 'shakespeare_char')  # here or, as train.py finds it, in the repository
 if not os.path.isdir(data_dir):

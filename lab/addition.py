@@ -26,7 +26,7 @@ import torch
 
 import dataloader
 from bench.common import table
-from configurator import explain_errors, override
+from configurator import check, explain_errors, override
 from lab import common
 from model import GPT, PRESETS, GPTConfig
 
@@ -154,9 +154,10 @@ def draw(curves, wrong, groups):
 
 
 def main():
-    for name, least in (('batch_size', 1), ('steps', 1), ('seeds', 1), ('seed', 0)):  # GPTConfig checks the others
-        if config[name] < least:
-            raise SystemExit(f'{name}={config[name]}: expected {least} or more')
+    check(config, (  # GPTConfig checks the others
+        ('batch_size steps seeds', lambda value: value >= 1, '1 or more'),
+        ('seed', lambda value: value >= 0, '0 or more'),
+    ))
     common.start(out, seed, threads=1)
     data_dir = dataloader.folder_of(dataset)
     dataloader.prepare_if_missing(data_dir, is_first=True)

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # Python looks only beside the script
 
 from bench.common import table
-from configurator import explain_errors, override
+from configurator import check, explain_errors, override
 from lab import common
 from model import GPT, GPTConfig
 
@@ -60,22 +60,24 @@ def vocabulary(sequence, vocab_size):
 
 
 def check_settings():
-    """SystemExit for a sequence that has nothing to learn, or a chain too large to draw."""
+    """ValueError for a sequence that has nothing to learn, or a chain too large to draw."""
     n_tokens = len(vocabulary(sequence, vocab_size))
-    for name, is_valid, expected in (
-        ('context', context >= 1, '1 token or more, such as --context=3'),
-        ('sequence', len(sequence) > context, f'more than context={context} tokens, as in --sequence=111101111011110'),
-        ('sequence', all(char.isalnum() and char < '\u2e80' for char in sequence), 'letters and digits of a font'),
-        ('vocab_size', vocab_size in (None, n_tokens), f'the {len(set(sequence))} tokens of the sequence, or up to 36'),
-        ('sequence', n_tokens > 1, 'two different tokens; or a second one that never comes, with --vocab_size=2'),
-        ('context', n_tokens ** min(context + 1, 7) <= MAX_ARROWS,
+    check(config, (
+        ('context', lambda value: value >= 1, '1 token or more, such as --context=3'),
+        ('sequence', lambda value: len(value) > context,
+         f'more than context={context} tokens, as in --sequence=111101111011110'),
+        ('sequence', lambda value: all(char.isalnum() and char < '\u2e80' for char in value),
+         'letters and digits of a font'),
+        ('vocab_size', lambda value: value in (None, n_tokens),
+         f'the {len(set(sequence))} tokens of the sequence, or up to 36'),
+        ('sequence', lambda value: n_tokens > 1,
+         'two different tokens; or a second one that never comes, with --vocab_size=2'),
+        ('context', lambda value: n_tokens ** min(value + 1, 7) <= MAX_ARROWS,
          f'{n_tokens}^(context + 1) to be at most {MAX_ARROWS} arrows; try a smaller --context or fewer tokens'),
-        ('steps', steps >= 0, '0 or more'),
-        ('learning_rate', 0 < learning_rate < math.inf, 'more than 0, such as --learning_rate=1e-3'),
-        ('weight_decay', 0 <= weight_decay < math.inf, '0 or more'),
-    ):
-        if not is_valid:
-            raise SystemExit(f'{name}={config[name]!r}: expected {expected}')
+        ('steps', lambda value: value >= 0, '0 or more'),
+        ('learning_rate', lambda value: 0 < value < math.inf, 'more than 0, such as --learning_rate=1e-3'),
+        ('weight_decay', lambda value: 0 <= value < math.inf, '0 or more'),
+    ))
 
 
 class BabyGPT(GPT):

@@ -12,7 +12,6 @@ What the experiments of this folder share: one training loop, and how pictures a
 import io
 import json
 import os
-from contextlib import nullcontext
 
 import torch
 
@@ -69,12 +68,12 @@ def train(model, get_batch, steps, optimizer=None, learning_rate=None, decay=0.6
     if optimizer is None:
         optimizer, learning_rate = muon(model)
     device = next(model.parameters()).device
-    autocast = nullcontext()
+    dtype = 'float32'
     if compile:
         for block in model.transformer.h:
             block.compile(dynamic=False, options={'fallback_random': True})  # as train.py does
-        if parallel.choose_dtype('auto', device)[0] == 'bfloat16':
-            autocast = torch.autocast(device.type, torch.bfloat16)
+        dtype, _ = parallel.choose_dtype('auto', device, has_scaler=False)
+    autocast = parallel.autocast(dtype, device)
     for step in range(steps):
         model.train()
         for group in optimizer.param_groups:

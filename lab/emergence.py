@@ -24,7 +24,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) 
 
 import torch
 
-from configurator import explain_errors, override
+from configurator import check, explain_errors, override
 from lab import common
 from model import GPT, PRESETS, GPTConfig
 
@@ -122,9 +122,7 @@ def main():
     sizes_wanted = {int(width) for width in widths.split(',') if width.strip().isdecimal()}
     if len(sizes_wanted) < len(widths.split(',')) or len(sizes_wanted) < 2 or 0 in sizes_wanted:
         raise SystemExit(f'widths={widths!r}: expected two or more different numbers of channels, such as 4,8,16')
-    for name in ('length', 'n_letters', 'n_layer', 'steps', 'batch_size', 'seeds', 'n_test'):
-        if config[name] < 1:
-            raise SystemExit(f'{name}={config[name]}: expected 1 or more')
+    check(config, [('length n_letters n_layer steps batch_size seeds n_test', lambda value: value >= 1, '1 or more')])
     common.start(out, seed, threads=1)
     x, y = strings(n_test, torch.Generator().manual_seed(seed - 1))
     sizes, found = [], {'log_likelihood': [], 'letters': [], 'exact': []}

@@ -29,7 +29,7 @@ import dataloader
 import download
 import parallel
 from bench.common import table
-from configurator import explain_errors, override
+from configurator import check, explain_errors, override
 from lab import common
 from model import GPT, PRESETS, GPTConfig
 
@@ -156,11 +156,10 @@ def draw(curves):
 
 def main():
     sys.excepthook = explain_errors
-    for name in ('pretrain_steps', 'steps', 'batch_size', 'scratch_rate', 'finetune_rate'):
-        if not config[name] > 0:
-            raise SystemExit(f'{name}={config[name]}: expected more than 0')
-    if not 0 < part <= 1:
-        raise SystemExit(f'part={part}: expected a fraction, 0 < part <= 1')
+    check(config, (
+        ('pretrain_steps steps batch_size scratch_rate finetune_rate', lambda value: value > 0, 'more than 0'),
+        ('part', lambda value: 0 < value <= 1, 'a fraction, 0 < part <= 1'),
+    ))
     common.start(out, seed)
     corpus_train, corpus_val = open_corpus()
     train, val = open_target()

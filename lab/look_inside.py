@@ -76,7 +76,8 @@ def look(model, ids):
         """Its attend(), which gets q, k and v with all that the options do to them, and which keeps the weights."""
         def attend(q, k, v, mask=None):
             keys = k.repeat_interleave(attention.n_head // attention.n_kv_head, dim=1)  # (B, H, T, D)
-            hidden = ~visible(q.size(2), k.size(2), attention.window, q.device)
+            positions = torch.arange(q.size(2), device=q.device)
+            hidden = ~visible(positions[:, None], positions, attention.window)
             scores = (q @ keys.mT).float() * attention.head_size**-0.5
             weights.append(scores.masked_fill(hidden, -math.inf).softmax(dim=-1)[0])
             return type(attention).attend(attention, q, k, v, mask)

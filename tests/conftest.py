@@ -9,6 +9,7 @@ import pickle
 import random
 import re
 import runpy
+import shlex
 import signal
 import socket
 import sys
@@ -72,8 +73,9 @@ class Run:
     def __init__(self, script, settings, files, cwd, env=None):
         self.argv = [*map(str, files), *(f'--{key}={value}' for key, value in settings.items())]
         self.path = Path(cwd) / f'.output-{time.monotonic_ns()}'
+        self.script = str(ROOT / script)
         self.process = context.Process(
-            target=execute, args=(str(ROOT / script), self.argv, str(cwd), env or {}, str(self.path)),
+            target=execute, args=(self.script, self.argv, str(cwd), env or {}, str(self.path)),
             daemon=True)  # ends with pytest, however a test left it
         self.process.start()
 
@@ -107,6 +109,18 @@ class Run:
         with contextlib.suppress(ProcessLookupError):  # it may have ended just now
             os.kill(self.process.pid, number)
         return self
+
+    def stop(self, number=signal.SIGTERM):
+        """Ask it to stop, which it does once it has saved; -> (its last step, the settings it says to go on with)."""
+        self.kill(number).ok()
+        *_, said, command = self.out.splitlines()
+        step = re.fullmatch(rf'stopped by {number.name} after step (\d+)\. To go on:', said)
+        assert step, self.out
+        program, script, *argv = shlex.split(command)
+        assert (program, script) == ('python', self.script)
+        settings = dict(a.removeprefix('--').split('=', 1) for a in argv)
+        assert settings['init_from'] == 'resume'
+        return int(step[1]), settings
 
     def ok(self):
         assert self.wait().code == 0, self.out

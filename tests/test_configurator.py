@@ -214,6 +214,16 @@ def test_paragraphs_fit_a_terminal():
     assert fitted[3] == 'short\nlines'
 
 
+def test_check():
+    """Each of a rule's names is asked; the message is about the first that breaks one."""
+    rules = [('a b', lambda value: value >= 0, '0 or more'), ('b c', lambda value: value < 5, 'below 5')]
+    configurator.check({'a': 0, 'b': 4, 'c': -1}, rules)
+    for config, said in (({'a': 0, 'b': -1, 'c': 5}, 'b=-1: expected 0 or more'),
+                         ({'a': 5, 'b': 0, 'c': 5}, 'c=5: expected below 5')):
+        with pytest.raises(ValueError, match=f'^{said}$'):
+            configurator.check(config, rules)
+
+
 @pytest.mark.parametrize('script', ['train.py', 'sample.py', 'evaluate.py', 'export.py', 'reward.py', 'rl.py'])
 def test_help_fits_a_terminal(script):
     """No line is wider than 80 columns, and breaking them loses no word."""

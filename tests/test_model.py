@@ -22,7 +22,6 @@ from model import (
     KVCache,
     padded_vocab_size,
     rotate,
-    visible,
     window_mask,
 )
 
@@ -677,12 +676,6 @@ def test_presets():
         config = GPTConfig(**options)
         assert {field: getattr(config, field) for field in options} == options, name
     assert GPTConfig(**PRESETS['gpt2']) == GPTConfig()
-
-
-@given(T=st.integers(1, 70), window=st.integers(1, 80))
-def test_window_mask_says_what_is_visible(T, window):
-    i = torch.arange(T)
-    assert torch.equal(window_mask(window)(0, 0, i[:, None], i), visible(T, T, window, 'cpu'))
 
 
 @pytest.mark.filterwarnings('ignore')

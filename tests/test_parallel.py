@@ -70,6 +70,8 @@ def test_device_with_gpus(gpus, monkeypatch):
 def test_dtype_on_gpus(gpus, capability, expected):
     gpus(capability=capability)
     assert choose_dtype('auto', CUDA)[0] == expected
+    without_scaler = 'float32' if expected == 'float16' else expected
+    assert choose_dtype('auto', CUDA, has_scaler=False)[0] == without_scaler
 
 
 def test_dtype_elsewhere(monkeypatch):

@@ -1,8 +1,6 @@
 """python rl.py: three algorithms on a toy task, resuming, refusing. Run: pytest tests/test_rl_e2e.py"""
 
 import math
-import shlex
-import signal
 
 import pytest
 import torch
@@ -142,13 +140,9 @@ def test_the_value_function_learns_first(chats):
 def test_signal_saves_and_says_how_to_go_on(chats):
     run = start(chats, max_iters=500, eval_interval=500, out_dir='a b')
     run.wait_for('iter 3:')
-    run.kill(signal.SIGTERM).ok()
-    stopped = chats.checkpoint('a b')['iter_num']
-    assert 3 < stopped < 500 and f'stopped by SIGTERM after step {stopped}. To go on:' in run.out
-    program, script, *argv = shlex.split(run.out.splitlines()[-1])
-    given = dict(a.removeprefix('--').split('=', 1) for a in argv)
-    assert given['init_from'] == 'resume'
-    chats.start('rl.py', **{**given, 'max_iters': stopped + 1}).ok()
+    stopped, settings = run.stop()
+    assert 3 < stopped < 500 and chats.checkpoint('a b')['iter_num'] == stopped
+    chats.start('rl.py', **{**settings, 'max_iters': stopped + 1}).ok()
     assert [record['step'] for record in steps_of(chats, 'a b')] == list(range(stopped + 1))
 
 

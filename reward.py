@@ -48,7 +48,7 @@ eval_interval = 50  # steps between evaluations on all held-out pairs; each is f
 log_interval = 10  # steps between log lines
 max_iters = 500  # steps in all
 batch_size = 32  # pairs a step
-micro_batch_size = 0  # pairs at once, as many as fit in memory; 0: all; does not change the mathematics
+micro_batch_size = 0  # pairs of similar lengths at once; 0: all; does not change the mathematics
 learning_rate = 3e-4  # the highest; for a large model 1e-5
 warmup_iters = 20
 min_lr = 3e-5  # at max_iters, after half a cosine
@@ -116,6 +116,10 @@ runs.open_folder(out_dir, resolved, start_iter, version)
 state = None  # the loaded tensors are no longer needed
 
 
+def longest(pair):
+    return max(len(ids) for ids, _ in pair)
+
+
 def score(pairs):
     """Scores of the chosen and of the rejected answers, (n,) both."""
     idx, mask = pair_rows(pairs, device)
@@ -128,8 +132,9 @@ def evaluate():
     """-> of all held-out pairs the mean loss, and how many are right; a tie is half right."""
     model.eval()
     total, n_right = 0.0, 0.0
-    for i in range(0, len(pairs['val']), batch_size):
-        chosen, rejected = score(pairs['val'][i : i + batch_size])
+    held_out = sorted(pairs['val'], key=longest)
+    for i in range(0, len(held_out), micro_batch_size):
+        chosen, rejected = score(held_out[i : i + micro_batch_size])
         total += bradley_terry_loss(chosen, rejected).sum().item()
         n_right += ((chosen > rejected).sum() + 0.5 * (chosen == rejected).sum()).item()
     model.train()
@@ -176,8 +181,9 @@ while True:
         group['lr'] = lr * group['lr_scale']
     indices = dataloader.train_windows(iter_num, batch_size, len(pairs['train']), 1, seed, row=1)
     loss, n_right = 0.0, 0
-    for micro_batch in indices.reshape(-1, micro_batch_size):
-        chosen, rejected = score([pairs['train'][i] for i in micro_batch])
+    batch = sorted((pairs['train'][i] for i in indices), key=longest)  # so that little of a micro-batch is padding
+    for i in range(0, batch_size, micro_batch_size):
+        chosen, rejected = score(batch[i : i + micro_batch_size])
         micro_loss = bradley_terry_loss(chosen, rejected).sum() / batch_size
         micro_loss.backward()
         loss, n_right = loss + micro_loss.item(), n_right + (chosen > rejected).sum().item()

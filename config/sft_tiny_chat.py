@@ -11,16 +11,16 @@ data/tiny_chat. The loss is that of what the assistant says.
 out_dir = 'out-sft-tiny-chat'
 init_from = 'out-tiny-web'
 dataset = 'tiny_chat'
-eval_interval = 200
+eval_interval = 250
 eval_iters = 20
 log_interval = 50
 
 preset = 'modern'
 batch_size = 16
 gradient_accumulation_steps = 1
-max_iters = 600
+max_iters = 1000
 
-# a quarter of the rates of pretraining, from which it starts
-muon_lr = 0.005
-embedding_lr = 0.005
-learning_rate = 0.001
+# half of the rates of pretraining
+muon_lr = 0.01
+embedding_lr = 0.01
+learning_rate = 0.002

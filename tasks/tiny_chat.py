@@ -64,7 +64,7 @@ def addition(rng):
                  f'Can you add {b} to {a}?', f'What is the sum of {a} and {b}?'],
         'mistakes': [forgotten, *near(a + b)],
         'facts': [f'{a} + {b} = {a + b}', f'{a} plus {b} is {a + b}', f'the sum of {a} and {b} is {a + b}',
-                  f'{", ".join(steps)}, so {a} + {b} = {a + b}']}
+                  f'{a} + {b}: {", ".join(steps)}, so it is {a + b}']}
 
 
 def subtraction(rng):
@@ -82,7 +82,7 @@ def subtraction(rng):
                  f'Take {b} away from {a}.', f'What is left of {a} without {b}?'],
         'mistakes': [forgotten, *near(a - b)],
         'facts': [f'{a} - {b} = {a - b}', f'{a} minus {b} is {a - b}', f'{b} from {a} leaves {a - b}',
-                  f'{", ".join(steps)}, so {a} - {b} = {a - b}']}
+                  f'{a} - {b}: {", ".join(steps)}, so it is {a - b}']}
 
 
 def counting(rng):
@@ -101,7 +101,7 @@ def counting(rng):
                  f'Count the letter {letter} in {text}.', f'How many {letter} are in the word {text}?'],
         'mistakes': [count + 1, *([count - 1, 0] if count else [2]), len(text)],
         'facts': [f'{text} has {count} {letter}', f'the letter {letter} is {count} times in {text}',
-                  f'{" ".join(steps)}, that is {count} {letter} in {text}']}
+                  f'{letter} in {text}: {" ".join(steps)}, so it is {count}']}
 
 
 def reversing(rng):
@@ -114,7 +114,7 @@ def reversing(rng):
                  f'How does {text} read backwards?'],
         'mistakes': [text, swapped(text[::-1], rng), dropped(text[::-1], rng)],
         'facts': [f'{text} backwards is {text[::-1]}', f'{text} reads {text[::-1]} from back to front',
-                  f'{" ".join(places)}, {" ".join(reversed(places))}, so {text} backwards is {text[::-1]}']}
+                  f'{text} backwards: {" ".join(places)}, {" ".join(reversed(places))}, so it is {text[::-1]}']}
 
 
 def spelling(rng):
@@ -150,7 +150,7 @@ def sorting(rng):
         'ways': [way.format(given) for way in ways],
         'mistakes': [', '.join(wrong) for wrong in (exchanged, in_order[::-1], missing, items)],
         'facts': [f'{given} in order: {answer}', f'{given} sorted is {answer}',
-                  f'{", ".join(steps)}, so {given} in order: {answer}']}
+                  f'{given} in order: {", ".join(steps)}, so it is {answer}']}
 
 
 def table(rng):
@@ -173,7 +173,7 @@ def table(rng):
         'content': f'{sorted(rows)} {key}', 'answer': value, 'steps': None, 'call': None,
         'ways': [f'{rows_shown}\n{question}' for rows_shown, question in itertools.product(shown, ask)],
         'mistakes': [other for other in values if other != value],
-        'facts': [f'{rows_shown}\n{said}' for rows_shown in shown]}
+        'facts': [f'{one}\n{other}\n{said}' for one, other in itertools.permutations(shown, 2)]}
 
 
 KINDS = {'addition': addition, 'subtraction': subtraction, 'counting': counting, 'reversing': reversing,

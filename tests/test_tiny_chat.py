@@ -299,12 +299,26 @@ def test_pieces_of_words(tmp_path):
 
 
 def test_share_of_steps(tmp_path):
-    def answers(share):
-        talks = lines(prepare(tmp_path / share, f'--steps={share}') / 'conversations.jsonl')
-        return [message['content'] for talk in talks for message in talk['messages'] if message['role'] == 'assistant']
+    """Of sums as many have steps as is said, of other questions that have some a third of that."""
+    def shares(steps):
+        with_steps = {True: [0, 0], False: [0, 0]}  # of sums, and others: answers with steps, all answers
+        for talk in lines(prepare(tmp_path / steps, f'--steps={steps}') / 'conversations.jsonl'):
+            for asked, answer in zip(talk['messages'], talk['messages'][1:], strict=False):
+                if asked['role'] != 'user' or not tiny_chat.extract(answer['content']) or '<|' in answer['content']:
+                    continue
+                text, value = asked['content'], tiny_chat.extract(answer['content'])
+                if '\n' in text or '-' in value:  # a table, or a word that is spelt
+                    continue
+                is_sum = len(re.findall(r'\d+', text)) == 2 and value.isdigit()
+                with_steps[is_sum][0] += not answer['content'].startswith(tiny_chat.FORM)
+                with_steps[is_sum][1] += 1
+        return [n / total for n, total in (with_steps[True], with_steps[False])]
 
-    assert not any(re.match('[^T<].*The answer', answer) for answer in answers('0'))
-    assert not any(re.match(r'The answer is (\d{3,}|\w+, .*)\.', answer) for answer in answers('1'))  # sums, sorting
+    assert shares('0') == [0, 0]
+    of_sums, of_others = shares('0.6')
+    assert abs(of_sums - 0.6) < 0.15 and abs(of_others - 0.2) < 0.1, (of_sums, of_others)
+    of_sums, of_others = shares('1')
+    assert of_sums == 1 and abs(of_others - 1 / 3) < 0.1, (of_sums, of_others)
     with pytest.raises(ValueError, match='--steps=2.0: expected a share'):
         prepare(tmp_path / 'two', '--steps=2')
 

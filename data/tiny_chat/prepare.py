@@ -77,11 +77,11 @@ def slip(text, rng):
 # What is written ------------------------------------------------------------------------------------------------------
 
 
-def talks(split, n, seed, steps=0.5):
+def talks(split, n, seed, steps=0.75):
     """
-    Yield n conversations, {'messages': [...]}; steps: the share of answers that have them, where there are any. One in
-    six has two questions; one in four about sums says that there is a calculator, and its answers call it; one in a
-    hundred is small talk.
+    Yield n conversations, {'messages': [...]}; steps: the share of sums that are answered with them, of other questions
+    a third of that: most people write down a sum, and few how they count. One in six has two questions; one in four
+    about sums says that there is a calculator, and its answers call it; one in a hundred is small talk.
     """
     rng = random.Random(f'conversations {split} {seed}')
     examples = iter(tiny_chat.examples(split, 2 * n, f'conversations {seed}'))
@@ -96,7 +96,8 @@ def talks(split, n, seed, steps=0.5):
         messages = [{'role': 'system', 'content': SYSTEM}] if has_calculator else []
         for example in asked:
             answer = (computed(example) if has_calculator and example['call'] else
-                      worked(example) if rng.random() < steps else example['solution'])
+                      worked(example) if rng.random() < (steps if example['call'] else steps / 3) else
+                      example['solution'])
             messages += [*example['messages'], {'role': 'assistant', 'content': answer}]
         if sum(len(message['content']) for message in messages) > LONGEST:
             messages = messages[:-2]
@@ -152,8 +153,9 @@ def documents(n, seed):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    parser.add_argument('--conversations', type=corpus.positive, default=30_000, help='to finetune on (30,000)')
-    parser.add_argument('--steps', type=float, default=0.5, help='share of their answers with the steps to them (0.5)')
+    parser.add_argument('--conversations', type=corpus.positive, default=50_000, help='to finetune on (50,000)')
+    parser.add_argument('--steps', type=float, default=0.75,
+                        help='share of sums in them with the steps to the answer; a third of that of all else (0.75)')
     parser.add_argument('--pairs', type=corpus.positive, default=10_000, help='pairs of answers (10,000)')
     parser.add_argument('--documents', type=corpus.positive, default=30_000, help='texts to pretrain on (30,000)')
     parser.add_argument('--block_size', type=corpus.positive, default=256, help='context to pack for (256)')

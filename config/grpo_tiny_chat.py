@@ -1,0 +1,20 @@
+"""
+Reinforcement learning from a program that checks answers: the assistant of config/sft_tiny_chat.py gets better at what
+data/tiny_chat asks.
+
+    $ python rl.py config/grpo_tiny_chat.py
+    $ python evaluate.py --out_dir=out-grpo-tiny-chat --task=tiny_chat
+"""
+
+out_dir = 'out-grpo-tiny-chat'
+init_from = 'out-sft-tiny-chat'
+task = 'tiny_chat'
+algorithm = 'grpo'
+eval_interval = 10
+
+max_iters = 60
+prompts_per_step = 16
+group_size = 8
+max_new_tokens = 128  # the longest steps to an answer take 112
+learning_rate = 3e-4
+kl_coef = 0.01

@@ -1,0 +1,22 @@
+"""
+Reinforcement learning from a reward model: the assistant of config/sft_tiny_chat.py is never told what is right, only
+what the model of config/reward_tiny_chat.py thinks of its answers.
+
+    $ python rl.py config/ppo_tiny_chat.py
+    $ python evaluate.py --out_dir=out-ppo-tiny-chat --task=tiny_chat
+"""
+
+out_dir = 'out-ppo-tiny-chat'
+init_from = 'out-sft-tiny-chat'
+task = 'tiny_chat'
+algorithm = 'ppo'
+reward_model = 'out-reward-tiny-chat'
+eval_interval = 10
+
+max_iters = 60
+prompts_per_step = 128
+group_size = 1
+max_new_tokens = 128  # the longest steps to an answer take 112
+learning_rate = 3e-4
+critic_lr = 1e-3
+kl_coef = 0.02

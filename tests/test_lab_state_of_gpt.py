@@ -1,0 +1,66 @@
+"""lab/state_of_gpt.py: every stage of it, in small; and that it goes on where it was."""
+
+import json
+import os
+
+import pytest
+from conftest import load_lab
+
+TINY = {'share': 0.01, 'n': 14, 'num_samples': 2, 'n_layer': 1, 'n_embd': 16, 'out': 'out'}
+
+
+def test_all_stages(folder):
+    """They end in a table, a picture and numbers; a second time nothing is left to do but these."""
+    run = folder.start('lab/state_of_gpt.py', **TINY).wait(timeout=300)
+    assert run.code == 0, run.out
+    home = folder.path / 'out' / 'state_of_gpt'
+    stages = json.loads((home / 'stages.json').read_text())
+    for name, record in stages.items():
+        assert f'== {name} ' in run.out and record['seconds'] > 0
+        assert (record['found'] is not None) == name.startswith('ask')
+        assert record['found'] is None or record['found']['n'] == 14
+    *_, table = run.out.partition('14 held-out questions')
+    assert all(f'\n{title} ' in table for title in ('base', 'base, 4 examples', 'SFT', 'SFT, vote of 2', 'PPO', 'GRPO'))
+    assert max(map(len, table.splitlines())) <= 80
+    figures = json.loads((folder.path / 'out' / 'state_of_gpt.json').read_text())
+    assert [right for _, right, n in figures['rows'] if not 0 <= right <= n == 14] == []
+    assert (folder.path / 'out' / 'state_of_gpt.png').stat().st_size > 10_000
+
+    # stopped while it learnt: that stage goes on, those before it are not run again
+    stages['grpo']['seconds'] = None
+    del stages['ask grpo']
+    (home / 'stages.json').write_text(json.dumps(stages))
+    again = folder.start('lab/state_of_gpt.py', **TINY).wait(timeout=100)
+    assert again.code == 0, again.out
+    assert '== grpo' in again.out and '== ask grpo' in again.out and '--init_from=resume' in again.out
+    assert '== ppo' not in again.out and '== data' not in again.out
+    assert json.loads((folder.path / 'out' / 'state_of_gpt.json').read_text())['rows'] == figures['rows']
+
+
+@pytest.mark.parametrize('settings, said', [
+    ({'n': 3}, 'n=3: expected 7 or more'), ({'num_samples': 1}, 'num_samples=1: expected 2 or more'),
+    ({'share': 0.0}, 'share=0.0: expected more than 0'), ({'seed': -1}, 'seed=-1: expected 0')])
+def test_refused(folder, settings, said):
+    folder.start('lab/state_of_gpt.py', out='out', **settings).refused(said)
+    assert not os.path.exists(folder.path / 'out' / 'state_of_gpt' / 'stages.json')
+
+
+def test_another_setting_runs_what_depends_on_it(tmp_path, monkeypatch):
+    """From the first stage whose command is another one, all are run again."""
+    monkeypatch.chdir(tmp_path)
+    ran = []
+
+    def run_all(**settings):
+        lab = load_lab('state_of_gpt', '--out=out', *(f'--{key}={value}' for key, value in settings.items()))
+        monkeypatch.setattr(lab, 'run', lambda name, command, can_resume: ran.append((name, can_resume)))
+        (tmp_path / 'out').mkdir(exist_ok=True)
+        ran.clear()
+        lab.run_all('out')
+        return [name for name, _ in ran]
+
+    first = run_all()
+    assert first[0] == 'data' and first[-1] == 'ask grpo' and len(first) == len(set(first))
+    assert run_all() == []
+    assert run_all(num_samples=4) == first[first.index('ask sft, samples') :]
+    assert run_all(num_samples=4, n=70) == first[first.index('ask base') :]
+    assert not any(can_resume for _, can_resume in ran)

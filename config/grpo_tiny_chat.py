@@ -10,11 +10,13 @@ out_dir = 'out-grpo-tiny-chat'
 init_from = 'out-sft-tiny-chat'
 task = 'tiny_chat'
 algorithm = 'grpo'
-eval_interval = 10
+eval_interval = 20
+eval_examples = 350
 
-max_iters = 60
+max_iters = 80
 prompts_per_step = 16
 group_size = 8
 max_new_tokens = 128  # the longest steps to an answer take 112
 learning_rate = 3e-4
 kl_coef = 0.01
+final_share = 0.1

@@ -16,7 +16,6 @@ A question's split is decided by its numbers or words, not by how it is put: wha
 in 'train', a + b not as b + a, numbers to be sorted in no other order. In 'val' and 'test' no question is asked twice.
 """
 
-import itertools
 import random
 
 from tasks.common import check_kinds, check_split, split_of
@@ -167,13 +166,14 @@ def table(rng):
            'colour': [f'What colour does {key} like?', f'Which colour is for {key}?']}[about]
     rows = list(zip(keys, values, strict=True))
     said = '\n'.join(sentence.format(*row) for row in rng.sample(rows, count))
-    shown = [', '.join(f'{key} {value}' for key, value in rows) + '.', '\n'.join(f'| {k} | {v} |' for k, v in rows),
-             '\n'.join(f'{key}: {value}' for key, value in rows)]
+    row, between, end = rng.choice([('{} {}', ', ', '.'), ('| {} | {} |', '\n', ''), ('{}: {}', '\n', '')])
+    shown = between.join(row.format(*pair) for pair in rows) + end
+    other_row = rng.choice([form for form in ('| {} | {} |', '{}: {}') if form != row])
+    shown_again = '\n'.join(other_row.format(*pair) for pair in rows)
     return {
-        'content': f'{sorted(rows)} {key}', 'answer': value, 'steps': None, 'call': None,
-        'ways': [f'{rows_shown}\n{question}' for rows_shown, question in itertools.product(shown, ask)],
-        'mistakes': [other for other in values if other != value],
-        'facts': [f'{one}\n{other}\n{said}' for one, other in itertools.permutations(shown, 2)]}
+        'content': f'{sorted(rows)} {key}', 'answer': value, 'steps': row.format(key, value), 'call': None,
+        'ways': [f'{shown}\n{question}' for question in ask], 'mistakes': [v for v in values if v != value],
+        'facts': [f'{shown}\n{shown_again}\n{said}']}
 
 
 KINDS = {'addition': addition, 'subtraction': subtraction, 'counting': counting, 'reversing': reversing,

@@ -106,12 +106,13 @@ def talks(split, n, seed, steps=0.75):
 
 def preferences(n, seed):
     """
-    Yield n pairs, {'messages', 'chosen', 'rejected'}. chosen is right; of rejected seven in ten have the same form and
-    are wrong, with steps that are right or not; of the others some say what is right in another form, or too much.
+    Yield n pairs, {'messages', 'chosen', 'rejected'}. chosen is right, three in four with steps; of rejected seven in
+    ten have the same form and are wrong, with steps that are right or not; of the others some say what is right in
+    another form, or too much.
     """
     rng = random.Random(f'pairs {seed}')
     for example in tiny_chat.examples('train', n, f'pairs {seed}'):
-        has_steps = example['steps'] and rng.random() < 0.5
+        has_steps = example['steps'] and rng.random() < 0.75
         chosen = worked(example) if has_steps else example['solution']
         answer, wrong, kind = example['answer'], rng.choice(example['mistakes']), rng.random()
         if kind < 0.7:

@@ -52,7 +52,7 @@ n_embd: int | None = None
 config = override(globals())
 # ---------------------------------------------------------------------------------------------------------------------
 
-QUESTIONS = 'What is 58 + 67?\nHow many times is the letter e in needle?\nWrite straw from back to front.'  # of the chat
+QUESTIONS = 'What is 58 + 67?\nHow many times is the letter e in needle?\nWrite straw from back to front.'
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 

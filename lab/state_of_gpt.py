@@ -42,7 +42,7 @@ from lab import common
 from tasks.common import wilson
 
 # settings ------------------------------------------------------------------------------------------------------------
-seed = 1337  # of weights, batches and answers; the questions are the same for every seed
+seed = 1  # of weights, batches and answers; the questions are the same for every seed
 out = 'out-lab'  # folder of the picture and the numbers; all else is in its folder state_of_gpt
 n = 700  # held-out questions, a seventh of each kind
 num_samples = 8  # answers to each that are voted on, and chosen from

@@ -98,8 +98,11 @@ def render_answer(messages, answer, template, tokenizer):
     if ids[: len(prompt)] != prompt:
         raise ValueError('the chat template writes the conversation in another way once it is answered, so that where '
                          'the answer begins can not be told')
-    end = max(i for i, counts in enumerate(mask, 1) if counts)
-    return ids[:end], [0] * len(prompt) + mask[len(prompt) : end]
+    counted = [i for i, counts in enumerate(mask, 1) if counts and i > len(prompt)]
+    if not counted:
+        raise ValueError(f'of the answer {json.dumps(answer)[:40]} the chat template leaves no token to learn from; '
+                         f'expected {{% generation %}} around what the assistant says, or none in the template')
+    return ids[: counted[-1]], [0] * len(prompt) + mask[len(prompt) : counted[-1]]
 
 
 # Rows ----------------------------------------------------------------------------------------------------------------
@@ -177,15 +180,16 @@ def scores_of(critic, prompts, answers, stop_ids, ending):
 @torch.no_grad()
 def ratings_of(critic, messages, texts, template, tokenizer):
     """
-    What a reward model says to texts that answer a conversation, a list of numbers: -inf to an empty one, and to one
-    that is too long for its context.
+    What a reward model says to texts with which a model answered a conversation, a list of numbers: -inf to an empty
+    one, and to one that is too long for its context. Whatever a model may write, also calls that it did not finish, is
+    scored.
     """
-    scores = [-math.inf] * len(texts)
-    rows = {i: render_answer(messages, text, template, tokenizer) for i, text in enumerate(texts) if text.strip()}
-    rows = {i: row for i, row in rows.items() if len(row[0]) <= critic.config.block_size}
+    prompt, scores = chat.render(messages, template, tokenizer), [-math.inf] * len(texts)
+    rows = {i: tokenizer.encode(text, allowed_special='all') for i, text in enumerate(texts) if text.strip()}
+    rows = {i: ids for i, ids in rows.items() if len(prompt) + len(ids) < critic.config.block_size}  # and the ending
     if rows:
-        idx, _ = to_rows(rows.values(), critic.value_head.weight.device)
-        lengths = torch.tensor([len(ids) for ids, _ in rows.values()], device=idx.device)
-        for i, score in zip(rows, critic.scores(idx, lengths).tolist(), strict=True):
+        stop_ids, _ = chat.find_endings(template, tokenizer)
+        found = scores_of(critic, [prompt] * len(rows), rows.values(), stop_ids, ending_of(template, tokenizer))
+        for i, score in zip(rows, found.tolist(), strict=True):
             scores[i] = score
     return scores

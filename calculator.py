@@ -7,6 +7,7 @@ and told to it between chat.OUTPUT and chat.OUTPUT_END, and it goes on from ther
 """
 
 import ast
+import math
 import operator
 import re
 from decimal import Context
@@ -44,15 +45,16 @@ def calculate(expression):
         tree = ast.parse(text, mode='eval').body
     except (SyntaxError, ValueError, MemoryError, RecursionError):
         raise ValueError(f'{expression!r} is no calculation; {EXPECTED}') from None
-    return written(value_of(tree, expression, MAX_DEPTH))
+    return written(value_of(tree, text, MAX_DEPTH))
 
 
 def value_of(node, expression, depth):
-    """-> Fraction, of a node of Python's syntax tree; depth: how many more may be inside each other."""
+    """-> Fraction, of a node of the expression's syntax tree; depth: how many more may be inside each other."""
     if depth == 0:
         raise ValueError(f'{expression!r} is nested too deeply; expected at most {MAX_DEPTH} levels')
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
-        value = Fraction(str(node.value))  # of a float the digits that were written, not the nearest binary fraction
+        # the digits that were written: of a float its value has about 16
+        value = Fraction(expression[node.col_offset : node.end_col_offset])
     elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
         value = -value_of(node.operand, expression, depth - 1)
     elif isinstance(node, ast.BinOp) and isinstance(node.op, (*OPERATORS, ast.Pow)):
@@ -77,9 +79,12 @@ def power(base, exponent):
     if base < 0:
         raise ValueError(f'a negative number, {written(base)}, has no power {written(exponent)}')
     try:
-        return Fraction(f'{float(base) ** float(exponent):.12g}')
+        value = float(base) ** float(exponent)
     except OverflowError:
-        raise ValueError('a power has a value of too many digits; expected at most 38') from None
+        value = math.inf
+    if math.isinf(value) or base and not value:  # too large, or too small
+        raise ValueError('a power has a value of too many digits; expected at most 38')
+    return Fraction(f'{value:.12g}')
 
 
 def bits(value):

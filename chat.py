@@ -158,8 +158,8 @@ def check_messages(messages):
     for message in messages:
         role, content = (message.get('role'), message.get('content')) if isinstance(message, dict) else (None, None)
         if role not in ROLES or not isinstance(content, str):
-            raise ValueError(f'{json.dumps(message)[:60]} is no message; expected a role, one of {", ".join(ROLES)}, '
-                             f'and a text, such as {{"role": "user", "content": "Hello"}}')
+            raise ValueError(f'{json.dumps(message)[:60]} is no message, role={role!r}; expected a role, one of '
+                             f'{", ".join(ROLES)}, and a text, such as {{"role": "user", "content": "Hello"}}')
 
 
 def check_conversation(messages):
@@ -179,6 +179,9 @@ def check_conversation(messages):
     for i, message in enumerate(messages, 1):
         if message['role'] == 'assistant' and not message['content'].strip():
             raise ValueError(f'message {i}, an answer of the assistant, is empty; there is nothing to learn from it')
+        if message['role'] == 'assistant' and message['content'].rfind(OUTPUT) > message['content'].rfind(OUTPUT_END):
+            raise ValueError(f'message {i}, an answer of the assistant, has an {OUTPUT} without an {OUTPUT_END}, so '
+                             f'that where a tool ends can not be told; close it')
 
 
 def transcript(messages):

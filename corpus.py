@@ -710,27 +710,32 @@ def report(out_dir, meta: dict, started: float, next_command: str):
 
 def output_folder(name, path, out_dir=None):
     """
-    -> (what train.py calls the dataset, its folder): data/<name> (name: by default from the input's), or out_dir.
-    ValueError when it is not ours to write to.
+    -> (what train.py calls the dataset, a name for runs on it, its folder): data/<name> (name: by default from the
+    input's), or out_dir. ValueError when it is not ours to write to.
     """
+    if name is not None and out_dir:
+        raise ValueError(f'--name={name} and --out_dir={out_dir} both say where to write; give one of them')
     if name is None:
-        stem = os.path.splitext(os.path.basename(os.path.abspath(path)))[0]
+        stem = os.path.basename(os.path.abspath(out_dir or path))
+        stem = stem if out_dir else os.path.splitext(stem)[0]
         name = re.sub(r'[^\w.-]+', '_', stem).strip('._') or 'mytext'
-    if out_dir:  # with a separator, by which train.py tells a path
-        name, another = os.path.join(os.path.relpath(out_dir), ''), 'folder: --out_dir=FOLDER'
+    if out_dir:
+        dataset, another = os.path.relpath(out_dir), 'folder: --out_dir=FOLDER'
+        if os.path.basename(dataset) == dataset:  # a separator is what train.py tells a path by
+            dataset = os.path.join('.', dataset)
     else:
         if not re.fullmatch(r'[\w-][\w.-]*', name):
             raise ValueError(f'--name={name} is not a plain name; expected letters, digits, "_", "-" and ".", like '
                              f'--name=mytext (the folder becomes data/mytext)')
         out_dir = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data', name)
-        another = f'name: --name=my_{name}'
+        dataset, another = name, f'name: --name=my_{name}'
     shown = os.path.relpath(out_dir)
     if os.path.exists(os.path.join(out_dir, 'prepare.py')):
         raise ValueError(f'{shown} is a dataset with its own prepare.py; choose another {another}')
     if os.path.exists(os.path.join(out_dir, 'train.bin')) and not os.path.exists(os.path.join(out_dir, 'meta.json')):
         raise ValueError(f'{shown} has a train.bin that this script did not make (there is no meta.json beside it); '
                          f'choose another {another}')
-    return name, out_dir
+    return dataset, name, out_dir
 
 
 def run(main):

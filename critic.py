@@ -5,7 +5,7 @@ value function, at every token, the reward to be expected.
     critic = Critic.from_gpt(model)                   # its trunk, and a head that says 0 to everything
     values = critic(idx)                              # (B, T)
     scores = critic.scores(idx, lengths)              # (B,)
-    critic, tokenizer, template, line = open_reward_model('out-reward')   # what reward.py trained
+    critic, line = open_reward_model('out-reward', tokenizer, template)   # what reward.py trained
 """
 
 import os
@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import checkpoint
+import huggingface
 from model import GPT, GPTConfig
 
 
@@ -61,13 +62,19 @@ def critic_of(state, path, dropout=0.0):
     return critic
 
 
-def open_reward_model(out_dir, which='best'):
+def open_reward_model(out_dir, tokenizer, template):
     """
-    -> (Critic, tokenizer, chat template, a line that says which it is), the Critic on the CPU and in eval mode. Raises
-    ValueError for what is no reward model.
+    The reward model in out_dir, to judge what a model with this tokenizer and chat template says: -> (Critic, on the
+    CPU and in eval mode, a line that says which it is). Raises ValueError for what is none, or reads other ids.
     """
-    path = checkpoint.path_in(out_dir, which)
+    path = checkpoint.path_in(out_dir)
     state = checkpoint.load(path)
     critic = critic_of(state, path)
+    is_same = {'tokenizer': huggingface.same_tokenizer(checkpoint.tokenizer_of(state).to_dict(), tokenizer.to_dict()),
+               'chat template': state['chat_template'] == template}
+    for what, same in is_same.items():
+        if not same:
+            raise ValueError(f'the reward model in {out_dir} has another {what} than the model that it is to judge; '
+                             f'train one that begins with that: python reward.py --init_from=FOLDER --data=PAIRS.jsonl')
     line = f'{path}: step {state["iter_num"]}, lowest val loss so far {float(state["best_val_loss"]):.4f}'
-    return critic.eval(), checkpoint.tokenizer_of(state), state['chat_template'], line
+    return critic.eval(), line

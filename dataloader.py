@@ -11,6 +11,7 @@ batches it would have seen; and the global batch is cut among the processes, so 
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -70,10 +71,16 @@ def folder_of(dataset):
 
 def prepare_command(data_dir, kind='text'):
     """The command that makes a dataset anew, of kind 'text' or 'chat'."""
+    data_dir = os.path.normpath(data_dir)
     script = os.path.join(data_dir, 'prepare.py')
     if os.path.exists(script):
         return f'python {script}'
-    return f'python data/{kind}/prepare.py --input=FILE --name={os.path.basename(data_dir)}'
+    folder, name = os.path.split(data_dir)
+    beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data')
+    # with a name it is made beside this file, where folder_of() looks if there is none here
+    is_named = os.path.abspath(folder) == beside or folder == 'data' and not os.path.isdir(data_dir)
+    where = f'--name={name}' if is_named else shlex.quote(f'--out_dir={data_dir}')
+    return f'python data/{kind}/prepare.py --input=FILE {where}'
 
 
 class Shards:

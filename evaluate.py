@@ -118,6 +118,7 @@ check(config, (
     ('seed', lambda value: 0 <= value < 2**64, '0 or more, of 64 bits'),
 ))
 of_tasks = {'n', 'kinds', 'shots', 'max_new_tokens', 'num_samples', 'reward_model', 'temperature', 'tools', 'seed'}
+of_answers = {'num_samples', 'reward_model', 'temperature', 'tools'}  # of tasks, but not of multiple choice
 of_texts = {'dataset', 'stride', 'max_tokens', 'compile'}
 for name in sorted(config.given & (of_texts if task else of_tasks)):
     raise ValueError(f'{name}={config[name]!r} is for {"texts" if task else "tasks"}, and does not go with '
@@ -139,6 +140,13 @@ if not 1 <= stride <= block_size:
 
 # a task --------------------------------------------------------------------------------------------------------------
 if task:
+    part, wanted = 'train' if split == 'train' else 'all' if input else 'test', tasks.kinds_of(kinds)
+    examples = questions.examples(part, n, seed, input=input, kinds=wanted)
+    if not examples:
+        raise ValueError(f'{input} has no question for --split={split}')
+    for name in sorted(config.given & of_answers if 'choices' in examples[0] else ()):
+        raise ValueError(f'{name}={config[name]!r} is for answers that are written, and does not go with --task='
+                         f'{task}, of which the likeliest choice counts; leave it out')
     parallel.use_cores()
     for_decoding(model.to(device), torch.int8 if quantize else parallel.DTYPES[dtype])
     shots = (0 if template else 4) if shots is None else shots
@@ -149,19 +157,12 @@ if task:
         if shots or template is None:
             raise ValueError(f'reward_model={reward_model!r}: expected a chat model, one trained on conversations, and '
                              f'no --shots')
-        judge, their_tokenizer, their_template, judge_line = critic.open_reward_model(reward_model)
+        judge, judge_line = critic.open_reward_model(reward_model, text_tokenizer, template)
         print(f'reward model: {judge_line}')
-        if not huggingface.same_tokenizer(text_tokenizer.to_dict(), their_tokenizer.to_dict()):
-            raise ValueError(f'the reward model in {reward_model} has another tokenizer than the model it is to judge')
         judge.to(device)
 
         def rate(example, texts):
-            return answers.ratings_of(judge, example['messages'], texts, their_template, their_tokenizer)
-    part = 'train' if split == 'train' else 'all' if input else 'test'
-    wanted = tuple(kind.strip() for kind in kinds.split(',')) if kinds else ()
-    examples = questions.examples(part, n, seed, input=input, kinds=wanted)
-    if not examples:
-        raise ValueError(f'{input} has no question for --split={split}')
+            return answers.ratings_of(judge, example['messages'], texts, template, text_tokenizer)
     # solved ones are of another split, or else others of the same file
     pool = questions.examples('all' if input else 'train', 1000, seed, input=input, kinds=wanted) if shots else ()
     started = time.perf_counter()

@@ -38,7 +38,6 @@ import chat
 import checkpoint
 import critic
 import dataloader
-import huggingface
 import lora
 import losses
 import optim
@@ -165,11 +164,8 @@ block_size = policy.config.block_size
 # what rewards, and what predicts rewards
 judge = value_model = value_opt = None
 if reward_model:
-    judge, their_tokenizer, _, line = critic.open_reward_model(reward_model)
+    judge, line = critic.open_reward_model(reward_model, tokenizer, template)
     print(f'reward model: {line}')
-    if not huggingface.same_tokenizer(tokenizer.to_dict(), their_tokenizer.to_dict()):
-        raise ValueError(f'the reward model in {reward_model} has another tokenizer than the model in {init_from}; '
-                         f'train one that begins with that: python reward.py --init_from={init_from}')
     judge.to(device).requires_grad_(False)
     ending = ending_of(template, tokenizer)
 if algorithm == 'ppo':
@@ -190,8 +186,7 @@ state = None  # the loaded tensors are no longer needed
 # the prompts, or pairs
 def prompts_of(split, n):
     """-> [(example of the task, ids of its prompt), ...], without those that leave too little room for an answer."""
-    wanted = tuple(kind.strip() for kind in kinds.split(',')) if kinds else ()
-    examples = questions.examples(split, n, seed, input=input, kinds=wanted)
+    examples = questions.examples(split, n, seed, input=input, kinds=tasks.kinds_of(kinds))
     prompts = [(example, tasks.chat_prompt(example, template, tokenizer, math.inf, tools)) for example in examples]
     # the reward model sees an answer that was cut off with one more token
     room = min(block_size, judge.config.block_size - 1 if judge else block_size) - max_new_tokens

@@ -67,7 +67,8 @@ def log(out_dir, say=print, **record):
         with open(path, 'a', encoding='utf-8') as f:
             f.write(json.dumps(record) + '\n')
     except OSError as error:
-        os.truncate(path, size)  # the part of the line that still found room
+        with suppress(OSError):  # it could not even be opened
+            os.truncate(path, size)  # the part of the line that still found room
         say(f'WARNING: {path} lacks the line of step {record["step"]}: {error}')
 
 

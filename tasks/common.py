@@ -77,6 +77,11 @@ def check_split(split, splits=SPLITS):
         raise ValueError(f'split={split!r}: expected one of {", ".join(splits)}')
 
 
+def kinds_of(text):
+    """The kinds that a setting names: 'addition, spelling' -> ('addition', 'spelling'), '' -> (), which is all."""
+    return tuple(kind.strip() for kind in text.split(',') if kind.strip())
+
+
 def check_kinds(kinds, there):
     """ValueError unless all of kinds are among those there are."""
     unknown = [kind for kind in kinds if kind not in there]

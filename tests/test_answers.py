@@ -57,6 +57,15 @@ def test_nothing_follows_the_end_of_an_answer():
     assert ids[-2:] == [*b'4', END] and mask[-3:] == [0, 1, 1]
 
 
+def test_an_answer_of_which_nothing_counts():
+    """A template that has earlier answers alone in {% generation %}: what it masks is not this one."""
+    template = chat.TEMPLATE.replace("message.role == 'assistant'", "message.role == 'assistant' and not loop.last")
+    messages = [{'role': role, 'content': text} for role, text in (('user', 'a'), ('assistant', 'b'), ('user', 'c'))]
+    for asked in (messages, messages[:1]):
+        with pytest.raises(ValueError, match='of the answer "d" the chat template leaves no token to learn from'):
+            answers.render_answer(asked, 'd', template, TOKENIZER)
+
+
 def test_splits(tmp_path):
     """All pairs of a conversation are on one side; half of the conversations are held out; long ones are counted."""
     values = [{**PAIR, 'messages': [{'role': 'user', 'content': str(i % 100)}], 'chosen': f'n{i}'} for i in range(400)]
@@ -78,6 +87,7 @@ def test_splits(tmp_path):
     ({'messages': [{'role': 'bot', 'content': '2'}]}, 'a role, one of system, user, assistant, tool'),
     ({'messages': [*PAIR['messages'], {'role': 'assistant', 'content': '4'}]}, "the assistant's own"),
     ({'messages': 2 * PAIR['messages']}, "both of role 'user'"),
+    ({'rejected': '<|python|>2+2<|python_end|><|output|>4'}, 'has an <|output|> without an'),
 ])
 def test_bad_pairs_are_named_by_line(tmp_path, change, said):
     path = write_pairs(tmp_path / 'pairs.jsonl', [PAIR, {**PAIR, **change}])
@@ -214,3 +224,15 @@ def test_ratings():
         ids, _ = answers.render_answer(messages, texts[i], chat.TEMPLATE, TOKENIZER)
         assert ratings[i] == pytest.approx(model(torch.tensor([ids]))[0, -1].item(), abs=1e-5)
     assert answers.ratings_of(model, messages, ['', ''], chat.TEMPLATE, TOKENIZER) == [-math.inf] * 2
+
+
+def test_ratings_of_whatever_a_model_writes():
+    """Calls that were cut off, or are no calls; at the ending that closes the answer, as for whole ones."""
+    model = trained_head(critic.Critic.from_gpt(tiny(block_size=64)).eval())
+    call = f'{chat.PYTHON}2*3{chat.PYTHON_END}'
+    texts = [call, f'{call}{chat.OUTPUT}6', chat.OUTPUT, f'{chat.OUTPUT_END}a{chat.OUTPUT}', 'a<|user|>b',
+             '\ufffd']
+    ratings = answers.ratings_of(model, [{'role': 'user', 'content': 'A'}], texts, chat.TEMPLATE, TOKENIZER)
+    for text, rating in zip(texts, ratings, strict=True):
+        whole = PROMPTS[0] + TOKENIZER.encode(text, allowed_special='all') + [END]
+        assert rating == pytest.approx(model(torch.tensor([whole]))[0, -1].item(), abs=1e-5)

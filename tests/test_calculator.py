@@ -21,7 +21,10 @@ TOKENIZER = BPETokenizer([], None, {token: 256 + i for i, token in enumerate(cha
     ('2 / 3', '0.666666666667'), ('0.1 + 0.2', '0.3'), ('.5 * 10', '5'), ('1.50', '1.5'), ('1,000 * 2', '2000'),
     ('1,234,567.5 - 0.5', '1234567'), ('2 ** 0.5', '1.41421356237'), ('9 ** 0.5', '3'), ('0 ** 0', '1'),
     ('1 ** 999999999', '1'), ('--3', '3'), ('100 * 10', '1000'), ('0.00001 / 10', '0.000001'), (' 1+1 ', '2'),
-    ('2 ** 100', '1267650600228229401496703205376'), ('3 - 3', '0'), ('0 * -1', '0')])
+    ('2 ** 100', '1267650600228229401496703205376'), ('3 - 3', '0'), ('0 * -1', '0'),
+    ('12345678901234567890.5 - 12345678901234567890', '0.5'),
+    ('0.10000000000000000001 * 10 - 1', '0.0000000000000000001'), ('1,234.50 + 5.', '1239.5'),
+    ('0 ** 0.5', '0'), ('007.5 * 2', '15')])
 def test_values(expression, value):
     assert calculate(expression) == value
 
@@ -61,7 +64,8 @@ def test_quotients_as_python_has_them(left, right):
     ('1 / 0', "'1 / 0' divides by zero"), ('1 // (2 - 2)', 'divides by zero'), ('1 % 0', 'divides by zero'),
     ('0 ** -1', 'divides by zero'), ('0 ** -0.5', 'divides by zero'), ('(-1) ** 0.5', 'negative number, -1, has no'),
     ('9 ** 9 ** 9', 'too many digits'), ('2 ** 1000000000', 'too many digits'), ('2 ** -1000', 'too many digits'),
-    ('9.9 ** 999.5', 'too many digits'), ('10 ** 20 * 10 ** 20', 'too many digits'),
+    ('9.9 ** 999.5', 'too many digits'), ('0.5 ** 9999.5', 'too many digits'), ('2 ** -9999.5', 'too many digits'),
+    ('10 ** 20 * 10 ** 20', 'too many digits'),
     ('9' * 60, 'too many digits'), ('1+' * 150 + '1', '301 characters; expected at most 200'),
     ('-' * 150 + '1', 'nested too deeply'), ('(' * 99 + '1', 'no calculation')])
 def test_refused(expression, said):

@@ -152,6 +152,7 @@ def test_endings_without_special_tokens(bpe):
 @pytest.mark.parametrize('messages, said', [
     ([], 'a list of at least one'), ('Hi', 'a list of at least one'), (['Hi'], '"Hi" is no message'),
     ([{'role': 'user'}], 'no message'), ([{'role': 'User', 'content': 'a'}], 'one of system, user, assistant, tool'),
+    ([{'content': 'a' * 99, 'role': 'robot'}], "is no message, role='robot'; expected a role, one of system"),
     ([{'role': 'user', 'content': ['a']}], 'and a text'), (CHAT[:2], "the last message is the assistant's own")])
 def test_no_conversations(bpe, messages, said):
     with pytest.raises(ValueError, match=re.escape(said)):
@@ -254,6 +255,8 @@ def test_template_that_rewrites_earlier_answers(bpe):
     ([QUESTION, QUESTION, ANSWER], "messages 1 and 2 are both of role 'user'; expected turns"),
     ([TALK[0], QUESTION, ANSWER, ANSWER], "messages 3 and 4 are both of role 'assistant'"),
     ([QUESTION, {'role': 'assistant', 'content': ' \n'}], 'message 2, an answer of the assistant, is empty'),
+    ([QUESTION, {'role': 'assistant', 'content': '<|output|>4<|output_end|>4<|output|>5'}],
+     'message 2, an answer of the assistant, has an <|output|> without an <|output_end|>'),
     ([QUESTION], "the last message is of role 'user'; expected the assistant's answer"),
     ([ANSWER], 'nobody has spoken before the assistant'), ([TALK[0]], 'nobody has spoken'),
     ([QUESTION, TALK[0], ANSWER], 'a system message comes first or not at all'),

@@ -121,7 +121,8 @@ def prepare(folder, monkeypatch, capsys, **settings):
 
 def test_prepare_and_read_back(data, monkeypatch, capsys):
     printed, error = prepare(data, monkeypatch, capsys, block_size=64)
-    assert error is None and 'rows of 65 tokens' in printed.out and '--dataset=sums' in printed.out
+    assert error is None and 'rows of 65 tokens' in printed.out
+    assert '--dataset=data/sums --out_dir=out-sums\n' in printed.out
     data_dir = str(data.path / 'data' / 'sums')
     meta = dataloader.load_meta(data_dir)
     assert meta['row'] == 65 and meta['chat_template'] == chat.TEMPLATE

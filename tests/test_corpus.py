@@ -27,6 +27,7 @@ if (ROOT.parent / 'shared' / 'tiktoken').is_dir():
     os.environ.setdefault('TIKTOKEN_CACHE_DIR', str(ROOT.parent / 'shared' / 'tiktoken'))
 
 import corpus  # noqa: E402
+import dataloader  # noqa: E402
 import download  # noqa: E402
 import tokenizer  # noqa: E402
 
@@ -943,6 +944,20 @@ def test_text_refuses(copy, tmp_path, arguments, message):
     import re
     assert re.search(message, prepare(copy, 'text', '--input=a.txt', *arguments, cwd=tmp_path, ok=False))
     assert sorted(str(path) for path in copy.rglob('*')) == before
+
+
+@pytest.mark.parametrize('out_dir, dataset, name', [
+    ('mine', './mine', 'mine'), ('mine/', './mine', 'mine'), ('runs/my books.v2', 'runs/my books.v2', 'my_books.v2'),
+    ('data/sums', 'data/sums', 'sums'), ('{}/mine', './mine', 'mine')])
+def test_another_folder(tmp_path, monkeypatch, out_dir, dataset, name):
+    """What is said of it leads train.py to it."""
+    monkeypatch.chdir(tmp_path)
+    out_dir = out_dir.format(tmp_path)
+    assert corpus.output_folder(None, 'book.txt', out_dir) == (dataset, name, out_dir)
+    os.makedirs(out_dir)
+    assert os.path.samefile(dataloader.folder_of(dataset), out_dir)
+    with pytest.raises(ValueError, match='--name=a and --out_dir=.* both say where to write'):
+        corpus.output_folder('a', 'book.txt', out_dir)
 
 
 def test_openwebtext_shard(copy, tmp_path):

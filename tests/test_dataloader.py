@@ -198,7 +198,7 @@ def test_truncated(tmp_path, cut, meta):
         with pytest.raises(ValueError) as error:
             opened(tmp_path)
         assert str(path) in str(error.value) and f'{200 - cut} bytes' in str(error.value)
-        assert f'--name={tmp_path.name}' in str(error.value)
+        assert f'--out_dir={tmp_path}' in str(error.value)
     else:
         assert len(opened(tmp_path)) == 100 - cut // 2
 
@@ -228,7 +228,7 @@ def test_damaged_meta_json(tmp_path, damage):
     path.write_text(damage(json.loads(path.read_text())))
     with pytest.raises(ValueError) as error:
         dataloader.load_meta(str(tmp_path))
-    assert f'{path} is damaged' in str(error.value) and f'--name={tmp_path.name}' in str(error.value)
+    assert f'{path} is damaged' in str(error.value) and f'--out_dir={tmp_path}' in str(error.value)
 
 
 def test_meta_json_that_is_no_text(tmp_path):
@@ -361,6 +361,18 @@ def test_missing_dataset_lists_those_there_are(tmp_path, monkeypatch):
         dataloader.prepare_if_missing('data/novel', True)
     assert 'current folder' not in str(error.value)
     assert 'python data/text/prepare.py --input=FILE --name=novel' in str(error.value)
+
+
+def test_prepare_command(tmp_path, monkeypatch):
+    """By name what is made beside train.py, or is not there; by its path what is elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ('mine', 'runs/a b', 'data/here'):
+        (tmp_path / folder).mkdir(parents=True)
+    for data_dir, said in (('data/novel', '--name=novel'), ('data/novel/', '--name=novel'),
+                           (ROOT / 'data/x', '--name=x'), ('mine/', '--out_dir=mine'), ('./mine', '--out_dir=mine'),
+                           ('data/here', '--out_dir=data/here'), ('runs/a b', "'--out_dir=runs/a b'"),
+                           (tmp_path, f'--out_dir={tmp_path}')):
+        assert dataloader.prepare_command(str(data_dir)) == f'python data/text/prepare.py --input=FILE {said}'
 
 
 def test_prepare_runs_once(tmp_path, monkeypatch):

@@ -347,10 +347,8 @@ def test_best_of_n(folder, learnt):
         for i, example in enumerate(ASKED):
             rated = []
             for text in texts[5 * i : 5 * i + 5]:
-                ids, _ = chat.render_conversation([*example['messages'], {'role': 'assistant', 'content': text}],
-                                                  chat.TEMPLATE, WITH_SPECIALS)
-                end = len(ids) - ids[::-1].index(WITH_SPECIALS.special_tokens['<|im_end|>'])
-                rated.append((judge(torch.tensor([ids[:end]]))[0, -1].item(), tiny_chat.evaluate(example, text)))
+                ids = prompts[i] + WITH_SPECIALS.encode(f'{text}<|im_end|>', allowed_special='all')
+                rated.append((judge(torch.tensor([ids]))[0, -1].item(), tiny_chat.evaluate(example, text)))
             n_right += max(rated)[1]
         assert found[sign]['right'] == n_right
     refused = {'n': 2, 'task': 'tiny_chat', 'reward_model': 'judge'}
@@ -389,7 +387,10 @@ def test_task_of_choices(folder):
     assert (found['right'], found['n']) == (sum(right), 5)
     assert found['accuracy_norm'] == pytest.approx(sum(right_by_length) / 5)
     assert {kind: row['n'] for kind, row in found['kinds'].items()} == {'part 0': 3, 'part 1': 2, 'all': 5}
-    assert evaluate(folder, task='multiple_choice', input='q.jsonl', kinds='part 1', shots=0)['n'] == 2
+    assert evaluate(folder, task='multiple_choice', input='q.jsonl', kinds=' part 1,', shots=0)['n'] == 2
+    for name, value in (('temperature', 0.8), ('tools', True)):  # of answers, which are not written here
+        run = start(folder, task='multiple_choice', input='q.jsonl', **{name: value})
+        run.refused(f'{name}={value} is for answers that are written, and does not go with --task=multiple_choice')
 
 
 # which text -----------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from test_answers import TOKENIZER, tiny, write_pairs
 import chat
 import checkpoint
 import critic
+from tokenizer import ByteTokenizer
 
 SMALL = {'init_from': 'chat', 'data': 'pairs.jsonl', 'device': 'cpu', 'dtype': 'float32', 'max_iters': 20,
          'batch_size': 8, 'eval_interval': 10, 'log_interval': 5, 'learning_rate': 3e-3, 'warmup_iters': 2}
@@ -67,8 +68,8 @@ def test_learns_and_says_so(chats):
     assert 'pairs to learn from' in run.out and f'accuracy {last["val_accuracy"]:.1%} (' in run.out
     *_, printed = run.out.partition('lowest val loss')
     assert max(map(len, printed.splitlines())) <= 80
-    model, tokenizer, template, line = critic.open_reward_model(str(chats.path / 'out'))
-    assert template == chat.TEMPLATE and tokenizer.vocab_size == 266 and 'best.pt: step' in line
+    model, line = critic.open_reward_model(str(chats.path / 'out'), TOKENIZER, chat.TEMPLATE)
+    assert 'best.pt: step' in line
     ids = [256, 258, *b'7', 261, 259]
     vowels, others = model.scores(torch.tensor([[*ids, *b'aeo', 261], [*ids, *b'abc', 261]]), torch.tensor([9, 9]))
     assert vowels > others
@@ -78,7 +79,11 @@ def test_learns_and_says_so(chats):
     with pytest.raises(ValueError, match='is a reward model'):
         checkpoint.base_model(str(chats.path / 'out'))  # what train.py begins with
     with pytest.raises(ValueError, match='is a language model; expected a reward model'):
-        critic.open_reward_model(str(chats.path / 'chat'))
+        critic.open_reward_model(str(chats.path / 'chat'), TOKENIZER, chat.TEMPLATE)
+    for tokenizer, template, what in ((ByteTokenizer(), chat.TEMPLATE, 'tokenizer'),
+                                      (TOKENIZER, chat.TEMPLATE + ' ', 'chat template')):
+        with pytest.raises(ValueError, match=f'out has another {what} than the model that it is to judge'):
+            critic.open_reward_model(str(chats.path / 'out'), tokenizer, template)
 
 
 def state_of(folder, out_dir):

@@ -32,6 +32,7 @@ import argparse
 import hashlib
 import json
 import os
+import shlex
 import sys
 import time
 from collections import Counter
@@ -73,7 +74,7 @@ def main():
                                      allow_abbrev=False)
     parser.add_argument('--input', required=True, help='a file of JSON lines')
     parser.add_argument('--name', help='name of the dataset (that of the input)')
-    parser.add_argument('--out_dir', help='folder to write to (data/NAME)')
+    parser.add_argument('--out_dir', help='folder to write to, in place of --name (data/NAME)')
     parser.add_argument('--tokenizer', required=True, help="a run's out_dir, a model's folder, or a tokenizer file")
     parser.add_argument('--template', help="a Jinja file (the model's template, else that of chat.py)")
     parser.add_argument('--block_size', type=corpus.positive, help="context to pack for (a run's own, else 256)")
@@ -83,7 +84,7 @@ def main():
 
     started = time.time()
     corpus.check_fraction(args.val_fraction)
-    name, out_dir = corpus.output_folder(args.name, args.input, args.out_dir)
+    dataset, name, out_dir = corpus.output_folder(args.name, args.input, args.out_dir)
     tokenizer, template, block_size = open_tokenizer(args.tokenizer)
     row = (args.block_size or block_size or 256) + 1
     if args.template:
@@ -117,7 +118,7 @@ def main():
                                 val_fraction=args.val_fraction, sha256=digest.hexdigest())
     start = f' --init_from={args.tokenizer}' if os.path.isdir(args.tokenizer) else ''
     print(f'wrote  {os.path.relpath(out_dir)} in {time.time() - started:.1f} s\n'
-          f'next:  python train.py{start} --dataset={name} --out_dir=out-{name}')
+          f'next:  python train.py{start} --dataset={shlex.quote(dataset)} --out_dir=out-{name}')
 
 
 if __name__ == '__main__':

@@ -31,6 +31,7 @@ When interrupted, run the same command again: it goes on where it was.
 import argparse
 import itertools
 import os
+import shlex
 import sys
 import time
 
@@ -48,14 +49,14 @@ def main():
     parser.add_argument('--input', required=True, help='a text file, a folder, or a .jsonl, .csv, .tsv, .parquet file')
     parser.add_argument('--name', help='name of the dataset (that of the input)')
     parser.add_argument('--text_key', default='text', help='field of .jsonl, .csv, .tsv and .parquet with the text')
-    parser.add_argument('--out_dir', help='folder to write to (data/NAME)')
+    parser.add_argument('--out_dir', help='folder to write to, in place of --name (data/NAME)')
     corpus.add_options(parser, tokenizer='byte', val_fraction=0.1)
     args = parser.parse_args()
 
     started = time.time()
     corpus.check_fraction(args.val_fraction)
     files, skipped = corpus.find_files(args.input)
-    name, out_dir = corpus.output_folder(args.name, args.input, args.out_dir)
+    dataset, name, out_dir = corpus.output_folder(args.name, args.input, args.out_dir)
     if skipped:
         print(f'{len(files):,} files; {skipped:,} more were left out because their suffix is not that of a text file',
               file=sys.stderr)
@@ -81,7 +82,7 @@ def main():
         print(f'{meta["documents"]["train"]:,} documents in train, {meta["documents"]["val"]:,} in val')
     print(f'val is {how}: {meta["bytes"]["val"] / sum(meta["bytes"].values()):.1%} of the text')
     corpus.report(out_dir, meta, started,
-                  f'python train.py config/quickstart.py --dataset={name} --out_dir=out-{name}')
+                  f'python train.py config/quickstart.py --dataset={shlex.quote(dataset)} --out_dir=out-{name}')
 
 
 if __name__ == '__main__':

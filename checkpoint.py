@@ -232,7 +232,8 @@ def open_model(init_from, out_dir, which='best'):
     state = load(path)
     model = lora.merge(model_of(state, path, dropout=0.0))
     # a checkpoint knows the lowest val loss of its run so far, which is its own in best.pt unless nanoGPT wrote that
-    of_what = 'val loss' if path.endswith('best.pt') and 'version' in state else 'lowest val loss so far'
+    of_what = state.get('measure', 'val loss')  # that of rl.py is another
+    of_what = of_what if path.endswith('best.pt') and 'version' in state else f'lowest {of_what} so far'
     best_val_loss = float(state['best_val_loss'])
     line = f'{path}: step {state["iter_num"]}' + (f', {of_what} {best_val_loss:.4f}' if best_val_loss < 1e9 else '')
     return model.eval(), tokenizer_of(state), state.get('chat_template'), line

@@ -162,7 +162,7 @@ def clipped_policy_loss(logprobs, old_logprobs, advantages, mask, clip=0.2, clip
 
 
 def is_clipped(logprobs, old_logprobs, advantages, clip=0.2, clip_high=None):
-    """Where clipped_policy_loss() of the same gives no gradient, the policy having moved far enough, (B, T)."""
+    """Where clipped_policy_loss() of the same has no gradient, the policy having moved by more than the clip: (B, T)"""
     ratio = (logprobs - old_logprobs).exp()
     has_risen = ratio > 1 + (clip if clip_high is None else clip_high)
     return has_risen & (advantages > 0) | (ratio < 1 - clip) & (advantages < 0)

@@ -49,7 +49,8 @@ def read_pairs(path, template, tokenizer, block_size, val_fraction):
     """
     -> ({'train': pairs, 'val': pairs}, how many were left out because they do not fit into block_size). A pair is
     (chosen, rejected), each of them (ids, mask) of render_answer(). All pairs of a conversation are in the same split,
-    chosen by its content. Raises ValueError naming the line that is no pair, and if a split is empty.
+    chosen by its content; or all with the same "group", where they have one. Raises ValueError naming the line that is
+    no pair, and if a split is empty.
     """
     corpus.check_fraction(val_fraction)
     pairs, n_too_long = {'train': [], 'val': []}, 0
@@ -61,7 +62,8 @@ def read_pairs(path, template, tokenizer, block_size, val_fraction):
         if max(len(ids) for ids, _ in pair) > block_size:
             n_too_long += 1
             continue
-        split = 'val' if corpus.text_hash(json.dumps(value['messages'])) < val_fraction else 'train'
+        group = json.dumps(value.get('group', value['messages']))
+        split = 'val' if corpus.text_hash(group) < val_fraction else 'train'
         pairs[split].append(pair)
     for split, found in pairs.items():
         if not found:

@@ -7,9 +7,10 @@ Train a reward model: which of two answers to a conversation is the better?
         --reward_model=out-reward
 
 Each line of the data is a pair, {"messages": [{"role": "user", "content":
-"2+2?"}], "chosen": "4", "rejected": "5"}. The model is a finetuned one with a
-scalar head in place of its own (critic.py): the score of an answer is what it
-says at the token that ends it, and -log sigmoid(score of the chosen - score of
+"2+2?"}], "chosen": "4", "rejected": "5"}; those that have the same "group", such
+as a question in other words, are held out together. The model is a finetuned one
+with a scalar head in place of its own (critic.py): the score of an answer is what
+it says at the token that ends it, and -log sigmoid(score of the chosen - score of
 the rejected) is minimised (Bradley-Terry). Half of the pairs are right at first.
 
 Writes to out_dir: ckpt.pt (the last state, to resume from), best.pt (lowest

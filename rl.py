@@ -378,10 +378,12 @@ while True:
     # all that is random in a step depends on (seed, step) alone
     t0 = time.perf_counter()
     torch.manual_seed(seed + 1_000_003 * (iter_num + 1))
-    share = optim.cosine(iter_num, 1.0, warmup_iters, max_iters, final_share)  # of the highest rates
-    for optimizer, highest in ((opt, learning_rate), (value_opt, critic_lr)):
+    wait = critic_warmup if algorithm == 'ppo' else 0  # steps before the policy learns, too
+    lr = learning_rate * optim.cosine(max(0, iter_num - wait), 1.0, warmup_iters, max_iters - wait, final_share)
+    value_lr = critic_lr * optim.cosine(iter_num, 1.0, warmup_iters, max_iters, final_share)
+    for optimizer, rate in ((opt, lr), (value_opt, value_lr)):
         for group in optimizer.param_groups if optimizer else ():
-            group['lr'] = highest * share * group['lr_scale']
+            group['lr'] = rate * group['lr_scale']
     indices = dataloader.train_windows(iter_num, prompts_per_step, len(train_pairs or train_prompts), 1, seed, row=1)
 
     # experience: rows of ids, and a mask of what the policy is to be judged by
@@ -422,7 +424,7 @@ while True:
                   'length': acts.sum().item() / n_items}
 
     # learn from it
-    learns = algorithm != 'ppo' or iter_num >= critic_warmup
+    learns = iter_num >= wait
     updates = []
     for rows in (rows for _ in range(epochs) for rows in torch.randperm(n_items).to(device).split(minibatch_size)):
         sums = collections.Counter()
@@ -476,7 +478,7 @@ while True:
             'reward', 'accuracy', 'kl', 'entropy', 'length')
         print(f'iter {iter_num - 1}: ' + ', '.join(f'{key} {record[key]:.{1 if key == "length" else 3}f}'
                                                    for key in names))
-        runs.log(out_dir, step=iter_num - 1, **record, lr=learning_rate * share, ms=round(dt * 1e3, 3))
+        runs.log(out_dir, step=iter_num - 1, **record, lr=lr, ms=round(dt * 1e3, 3))
 
 # the end: save what was not saved, say what can be done with it ------------------------------------------------------
 if saved_iter < iter_num:

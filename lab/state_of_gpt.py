@@ -7,12 +7,14 @@
 
 Every stage is a command that can be given by hand; each is printed before it runs, in the order of the talk:
 
-    data         questions with answers that can be checked: texts, conversations, pairs of answers (tasks/tiny_chat.py)
+    data         questions with answers that can be checked: texts, conversations, pairs of answers; and the tokenizer:
+                 a byte is a token, since letters and digits are what is asked about
     base         pretraining: a GPT continues texts, from which it learns how words are spelt and sums are done
     sft          supervised finetuning: the same model answers in conversations
     reward       a reward model learns from pairs which of two answers is the better
     ppo          reinforcement learning: answers that the reward model likes become likelier; it is never told the truth
     grpo         the same with a program that checks answers in place of the model that judges them
+    chat         three questions to the last model
 
 All are then asked the same held-out questions, and the finetuned one in the ways that cost no training either: the vote
 of several answers (self-consistency), the one that the reward model likes best (best of n), a calculator.
@@ -23,6 +25,7 @@ Source: "State of GPT", Karpathy 2023. Needs '.[lab]'.
 """
 
 import json
+import math
 import os
 import runpy
 import shlex
@@ -34,12 +37,12 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) 
 
 import files
 from bench.common import table as aligned
-from configurator import explain_errors, override
+from configurator import check, explain_errors, override
 from lab import common
 from tasks.common import wilson
 
 # settings ------------------------------------------------------------------------------------------------------------
-seed = 1337  # of weights, batches and answers; the questions are the same for every seed
+seed = 1  # of weights, batches and answers; the questions are the same for every seed
 out = 'out-lab'  # folder of the picture and the numbers; all else is in its folder state_of_gpt
 n = 700  # held-out questions, a seventh of each kind
 num_samples = 8  # answers to each that are voted on, and chosen from
@@ -49,8 +52,8 @@ n_embd: int | None = None
 config = override(globals())
 # ---------------------------------------------------------------------------------------------------------------------
 
+QUESTIONS = 'What is 58 + 67?\nHow many times is the letter e in needle?\nWrite straw from back to front.'
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-SUMS = 'addition,subtraction'  # what a calculator is for
 
 
 # the stages -----------------------------------------------------------------------------------------------------------
@@ -95,6 +98,7 @@ def stages(home):
         ('ask ppo', ask('ppo')),
         ('grpo', learn('rl.py', 'grpo_tiny_chat.py', out_dir=at['grpo'])),
         ('ask grpo', ask('grpo')),
+        ('chat', script('sample.py', chat=True, out_dir=at['grpo'], temperature=0)),
     ]
 
 
@@ -102,9 +106,10 @@ def run(name, command, can_resume):
     """Run a stage to its end. -> what it found, of those that ask"""
     if can_resume:
         command = [*(part for part in command if not part.startswith('--init_from')), '--init_from=resume']
-    print(f'\n== {name} {"=" * (76 - len(name))}\n$ {shlex.join(command)}', flush=True)
-    asks = name.startswith('ask')
-    done = subprocess.run([sys.executable, *command[1:]], stdout=subprocess.PIPE if asks else None, text=True)
+    asks, questions = name.startswith('ask'), f'echo {shlex.quote(QUESTIONS)} | ' if name == 'chat' else ''
+    print(f'\n== {name} {"=" * (76 - len(name))}\n$ {questions}{shlex.join(command)}', flush=True)
+    done = subprocess.run([sys.executable, *command[1:]], stdout=subprocess.PIPE if asks else None, text=True,
+                          input=f'{QUESTIONS}\n' if questions else None)
     if done.returncode:
         raise SystemExit(f'the stage {name!r} ended with exit code {done.returncode}, see above; the same command goes '
                          f'on from there:\n  {shlex.join(["python", *sys.argv])}')
@@ -125,13 +130,15 @@ def run_all(home):
             done = json.load(file)
     for i, (name, command) in enumerate(stages(home)):
         record = done.get(name, {})
-        was_begun = record.get('command') == command
+        was_begun, ckpt_path = record.get('command') == command, os.path.join(home, name, 'ckpt.pt')
         if was_begun and record['seconds'] is not None:
             continue
+        if not was_begun and os.path.exists(ckpt_path):  # of a command that was another: nothing to go on from
+            os.remove(ckpt_path)
         done = {**dict(list(done.items())[:i]), name: {'command': command, 'seconds': None, 'found': None}}
         files.replace_file(path, json.dumps(done, indent=1).encode())
         started = time.perf_counter()
-        found = run(name, command, was_begun and os.path.exists(os.path.join(home, name, 'ckpt.pt')))
+        found = run(name, command, was_begun and os.path.exists(ckpt_path))
         done[name].update(seconds=round(time.perf_counter() - started, 1), found=found)
         files.replace_file(path, json.dumps(done, indent=1).encode())
     return done
@@ -191,11 +198,9 @@ def draw(rows, home):
 
 
 def main():
-    for name, is_valid, expected in (('n', n >= 7, '7 or more, one of each kind'),
-                                     ('num_samples', num_samples >= 2, '2 or more, to choose from'),
-                                     ('share', 0 < share < float('inf'), 'more than 0')):
-        if not is_valid:
-            raise SystemExit(f'{name}={config[name]!r}: expected {expected}')
+    check(config, (('n', lambda value: value >= 7, '7 or more, one of each kind'),
+                   ('num_samples', lambda value: value >= 2, '2 or more, to choose from'),
+                   ('share', lambda value: 0 < value < math.inf, 'more than 0')))
     common.pyplot()  # whether it is there, before and not after the work
     home = os.path.join(out, 'state_of_gpt')
     common.start(home, seed)

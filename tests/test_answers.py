@@ -75,6 +75,9 @@ def test_splits(tmp_path):
     assert 120 < len(pairs['val']) < 280
     prompts = [{tuple(ids[: ids.index(ASSISTANT)]) for (ids, _), _ in pairs[split]} for split in pairs]
     assert len(prompts[0] | prompts[1]) == 100 and not prompts[0] & prompts[1]
+    groups = [{**value, 'group': str(i % 5)} for i, value in enumerate(values)]
+    pairs, _ = read(write_pairs(tmp_path / 'pairs.jsonl', groups))
+    assert len(pairs['train']) % 80 == len(pairs['val']) % 80 == 0 < len(pairs['val'])  # five groups of 80
 
 
 @pytest.mark.parametrize('change, said', [

@@ -32,6 +32,7 @@ def test_all_stages(folder):
     (home / 'stages.json').write_text(json.dumps(stages))
     again = folder.start('lab/state_of_gpt.py', **TINY).wait(timeout=100)
     assert again.code == 0, again.out
+    assert 'What is 58 + 67?' in run.out  # in the chat
     assert '== grpo' in again.out and '== ask grpo' in again.out and '--init_from=resume' in again.out
     assert '== ppo' not in again.out and '== data' not in again.out
     assert json.loads((folder.path / 'out' / 'state_of_gpt.json').read_text())['rows'] == figures['rows']
@@ -59,8 +60,17 @@ def test_another_setting_runs_what_depends_on_it(tmp_path, monkeypatch):
         return [name for name, _ in ran]
 
     first = run_all()
-    assert first[0] == 'data' and first[-1] == 'ask grpo' and len(first) == len(set(first))
+    assert first[0] == 'data' and first[-2:] == ['ask grpo', 'chat'] and len(first) == len(set(first))
     assert run_all() == []
     assert run_all(num_samples=4) == first[first.index('ask sft, samples') :]
+    (tmp_path / 'out' / 'sft').mkdir()
+    (tmp_path / 'out' / 'sft' / 'ckpt.pt').touch()  # of the run before
     assert run_all(num_samples=4, n=70) == first[first.index('ask base') :]
     assert not any(can_resume for _, can_resume in ran)
+    stages = json.loads((tmp_path / 'out' / 'stages.json').read_text())
+    stages['sft']['seconds'] = None  # stopped before, and after its first checkpoint
+    for n_checkpoints in range(2):
+        (tmp_path / 'out' / 'stages.json').write_text(json.dumps(stages))
+        assert run_all(num_samples=4, n=70) == first[first.index('sft') :]
+        assert dict(ran)['sft'] == bool(n_checkpoints)
+        (tmp_path / 'out' / 'sft' / 'ckpt.pt').touch()

@@ -100,15 +100,15 @@ def talks(split, n, seed, steps=0.75):
                       example['solution'])
             messages += [*example['messages'], {'role': 'assistant', 'content': answer}]
         if sum(len(message['content']) for message in messages) > LONGEST:
-            messages = messages[:-2]
+            messages = messages[:-2] if len(asked) > 1 else messages
         yield {'messages': messages}
 
 
 def preferences(n, seed):
     """
-    Yield n pairs, {'messages', 'chosen', 'rejected'}. chosen is right, three in four with steps; of rejected seven in
-    ten have the same form and are wrong, with steps that are right or not; of the others some say what is right in
-    another form, or too much.
+    Yield n pairs, {'messages', 'chosen', 'rejected', 'group'}. chosen is right, three in four with steps; of rejected
+    seven in ten have the same form and are wrong, with steps that are right or not; of the others some say what is
+    right in another form, or too much.
     """
     rng = random.Random(f'pairs {seed}')
     for example in tiny_chat.examples('train', n, f'pairs {seed}'):
@@ -124,7 +124,8 @@ def preferences(n, seed):
             rejected = rng.choice(LONG_WAYS).format(answer) + '.'
         else:
             rejected = rng.choice(REFUSALS)
-        yield {'messages': example['messages'], 'chosen': chosen, 'rejected': rejected}
+        # what is asked, however it is put: reward.py holds out pairs of which no other asks the same
+        yield {'messages': example['messages'], 'chosen': chosen, 'rejected': rejected, 'group': example['content']}
 
 
 def documents(n, seed):

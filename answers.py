@@ -23,6 +23,7 @@ import chat
 import checkpoint
 import conversations
 import corpus
+import download
 import jsonl
 import losses
 from generate import generate
@@ -71,6 +72,23 @@ def read_pairs(path, template, tokenizer, block_size, val_fraction):
                              f'{block_size} tokens, and of the others none is in {split}; give more of them, a model '
                              f'with a longer context, or another --val_fraction')
     return pairs, n_too_long
+
+
+def check_pairs(path, val_fraction, state, ckpt_path):
+    """
+    What a checkpoint says of the pairs, {'sha256', 'val_fraction'}. state: of a run that goes on, or None. Raises
+    ValueError if that had others, or held out others: it has learnt from what would be held out now.
+    """
+    pairs = {'sha256': download.file_sha256(path), 'val_fraction': val_fraction}
+    before = state.get('pairs', pairs) if state else pairs
+    if before['val_fraction'] != val_fraction:
+        raise ValueError(f'val_fraction={val_fraction}, but {ckpt_path} held out {before["val_fraction"]}, so that it '
+                         f'has learnt from pairs that would be held out now, or the other way round; resume with '
+                         f'--val_fraction={before["val_fraction"]}, or begin anew in another --out_dir')
+    if before['sha256'] != pairs['sha256']:
+        raise ValueError(f'{path} is not the file of pairs that {ckpt_path} has learnt from, some of which may be held '
+                         f'out now; resume with that file as it was, or begin anew in another --out_dir')
+    return pairs
 
 
 def render_pair(value, template, tokenizer):

@@ -53,7 +53,7 @@ def value_of(node, expression, depth):
     if depth == 0:
         raise ValueError(f'{expression!r} is nested too deeply; expected at most {MAX_DEPTH} levels')
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
-        # the digits that were written: of a float its value has about 16
+        # all digits that were written: node.value, a float, has the first 17 or so
         value = Fraction(expression[node.col_offset : node.end_col_offset])
     elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
         value = -value_of(node.operand, expression, depth - 1)

@@ -4,8 +4,8 @@ Checkpoints: one file that holds a whole run, written so that it is either compl
 A checkpoint is a dict of tensors and plain values: nanoGPT's keys (model, optimizer, model_args, iter_num,
 best_val_loss, config) and, beside them, version, tokenizer, chat_template, scaler, evals_since_best, train_time. Of a
 run with LoRA `model` has the adapters alone, and `lora` says beside which model they were trained. Of a reward model
-`model` has a Critic, and `reward_model` is True. It is read with weights_only=True, which refuses anything that could
-run code. nanoGPT's own ckpt.pt reads the same.
+`model` has a Critic, and `reward_model` is True. Where best_val_loss is no loss, `measure` says what it is. It is read
+with weights_only=True, which refuses anything that could run code. nanoGPT's own ckpt.pt reads the same.
 
 In a run's out_dir, ckpt.pt is the last checkpoint, from which the run resumes, and best.pt the one with the lowest
 validation loss. Random state is not among what is saved: batches and dropout are functions of (seed, step).
@@ -232,7 +232,8 @@ def open_model(init_from, out_dir, which='best'):
     state = load(path)
     model = lora.merge(model_of(state, path, dropout=0.0))
     # a checkpoint knows the lowest val loss of its run so far, which is its own in best.pt unless nanoGPT wrote that
-    of_what = 'val loss' if path.endswith('best.pt') and 'version' in state else 'lowest val loss so far'
+    of_what = state.get('measure', 'val loss')  # that of rl.py is another
+    of_what = of_what if path.endswith('best.pt') and 'version' in state else f'lowest {of_what} so far'
     best_val_loss = float(state['best_val_loss'])
     line = f'{path}: step {state["iter_num"]}' + (f', {of_what} {best_val_loss:.4f}' if best_val_loss < 1e9 else '')
     return model.eval(), tokenizer_of(state), state.get('chat_template'), line

@@ -143,7 +143,7 @@ if task:
     part, wanted = 'train' if split == 'train' else 'all' if input else 'test', tasks.kinds_of(kinds)
     examples = questions.examples(part, n, seed, input=input, kinds=wanted)
     if not examples:
-        raise ValueError(f'{input} has no question for --split={split}')
+        raise ValueError(f'{input or task} has no question for --split={split}')
     for name in sorted(config.given & of_answers if 'choices' in examples[0] else ()):
         raise ValueError(f'{name}={config[name]!r} is for answers that are written, and does not go with --task='
                          f'{task}, of which the likeliest choice counts; leave it out')

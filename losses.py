@@ -100,6 +100,11 @@ def dpo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejecte
     return losses, chosen.detach(), rejected.detach()
 
 
+def preferred(margins):
+    """1 where the score of the chosen answer minus that of the rejected one is positive, 1/2 where it is 0, else 0."""
+    return (margins.sign() + 1) / 2
+
+
 # Policy gradients ----------------------------------------------------------------------------------------------------
 
 
@@ -154,6 +159,13 @@ def clipped_policy_loss(logprobs, old_logprobs, advantages, mask, clip=0.2, clip
     ratio = torch.where(mask.bool(), logprobs - old_logprobs, 0.0).exp()
     clipped = ratio.clamp(1 - clip, 1 + (clip if clip_high is None else clip_high))
     return reduced(-torch.minimum(ratio * advantages, clipped * advantages), mask, reduction)
+
+
+def is_clipped(logprobs, old_logprobs, advantages, clip=0.2, clip_high=None):
+    """Where clipped_policy_loss() of the same has no gradient, the policy having moved by more than the clip: (B, T)"""
+    ratio = (logprobs - old_logprobs).exp()
+    has_risen = ratio > 1 + (clip if clip_high is None else clip_high)
+    return has_risen & (advantages > 0) | (ratio < 1 - clip) & (advantages < 0)
 
 
 def clipped_value_loss(values, old_values, returns, mask, clip):

@@ -33,9 +33,9 @@ import dataloader
 import optim
 import parallel
 import runs
-from answers import lengths_of, open_chat_model, pair_rows, read_pairs
+from answers import check_pairs, lengths_of, open_chat_model, pair_rows, read_pairs
 from configurator import check, explain_errors, override
-from losses import bradley_terry_loss
+from losses import bradley_terry_loss, preferred
 from tasks.common import wilson
 
 sys.stdout.reconfigure(errors='replace', line_buffering=True)
@@ -75,6 +75,7 @@ check(config, (
     ('micro_batch_size', lambda value: value == 0 or batch_size % value == 0,
      f'0, or a divisor of batch_size={batch_size}'),
     ('beta1 beta2 dropout', lambda value: 0 <= value < 1, 'at least 0 and below 1'),
+    ('seed', lambda value: 0 <= value < 2**63, '0 or more'),
     ('dtype', lambda value: value in ('auto', 'float32', 'bfloat16'), "'auto', 'float32' or 'bfloat16'"),
     ('out_dir', lambda value: os.path.abspath(value) != os.path.abspath(init_from),
      'another folder than that of the model which init_from names'),
@@ -103,6 +104,7 @@ start_iter = saved_iter = iter_num
 
 # the pairs, the machine, the folder
 pairs, n_too_long = read_pairs(data, template, tokenizer, block_size, val_fraction)
+pairs_seen = check_pairs(data, val_fraction, state, ckpt_path)
 print(f'{len(pairs["train"]):,} pairs to learn from, {len(pairs["val"]):,} held out'
       + (f'; {n_too_long:,} are longer than {block_size} tokens, left out' if n_too_long else ''))
 dtype, dtype_reason = parallel.choose_dtype(dtype, device, has_scaler=False)
@@ -137,7 +139,7 @@ def evaluate():
     for i in range(0, len(held_out), micro_batch_size):
         chosen, rejected = score(held_out[i : i + micro_batch_size])
         total += bradley_terry_loss(chosen, rejected).sum().item()
-        n_right += ((chosen > rejected).sum() + 0.5 * (chosen == rejected).sum()).item()
+        n_right += preferred(chosen - rejected).sum().item()
     model.train()
     return total / len(pairs['val']), n_right
 
@@ -146,7 +148,8 @@ def save_checkpoint(is_best):
     global saved_iter
     state = {'model': model.state_dict(), 'reward_model': True, 'optimizer': opt.state_dict(),
              'model_args': asdict(model.config), 'iter_num': iter_num, 'best_val_loss': best_val_loss,
-             'config': resolved, 'tokenizer': tokenizer.to_dict(), 'chat_template': template, 'train_time': train_time}
+             'config': resolved, 'pairs': pairs_seen, 'tokenizer': tokenizer.to_dict(), 'chat_template': template,
+             'train_time': train_time}
     is_saved = runs.save(out_dir, state, is_best)
     saved_iter = iter_num if is_saved else saved_iter
     return is_saved
@@ -181,13 +184,13 @@ while True:
     for group in opt.param_groups:
         group['lr'] = lr * group['lr_scale']
     indices = dataloader.train_windows(iter_num, batch_size, len(pairs['train']), 1, seed, row=1)
-    loss, n_right = 0.0, 0
+    loss, n_right = 0.0, 0.0
     batch = sorted((pairs['train'][i] for i in indices), key=longest)  # so that little of a micro-batch is padding
     for i in range(0, batch_size, micro_batch_size):
         chosen, rejected = score(batch[i : i + micro_batch_size])
         micro_loss = bradley_terry_loss(chosen, rejected).sum() / batch_size
         micro_loss.backward()
-        loss, n_right = loss + micro_loss.item(), n_right + (chosen > rejected).sum().item()
+        loss, n_right = loss + micro_loss.item(), n_right + preferred(chosen - rejected).sum().item()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf).item()
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise SystemExit(f'step {iter_num}: loss is {loss}, norm of the gradient {norm}. Stopped without saving; try a '

@@ -44,6 +44,7 @@ import optim
 import parallel
 import runs
 from answers import (
+    check_pairs,
     draw_answers,
     ending_of,
     lengths_of,
@@ -141,6 +142,10 @@ parallel.use_cores()
 ckpt_path = os.path.join(out_dir, 'ckpt.pt')
 state = checkpoint.load(ckpt_path) if init_from == 'resume' else None
 if state:
+    if 'reference' not in state:
+        what = 'a reward model' if state.get('reward_model') else 'a language model that train.py has trained'
+        raise ValueError(f'{ckpt_path} is {what}, no run of rl.py, which could be resumed; to begin with a language '
+                         f'model: --init_from=ITS_FOLDER and another --out_dir')
     if state['config'].get('algorithm') != algorithm:
         raise ValueError(f'algorithm={algorithm!r}, but {ckpt_path} is a run of {state["config"].get("algorithm")!r}; '
                          f'resume with that, or begin anew in another --out_dir')
@@ -162,12 +167,18 @@ opt = optim.adamw(policy, weight_decay, learning_rate, (beta1, beta2))
 block_size = policy.config.block_size
 
 # what rewards, and what predicts rewards
-judge = value_model = value_opt = None
+judge = judged_by = value_model = value_opt = None
 if reward_model:
     judge, line = critic.open_reward_model(reward_model, tokenizer, template)
     print(f'reward model: {line}')
+    judged_by = lora.digest(judge)
     judge.to(device).requires_grad_(False)
     ending = ending_of(template, tokenizer)
+if state and state.get('judge', judged_by) != judged_by:
+    before = state['config']['reward_model']
+    before = f'the reward model that was in {before}' if before else 'its task'
+    raise ValueError(f'{ckpt_path} was rewarded by {before}, not by reward_model={reward_model!r} with the weights '
+                     f'that it has now; resume with what it had, or begin anew in another --out_dir')
 if algorithm == 'ppo':
     value_model = critic.Critic.from_gpt(policy)
     value_opt = optim.adamw(value_model.to(device), weight_decay, critic_lr, (beta1, beta2))
@@ -180,13 +191,16 @@ if state:
         optim.load_optimizer(value_opt, state['value_optimizer'])
 iter_num, best_val_loss, train_time, version = runs.progress_of(state)
 start_iter = saved_iter = iter_num
-state = None  # the loaded tensors are no longer needed
 
 
 # the prompts, or pairs
 def prompts_of(split, n):
     """-> [(example of the task, ids of its prompt), ...], without those that leave too little room for an answer."""
     examples = questions.examples(split, n, seed, input=input, kinds=tasks.kinds_of(kinds))
+    if not examples:
+        raise ValueError(f'task={task}: there is no {split} question' + (f' in {input}' if input else '')
+                         + (f' of kinds={kinds!r}' if kinds else '') + '; of a file about a tenth are in val, so it '
+                         'may need more of them')
     prompts = [(example, tasks.chat_prompt(example, template, tokenizer, math.inf, tools)) for example in examples]
     # the reward model sees an answer that was cut off with one more token
     room = min(block_size, judge.config.block_size - 1 if judge else block_size) - max_new_tokens
@@ -200,17 +214,19 @@ def prompts_of(split, n):
     return fitting
 
 
-train_prompts, val_prompts, train_pairs, val_pairs = [], [], [], []
+train_prompts, val_prompts, train_pairs, val_pairs, pairs_seen = [], [], [], [], None
 questions = tasks.load(task) if task else None
 if task:
     val_prompts = prompts_of('val', eval_examples)
 if algorithm == 'dpo':
     found, n_too_long = read_pairs(pairs, template, tokenizer, block_size, val_fraction)
+    pairs_seen = check_pairs(pairs, val_fraction, state, ckpt_path)
     train_pairs, val_pairs = found['train'], found['val']
     print(f'{len(train_pairs):,} pairs to learn from, {len(val_pairs):,} held out'
           + (f'; {n_too_long:,} are longer than {block_size} tokens, left out' if n_too_long else ''))
 else:
     train_prompts = prompts_of('train', train_examples)
+state = None  # the loaded tensors are no longer needed
 
 # the machine, the folder
 dtype, dtype_reason = parallel.choose_dtype(dtype, device, has_scaler=False)
@@ -284,7 +300,7 @@ def evaluate():
                  for i in range(0, len(val_pairs), minibatch_size)]
         pair_losses, margins = (torch.cat([part[k] for part in parts]) for k in range(2))
         record = {'val_loss': pair_losses.mean().item(), 'val_dpo_loss': pair_losses.mean().item(),
-                  'val_preferred': (margins > 0).float().mean().item()}
+                  'val_preferred': losses.preferred(margins).mean().item()}
         shown = [f'dpo loss {record["val_dpo_loss"]:.4f}, preferred {record["val_preferred"]:.1%}']
     if val_prompts:
         n, n_right, at_once = len(val_prompts), 0, prompts_per_step * group_size
@@ -302,6 +318,7 @@ def save_checkpoint(is_best):
     global saved_iter
     state = {'model': policy.state_dict(), 'optimizer': opt.state_dict(), 'model_args': asdict(policy.config),
              'iter_num': iter_num, 'best_val_loss': best_val_loss, 'config': resolved, 'reference': digest,
+             'judge': judged_by, 'pairs': pairs_seen, 'measure': 'share of wrong answers' if task else 'dpo loss',
              'tokenizer': tokenizer.to_dict(), 'chat_template': template, 'train_time': train_time}
     if algorithm == 'ppo':
         state.update(value_model=value_model.state_dict(), value_optimizer=value_opt.state_dict())
@@ -324,6 +341,11 @@ def micro_batches(rows, lengths):
     """
     parts = rows[lengths[rows].argsort()].split(micro_batch_size)
     return [(part, int(lengths[part].max())) for part in parts]
+
+
+def answers_of(rows):
+    """Numbers of items -> of the rows with their answers; of dpo's pairs the rejected ones are behind the chosen."""
+    return torch.cat((rows, rows + n_items)) if algorithm == 'dpo' else rows
 
 
 def update(optimizer, model):
@@ -367,7 +389,7 @@ while True:
     # experience: rows of ids, and a mask of what the policy is to be judged by
     if algorithm == 'dpo':
         idx, mask = pair_rows([train_pairs[i] for i in indices], device)
-        lengths = lengths_of(mask).view(2, -1).amax(dim=0)  # of the longer of two answers
+        acts, lengths = mask[:, 1:], lengths_of(mask).view(2, -1).amax(dim=0)  # of the longer of two answers
         n_items, record = prompts_per_step, {}
     else:
         examples, prompts = zip(*(train_prompts[i] for i in indices for _ in range(group_size)), strict=True)
@@ -408,20 +430,23 @@ while True:
         sums = collections.Counter()
         for part, T in micro_batches(rows, lengths):
             weight = len(part) / len(rows)
+            token_weight = (acts[answers_of(part)].sum() / acts[answers_of(rows)].sum()).item()
             if algorithm == 'dpo':
-                both = torch.cat((part, part + n_items))
+                both = answers_of(part)
                 pair_losses, margins, mean_entropy = learn_from_pairs(idx[both, :T], mask[both, :T])
                 loss = pair_losses.mean()
-                found = {'margin': margins.mean(), 'preferred': (margins > 0).float().mean(), 'entropy': mean_entropy}
+                found = {'margin': margins.mean(), 'preferred': losses.preferred(margins).mean(),
+                         'entropy': mean_entropy}
             else:
                 own, reduction = acts[part, : T - 1], 'sequence-mean'
                 if algorithm == 'ppo':
-                    weight, reduction = (own.sum() / acts[rows].sum()).item(), 'token-mean'
+                    weight, reduction = token_weight, 'token-mean'
                 logprobs, _ = say(policy, idx[part, :T], mask[part, :T])
                 old = old_logprobs[part, : T - 1]
                 loss = losses.clipped_policy_loss(logprobs, old, advantages[part, : T - 1], own, clip, clip_high,
                                                   reduction)
-                found = {'clipped': losses.masked_mean((((logprobs - old).exp() - 1).abs() > clip).float(), own)}
+                clipped = losses.is_clipped(logprobs, old, advantages[part, : T - 1], clip, clip_high)
+                found = {'clipped': losses.masked_mean(clipped.float(), own)}
             if algorithm == 'grpo':
                 _, _, kl = losses.kl_estimates(logprobs, reference_logprobs[part, : T - 1])
                 loss = loss + kl_coef * losses.reduced(kl, own, reduction)
@@ -432,7 +457,9 @@ while True:
                 found['value_loss'] = value_loss
             if learns:
                 (weight * loss).backward()
-            sums.update({key: weight * value.item() for key, value in {**found, 'loss': loss}.items()})
+            found['loss'] = loss
+            sums.update({key: (token_weight if key in ('clipped', 'entropy') else weight) * value.item()
+                         for key, value in found.items()})
         if not math.isfinite(sums['loss']):
             stop_not_finite(f'loss is {sums["loss"]}')
         if algorithm == 'ppo':

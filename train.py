@@ -164,6 +164,9 @@ check(config, (
      f'the hub, owner/name'),
 ))
 
+# as checkpoints have it
+lora_targets = config['lora_targets'] = ','.join(target.strip() for target in lora_targets.split(','))
+
 # this process, its device, its data
 world = parallel.from_environment()
 device = parallel.choose_device(device, world.local_rank)

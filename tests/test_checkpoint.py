@@ -282,7 +282,7 @@ def test_tokenizer_of(tmp_path, monkeypatch):
     assert isinstance(found, CharTokenizer) and found.chars == CHARS
     assert checkpoint.tokenizer_of({**nanogpts, 'tokenizer': None}).chars == CHARS
     os.remove('data/tiny/meta.pkl')
-    with pytest.raises(ValueError, match='no tokenizer in it.*data/tiny has none.*--name=tiny'):
+    with pytest.raises(ValueError, match='no tokenizer in it.*data/tiny has none.*--out_dir=data/tiny'):
         checkpoint.tokenizer_of(nanogpts)
 
 

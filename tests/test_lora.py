@@ -181,7 +181,9 @@ def test_refused_by_train(base):
     base.train(**LORA, out_dir='base').refused("init_from='base': expected another folder than out_dir")
     base.train(**{**LORA, 'lora_targets': 'query'}).refused("'query' names no linear layer")
     base.train(**{**LORA, 'optimizer': 'muon'}).refused("optimizer='muon': expected 'adamw' with LoRA")
-    base.train(**LORA, max_iters=2).ok()
+    spaced = {**LORA, 'lora_targets': 'c_attn, mlp.c_proj'}
+    base.train(**spaced, max_iters=2).ok()
+    base.train(**{**spaced, 'init_from': 'resume'}, max_iters=3).ok()
     base.train(**{**LORA, 'init_from': 'resume', 'lora_rank': 3}).refused('trained with lora_rank=2; resume with that')
     base.train(init_from='resume', preset='llama', lora_targets='lm_head').refused('lora_targets=c_attn,mlp.c_proj')
     base.train(init_from='resume', out_dir='base', lora_rank=3, preset='llama').refused('was trained with lora_rank=0')

@@ -119,6 +119,10 @@ def test_bradley_terry():
     assert losses.bradley_terry_loss(torch.tensor(-1e4), torch.tensor(0.0)).isfinite()
 
 
+def test_a_tie_is_half_preferred():
+    assert losses.preferred(torch.tensor([0.1, 0.0, -2.0])).tolist() == [1.0, 0.5, 0.0]
+
+
 def test_dpo_by_hand():
     """Against the reference the policy finds the chosen e^2 times, the rejected e^-1 times as likely; beta 0.5."""
     loss, chosen, rejected = losses.dpo_loss(*torch.tensor([[-3.0], [-6.0], [-5.0], [-5.0]]), beta=0.5)
@@ -241,6 +245,17 @@ def test_clipped_policy_gradient():
     moved = torch.tensor([[True, True, False], [False, False, False]])
     found = gradient(lambda x: losses.clipped_policy_loss(x, torch.zeros(2, 3), ADVANTAGES, ALL), RATIOS.log().tolist())
     close(found, torch.where(moved, 0.0, -RATIOS * ADVANTAGES) / 6)
+
+
+def test_is_clipped_by_hand():
+    """Up with a merit, down with a fault; what moved as far the other way is not clipped, nor what may still move."""
+    old = torch.randn(2, 3)
+    found = losses.is_clipped(old + RATIOS.log(), old, ADVANTAGES)
+    assert found.tolist() == [[True, True, False], [False, False, False]]
+    found = losses.is_clipped(old + RATIOS.log(), old, ADVANTAGES, clip_high=0.6)
+    assert found.tolist() == [[False, True, False], [False, False, False]]
+    found = losses.is_clipped(old + RATIOS.log(), old, torch.tensor([[1.0], [0.0]]), clip=0.05)  # one for a sequence
+    assert found.tolist() == [[True, False, True], [False, False, False]]
 
 
 def test_policy_gradient_before_the_first_update():

@@ -110,6 +110,15 @@ def test_resumes_bit_for_bit(chats):
     assert config['init_from'] == 'chat'  # where the model is from, resumed or not
 
 
+def test_goes_on_with_the_same_pairs(chats):
+    """Others, or another share of them held out, would mix what it has learnt from with what it is measured by."""
+    start(chats, max_iters=1).ok()
+    start(chats, init_from='resume', val_fraction=0.3).refused('out/ckpt.pt held out 0.1', '--val_fraction=0.1')
+    with open(chats.path / 'pairs.jsonl', 'a') as file:
+        file.write(json.dumps({'messages': [{'role': 'user', 'content': 'a'}], 'chosen': 'b', 'rejected': 'c'}))
+    start(chats, init_from='resume').refused('pairs.jsonl is not the file of pairs that out/ckpt.pt has learnt from')
+
+
 def test_micro_batches_are_the_same_step(chats):
     """Seen in the losses and gradients: weights of a gradient that is but rounding may move either way."""
     start(chats, out_dir='one', max_iters=4, log_interval=1).ok()
@@ -126,7 +135,7 @@ def test_micro_batches_are_the_same_step(chats):
     ({'batch_size': 0}, ['batch_size=0: expected 1 or more']),
     ({'learning_rate': 1e-5}, ['min_lr=3e-05: expected at most learning_rate=1e-05']),
     ({'micro_batch_size': 3}, ['micro_batch_size=3: expected 0, or a divisor of batch_size=8']),
-    ({'val_fraction': 1.0}, ['val_fraction']),
+    ({'val_fraction': 1.0}, ['val_fraction']), ({'seed': -1}, ['seed=-1: expected 0 or more']),
     ({'dtype': 'float16'}, ["dtype='float16': expected 'auto', 'float32' or 'bfloat16'"]),
     ({'out_dir': 'chat'}, ["out_dir='chat': expected another folder"]),
     ({'init_from': 'resume'}, ['no checkpoint at out/ckpt.pt']),

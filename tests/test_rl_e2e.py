@@ -64,7 +64,8 @@ def test_what_is_rewarded_becomes_likelier(chats, changes):
     *_, printed = run.out.partition('lowest val loss')
     assert max(map(len, printed.splitlines())) <= 80
     assert chats.checkpoint(name='best.pt')['best_val_loss'] == 1 - max(e['val_accuracy'] for e in evaluations)
-    chats.sample(start='a', num_samples=1, max_new_tokens=3).ok()  # a checkpoint like any other
+    shown = chats.sample(start='a', num_samples=1, max_new_tokens=3).ok().out  # a checkpoint like any other
+    assert ', share of wrong answers 0.' in shown and 'val loss' not in shown
 
 
 def test_dpo(chats):
@@ -74,7 +75,8 @@ def test_dpo(chats):
     assert abs(first['loss'] - math.log(2)) < 1e-6 and first['margin'] == 0
     assert last['loss'] < 0.3 and last['margin'] > 1 and last['preferred'] > 0.9
     before, *_, after = [record for record in chats.log() if 'val_loss' in record]
-    assert after['val_dpo_loss'] < 0.4 and after['val_preferred'] > 0.9 and before['val_preferred'] == 0
+    assert after['val_dpo_loss'] < 0.4 and after['val_preferred'] > 0.9
+    assert before['val_preferred'] == first['preferred'] == 0.5  # ties: the policy is the reference
     assert after['val_loss'] == 1 - after['val_accuracy']
     start(chats, **DPO, task='', out_dir='alone', max_iters=2, eval_interval=1).ok()
     alone = [record for record in chats.log('alone') if 'val_loss' in record]
@@ -115,7 +117,7 @@ def test_resumes_bit_for_bit(chats, changes):
     assert logs[0] == logs[1] and len(logs[0]) == 4 + 3
 
 
-@pytest.mark.parametrize('changes', [{'algorithm': 'grpo', 'kl_coef': 0.5}, {'algorithm': 'ppo'}, DPO])
+@pytest.mark.parametrize('changes', [{'algorithm': 'grpo', 'kl_coef': 0.5, 'clip': 0.02}, {'algorithm': 'ppo'}, DPO])
 def test_micro_batches_change_nothing(chats, changes):
     changes = {'minibatch_size': 32, **changes, 'max_iters': 3, 'eval_interval': 3}
     for size in (64, 5):
@@ -153,6 +155,20 @@ def test_reference_must_be_the_same(chats):
     state['model']['transformer.ln_f.weight'] *= 2
     torch.save(state, chats.path / 'chat' / 'ckpt.pt')
     start(chats, init_from='resume').refused('began with the model that was in chat; the one that is there now')
+    start(chats, init_from='resume', out_dir='chat').refused('chat/ckpt.pt is a language model that train.py')
+
+
+def test_rewards_and_pairs_must_be_the_same(chats):
+    for seed, judge in enumerate(('judge', 'other')):
+        chats.start('reward.py', **{**SMALL_REWARD, 'out_dir': judge, 'max_iters': 1, 'seed': seed}).ok()
+    start(chats, init_from='resume', out_dir='judge').refused('judge/ckpt.pt is a reward model')
+    start(chats, reward_model='judge', max_iters=1).ok()
+    for reward_model in ('other', ''):
+        run = start(chats, reward_model=reward_model, init_from='resume')
+        run.refused('out/ckpt.pt was rewarded by the reward model that was in judge, not by',
+                    f'reward_model={reward_model!r}')
+    start(chats, **DPO, out_dir='dpo', max_iters=1).ok()
+    start(chats, **DPO, out_dir='dpo', init_from='resume', val_fraction=0.2).refused('resume with --val_fraction=0.1')
 
 
 def test_broken_weights_are_not_saved(chats):
@@ -197,6 +213,12 @@ def test_what_a_tool_says_is_not_learnt(chats):
             start(chats, init_from='calls', algorithm=algorithm, tools=tools, max_iters=1, max_new_tokens=16).ok()
             lengths.append(steps_of(chats)[0]['length'])
         assert lengths[1] < lengths[0] - 2  # an 'error', or a number, between two marks
+
+
+def test_a_split_without_questions(chats):
+    task = chats.path / 'tasks' / 'vowels.py'
+    task.write_text(TASK.replace('range(n)', "range(n * (split != 'val'))"))
+    start(chats, kinds='easy').refused("task=vowels: there is no val question of kinds='easy'; of a file about a tenth")
 
 
 def test_long_prompts_are_counted(chats):

@@ -14,11 +14,11 @@ reward_model = 'out-reward-tiny-chat'
 eval_interval = 20
 eval_examples = 350
 
-max_iters = 80
+max_iters = 60
 prompts_per_step = 128
 group_size = 1
 max_new_tokens = 128  # the longest steps to an answer take 112
-learning_rate = 3e-4
+learning_rate = 2e-4
 critic_lr = 1e-3
-kl_coef = 0.02
+kl_coef = 0.1
 final_share = 0.1

@@ -10,6 +10,7 @@ An answer ends with 'The answer is 632.', whatever precedes it. An example also 
     steps       what leads there, one step at a time; None where there is nothing to write down
     call        the same as an expression for the calculator; None where it can't help
     mistakes    wrong answers that are easily given: a carry forgotten, two letters swapped
+    mistaken    steps with one mistake and the wrong answer that they lead to, (steps, answer); None without steps
     facts       what the question is about in plain sentences, for a text that has no questions
 
 A question's split is decided by its numbers or words, not by how it is put: what is asked in 'test' is asked in no way
@@ -50,38 +51,56 @@ FORM = 'The answer is'
 
 def addition(rng):
     a, b = number(rng), number(rng)
-    carried, carry, steps = [], 0, []
-    for x, y in columns(a, b):
-        total = x + y + carry
-        steps.append(f'{x}+{y}{"+1" * carry}={total}')
-        carried.append((x + y) % 10)
-        carry = total // 10
-    forgotten = int(''.join(map(str, reversed(carried))))  # every column alone
+
+    def work(wrong=None):
+        """-> steps and the sum, one too many or too few in the column `wrong`"""
+        steps, carry, total = [], 0, 0
+        for i, (x, y) in enumerate(columns(a, b)):
+            here = x + y + carry
+            here = max(0, here + rng.choice((-1, 1))) if i == wrong else here
+            steps.append(f'{x}+{y}{"+1" * carry}={here}')
+            total, carry = total + here % 10 * 10**i, here // 10
+        return ', '.join(steps), total + carry * 10 ** len(steps)
+
+    steps, _ = work()
+    forgotten = sum((x + y) % 10 * 10**i for i, (x, y) in enumerate(columns(a, b)))  # every column alone
     return {
-        'content': f'{min(a, b)}+{max(a, b)}', 'answer': a + b, 'steps': ', '.join(steps), 'call': f'{a}+{b}',
+        'content': f'{min(a, b)}+{max(a, b)}', 'answer': a + b, 'steps': steps, 'call': f'{a}+{b}',
+        'mistaken': work(rng.randrange(len(columns(a, b)))),
         'ways': [f'What is {a} + {b}?', f'What is {a} plus {b}?', f'Add {a} and {b}.', f'{a} + {b} = ?',
                  f'Can you add {b} to {a}?', f'What is the sum of {a} and {b}?'],
         'mistakes': [forgotten, *near(a + b)],
         'facts': [f'{a} + {b} = {a + b}', f'{a} plus {b} is {a + b}', f'the sum of {a} and {b} is {a + b}',
-                  f'{a} + {b}: {", ".join(steps)}, so it is {a + b}']}
+                  f'{a} + {b}: {steps}, so it is {a + b}']}
 
 
 def subtraction(rng):
     a, b = sorted((number(rng), number(rng)), reverse=True)
-    alone, borrow, steps = [], 0, []
-    for x, y in columns(a, b):
-        x_here = x if x >= y + borrow else x + 10
-        steps.append(f'{x_here}-{y}{"-1" * borrow}={x_here - y - borrow}')
-        alone.append(abs(x - y))
-        borrow = int(x_here > x)
-    forgotten = int(''.join(map(str, reversed(alone))))  # in every column the smaller from the larger
+
+    def work(wrong=None):
+        """-> steps and the difference; in the column `wrong` nothing is borrowed, or one is missing or too many"""
+        steps, borrow, total = [], 0, 0
+        for i, (x, y) in enumerate(columns(a, b)):
+            x_here = x if x >= y + borrow else x + 10
+            here = x_here - y - borrow
+            if i == wrong and x_here > x and rng.random() < 0.5:
+                x_here, here = x, 0
+            elif i == wrong:
+                here = max(0, here + rng.choice((-1, 1)))
+            steps.append(f'{x_here}-{y}{"-1" * borrow}={here}')
+            total, borrow = total + here * 10**i, int(x_here > x)
+        return ', '.join(steps), total
+
+    steps, _ = work()
+    forgotten = sum(abs(x - y) * 10**i for i, (x, y) in enumerate(columns(a, b)))  # the smaller from the larger
     return {
-        'content': f'{a}-{b}', 'answer': a - b, 'steps': ', '.join(steps), 'call': f'{a}-{b}',
+        'content': f'{a}-{b}', 'answer': a - b, 'steps': steps, 'call': f'{a}-{b}',
+        'mistaken': work(rng.randrange(len(columns(a, b)))),
         'ways': [f'What is {a} - {b}?', f'What is {a} minus {b}?', f'Subtract {b} from {a}.', f'{a} - {b} = ?',
                  f'Take {b} away from {a}.', f'What is left of {a} without {b}?'],
         'mistakes': [forgotten, *near(a - b)],
         'facts': [f'{a} - {b} = {a - b}', f'{a} minus {b} is {a - b}', f'{b} from {a} leaves {a - b}',
-                  f'{a} - {b}: {", ".join(steps)}, so it is {a - b}']}
+                  f'{a} - {b}: {steps}, so it is {a - b}']}
 
 
 def counting(rng):
@@ -90,36 +109,47 @@ def counting(rng):
         text = word(rng)
         letter = rng.choice(text) if wanted else rng.choice('aeioubdlmnrst')
         count = text.count(letter)
-    seen, steps = 0, []
-    for char in text:
-        seen += char == letter
-        steps.append(f'{char}{seen}' if char == letter else char)
+
+    def work(wrong=None):
+        """-> steps and the count, which at the place `wrong` misses a letter or counts another one"""
+        seen, steps = 0, []
+        for i, char in enumerate(text):
+            counts = (char == letter) != (i == wrong)
+            seen += counts
+            steps.append(f'{char}{seen}' if counts else char)
+        return ' '.join(steps), seen
+
+    steps, _ = work()
     return {
-        'content': f'{text} {letter}', 'answer': count, 'steps': ' '.join(steps), 'call': None,
+        'content': f'{text} {letter}', 'answer': count, 'steps': steps, 'call': None,
+        'mistaken': work(rng.randrange(len(text))),
         'ways': [f'How many times is the letter {letter} in {text}?', f'How often does {letter} occur in {text}?',
                  f'Count the letter {letter} in {text}.', f'How many {letter} are in the word {text}?'],
         'mistakes': [count + 1, *([count - 1, 0] if count else [2]), len(text)],
         'facts': [f'{text} has {count} {letter}', f'the letter {letter} is {count} times in {text}',
-                  f'{letter} in {text}: {" ".join(steps)}, so it is {count}']}
+                  f'{letter} in {text}: {steps}, so it is {count}']}
 
 
 def reversing(rng):
     text = word(rng)
     places = [f'{i}{char}' for i, char in enumerate(text, 1)]
+    steps, wrong = f'{" ".join(places)}, {" ".join(reversed(places))}', places[::-1]
+    i = rng.randrange(len(text) - 1)
+    wrong[i : i + 2] = rng.choice(([wrong[i]], [wrong[i + 1], wrong[i]]))  # one left out, or two exchanged
     return {
-        'content': text, 'answer': text[::-1], 'steps': f'{" ".join(places)}, {" ".join(reversed(places))}',
-        'call': None,
+        'content': text, 'answer': text[::-1], 'steps': steps, 'call': None,
+        'mistaken': (f'{" ".join(places)}, {" ".join(wrong)}', ''.join(place[-1] for place in wrong)),
         'ways': [f'Reverse the word {text}.', f'What is {text} backwards?', f'Write {text} from back to front.',
                  f'How does {text} read backwards?'],
         'mistakes': [text, swapped(text[::-1], rng), dropped(text[::-1], rng)],
         'facts': [f'{text} backwards is {text[::-1]}', f'{text} reads {text[::-1]} from back to front',
-                  f'{text} backwards: {" ".join(places)}, {" ".join(reversed(places))}, so it is {text[::-1]}']}
+                  f'{text} backwards: {steps}, so it is {text[::-1]}']}
 
 
 def spelling(rng):
     text = word(rng)
     return {
-        'content': text, 'answer': '-'.join(text), 'steps': None, 'call': None,
+        'content': text, 'answer': '-'.join(text), 'steps': None, 'call': None, 'mistaken': None,
         'ways': [f'Spell the word {text}.', f'How do you spell {text}?', f'Spell {text} for me.',
                  f'What are the letters of {text}?'],
         'mistakes': ['-'.join(swapped(text, rng)), '-'.join(dropped(text, rng)), text],
@@ -130,26 +160,33 @@ def sorting(rng):
     count = rng.randint(3, 5)
     if rng.random() < 0.5:
         items = [str(i) for i in rng.sample(range(1, 100), count)]
-        in_order, left, steps = sorted(items, key=int), list(items), []
-        for first in in_order[:-1]:  # the least of those that are left, again and again
-            left.remove(first)
-            steps.append(f'{first} before {" ".join(left)}')
+        in_order = sorted(items, key=int)
+
+        def work(order):  # the least of those that are left, again and again
+            left = [[item for item in items if item not in order[: i + 1]] for i in range(count - 1)]
+            return ', '.join(f'{first} before {" ".join(rest)}' for first, rest in zip(order, left, strict=False))
+
         ways = ['Sort {}.', 'Sort these numbers: {}.', 'Put {} in order.', 'Order from small to large: {}.']
     else:
         letters = rng.sample(sorted({word[0] for word in WORDS}), count)  # the first ones decide
         items = [rng.choice([word for word in WORDS if word[0] == letter]) for letter in letters]
-        in_order, steps = sorted(items), [' '.join(sorted(letters))]
+        in_order = sorted(items)
+
+        def work(order):
+            return ' '.join(item[0] for item in order)
+
         ways = ['Sort {}.', 'Sort these words: {}.', 'Put {} in order.', 'Order by the alphabet: {}.']
     i = rng.randrange(count - 1)
     exchanged = [*in_order[:i], in_order[i + 1], in_order[i], *in_order[i + 2 :]]
     missing = in_order[:i] + in_order[i + 1 :]
-    given, answer = ', '.join(items), ', '.join(in_order)
+    given, answer, steps = ', '.join(items), ', '.join(in_order), work(in_order)
     return {
-        'content': answer, 'answer': answer, 'steps': ', '.join(steps), 'call': None,
+        'content': answer, 'answer': answer, 'steps': steps, 'call': None,
+        'mistaken': (work(exchanged), ', '.join(exchanged)),
         'ways': [way.format(given) for way in ways],
         'mistakes': [', '.join(wrong) for wrong in (exchanged, in_order[::-1], missing, items)],
         'facts': [f'{given} in order: {answer}', f'{given} sorted is {answer}',
-                  f'{given} in order: {", ".join(steps)}, so it is {answer}']}
+                  f'{given} in order: {steps}, so it is {answer}']}
 
 
 def table(rng):
@@ -160,6 +197,7 @@ def table(rng):
     values = rng.sample(COLOURS, count) if about == 'colour' else [str(value) for value in numbers]
     asked = rng.randrange(count)
     key, value = keys[asked], values[asked]
+    other_key, other_value = rng.choice([pair for pair in zip(keys, values, strict=True) if pair[0] != key])
     sentence = {'age': '{} is {} years old', 'price': 'the {} costs {}', 'colour': '{} likes {}'}[about]
     ask = {'age': [f'How old is {key}?', f"What is {key}'s age?"],
            'price': [f'What does the {key} cost?', f'How much is the {key}?'],
@@ -172,6 +210,7 @@ def table(rng):
     shown_again = '\n'.join(other_row.format(*pair) for pair in rows)
     return {
         'content': f'{sorted(rows)} {key}', 'answer': value, 'steps': row.format(key, value), 'call': None,
+        'mistaken': (row.format(*rng.choice(((other_key, other_value), (key, other_value)))), other_value),
         'ways': [f'{shown}\n{question}' for question in ask], 'mistakes': [v for v in values if v != value],
         'facts': [f'{shown}\n{shown_again}\n{said}']}
 
@@ -244,7 +283,7 @@ def make(kind, rng):
     question, answer = rng.choice(made['ways']), str(made['answer'])
     return {'messages': [{'role': 'user', 'content': question}], 'context': f'Q: {question}\nA:',
             'solution': f'{FORM} {answer}.', 'answer': answer, 'kind': kind, 'content': f'{kind} {made["content"]}',
-            'steps': made['steps'], 'call': made['call'], 'facts': made['facts'],
+            'steps': made['steps'], 'call': made['call'], 'facts': made['facts'], 'mistaken': made['mistaken'],
             'mistakes': [wrong for wrong in dict.fromkeys(map(str, made['mistakes'])) if wrong != answer]}
 
 

@@ -107,7 +107,7 @@ def talks(split, n, seed, steps=0.75):
 def preferences(n, seed):
     """
     Yield n pairs, {'messages', 'chosen', 'rejected', 'group'}. chosen is right, three in four with steps; of rejected
-    seven in ten have the same form and are wrong, with steps that are right or not; of the others some say what is
+    seven in ten have the same form and are wrong, mostly by a mistake in the steps; of the others some say what is
     right in another form, or too much.
     """
     rng = random.Random(f'pairs {seed}')
@@ -116,8 +116,12 @@ def preferences(n, seed):
         chosen = worked(example) if has_steps else example['solution']
         answer, wrong, kind = example['answer'], rng.choice(example['mistakes']), rng.random()
         if kind < 0.7:
-            steps = slip(example['steps'], rng) if has_steps and rng.random() < 0.5 else example['steps']
-            rejected = f'{steps}. {tiny_chat.FORM} {wrong}.' if has_steps else f'{tiny_chat.FORM} {wrong}.'
+            steps, other = example['steps'], wrong
+            if has_steps and rng.random() < 0.7:  # the mistake is in the steps, as it mostly is
+                steps, other = example['mistaken']
+            if has_steps and (str(other) == answer or rng.random() < 0.2):
+                steps, other = slip(example['steps'], rng), wrong
+            rejected = f'{steps}. {tiny_chat.FORM} {other}.' if has_steps else f'{tiny_chat.FORM} {other}.'
         elif kind < 0.8:
             rejected = rng.choice([answer, f'{answer}.', f'It is {answer}.', f'{tiny_chat.FORM} {answer}'])
         elif kind < 0.9:

@@ -114,6 +114,47 @@ def test_steps_of_words():
             assert example['steps'].split(' ') == [item[0] for item in items]
 
 
+def test_steps_of_tables():
+    """The row that is asked for, as it stands in the question."""
+    for example in of_kind('table'):
+        shown, _, question = example['messages'][0]['content'].rpartition('\n')
+        row = example['steps'].strip('| ')
+        key, value = re.split(r'[ |:]+', row)
+        assert example['steps'] in shown and key in question and value == example['answer']
+
+
+def test_one_mistake_and_what_it_leads_to():
+    """Steps with a mistake end in the answer that follows from them: what a model does that goes wrong."""
+    n_wrong = n = 0
+    for kind in tiny_chat.KINDS:
+        for example in of_kind(kind):
+            if kind == 'spelling':
+                assert example['mistaken'] is None
+                continue
+            steps, answer = example['mistaken']
+            same, others = steps.split(', '), example['steps'].split(', ')
+            if kind in ('addition', 'subtraction'):
+                results = [int(step.split('=')[1]) for step in same]
+                if kind == 'addition':  # of which a column but the last keeps a digit
+                    results[:-1] = [result % 10 for result in results[:-1]]
+                assert sum(result * 10**i for i, result in enumerate(results)) == answer
+                slips = [calculate(left) != right for left, right in (step.split('=') for step in same)]
+                assert sum(slips) == 1 or answer == int(example['answer'])  # 1-1=0 can be no less
+            elif kind == 'counting':
+                assert len(re.findall(r'\d', steps)) == answer and abs(answer - int(example['answer'])) == 1
+            elif kind == 'reversing':
+                assert same[0] == others[0] and re.sub(r'[ \d]', '', same[1]) == answer
+            elif kind == 'sorting':
+                assert sorted(answer.split(', ')) == sorted(example['answer'].split(', '))
+                assert [step.split(' before ')[0] for step in same] == answer.split(', ')[:-1] or (
+                    same == [' '.join(word[0] for word in answer.split(', '))])
+            else:
+                assert answer in example['mistakes'] and (answer in steps or steps == example['steps'])
+            n_wrong += not tiny_chat.evaluate(example, f'{steps}. {tiny_chat.FORM} {answer}.')
+            n += 1
+    assert n_wrong > 0.95 * n > 0
+
+
 def test_counts_are_not_guessed():
     """No count is so frequent that saying it always would do."""
     counts = [example['answer'] for example in of_kind('counting')]

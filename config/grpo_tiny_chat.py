@@ -13,7 +13,7 @@ algorithm = 'grpo'
 eval_interval = 20
 eval_examples = 350
 
-max_iters = 100
+max_iters = 80
 prompts_per_step = 16
 group_size = 8
 max_new_tokens = 128  # the longest steps to an answer take 112

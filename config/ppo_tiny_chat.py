@@ -11,10 +11,10 @@ init_from = 'out-sft-tiny-chat'
 task = 'tiny_chat'
 algorithm = 'ppo'
 reward_model = 'out-reward-tiny-chat'
-eval_interval = 20
+eval_interval = 15
 eval_examples = 350
 
-max_iters = 60
+max_iters = 45
 prompts_per_step = 128
 group_size = 1
 max_new_tokens = 128  # the longest steps to an answer take 112

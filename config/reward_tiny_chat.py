@@ -12,7 +12,7 @@ data = 'data/tiny_chat/pairs.jsonl'
 eval_interval = 100
 log_interval = 50
 
-max_iters = 350
+max_iters = 300
 batch_size = 32
 micro_batch_size = 8
 learning_rate = 1e-3

@@ -90,7 +90,7 @@ def stages(home):
         ('ask base, 4 shots', ask('base', shots=4, max_new_tokens=40)),
         ('sft', learn('train.py', 'sft_tiny_chat.py', 'base', dataset=at['data'], out_dir=at['sft'])),
         ('ask sft', ask('sft')),
-        ('ask sft, calculator', ask('sft', tools=True, max_new_tokens=112)),  # to be told of it takes 10 tokens
+        ('ask sft, calculator', ask('sft', tools=True, max_new_tokens=112)),  # a longer prompt
         ('reward', learn('reward.py', 'reward_tiny_chat.py', data=os.path.join(at['data'], 'pairs.jsonl'),
                          out_dir=at['reward'])),
         ('ask sft, samples', ask('sft', **sampled)),

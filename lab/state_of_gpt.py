@@ -179,7 +179,8 @@ def draw(rows, home):
         low, high = wilson(right, n_asked)
         value = right / n_asked
         bars.barh(y, 100 * value, color=colors[title.split(',')[0]], alpha=0.85, height=0.7)
-        bars.errorbar(100 * value, y, xerr=[[100 * (value - low)], [100 * (high - value)]], color='black', lw=1)
+        bars.errorbar(100 * value, y, xerr=[[100 * max(0.0, value - low)], [100 * max(0.0, high - value)]],
+                      color='black', lw=1)
         bars.text(100 * high + 1.5, y, f'{value:.0%}', va='center')
     bars.set(yticks=range(len(rows)), yticklabels=[title for title, *_ in rows], xlim=(0, 112),
              xlabel='held-out questions answered right, %', title='The same questions to all')
@@ -216,8 +217,8 @@ def main():
     print(aligned([['', 'all', '95%', *(kind[:5] for kind in kinds)]] + [
         [title, f'{100 * right / of:.1f}', '-'.join(f'{100 * end:.0f}' for end in wilson(right, of)),
          *(f'{100 * by_kind[kind]:.0f}' if by_kind else '' for kind in kinds)] for title, right, of, by_kind in rows]))
-    print(f'\nThe reward model prefers the right one of {reward[-1]:.1%} of held-out pairs. Entropy under GRPO:\n'
-          f'{before:.3f} to {after:.3f} nats a token. All stages: {seconds / 60:.1f} minutes.\n')
+    print(f'\nThe reward model prefers the right one of {reward[-1]:.1%} of held-out pairs.\n'
+          f'Entropy under GRPO: {before:.3f} to {after:.3f} nats a token. All stages: {seconds / 60:.1f} minutes.\n')
     common.record(out, 'state_of_gpt', rows=[row[:3] for row in rows], reward_accuracy=reward[-1], entropies=entropies,
                   seconds={name: record['seconds'] for name, record in done.items()})
     draw(rows, home)

@@ -1,8 +1,8 @@
 """
 "State of GPT" in one command: a base model, and what finetuning, a reward model and reinforcement learning make of it.
 
-    $ python lab/state_of_gpt.py                 # 25 minutes on two cores; killed, it goes on where it was
-    $ python lab/state_of_gpt.py --share=0.02    # two minutes: that it all works, and nothing more
+    $ python lab/state_of_gpt.py                 # half an hour on two cores; killed, it goes on
+    $ python lab/state_of_gpt.py --share=0.02    # that it all works, and nothing more
     $ python sample.py --out_dir=out-lab/state_of_gpt/grpo --chat
 
 Every stage is a command that can be given by hand; each is printed before it runs, in the order of the talk:
@@ -19,7 +19,8 @@ Every stage is a command that can be given by hand; each is printed before it ru
 All are then asked the same held-out questions, and the finetuned one in the ways that cost no training either: the vote
 of several answers (self-consistency), the one that the reward model likes best (best of n), a calculator.
 
-Expect (two cores of an AMD EPYC): what lab/README.md says.
+Expect (two cores of an AMD EPYC), of 700 questions: base 16%, with 4 examples 40%, SFT 82%, one of its samples
+73%, a vote of 8 87%, the best of 8 82%, with a calculator 88%, PPO 88%, GRPO 90%.
 
 Source: "State of GPT", Karpathy 2023. Needs '.[lab]'.
 """

@@ -384,6 +384,9 @@ def test_configs(prepared, folder):
     small = {'n_layer': 1, 'n_head': 1, 'n_embd': 16}
     folder.start('train.py', ROOT / 'config' / 'tiny_web.py', **quick, **small).ok()
     folder.start('train.py', ROOT / 'config' / 'sft_tiny_chat.py', **quick).ok()
+    folder.start('train.py', ROOT / 'config' / 'lora_tiny_chat.py', **quick).ok()
+    assert set(checkpoint.load(folder.path / 'out-lora-tiny-chat' / 'ckpt.pt')['lora']['targets']) == {'c_attn',
+                                                                                                      'lm_head'}
     state = checkpoint.load(folder.path / 'out-sft-tiny-chat' / 'ckpt.pt')
     assert state['chat_template'] == chat.TEMPLATE and state['model_args']['n_embd'] == 16
     for out_dir, asked in (('out-tiny-web', 'few-shot'), ('out-sft-tiny-chat', 'chat')):

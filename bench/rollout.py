@@ -20,7 +20,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) 
 import answers
 import checkpoint
 import parallel
-from bench import common
+from bench import bare, common
 from chat import find_endings
 from configurator import explain_errors, override
 from generate import uniforms
@@ -39,17 +39,15 @@ config = override(globals())
 
 def timed(function):
     """-> (what it returns, seconds)"""
-    if device.type == 'cuda':
-        torch.cuda.synchronize()
+    bare.synchronize(device)
     started = time.perf_counter()
     result = function()
-    if device.type == 'cuda':
-        torch.cuda.synchronize()
+    bare.synchronize(device)
     return result, time.perf_counter() - started
 
 
 def product_speed():
-    """FLOP/s of a large matrix product in fp32, the best of five."""
+    """FLOP/s of a large matrix product in fp32, the best of six."""
     a = torch.randn(2048, 2048, device=device)
     return 2 * 2048**3 / min(timed(lambda: a @ a)[1] for _ in range(6))
 

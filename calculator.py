@@ -116,6 +116,14 @@ def output_of(ids, tokenizer):
     return [special[OUTPUT], *tokenizer.encode(value, allowed_special='none'), special[OUTPUT_END]]
 
 
+def check_tokenizer(tokenizer):
+    """ValueError if it has no tokens to call with."""
+    missing = [token for token in (PYTHON, PYTHON_END, OUTPUT, OUTPUT_END) if token not in tokenizer.special_tokens]
+    if missing:
+        raise ValueError(f'the tokenizer has no {", ".join(missing)}, by which a model calls the calculator; train it '
+                         f'with the special tokens of chat.py')
+
+
 def generate_with_tools(model, tokenizer, prompts, max_new_tokens, stop_ids=(), u=None, **controls):
     """
     Answers to the prompts, lists of ids, of a model that may call the calculator; all as one batch, which is computed
@@ -127,10 +135,7 @@ def generate_with_tools(model, tokenizer, prompts, max_new_tokens, stop_ids=(), 
     of [0, 1), which decide over the tokens at these places of the answers; None: random ones. controls: of generate().
     Raises ValueError if the tokenizer has no tokens to call with.
     """
-    missing = [token for token in (PYTHON, PYTHON_END, OUTPUT, OUTPUT_END) if token not in tokenizer.special_tokens]
-    if missing:
-        raise ValueError(f'the tokenizer has no {", ".join(missing)}, by which a model calls the calculator; train it '
-                         f'with the special tokens of chat.py')
+    check_tokenizer(tokenizer)
     u = torch.rand(len(prompts), max_new_tokens) if u is None else u
     called, stop_ids = tokenizer.special_tokens[PYTHON_END], set(stop_ids)
     answers, masks = [[] for _ in prompts], [[] for _ in prompts]

@@ -109,6 +109,9 @@ def left_padded(prompts, device):
     return idx, padding if padding.any() else None
 
 
+PREFILL_ROWS = 16  # prompts at once where their lengths differ
+
+
 class Decoder:
     """
     The logits that follow a growing context, (B, T) and then one token after the other. What was computed stays in a
@@ -151,13 +154,28 @@ class Decoder:
     def logits(self):
         """-> (B, V), of what follows the context."""
         if not self.model.has_compiled_step:
-            return self.model(self.new, cache=self.cache)[0][:, -1]
+            return self.computed()
         if not self.is_compiled or self.new.size(1) > 1:
             with torch.compiler.set_stance('force_eager'):
-                return self.model(self.new, cache=self.cache)[0][:, -1]
-        if self.new.device.type != 'cuda':
-            return self.model(self.new, cache=self.cache)[0][:, -1]
-        return self.replayed()
+                return self.computed()
+        return self.replayed() if self.new.device.type == 'cuda' else self.computed()
+
+    def computed(self):
+        """
+        The prompts in parts of similar lengths: as one batch with a long one the short ones would be mostly padding,
+        which costs as much as a prompt.
+        """
+        cache, (B, T) = self.cache, self.new.shape
+        if T == 1 or cache.padding is None or B <= PREFILL_ROWS:
+            return self.model(self.new, cache=cache)[0][:, -1]
+        order, parts = cache.padding.argsort(), []
+        for rows in order.split(PREFILL_ROWS):
+            unused, padding = int(cache.padding[rows].min()), cache.padding[rows]
+            part = KVCache(self.model.config, len(rows), self.new.device, cache.k.dtype, T - unused, padding - unused)
+            parts.append(self.model(self.new[rows, unused:], cache=part)[0][:, -1])
+            cache.fill(rows, part, T)
+        cache.advance(T)
+        return torch.cat(parts)[order.argsort()]
 
     def replayed(self):
         """

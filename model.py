@@ -14,6 +14,7 @@ Sources: "Language Models are Unsupervised Multitask Learners" (GPT-2, Radford e
 (github.com/openai/gpt-2, src/model.py) for the architecture and the initialisation; an option's is beside it.
 """
 
+import contextlib
 import math
 import re
 from dataclasses import dataclass, fields
@@ -207,10 +208,26 @@ class KVCache:
         self.length = length
         self.next_slot.fill_(length)
 
+    def advance(self, T):
+        """Of T more slots all is written."""
+        self.length += T
+        self.next_slot += T
+
     def keep(self, rows):
-        """Of the batch these rows alone, a tensor of their numbers."""
-        self.k, self.v = self.k[:, rows], self.v[:, rows]
-        self.padding = None if self.padding is None else self.padding[rows]
+        """Of the batch these rows alone, a tensor of their numbers, and no slots that are padding in all of them."""
+        unused = 0
+        if self.padding is not None:
+            self.padding = self.padding[rows]
+            unused = min(int(self.padding.min()), self.length)  # of an empty cache all slots are yet to be filled
+            self.padding -= unused
+        self.k, self.v = self.k[:, rows, :, unused:], self.v[:, rows, :, unused:]
+        self.go_back_to(self.length - unused)
+
+    def fill(self, rows, part, T):
+        """Take from the cache of some rows what it has as the last of the first T slots."""
+        self.make_room(self.k.size(1), T)
+        self.k[:, rows, :, T - part.length : T] = part.k[:, :, :, : part.length]
+        self.v[:, rows, :, T - part.length : T] = part.v[:, :, :, : part.length]
 
     def make_room(self, B, T):
         """For T more tokens of B rows. ValueError if the cache was not made for so many."""
@@ -344,9 +361,14 @@ class CausalSelfAttention(nn.Module):
         if mask is None and T > 1 and not is_causal:
             positions = torch.arange(S, device=q.device)
             mask = visible(positions[-T:, None], positions, self.window)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal,
-                                              dropout_p=self.attn_dropout.p if self.training else 0.0,
-                                              enable_gqa=self.n_kv_head < self.n_head)
+        autocast = contextlib.nullcontext()
+        if q.device.type == 'cpu' and q.dtype == torch.bfloat16 and T <= 256 and torch.is_grad_enabled():
+            # the backward pass takes twice as long in bf16 as in fp32 (bench/results)
+            autocast, (q, k, v) = torch.autocast('cpu', enabled=False), (q.float(), k.float(), v.float())
+        with autocast:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal,
+                                                  dropout_p=self.attn_dropout.p if self.training else 0.0,
+                                                  enable_gqa=self.n_kv_head < self.n_head)
 
     def attend_once(self, q, k, v, mask):
         """
@@ -627,8 +649,7 @@ class GPT(nn.Module):
             x = block(x, past, rotation, value_embedding, x0, window_blocks)
         x = self.transformer.ln_f(x)
         if cache is not None:
-            cache.length += T
-            cache.next_slot += T
+            cache.advance(T)
         return x
 
     def forward(self, idx, targets=None, cache=None, return_logits=True):

@@ -53,7 +53,8 @@ def muon(model, weight_decay, learning_rate, muon_lr, embedding_lr, betas, momen
     are looked up at embedding_lr; the head, a tied one too, norms, biases and scalars at learning_rate, above 0.
     dtype: in which to orthogonalize; bf16 is enough. world: the processes that share this work.
     """
-    tables = {m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding)} - {model.lm_head.weight}
+    head = {model.lm_head.weight} if hasattr(model, 'lm_head') else set()  # a reward model has another one
+    tables = {m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding)} - head
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     matrices = {name: p for name, p in named.items() if '.h.' in name and p.dim() == 2}
     rest = [p for name, p in named.items() if name not in matrices]

@@ -50,9 +50,12 @@ log_interval = 10  # steps between log lines
 max_iters = 500  # steps in all
 batch_size = 32  # pairs a step
 micro_batch_size = 0  # pairs of similar lengths at once; 0: all; does not change the mathematics
-learning_rate = 3e-4  # the highest; for a large model 1e-5
+optimizer = 'adamw'  # or 'muon', for a model that was pretrained with it; see train.py
+learning_rate = 3e-4  # the highest; for a large model 1e-5. muon: of what is neither a matrix of a block nor a table
+muon_lr = 5e-3  # muon: of the matrices of the blocks
+embedding_lr = 5e-3  # muon: of embeddings
 warmup_iters = 20
-min_lr = 3e-5  # at max_iters, after half a cosine
+min_lr = 3e-5  # at max_iters, after half a cosine; the other rates fall alike
 weight_decay = 0.1
 beta1 = 0.9
 beta2 = 0.95
@@ -68,7 +71,9 @@ sys.excepthook = explain_errors
 check(config, (
     ('data', bool, 'a file of pairs: --data=FILE.jsonl'),
     ('eval_interval log_interval batch_size', lambda value: value >= 1, '1 or more'),
-    ('max_iters micro_batch_size warmup_iters weight_decay grad_clip min_lr learning_rate',
+    ('optimizer', lambda value: value in ('adamw', 'muon'), "'adamw' or 'muon'"),
+    ('learning_rate', lambda value: optimizer == 'adamw' or value > 0, "above 0 with optimizer='muon'"),
+    ('max_iters micro_batch_size warmup_iters weight_decay grad_clip min_lr learning_rate muon_lr embedding_lr',
      lambda value: 0 <= value < math.inf, '0 or more'),
     ('min_lr', lambda value: value <= learning_rate,
      f'at most learning_rate={learning_rate}, as the rate would rise to it; usually a tenth of that'),
@@ -96,8 +101,17 @@ else:
 block_size = model.config.block_size
 model.to(device)
 model.value_head.bias.requires_grad_(False)  # only differences of scores matter, and its gradient is but rounding
-opt = optim.adamw(model, weight_decay, learning_rate, (beta1, beta2))
+dtype, dtype_reason = parallel.choose_dtype(dtype, device, has_scaler=False)
+if optimizer == 'muon':
+    opt = optim.muon(model, weight_decay, learning_rate, muon_lr, embedding_lr, (beta1, beta2), 0.95,
+                     parallel.DTYPES[dtype], parallel.World(0, 0, 1))
+else:
+    opt = optim.adamw(model, weight_decay, learning_rate, (beta1, beta2))
 if state:
+    before = state['config'].get('optimizer', 'adamw')
+    if optimizer != before:
+        raise ValueError(f'optimizer={optimizer!r}, but the state in {ckpt_path} is that of {before!r}; resume with '
+                         f'--optimizer={before} and the rates it had (config.json beside it)')
     optim.load_optimizer(opt, state['optimizer'])
 iter_num, best_val_loss, train_time, version = runs.progress_of(state)
 start_iter = saved_iter = iter_num
@@ -107,7 +121,6 @@ pairs, n_too_long = read_pairs(data, template, tokenizer, block_size, val_fracti
 pairs_seen = check_pairs(data, val_fraction, state, ckpt_path)
 print(f'{len(pairs["train"]):,} pairs to learn from, {len(pairs["val"]):,} held out'
       + (f'; {n_too_long:,} are longer than {block_size} tokens, left out' if n_too_long else ''))
-dtype, dtype_reason = parallel.choose_dtype(dtype, device, has_scaler=False)
 autocast = parallel.autocast(dtype, device)
 if device.type == 'cpu':
     parallel.keep_freed_memory()

@@ -91,6 +91,7 @@ kl_coef = 0.02  # how dear it is to move away from the reference: grpo in the lo
 clip = 0.2  # grpo, ppo: how far, as a factor, a step can move the probability of a token
 clip_high: float | None = None  # upwards, if that is another: 0.28 keeps more variety (DAPO)
 normalize_std = True  # grpo: divide by the standard deviation of a group; False: Dr. GRPO
+skip_equal = False  # grpo: learn from no group whose answers are all as good, which kl_coef alone would move (DAPO)
 gamma = 1.0  # ppo: what the next token's reward is worth now
 lam = 0.95  # ppo: 1: the value function is only what to compare with; lower: it is believed more, with less noise
 value_clip = 0.0  # ppo: how far a step can move a value; 0: as far as it likes
@@ -283,9 +284,12 @@ def is_right(example, text):
 
 def score(prompts, answers):
     """What the reward model says to answers, (n,)."""
-    with autocast:
-        return torch.cat([scores_of(judge, prompts[i : i + minibatch_size], answers[i : i + minibatch_size], stop_ids,
-                                    ending) for i in range(0, len(prompts), minibatch_size)])
+    lengths = torch.tensor([len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)])
+    scores = torch.zeros(len(prompts), device=device)
+    for part, _ in micro_batches(torch.arange(len(prompts)), lengths):
+        with autocast:
+            scores[part] = scores_of(judge, [prompts[i] for i in part], [answers[i] for i in part], stop_ids, ending)
+    return scores
 
 
 @torch.no_grad()
@@ -425,8 +429,11 @@ while True:
 
     # learn from it
     learns = iter_num >= wait
-    updates = []
-    for rows in (rows for _ in range(epochs) for rows in torch.randperm(n_items).to(device).split(minibatch_size)):
+    items, updates = torch.arange(n_items, device=device), []
+    if algorithm == 'grpo' and skip_equal:
+        items = items[advantages[:, 0] != 0]
+    for rows in (items[part.to(device)] for _ in range(epochs if len(items) else 0)
+                 for part in torch.randperm(len(items)).split(minibatch_size)):
         sums = collections.Counter()
         for part, T in micro_batches(rows, lengths):
             weight = len(part) / len(rows)
@@ -467,7 +474,7 @@ while True:
         if learns:
             sums['grad_norm'] = update(opt, policy)
         updates.append(sums)
-    record.update({key: sum(one[key] for one in updates) / len(updates) for key in updates[0]})
+    record.update({key: sum(one[key] for one in updates) / len(updates) for key in (updates or [{}])[0]})
     iter_num += 1
     dt = time.perf_counter() - t0
     train_time += dt

@@ -31,6 +31,7 @@ import time
 import torch
 from tqdm import tqdm
 
+import calculator
 import checkpoint
 import jsonl
 import parallel
@@ -51,6 +52,7 @@ prompts = ''  # many prompts instead: FILE.jsonl, see above
 out = ''  # their results: FILE.jsonl
 chat = False  # True: talk at the terminal, in the model's chat format if it has one
 system = ''  # what the chat begins with: who the assistant is, what it should do
+tools = False  # True: the chat also begins with "You have a calculator.", and the model may call it, see calculator.py
 crop_prompt = False  # True: of a prompt longer than the context the model sees the end; False: refuse it
 num_samples = 10  # how many to draw of each prompt; a chat has one answer
 max_new_tokens = 500  # tokens in each
@@ -101,7 +103,7 @@ check(config, (
      f"'auto' with --quantize={quantize}, which is a precision itself"),
     ('chat', lambda value: not (value and (prompts or best_of or vote or logprobs)),
      'no prompts, best_of, vote or logprobs beside it'),
-    ('system', lambda value: chat or not value, 'a chat, with --chat'),
+    ('system tools', lambda value: chat or not value, 'a chat, with --chat'),
     ('prompts', lambda value: not value or out, 'also a file for the results: --out=FILE.jsonl'),
     ('out', lambda value: not value or prompts, 'also the prompts: --prompts=FILE.jsonl'),
     ('stop', lambda value: not value or not (choices or regex or json_schema),
@@ -221,11 +223,28 @@ def keep(samples):
 if chat:
     stop_ids, ends = find_endings(template, text_tokenizer)
     stops += ends * (constraint is None)
+    if tools:
+        calculator.check_tokenizer(text_tokenizer)
+        system = f'{system} {calculator.SYSTEM}'.strip()
+        called = text_tokenizer.special_tokens[calculator.PYTHON_END]
+        stop_ids = {*stop_ids, called}
+
+    def answer(ids, number):
+        """The text of an answer as it grows; one that calls the calculator goes on with what it is told."""
+        said, end = '', len(ids) + max_new_tokens
+        while True:
+            for samples in draw([ids], [number], 1):
+                yield said + samples[0].shown(stops)
+            ids, call = ids + samples[0].ids, samples[0].text
+            if not tools or calculator.PYTHON not in call or len(ids) >= end:
+                return
+            told = [called, *calculator.output_of([*samples[0].ids, called], text_tokenizer)]
+            ids, said = ids + told, said + call + text_tokenizer.decode(told)
+
     print('it was trained on chats' if template else 'it has no chat format, so it continues a transcript of one')
     first = [{'role': 'system', 'content': system}] * bool(system) + [{'role': 'user', 'content': 'Hello'}]
     warm_up([render(first, template, text_tokenizer)[-block_size:]], 1)
-    converse(lambda ids, number: (samples[0].shown(stops) for samples in draw([ids], [number], 1)), template,
-             text_tokenizer, block_size - min(max_new_tokens, block_size // 2), system)
+    converse(answer, template, text_tokenizer, block_size - min(max_new_tokens, block_size // 2), system)
     raise SystemExit
 
 

@@ -36,6 +36,7 @@ import time
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # Python looks only beside the script
 
+import download
 import files
 from bench.common import table as aligned
 from configurator import check, explain_errors, override
@@ -119,10 +120,16 @@ def run(name, command, can_resume):
         return json.loads(done.stdout.splitlines()[-1])
 
 
+def recipe_of(command):
+    """The SHA-256 of the recipe of config/ that a command is given, or None."""
+    recipes = [part for part in command[2:] if part.endswith('.py')]
+    return download.file_sha256(recipes[0]) if recipes else None
+
+
 def run_all(home):
     """
-    Run the stages that are not done yet. home/stages.json says which are; from the first one whose command is another
-    now all are run again, since they build on each other. -> {name: {'command', 'seconds', 'found'}}
+    Run the stages that are not done yet. home/stages.json says which are; from the first one whose command or recipe is
+    another now all are run again, since they build on each other. -> {name: {'command', 'recipe', 'seconds', 'found'}}
     """
     path = os.path.join(home, 'stages.json')
     done = {}
@@ -130,13 +137,13 @@ def run_all(home):
         with open(path, encoding='utf-8') as file:
             done = json.load(file)
     for i, (name, command) in enumerate(stages(home)):
-        record = done.get(name, {})
-        was_begun, ckpt_path = record.get('command') == command, os.path.join(home, name, 'ckpt.pt')
+        record, what = done.get(name, {}), {'command': command, 'recipe': recipe_of(command)}
+        was_begun, ckpt_path = {**record, **what} == record, os.path.join(home, name, 'ckpt.pt')
         if was_begun and record['seconds'] is not None:
             continue
         if not was_begun and os.path.exists(ckpt_path):  # of a command that was another: nothing to go on from
             os.remove(ckpt_path)
-        done = {**dict(list(done.items())[:i]), name: {'command': command, 'seconds': None, 'found': None}}
+        done = {**dict(list(done.items())[:i]), name: {**what, 'seconds': None, 'found': None}}
         files.replace_file(path, json.dumps(done, indent=1).encode())
         started = time.perf_counter()
         found = run(name, command, was_begun and os.path.exists(ckpt_path))

@@ -1,12 +1,17 @@
 """calculator.py: what it computes and refuses, and a model that calls it. Run: pytest tests/test_calculator.py"""
 
+import subprocess
+import sys
+
 import pytest
 import torch
+from conftest import ROOT
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from test_sample_e2e import save
 
 import chat
-from calculator import calculate, generate_with_tools, output_of
+from calculator import SYSTEM, calculate, generate_with_tools, output_of
 from chat import OUTPUT, OUTPUT_END, PYTHON, PYTHON_END
 from generate import sample_next
 from model import GPT, PRESETS, GPTConfig
@@ -98,7 +103,8 @@ def called(call, value):
 
 TALKS = [talk('a', f'{called("2+3", 5)}It is 5.'), talk('Question b', 'No sum.'),
          talk('c', f'{called("7*", "error")}?'),
-         talk('What is d?', f'{called("1/4", 0.25)}{called("0.25*8", 2)}2!')]
+         talk('What is d?', f'{called("1/4", 0.25)}{called("0.25*8", 2)}2!'),
+         [{'role': 'system', 'content': SYSTEM}, *talk('e', f'{called("6*7", 42)}{called("42-1", 41)}So 41.')]]
 
 
 @pytest.fixture(scope='module')
@@ -146,7 +152,7 @@ def test_never_more_than_asked_for(model, most):
 @torch.no_grad()
 def test_tokens_are_drawn_by_their_place(model):
     """A token at a time, from the whole context, by the number of u that belongs to its place in the answer."""
-    u = torch.rand(4, 60, generator=torch.Generator().manual_seed(0))
+    u = torch.rand(len(TALKS), 60, generator=torch.Generator().manual_seed(0))
     controls = {'temperature': 5.0, 'top_k': 5}
     answers, masks = generate_with_tools(model, TOKENIZER, PROMPTS, 60, STOP_IDS, u, **controls)
     for row, prompt in enumerate(PROMPTS):
@@ -161,6 +167,22 @@ def test_tokens_are_drawn_by_their_place(model):
         assert answers[row] == ids and masks[row] == mask
     greedy, _ = generate_with_tools(model, TOKENIZER, PROMPTS, 60, STOP_IDS, temperature=0)
     assert sum(map(len, masks)) > sum(map(sum, masks)) and answers != greedy
+
+
+def test_in_a_chat(model, folder):
+    """sample.py shows the calls, and what they were told; a second answer is asked for with both in the context."""
+    save(folder, model, tokenizer=TOKENIZER.to_dict(), chat_template=chat.TEMPLATE)
+    said = {}
+    for tools in (True, False):
+        run = subprocess.run([sys.executable, ROOT / 'sample.py', '--chat', f'--tools={tools}', '--compile=False',
+                              '--temperature=0', '--max_new_tokens=30', '--device=cpu'], input='e\n', cwd=folder.path,
+                             capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        said[tools] = run.stdout.splitlines()[-2]
+    assert said[True] == '> ' + TALKS[-1][-1]['content'] != said[False]
+    folder.start('sample.py', tools=True).refused('tools=True: expected a chat, with --chat')
+    save(folder, model, tokenizer={'kind': 'byte'})
+    folder.start('sample.py', tools=True, chat=True).refused('has no <|python|>')
 
 
 def test_a_tokenizer_without_calls(model):

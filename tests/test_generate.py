@@ -1,6 +1,6 @@
 """generate.py: drawing tokens, and the cache against no cache. Run: pytest tests/test_generate.py"""
 
-
+import copy
 import re
 
 import pytest
@@ -22,7 +22,7 @@ from generate import (
     sample_next,
     uniforms,
 )
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, KVCache
 from tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
 
 
@@ -45,14 +45,17 @@ def collect(*args, **controls):
 # against the plain definition -----------------------------------------------------------------------------------------
 
 @settings(max_examples=40)
-@given(options=OPTIONS, lengths=st.lists(st.integers(1, 24), min_size=1, max_size=4), seed=st.integers(0, 99))
-def test_options_greedy_equals_uncached(options, lengths, seed):
+@given(options=OPTIONS, lengths=st.lists(st.integers(1, 24), min_size=1, max_size=4), seed=st.integers(0, 99),
+       prefill_rows=st.sampled_from((1, 2, 16)))
+def test_options_greedy_equals_uncached(options, lengths, seed, prefill_rows):
     """Every option of the model, prompts of different lengths in one batch, beyond block_size (16): each row has the
     tokens that it has alone without a cache."""
     model = sharpened(tiny(**options)).eval()
     source = torch.Generator().manual_seed(seed)
     prompts = [torch.randint(40, (length,), generator=source).tolist() for length in lengths]
-    together = collect(model, prompts, 12, temperature=0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr('generate.PREFILL_ROWS', prefill_rows)
+        together = collect(model, prompts, 12, temperature=0)
     for row, prompt in enumerate(prompts):
         alone = model.generate(torch.tensor([prompt]), 12, temperature=0)[0, len(prompt) :]
         if not torch.equal(together[row], alone):  # then where they part two ids must be as good as equally likely
@@ -365,6 +368,25 @@ def test_stop_ids(gpt):
     ids = [5, 6, 7, 8]
     *_, samples = generate_texts(Script(ids), ByteTokenizer(), ['x', 'y'], 4, stop_ids={7})
     assert [(sample.ids, sample.finish) for sample in samples] == [([5, 6], 'stop')] * 2
+
+
+@torch.no_grad()
+def test_one_long_prompt_does_not_pad_the_others():
+    """The prompts are computed in parts of similar lengths, and once the long one has ended its slots are gone."""
+    torch.manual_seed(0)
+    model, sizes = GPT(GPTConfig(block_size=64, vocab_size=32, n_layer=1, n_head=1, n_embd=8, pos='rope')).eval(), []
+    hook = model.register_forward_hook(lambda module, args, out: sizes.append(args[0].shape))
+    prompts = [[1] * 50, *([[2, 3]] * 47)]
+    steps = generate(model, prompts, 3, temperature=0)
+    next(steps)
+    assert sum(B * T for B, T in sizes) <= 16 * 50 + 32 * 2 and sum(B for B, _ in sizes) == 48
+    hook.remove()
+    cache = KVCache(model.config, 48, max_length=64, padding=torch.tensor([0] + [48] * 47))
+    model(torch.zeros(48, 50, dtype=torch.long), cache=cache)
+    expected = model(torch.full((48, 1), 5), cache=copy.deepcopy(cache))[0]
+    cache.keep(torch.arange(1, 48))
+    assert cache.length == 2 and cache.k.size(3) <= 64 - 48 and cache.padding.tolist() == [0] * 47
+    torch.testing.assert_close(model(torch.full((47, 1), 5), cache=cache)[0], expected[1:])
 
 
 @pytest.mark.parametrize('controls', [{}, {'repetition_penalty': 1.5}])

@@ -59,7 +59,11 @@ def test_another_setting_runs_what_depends_on_it(tmp_path, monkeypatch):
         lab.run_all('out')
         return [name for name, _ in ran]
 
+    recipes = []
+    monkeypatch.setattr('download.file_sha256', lambda path: recipes.append(path) or open(path).read())
     first = run_all()
+    assert [os.path.basename(path) for path in recipes] == [
+        'tiny_web.py', 'sft_tiny_chat.py', 'reward_tiny_chat.py', 'ppo_tiny_chat.py', 'grpo_tiny_chat.py']
     assert first[0] == 'data' and first[-2:] == ['ask grpo', 'chat'] and len(first) == len(set(first))
     assert run_all() == []
     assert run_all(num_samples=4) == first[first.index('ask sft, samples') :]
@@ -67,6 +71,8 @@ def test_another_setting_runs_what_depends_on_it(tmp_path, monkeypatch):
     (tmp_path / 'out' / 'sft' / 'ckpt.pt').touch()  # of the run before
     assert run_all(num_samples=4, n=70) == first[first.index('ask base') :]
     assert not any(can_resume for _, can_resume in ran)
+    monkeypatch.setattr('download.file_sha256', lambda path: open(path).read() + '# new' * ('ppo' in path))
+    assert run_all(num_samples=4, n=70) == first[first.index('ppo') :]
     stages = json.loads((tmp_path / 'out' / 'stages.json').read_text())
     stages['sft']['seconds'] = None  # stopped before, and after its first checkpoint
     for n_checkpoints in range(2):

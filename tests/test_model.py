@@ -437,7 +437,7 @@ def test_loss_in_chunks_in_bf16(monkeypatch):
     exact, direct, chunked = gradients(model, lambda: model(idx, idx)[1], lambda: in_bf16(True), lambda: in_bf16(False))
     for name, expected in exact.items():
         errors = [(found[name] - expected).norm() / expected.norm() for found in (direct, chunked)]
-        assert errors[1] < max(1.2 * errors[0], 1e-4), f'{name}: {errors}'
+        assert errors[1] < max(1.5 * errors[0], 1e-4), f'{name}: {errors}'
 
 
 class LargestTensor(TorchDispatchMode):

@@ -92,9 +92,10 @@ def state_of(folder, out_dir):
     return {**state['model'], **moments}, {key: state[key] for key in ('iter_num', 'best_val_loss', 'chat_template')}
 
 
-def test_resumes_bit_for_bit(chats):
+@pytest.mark.parametrize('changes', [{}, {'optimizer': 'muon'}])
+def test_resumes_bit_for_bit(chats, changes):
     """Stopped by a signal in the middle, gone on with by the command that it prints; with dropout."""
-    changes = {'dropout': 0.1, 'max_iters': 40}
+    changes = {'dropout': 0.1, 'max_iters': 40, **changes}
     start(chats, out_dir='whole', **changes).ok()
     run = start(chats, out_dir='a b', log_interval=1, **changes)
     run.wait_for('iter 5:')
@@ -110,9 +111,10 @@ def test_resumes_bit_for_bit(chats):
     assert config['init_from'] == 'chat'  # where the model is from, resumed or not
 
 
-def test_goes_on_with_the_same_pairs(chats):
+def test_goes_on_with_the_same_pairs_and_optimizer(chats):
     """Others, or another share of them held out, would mix what it has learnt from with what it is measured by."""
     start(chats, max_iters=1).ok()
+    start(chats, init_from='resume', optimizer='muon').refused("out/ckpt.pt is that of 'adamw'", '--optimizer=adamw')
     start(chats, init_from='resume', val_fraction=0.3).refused('out/ckpt.pt held out 0.1', '--val_fraction=0.1')
     with open(chats.path / 'pairs.jsonl', 'a') as file:
         file.write(json.dumps({'messages': [{'role': 'user', 'content': 'a'}], 'chosen': 'b', 'rejected': 'c'}))
@@ -132,6 +134,7 @@ def test_micro_batches_are_the_same_step(chats):
 @pytest.mark.parametrize('changes, said', [
     ({'data': ''}, ["data='': expected a file of pairs: --data=FILE.jsonl"]),
     ({'data': 'none.jsonl'}, ['none.jsonl can not be read']),
+    ({'optimizer': 'sgd'}, ["optimizer='sgd': expected 'adamw' or 'muon'"]),
     ({'batch_size': 0}, ['batch_size=0: expected 1 or more']),
     ({'learning_rate': 1e-5}, ['min_lr=3e-05: expected at most learning_rate=1e-05']),
     ({'micro_batch_size': 3}, ['micro_batch_size=3: expected 0, or a divisor of batch_size=8']),

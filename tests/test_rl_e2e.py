@@ -98,7 +98,7 @@ def test_learned_reward(chats):
     start(chats, reward_model='other').refused('other/ckpt.pt is a language model; expected a reward model')
 
 
-@pytest.mark.parametrize('changes', [{'algorithm': 'grpo', 'epochs': 2}, {'algorithm': 'ppo'}, DPO])
+@pytest.mark.parametrize('changes', [{'algorithm': 'grpo', 'epochs': 2, 'skip_equal': True}, {'algorithm': 'ppo'}, DPO])
 def test_resumes_bit_for_bit(chats, changes):
     """4 steps = 2 + resume 2; and what the log says of them."""
     changes = {**changes, 'eval_interval': 2}
@@ -127,6 +127,20 @@ def test_micro_batches_change_nothing(chats, changes):
     whole, parts = (chats.checkpoint(f'of{size}')['model'] for size in (64, 5))
     for name, weight in whole.items():
         torch.testing.assert_close(weight, parts[name], rtol=1e-3, atol=2e-4)
+
+
+def test_groups_of_equal_answers_are_skipped(chats):
+    """They have no share in the gradient, but in the mean that it is of; without others nothing is learnt."""
+    changes = {'group_size': 2, 'max_new_tokens': 1, 'kl_coef': 0.0, 'minibatch_size': 16, 'max_iters': 1}
+    norms = []
+    for skip_equal in (False, True):
+        start(chats, **changes, skip_equal=skip_equal, out_dir=f'skips{skip_equal}').ok()
+        norms.append(steps_of(chats, f'skips{skip_equal}')[0]['grad_norm'])
+    n_kept = 16 * norms[0] / norms[1]
+    assert 2 <= n_kept < 15 and n_kept == pytest.approx(2 * round(n_kept / 2), abs=0.01)
+    (chats.path / 'tasks' / 'vowels.py').write_text(f'{TASK}\n\ndef reward(example, text):\n    return 1.0\n')
+    start(chats, **{**changes, 'max_iters': 2}, skip_equal=True).ok()
+    same_tensors(chats.checkpoint()['model'], chats.checkpoint('chat')['model'])
 
 
 def test_the_value_function_learns_first(chats):

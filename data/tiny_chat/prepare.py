@@ -106,13 +106,14 @@ def talks(split, n, seed, steps=0.75):
 
 def preferences(n, seed):
     """
-    Yield n pairs, {'messages', 'chosen', 'rejected', 'group'}. chosen is right, three in four with steps; of rejected
-    seven in ten have the same form and are wrong, mostly by a mistake in the steps; of the others some say what is
-    right in another form, or too much.
+    Yield n pairs, {'messages', 'chosen', 'rejected', 'group'}. chosen is right, with steps if it is a sum, else three
+    in four. Of rejected seven in ten are wrong, mostly by a mistake in the steps; a quarter of wrong sums have no
+    steps. Of the others some say what is right in another form, or too much.
     """
     rng = random.Random(f'pairs {seed}')
     for example in tiny_chat.examples('train', n, f'pairs {seed}'):
-        has_steps = example['steps'] and rng.random() < 0.75
+        is_sum = example['call'] is not None  # whose result nobody can see without steps
+        has_steps = example['steps'] and (is_sum or rng.random() < 0.75)
         chosen = worked(example) if has_steps else example['solution']
         answer, wrong, kind = example['answer'], rng.choice(example['mistakes']), rng.random()
         if kind < 0.7:
@@ -121,6 +122,7 @@ def preferences(n, seed):
                 steps, other = example['mistaken']
             if has_steps and (str(other) == answer or rng.random() < 0.2):
                 steps, other = slip(example['steps'], rng), wrong
+            has_steps = has_steps and not (is_sum and rng.random() < 0.25)
             rejected = f'{steps}. {tiny_chat.FORM} {other}.' if has_steps else f'{tiny_chat.FORM} {other}.'
         elif kind < 0.8:
             rejected = rng.choice([answer, f'{answer}.', f'It is {answer}.', f'{tiny_chat.FORM} {answer}'])
@@ -162,7 +164,7 @@ def main():
     parser.add_argument('--conversations', type=corpus.positive, default=50_000, help='to finetune on (50,000)')
     parser.add_argument('--steps', type=float, default=0.75,
                         help='share of sums in them with the steps to the answer; a third of that of all else (0.75)')
-    parser.add_argument('--pairs', type=corpus.positive, default=10_000, help='pairs of answers (10,000)')
+    parser.add_argument('--pairs', type=corpus.positive, default=20_000, help='pairs of answers (20,000)')
     parser.add_argument('--documents', type=corpus.positive, default=30_000, help='texts to pretrain on (30,000)')
     parser.add_argument('--block_size', type=corpus.positive, default=256, help='context to pack for (256)')
     parser.add_argument('--vocab_size', type=corpus.positive, help='ids (a byte each, and the special tokens)')

@@ -10,9 +10,9 @@ scaled_dot_product_attention with that mask written out. A kernel that this GPU 
 keys that a query sees.
 
 On the CPU: forward and backward of causal attention in bf16: torch's scaled_dot_product_attention against
-CausalSelfAttention.attend_in_blocks compiled as train.py compiles it, without dropout and with 0.2, in turns. Then
-a step of the 10.65M model (dropout 0.2) forward and backward, with and without parallel.keep_freed_memory, each in
-processes of their own, alternating. Prints tables, then a JSON line.
+CausalSelfAttention.attend_in_blocks compiled as train.py compiles it and .attend, which is what runs uncompiled,
+without dropout and with 0.2, in turns. Then a step of the 10.65M model (dropout 0.2) forward and backward, with and
+without parallel.keep_freed_memory, each in processes of their own, alternating. Prints tables, then a JSON line.
 """
 
 import os
@@ -32,8 +32,8 @@ from configurator import override
 from model import GPT, CausalSelfAttention, GPTConfig, window_mask
 
 # settings ------------------------------------------------------------------------------------------------------------
-# batch x heads x length x channels of a head; 'auto': 12x4x64x32,64x6x256x64,16x6x256x64,4x12x1024x64, on a GPU
-# 16x12x1024x64
+# batch x heads x length x channels of a head; 'auto': 12x4x64x32,16x4x80x48,64x6x256x64,16x6x256x64,4x12x1024x64, on
+# a GPU 16x12x1024x64
 shapes = 'auto'
 windows = '0,256'  # GPU: positions that a query sees; 0: all before it
 dropouts = '0.0,0.2'  # CPU
@@ -54,7 +54,7 @@ def inputs(shape, device):
 
 
 def attention(shape, p):
-    """-> (ms of torch's, ms of attend_in_blocks), spreads over n calls forward and backward."""
+    """-> (ms of torch's, of attend_in_blocks, of attend), spreads over n calls forward and backward."""
     B, H, T, D = shape
     module = CausalSelfAttention(GPTConfig(block_size=T, n_head=H, n_embd=H * D, dropout=p)).train()
     in_blocks = torch.compile(module.attend_in_blocks, **bare.COMPILE)
@@ -66,10 +66,10 @@ def attention(shape, p):
     def step(f):
         return lambda: torch.autograd.grad(f(*qkv.permute(2, 0, 3, 1, 4)), qkv, dy)
 
-    both = [step(sdpa), step(in_blocks)]
-    for f in both:
+    ways = [step(sdpa), step(in_blocks), step(module.attend)]
+    for f in ways:
         f(), f()
-    times = [[bare.milliseconds(f) for f in both] for _ in range(n)]
+    times = [[bare.milliseconds(f) for f in ways] for _ in range(n)]
     return [common.spread(column) for column in zip(*times, strict=True)]
 
 
@@ -162,16 +162,19 @@ if device.type == 'cuda':
     common.finish('attention', n, attention=gpu_tables(device))
     raise SystemExit
 
-shapes = '12x4x64x32,64x6x256x64,16x6x256x64,4x12x1024x64' if shapes == 'auto' else shapes
-rows, figures = [['B x H x T x D', 'dropout', 'torch, ms', 'blocks, ms', 'ratio']], []
+shapes = '12x4x64x32,16x4x80x48,64x6x256x64,16x6x256x64,4x12x1024x64' if shapes == 'auto' else shapes
+rows, figures = [['BxHxTxD', 'dropout', 'torch, ms', 'blocks, ms', 'x', 'attend, ms', 'x']], []
 for text in shapes.split(','):
     for p in map(float, dropouts.split(',')):
         print(f'{text}, dropout {p}', file=sys.stderr)
         common.wait_for_quiet(wait)
-        theirs, ours = attention(tuple(map(int, text.split('x'))), p)
-        ratio = theirs['median'] / ours['median']
-        rows.append([text, p, common.show(theirs, form='{:.1f}'), common.show(ours, form='{:.1f}'), f'{ratio:.2f}'])
-        figures.append({'shape': text, 'dropout': p, 'sdpa_ms': theirs, 'blocks_ms': ours, 'ratio': round(ratio, 2)})
+        theirs, *ours = attention(tuple(map(int, text.split('x'))), p)
+        ratios = [theirs['median'] / of['median'] for of in ours]
+        rows.append([text, p, common.show(theirs, form='{:.1f}')])
+        for of, ratio in zip(ours, ratios, strict=True):
+            rows[-1] += [common.show(of, form='{:.1f}'), f'{ratio:.2f}']
+        figures.append({'shape': text, 'dropout': p, 'sdpa_ms': theirs, 'blocks_ms': ours[0], 'attend_ms': ours[1],
+                        'ratio': round(ratios[0], 2), 'attend_ratio': round(ratios[1], 2)})
 memory = {'return': [], 'keep': []}
 for i in range(processes if kept else 0):
     for kind, times in memory.items():

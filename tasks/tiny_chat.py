@@ -78,7 +78,8 @@ def subtraction(rng):
     a, b = sorted((number(rng), number(rng)), reverse=True)
 
     def work(wrong=None):
-        """-> steps and the difference; in the column `wrong` nothing is borrowed, or one is missing or too many"""
+        """-> steps and the difference; in the column `wrong` it is borrowed when it is not needed, or the other way
+        round, or one is missing or too many"""
         steps, borrow, total = [], 0, 0
         for i, (x, y) in enumerate(columns(a, b)):
             x_here = x if x >= y + borrow else x + 10
@@ -86,7 +87,11 @@ def subtraction(rng):
             if i == wrong and x_here > x and rng.random() < 0.5:
                 x_here, here = x, 0
             elif i == wrong:
-                here = max(0, here + rng.choice((-1, 1)))
+                slip = rng.choice((-1, 1))
+                if x_here == x and slip > 0:
+                    x_here, here = x + 10, min(9, here + 10)
+                else:
+                    here = max(0, here + slip)
             steps.append(f'{x_here}-{y}{"-1" * borrow}={here}')
             total, borrow = total + here * 10**i, int(x_here > x)
         return ', '.join(steps), total
@@ -177,14 +182,18 @@ def sorting(rng):
 
         ways = ['Sort {}.', 'Sort these words: {}.', 'Put {} in order.', 'Order by the alphabet: {}.']
     i = rng.randrange(count - 1)
-    exchanged = [*in_order[:i], in_order[i + 1], in_order[i], *in_order[i + 2 :]]
-    missing = in_order[:i] + in_order[i + 1 :]
     given, answer, steps = ', '.join(items), ', '.join(in_order), work(in_order)
+    slips = random.Random(given)  # of its own, so that questions do not depend on what mistakes are thought of
+    more = str(slips.randrange(1, 100)) if items[0].isdigit() else slips.choice(WORDS)
+    before, one, other, after = in_order[:i], in_order[i], in_order[i + 1], in_order[i + 2 :]
+    wrong = [[*before, other, one, *after], [*before, one, one, *after], [*before, other, *after],
+             [*before, one, more, other, *after], [*in_order, in_order[-1]]]
+    mistaken = slips.choice(wrong)
     return {
         'content': answer, 'answer': answer, 'steps': steps, 'call': None,
-        'mistaken': (work(exchanged), ', '.join(exchanged)),
+        'mistaken': (work(mistaken), ', '.join(mistaken)),
         'ways': [way.format(given) for way in ways],
-        'mistakes': [', '.join(wrong) for wrong in (exchanged, in_order[::-1], missing, items)],
+        'mistakes': [', '.join(order) for order in (*wrong, in_order[::-1], items)],
         'facts': [f'{given} in order: {answer}', f'{given} sorted is {answer}',
                   f'{given} in order: {steps}, so it is {answer}']}
 

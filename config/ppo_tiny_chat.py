@@ -12,14 +12,14 @@ init_from = 'out-sft-tiny-chat'
 task = 'tiny_chat'
 algorithm = 'ppo'
 reward_model = 'out-reward-tiny-chat'
-eval_interval = 15
+eval_interval = 10
 eval_examples = 350
 
-max_iters = 45
+max_iters = 40
 prompts_per_step = 128
 group_size = 1
 max_new_tokens = 128  # the longest steps to an answer take 112
 learning_rate = 2e-4
 critic_lr = 1e-3
-kl_coef = 0.1
+kl_coef = 0.3
 final_share = 0.1

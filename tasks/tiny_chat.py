@@ -166,29 +166,25 @@ def sorting(rng):
     if rng.random() < 0.5:
         items = [str(i) for i in rng.sample(range(1, 100), count)]
         in_order = sorted(items, key=int)
-
-        def work(order):  # the least of those that are left, again and again
-            left = [[item for item in items if item not in order[: i + 1]] for i in range(count - 1)]
-            return ', '.join(f'{first} before {" ".join(rest)}' for first, rest in zip(order, left, strict=False))
-
         ways = ['Sort {}.', 'Sort these numbers: {}.', 'Put {} in order.', 'Order from small to large: {}.']
     else:
         letters = rng.sample(sorted({word[0] for word in WORDS}), count)  # the first ones decide
         items = [rng.choice([word for word in WORDS if word[0] == letter]) for letter in letters]
         in_order = sorted(items)
-
-        def work(order):
-            return ' '.join(item[0] for item in order)
-
         ways = ['Sort {}.', 'Sort these words: {}.', 'Put {} in order.', 'Order by the alphabet: {}.']
+
+    def work(order):
+        """-> what decides of each, first as they are given: two digits or a letter"""
+        return ', '.join(' '.join(item.zfill(2) if item.isdigit() else item[0] for item in some)
+                         for some in (items, order))
+
     i = rng.randrange(count - 1)
     given, answer, steps = ', '.join(items), ', '.join(in_order), work(in_order)
-    slips = random.Random(given)  # of its own, so that questions do not depend on what mistakes are thought of
-    more = str(slips.randrange(1, 100)) if items[0].isdigit() else slips.choice(WORDS)
+    more = str(rng.randrange(1, 100)) if items[0].isdigit() else rng.choice(WORDS)
     before, one, other, after = in_order[:i], in_order[i], in_order[i + 1], in_order[i + 2 :]
     wrong = [[*before, other, one, *after], [*before, one, one, *after], [*before, other, *after],
              [*before, one, more, other, *after], [*in_order, in_order[-1]]]
-    mistaken = slips.choice(wrong)
+    mistaken = rng.choice(wrong)
     return {
         'content': answer, 'answer': answer, 'steps': steps, 'call': None,
         'mistaken': (work(mistaken), ', '.join(mistaken)),

@@ -105,13 +105,11 @@ def test_steps_of_words():
         forth, back = example['steps'].split(', ')
         assert forth.split(' ') == back.split(' ')[::-1] and re.sub(r'[ \d]', '', back) == example['answer']
     for example in of_kind('sorting'):
+        given, in_order = (keys.split(' ') for keys in example['steps'].split(', '))
         items = example['answer'].split(', ')
-        if items[0].isdigit():
-            for step, i in zip(example['steps'].split(', '), range(len(items) - 1), strict=True):
-                first, left = step.split(' before ')
-                assert first == items[i] and sorted(left.split(' '), key=int) == items[i + 1 :]
-        else:
-            assert example['steps'].split(' ') == [item[0] for item in items]
+        assert in_order == sorted(given) == [f'{int(item):02}' if item.isdigit() else item[0] for item in items]
+        words = re.findall(r'\w+', example['messages'][0]['content'])
+        assert given == sorted(in_order, key=lambda key: words.index(items[in_order.index(key)]))
 
 
 def test_steps_of_tables():
@@ -145,9 +143,8 @@ def test_one_mistake_and_what_it_leads_to():
             elif kind == 'reversing':
                 assert same[0] == others[0] and re.sub(r'[ \d]', '', same[1]) == answer
             elif kind == 'sorting':
-                assert sorted(answer.split(', ')) == sorted(example['answer'].split(', '))
-                assert [step.split(' before ')[0] for step in same] == answer.split(', ')[:-1] or (
-                    same == [' '.join(word[0] for word in answer.split(', '))])
+                keys = [f'{int(item):02}' if item.isdigit() else item[0] for item in answer.split(', ')]
+                assert same == [others[0], ' '.join(keys)] and answer in example['mistakes']
             else:
                 assert answer in example['mistakes'] and (answer in steps or steps == example['steps'])
             n_wrong += not tiny_chat.evaluate(example, f'{steps}. {tiny_chat.FORM} {answer}.')

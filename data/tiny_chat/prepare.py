@@ -107,8 +107,8 @@ def talks(split, n, seed, steps=0.75):
 def preferences(n, seed):
     """
     Yield n pairs, {'messages', 'chosen', 'rejected', 'group'}. chosen is right, with steps if it is a sum, else three
-    in four. Of rejected seven in ten are wrong, mostly by a mistake in the steps; a quarter of wrong sums have no
-    steps. Of the others some say what is right in another form, or too much.
+    in four. Of rejected seven in ten are wrong, mostly by a mistake in the steps; a quarter of these leave out the
+    steps that chosen has. Of the others some say what is right in another form, or too much.
     """
     rng = random.Random(f'pairs {seed}')
     for example in tiny_chat.examples('train', n, f'pairs {seed}'):
@@ -122,7 +122,7 @@ def preferences(n, seed):
                 steps, other = example['mistaken']
             if has_steps and (str(other) == answer or rng.random() < 0.2):
                 steps, other = slip(example['steps'], rng), wrong
-            has_steps = has_steps and not (is_sum and rng.random() < 0.25)
+            has_steps = has_steps and rng.random() < 0.75
             rejected = f'{steps}. {tiny_chat.FORM} {other}.' if has_steps else f'{tiny_chat.FORM} {other}.'
         elif kind < 0.8:
             rejected = rng.choice([answer, f'{answer}.', f'It is {answer}.', f'{tiny_chat.FORM} {answer}'])

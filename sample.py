@@ -231,15 +231,16 @@ if chat:
 
     def answer(ids, number):
         """The text of an answer as it grows; one that calls the calculator goes on with what it is told."""
-        said, end = '', len(ids) + max_new_tokens
+        said, left = '', max_new_tokens
         while True:
             for samples in draw([ids], [number], 1):
                 yield said + samples[0].shown(stops)
-            ids, call = ids + samples[0].ids, samples[0].text
-            if not tools or calculator.PYTHON not in call or len(ids) >= end:
+            drawn, text = samples[0].ids, samples[0].text
+            left -= len(drawn)
+            if not tools or calculator.PYTHON not in text or left <= 0:
                 return
-            told = [called, *calculator.output_of([*samples[0].ids, called], text_tokenizer)]
-            ids, said = ids + told, said + call + text_tokenizer.decode(told)
+            told = [called, *calculator.output_of([*drawn, called], text_tokenizer)]
+            ids, said = (ids + drawn + told)[-block_size:], said + text + text_tokenizer.decode(told)
 
     print('it was trained on chats' if template else 'it has no chat format, so it continues a transcript of one')
     first = [{'role': 'system', 'content': system}] * bool(system) + [{'role': 'user', 'content': 'Hello'}]

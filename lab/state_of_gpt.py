@@ -1,7 +1,7 @@
 """
 "State of GPT" in one command: a base model, and what finetuning, a reward model and reinforcement learning make of it.
 
-    $ python lab/state_of_gpt.py                 # 30 to 45 minutes on two cores; killed, it goes on
+    $ python lab/state_of_gpt.py                 # half an hour on two cores; killed, it goes on
     $ python lab/state_of_gpt.py --share=0.02    # that it all works, and nothing more
     $ python sample.py --out_dir=out-lab/state_of_gpt/grpo --chat
 

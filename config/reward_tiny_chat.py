@@ -1,6 +1,6 @@
 """
 The reward model of data/tiny_chat: which of two answers is the better, learnt from pairs. Two cores of an AMD EPYC:
-0.45 s a step, 5 minutes; 91.8% of held-out pairs.
+0.45 s a step, 6 minutes; 89.7% of held-out pairs after 600 steps.
 
     $ python reward.py config/reward_tiny_chat.py
     $ python evaluate.py --out_dir=out-sft-tiny-chat --task=tiny_chat --num_samples=8 --temperature=1 \\
@@ -13,7 +13,7 @@ data = 'data/tiny_chat/pairs.jsonl'
 eval_interval = 200
 log_interval = 50
 
-max_iters = 600
+max_iters = 750
 batch_size = 32
 micro_batch_size = 8
 optimizer = 'muon'

@@ -109,7 +109,7 @@ def left_padded(prompts, device):
     return idx, padding if padding.any() else None
 
 
-PREFILL_ROWS = 16  # prompts at once where their lengths differ
+PREFILL_ROWS = {'cpu': 16, 'cuda': 256}  # prompts at once where their lengths differ; on a GPU each launch costs
 
 
 class Decoder:
@@ -162,16 +162,16 @@ class Decoder:
 
     def computed(self):
         """
-        The prompts in parts of similar lengths: as one batch with a long one the short ones would be mostly padding,
-        which costs as much as a prompt.
+        -> (B, V). Prompts are computed in parts of similar lengths: as one batch with a long one the short ones would
+        be mostly padding, which costs as much as a prompt.
         """
-        cache, (B, T) = self.cache, self.new.shape
-        if T == 1 or cache.padding is None or B <= PREFILL_ROWS:
+        cache, (B, T), at_once = self.cache, self.new.shape, PREFILL_ROWS.get(self.new.device.type, 256)
+        if T == 1 or B <= at_once or cache.padding is None or not cache.padding.any():
             return self.model(self.new, cache=cache)[0][:, -1]
         order, parts = cache.padding.argsort(), []
-        for rows in order.split(PREFILL_ROWS):
-            unused, padding = int(cache.padding[rows].min()), cache.padding[rows]
-            part = KVCache(self.model.config, len(rows), self.new.device, cache.k.dtype, T - unused, padding - unused)
+        for rows, unused in zip(order.split(at_once), cache.padding[order[::at_once]].tolist(), strict=True):
+            part = KVCache(self.model.config, len(rows), self.new.device, cache.k.dtype, T - unused,
+                           cache.padding[rows] - unused)
             parts.append(self.model(self.new[rows, unused:], cache=part)[0][:, -1])
             cache.fill(rows, part, T)
         cache.advance(T)

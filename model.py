@@ -14,7 +14,6 @@ Sources: "Language Models are Unsupervised Multitask Learners" (GPT-2, Radford e
 (github.com/openai/gpt-2, src/model.py) for the architecture and the initialisation; an option's is beside it.
 """
 
-import contextlib
 import math
 import re
 from dataclasses import dataclass, fields
@@ -177,8 +176,8 @@ class KVCache:
     """
     Keys and values of the tokens seen so far, so that the next token costs one position instead of the whole context.
 
-    k, v: (n_layer, B, G, S, D), of whose S slots the first `length` are filled; GPT.forward fills them and advances
-    `length`. S grows with the tokens up to max_length; with is_static it is max_length from the start, so that all
+    k, v: (n_layer, B, G, S, D), of whose S slots the first `length` are filled, by GPT.forward or by fill() and
+    advance(). S grows with the tokens up to max_length; with is_static it is max_length from the start, so that all
     steps of one position have the same shapes, which is what a compiled step or a CUDA graph needs. Memory:
     2 * n_layer * B * S * G * D numbers; GPT-2 124M at 1 x 1024 in fp32: 75 MB.
 
@@ -209,7 +208,7 @@ class KVCache:
         self.next_slot.fill_(length)
 
     def advance(self, T):
-        """Of T more slots all is written."""
+        """T more slots are written."""
         self.length += T
         self.next_slot += T
 
@@ -224,7 +223,7 @@ class KVCache:
         self.go_back_to(self.length - unused)
 
     def fill(self, rows, part, T):
-        """Take from the cache of some rows what it has as the last of the first T slots."""
+        """Of an empty cache: the rows' last of T slots are those of part, a cache of these rows."""
         self.make_room(self.k.size(1), T)
         self.k[:, rows, :, T - part.length : T] = part.k[:, :, :, : part.length]
         self.v[:, rows, :, T - part.length : T] = part.v[:, :, :, : part.length]
@@ -352,6 +351,10 @@ class CausalSelfAttention(nn.Module):
         to their own, from the window on; or what mask (B or 1, 1, T, S) says.
         """
         T = q.size(2)
+        if q.device.type == 'cpu' and q.dtype == torch.bfloat16 and T <= 256:
+            # the backward pass takes twice as long in bf16 (bench/results); without it too, so that both say the same
+            with torch.autocast('cpu', enabled=False):
+                return self.attend(q.float(), k.float(), v.float(), mask)
         if self.window and mask is None:  # what none of the queries sees need not be read
             k, v = k[:, :, -(T + self.window - 1) :], v[:, :, -(T + self.window - 1) :]
         S = k.size(2)
@@ -361,14 +364,9 @@ class CausalSelfAttention(nn.Module):
         if mask is None and T > 1 and not is_causal:
             positions = torch.arange(S, device=q.device)
             mask = visible(positions[-T:, None], positions, self.window)
-        autocast = contextlib.nullcontext()
-        if q.device.type == 'cpu' and q.dtype == torch.bfloat16 and T <= 256 and torch.is_grad_enabled():
-            # the backward pass takes twice as long in bf16 as in fp32 (bench/results)
-            autocast, (q, k, v) = torch.autocast('cpu', enabled=False), (q.float(), k.float(), v.float())
-        with autocast:
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal,
-                                                  dropout_p=self.attn_dropout.p if self.training else 0.0,
-                                                  enable_gqa=self.n_kv_head < self.n_head)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal,
+                                              dropout_p=self.attn_dropout.p if self.training else 0.0,
+                                              enable_gqa=self.n_kv_head < self.n_head)
 
     def attend_once(self, q, k, v, mask):
         """

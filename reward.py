@@ -56,7 +56,7 @@ muon_lr = 5e-3  # muon: of the matrices of the blocks
 embedding_lr = 5e-3  # muon: of embeddings
 warmup_iters = 20
 min_lr = 3e-5  # at max_iters, after half a cosine; the other rates fall alike
-weight_decay = 0.1
+weight_decay = 0.1  # adamw: of matrices and embeddings; muon: of the matrices of the blocks alone
 beta1 = 0.9
 beta2 = 0.95
 grad_clip = 1.0  # largest norm of the gradient; 0: no clipping
@@ -103,8 +103,8 @@ model.to(device)
 model.value_head.bias.requires_grad_(False)  # only differences of scores matter, and its gradient is but rounding
 dtype, dtype_reason = parallel.choose_dtype(dtype, device, has_scaler=False)
 if optimizer == 'muon':
-    opt = optim.muon(model, weight_decay, learning_rate, muon_lr, embedding_lr, (beta1, beta2), 0.95,
-                     parallel.DTYPES[dtype], parallel.World(0, 0, 1))
+    opt = optim.muon(model, weight_decay, learning_rate, muon_lr, embedding_lr, (beta1, beta2), momentum=0.95,
+                     dtype=parallel.DTYPES[dtype], world=parallel.World(0, 0, 1))
 else:
     opt = optim.adamw(model, weight_decay, learning_rate, (beta1, beta2))
 if state:

@@ -119,6 +119,7 @@ check(config, (
     ('task', lambda value: value or algorithm == 'dpo', 'NAME of a tasks/NAME.py, where the prompts are'),
     ('pairs', lambda value: bool(value) == (algorithm == 'dpo'), 'FILE.jsonl with --algorithm=dpo, and only there'),
     ('reward_model', lambda value: not value or algorithm != 'dpo', "'' with --algorithm=dpo, which needs none"),
+    ('skip_equal', lambda value: not value or algorithm == 'grpo', 'False, but with --algorithm=grpo'),
     ('group_size', lambda value: value >= (2 if algorithm == 'grpo' else 1),
      '1 or more, and for grpo, which compares the answers to a prompt, 2'),
     ('eval_interval log_interval train_examples eval_examples prompts_per_step max_new_tokens epochs minibatch_size '
@@ -284,11 +285,12 @@ def is_right(example, text):
 
 def score(prompts, answers):
     """What the reward model says to answers, (n,)."""
-    lengths = torch.tensor([len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)])
+    sizes = torch.tensor([len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)])
     scores = torch.zeros(len(prompts), device=device)
-    for part, _ in micro_batches(torch.arange(len(prompts)), lengths):
+    for part, _ in micro_batches(torch.arange(len(prompts)), sizes):
+        rows = part.tolist()
         with autocast:
-            scores[part] = scores_of(judge, [prompts[i] for i in part], [answers[i] for i in part], stop_ids, ending)
+            scores[rows] = scores_of(judge, [prompts[i] for i in rows], [answers[i] for i in rows], stop_ids, ending)
     return scores
 
 
@@ -431,9 +433,9 @@ while True:
     learns = iter_num >= wait
     items, updates = torch.arange(n_items, device=device), []
     if algorithm == 'grpo' and skip_equal:
-        items = items[advantages[:, 0] != 0]
+        items = items[advantages.view(-1, group_size).any(dim=1).repeat_interleave(group_size)]
     for rows in (items[part.to(device)] for _ in range(epochs if len(items) else 0)
-                 for part in torch.randperm(len(items)).split(minibatch_size)):
+                 for part in torch.randperm(len(items)).chunk(-(-len(items) // minibatch_size))):
         sums = collections.Counter()
         for part, T in micro_batches(rows, lengths):
             weight = len(part) / len(rows)

@@ -226,21 +226,22 @@ if chat:
     if tools:
         calculator.check_tokenizer(text_tokenizer)
         system = f'{system} {calculator.SYSTEM}'.strip()
-        called = text_tokenizer.special_tokens[calculator.PYTHON_END]
-        stop_ids = {*stop_ids, called}
 
     def answer(ids, number):
         """The text of an answer as it grows; one that calls the calculator goes on with what it is told."""
         said, left = '', max_new_tokens
-        while True:
-            for samples in draw([ids], [number], 1):
-                yield said + samples[0].shown(stops)
-            drawn, text = samples[0].ids, samples[0].text
-            left -= len(drawn)
-            if not tools or calculator.PYTHON not in text or left <= 0:
+        while left > 0:
+            for [sample] in draw([ids[-block_size:]], [number], 1):
+                yield said + sample.shown(stops)
+                has_called = tools and sample.ids[-1:] == [text_tokenizer.special_tokens[calculator.PYTHON_END]]
+                if has_called or len(sample.ids) == left:
+                    break
+            if not has_called:
                 return
-            told = [called, *calculator.output_of([*drawn, called], text_tokenizer)]
-            ids, said = (ids + drawn + told)[-block_size:], said + text + text_tokenizer.decode(told)
+            told = calculator.output_of(sample.ids, text_tokenizer)
+            ids, left = ids + sample.ids + told, left - len(sample.ids) - len(told)
+            said += sample.text + text_tokenizer.decode(told)
+            yield said
 
     print('it was trained on chats' if template else 'it has no chat format, so it continues a transcript of one')
     first = [{'role': 'system', 'content': system}] * bool(system) + [{'role': 'user', 'content': 'Hello'}]

@@ -121,9 +121,11 @@ def run(name, command, can_resume):
 
 
 def recipe_of(command):
-    """The SHA-256 of the recipe of config/ that a command is given, or None."""
-    recipes = [part for part in command[2:] if part.endswith('.py')]
-    return download.file_sha256(recipes[0]) if recipes else None
+    """The SHA-256 of what else decides about a stage: the recipe of config/, or the scripts that make data."""
+    paths = [part for part in command[2:] if part.endswith('.py')]
+    if command[1].endswith('prepare.py'):
+        paths = [command[1], os.path.join(ROOT, 'tasks', 'tiny_chat.py')]
+    return [download.file_sha256(path) for path in paths]
 
 
 def run_all(home):
@@ -138,10 +140,10 @@ def run_all(home):
             done = json.load(file)
     for i, (name, command) in enumerate(stages(home)):
         record, what = done.get(name, {}), {'command': command, 'recipe': recipe_of(command)}
-        was_begun, ckpt_path = {**record, **what} == record, os.path.join(home, name, 'ckpt.pt')
+        was_begun, ckpt_path = what.items() <= record.items(), os.path.join(home, name, 'ckpt.pt')
         if was_begun and record['seconds'] is not None:
             continue
-        if not was_begun and os.path.exists(ckpt_path):  # of a command that was another: nothing to go on from
+        if not was_begun and os.path.exists(ckpt_path):  # of another command or recipe: nothing to go on from
             os.remove(ckpt_path)
         done = {**dict(list(done.items())[:i]), name: {**what, 'seconds': None, 'found': None}}
         files.replace_file(path, json.dumps(done, indent=1).encode())

@@ -78,8 +78,10 @@ def subtraction(rng):
     a, b = sorted((number(rng), number(rng)), reverse=True)
 
     def work(wrong=None):
-        """-> steps and the difference; in the column `wrong` it is borrowed when it is not needed, or the other way
-        round, or one is missing or too many"""
+        """
+        -> steps and the difference; in the column `wrong` it is borrowed when it is not needed, or the other way round,
+        or one is missing or too many
+        """
         steps, borrow, total = [], 0, 0
         for i, (x, y) in enumerate(columns(a, b)):
             x_here = x if x >= y + borrow else x + 10
@@ -89,7 +91,7 @@ def subtraction(rng):
             elif i == wrong:
                 slip = rng.choice((-1, 1))
                 if x_here == x and slip > 0:
-                    x_here, here = x + 10, min(9, here + 10)
+                    x_here, here = x + 10, 9
                 else:
                     here = max(0, here + slip)
             steps.append(f'{x_here}-{y}{"-1" * borrow}={here}')

@@ -170,7 +170,7 @@ def test_tokens_are_drawn_by_their_place(model):
 
 
 def test_in_a_chat(model, folder):
-    """sample.py shows the calls, and what they were told; a second answer is asked for with both in the context."""
+    """sample.py shows the calls, and what they were told; a second call is made with the first in the context."""
     save(folder, model, tokenizer=TOKENIZER.to_dict(), chat_template=chat.TEMPLATE)
     said = {}
     for tools in (True, False):

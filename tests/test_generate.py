@@ -54,7 +54,7 @@ def test_options_greedy_equals_uncached(options, lengths, seed, prefill_rows):
     source = torch.Generator().manual_seed(seed)
     prompts = [torch.randint(40, (length,), generator=source).tolist() for length in lengths]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr('generate.PREFILL_ROWS', prefill_rows)
+        patch.setattr('generate.PREFILL_ROWS', {'cpu': prefill_rows})
         together = collect(model, prompts, 12, temperature=0)
     for row, prompt in enumerate(prompts):
         alone = model.generate(torch.tensor([prompt]), 12, temperature=0)[0, len(prompt) :]

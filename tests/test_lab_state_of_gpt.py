@@ -63,7 +63,8 @@ def test_another_setting_runs_what_depends_on_it(tmp_path, monkeypatch):
     monkeypatch.setattr('download.file_sha256', lambda path: recipes.append(path) or open(path).read())
     first = run_all()
     assert [os.path.basename(path) for path in recipes] == [
-        'tiny_web.py', 'sft_tiny_chat.py', 'reward_tiny_chat.py', 'ppo_tiny_chat.py', 'grpo_tiny_chat.py']
+        *['prepare.py', 'tiny_chat.py'] * 2, 'tiny_web.py', 'sft_tiny_chat.py', 'reward_tiny_chat.py',
+        'ppo_tiny_chat.py', 'grpo_tiny_chat.py']
     assert first[0] == 'data' and first[-2:] == ['ask grpo', 'chat'] and len(first) == len(set(first))
     assert run_all() == []
     assert run_all(num_samples=4) == first[first.index('ask sft, samples') :]

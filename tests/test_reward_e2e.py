@@ -105,6 +105,7 @@ def test_resumes_bit_for_bit(chats, changes):
     (tensors, values), (expected, expected_values) = state_of(chats, 'a b'), state_of(chats, 'whole')
     same_tensors(tensors, expected)
     assert values == expected_values
+    assert any('momentum_buffer' in name for name in tensors) == ('optimizer' in changes)
     steps = [record['step'] for record in chats.log('a b') if 'loss' in record]
     assert steps == list(range(40))
     config = json.loads((chats.path / 'a b' / 'config.json').read_text())

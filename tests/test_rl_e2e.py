@@ -27,6 +27,7 @@ SMALL = {'init_from': 'chat', 'task': 'vowels', 'device': 'cpu', 'dtype': 'float
          'max_iters': 30, 'prompts_per_step': 8, 'group_size': 8, 'minibatch_size': 32, 'learning_rate': 5e-3,
          'critic_lr': 5e-3, 'warmup_iters': 0, 'train_examples': 50, 'eval_examples': 16, 'eval_interval': 15,
          'critic_warmup': 0}
+GRPO_SKIPS = {'algorithm': 'grpo', 'epochs': 2, 'skip_equal': True, 'group_size': 2, 'max_new_tokens': 1}
 DPO = {'algorithm': 'dpo', 'pairs': 'pairs.jsonl', 'minibatch_size': 8}
 
 
@@ -98,7 +99,7 @@ def test_learned_reward(chats):
     start(chats, reward_model='other').refused('other/ckpt.pt is a language model; expected a reward model')
 
 
-@pytest.mark.parametrize('changes', [{'algorithm': 'grpo', 'epochs': 2, 'skip_equal': True}, {'algorithm': 'ppo'}, DPO])
+@pytest.mark.parametrize('changes', [GRPO_SKIPS, {'algorithm': 'ppo'}, DPO])
 def test_resumes_bit_for_bit(chats, changes):
     """4 steps = 2 + resume 2; and what the log says of them."""
     changes = {**changes, 'eval_interval': 2}
@@ -139,7 +140,7 @@ def test_groups_of_equal_answers_are_skipped(chats):
     n_kept = 16 * norms[0] / norms[1]
     assert 2 <= n_kept < 15 and n_kept == pytest.approx(2 * round(n_kept / 2), abs=0.01)
     (chats.path / 'tasks' / 'vowels.py').write_text(f'{TASK}\n\ndef reward(example, text):\n    return 1.0\n')
-    start(chats, **{**changes, 'max_iters': 2}, skip_equal=True).ok()
+    start(chats, **{**changes, 'max_iters': 2, 'weight_decay': 0.1}, skip_equal=True).ok()
     same_tensors(chats.checkpoint()['model'], chats.checkpoint('chat')['model'])
 
 
@@ -197,6 +198,7 @@ def test_broken_weights_are_not_saved(chats):
     ({'pairs': 'pairs.jsonl'}, "pairs='pairs.jsonl': expected FILE.jsonl with --algorithm=dpo, and only there"),
     ({'algorithm': 'dpo'}, "pairs='': expected FILE.jsonl"),
     ({**DPO, 'reward_model': 'judge'}, "reward_model='judge': expected '' with --algorithm=dpo"),
+    ({'algorithm': 'ppo', 'skip_equal': True}, 'skip_equal=True: expected False, but with --algorithm=grpo'),
     ({'group_size': 1}, 'group_size=1: expected 1 or more, and for grpo'),
     ({'clip': 1.5}, 'clip=1.5: expected less than 1'), ({'clip_high': 0.0}, 'clip_high=0.0: expected more than 0'),
     ({'gamma': 1.5}, 'gamma=1.5: expected 0 to 1'), ({'temperature': 0.0}, 'temperature=0.0: expected more than 0'),

@@ -104,7 +104,8 @@ def called(call, value):
 TALKS = [talk('a', f'{called("2+3", 5)}It is 5.'), talk('Question b', 'No sum.'),
          talk('c', f'{called("7*", "error")}?'),
          talk('What is d?', f'{called("1/4", 0.25)}{called("0.25*8", 2)}2!'),
-         [{'role': 'system', 'content': SYSTEM}, *talk('e', f'{called("6*7", 42)}{called("42-1", 41)}So 41.')]]
+         [{'role': 'system', 'content': SYSTEM}, *talk('e', f'{called("6*7", 42)}{called("42-1", 41)}So 41.')],
+         [{'role': 'system', 'content': SYSTEM}, *talk('f', f'Hm {PYTHON}2+3')]]  # which calls nothing
 
 
 @pytest.fixture(scope='module')
@@ -175,11 +176,12 @@ def test_in_a_chat(model, folder):
     said = {}
     for tools in (True, False):
         run = subprocess.run([sys.executable, ROOT / 'sample.py', '--chat', f'--tools={tools}', '--compile=False',
-                              '--temperature=0', '--max_new_tokens=30', '--device=cpu'], input='e\n', cwd=folder.path,
-                             capture_output=True, text=True)
+                              '--temperature=0', '--max_new_tokens=30', '--device=cpu'], input='e\n/reset\nf\n',
+                             cwd=folder.path, capture_output=True, text=True)
         assert run.returncode == 0, run.stderr
-        said[tools] = run.stdout.splitlines()[-2]
-    assert said[True] == '> ' + TALKS[-1][-1]['content'] != said[False]
+        said[tools] = [line.removeprefix('> ') for line in run.stdout.splitlines()[-4:-1]]
+    assert said[True] == [TALKS[-2][-1]['content'], '(forgotten)', TALKS[-1][-1]['content']]
+    assert said[False][0] != said[True][0]
     folder.start('sample.py', tools=True).refused('tools=True: expected a chat, with --chat')
     save(folder, model, tokenizer={'kind': 'byte'})
     folder.start('sample.py', tools=True, chat=True).refused('has no <|python|>')

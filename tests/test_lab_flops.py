@@ -63,7 +63,8 @@ def test_kv_cache_is_the_models(config):
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=['fp32', 'bf16'])
 @pytest.mark.parametrize('config', list(CONFIGS.values())[:-1], ids=list(CONFIGS)[:-1])
-def test_activations_are_what_autograd_keeps(config, dtype):
+def test_activations_are_what_autograd_keeps(config, dtype, monkeypatch):
+    monkeypatch.setattr('model.SHORT', 0)  # bf16 throughout, as on a GPU
     model, (x, y) = GPT(config), torch.randint(config.vocab_size, (2, 3, 70))
     weights = {tuple(sorted(p.shape)) for p in model.parameters()}  # no activations, nor are autocast's copies
     kept = []

@@ -109,7 +109,7 @@ def left_padded(prompts, device):
     return idx, padding if padding.any() else None
 
 
-PREFILL_ROWS = {'cpu': 16, 'cuda': 256}  # prompts at once where their lengths differ; on a GPU each launch costs
+PREFILL_ROWS = {'cpu': 16}  # prompts at once where their lengths differ; elsewhere 256, as each launch costs there
 
 
 class Decoder:

@@ -172,6 +172,14 @@ def average_into(average, model, decay, step):
     torch._foreach_lerp_(*map(list, zip(*pairs, strict=True)), 1 - decay)
 
 
+def check_same(name, saved_config, ckpt_path):
+    """ValueError unless the optimizer `name`, 'adamw' or 'muon', is that of the run whose settings were saved."""
+    before = saved_config.get('optimizer', 'adamw')
+    if name != before:
+        raise ValueError(f'optimizer={name!r}, but the state in {ckpt_path} is that of {before!r}; resume with '
+                         f'--optimizer={before} and the rates it had (config.json beside it)')
+
+
 def load_optimizer(optimizer, saved):
     """
     Take the moments from a saved state_dict; the hyperparameters stay those of this run's settings. ValueError if the

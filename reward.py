@@ -108,10 +108,7 @@ if optimizer == 'muon':
 else:
     opt = optim.adamw(model, weight_decay, learning_rate, (beta1, beta2))
 if state:
-    before = state['config'].get('optimizer', 'adamw')
-    if optimizer != before:
-        raise ValueError(f'optimizer={optimizer!r}, but the state in {ckpt_path} is that of {before!r}; resume with '
-                         f'--optimizer={before} and the rates it had (config.json beside it)')
+    optim.check_same(optimizer, state['config'], ckpt_path)
     optim.load_optimizer(opt, state['optimizer'])
 iter_num, best_val_loss, train_time, version = runs.progress_of(state)
 start_iter = saved_iter = iter_num

@@ -216,10 +216,8 @@ if init_from == 'scratch':
 elif init_from == 'resume':
     model = checkpoint.model_of(state, ckpt_path, dropout)
     refuse_another(options, ckpt_path)
-    saved_optimizer = state.get('config', {}).get('optimizer', 'adamw')
-    if 'optimizer' in state and optimizer != saved_optimizer:
-        raise ValueError(f'optimizer={optimizer!r}, but the state in {ckpt_path} is that of {saved_optimizer!r}; '
-                         f'resume with --optimizer={saved_optimizer} and the rates it had (config.json beside it)')
+    if 'optimizer' in state:
+        optim.check_same(optimizer, state.get('config', {}), ckpt_path)
     saved_tokenizer = state.get('tokenizer')
     if saved_tokenizer and text_tokenizer and saved_tokenizer != text_tokenizer:
         raise ValueError(f'{ckpt_path} was trained with another tokenizer ({saved_tokenizer["kind"]}, vocab_size '

@@ -62,7 +62,7 @@ def read_pairs(path, template, tokenizer, block_size, val_fraction):
         if max(len(ids) for ids, _ in pair) > block_size:
             n_too_long += 1
             continue
-        group = json.dumps(value.get('group', value['messages']))
+        group = json.dumps(value['messages'] if value.get('group') is None else value['group'])
         split = 'val' if corpus.text_hash(group) < val_fraction else 'train'
         pairs[split].append(pair)
     for split, found in pairs.items():

@@ -40,7 +40,8 @@ def calculate(expression):
         raise ValueError(f'the expression has {len(expression):,} characters; expected at most {MAX_LENGTH}')
     if not re.fullmatch(r'[0-9.,+*/%() -]+', expression):
         raise ValueError(f'{expression!r} is no calculation; {EXPECTED}')
-    text = re.sub(r'(?<=[0-9]),(?=[0-9]{3}(?![0-9]))', '', expression).strip()
+    thousands = r'(?<![0-9.,])[0-9]{1,3}(,[0-9]{3})+(?![0-9,])'
+    text = re.sub(thousands, lambda number: number[0].replace(',', ''), expression).strip()
     try:
         tree = ast.parse(text, mode='eval').body
     except (SyntaxError, ValueError, MemoryError, RecursionError):
@@ -55,8 +56,9 @@ def value_of(node, expression, depth):
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
         # all digits that were written: node.value, a float, has the first 17 or so
         value = Fraction(expression[node.col_offset : node.end_col_offset])
-    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        value = -value_of(node.operand, expression, depth - 1)
+    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.UAdd)):
+        value = value_of(node.operand, expression, depth - 1)
+        value = -value if isinstance(node.op, ast.USub) else value
     elif isinstance(node, ast.BinOp) and isinstance(node.op, (*OPERATORS, ast.Pow)):
         left, right = (value_of(side, expression, depth - 1) for side in (node.left, node.right))
         try:

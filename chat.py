@@ -42,7 +42,12 @@ TEMPLATE = """\
 {%- for message in messages %}
     {{- '<|' + message.role + '|>' }}
     {%- if message.role == 'assistant' %}
-        {%- generation %}{{ message.content + '<|im_end|>' }}{% endgeneration %}
+        {%- for part in message.content.split('<|output|>') %}
+            {%- set told = 0 if loop.first else (part.split('<|output_end|>')[0] + '<|output_end|>') | length %}
+            {%- if not loop.first %}{{ '<|output|>' + part[:told] }}{% endif %}
+            {%- generation %}{{ part[told:] }}{% endgeneration %}
+        {%- endfor %}
+        {%- generation %}{{ '<|im_end|>' }}{% endgeneration %}
     {%- else %}
         {{- message.content + '<|im_end|>' }}
     {%- endif %}
@@ -79,11 +84,12 @@ def render_conversation(messages, template, tokenizer):
     ends it, which carry loss when a model learns to answer; 0 for all others, also for what a tool told it.
 
     What the assistant says is what the template has in {% generation %}, or else what it adds to the conversation
-    before that answer. Raises ValueError for what is no conversation, or where that can't be told.
+    before that answer. A message with a "weight" of 0 carries no loss. Raises ValueError for what is no conversation,
+    or where that can't be told.
     """
     check_conversation(messages)
     hidden, shown, (begin, end) = hide_specials(messages, tokenizer)
-    if re.search(r'\{%[-+]?\s*generation\b', template):
+    if re.search(r'\{%[-+]?\s*generation\b', re.sub(r'\{#.*?#\}', '', template, flags=re.DOTALL)):
         text = apply_template(template, tokenizer, hidden, add_generation_prompt=False, marks=(begin, end))
         parts = re.split(f'[{begin}{end}]', text)
     else:
@@ -101,15 +107,25 @@ def render_conversation(messages, template, tokenizer):
             parts += [text[done : len(before)], answer[:length]]
             done = len(before) + length
         parts.append(text[done:])
-    ids, mask = [], []
+    unweighted = []  # from where to where in the text
+    for i in (i for i, message in enumerate(messages) if message.get('weight') == 0):
+        before, after = (apply_template(template, tokenizer, hidden[:n], add_generation_prompt=False)
+                         for n in (i, i + 1))
+        if not (after.startswith(before) and ''.join(parts).startswith(after)):
+            raise ValueError(f'message {i + 1} has a weight of 0, and the chat template writes it in another way once '
+                             f'the conversation goes on, so that where it is can not be told')
+        unweighted.append(range(len(before), len(after)))
+    ids, mask, at = [], [], 0
     for i, part in enumerate(parts):
         part_ids = encode_rendered(part, shown, tokenizer)
         ids += part_ids
-        mask += said_by_tool(part_ids, tokenizer) if i % 2 else [0] * len(part_ids)
+        is_learnt = i % 2 and not any(at in span for span in unweighted)
+        mask += not_told(part_ids, tokenizer) if is_learnt else [0] * len(part_ids)
+        at += len(part)
     return ids, mask
 
 
-def said_by_tool(ids, tokenizer):
+def not_told(ids, tokenizer):
     """ids of an answer -> a list of 0 from each OUTPUT to the next OUTPUT_END, both included, and of 1 elsewhere."""
     mask, inside = [], False
     for i in ids:
@@ -179,6 +195,9 @@ def check_conversation(messages):
     for i, message in enumerate(messages, 1):
         if message['role'] == 'assistant' and not message['content'].strip():
             raise ValueError(f'message {i}, an answer of the assistant, is empty; there is nothing to learn from it')
+        if message.get('weight') not in (None, 0, 1):
+            raise ValueError(f'message {i} has a weight of {json.dumps(message["weight"])[:20]}; expected 0, not to be '
+                             f'learnt, or 1')
         if message['role'] == 'assistant' and message['content'].rfind(OUTPUT) > message['content'].rfind(OUTPUT_END):
             raise ValueError(f'message {i}, an answer of the assistant, has an {OUTPUT} without an {OUTPUT_END}, so '
                              f'that where a tool ends can not be told; close it')

@@ -182,8 +182,10 @@ def model_of(state, path, dropout):
 def with_adapters(state, path, dropout):
     """model_of() a run with LoRA: the model that it began with, and the adapters. ValueError if that is not there."""
     settings = state['lora']
+    moved = os.path.join(os.path.dirname(path), settings.get('from_here') or '')  # or this starts in another folder
+    is_moved = settings.get('from_here') and not os.path.isdir(settings['init_from']) and os.path.isdir(moved)
     try:
-        model, _ = base_model(settings['init_from'], dropout)
+        model, _ = base_model(moved if is_moved else settings['init_from'], dropout)
     except ValueError as error:
         raise ValueError(f'{path} has adapters for the model in {settings["init_from"]}, which can not be loaded: '
                          f'{error}') from error

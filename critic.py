@@ -36,14 +36,18 @@ class Critic(GPT):
         critic.load_state_dict({**critic.state_dict(), **weights})
         return critic.to(next(model.parameters()).device)
 
+    def head(self, hidden):
+        """(..., C) -> (...), in fp32 also under autocast: bf16 would take two scores that differ by a 1/256 for equal."""
+        return (hidden.float() * self.value_head.weight[0]).sum(dim=-1) + self.value_head.bias
+
     def forward(self, idx):
         """ids (B, T) -> values (B, T) in fp32, each of the text up to that token."""
-        return self.value_head(self.hidden(idx)).squeeze(-1).float()
+        return self.head(self.hidden(idx))
 
     def scores(self, idx, lengths):
         """ids (B, T), padded behind, of which lengths (B,) are a conversation -> the score (B,) at its last token."""
         last = self.hidden(idx)[torch.arange(len(idx), device=idx.device), lengths - 1]  # (B, C)
-        return self.value_head(last).squeeze(-1).float()
+        return self.head(last)
 
 
 def critic_of(state, path, dropout=0.0):

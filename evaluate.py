@@ -141,7 +141,7 @@ if not 1 <= stride <= block_size:
 # a task --------------------------------------------------------------------------------------------------------------
 if task:
     part, wanted = 'train' if split == 'train' else 'all' if input else 'test', tasks.kinds_of(kinds)
-    examples = questions.examples(part, n, seed, input=input, kinds=wanted)
+    examples = tasks.examples_of(questions, part, n, seed, input, wanted)
     if not examples:
         raise ValueError(f'{input or task} has no question for --split={split}')
     for name in sorted(config.given & of_answers if 'choices' in examples[0] else ()):
@@ -162,9 +162,9 @@ if task:
         judge.to(device)
 
         def rate(example, texts):
-            return answers.ratings_of(judge, example['messages'], texts, template, text_tokenizer)
+            return answers.ratings_of(judge, tasks.asked_of(example, tools), texts, template, text_tokenizer)
     # solved ones are of another split, or else others of the same file
-    pool = questions.examples('all' if input else 'train', 1000, seed, input=input, kinds=wanted) if shots else ()
+    pool = tasks.examples_of(questions, 'all' if input else 'train', 1000, seed, input, wanted) if shots else ()
     started = time.perf_counter()
     bar = tqdm(total=len(examples), unit='question', disable=None, leave=False, dynamic_ncols=True)
     try:

@@ -443,10 +443,10 @@ def save(model, described, chat_template, folder, dtype=torch.float32):
     temporary = f'{folder.rstrip("/")}.tmp-{os.getpid()}'
     try:
         os.makedirs(temporary)
-        write_tensors(tensors_of(model, hf), temporary, dtype)
         interchange.write_hf_folder(described, temporary, more)
         for name, content in (('generation_config.json', ids), ('config.json', hf)):
             interchange.write_file(os.path.join(temporary, name), interchange.to_json(content))
+        write_tensors(tensors_of(model, hf), temporary, dtype)
         if os.path.isdir(folder):  # empty
             os.rmdir(folder)
         os.rename(temporary, folder)
@@ -547,6 +547,7 @@ def write_tensors(tensors, folder, dtype):
             save_file({name: t.to(dtype, copy=True).contiguous() for name, t in shard}, path, {'format': 'pt'})
         except SafetensorError as error:  # in which a full disk is wrapped
             raise OSError(str(error)) from error
+        shutil.copymode(os.path.join(folder, 'config.json'), path)  # save_file() lets nobody but the owner read it
         with open(path, 'rb') as f:
             os.fsync(f.fileno())
     if len(files) > 1:

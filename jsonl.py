@@ -14,29 +14,38 @@ import os
 from files import lock_folder, replace_file, unlock
 
 
-def read_objects(path):
-    """-> {line number: object}, blank lines left out. Raises ValueError naming the line that holds no JSON object."""
+def read_objects(path, bad=None):
+    """
+    -> {line number: object}, blank lines left out. Raises ValueError naming the line that holds no JSON object, unless
+    `bad`, a list, takes what is wrong with such lines.
+    """
     objects = {}
     try:
         with open(path, 'rb') as file:
             for number, line in enumerate(file, 1):
-                if line.strip():
-                    objects[number] = read_object(f'{path}, line {number}', line)
+                if not line.strip():
+                    continue
+                try:
+                    objects[number] = read_object(line)
+                except ValueError as error:
+                    if bad is None:
+                        raise ValueError(f'{path}, line {number}: {error}') from None
+                    bad.append(str(error))
     except OSError as error:
         raise ValueError(f'{path} can not be read: {error}') from error
     return objects
 
 
-def read_object(where, line):
+def read_object(line):
     try:
         value = json.loads(line.decode('utf-8-sig'))
         json.dumps(value, allow_nan=False)  # infinities are Python's, not JSON's
     except json.JSONDecodeError as error:
-        raise ValueError(f'{where}: no JSON, {error.msg} at character {error.pos + 1}') from None
+        raise ValueError(f'no JSON, {error.msg} at character {error.pos + 1}') from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f'{where}: {error}') from None
+        raise ValueError(str(error)) from None
     if not isinstance(value, dict):
-        raise ValueError(f'{where}: {json.dumps(value)[:40]} is no object; expected {{"key": value, ...}}')
+        raise ValueError(f'{json.dumps(value)[:40]} is no object; expected {{"key": value, ...}}')
     return value
 
 
@@ -69,7 +78,10 @@ class Results:
         for line in lines:
             if not line.endswith(b'\n'):  # the run was killed while it wrote this
                 break
-            entry = read_object(f'{self.part} is damaged; delete it, or name another --out: its line', line)
+            try:
+                entry = read_object(line)
+            except ValueError as error:
+                raise ValueError(f'{self.part} is damaged; delete it, or name another --out: {error}') from None
             whole += len(line)
             if 'line' in entry:
                 self.done[entry['line']] = entry['result']

@@ -151,6 +151,10 @@ if state:
     if state['config'].get('algorithm') != algorithm:
         raise ValueError(f'algorithm={algorithm!r}, but {ckpt_path} is a run of {state["config"].get("algorithm")!r}; '
                          f'resume with that, or begin anew in another --out_dir')
+    if state['config']['task'] != task:
+        raise ValueError(f'task={task!r}, but the held-out questions of {ckpt_path} are those of '
+                         f'task={state["config"]["task"]!r}, by which its best is chosen; resume with that, or begin '
+                         f'anew in another --out_dir')
     init_from = state['config']['init_from']
 reference, tokenizer, template, line = open_chat_model(init_from)
 print(f'reference: {line}')
@@ -198,7 +202,7 @@ start_iter = saved_iter = iter_num
 # the prompts, or pairs
 def prompts_of(split, n):
     """-> [(example of the task, ids of its prompt), ...], without those that leave too little room for an answer."""
-    examples = questions.examples(split, n, seed, input=input, kinds=tasks.kinds_of(kinds))
+    examples = tasks.examples_of(questions, split, n, seed, input, tasks.kinds_of(kinds))
     if not examples:
         raise ValueError(f'task={task}: there is no {split} question' + (f' in {input}' if input else '')
                          + (f' of kinds={kinds!r}' if kinds else '') + '; of a file about a tenth are in val, so it '

@@ -57,7 +57,7 @@ crop_prompt = False  # True: of a prompt longer than the context the model sees 
 num_samples = 10  # how many to draw of each prompt; a chat has one answer
 max_new_tokens = 500  # tokens in each
 batch_size = 16  # prompts of a file times samples at once
-slide = 1  # tokens that a full context drops at once; 1: exact, but every token then costs a pass over all of it
+slide = 1  # tokens a full context drops at once; 1: exact, a pass over all of it for each; more: depends on the batch
 
 # which token comes next
 temperature = 0.8  # 1.0: as the model says; lower: less random; 0: always the likeliest token
@@ -224,14 +224,16 @@ if chat:
     stop_ids, ends = find_endings(template, text_tokenizer)
     stops += ends * (constraint is None)
     if tools:
+        if template is None:
+            raise ValueError('tools=True: expected a chat model, one trained on conversations')
         calculator.check_tokenizer(text_tokenizer)
         system = f'{system} {calculator.SYSTEM}'.strip()
 
     def answer(ids, number):
         """The text of an answer as it grows; one that calls the calculator goes on with what it is told."""
-        said, left = '', max_new_tokens
+        said, left, n_calls = '', max_new_tokens, 0
         while left > 0:
-            for [sample] in draw([ids[-block_size:]], [number], 1):
+            for [sample] in draw([ids[-block_size:]], [number + n_calls * 2**16], 1):  # a call: other random numbers
                 yield said + sample.shown(stops)
                 has_called = tools and sample.ids[-1:] == [text_tokenizer.special_tokens[calculator.PYTHON_END]]
                 if has_called or len(sample.ids) == left:
@@ -239,7 +241,7 @@ if chat:
             if not has_called:
                 return
             told = calculator.output_of(sample.ids, text_tokenizer)
-            ids, left = ids + sample.ids + told, left - len(sample.ids) - len(told)
+            ids, left, n_calls = ids + sample.ids + told, left - len(sample.ids) - len(told), n_calls + 1
             said += sample.text + text_tokenizer.decode(told)
             yield said
 

@@ -151,6 +151,7 @@ check(config, (
      f'at least warmup_iters={warmup_iters}, or the rate would fall before it has risen'),
     ('warmup_iters', lambda value: value <= max_iters or lr_decay_iters is not None or 'warmup_iters' not in
      config.given, f'at most max_iters={max_iters}, or the rate would never reach its highest'),
+    ('lora_alpha', lambda value: 0 < value < math.inf, 'more than 0'),
     ('lora_rank', lambda value: value == 0 or init_from not in ('scratch', 'auto'),
      f'0 with init_from={init_from!r}, since adapters need a model; name it, --init_from=FOLDER'),
     ('lora_alpha lora_targets lora_int8', lambda value: lora_rank > 0 or init_from == 'resume' or
@@ -264,7 +265,8 @@ if state is not None:
                              f'--out_dir')
     config.update(used)
 elif lora_rank:
-    adapted = {'init_from': init_from, 'digest': lora.digest(model), 'rank': lora_rank, 'alpha': lora_alpha,
+    from_here = os.path.relpath(init_from, out_dir) if os.path.isdir(init_from) else None
+    adapted = {'init_from': init_from, 'from_here': from_here, 'digest': lora.digest(model), 'rank': lora_rank, 'alpha': lora_alpha,
                'targets': lora_targets.split(','), 'int8': lora_int8}
     lora.add(model, lora_rank, lora_alpha, adapted['targets'], lora_int8)
 if text_tokenizer is None and init_from in ('scratch', 'resume') and model.config.vocab_size >= 50257:

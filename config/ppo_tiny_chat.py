@@ -15,7 +15,7 @@ reward_model = 'out-reward-tiny-chat'
 eval_interval = 10
 eval_examples = 350
 
-max_iters = 40
+max_iters = 30
 prompts_per_step = 128
 group_size = 1
 max_new_tokens = 128  # the longest steps to an answer take 112

@@ -10,10 +10,10 @@ The reward model of data/tiny_chat: which of two answers is the better, learnt f
 out_dir = 'out-reward-tiny-chat'
 init_from = 'out-sft-tiny-chat'
 data = 'data/tiny_chat/pairs.jsonl'
-eval_interval = 200
+eval_interval = 300
 log_interval = 50
 
-max_iters = 750
+max_iters = 600
 batch_size = 32
 micro_batch_size = 8
 optimizer = 'muon'

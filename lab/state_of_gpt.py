@@ -30,12 +30,14 @@ import math
 import os
 import runpy
 import shlex
+import signal
 import subprocess
 import sys
 import time
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # Python looks only beside the script
 
+import checkpoint
 import download
 import files
 from bench.common import table as aligned
@@ -84,8 +86,8 @@ def stages(home):
     sampled = {'num_samples': num_samples, 'temperature': 1.0, 'reward_model': at['reward']}
     return [
         ('data', script('data/tiny_chat/prepare.py', out_dir=at['data'])),
-        ('tokens', script('data/text/prepare.py', input=os.path.join(at['data'], 'corpus.jsonl'), out_dir=at['texts'],
-                          tokenizer=tokens)),
+        ('texts', script('data/text/prepare.py', input=os.path.join(at['data'], 'corpus.jsonl'), out_dir=at['texts'],
+                         tokenizer=tokens)),
         ('base', learn('train.py', 'tiny_web.py', None, dataset=at['texts'], out_dir=at['base'], n_layer=n_layer,
                        n_embd=n_embd)),
         ('ask base', ask('base', shots=0, max_new_tokens=40)),
@@ -104,20 +106,35 @@ def stages(home):
     ]
 
 
+def goes_on():
+    return f'the same command goes on from there:\n  {shlex.join(["python", *sys.argv])}'
+
+
 def run(name, command, can_resume):
     """Run a stage to its end. -> what it found, of those that ask"""
     if can_resume:
         command = [*(part for part in command if not part.startswith('--init_from')), '--init_from=resume']
     asks, questions = name.startswith('ask'), f'echo {shlex.quote(QUESTIONS)} | ' if name == 'chat' else ''
     print(f'\n== {name} {"=" * (76 - len(name))}\n$ {questions}{shlex.join(command)}', flush=True)
-    done = subprocess.run([sys.executable, *command[1:]], stdout=subprocess.PIPE if asks else None, text=True,
-                          input=f'{QUESTIONS}\n' if questions else None)
-    if done.returncode:
-        raise SystemExit(f'the stage {name!r} ended with exit code {done.returncode}, see above; the same command goes '
-                         f'on from there:\n  {shlex.join(["python", *sys.argv])}')
+    stage = subprocess.Popen([sys.executable, *command[1:]], stdout=subprocess.PIPE if asks else None, text=True,
+                             stdin=subprocess.PIPE if questions else None)
+    try:
+        printed, _ = stage.communicate(f'{QUESTIONS}\n' if questions else None)
+    except KeyboardInterrupt:  # a stage that trains saves before it ends
+        stage.terminate()
+        stage.wait()
+        raise SystemExit(f'stopped in the stage {name!r}; {goes_on()}') from None
+    if stage.returncode:
+        raise SystemExit(f'the stage {name!r} ended with exit code {stage.returncode}, see above; {goes_on()}')
     if asks:
-        print(done.stdout[: done.stdout.rstrip().rindex('\n')], flush=True)
-        return json.loads(done.stdout.splitlines()[-1])
+        print(printed[: printed.rstrip().rindex('\n')], flush=True)
+        return json.loads(printed.splitlines()[-1])
+
+
+def is_whole(folder):
+    """Whether a run took all its steps: one that a signal has stopped saves and ends like another."""
+    with open(os.path.join(folder, 'config.json'), encoding='utf-8') as file:
+        return checkpoint.load(os.path.join(folder, 'ckpt.pt'))['iter_num'] >= json.load(file)['max_iters']
 
 
 def recipe_of(command):
@@ -128,29 +145,49 @@ def recipe_of(command):
     return [download.file_sha256(path) for path in paths]
 
 
+def builds_on(command, names, home):
+    """Whether a command reads or writes in the folder of one of these stages."""
+    folders = {os.path.join(home, name) for name in names}
+    values = [part.partition('=')[2] for part in command]
+    return any(folders & {value, os.path.dirname(value)} for value in values)
+
+
 def run_all(home):
     """
-    Run the stages that are not done yet. home/stages.json says which are; from the first one whose command or recipe is
-    another now all are run again, since they build on each other. -> {name: {'command', 'recipe', 'seconds', 'found'}}
+    Run the stages that are not done yet; home/stages.json says which are. One whose command or recipe is another now is
+    run again, and so are those that build on it. -> {name: {'command', 'recipe', 'seconds', 'found'}}
     """
     path = os.path.join(home, 'stages.json')
     done = {}
     if os.path.exists(path):
         with open(path, encoding='utf-8') as file:
             done = json.load(file)
-    for i, (name, command) in enumerate(stages(home)):
+
+    def note():
+        files.replace_file(path, json.dumps(done, indent=1).encode())
+
+    for name, command in stages(home):
+        folder = os.path.join(home, name)
+        ckpt_path = os.path.join(folder, 'ckpt.pt')
         record, what = done.get(name, {}), {'command': command, 'recipe': recipe_of(command)}
-        was_begun, ckpt_path = what.items() <= record.items(), os.path.join(home, name, 'ckpt.pt')
+        was_begun = what.items() <= record.items()
         if was_begun and record['seconds'] is not None:
             continue
-        if not was_begun and os.path.exists(ckpt_path):  # of another command or recipe: nothing to go on from
-            os.remove(ckpt_path)
-        done = {**dict(list(done.items())[:i]), name: {**what, 'seconds': None, 'found': None}}
-        files.replace_file(path, json.dumps(done, indent=1).encode())
+        outdated = {name}
+        for later, its_command in stages(home):
+            if builds_on(its_command, outdated, home):
+                outdated.add(later)
+        done = {of: record for of, record in done.items() if of not in outdated}
+        if not was_begun and (aside := checkpoint.put_aside(folder)):
+            print(f'{folder} held another run; it is in {aside} now')
+        done[name] = {**what, 'seconds': None, 'found': None}
+        note()
         started = time.perf_counter()
         found = run(name, command, was_begun and os.path.exists(ckpt_path))
+        if os.path.exists(ckpt_path) and not is_whole(folder):
+            raise SystemExit(f'the stage {name!r} was stopped; {goes_on()}')
         done[name].update(seconds=round(time.perf_counter() - started, 1), found=found)
-        files.replace_file(path, json.dumps(done, indent=1).encode())
+        note()
     return done
 
 
@@ -215,6 +252,7 @@ def main():
     common.pyplot()  # whether it is there, before and not after the work
     home = os.path.join(out, 'state_of_gpt')
     common.start(home, seed)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the stage that runs is told, and saves
     done = run_all(home)
     rows = rows_of(done)
     kinds = [kind for kind in done['ask sft']['found']['kinds'] if kind != 'all']

@@ -47,6 +47,8 @@ from generate import bos_ids, generate_texts, uniforms
 
 LETTERS = 'ABCDEFGHIJ'  # of the choices
 SPLITS = ('train', 'val', 'test')
+FUNCTIONS = ('examples', 'extract', 'evaluate', 'reward')  # of a task
+KEYS = ('messages', 'context', 'solution', 'answer', 'kind')  # of an example
 
 # Tasks and their examples ---------------------------------------------------------------------------------------------
 
@@ -61,6 +63,18 @@ def load(name):
         raise ValueError(f'there is no task {name!r}; expected one of {", ".join(there)}, or a file tasks/{name}.py '
                          f'of your own, see tasks/common.py')
     return importlib.import_module(f'tasks.{name}')
+
+
+def examples_of(task, split, n, seed, input, kinds):
+    """task.examples(...). ValueError for a task, or an example, that lacks what they all have."""
+    if missing := [name for name in FUNCTIONS if not hasattr(task, name)]:
+        raise ValueError(f'{task.__file__} has no {", ".join(missing)}; expected what tasks/common.py says of a task')
+    examples = task.examples(split, n, seed, input=input, kinds=kinds)
+    for example in examples:
+        if missing := [key for key in KEYS if key not in example]:
+            raise ValueError(f'{task.__file__}: an example has no {", ".join(missing)}; expected what tasks/common.py '
+                             f'says of examples, but it is {str(example)[:60]}')
+    return examples
 
 
 def split_of(content):
@@ -192,10 +206,14 @@ def few_shot_prompt(example, pool, shots, tokenizer, room):
     raise too_long(example, ids, room)
 
 
+def asked_of(example, tools):
+    """What a chat model is asked, messages; with tools it is told first that it has a calculator."""
+    return [{'role': 'system', 'content': SYSTEM}] * tools + example['messages']
+
+
 def chat_prompt(example, template, tokenizer, room, tools=False):
     """The ids after which an assistant answers. tools: it is told that it has a calculator."""
-    system = [{'role': 'system', 'content': SYSTEM}] if tools else []
-    ids = render(system + example['messages'], template, tokenizer)
+    ids = render(asked_of(example, tools), template, tokenizer)
     if len(ids) > room:
         raise too_long(example, ids, room)
     return ids
@@ -354,7 +372,7 @@ def wilson(n_right, n, z=1.959964):
     p, spread = n_right / n, z * z / n
     centre = (p + spread / 2) / (1 + spread)
     half = z / (1 + spread) * math.sqrt(p * (1 - p) / n + spread / (4 * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return 0.0 if n_right == 0 else centre - half, 1.0 if n_right == n else centre + half
 
 
 def accuracies(kinds, rights):

@@ -28,13 +28,15 @@ def example_of(row):
         question, choices = question['stem'], question['choices']
     if choices is None:
         choices = [row[letter] for letter in LETTERS if letter in row]
+    if not isinstance(choices, (list, dict)) or not choices:
+        raise ValueError(f'the choices are {choices!r}')
     labels = list(LETTERS[: len(choices)])
     if isinstance(choices, dict):
         choices, labels = choices['text'], choices['label']
     elif isinstance(choices[0], dict):
         choices, labels = [choice['text'] for choice in choices], [choice['label'] for choice in choices]
     answer = row['answerKey'] if 'answerKey' in row else row['answer']
-    if not isinstance(answer, int) and answer.strip() not in labels:
+    if type(answer) is not int and (not isinstance(answer, str) or answer.strip() not in labels):
         raise ValueError(f'the answer is {answer!r}, and the choices are {", ".join(labels)}')
     label = answer if isinstance(answer, int) else labels.index(answer.strip())
     question = question.strip()

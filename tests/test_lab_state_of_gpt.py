@@ -2,21 +2,33 @@
 
 import json
 import os
+import re
+import signal
 
 import pytest
 from conftest import load_lab
+
+import checkpoint
 
 TINY = {'share': 0.01, 'n': 14, 'num_samples': 2, 'n_layer': 1, 'n_embd': 16, 'out': 'out'}
 
 
 def test_all_stages(folder):
-    """They end in a table, a picture and numbers; a second time nothing is left to do but these."""
+    """
+    They end in a table, a picture and numbers; a second time nothing is left to do but these. Stopped on the way, it
+    goes on.
+    """
+    stopped = folder.start('lab/state_of_gpt.py', **TINY)
+    stopped.wait_for(r'== sft =[\s\S]*step 0: val loss', timeout=200)
+    stopped.kill(signal.SIGTERM).refused('the same command goes on from there:', 'saved out/state_of_gpt/sft/ckpt.pt')
+    assert re.search("stopped in the stage '(ask )?sft'; ", stopped.out)
     run = folder.start('lab/state_of_gpt.py', **TINY).wait(timeout=300)
     assert run.code == 0, run.out
+    assert '== base' not in run.out
     home = folder.path / 'out' / 'state_of_gpt'
     stages = json.loads((home / 'stages.json').read_text())
     for name, record in stages.items():
-        assert f'== {name} ' in run.out and record['seconds'] > 0
+        assert f'== {name} ' in stopped.out + run.out and record['seconds'] > 0
         assert (record['found'] is not None) == name.startswith('ask')
         assert record['found'] is None or record['found']['n'] == 14
     *_, table = run.out.partition('14 held-out questions')
@@ -47,37 +59,61 @@ def test_refused(folder, settings, said):
 
 
 def test_another_setting_runs_what_depends_on_it(tmp_path, monkeypatch):
-    """From the first stage whose command is another one, all are run again."""
+    """A stage whose command or recipe is another one is run again, and so is what builds on it, and nothing else."""
     monkeypatch.chdir(tmp_path)
-    ran = []
+    ran, recipes, is_whole, changed = [], [], True, []
 
     def run_all(**settings):
         lab = load_lab('state_of_gpt', '--out=out', *(f'--{key}={value}' for key, value in settings.items()))
         monkeypatch.setattr(lab, 'run', lambda name, command, can_resume: ran.append((name, can_resume)))
+        monkeypatch.setattr(lab, 'is_whole', lambda folder: is_whole)
         (tmp_path / 'out').mkdir(exist_ok=True)
         ran.clear()
         lab.run_all('out')
         return [name for name, _ in ran]
 
-    recipes = []
-    monkeypatch.setattr('download.file_sha256', lambda path: recipes.append(path) or open(path).read())
+    def recipe(path):
+        recipes.append(os.path.basename(path))
+        return recipes[-1] in changed
+
+    monkeypatch.setattr('download.file_sha256', recipe)
     first = run_all()
-    assert [os.path.basename(path) for path in recipes] == [
-        *['prepare.py', 'tiny_chat.py'] * 2, 'tiny_web.py', 'sft_tiny_chat.py', 'reward_tiny_chat.py',
-        'ppo_tiny_chat.py', 'grpo_tiny_chat.py']
+    assert recipes == [*['prepare.py', 'tiny_chat.py'] * 2, 'tiny_web.py', 'sft_tiny_chat.py', 'reward_tiny_chat.py',
+                       'ppo_tiny_chat.py', 'grpo_tiny_chat.py']
     assert first[0] == 'data' and first[-2:] == ['ask grpo', 'chat'] and len(first) == len(set(first))
     assert run_all() == []
-    assert run_all(num_samples=4) == first[first.index('ask sft, samples') :]
+    assert run_all(num_samples=4) == ['ask sft, samples']
+    assert run_all(num_samples=4, n=70) == [name for name in first if name.startswith('ask')]
+    changed.append('reward_tiny_chat.py')
+    assert run_all(num_samples=4, n=70) == ['reward', 'ask sft, samples', 'ppo', 'ask ppo']
     (tmp_path / 'out' / 'sft').mkdir()
-    (tmp_path / 'out' / 'sft' / 'ckpt.pt').touch()  # of the run before
-    assert run_all(num_samples=4, n=70) == first[first.index('ask base') :]
+    (tmp_path / 'out' / 'sft' / 'ckpt.pt').touch()
+    changed.append('sft_tiny_chat.py')  # the run before is put aside, and its checkpoint not gone on from
+    assert run_all(num_samples=4, n=70) == first[first.index('sft') :]
     assert not any(can_resume for _, can_resume in ran)
-    monkeypatch.setattr('download.file_sha256', lambda path: open(path).read() + '# new' * ('ppo' in path))
-    assert run_all(num_samples=4, n=70) == first[first.index('ppo') :]
+    assert os.listdir(tmp_path / 'out' / 'sft' / 'previous-1') == ['ckpt.pt']
+    assert run_all(num_samples=4, n=70, n_layer=2) == first[first.index('base') :]
+
+    # a stage that was stopped ends without an error; it goes on where it saved, if it had
     stages = json.loads((tmp_path / 'out' / 'stages.json').read_text())
-    stages['sft']['seconds'] = None  # stopped before, and after its first checkpoint
+    stages['sft']['seconds'] = None
     for n_checkpoints in range(2):
         (tmp_path / 'out' / 'stages.json').write_text(json.dumps(stages))
-        assert run_all(num_samples=4, n=70) == first[first.index('sft') :]
+        assert run_all(num_samples=4, n=70, n_layer=2) == first[first.index('sft') :]
         assert dict(ran)['sft'] == bool(n_checkpoints)
         (tmp_path / 'out' / 'sft' / 'ckpt.pt').touch()
+    (tmp_path / 'out' / 'stages.json').write_text(json.dumps(stages))
+    is_whole = False
+    with pytest.raises(SystemExit, match="'sft' was stopped; the same command goes on"):
+        run_all(num_samples=4, n=70, n_layer=2)
+    assert [name for name, _ in ran] == ['sft']
+    is_whole = True
+    assert run_all(num_samples=4, n=70, n_layer=2) == first[first.index('sft') :]
+
+
+def test_is_whole(tmp_path):
+    lab = load_lab('state_of_gpt')
+    checkpoint.save(str(tmp_path), {'model': {}, 'iter_num': 3}, is_best=False)
+    for max_iters, is_whole in ((3, True), (4, False)):
+        (tmp_path / 'config.json').write_text(json.dumps({'max_iters': max_iters}))
+        assert lab.is_whole(tmp_path) == is_whole

@@ -2,7 +2,7 @@
 shape or ShareGPT's.
 
     python data/chat/prepare.py --input=talks.jsonl --tokenizer=out-base
-    python train.py --init_from=out-base --dataset=talks --out_dir=out-chat
+    python train.py config/sft.py --init_from=out-base --dataset=talks
 
     {"messages": [{"role": "user", "content": "Hello"},
                   {"role": "assistant", "content": "Hi!"}]}
@@ -93,32 +93,34 @@ def main():
         template = chat.TEMPLATE
         conversations.check_tokenizer(tokenizer, f'--tokenizer={args.tokenizer}')
 
-    found, bad, n_cut, digest = {'train': [], 'val': []}, Counter(), 0, hashlib.sha256()
-    for number, value in jsonl.read_objects(args.input).items():
+    found, bad, n_cut, digest = {'train': [], 'val': []}, [], 0, hashlib.sha256()
+    for number, value in jsonl.read_objects(args.input, bad if args.skip_bad else None).items():
         try:
             messages = conversations.messages_of(value)
             ids, mask, was_cut = conversations.render(messages, template, tokenizer, row)
         except ValueError as error:
             if not args.skip_bad:
                 raise ValueError(f'{args.input}, line {number}: {error} (--skip_bad leaves such lines out)') from None
-            bad[str(error)[:70]] += 1
+            bad.append(str(error))
             continue
         n_cut += was_cut
         text = json.dumps(messages)
         digest.update(text.encode())
         split = 'val' if corpus.text_hash(text) < args.val_fraction else 'train'
         found[split].append((ids, mask))
-    for reason, count in bad.most_common(5):
+    reasons = Counter(reason[:60] for reason in bad)
+    for reason, count in reasons.most_common(5):
         print(f'left out {count:,}: {reason}', file=sys.stderr)
-    if len(bad) > 5:
-        print(f'left out {sum(bad.values()):,} in all', file=sys.stderr)
+    if len(reasons) > 5:
+        print(f'left out {len(bad):,} in all', file=sys.stderr)
     if n_cut:
         print(f'{n_cut:,} conversations end early, at the end of their row; longer rows: --block_size', file=sys.stderr)
     conversations.write_dataset(out_dir, found, tokenizer, template, row, source=os.path.basename(args.input),
                                 val_fraction=args.val_fraction, sha256=digest.hexdigest())
-    start = f' --init_from={args.tokenizer}' if os.path.isdir(args.tokenizer) else ''
+    start = args.tokenizer if os.path.isdir(args.tokenizer) else 'FOLDER'
     print(f'wrote  {os.path.relpath(out_dir)} in {time.time() - started:.1f} s\n'
-          f'next:  python train.py{start} --dataset={shlex.quote(dataset)} --out_dir=out-{name}')
+          f'next:  python train.py config/sft.py --init_from={shlex.quote(start)} --dataset={shlex.quote(dataset)} '
+          f'--out_dir={shlex.quote(f"out-{name}")}')
 
 
 if __name__ == '__main__':

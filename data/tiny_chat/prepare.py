@@ -164,7 +164,7 @@ def main():
     parser.add_argument('--conversations', type=corpus.positive, default=50_000, help='to finetune on (50,000)')
     parser.add_argument('--steps', type=float, default=0.75,
                         help='share of sums in them with the steps to the answer; a third of that of all else (0.75)')
-    parser.add_argument('--pairs', type=corpus.positive, default=20_000, help='pairs of answers (20,000)')
+    parser.add_argument('--pairs', type=corpus.positive, default=30_000, help='pairs of answers (30,000)')
     parser.add_argument('--documents', type=corpus.positive, default=30_000, help='texts to pretrain on (30,000)')
     parser.add_argument('--block_size', type=corpus.positive, default=256, help='context to pack for (256)')
     parser.add_argument('--vocab_size', type=corpus.positive, help='ids (a byte each, and the special tokens)')
@@ -175,24 +175,15 @@ def main():
     if not 0 <= args.steps <= 1:
         raise ValueError(f'--steps={args.steps}: expected a share, 0 to 1')
 
-    os.makedirs(args.out_dir, exist_ok=True)
-    lock = lock_folder(args.out_dir)
     texts = list(documents(args.documents, args.seed))
     train = list(talks('train', args.conversations, args.seed, args.steps))
     val = list(talks('val', max(1, args.conversations // 20), args.seed, args.steps))
     pairs = list(preferences(args.pairs, args.seed))
-    sizes = {}
-    for name, rows in (('corpus', texts), ('conversations', train), ('pairs', pairs)):
-        content = b''.join(map(jsonl.to_line, rows))
-        replace_file(os.path.join(args.out_dir, f'{name}.jsonl'), content)
-        sizes[name] = len(rows), len(content), hashlib.sha256(content).hexdigest()
     if args.vocab_size:
         tokenizer = tokenizers.BPETokenizer.train((text['text'] for text in texts), args.vocab_size,
                                                   special_tokens=chat.SPECIAL_TOKENS)
     else:
         tokenizer = tokenizers.BPETokenizer([], None, {token: 256 + i for i, token in enumerate(chat.SPECIAL_TOKENS)})
-    tokenizer.save(os.path.join(args.out_dir, 'chat.json'))
-    unlock(lock)
 
     row = args.block_size + 1
     found, n_cut = {'train': [], 'val': []}, 0
@@ -203,6 +194,15 @@ def main():
             n_cut += was_cut
     if n_cut:
         print(f'{n_cut:,} conversations end early, at the end of their row; longer rows: --block_size', file=sys.stderr)
+
+    os.makedirs(args.out_dir, exist_ok=True)
+    lock, sizes = lock_folder(args.out_dir), {}
+    for name, rows in (('corpus', texts), ('conversations', train), ('pairs', pairs)):
+        content = b''.join(map(jsonl.to_line, rows))
+        replace_file(os.path.join(args.out_dir, f'{name}.jsonl'), content)
+        sizes[name] = len(rows), len(content), hashlib.sha256(content).hexdigest()
+    tokenizer.save(os.path.join(args.out_dir, 'chat.json'))
+    unlock(lock)
     conversations.write_dataset(args.out_dir, found, tokenizer, chat.TEMPLATE, row, source='tasks/tiny_chat.py',
                                 sha256=sizes['conversations'][2])
     for name, (count, size, sha256) in sizes.items():

@@ -108,7 +108,9 @@ def render_conversation(messages, template, tokenizer):
             done = len(before) + length
         parts.append(text[done:])
     unweighted = []  # from where to where in the text
-    for i in (i for i, message in enumerate(messages) if message.get('weight') == 0):
+    for i, message in enumerate(messages):
+        if message['role'] != 'assistant' or message.get('weight') != 0:
+            continue
         before, after = (apply_template(template, tokenizer, hidden[:n], add_generation_prompt=False)
                          for n in (i, i + 1))
         if not (after.startswith(before) and ''.join(parts).startswith(after)):

@@ -182,16 +182,21 @@ def model_of(state, path, dropout):
 def with_adapters(state, path, dropout):
     """model_of() a run with LoRA: the model that it began with, and the adapters. ValueError if that is not there."""
     settings = state['lora']
-    moved = os.path.join(os.path.dirname(path), settings.get('from_here') or '')  # or this starts in another folder
-    is_moved = settings.get('from_here') and not os.path.isdir(settings['init_from']) and os.path.isdir(moved)
-    try:
-        model, _ = base_model(moved if is_moved else settings['init_from'], dropout)
-    except ValueError as error:
-        raise ValueError(f'{path} has adapters for the model in {settings["init_from"]}, which can not be loaded: '
-                         f'{error}') from error
-    if lora.digest(model) != settings['digest']:
-        raise ValueError(f'{path} has adapters for the model that was in {settings["init_from"]}; the one that is '
-                         f'there now has other weights. Put that back, or train them anew')
+    places = [settings['init_from']]
+    if settings.get('from_here'):  # seen from the adapters: this may start in another folder, or both have moved
+        places.append(os.path.normpath(os.path.join(os.path.dirname(path), settings['from_here'])))
+    places = [place for place in dict.fromkeys(places) if os.path.isdir(place)] or places[:1]
+    for place in places:
+        try:
+            model, _ = base_model(place, dropout)
+        except ValueError as error:
+            raise ValueError(f'{path} has adapters for the model in {place}, which can not be loaded: '
+                             f'{error}') from error
+        if lora.digest(model) == settings['digest']:
+            break
+    else:
+        raise ValueError(f'{path} has adapters for the model that was in {" or ".join(places)}; the one that is there '
+                         f'now has other weights. Put that back, or train them anew')
     if state['model_args']['block_size'] != model.config.block_size:
         model.crop_block_size(state['model_args']['block_size'])
     lora.add(model, settings['rank'], settings['alpha'], settings['targets'], settings['int8'])

@@ -29,15 +29,14 @@ def messages_of(value):
     if 'messages' in value:
         messages = value['messages']
         if isinstance(messages, list):  # what else there may be, such as names, is left out
-            messages = [{key: value for key, value in message.items()
-                         if key in ('role', 'content') or (key == 'weight' and value != 1)}
+            messages = [{key: said for key, said in message.items()
+                         if key in ('role', 'content') or (key == 'weight' and said not in (None, 1))}
                         if isinstance(message, dict) else message for message in messages]
         return messages
     if not isinstance(value.get('conversations'), list):
         raise ValueError(f'no conversation; expected "messages" or "conversations", a list, but it has '
                          f'{", ".join(map(repr, value)) or "nothing"}')
-    system = value.get('system')
-    messages = [{'role': 'system', 'content': system}] if system not in (None, '') else []
+    messages = [{'role': 'system', 'content': value['system']}] if value.get('system') else []
     for turn in value['conversations']:
         who = turn.get('from') if isinstance(turn, dict) else None
         if not isinstance(who, str) or who not in SHAREGPT:
@@ -64,11 +63,11 @@ def render(messages, template, tokenizer, row):
     """
     ids, mask = chat.render_conversation(messages, template, tokenizer)
     if not any(mask):
-        raise ValueError('no token of it carries loss; expected an answer whose "weight" is not 0, and that the chat '
-                         'template writes, within {% generation %} if it has that')
+        raise ValueError('no token of it carries loss; expected an answer whose "weight" is not 0, and inside of '
+                         '{% generation %} if the chat template has that')
     if not any(mask[1:row]):
-        raise ValueError(f'cut to {row} of its {len(ids)} tokens, it ends before the first answer; make longer rows, '
-                         f'--block_size={len(ids) - 1}, if the context of the model has room')
+        raise ValueError(f'cut to {row} of its {len(ids)} tokens, it ends before the first answer that carries loss; '
+                         f'make longer rows, --block_size={len(ids) - 1}, if the context of the model has room')
     return ids[:row], mask[:row], len(ids) > row
 
 
@@ -121,9 +120,6 @@ def write_dataset(out_dir, conversations, tokenizer, template, row, **described)
     for split, found in conversations.items():
         ids, masks = fill(found, row, padding)
         files[f'{split}_mask.bin'], files[f'{split}.bin'] = masks.tobytes(), ids.astype(dtype).tobytes()
-        if not masks.any():
-            raise ValueError(f'no conversation in {split} has a token that carries loss; give more of them, or another '
-                             f'--val_fraction')
         packed[split] = {'conversations': len(found), 'tokens': ids.size, 'targets': int(masks.sum()),
                          'padding': ids.size - sum(len(ids) for ids, _ in found)}
     meta = {'version': 2, 'dtype': dtype.name, 'vocab_size': tokenizer.vocab_size, 'row': row,

@@ -78,6 +78,7 @@ which = 'best'  # 'best': best.pt where there is one, else ckpt.pt; 'last': ckpt
 dataset = ''  # a folder under data/, or the path of one elsewhere; '': the one the checkpoint was trained on
 split = 'val'  # of the dataset: 'val' or 'train'
 input = ''  # instead of a dataset: a text file, .jsonl, .csv, .tsv, .parquet or a folder of such, for any tokenizer
+text_key = 'text'  # the field of .jsonl, .csv, .tsv and .parquet that holds the text
 stride: int | None = None  # tokens from a window to the next, 1 to block_size; None or 0: block_size
 block_size: int | None = None  # context length, tokens; None: the model's; with pos='rope' it may be longer
 max_tokens: int | None = None  # only the first so many tokens of the text; None: all
@@ -108,6 +109,7 @@ check(config, (
     ('max_tokens', lambda value: value is None or value >= 2, '2 or more (the first is not predicted), or None'),
     ('batch_size', lambda value: value is None or value >= 1, '1 or more, or None'),
     ('quantize', lambda value: value in ('', 'int8'), "'int8', or '' for none"),
+    ('text_key', lambda value: value == 'text' or input, 'a text beside it, --input=FILE'),
     ('input', lambda value: not (value and dataset), f'this or --dataset={dataset}, not both'),
     ('n max_new_tokens num_samples', lambda value: value >= 1, '1 or more'),
     ('shots', lambda value: value is None or value >= 0, '0 or more, or None'),
@@ -119,7 +121,7 @@ check(config, (
 ))
 of_tasks = {'n', 'kinds', 'shots', 'max_new_tokens', 'num_samples', 'reward_model', 'temperature', 'tools', 'seed'}
 of_answers = {'num_samples', 'reward_model', 'temperature', 'tools'}  # of tasks, but not of multiple choice
-of_texts = {'dataset', 'stride', 'max_tokens', 'compile'}
+of_texts = {'dataset', 'text_key', 'stride', 'max_tokens', 'compile'}
 for name in sorted(config.given & (of_texts if task else of_tasks)):
     raise ValueError(f'{name}={config[name]!r} is for {"texts" if task else "tasks"}, and does not go with '
                      f'{f"--task={task}" if task else "a text; name a task: --task=tiny_chat"}')
@@ -202,7 +204,7 @@ def read_input():
     if len(files) == 1 and not corpus.is_rows(files[0]):
         yield from corpus.read_text(files[0])
     else:
-        for text in corpus.read_documents(files):
+        for text in corpus.read_documents(files, text_key):
             yield text + corpus.SEPARATOR
 
 

@@ -64,6 +64,10 @@ def by_probability(logits, log_total, top_p, min_p):
     return logits.sort(descending=True)
 
 
+class NotNumbers(ValueError):
+    """The logits of a model are not numbers."""
+
+
 def uniforms(seed, prompt, sample, n):
     """
     n numbers of [0, 1) that decide over the tokens of a sample: a function of the seed and the numbers of the prompt
@@ -251,7 +255,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=
             ended[row] = ended[row] or drawn in stop_ids
         logprobs = plain.gather(1, next_id) - plain.logsumexp(-1, keepdim=True)
         if logprobs.isnan().any():
-            raise ValueError('the logits are not numbers: the weights are broken, or their precision can not hold what '
+            raise NotNumbers('the logits are not numbers: the weights are broken, or their precision can not hold what '
                              'they give (--dtype=float32 can)')
         found = next_id.to(device), logprobs
         if len(rows) < B:

@@ -534,7 +534,11 @@ def tensors_of(model, hf):
 
 
 def write_tensors(tensors, folder, dtype):
-    """Write {name: tensor} as model.safetensors or, where that is larger than SHARD, as several files and an index."""
+    """
+    Write {name: tensor} as model.safetensors or, where that is larger than SHARD, as several files and an index.
+
+    All with the permissions of the config.json that is there.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 

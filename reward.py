@@ -70,10 +70,10 @@ config = override(globals())
 sys.excepthook = explain_errors
 check(config, (
     ('data', bool, 'a file of pairs: --data=FILE.jsonl'),
-    ('eval_interval log_interval batch_size', lambda value: value >= 1, '1 or more'),
+    ('max_iters eval_interval log_interval batch_size', lambda value: value >= 1, '1 or more'),
     ('optimizer', lambda value: value in ('adamw', 'muon'), "'adamw' or 'muon'"),
     ('learning_rate', lambda value: optimizer == 'adamw' or value > 0, "above 0 with optimizer='muon'"),
-    ('max_iters micro_batch_size warmup_iters weight_decay grad_clip min_lr learning_rate muon_lr embedding_lr',
+    ('micro_batch_size warmup_iters weight_decay grad_clip min_lr learning_rate muon_lr embedding_lr',
      lambda value: 0 <= value < math.inf, '0 or more'),
     ('min_lr', lambda value: value <= learning_rate,
      f'at most learning_rate={learning_rate}, as the rate would rise to it; usually a tenth of that'),

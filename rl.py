@@ -57,7 +57,7 @@ from answers import (
 )
 from calculator import generate_with_tools
 from configurator import check, explain_errors, override
-from generate import uniforms
+from generate import NotNumbers, uniforms
 from tasks import common as tasks
 
 sys.stdout.reconfigure(errors='replace', line_buffering=True)
@@ -122,9 +122,9 @@ check(config, (
     ('skip_equal', lambda value: not value or algorithm == 'grpo', 'False, but with --algorithm=grpo'),
     ('group_size', lambda value: value >= (2 if algorithm == 'grpo' else 1),
      '1 or more, and for grpo, which compares the answers to a prompt, 2'),
-    ('eval_interval log_interval train_examples eval_examples prompts_per_step max_new_tokens epochs minibatch_size '
-     'micro_batch_size', lambda value: value >= 1, '1 or more'),
-    ('max_iters warmup_iters kl_coef weight_decay grad_clip learning_rate critic_lr value_clip critic_warmup',
+    ('max_iters eval_interval log_interval train_examples eval_examples prompts_per_step max_new_tokens epochs '
+     'minibatch_size micro_batch_size', lambda value: value >= 1, '1 or more'),
+    ('warmup_iters kl_coef weight_decay grad_clip learning_rate critic_lr value_clip critic_warmup',
      lambda value: 0 <= value < math.inf, '0 or more'),
     ('temperature clip beta', lambda value: 0 < value < math.inf, 'more than 0'),
     ('clip_high', lambda value: value is None or value > 0, 'more than 0, or None'),
@@ -151,10 +151,11 @@ if state:
     if state['config'].get('algorithm') != algorithm:
         raise ValueError(f'algorithm={algorithm!r}, but {ckpt_path} is a run of {state["config"].get("algorithm")!r}; '
                          f'resume with that, or begin anew in another --out_dir')
-    if state['config']['task'] != task:
-        raise ValueError(f'task={task!r}, but the held-out questions of {ckpt_path} are those of '
-                         f'task={state["config"]["task"]!r}, by which its best is chosen; resume with that, or begin '
-                         f'anew in another --out_dir')
+    for name in ('task', 'input', 'kinds', 'eval_examples', 'tools'):  # what best_val_loss is a measure of
+        before = state['config'].get(name, config[name])
+        if before != config[name]:
+            raise ValueError(f'{name}={config[name]!r}, but the best of {ckpt_path} was chosen with {name}={before!r}; '
+                             f'resume with that, or begin anew in another --out_dir')
     init_from = state['config']['init_from']
 reference, tokenizer, template, line = open_chat_model(init_from)
 print(f'reference: {line}')
@@ -202,7 +203,8 @@ start_iter = saved_iter = iter_num
 # the prompts, or pairs
 def prompts_of(split, n):
     """-> [(example of the task, ids of its prompt), ...], without those that leave too little room for an answer."""
-    examples = tasks.examples_of(questions, split, n, seed, input, tasks.kinds_of(kinds))
+    examples = tasks.examples_of(questions, split, n, seed, input, tasks.kinds_of(kinds),
+                                 functions=('examples', 'evaluate', 'reward'), keys=('messages',))
     if not examples:
         raise ValueError(f'task={task}: there is no {split} question' + (f' in {input}' if input else '')
                          + (f' of kinds={kinds!r}' if kinds else '') + '; of a file about a tenth are in val, so it '
@@ -251,13 +253,18 @@ def answers_to(prompts, temperature, u):
     What the policy answers to prompts, lists of ids. -> (lists of ids; of each a list of 1 for what the policy chose
     itself, 0 for what the calculator told it; the texts, without the token that ends them)
     """
-    with autocast:
-        if tools:
-            answers, chosen = generate_with_tools(policy, tokenizer, prompts, max_new_tokens, stop_ids, u,
-                                                  temperature=temperature)
-        else:
-            answers = draw_answers(policy, prompts, max_new_tokens, stop_ids, tokenizer.vocab_size, temperature, u)
-            chosen = [[1] * len(answer) for answer in answers]
+    try:
+        with autocast:
+            if tools:
+                answers, chosen = generate_with_tools(policy, tokenizer, prompts, max_new_tokens, stop_ids, u,
+                                                      temperature=temperature)
+            else:
+                answers = draw_answers(policy, prompts, max_new_tokens, stop_ids, tokenizer.vocab_size, temperature, u)
+                chosen = [[1] * len(answer) for answer in answers]
+    except NotNumbers:
+        if iter_num == start_iter:  # not for what was learnt
+            raise
+        stop_not_finite('the logits of the policy are not numbers any more')
     return answers, chosen, [tokenizer.decode([i for i in answer if i not in stop_ids]) for answer in answers]
 
 
@@ -415,6 +422,13 @@ while True:
         rewards = score(prompts, answers) if judge else torch.tensor(
             [float(questions.reward(example, text)) for example, text in zip(examples, texts, strict=True)],
             device=device)
+        if not rewards.isfinite().all():
+            if saved_iter < iter_num:  # what was learnt so far is sound
+                save_checkpoint(is_best=False)
+            who = f'the reward model in {reward_model}' if judge else f'reward() of tasks/{task}.py'
+            how = f'; mend it, and go on:\n  {runs.command(init_from="resume")}' if iter_num else ''
+            raise SystemExit(f'step {iter_num}: {who} gave {rewards[~rewards.isfinite()][0]} to an answer, expected a '
+                             f'number{how}')
         old_logprobs, entropies, reference_logprobs, old_values = torch.zeros(4, *acts.shape, device=device)
         with torch.no_grad():
             for part, T in micro_batches(torch.arange(n_items, device=device), lengths):

@@ -266,8 +266,8 @@ if state is not None:
     config.update(used)
 elif lora_rank:
     from_here = os.path.relpath(init_from, out_dir) if os.path.isdir(init_from) else None
-    adapted = {'init_from': init_from, 'from_here': from_here, 'digest': lora.digest(model), 'rank': lora_rank, 'alpha': lora_alpha,
-               'targets': lora_targets.split(','), 'int8': lora_int8}
+    adapted = {'init_from': init_from, 'from_here': from_here, 'digest': lora.digest(model), 'rank': lora_rank,
+               'alpha': lora_alpha, 'targets': lora_targets.split(','), 'int8': lora_int8}
     lora.add(model, lora_rank, lora_alpha, adapted['targets'], lora_int8)
 if text_tokenizer is None and init_from in ('scratch', 'resume') and model.config.vocab_size >= 50257:
     text_tokenizer = {'kind': 'tiktoken', 'name': 'gpt2'}  # as nanoGPT takes a dataset without meta.pkl
@@ -401,6 +401,8 @@ def evaluate():
                 total += final_model(x, y, return_logits=False)[1] * n_targets
             count += n_targets
         total, count = world.sum([total.item(), count.item()])
+        if split == 'val' and not count:
+            raise ValueError(f'{data_dir}: no token in val carries loss; prepare it anew, with more in val')
         losses[split] = total / max(1, count)
     final_model.train()
     return losses

@@ -163,7 +163,7 @@ if device.type == 'cuda':
     raise SystemExit
 
 shapes = '12x4x64x32,16x4x80x48,64x6x256x64,16x6x256x64,4x12x1024x64' if shapes == 'auto' else shapes
-rows, figures = [['BxHxTxD', 'dropout', 'torch, ms', 'blocks, ms', 'x', 'attend, ms', 'x']], []
+rows, figures = [['BxHxTxD', 'dropout', 'torch, ms', 'blocks, ms', 'faster', 'attend, ms', 'faster']], []
 for text in shapes.split(','):
     for p in map(float, dropouts.split(',')):
         print(f'{text}, dropout {p}', file=sys.stderr)
@@ -172,9 +172,9 @@ for text in shapes.split(','):
         ratios = [theirs['median'] / of['median'] for of in ours]
         rows.append([text, p, common.show(theirs, form='{:.1f}')])
         for of, ratio in zip(ours, ratios, strict=True):
-            rows[-1] += [common.show(of, form='{:.1f}'), f'{ratio:.2f}']
+            rows[-1] += [common.show(of, form='{:.1f}'), f'{ratio:.2f}x']
         figures.append({'shape': text, 'dropout': p, 'sdpa_ms': theirs, 'blocks_ms': ours[0], 'attend_ms': ours[1],
-                        'ratio': round(ratios[0], 2), 'attend_ratio': round(ratios[1], 2)})
+                        'blocks_ratio': round(ratios[0], 2), 'attend_ratio': round(ratios[1], 2)})
 memory = {'return': [], 'keep': []}
 for i in range(processes if kept else 0):
     for kind, times in memory.items():

@@ -120,10 +120,10 @@ def run(name, command, can_resume):
                              stdin=subprocess.PIPE if questions else None)
     try:
         printed, _ = stage.communicate(f'{QUESTIONS}\n' if questions else None)
-    except KeyboardInterrupt:  # a stage that trains saves before it ends
-        stage.terminate()
+    except KeyboardInterrupt:
+        stage.send_signal(signal.SIGINT)  # also where the terminal has told it: one that trains saves before it ends
         stage.wait()
-        raise SystemExit(f'stopped in the stage {name!r}; {goes_on()}') from None
+        raise
     if stage.returncode:
         raise SystemExit(f'the stage {name!r} ended with exit code {stage.returncode}, see above; {goes_on()}')
     if asks:
@@ -155,18 +155,19 @@ def builds_on(command, names, home):
 def run_all(home):
     """
     Run the stages that are not done yet; home/stages.json says which are. One whose command or recipe is another now is
-    run again, and so are those that build on it. -> {name: {'command', 'recipe', 'seconds', 'found'}}
+    run again, and so are those that build on it.
+    -> {name: {'command', 'recipe', 'seconds', since it last began, 'found'}}
     """
-    path = os.path.join(home, 'stages.json')
-    done = {}
+    path, plan, done = os.path.join(home, 'stages.json'), stages(home), {}
     if os.path.exists(path):
         with open(path, encoding='utf-8') as file:
-            done = json.load(file)
+            records = json.load(file)
+        done = {name: records[name] for name, _ in plan if name in records}
 
     def note():
         files.replace_file(path, json.dumps(done, indent=1).encode())
 
-    for name, command in stages(home):
+    for name, command in plan:
         folder = os.path.join(home, name)
         ckpt_path = os.path.join(folder, 'ckpt.pt')
         record, what = done.get(name, {}), {'command': command, 'recipe': recipe_of(command)}
@@ -174,12 +175,12 @@ def run_all(home):
         if was_begun and record['seconds'] is not None:
             continue
         outdated = {name}
-        for later, its_command in stages(home):
+        for later, its_command in plan:
             if builds_on(its_command, outdated, home):
                 outdated.add(later)
-        done = {of: record for of, record in done.items() if of not in outdated}
+        done = {other: done[other] for other in done if other not in outdated}
         if not was_begun and (aside := checkpoint.put_aside(folder)):
-            print(f'{folder} held another run; it is in {aside} now')
+            print(f'the run that was there is in {aside}')
         done[name] = {**what, 'seconds': None, 'found': None}
         note()
         started = time.perf_counter()
@@ -252,8 +253,11 @@ def main():
     common.pyplot()  # whether it is there, before and not after the work
     home = os.path.join(out, 'state_of_gpt')
     common.start(home, seed)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the stage that runs is told, and saves
-    done = run_all(home)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    try:
+        done = run_all(home)
+    except KeyboardInterrupt:
+        raise SystemExit(f'stopped; {goes_on()}') from None
     rows = rows_of(done)
     kinds = [kind for kind in done['ask sft']['found']['kinds'] if kind != 'all']
     seconds = sum(record['seconds'] for record in done.values())

@@ -65,13 +65,13 @@ def load(name):
     return importlib.import_module(f'tasks.{name}')
 
 
-def examples_of(task, split, n, seed, input, kinds):
-    """task.examples(...). ValueError for a task, or an example, that lacks what they all have."""
-    if missing := [name for name in FUNCTIONS if not hasattr(task, name)]:
+def examples_of(task, split, n, seed, input, kinds, functions=FUNCTIONS, keys=KEYS):
+    """task.examples(...). ValueError for a task that lacks one of the functions, or an example one of the keys."""
+    if missing := [name for name in functions if not hasattr(task, name)]:
         raise ValueError(f'{task.__file__} has no {", ".join(missing)}; expected what tasks/common.py says of a task')
     examples = task.examples(split, n, seed, input=input, kinds=kinds)
     for example in examples:
-        if missing := [key for key in KEYS if key not in example]:
+        if missing := [key for key in keys if key not in example]:
             raise ValueError(f'{task.__file__}: an example has no {", ".join(missing)}; expected what tasks/common.py '
                              f'says of examples, but it is {str(example)[:60]}')
     return examples

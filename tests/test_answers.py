@@ -78,6 +78,8 @@ def test_splits(tmp_path):
     groups = [{**value, 'group': str(i % 5)} for i, value in enumerate(values)]
     pairs, _ = read(write_pairs(tmp_path / 'pairs.jsonl', groups))
     assert len(pairs['train']) % 80 == len(pairs['val']) % 80 == 0 < len(pairs['val'])  # five groups of 80
+    none = [{**value, 'group': None} for value in values]  # as a table writes what a row does not have
+    assert read(write_pairs(tmp_path / 'pairs.jsonl', none)) == read(write_pairs(tmp_path / 'pairs.jsonl', values))
 
 
 @pytest.mark.parametrize('change, said', [

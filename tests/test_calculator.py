@@ -29,7 +29,7 @@ TOKENIZER = BPETokenizer([], None, {token: 256 + i for i, token in enumerate(cha
     ('2 ** 100', '1267650600228229401496703205376'), ('3 - 3', '0'), ('0 * -1', '0'),
     ('12345678901234567890.5 - 12345678901234567890', '0.5'),
     ('0.10000000000000000001 * 10 - 1', '0.0000000000000000001'), ('1,234.50 + 5.', '1239.5'),
-    ('0 ** 0.5', '0'), ('007.5 * 2', '15')])
+    ('0 ** 0.5', '0'), ('007.5 * 2', '15'), ('+5 - +2', '3'), ('12,345,678 - 1,234.5', '12344443.5')])
 def test_values(expression, value):
     assert calculate(expression) == value
 
@@ -65,7 +65,7 @@ def test_quotients_as_python_has_them(left, right):
     ('a + 1', "'a + 1' is no calculation; expected integers"), ('__import__("os")', 'no calculation'),
     ('1e5', 'no calculation'), ('0x10', 'no calculation'), ('1_000', 'no calculation'), ('1,2', 'no calculation'),
     ('7(3)', 'no calculation'), ('()', 'no calculation'), ('1 < 2', 'no calculation'), ('1\n+ 1', 'no calculation'),
-    ('٣ + 1', 'no calculation'), ('1 if 1 else 2', 'no calculation'), ('+1', 'no calculation'),
+    ('٣ + 1', 'no calculation'), ('1 if 1 else 2', 'no calculation'), ('1,234.5,678', 'no calculation'),
     ('1 / 0', "'1 / 0' divides by zero"), ('1 // (2 - 2)', 'divides by zero'), ('1 % 0', 'divides by zero'),
     ('0 ** -1', 'divides by zero'), ('0 ** -0.5', 'divides by zero'), ('(-1) ** 0.5', 'negative number, -1, has no'),
     ('9 ** 9 ** 9', 'too many digits'), ('2 ** 1000000000', 'too many digits'), ('2 ** -1000', 'too many digits'),
@@ -183,8 +183,10 @@ def test_in_a_chat(model, folder):
     assert said[True] == [TALKS[-2][-1]['content'], '(forgotten)', TALKS[-1][-1]['content']]
     assert said[False][0] != said[True][0]
     folder.start('sample.py', tools=True).refused('tools=True: expected a chat, with --chat')
-    save(folder, model, tokenizer={'kind': 'byte'})
+    save(folder, model, tokenizer={'kind': 'byte'}, chat_template=chat.TEMPLATE)
     folder.start('sample.py', tools=True, chat=True).refused('has no <|python|>')
+    save(folder, model, tokenizer=TOKENIZER.to_dict())
+    folder.start('sample.py', tools=True, chat=True).refused('tools=True: expected a chat model')
 
 
 def test_a_tokenizer_without_calls(model):

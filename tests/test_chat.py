@@ -201,7 +201,9 @@ def test_our_template_in_transformers(chat_bpe, tmp_path):
     interchange.write_tokenizer_json(chat_bpe.to_dict(), tmp_path / 'tokenizer.json')
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / 'tokenizer.json'),
                                                   chat_template=chat.TEMPLATE)
-    messages = [*TALK[:3], {'role': 'user', 'content': '\n Sure?\n'}, {'role': 'assistant', 'content': '\n\n yes'}]
+    called = '<|python|>2+2<|python_end|><|output|>4<|output_end|>It is ' * 2
+    messages = [*TALK[:3], {'role': 'user', 'content': '\n Sure?\n'}, {'role': 'assistant', 'content': '\n\n yes'},
+                QUESTION, {'role': 'assistant', 'content': called}]
     found = theirs.apply_chat_template(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
     ids, mask = render_conversation(messages, chat.TEMPLATE, chat_bpe)
     assert ids == found['input_ids'] and mask == found['assistant_masks']
@@ -223,6 +225,12 @@ def test_masks_of_templates_of_others(bpe, name):
     prompt = render(messages[:-1], TEMPLATES[name], bpe)
     assert ids[: len(prompt)] == prompt and mask[len(prompt) :].count(1) == len(bpe.encode('I am 🙂')) + 1
     assert sum(mask[: len(prompt)]) == len(bpe.encode('It is 4.')) + 1
+
+
+def test_generation_in_a_comment_is_none(bpe):
+    plain = TEMPLATES['brackets']
+    template = '{# {% generation %}\n{% endgeneration %} #}' + plain
+    assert render_conversation(TALK[1:], template, bpe) == render_conversation(TALK[1:], plain, bpe)
 
 
 def test_generation_changes_nothing_of_the_text(bpe, theirs):

@@ -37,6 +37,11 @@ def test_shapes():
     assert conversations.messages_of({'messages': named, 'id': 7}) == expected
     turns = [{'from': 'human', 'value': 'Hello'}, {'from': 'gpt', 'value': 'Hi!'}]
     assert conversations.messages_of({'conversations': turns}) == expected
+    system = [{'role': 'system', 'content': 'Be kind.'}]
+    assert conversations.messages_of({'conversations': turns, 'system': 'Be kind.'}) == system + expected
+    assert conversations.messages_of({'conversations': turns, 'system': ''}) == expected
+    expected[1]['weight'] = 0
+    assert conversations.messages_of({'messages': expected}) == expected
 
 
 @pytest.mark.parametrize('value, said', [
@@ -122,7 +127,7 @@ def prepare(folder, monkeypatch, capsys, **settings):
 def test_prepare_and_read_back(data, monkeypatch, capsys):
     printed, error = prepare(data, monkeypatch, capsys, block_size=64)
     assert error is None and 'rows of 65 tokens' in printed.out
-    assert '--dataset=data/sums --out_dir=out-sums\n' in printed.out
+    assert '--init_from=FOLDER --dataset=data/sums\n' in printed.out
     data_dir = str(data.path / 'data' / 'sums')
     meta = dataloader.load_meta(data_dir)
     assert meta['row'] == 65 and meta['chat_template'] == chat.TEMPLATE
@@ -153,10 +158,40 @@ def test_bad_lines(data, monkeypatch, capsys, line, said):
     path.write_text(path.read_text().replace('\n', f'\n\n{line}\n', 1))
     printed, error = prepare(data, monkeypatch, capsys, block_size=64)
     assert said in error and not (data.path / 'data' / 'sums' / 'train.bin').exists()
-    if line != '{':
-        assert '--skip_bad' in error
-        printed, error = prepare(data, monkeypatch, capsys, block_size=64, skip_bad=True)
-        assert error is None and 'left out 1: ' in printed.err
+    assert '--skip_bad' in error or line == '{'
+    printed, error = prepare(data, monkeypatch, capsys, block_size=64, skip_bad=True)
+    assert error is None and 'left out 1: ' in printed.err
+
+
+def test_no_conversation_at_all(data, monkeypatch, capsys):
+    (data.path / 'sums.jsonl').write_text('')
+    _, error = prepare(data, monkeypatch, capsys)
+    assert 'sums.jsonl has no conversation' in error
+    _, error = prepare(data, monkeypatch, capsys, template='none.jinja')
+    assert '--template=none.jinja: ' in error and 'No such file' in error
+
+
+def test_a_weight_of_0_carries_no_loss(data, monkeypatch, capsys):
+    """OpenAI's: such an answer is context alone. Of a conversation of only such ones nothing could be learnt."""
+    def learnt(messages, template):
+        ids, mask = chat.render_conversation(messages, template, TOKENIZER)
+        plain = [{**message, 'weight': 1} for message in messages]
+        assert ids == chat.render_conversation(plain, template, TOKENIZER)[0]
+        return TOKENIZER.decode([i for i, counts in zip(ids, mask, strict=True) if counts])
+
+    messages = talk('a', 'first', 'second', 'third')
+    messages[3]['weight'] = 0
+    without = chat.TEMPLATE.replace('{%- generation %}', '{%- if true %}').replace('{% endgeneration %}', '{% endif %}')
+    for template in (chat.TEMPLATE, without):
+        assert learnt(messages, template) == 'first<|im_end|>third<|im_end|>'
+    messages[1]['weight'] = messages[5]['weight'] = messages[0]['weight'] = 0
+    assert learnt(messages, chat.TEMPLATE) == ''
+    (data.path / 'sums.jsonl').write_text(json.dumps({'messages': messages}) + '\n')
+    _, error = prepare(data, monkeypatch, capsys)
+    assert 'line 1: no token of it carries loss; expected an answer whose "weight" is not 0' in error
+    messages[1]['weight'] = 0.5
+    with pytest.raises(ValueError, match='message 2 has a weight of 0.5; expected 0, not to be learnt, or 1'):
+        chat.render_conversation(messages, chat.TEMPLATE, TOKENIZER)
 
 
 def test_tokenizer_without_the_special_tokens(data, monkeypatch, capsys):
@@ -234,6 +269,9 @@ def test_batches_without_an_answer_are_skipped(trained):
     path.write_bytes(bytes(path.stat().st_size))
     trained.train(init_from='base', out_dir='sft', **{**SFT, 'weight_decay': 0.5}).ok()
     same_tensors(trained.checkpoint('sft')['model'], trained.checkpoint('base', 'best.pt')['model'])
+    path = path.with_name('val_mask.bin')
+    path.write_bytes(bytes(path.stat().st_size))
+    trained.train(init_from='base', out_dir='none', **SFT).refused('no token in val carries loss')
 
 
 def test_what_does_not_fit(trained):

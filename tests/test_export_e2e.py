@@ -50,6 +50,7 @@ def test_a_trained_model_leaves(folder):
     said = export(folder).ok().out
     assert 'wrote hf: LlamaForCausalLM' in said and 'vllm serve hf' in said and 'convert_hf_to_gguf.py hf' in said
     assert not [line for line in said.splitlines() if len(line) > 80]
+    assert len({path.stat().st_mode for path in (folder.path / 'hf').iterdir()}) == 1  # whoever reads one reads all
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder.path / 'hf').eval()
     fast = transformers.AutoTokenizer.from_pretrained(folder.path / 'hf')
     ours, text_tokenizer, _, _ = checkpoint.open_model('resume', str(folder.path / 'out'))

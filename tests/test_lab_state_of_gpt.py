@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import signal
 
 import pytest
@@ -19,9 +18,8 @@ def test_all_stages(folder):
     goes on.
     """
     stopped = folder.start('lab/state_of_gpt.py', **TINY)
-    stopped.wait_for(r'== sft =[\s\S]*step 0: val loss', timeout=200)
-    stopped.kill(signal.SIGTERM).refused('the same command goes on from there:', 'saved out/state_of_gpt/sft/ckpt.pt')
-    assert re.search("stopped in the stage '(ask )?sft'; ", stopped.out)
+    stopped.wait_for(r'== sft =[\s\S]*step 0: train loss', timeout=200)
+    stopped.kill(signal.SIGTERM).refused('stopped; the same command goes on from there:', 'saved out/state_of_gpt/sft/')
     run = folder.start('lab/state_of_gpt.py', **TINY).wait(timeout=300)
     assert run.code == 0, run.out
     assert '== base' not in run.out
@@ -113,7 +111,7 @@ def test_another_setting_runs_what_depends_on_it(tmp_path, monkeypatch):
 
 def test_is_whole(tmp_path):
     lab = load_lab('state_of_gpt')
-    checkpoint.save(str(tmp_path), {'model': {}, 'iter_num': 3}, is_best=False)
+    checkpoint.save(str(tmp_path), {'model': {}, 'model_args': {}, 'iter_num': 3, 'best_val_loss': 1.0}, is_best=False)
     for max_iters, is_whole in ((3, True), (4, False)):
         (tmp_path / 'config.json').write_text(json.dumps({'max_iters': max_iters}))
         assert lab.is_whole(tmp_path) == is_whole

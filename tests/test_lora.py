@@ -158,6 +158,15 @@ def test_merged_by_whoever_loads_it(base, monkeypatch):
     assert first == pytest.approx([val_loss, val_loss], abs=1e-3)
 
 
+def test_both_folders_moved(base):
+    """Also where a script starts in another folder than the one that trained: the base is found from the adapters."""
+    base.train(**LORA, out_dir='runs/adapted', max_iters=2).ok()
+    (base.path / 'elsewhere').mkdir()
+    for name in ('base', 'runs'):
+        (base.path / name).rename(base.path / 'elsewhere' / name)
+    base.sample(out_dir='elsewhere/runs/adapted', max_new_tokens=2, num_samples=1).ok()
+
+
 def test_a_shorter_context(folder):
     """Of a model with learned positions, which LoRA leaves frozen: the optimizer has nothing of them to shorten."""
     folder.train(out_dir='base', max_iters=2).ok()
@@ -177,6 +186,7 @@ def test_all_weights_train_on_after_adapters(base):
 def test_refused_by_train(base):
     base.train(lora_rank=4).refused("lora_rank=4: expected 0 with init_from='scratch'")
     base.train(lora_rank=4, init_from='auto').refused("expected 0 with init_from='auto'")
+    base.train(**LORA, lora_alpha=0.0).refused('lora_alpha=0.0: expected more than 0')
     base.train(lora_alpha=4.0).refused('lora_alpha=4.0: expected a --lora_rank beside it')
     base.train(**LORA, out_dir='base').refused("init_from='base': expected another folder than out_dir")
     base.train(**{**LORA, 'lora_targets': 'query'}).refused("'query' names no linear layer")

@@ -137,6 +137,7 @@ def test_micro_batches_are_the_same_step(chats):
     ({'data': 'none.jsonl'}, ['none.jsonl can not be read']),
     ({'optimizer': 'sgd'}, ["optimizer='sgd': expected 'adamw' or 'muon'"]),
     ({'batch_size': 0}, ['batch_size=0: expected 1 or more']),
+    ({'max_iters': 0}, ['max_iters=0: expected 1 or more']),
     ({'learning_rate': 1e-5}, ['min_lr=3e-05: expected at most learning_rate=1e-05']),
     ({'micro_batch_size': 3}, ['micro_batch_size=3: expected 0, or a divisor of batch_size=8']),
     ({'val_fraction': 1.0}, ['val_fraction']), ({'seed': -1}, ['seed=-1: expected 0 or more']),

@@ -186,8 +186,25 @@ def test_rewards_and_pairs_must_be_the_same(chats):
     start(chats, **DPO, out_dir='dpo', init_from='resume', val_fraction=0.2).refused('resume with --val_fraction=0.1')
 
 
+def test_the_held_out_questions_must_be_the_same(chats):
+    """best.pt would be chosen by numbers of two kinds."""
+    start(chats, **DPO, max_iters=1).ok()
+    resumed = start(chats, **{**DPO, 'task': ''}, init_from='resume')
+    resumed.refused("task='', but the best of out/ckpt.pt was chosen with task='vowels'; resume with that")
+    start(chats, **DPO, init_from='resume', eval_examples=8).refused('chosen with eval_examples=16; resume with that')
+
+
+def test_broken_rewards_are_not_learnt_from(chats):
+    path = chats.path / 'tasks' / 'vowels.py'
+    (chats.path / 'tasks' / 'broken.py').write_text(path.read_text() + '\n\ndef reward(example, text):\n'
+                                                    "    return float('nan')\n")
+    start(chats, task='broken').refused('step 0: reward() of tasks/broken.py gave nan to an answer, expected a number')
+    assert not (chats.path / 'out' / 'ckpt.pt').exists()
+    start(chats, reward_model='nowhere').refused('there is no reward model in nowhere; train one: python reward.py')
+
+
 def test_broken_weights_are_not_saved(chats):
-    start(chats, learning_rate=1e30).refused('Stopped without saving')
+    start(chats, learning_rate=1e30).refused('Stopped without saving', 'Try a lower --learning_rate')
     assert not (chats.path / 'out' / 'ckpt.pt').exists()
 
 

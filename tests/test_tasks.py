@@ -183,7 +183,9 @@ def test_splits_of_a_file(tmp_path):
     (multiple_choice, 'a.jsonl', '{"question": "q", "choices": ["a", "b"], "answer": 2}', 'is number 2 of 2'),
     (multiple_choice, 'a.jsonl', '{"question": "q", "choices": ["a"], "answer": 0}', '2 to 10 texts'),
     (multiple_choice, 'a.jsonl', '{"question": "q", "choices": ["a", ""], "answer": 0}', '2 to 10 texts'),
-    (multiple_choice, 'a.jsonl', '{"question": "q", "choices": [], "answer": 0}', 'line 1'),
+    (multiple_choice, 'a.jsonl', '{"question": "q", "choices": [], "answer": 0}', '1: the choices are []; expected'),
+    (multiple_choice, 'a.jsonl', '{"question": "q", "choices": "ab", "answer": 0}', "1: the choices are 'ab'; exp"),
+    (multiple_choice, 'a.jsonl', '{"question": "q", "choices": ["a", "b"], "answer": true}', 'the answer is True, and'),
     (hellaswag, 'a.jsonl', '{"ctx": "q", "endings": ["a", "b"], "label": ""}', 'line 1: invalid literal')])
 def test_no_questions(tmp_path, task, name, content, said):
     (tmp_path / name).write_text(content)
@@ -344,11 +346,28 @@ def test_majority(answers, chosen):
 # accuracy -------------------------------------------------------------------------------------------------------------
 
 
+def test_what_lacks_something_is_refused(tmp_path, monkeypatch):
+    """A task of one's own without a function, or whose examples have no kind, is named."""
+    (tmp_path / 'tasks').mkdir()
+    text = ('def extract(text):\n    return text\ndef evaluate(example, text):\n    return True\n'
+            "def examples(split, n, seed=0, input='', kinds=()):\n"
+            "    return [{'messages': [], 'context': '', 'solution': '', 'answer': ''}]\n")
+    (tmp_path / 'tasks' / 'half.py').write_text(text)
+    (tmp_path / 'tasks' / 'unkind.py').write_text(text + 'def reward(example, text):\n    return 1.0\n')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr('sys.path', list(common.sys.path))
+    for name, said in (('half', 'half.py has no reward'), ('unkind', 'unkind.py: an example has no kind')):
+        with pytest.raises(ValueError, match=said):
+            common.examples_of(common.load(name), 'val', 1, 0, '', ())
+
+
 @pytest.mark.parametrize('n_right, n', [(0, 10), (10, 10), (1, 3), (250, 500), (499, 500), (0, 1)])
 def test_wilson(n_right, n):
     stats = pytest.importorskip('scipy.stats')
     theirs = stats.binomtest(n_right, n).proportion_ci(method='wilson')
     assert common.wilson(n_right, n) == pytest.approx((theirs.low, theirs.high), abs=1e-6)
+    low, high = common.wilson(n_right, n)
+    assert (low == 0.0) == (n_right == 0) and (high == 1.0) == (n_right == n)
 
 
 def test_accuracies():

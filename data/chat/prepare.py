@@ -23,6 +23,9 @@ tokenizer file. The format is the model's own chat template, or that of chat.py,
 which needs its special tokens; or --template=FILE, in Jinja. val.bin has every
 tenth conversation (--val_fraction), chosen by its content.
 
+An answer with "weight": 0, as OpenAI has it, carries no loss; "system" beside
+the turns, as ShareGPT has it, is the first message.
+
 Whatever is no conversation stops everything and is named by its line: a role
 that isn't known, two turns of one role in a row, an empty answer.
 --skip_bad leaves such lines out and says how many.
@@ -45,7 +48,6 @@ import checkpoint  # noqa: E402
 import conversations  # noqa: E402
 import corpus  # noqa: E402
 import huggingface  # noqa: E402
-import interchange  # noqa: E402
 import jsonl  # noqa: E402
 import tokenizer as tokenizers  # noqa: E402
 
@@ -84,16 +86,20 @@ def main():
 
     started = time.time()
     corpus.check_fraction(args.val_fraction)
-    dataset, name, out_dir = corpus.output_folder(args.name, args.input, args.out_dir)
+    dataset, _, out_dir = corpus.output_folder(args.name, args.input, args.out_dir)
     tokenizer, template, block_size = open_tokenizer(args.tokenizer)
     row = (args.block_size or block_size or 256) + 1
     if args.template:
-        template = interchange.read_utf8(args.template)
+        try:
+            with open(args.template, encoding='utf-8') as file:
+                template = file.read()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f'--template={args.template}: {error}') from None
     if template is None:
         template = chat.TEMPLATE
         conversations.check_tokenizer(tokenizer, f'--tokenizer={args.tokenizer}')
 
-    found, bad, n_cut, digest = {'train': [], 'val': []}, [], 0, hashlib.sha256()
+    found, bad, n_cut, digest = {'train': [], 'val': []}, {}, 0, hashlib.sha256()
     for number, value in jsonl.read_objects(args.input, bad if args.skip_bad else None).items():
         try:
             messages = conversations.messages_of(value)
@@ -101,26 +107,27 @@ def main():
         except ValueError as error:
             if not args.skip_bad:
                 raise ValueError(f'{args.input}, line {number}: {error} (--skip_bad leaves such lines out)') from None
-            bad.append(str(error))
+            bad[number] = str(error)
             continue
         n_cut += was_cut
         text = json.dumps(messages)
         digest.update(text.encode())
         split = 'val' if corpus.text_hash(text) < args.val_fraction else 'train'
         found[split].append((ids, mask))
-    reasons = Counter(reason[:60] for reason in bad)
+    reasons = Counter(reason[:60] for reason in bad.values())
     for reason, count in reasons.most_common(5):
         print(f'left out {count:,}: {reason}', file=sys.stderr)
     if len(reasons) > 5:
         print(f'left out {len(bad):,} in all', file=sys.stderr)
     if n_cut:
         print(f'{n_cut:,} conversations end early, at the end of their row; longer rows: --block_size', file=sys.stderr)
+    if not any(found.values()):
+        raise ValueError(f'{args.input} has no conversation' + f', and {len(bad):,} lines that are none' * bool(bad))
     conversations.write_dataset(out_dir, found, tokenizer, template, row, source=os.path.basename(args.input),
                                 val_fraction=args.val_fraction, sha256=digest.hexdigest())
     start = args.tokenizer if os.path.isdir(args.tokenizer) else 'FOLDER'
     print(f'wrote  {os.path.relpath(out_dir)} in {time.time() - started:.1f} s\n'
-          f'next:  python train.py config/sft.py --init_from={shlex.quote(start)} --dataset={shlex.quote(dataset)} '
-          f'--out_dir={shlex.quote(f"out-{name}")}')
+          f'next:  python train.py config/sft.py --init_from={shlex.quote(start)} --dataset={shlex.quote(dataset)}')
 
 
 if __name__ == '__main__':

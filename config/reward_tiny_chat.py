@@ -10,10 +10,11 @@ The reward model of data/tiny_chat: which of two answers is the better, learnt f
 out_dir = 'out-reward-tiny-chat'
 init_from = 'out-sft-tiny-chat'
 data = 'data/tiny_chat/pairs.jsonl'
-eval_interval = 300
+eval_interval = 450
+val_fraction = 0.05
 log_interval = 50
 
-max_iters = 600
+max_iters = 450
 batch_size = 32
 micro_batch_size = 8
 optimizer = 'muon'

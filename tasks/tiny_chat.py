@@ -214,7 +214,7 @@ def table(rng):
     row, between, end = rng.choice([('{} {}', ', ', '.'), ('| {} | {} |', '\n', ''), ('{}: {}', '\n', '')])
     shown = between.join(row.format(*pair) for pair in rows) + end
     other_row = rng.choice([form for form in ('| {} | {} |', '{}: {}') if form != row])
-    shown_again = '\n'.join(other_row.format(*pair) for pair in rows)
+    shown_again = '\n'.join(other_row.format(*pair) for pair in rng.sample(rows, count))
     return {
         'content': f'{sorted(rows)} {key}', 'answer': value, 'steps': row.format(key, value), 'call': None,
         'mistaken': (row.format(*rng.choice(((other_key, other_value), (key, other_value)))), other_value),

@@ -141,7 +141,7 @@ def documents(n, seed):
     """
     rng = random.Random(f'corpus {seed}')
     makers = [iter(tiny_chat.examples('train', 8 * (n // len(tiny_chat.KINDS) + 1), f'corpus {seed}', kinds=(kind,)))
-              for kind in tiny_chat.KINDS]
+              for kind in (*tiny_chat.KINDS, 'table')]
     for i in range(n):
         examples = [next(makers[i % len(makers)]) for _ in range(rng.randint(5, 8))]
         kind, between = rng.random(), '\n'

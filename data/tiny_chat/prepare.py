@@ -140,10 +140,11 @@ def documents(n, seed):
     have it; others are questions with answers, without steps as an assistant has them, or sentences.
     """
     rng = random.Random(f'corpus {seed}')
-    makers = [iter(tiny_chat.examples('train', 8 * (n // len(tiny_chat.KINDS) + 1), f'corpus {seed}', kinds=(kind,)))
-              for kind in (*tiny_chat.KINDS, 'table')]
+    turns = (*tiny_chat.KINDS, 'table')  # twice: to look up a row is learnt last
+    makers = {kind: iter(tiny_chat.examples('train', 8 * turns.count(kind) * (n // len(turns) + 1), f'corpus {seed}',
+                                            kinds=(kind,))) for kind in turns}
     for i in range(n):
-        examples = [next(makers[i % len(makers)]) for _ in range(rng.randint(5, 8))]
+        examples = [next(makers[turns[i % len(turns)]]) for _ in range(rng.randint(5, 8))]
         kind, between = rng.random(), '\n'
         if kind < 0.7:
             lines = [rng.choice(example['facts']) for example in examples]

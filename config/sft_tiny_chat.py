@@ -12,14 +12,14 @@ loss 0.026; 87.0% of 700 questions right.
 out_dir = 'out-sft-tiny-chat'
 init_from = 'out-tiny-web'
 dataset = 'tiny_chat'
-eval_interval = 400
+eval_interval = 500
 eval_iters = 20
 log_interval = 50
 
 preset = 'modern'
 batch_size = 16
 gradient_accumulation_steps = 1
-max_iters = 800
+max_iters = 1000
 
 # half of the rates of pretraining
 muon_lr = 0.01

@@ -26,4 +26,4 @@ block_size = 256  # four solved examples, a question and its answer
 
 batch_size = 16
 gradient_accumulation_steps = 1
-max_iters = 1000
+max_iters = 1400

@@ -139,7 +139,7 @@ def finished(jobs):
         lines = f.read().splitlines(keepends=True)
         whole = [line for line in lines if line.endswith(b'\n')]
         f.truncate(sum(map(len, whole)))
-    runs = [jsonl.read_object(runs_file(), line) for line in whole]
+    runs = jsonl.read_objects(runs_file()).values()
     return [next((run for run in runs if job.items() <= run.items()), None) for job in jobs]
 
 

@@ -17,7 +17,7 @@ from files import lock_folder, replace_file, unlock
 def read_objects(path, bad=None):
     """
     -> {line number: object}, blank lines left out. Raises ValueError naming the line that holds no JSON object, unless
-    `bad`, a dict, takes what is wrong with such lines, by their numbers.
+    `bad`, a list, takes what is wrong with such lines.
     """
     objects = {}
     try:
@@ -30,7 +30,7 @@ def read_objects(path, bad=None):
                 except ValueError as error:
                     if bad is None:
                         raise ValueError(f'{path}, line {number}: {error}') from None
-                    bad[number] = str(error)
+                    bad.append(str(error))
     except OSError as error:
         raise ValueError(f'{path} can not be read: {error}') from error
     return objects

@@ -179,6 +179,7 @@ def run_all(home):
             if builds_on(its_command, outdated, home):
                 outdated.add(later)
         done = {other: done[other] for other in done if other not in outdated}
+        # before the stage is noted as begun: one that is killed at once would go on from another's checkpoint
         if not was_begun and (aside := checkpoint.put_aside(folder)):
             print(f'the run that was there is in {aside}')
         done[name] = {**what, 'seconds': None, 'found': None}

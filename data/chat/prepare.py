@@ -99,7 +99,7 @@ def main():
         template = chat.TEMPLATE
         conversations.check_tokenizer(tokenizer, f'--tokenizer={args.tokenizer}')
 
-    found, bad, n_cut, digest = {'train': [], 'val': []}, {}, 0, hashlib.sha256()
+    found, bad, n_cut, digest = {'train': [], 'val': []}, [], 0, hashlib.sha256()
     for number, value in jsonl.read_objects(args.input, bad if args.skip_bad else None).items():
         try:
             messages = conversations.messages_of(value)
@@ -107,14 +107,14 @@ def main():
         except ValueError as error:
             if not args.skip_bad:
                 raise ValueError(f'{args.input}, line {number}: {error} (--skip_bad leaves such lines out)') from None
-            bad[number] = str(error)
+            bad.append(str(error))
             continue
         n_cut += was_cut
         text = json.dumps(messages)
         digest.update(text.encode())
         split = 'val' if corpus.text_hash(text) < args.val_fraction else 'train'
         found[split].append((ids, mask))
-    reasons = Counter(reason[:60] for reason in bad.values())
+    reasons = Counter(reason[:60] for reason in bad)
     for reason, count in reasons.most_common(5):
         print(f'left out {count:,}: {reason}', file=sys.stderr)
     if len(reasons) > 5:

@@ -13,7 +13,7 @@ algorithm = 'grpo'
 eval_interval = 10
 eval_examples = 350
 
-max_iters = 35
+max_iters = 40
 prompts_per_step = 48
 group_size = 8
 minibatch_size = 384

@@ -62,7 +62,8 @@ def read_pairs(path, template, tokenizer, block_size, val_fraction):
         if max(len(ids) for ids, _ in pair) > block_size:
             n_too_long += 1
             continue
-        group = json.dumps(value['messages'] if value.get('group') is None else value['group'])
+        asked = [(message['role'], message['content']) for message in value['messages']]
+        group = json.dumps(asked if value.get('group') is None else value['group'])
         split = 'val' if corpus.text_hash(group) < val_fraction else 'train'
         pairs[split].append(pair)
     for split, found in pairs.items():
@@ -120,7 +121,11 @@ def render_answer(messages, answer, template, tokenizer):
     if not counted:
         raise ValueError(f'of the answer {json.dumps(answer)[:40]} the chat template leaves no token to learn from; '
                          f'expected {{% generation %}} around what the assistant says, or none in the template')
-    return ids[: counted[-1]], [0] * len(prompt) + mask[len(prompt) : counted[-1]]
+    # the last special token that is none of the content's own: behind it a template may have a line break
+    own = (*chat.TOOL_TOKENS, *chat.THOUGHTS)
+    specials = {i for token, i in tokenizer.special_tokens.items() if token not in own}
+    end = max((i for i in counted if ids[i - 1] in specials), default=counted[-1])
+    return ids[:end], [0] * len(prompt) + mask[len(prompt) : end]
 
 
 # Rows ----------------------------------------------------------------------------------------------------------------
@@ -177,10 +182,13 @@ def logprobs_of(model, idx, mask, n_ids, temperature=1.0):
 
 
 def ending_of(template, tokenizer):
-    """The id that ends an answer in this chat template."""
-    messages = [{'role': 'user', 'content': '?'}, {'role': 'assistant', 'content': '!'}]
-    ids, mask = chat.render_conversation(messages, template, tokenizer)
-    return [i for i, counts in zip(ids, mask, strict=True) if counts][-1]
+    """The id that ends an answer in this chat template. ValueError if that is no special token."""
+    ids, _ = render_answer([{'role': 'user', 'content': '?'}], '!', template, tokenizer)
+    if ids[-1] not in tokenizer.special_tokens.values():
+        raise ValueError('the chat template ends an answer with no special token that is learnt with it, so that there '
+                         'is none at which an answer could be judged; expected one, and inside of {% generation %} if '
+                         'the template has that')
+    return ids[-1]
 
 
 @torch.no_grad()

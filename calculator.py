@@ -24,14 +24,15 @@ MAX_LENGTH = 200  # characters of an expression
 MAX_DEPTH = 100  # operators inside each other; a sum of 100 numbers is as deep
 MAX_BITS = 128  # of a numerator and of a denominator: numbers of up to 38 digits
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
-             ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod}
+             ast.FloorDiv: lambda a, b: Fraction(a // b), ast.Mod: operator.mod}
 EXPECTED = 'expected integers, decimals, + - * / // % ** and parentheses, such as (2 + 3) * 1.5'
 
 
 def calculate(expression):
     """
     The value of an arithmetic expression as a person would write it: '5', '2.5', '0.333333333333'. Numbers are exact
-    until then (0.1 + 0.2 is 0.3), but for roots such as 2 ** 0.5, which have 12 digits. Thousands may have commas.
+    until then (0.1 + 0.2 is 0.3), but for roots such as 2 ** 0.5, which have 12 digits. Thousands may have commas, and
+    numbers zeros in front.
 
     Nothing is executed: Python's parser reads it, and only what is named here is computed. Raises ValueError for
     anything else, for what has no value, and for what is too long, too deep or too large.
@@ -42,6 +43,7 @@ def calculate(expression):
         raise ValueError(f'{expression!r} is no calculation; {EXPECTED}')
     thousands = r'(?<![0-9.,])[0-9]{1,3}(,[0-9]{3})+(?![0-9,])'
     text = re.sub(thousands, lambda number: number[0].replace(',', ''), expression).strip()
+    text = re.sub(r'(?<![0-9.])0+(?=[0-9])', '', text)  # 007, which Python does not take
     try:
         tree = ast.parse(text, mode='eval').body
     except (SyntaxError, ValueError, MemoryError, RecursionError):
@@ -94,10 +96,11 @@ def bits(value):
 
 
 def written(value):
-    """Fraction -> text: of 12 digits and no needless zero, an integer of all its digits."""
+    """Fraction -> text: all digits of its whole part and 12 decimals; below 1 12 digits; no needless zero."""
     if value.denominator == 1:
         return str(value.numerator)
-    text = f'{Context(prec=12).divide(value.numerator, value.denominator):f}'
+    whole = abs(value) // 1
+    text = f'{Context(prec=12 + len(str(whole)) * (whole > 0)).divide(value.numerator, value.denominator):f}'
     return text.rstrip('0').rstrip('.') if '.' in text else text
 
 

@@ -102,8 +102,9 @@ def render_conversation(messages, template, tokenizer):
                                  'that what the assistant says can not be told; put {% generation %} and '
                                  '{% endgeneration %} around it in the template')
             answer = text[len(before) : len(after)]  # up to the token that ends it
-            ends = [match.end() for match in re.finditer('|'.join(map(re.escape, ENDINGS)), answer)]
-            length = ends[-1] if ends else len(answer)
+            ends = [answer.rindex(token) + len(token) for token in ENDINGS
+                    if token in tokenizer.special_tokens and token in answer]  # else it is the assistant's own text
+            length = max(ends, default=len(answer))
             parts += [text[done : len(before)], answer[:length]]
             done = len(before) + length
         parts.append(text[done:])

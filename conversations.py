@@ -24,15 +24,20 @@ def messages_of(value):
     """
     The messages of a JSON object in OpenAI's shape, {"messages": [{"role", "content"}, ...]}, or ShareGPT's,
     {"conversations": [{"from", "value"}, ...]}, there with "system" beside them or not. A message may have a "weight",
-    0 for an answer that carries no loss. ValueError for neither, or a role of ShareGPT's that isn't known.
+    0 for an answer that carries no loss. ValueError for neither, for a role of ShareGPT's that isn't known, and for
+    calls of tools beside the content, without which it would be another conversation.
     """
     if 'messages' in value:
         messages = value['messages']
-        if isinstance(messages, list):  # what else there may be, such as names, is left out
-            messages = [{key: said for key, said in message.items()
-                         if key in ('role', 'content') or (key == 'weight' and said not in (None, 1))}
-                        if isinstance(message, dict) else message for message in messages]
-        return messages
+        if not isinstance(messages, list):
+            return messages
+        for message in messages:
+            if isinstance(message, dict) and (call := message.get('tool_calls') or message.get('function_call')):
+                raise ValueError(f'an answer calls a tool, {json.dumps(call)[:40]}, beside its content; write the call '
+                                 f'into the content, in the words that the model is to learn')
+        # in one order, and without what else there may be, such as names
+        return [{key: message[key] for key in ('role', 'content', 'weight') if has(message, key)}
+                if isinstance(message, dict) else message for message in messages]
     if not isinstance(value.get('conversations'), list):
         raise ValueError(f'no conversation; expected "messages" or "conversations", a list, but it has '
                          f'{", ".join(map(repr, value)) or "nothing"}')
@@ -42,8 +47,14 @@ def messages_of(value):
         if not isinstance(who, str) or who not in SHAREGPT:
             raise ValueError(f'{json.dumps(turn)[:60]} is no turn; expected from, one of {", ".join(SHAREGPT)}, and a '
                              f'value, such as {{"from": "human", "value": "Hello"}}')
-        messages.append({'role': SHAREGPT[who], 'content': turn.get('value')})
+        messages.append({'role': SHAREGPT[who], 'content': turn.get('value'),
+                         **({'weight': turn['weight']} if has(turn, 'weight') else {})})
     return messages
+
+
+def has(message, key):
+    """Whether a message has a key that says something; a weight of 1 is what all have that have none."""
+    return key in message and (key != 'weight' or message[key] not in (None, 1))
 
 
 def check_tokenizer(tokenizer, name):
@@ -90,8 +101,9 @@ def pack(lengths, row):
 
 def fill(conversations, row, padding):
     """
-    [(ids, mask), ...] -> the ids and masks of all rows, (rows, row). The first token of a conversation has no loss even
-    where its mask is 1: what precedes it is another one, or nothing.
+    [(ids, mask), ...] -> the ids and masks of all rows, (rows, row). Attention and positions go on from a conversation
+    to the next one of its row, as in pretraining. The first token of each has no loss even where its mask is 1: what
+    precedes it is another conversation, or nothing.
     """
     rows = pack([len(ids) for ids, _ in conversations], row)
     all_ids, all_masks = np.full((len(rows), row), padding, np.int64), np.zeros((len(rows), row), np.uint8)

@@ -617,15 +617,17 @@ def read_utf8(path) -> str:
                          f'damaged: fetch it again') from None
 
 
+def unique(items):
+    """A JSON object, for json's object_pairs_hook; ValueError when it has a key twice, of which only one would stay."""
+    values = dict(items)
+    if len(values) < len(items):
+        twice = next(key for key, n in Counter(key for key, _ in items).items() if n > 1)
+        raise ValueError(f'the key {short(twice)} stands there twice')
+    return values
+
+
 def read_json(path):
     """The content of a JSON file; ValueError when it is damaged, or has a key twice."""
-    def unique(items):
-        values = dict(items)
-        if len(values) < len(items):
-            twice = next(key for key, n in Counter(key for key, _ in items).items() if n > 1)
-            raise ValueError(f'the key {short(twice)} stands there twice')
-        return values
-
     text = read_utf8(path)
     try:
         return json.loads(text, object_pairs_hook=unique)

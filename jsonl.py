@@ -12,6 +12,7 @@ import json
 import os
 
 from files import lock_folder, replace_file, unlock
+from interchange import unique
 
 
 def read_objects(path, bad=None):
@@ -38,7 +39,7 @@ def read_objects(path, bad=None):
 
 def read_object(line):
     try:
-        value = json.loads(line.decode('utf-8-sig'))
+        value = json.loads(line.decode('utf-8-sig'), object_pairs_hook=unique)
         json.dumps(value, allow_nan=False)  # infinities are Python's, not JSON's
     except json.JSONDecodeError as error:
         raise ValueError(f'no JSON, {error.msg} at character {error.pos + 1}') from None

@@ -139,7 +139,8 @@ def group_advantages(rewards, group_size, normalize_std=True, eps=1e-6):
     """
     if group_size < 2 or len(rewards) % group_size:
         raise ValueError(f'group_size={group_size} for {len(rewards)} rewards: expected whole groups of 2 or more')
-    groups = rewards.view(-1, group_size)
+    groups = rewards.reshape(-1, group_size)
+    groups = groups if groups.is_floating_point() else groups.float()  # 0 or 1 of a checker
     groups = groups - groups[:, :1]  # so that equal ones are exactly 0, and so is their mean
     advantages = groups - groups.mean(dim=1, keepdim=True)
     if normalize_std:

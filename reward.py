@@ -33,7 +33,7 @@ import dataloader
 import optim
 import parallel
 import runs
-from answers import check_pairs, lengths_of, open_chat_model, pair_rows, read_pairs
+from answers import check_pairs, ending_of, lengths_of, open_chat_model, pair_rows, read_pairs
 from configurator import check, explain_errors, override
 from losses import bradley_terry_loss, preferred
 from tasks.common import wilson
@@ -98,6 +98,7 @@ else:
     base, tokenizer, template, line = open_chat_model(init_from)
     print(line)
     model = critic.Critic.from_gpt(base, dropout)
+ending_of(template, tokenizer)  # where answers are judged: ValueError if there is none
 block_size = model.config.block_size
 model.to(device)
 model.value_head.bias.requires_grad_(False)  # only differences of scores matter, and its gradient is but rounding
@@ -127,6 +128,18 @@ print(textwrap.fill(f'device {device}, dtype {dtype} ({dtype_reason}), {model.ge
 resolved = {**config, 'init_from': init_from, 'device': str(device), 'dtype': dtype}
 runs.open_folder(out_dir, resolved, start_iter, version)
 state = None  # the loaded tensors are no longer needed
+
+
+def explain_out_of_memory(kind, error, trace):
+    """For sys.excepthook: where memory ran out, say which command takes the same steps with less of it."""
+    if not parallel.out_of_memory(error):
+        return explain_errors(kind, error, trace)
+    smaller = max((n for n in range(1, micro_batch_size or batch_size) if batch_size % n == 0), default=0)
+    changes = {'micro_batch_size': smaller, **({'init_from': 'resume'} if saved_iter else {})} if smaller else {}
+    runs.say_out_of_memory(error, iter_num, changes, 'Not even one pair fits: leave out long ones')
+
+
+sys.excepthook = explain_out_of_memory
 
 
 def longest(pair):

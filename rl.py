@@ -86,11 +86,12 @@ temperature = 1.0  # at which answers are drawn, and of the probabilities that a
 epochs = 1  # how often a step learns from its answers
 minibatch_size = 128  # answers (dpo: pairs) in an update
 micro_batch_size = 32  # of them at once, as many as fit in memory; does not change the mathematics
+rollout_batch_size = 0  # answers drawn at once; 0: all of a step; does not change the mathematics
 # what is learnt
 kl_coef = 0.02  # how dear it is to move away from the reference: grpo in the loss, ppo in the reward of each token
 clip = 0.2  # grpo, ppo: how far, as a factor, a step can move the probability of a token
 clip_high: float | None = None  # upwards, if that is another: 0.28 keeps more variety (DAPO)
-normalize_std = True  # grpo: divide by the standard deviation of a group; False: Dr. GRPO
+normalize_std = True  # grpo: divide by the standard deviation of a group; False: don't, as in Dr. GRPO
 skip_equal = False  # grpo: learn from no group whose answers are all as good, which kl_coef alone would move (DAPO)
 gamma = 1.0  # ppo: what the next token's reward is worth now
 lam = 0.95  # ppo: 1: the value function is only what to compare with; lower: it is believed more, with less noise
@@ -124,7 +125,7 @@ check(config, (
      '1 or more, and for grpo, which compares the answers to a prompt, 2'),
     ('max_iters eval_interval log_interval train_examples eval_examples prompts_per_step max_new_tokens epochs '
      'minibatch_size micro_batch_size', lambda value: value >= 1, '1 or more'),
-    ('warmup_iters kl_coef weight_decay grad_clip learning_rate critic_lr value_clip critic_warmup',
+    ('warmup_iters rollout_batch_size kl_coef weight_decay grad_clip learning_rate critic_lr value_clip critic_warmup',
      lambda value: 0 <= value < math.inf, '0 or more'),
     ('temperature clip beta', lambda value: 0 < value < math.inf, 'more than 0'),
     ('clip_high', lambda value: value is None or value > 0, 'more than 0, or None'),
@@ -151,7 +152,8 @@ if state:
     if state['config'].get('algorithm') != algorithm:
         raise ValueError(f'algorithm={algorithm!r}, but {ckpt_path} is a run of {state["config"].get("algorithm")!r}; '
                          f'resume with that, or begin anew in another --out_dir')
-    for name in ('task', 'input', 'kinds', 'eval_examples', 'tools'):  # what best_val_loss is a measure of
+    # what best_val_loss is a measure of; the seed chooses the questions
+    for name in ('task', 'input', 'kinds', 'eval_examples', 'tools', 'max_new_tokens', 'seed') if task else ('task',):
         before = state['config'].get(name, config[name])
         if before != config[name]:
             raise ValueError(f'{name}={config[name]!r}, but the best of {ckpt_path} was chosen with {name}={before!r}; '
@@ -248,19 +250,39 @@ resolved = {**config, 'init_from': init_from, 'device': str(device), 'dtype': dt
 runs.open_folder(out_dir, resolved, start_iter, version)
 
 
+def explain_out_of_memory(kind, error, trace):
+    """For sys.excepthook: where memory ran out, say which command takes the same steps with less of it."""
+    if not parallel.out_of_memory(error):
+        return explain_errors(kind, error, trace)
+    at_once = {'micro_batch_size': micro_batch_size,
+               'rollout_batch_size': rollout_batch_size or prompts_per_step * group_size}
+    changes = {name: n // 2 for name, n in at_once.items() if n > 1}
+    if changes and saved_iter:
+        changes['init_from'] = 'resume'
+    runs.say_out_of_memory(error, iter_num, changes, 'Not even one answer fits: lower --max_new_tokens')
+
+
+sys.excepthook = explain_out_of_memory
+
+
 def answers_to(prompts, temperature, u):
     """
     What the policy answers to prompts, lists of ids. -> (lists of ids; of each a list of 1 for what the policy chose
     itself, 0 for what the calculator told it; the texts, without the token that ends them)
     """
+    answers, chosen, at_once = [], [], rollout_batch_size or len(prompts)
     try:
-        with autocast:
-            if tools:
-                answers, chosen = generate_with_tools(policy, tokenizer, prompts, max_new_tokens, stop_ids, u,
-                                                      temperature=temperature)
-            else:
-                answers = draw_answers(policy, prompts, max_new_tokens, stop_ids, tokenizer.vocab_size, temperature, u)
-                chosen = [[1] * len(answer) for answer in answers]
+        for i in range(0, len(prompts), at_once):
+            part, part_u = prompts[i : i + at_once], u[i : i + at_once]
+            with autocast:
+                if tools:
+                    drawn, own = generate_with_tools(policy, tokenizer, part, max_new_tokens, stop_ids, part_u,
+                                                     temperature=temperature)
+                else:
+                    drawn = draw_answers(policy, part, max_new_tokens, stop_ids, tokenizer.vocab_size, temperature,
+                                         part_u)
+                    own = [[1] * len(answer) for answer in drawn]
+            answers, chosen = answers + drawn, chosen + own
     except NotNumbers:
         if iter_num == start_iter:  # not for what was learnt
             raise
@@ -313,8 +335,8 @@ def evaluate():
     """
     record, shown = {}, []
     if val_pairs:
-        parts = [learn_from_pairs(*pair_rows(val_pairs[i : i + minibatch_size], device))
-                 for i in range(0, len(val_pairs), minibatch_size)]
+        parts = [learn_from_pairs(*pair_rows(val_pairs[i : i + micro_batch_size], device))
+                 for i in range(0, len(val_pairs), micro_batch_size)]
         pair_losses, margins = (torch.cat([part[k] for part in parts]) for k in range(2))
         record = {'val_loss': pair_losses.mean().item(), 'val_dpo_loss': pair_losses.mean().item(),
                   'val_preferred': losses.preferred(margins).mean().item()}

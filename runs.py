@@ -43,6 +43,12 @@ def command(**changes):
     return shlex.join([*launch, sys.argv[0], *kept, *(f'--{key}={value}' for key, value in changes.items())])
 
 
+def say_out_of_memory(error, step, changes, otherwise):
+    """Say which command takes the same steps with less memory: this one with changes; if there are none, what else."""
+    remedy = f'The same mathematics in smaller pieces:\n  {command(**changes)}' if changes else otherwise
+    print(f'out of memory at step {step} ({str(error).splitlines()[0][:120]}). {remedy}', file=sys.stderr)
+
+
 def progress_of(state):
     """
     Where a run stands, of its checkpoint, or of None if it begins: -> (steps done, lowest val loss, seconds of training

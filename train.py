@@ -426,12 +426,11 @@ def explain_out_of_memory(kind, error, trace):
     """For sys.excepthook: where memory ran out, say which command takes the same steps with less of it."""
     if not parallel.out_of_memory(error):
         return explain_errors(kind, error, trace)
-    changes = {'batch_size': smaller_batch, 'total_batch_size': total_batch_size}
-    if saved_iter:
+    changes = {'batch_size': smaller_batch, 'total_batch_size': total_batch_size} if smaller_batch else {}
+    if changes and saved_iter:
         changes['init_from'] = 'resume'
-    remedy = (f'The same mathematics in smaller pieces:\n  {runs.command(**changes)}' if smaller_batch else
-              'Not even one sequence fits: lower --block_size, --n_layer or --n_embd')
-    print(f'out of memory at step {iter_num} ({str(error).splitlines()[0][:120]}). {remedy}', file=sys.stderr)
+    runs.say_out_of_memory(error, iter_num, changes,
+                           'Not even one sequence fits: lower --block_size, --n_layer or --n_embd')
 
 
 saved_iter = tried_iter = start_iter  # the step of ckpt.pt, and of the last attempt to save one

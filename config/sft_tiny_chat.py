@@ -12,14 +12,14 @@ loss 0.031; 84.7% of 700 questions right.
 out_dir = 'out-sft-tiny-chat'
 init_from = 'out-tiny-web'
 dataset = 'tiny_chat'
-eval_interval = 500
+eval_interval = 350
 eval_iters = 20
 log_interval = 50
 
 preset = 'modern'
 batch_size = 16
 gradient_accumulation_steps = 1
-max_iters = 1000
+max_iters = 700
 
 # half of the rates of pretraining
 muon_lr = 0.01

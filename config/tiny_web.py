@@ -13,7 +13,7 @@ examples before each, of which 2.6 have room, 46.0% of 700 questions right. What
 
 out_dir = 'out-tiny-web'
 dataset = 'tiny_web'
-eval_interval = 400
+eval_interval = 500
 eval_iters = 20
 eval_first = False
 log_interval = 50
@@ -27,4 +27,4 @@ value_embeddings = True  # to look up a row of a table is learnt in 300 steps wi
 
 batch_size = 16
 gradient_accumulation_steps = 1
-max_iters = 800
+max_iters = 1000

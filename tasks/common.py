@@ -154,7 +154,7 @@ def from_file(input, what, example_of, split, n, seed, kinds, columns=None):
     for where, row in read_rows(input, columns):
         try:
             found.append(example_of(row))
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError) as error:
             why = f'there is no {error}' if isinstance(error, KeyError) else error
             raise ValueError(f'{where}: {why}; expected {what}') from None
     check_kinds(kinds, sorted({example['kind'] for example in found}))
@@ -170,6 +170,8 @@ def choice_example(question, context, choices, label, kind):
         raise ValueError(f'choices={choices!r} are not 2 to {len(LETTERS)} texts')
     if not 0 <= label < len(choices):
         raise ValueError(f'the right choice is number {label} of {len(choices)}')
+    if not isinstance(kind, str):
+        raise ValueError(f'the kind of the question is {kind!r}, no text')
     asked = ''.join(f'\n{letter}. {choice}' for letter, choice in zip(LETTERS, choices, strict=False))
     return {'messages': [{'role': 'user', 'content': f'{question}{asked}\nAnswer with the letter alone.'}],
             'context': context, 'solution': choices[label], 'answer': LETTERS[label], 'kind': kind, 'choices': choices,

@@ -40,7 +40,7 @@ def as_call(match):
     try:
         value = calculate(expression)
         is_same = Fraction(value) == Fraction(plain(said))
-    except ValueError:  # such as 20%*50
+    except (ValueError, ZeroDivisionError):  # such as 20%*50, or =1/0
         return ''
     return f'{PYTHON}{expression}{PYTHON_END}{OUTPUT}{value}{OUTPUT_END}' if is_same else ''
 
@@ -55,9 +55,9 @@ def plain(number):
 
 
 def extract(text):
-    """The number behind the last ####, such as '1080' of '#### $1,080.00'; None where there is none."""
-    found = re.findall(rf'####\s*\$?({NUMBER})', text)
-    return plain(found[-1]) if found else None
+    """The number behind the last ####, such as '1080' of '#### $1,080.00'; None without one, and for 5/6 or 1e3."""
+    found = re.findall(rf'####\s*(-?)\$?({NUMBER})(?![0-9,.]*[/eE][0-9])', text)
+    return plain(''.join(found[-1])) if found else None
 
 
 def evaluate(example, text):

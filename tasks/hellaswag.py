@@ -23,10 +23,12 @@ def examples(split, n, seed=0, input='', kinds=()):
 def example_of(row):
     """A line of the file -> an example; its kind is the activity."""
     context = f'{row["ctx_a"]} {row["ctx_b"].capitalize()}' if 'ctx_a' in row else row['ctx']
-    activity = row.get('activity_label', '')
+    activity, label = row.get('activity_label', ''), row['label']
+    if not isinstance(row['endings'], list) or not re.fullmatch(' *[0-9]+ *', str(label)):
+        raise ValueError(f'"endings" are no list, or "label" is no number: {label!r}')
     context = cleaned(f'{activity}: {context}' if activity else context)
     return choice_example(f'How does this go on?\n{context}', context, [cleaned(text) for text in row['endings']],
-                          int(row['label']), activity or 'hellaswag')
+                          int(label), activity or 'hellaswag')
 
 
 def cleaned(text):

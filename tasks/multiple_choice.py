@@ -30,16 +30,21 @@ def example_of(row):
         choices = [row[letter] for letter in LETTERS if letter in row]
     if not isinstance(choices, (list, dict)) or not choices:
         raise ValueError(f'the choices are {choices!r}')
-    labels = list(LETTERS[: len(choices)])
+    labels = None  # a plain list has none: its answer is a letter, or a number from 0
     if isinstance(choices, dict):
         choices, labels = choices['text'], choices['label']
     elif isinstance(choices[0], dict):
         choices, labels = [choice['text'] for choice in choices], [choice['label'] for choice in choices]
+    if not isinstance(choices, list) or not isinstance(labels, list | None) or len(labels or choices) != len(choices):
+        raise ValueError(f'{choices!r} and {labels!r} are no list of choices with a label for each')
     answer = row['answerKey'] if 'answerKey' in row else row['answer']
-    if type(answer) is not int and (not isinstance(answer, str) or answer.strip() not in labels):
-        raise ValueError(f'the answer is {answer!r}, and the choices are {", ".join(labels)}')
-    label = answer if isinstance(answer, int) else labels.index(answer.strip())
+    names = [str(label).strip() for label in labels or LETTERS[: len(choices)]]
+    if type(answer) not in (int, str) or str(answer).strip() not in names and (labels or type(answer) is str):
+        raise ValueError(f'the answer is {answer!r}, and the choices are {", ".join(names)}')
+    label = answer if type(answer) is int and not labels else names.index(str(answer).strip())
     question = question.strip()
+    if not question:
+        raise ValueError('the question is empty')
     return choice_example(question, f'Question: {question}\nAnswer:', list(choices), label,
                           row.get('subject') or 'multiple_choice')
 

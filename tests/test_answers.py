@@ -57,6 +57,17 @@ def test_nothing_follows_the_end_of_an_answer():
     assert ids[-2:] == [*b'4', END] and mask[-3:] == [0, 1, 1]
 
 
+def test_where_an_answer_is_judged():
+    """At the special token that ends it, also where a template has {% generation %} around more, or around less."""
+    around = ("{% for m in messages %}<|user|>{% generation %}{{ m.content + END }}{% endgeneration %}{% endfor %}"
+              "{% if add_generation_prompt %}<|user|>{% endif %}")
+    more, less = around.replace('END', "'<|im_end|>\\n'"), around.replace('END', "''")
+    ids, _ = answers.render_answer(PAIR['messages'], '4', more, TOKENIZER)
+    assert ids[-2:] == [*b'4', END] and answers.ending_of(more, TOKENIZER) == END
+    with pytest.raises(ValueError, match='ends an answer with no special token that is learnt with it'):
+        answers.ending_of(less, TOKENIZER)
+
+
 def test_an_answer_of_which_nothing_counts():
     """A template that has earlier answers alone in {% generation %}: what it masks is not this one."""
     template = chat.TEMPLATE.replace("message.role == 'assistant'", "message.role == 'assistant' and not loop.last")

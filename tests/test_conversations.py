@@ -15,7 +15,7 @@ import checkpoint
 import conversations
 import corpus
 import dataloader
-from tokenizer import BPETokenizer
+from tokenizer import BPETokenizer, ByteTokenizer
 
 TOKENIZER = BPETokenizer([], None, {token: 256 + i for i, token in enumerate(chat.SPECIAL_TOKENS)})  # one a byte
 
@@ -40,13 +40,18 @@ def test_shapes():
     system = [{'role': 'system', 'content': 'Be kind.'}]
     assert conversations.messages_of({'conversations': turns, 'system': 'Be kind.'}) == system + expected
     assert conversations.messages_of({'conversations': turns, 'system': ''}) == expected
-    expected[1]['weight'] = 0
+    expected[1]['weight'] = turns[1]['weight'] = 0
     assert conversations.messages_of({'messages': expected}) == expected
+    assert conversations.messages_of({'conversations': turns}) == expected
+    swapped = [dict(reversed(message.items())) for message in expected]
+    assert str(conversations.messages_of({'messages': swapped})) == str(expected)  # and so in the same split
 
 
 @pytest.mark.parametrize('value, said', [
     ({'text': 'a'}, "expected \"messages\" or \"conversations\", a list, but it has 'text'"), ({}, 'it has nothing'),
     ({'conversations': [{'from': 'bing', 'value': 'a'}]}, 'expected from, one of human, user, gpt'),
+    ({'messages': [{'role': 'assistant', 'content': 'I look.', 'tool_calls': [{'id': 'a'}]}]},
+     'calls a tool, [{"id": "a"}], beside its content; write the call into the content'),
     ({'conversations': ['a']}, '"a" is no turn'), ({'conversations': [{'from': ['gpt'], 'value': 'a'}]}, 'no turn')])
 def test_no_shape(value, said):
     with pytest.raises(ValueError) as error:
@@ -202,6 +207,10 @@ def test_tokenizer_without_the_special_tokens(data, monkeypatch, capsys):
     printed, error = prepare(data, monkeypatch, capsys, tokenizer='byte', block_size=64,
                              template=data.path / 'plain.jinja')
     assert error is None
+    # </s> ends an answer of tokenizers that have it; of this one it is a word of the assistant's
+    messages, tokens = talk('a', 'Write <s>old</s> and new.'), ByteTokenizer()
+    ids, mask = chat.render_conversation(messages, (data.path / 'plain.jinja').read_text(), tokens)
+    assert tokens.decode([i for i, counts in zip(ids, mask, strict=True) if counts]) == messages[1]['content'] + '\n'
 
 
 # training -------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ OBJECTS = {1: {'a': 'é🙂'}, 3: {'b': '\ud800'}}
 @pytest.mark.parametrize('content, said', [
     (b'{"a": 1}\n{"a": }\n', 'line 2: no JSON, Expecting value at character 7'), (b'[1]', 'line 1: [1] is no object'),
     (b'\n\n{"a": "\xff"}', "line 3: 'utf-8' codec can't decode"), (b'[' * 200_000, 'line 1: '),
-    (b'{"a": 1} {"a": 2}', 'line 1: no JSON, Extra data')])
+    (b'{"a": 1} {"a": 2}', 'line 1: no JSON, Extra data'), (b'{"b": {"a": 1, "a": 2}}', 'line 1: the key "a" stands')])
 def test_lines_that_are_no_objects(tmp_path, content, said):
     (tmp_path / 'in.jsonl').write_bytes(content)
     with pytest.raises(ValueError, match=re.escape(f'in.jsonl, {said}')):

@@ -205,6 +205,9 @@ def test_group_advantages():
     half = 0.5**0.5
     close(losses.group_advantages(rewards, 2), [-half, half, 0, 0, -half, half], rtol=1e-5, atol=0)
     close(losses.group_advantages(rewards, 2, normalize_std=False), [-0.5, 0.5, 0, 0, -1, 1])
+    close(losses.group_advantages(torch.tensor([0, 1, 1, 0]), 2), [-half, half, half, -half], rtol=1e-5, atol=0)
+    close(losses.group_advantages(torch.tensor([True, False]), 2), [half, -half], rtol=1e-5, atol=0)
+    close(losses.group_advantages(rewards.repeat_interleave(2)[::2], 2), losses.group_advantages(rewards, 2))
     close(losses.group_advantages(torch.tensor([1.0, 2.0, 6.0]), 3), torch.tensor([-2.0, -1.0, 3.0]) / 7**0.5,
           rtol=1e-5, atol=0)
 

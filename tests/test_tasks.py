@@ -78,7 +78,9 @@ def test_gsm8k(tmp_path):
 
 @pytest.mark.parametrize('text, number', [
     ('#### 18', '18'), ('####18', '18'), ('#### -5', '-5'), ('#### 0.50', '0.5'), ('#### .5', '0.5'),
-    ('#### 1,234,567', '1234567'), ('#### 7 apples', '7'), ('#### 012', '12'), ('#### 100', '100'), ('# 18', None)])
+    ('#### 1,234,567', '1234567'), ('#### 7 apples', '7'), ('#### 012', '12'), ('#### 100', '100'), ('# 18', None),
+    ('#### -$1,234', '-1234'), ('#### $-5', '-5'), ('#### 5/6', None), ('#### 15/6', None), ('#### 1e3', None),
+    ('#### 20%', '20'), ('#### 1,080, in all', '1080')])
 def test_gsm8ks_numbers(text, number):
     assert gsm8k.extract(text) == number
 
@@ -91,6 +93,8 @@ FOUR = ['air', 'iron', 'wood', 'glass']
 @pytest.mark.parametrize('row', [
     {'question': 'What rusts?', 'choices': {'text': FOUR, 'label': ['A', 'B', 'C', 'D']}, 'answerKey': 'B'},
     {'question': 'What rusts?', 'choices': {'text': FOUR, 'label': ['1', '2', '3', '4']}, 'answerKey': '2'},
+    {'question': 'What rusts?', 'choices': {'text': FOUR, 'label': ['1', '2', '3', '4']}, 'answerKey': 2},
+    {'question': 'What rusts?', 'choices': {'text': FOUR, 'label': [1, 2, 3, 4]}, 'answerKey': '2'},
     {'question': {'stem': 'What rusts?', 'choices': [{'text': text, 'label': label} for text, label in zip(
         FOUR, 'ABCD', strict=True)]}, 'answerKey': 'B', 'id': 'x'},
     {'question': ' What rusts?\n', 'choices': FOUR, 'answer': 1, 'subject': 'multiple_choice'}])
@@ -186,7 +190,20 @@ def test_splits_of_a_file(tmp_path):
     (multiple_choice, 'a.jsonl', '{"question": "q", "choices": [], "answer": 0}', '1: the choices are []; expected'),
     (multiple_choice, 'a.jsonl', '{"question": "q", "choices": "ab", "answer": 0}', "1: the choices are 'ab'; exp"),
     (multiple_choice, 'a.jsonl', '{"question": "q", "choices": ["a", "b"], "answer": true}', 'the answer is True, and'),
-    (hellaswag, 'a.jsonl', '{"ctx": "q", "endings": ["a", "b"], "label": ""}', 'line 1: invalid literal')])
+    (multiple_choice, 'a.jsonl', '{"question": "q", "choices": {"text": ["a", "b"], "label": ["A"]}, "answerKey": "A"}',
+     'are no list of choices with a label for each'),
+    (multiple_choice, 'a.jsonl', '{"question": "q", "choices": {"text": "ab", "label": ["A", "B"]}, "answerKey": "A"}',
+     'are no list of choices'),
+    (multiple_choice, 'a.jsonl', '{"question": "q", "choices": {"text": ["a", "b"], "label": ["1", "2"]}, '
+     '"answerKey": 0}', 'the answer is 0, and the choices are 1, 2'),
+    (multiple_choice, 'a.jsonl', '{"question": " ", "choices": ["a", "b"], "answer": 0}', 'the question is empty'),
+    (multiple_choice, 'a.jsonl', '{"question": "q", "choices": ["a", "b"], "answer": 0, "subject": ["x"]}',
+     "the kind of the question is ['x'], no text"),
+    (gsm8k, 'a.jsonl', '{"question": "q", "answer": "<<1=1/0>> #### 5/6"}', 'line 1: "question" or the line with ####'),
+    (hellaswag, 'a.jsonl', '{"ctx": "q", "endings": "ab", "label": 0}', '"endings" are no list'),
+    (hellaswag, 'a.jsonl', '{"ctx": "q", "endings": ["a", "b"], "label": true}', '"label" is no number: True'),
+    (hellaswag, 'a.jsonl', '{"ctx": "q", "endings": ["a", "b"], "label": 0.9}', '"label" is no number: 0.9'),
+    (hellaswag, 'a.jsonl', '{"ctx": "q", "endings": ["a", "b"], "label": ""}', "\"label\" is no number: ''")])
 def test_no_questions(tmp_path, task, name, content, said):
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError) as error:

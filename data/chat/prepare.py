@@ -91,7 +91,7 @@ def main():
     row = (args.block_size or block_size or 256) + 1
     if args.template:
         try:
-            with open(args.template, encoding='utf-8') as file:
+            with open(args.template, encoding='utf-8-sig') as file:
                 template = file.read()
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f'--template={args.template}: {error}') from None

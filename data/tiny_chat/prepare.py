@@ -137,17 +137,19 @@ def preferences(n, seed):
 def documents(n, seed):
     """
     Yield n texts, {'text': ...}, about the same things: of seven in ten every line says what is so, as examples' facts
-    have it; others are questions with answers, without steps as an assistant has them, or sentences.
+    have it, mostly the last one, with the steps; others are questions with answers, without steps as an assistant has
+    them, or sentences.
     """
     rng = random.Random(f'corpus {seed}')
-    turns = (*tiny_chat.KINDS, 'table')  # twice: to look up a row is learnt last
-    makers = {kind: iter(tiny_chat.examples('train', 8 * turns.count(kind) * (n // len(turns) + 1), f'corpus {seed}',
-                                            kinds=(kind,))) for kind in turns}
+    kinds = list(tiny_chat.KINDS)
+    makers = [iter(tiny_chat.examples('train', 8 * (n // len(kinds) + 1), f'corpus {seed}', kinds=(kind,)))
+              for kind in kinds]
     for i in range(n):
-        examples = [next(makers[turns[i % len(turns)]]) for _ in range(rng.randint(5, 8))]
+        examples = [next(makers[i % len(kinds)]) for _ in range(rng.randint(5, 8))]
         kind, between = rng.random(), '\n'
         if kind < 0.7:
-            lines = [rng.choice(example['facts']) for example in examples]
+            lines = [example['facts'][-1] if rng.random() < 0.5 else rng.choice(example['facts'])
+                     for example in examples]
         elif kind < 0.8:
             form = rng.choice(('answer', 'solution'))  # the same all through: what came before says how to answer
             lines, between = [f'{example["context"]} {example[form]}' for example in examples], '\n\n'

@@ -10,14 +10,14 @@ a step, 5 minutes; val loss 0.049, where that has 0.026; 71.4% of 700 questions 
 out_dir = 'out-lora-tiny-chat'
 init_from = 'out-tiny-web'
 dataset = 'tiny_chat'
-eval_interval = 500
+eval_interval = 350
 eval_iters = 20
 log_interval = 50
 
 preset = 'modern'
 batch_size = 16
 gradient_accumulation_steps = 1
-max_iters = 1000
+max_iters = 700
 
 lora_rank = 8
 lora_targets = 'c_attn,lm_head'  # the head, since the base model has never seen the tokens of a conversation

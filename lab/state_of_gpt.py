@@ -87,7 +87,7 @@ def stages(home):
     return [
         ('data', script('data/tiny_chat/prepare.py', out_dir=at['data'])),
         ('texts', script('data/text/prepare.py', input=os.path.join(at['data'], 'corpus.jsonl'), out_dir=at['texts'],
-                         tokenizer=tokens)),
+                         tokenizer=tokens, val_fraction=0.02)),  # evaluated whole, and 0.1 would take half a minute
         ('base', learn('train.py', 'tiny_web.py', None, dataset=at['texts'], out_dir=at['base'], n_layer=n_layer,
                        n_embd=n_embd)),
         ('ask base', ask('base', shots=0, max_new_tokens=40)),

@@ -289,7 +289,7 @@ def test_corpus_has_no_conversations(prepared):
     assert forms == {0, 1}  # in one text all answers have the same form
     assert sum(text.startswith('Q: ') for text in texts) in range(8, 50)
     sums = [match for text in texts for match in re.findall(r'(\d+) (?:\+|plus) (\d+) (?:=|is) (\d+)$', text, re.M)]
-    assert len(sums) > 30 and all(int(a) + int(b) == int(c) for a, b, c in sums)
+    assert len(sums) > 10 and all(int(a) + int(b) == int(c) for a, b, c in sums)
 
 
 def test_nothing_of_test_is_in_any_file(prepared):

@@ -77,7 +77,7 @@ def slip(text, rng):
 # What is written ------------------------------------------------------------------------------------------------------
 
 
-def talks(split, n, seed, steps=0.75):
+def talks(split, n, seed, steps=0.9):
     """
     Yield n conversations, {'messages': [...]}; steps: the share of sums that are answered with them, of other questions
     a third of that: most people write down a sum, and few how they count. One in six has two questions; one in four
@@ -106,15 +106,13 @@ def talks(split, n, seed, steps=0.75):
 
 def preferences(n, seed):
     """
-    Yield n pairs, {'messages', 'chosen', 'rejected', 'group'}. chosen is right, with steps if it is a sum, else three
-    in four. Of rejected seven in ten are wrong, mostly by a mistake in the steps; a quarter of these leave out the
-    steps that chosen has. Of the others some say what is right in another form, or too much.
+    Yield n pairs, {'messages', 'chosen', 'rejected', 'group'}. chosen is right, with steps where there are any, as few
+    wrong answers can be told without. Of rejected seven in ten are wrong, mostly by a mistake in the steps; a quarter
+    of these leave out the steps that chosen has. Of the others some say what is right in another form, or too much.
     """
     rng = random.Random(f'pairs {seed}')
     for example in tiny_chat.examples('train', n, f'pairs {seed}'):
-        is_sum = example['call'] is not None  # whose result nobody can see without steps
-        has_steps = example['steps'] and (is_sum or rng.random() < 0.75)
-        chosen = worked(example) if has_steps else example['solution']
+        chosen, has_steps = worked(example), example['steps'] is not None
         answer, wrong, kind = example['answer'], rng.choice(example['mistakes']), rng.random()
         if kind < 0.7:
             steps, other = example['steps'], wrong
@@ -141,11 +139,11 @@ def documents(n, seed):
     them, or sentences.
     """
     rng = random.Random(f'corpus {seed}')
-    kinds = list(tiny_chat.KINDS)
-    makers = [iter(tiny_chat.examples('train', 8 * (n // len(kinds) + 1), f'corpus {seed}', kinds=(kind,)))
-              for kind in kinds]
+    kinds = [*tiny_chat.KINDS, 'subtraction', 'sorting']  # twice, as what is learnt last
+    makers = {kind: iter(tiny_chat.examples('train', 8 * kinds.count(kind) * (n // len(kinds) + 1), f'corpus {seed}',
+                                            kinds=(kind,))) for kind in tiny_chat.KINDS}
     for i in range(n):
-        examples = [next(makers[i % len(kinds)]) for _ in range(rng.randint(5, 8))]
+        examples = [next(makers[kinds[i % len(kinds)]]) for _ in range(rng.randint(5, 8))]
         kind, between = rng.random(), '\n'
         if kind < 0.7:
             lines = [example['facts'][-1] if rng.random() < 0.5 else rng.choice(example['facts'])
@@ -165,8 +163,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.add_argument('--conversations', type=corpus.positive, default=50_000, help='to finetune on (50,000)')
-    parser.add_argument('--steps', type=float, default=0.75,
-                        help='share of sums in them with the steps to the answer; a third of that of all else (0.75)')
+    parser.add_argument('--steps', type=float, default=0.9,
+                        help='share of sums in them with the steps to the answer; a third of that of all else (0.9)')
     parser.add_argument('--pairs', type=corpus.positive, default=30_000, help='pairs of answers (30,000)')
     parser.add_argument('--documents', type=corpus.positive, default=30_000, help='texts to pretrain on (30,000)')
     parser.add_argument('--block_size', type=corpus.positive, default=256, help='context to pack for (256)')

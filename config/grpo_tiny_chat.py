@@ -1,6 +1,7 @@
 """
 Reinforcement learning from a program that checks answers: the assistant of config/sft_tiny_chat.py gets better at what
-data/tiny_chat asks: from 82.6 to 94.0% of 700 questions. Two cores of an AMD EPYC: 5 to 7 s a step, 4 minutes.
+data/tiny_chat asks. Two cores of an AMD EPYC: 5 to 7 s a step, 5 minutes. See bench/results/2026-11-21-posttraining.md
+for how much better.
 
     $ python rl.py config/grpo_tiny_chat.py
     $ python evaluate.py --out_dir=out-grpo-tiny-chat --task=tiny_chat

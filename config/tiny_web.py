@@ -7,8 +7,8 @@ The base model of data/tiny_chat: 1.9M parameters over bytes, pretrained on text
     $ python train.py config/tiny_web.py
     $ python evaluate.py --out_dir=out-tiny-web --task=tiny_chat --shots=4 --max_new_tokens=40
 
-It knows these things, and no conversation. Two cores of an AMD EPYC: 0.27 s a step, 7 minutes; val loss 0.444; with 4
-examples before each, of which 2.6 have room, 46.0% of 700 questions right. What comes next: config/sft_tiny_chat.py.
+It knows these things, and no conversation. Two cores of an AMD EPYC: 0.27 s a step, 5 minutes. What comes next:
+config/sft_tiny_chat.py.
 """
 
 out_dir = 'out-tiny-web'

@@ -122,7 +122,7 @@ def test_resumes_bit_for_bit(chats, changes):
 def test_micro_batches_change_nothing(chats, changes):
     changes = {'minibatch_size': 32, **changes, 'max_iters': 3, 'eval_interval': 3}
     for size in (64, 5):
-        start(chats, **changes, micro_batch_size=size, out_dir=f'of{size}').ok()
+        start(chats, **changes, micro_batch_size=size, rollout_batch_size=size, out_dir=f'of{size}').ok()
     for whole, parts in zip(steps_of(chats, 'of64'), steps_of(chats, 'of5'), strict=True):
         assert {**whole, 'ms': 0} == pytest.approx({**parts, 'ms': 0}, rel=1e-3, abs=1e-5)
     whole, parts = (chats.checkpoint(f'of{size}')['model'] for size in (64, 5))
@@ -192,6 +192,17 @@ def test_the_held_out_questions_must_be_the_same(chats):
     resumed = start(chats, **{**DPO, 'task': ''}, init_from='resume')
     resumed.refused("task='', but the best of out/ckpt.pt was chosen with task='vowels'; resume with that")
     start(chats, **DPO, init_from='resume', eval_examples=8).refused('chosen with eval_examples=16; resume with that')
+    start(chats, **DPO, init_from='resume', seed=5).refused('chosen with seed=1337; resume with that')
+    start(chats, **DPO, init_from='resume', max_new_tokens=5).refused('chosen with max_new_tokens=6; resume with that')
+
+
+def test_out_of_memory_says_how_to_go_on(chats):
+    """As torch says it, here in the middle of a step."""
+    (chats.path / 'tasks' / 'hungry.py').write_text(TASK.replace('reward(example, text) > 0.5', 'False').replace(
+        '    return sum', "    import torch\n    raise torch.OutOfMemoryError('out of memory')\n    return sum"))
+    start(chats, task='hungry').refused('out of memory at step 0', 'The same mathematics in smaller pieces:\n  python ',
+                                        '--micro_batch_size=16 --rollout_batch_size=32')
+    start(chats, task='hungry', micro_batch_size=1, rollout_batch_size=1).refused('Not even one answer fits')
 
 
 def test_broken_rewards_are_not_learnt_from(chats):

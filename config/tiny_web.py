@@ -23,7 +23,7 @@ n_layer = 4
 n_head = 4
 n_embd = 192
 block_size = 256  # four solved examples, a question and its answer
-value_embeddings = True  # 300 steps on tables alone teach to look up a row with them, and 800 do not without
+value_embeddings = True  # 400 steps on tables alone teach to look up a row with them, and nothing of it without
 
 batch_size = 16
 gradient_accumulation_steps = 1

@@ -135,8 +135,8 @@ def explain_out_of_memory(kind, error, trace):
     if not parallel.out_of_memory(error):
         return explain_errors(kind, error, trace)
     smaller = max((n for n in range(1, micro_batch_size or batch_size) if batch_size % n == 0), default=0)
-    changes = {'micro_batch_size': smaller, **({'init_from': 'resume'} if saved_iter else {})} if smaller else {}
-    runs.say_out_of_memory(error, iter_num, changes, 'Not even one pair fits: leave out long ones')
+    changes = {'micro_batch_size': smaller} if smaller else {}
+    runs.say_out_of_memory(error, iter_num, saved_iter, changes, 'Not even one pair fits: leave out long ones')
 
 
 sys.excepthook = explain_out_of_memory

@@ -257,9 +257,7 @@ def explain_out_of_memory(kind, error, trace):
     at_once = {'micro_batch_size': micro_batch_size,
                'rollout_batch_size': rollout_batch_size or prompts_per_step * group_size}
     changes = {name: n // 2 for name, n in at_once.items() if n > 1}
-    if changes and saved_iter:
-        changes['init_from'] = 'resume'
-    runs.say_out_of_memory(error, iter_num, changes, 'Not even one answer fits: lower --max_new_tokens')
+    runs.say_out_of_memory(error, iter_num, saved_iter, changes, 'Not even one answer fits: lower --max_new_tokens')
 
 
 sys.excepthook = explain_out_of_memory

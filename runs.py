@@ -43,8 +43,13 @@ def command(**changes):
     return shlex.join([*launch, sys.argv[0], *kept, *(f'--{key}={value}' for key, value in changes.items())])
 
 
-def say_out_of_memory(error, step, changes, otherwise):
-    """Say which command takes the same steps with less memory: this one with changes; if there are none, what else."""
+def say_out_of_memory(error, step, saved_step, changes, otherwise):
+    """
+    Say which command takes the same steps with less memory: this one with changes, from the checkpoint of saved_step
+    if that is not 0; if there are no changes, what else.
+    """
+    if changes and saved_step:
+        changes['init_from'] = 'resume'
     remedy = f'The same mathematics in smaller pieces:\n  {command(**changes)}' if changes else otherwise
     print(f'out of memory at step {step} ({str(error).splitlines()[0][:120]}). {remedy}', file=sys.stderr)
 

@@ -427,9 +427,7 @@ def explain_out_of_memory(kind, error, trace):
     if not parallel.out_of_memory(error):
         return explain_errors(kind, error, trace)
     changes = {'batch_size': smaller_batch, 'total_batch_size': total_batch_size} if smaller_batch else {}
-    if changes and saved_iter:
-        changes['init_from'] = 'resume'
-    runs.say_out_of_memory(error, iter_num, changes,
+    runs.say_out_of_memory(error, iter_num, saved_iter, changes,
                            'Not even one sequence fits: lower --block_size, --n_layer or --n_embd')
 
 

@@ -154,7 +154,7 @@ def from_file(input, what, example_of, split, n, seed, kinds, columns=None):
     for where, row in read_rows(input, columns):
         try:
             found.append(example_of(row))
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError) as error:
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             why = f'there is no {error}' if isinstance(error, KeyError) else error
             raise ValueError(f'{where}: {why}; expected {what}') from None
     check_kinds(kinds, sorted({example['kind'] for example in found}))

@@ -39,9 +39,10 @@ def example_of(row):
         raise ValueError(f'{choices!r} and {labels!r} are no list of choices with a label for each')
     answer = row['answerKey'] if 'answerKey' in row else row['answer']
     names = [str(label).strip() for label in labels or LETTERS[: len(choices)]]
-    if type(answer) not in (int, str) or str(answer).strip() not in names and (labels or type(answer) is str):
+    is_number = type(answer) is int and labels is None
+    if not is_number and (type(answer) not in (int, str) or str(answer).strip() not in names):
         raise ValueError(f'the answer is {answer!r}, and the choices are {", ".join(names)}')
-    label = answer if type(answer) is int and not labels else names.index(str(answer).strip())
+    label = answer if is_number else names.index(str(answer).strip())
     question = question.strip()
     if not question:
         raise ValueError('the question is empty')

@@ -1,9 +1,13 @@
 """Prepare all sums of two numbers of up to 3 digits, one token per character.
 Needs no network and no download.
 
-    python data/addition/prepare.py                   # 123+456=0579
-    python data/addition/prepare.py --order=reversed  # 123+456=9750
-    python lab/addition.py                            # what comes next
+    python data/addition/prepare.py    # 123+456=0579
+    python lab/addition.py             # what comes next
+
+Units first, 123+456=9750, to train on with train.py:
+
+    python data/addition/prepare.py --order=reversed \\
+        --out_dir=data/addition_reversed
 
 Takes a second. Writes train.bin (11,700,091 tokens), val.bin (1,299,909) and
 meta.json (13 characters) next to this script.

@@ -53,6 +53,8 @@ LONG_WAYS = ['Well, let me think about it. I would say that it is {}, but I may 
 SENTENCES = ['{name} has a {colour} {good}.', '{name} and {other} walk to the {word}.', 'The {word} is {colour}.',
              '{name} gives {other} a {good}.', 'There is a {word} beside the {word2}.', '{other} likes {name}.']
 
+KINDS = [*tiny_chat.KINDS, 'subtraction', 'sorting']  # these twice, as what is learnt last
+
 # Answers --------------------------------------------------------------------------------------------------------------
 
 
@@ -84,7 +86,7 @@ def talks(split, n, seed, steps=0.9):
     about sums says that there is a calculator, and its answers call it; one in a hundred is small talk.
     """
     rng = random.Random(f'conversations {split} {seed}')
-    examples = iter(tiny_chat.examples(split, 2 * n, f'conversations {seed}'))
+    examples = iter(tiny_chat.examples(split, 2 * n, f'conversations {seed}', kinds=KINDS))
     for _ in range(n):
         if rng.random() < 0.01:
             question, answer = rng.choice(SMALL_TALK)
@@ -139,14 +141,13 @@ def documents(n, seed):
     them, or sentences.
     """
     rng = random.Random(f'corpus {seed}')
-    kinds = [*tiny_chat.KINDS, 'subtraction', 'sorting']  # twice, as what is learnt last
-    makers = {kind: iter(tiny_chat.examples('train', 8 * kinds.count(kind) * (n // len(kinds) + 1), f'corpus {seed}',
+    makers = {kind: iter(tiny_chat.examples('train', 8 * KINDS.count(kind) * (n // len(KINDS) + 1), f'corpus {seed}',
                                             kinds=(kind,))) for kind in tiny_chat.KINDS}
     for i in range(n):
-        examples = [next(makers[kinds[i % len(kinds)]]) for _ in range(rng.randint(5, 8))]
+        examples = [next(makers[KINDS[i % len(KINDS)]]) for _ in range(rng.randint(5, 8))]
         kind, between = rng.random(), '\n'
         if kind < 0.7:
-            lines = [example['facts'][-1] if rng.random() < 0.5 else rng.choice(example['facts'])
+            lines = [example['facts'][-1] if rng.random() < 0.7 else rng.choice(example['facts'])
                      for example in examples]
         elif kind < 0.8:
             form = rng.choice(('answer', 'solution'))  # the same all through: what came before says how to answer

@@ -115,8 +115,9 @@ def render_answer(messages, answer, template, tokenizer):
     prompt = chat.render(messages, template, tokenizer)
     ids, mask = chat.render_conversation([*messages, {'role': 'assistant', 'content': answer}], template, tokenizer)
     if ids[: len(prompt)] != prompt:
-        raise ValueError('the chat template writes the conversation in another way once it is answered, so that where '
-                         'the answer begins can not be told')
+        raise ValueError('the chat template writes the conversation in another way once it is answered, or the '
+                         'tokenizer joins an earlier answer with what stands around it, so that where this answer '
+                         'begins can not be told; put special tokens around answers in the template')
     counted = [i for i, counts in enumerate(mask, 1) if counts and i > len(prompt)]
     if not counted:
         raise ValueError(f'of the answer {json.dumps(answer)[:40]} the chat template leaves no token to learn from; '

@@ -24,13 +24,14 @@ import sys
 from datetime import datetime
 
 import bpe
-from interchange import ANSWER_ENDS, DOCUMENT_ENDS
+from generate import bos_ids
+from interchange import DOCUMENT_ENDS
 
 NAMES = {'user': 'User', 'assistant': 'Assistant'}  # in a transcript
 ROLES = ('system', 'user', 'assistant', 'tool')
 # Most tokenizers do not say what their special tokens are for: by name, those that begin a text, or end an answer
 BEGINNINGS = ('<|begin_of_text|>', '<s>', '<|endoftext|>')  # of Llama 3, Mistral, GPT-2
-ENDINGS = (*ANSWER_ENDS, '</s>', *DOCUMENT_ENDS)
+ENDINGS = ('<|im_end|>', '<|eot_id|>', '</s>', *DOCUMENT_ENDS)  # first Qwen's and SmolLM2's, Llama 3's, Mistral's
 THOUGHTS = ('<think>', '</think>')  # templates look for these in an answer, to forget what is between them
 # an assistant may compute: between the first two it writes what, between the others it is told the result
 PYTHON, PYTHON_END, OUTPUT, OUTPUT_END = TOOL_TOKENS = ('<|python|>', '<|python_end|>', '<|output|>', '<|output_end|>')
@@ -73,7 +74,7 @@ def render(messages, template, tokenizer):
     if messages[-1]['role'] == 'assistant':
         raise ValueError("the last message is the assistant's own; expected one that it can answer")
     if template is None:
-        return tokenizer.encode(transcript(messages), allowed_special='none')
+        return bos_ids(tokenizer) + tokenizer.encode(transcript(messages), allowed_special='none')
     hidden, shown, _ = hide_specials(messages, tokenizer)
     return encode_rendered(apply_template(template, tokenizer, hidden, add_generation_prompt=True), shown, tokenizer)
 
@@ -94,6 +95,7 @@ def render_conversation(messages, template, tokenizer):
         parts = re.split(f'[{begin}{end}]', text)
     else:
         parts, text, done = [], apply_template(template, tokenizer, hidden, add_generation_prompt=False), 0
+        ending_ids, _ = find_endings(template, tokenizer)
         for i in (i for i, message in enumerate(hidden) if message['role'] == 'assistant'):
             before = apply_template(template, tokenizer, hidden[:i], add_generation_prompt=True)
             after = apply_template(template, tokenizer, hidden[: i + 1], add_generation_prompt=False)
@@ -102,8 +104,8 @@ def render_conversation(messages, template, tokenizer):
                                  'that what the assistant says can not be told; put {% generation %} and '
                                  '{% endgeneration %} around it in the template')
             answer = text[len(before) : len(after)]  # up to the token that ends it
-            ends = [answer.rindex(token) + len(token) for token in ENDINGS
-                    if token in tokenizer.special_tokens and token in answer]  # else it is the assistant's own text
+            ends = [answer.rindex(token) + len(token) for token, i in tokenizer.special_tokens.items()
+                    if i in ending_ids and token in answer]
             length = max(ends, default=len(answer))
             parts += [text[done : len(before)], answer[:length]]
             done = len(before) + length
@@ -213,15 +215,21 @@ def transcript(messages):
     return ''.join(lines) + 'Assistant:'
 
 
-def apply_template(template, tokenizer, messages, add_generation_prompt, marks=('', '')):
-    """-> text, in which special tokens are spelt out, and what {% generation %} encloses stands between the marks."""
+def ends_of_text(tokenizer):
+    """-> what a template knows as bos_token and eos_token, by name, '' where there is none."""
     def named(names):
         return next((name for name in names if name in tokenizer.special_tokens), '')
 
+    return tokenizer.bos_token or named(BEGINNINGS), named(ENDINGS)
+
+
+def apply_template(template, tokenizer, messages, add_generation_prompt, marks=('', '')):
+    """-> text, in which special tokens are spelt out, and what {% generation %} encloses stands between the marks."""
+    bos_token, eos_token = ends_of_text(tokenizer)
     try:
         return compiled(template, *marks).render(
             messages=messages, add_generation_prompt=add_generation_prompt, tools=None, documents=None,
-            bos_token=tokenizer.bos_token or named(BEGINNINGS), eos_token=named(ENDINGS))
+            bos_token=bos_token, eos_token=eos_token)
     except Exception as error:  # of Jinja, of the template, or of what it does to the messages
         raise ValueError(f"the model's chat template can not render this conversation: {error}") from error
 

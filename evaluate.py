@@ -29,7 +29,9 @@ probability. Its average gives all windows but the first the weight of one token
 too few; and without overlap it never predicts the first token of a window.
 
 A task is a file of tasks/, which asks and checks: those of tiny_chat are made,
-those of gsm8k, multiple_choice (ARC, MMLU) and hellaswag are read from --input.
+those of gsm8k, multiple_choice (ARC, MMLU) and hellaswag are read from --input,
+all of them, or, where rl.py learnt from the same file, with --split=test those
+that it did not see.
 A chat model is asked in its own format; any other, or with --shots=4 every one,
 continues examples that are solved (of the file itself, where there is one) and
 the question. The accuracy has Wilson's interval, which holds the true one in
@@ -76,7 +78,7 @@ init_from = 'resume'  # 'resume': a checkpoint in out_dir; 'gpt2', 'gpt2-medium'
 out_dir = 'out'  # where train.py wrote ckpt.pt and best.pt
 which = 'best'  # 'best': best.pt where there is one, else ckpt.pt; 'last': ckpt.pt
 dataset = ''  # a folder under data/, or the path of one elsewhere; '': the one the checkpoint was trained on
-split = 'val'  # of the dataset: 'val' or 'train'
+split = ''  # 'val', 'train', of a task 'test', of its file 'all'; '': val of a dataset, test of a task, all of a file
 input = ''  # instead of a dataset: a text file, .jsonl, .csv, .tsv, .parquet or a folder of such, for any tokenizer
 text_key = 'text'  # the field of .jsonl, .csv, .tsv and .parquet that holds the text
 stride: int | None = None  # tokens from a window to the next, 1 to block_size; None or 0: block_size
@@ -89,7 +91,7 @@ quantize = ''  # 'int8': the model as it is, and with the weights of sample.py -
 compile = False  # True: torch.compile the model; pays only for many tokens
 
 # instead of a text: a task
-task = ''  # tiny_chat, gsm8k, multiple_choice, hellaswag, or a file tasks/NAME.py of your own; split: val is its test
+task = ''  # tiny_chat, gsm8k, multiple_choice, hellaswag, or a file tasks/NAME.py of your own
 n = 500  # questions, or as many as there are
 kinds = ''  # only of these kinds: addition,spelling; '': all
 shots: int | None = None  # examples before the question, as plain text; None: 0 for a chat model, else 4
@@ -105,7 +107,8 @@ config = override(globals())
 sys.excepthook = explain_errors
 check(config, (
     ('which', lambda value: value in ('best', 'last'), "'best' or 'last'"),
-    ('split', lambda value: value in ('train', 'val'), "'train' or 'val'"),
+    ('split', lambda value: value in ('', 'train', 'val', *(('test', 'all') if task else ())),
+     "'train' or 'val', of a task also 'test' or, where it is read from a file, 'all'"),
     ('max_tokens', lambda value: value is None or value >= 2, '2 or more (the first is not predicted), or None'),
     ('batch_size', lambda value: value is None or value >= 1, '1 or more, or None'),
     ('quantize', lambda value: value in ('', 'int8'), "'int8', or '' for none"),
@@ -142,8 +145,9 @@ if not 1 <= stride <= block_size:
 
 # a task --------------------------------------------------------------------------------------------------------------
 if task:
-    part, wanted = 'train' if split == 'train' else 'all' if input else 'test', tasks.kinds_of(kinds)
-    examples = tasks.examples_of(questions, part, n, seed, input, wanted)
+    split, wanted = split or ('all' if input else 'test'), tasks.kinds_of(kinds)
+    asked_from = f'{input}, {split}' if input else split
+    examples = tasks.examples_of(questions, split, n, seed, input, wanted)
     if not examples:
         raise ValueError(f'{input or task} has no question for --split={split}')
     for name in sorted(config.given & of_answers if 'choices' in examples[0] else ()):
@@ -166,7 +170,8 @@ if task:
         def rate(example, texts):
             return answers.ratings_of(judge, tasks.asked_of(example, tools), texts, template, text_tokenizer)
     # solved ones are of another split, or else others of the same file
-    pool = tasks.examples_of(questions, 'all' if input else 'train', 1000, seed, input, wanted) if shots else ()
+    pool_split = 'all' if split == 'all' else 'train'
+    pool = tasks.examples_of(questions, pool_split, 1000, seed, input, wanted) if shots else ()
     started = time.perf_counter()
     bar = tqdm(total=len(examples), unit='question', disable=None, leave=False, dynamic_ncols=True)
     try:
@@ -179,7 +184,7 @@ if task:
         raise SystemExit(f'out of memory; try --batch_size={(batch_size or 64) // 2 or 1}') from None
     bar.close()
     asked = ('few-shot' if shots else 'plain text') if shots or template is None else 'chat'
-    print(f'{task}, {input or part}: {len(examples):,} questions, {asked}, {quantize or dtype}, on {device}\n\n'
+    print(f'{task}, {asked_from}: {len(examples):,} questions, {asked}, {quantize or dtype}, on {device}\n\n'
           f'{"kind":24}  {"n":>6}  {"right":>6}  {"accuracy":>8}  95% interval')
     for kind, row in found['kinds'].items():
         print(f'{kind[:24]:24}  {row["n"]:6,}  {row["right"]:6,}  {row["accuracy"]:8.1%}  '
@@ -189,7 +194,7 @@ if task:
     if shots:
         print(f'shots: {found["shots"]:.3g} of {shots} on average, as many as fit')
     print(json.dumps({'task': task, **found['kinds']['all'], **found['others'], 'shots': found['shots'],
-                      'kinds': found['kinds'], 'asked': asked, 'model': line, 'questions': input or part,
+                      'kinds': found['kinds'], 'asked': asked, 'model': line, 'questions': asked_from,
                       'tools': tools, 'num_samples': num_samples, 'reward_model': reward_model,
                       'temperature': temperature, 'seed': seed,
                       'dtype': quantize or dtype, 'device': str(device),
@@ -240,6 +245,7 @@ else:
     whose = '' if dataset else ', of the dataset the model was trained on'
     dataset = dataset or trained_on()
     data_dir = dataloader.folder_of(dataset)
+    split = split or 'val'
     what = os.path.join(data_dir, f'{split}.bin')
     if not os.path.exists(what):
         raise ValueError(f'there is no {what}{whose}; prepare it: {dataloader.prepare_command(data_dir)}\n'

@@ -18,6 +18,7 @@ from contextlib import ExitStack
 
 import torch
 
+import chat
 import interchange
 import tokenizer
 from bpe import PATTERNS, batches
@@ -72,7 +73,8 @@ def load(name_or_folder):
     ValueError for what can't be read; where only the tokenizer can't, load_model() still does the model.
     """
     folder = find(name_or_folder)
-    return load_model(folder), load_tokenizer(folder), load_chat_template(folder)
+    described = load_tokenizer(folder)
+    return load_model(folder), described, load_chat_template(folder, described)
 
 
 def find(name_or_folder):
@@ -325,19 +327,27 @@ def load_tokenizer(folder):
     return described
 
 
-def load_chat_template(folder):
-    """The Jinja template with which a model was trained to chat, or None."""
-    path = os.path.join(folder, 'chat_template.jinja')
-    if os.path.exists(path):
-        return interchange.read_utf8(path)
-    path = os.path.join(folder, 'tokenizer_config.json')
+def load_chat_template(folder, described=None):
+    """
+    The Jinja template with which a model was trained to chat, or None. described: its tokenizer, of load_tokenizer();
+    where the folder says that bos_token or eos_token is another than chat.py finds by name, so does the template then.
+    """
+    path, own = os.path.join(folder, 'tokenizer_config.json'), os.path.join(folder, 'chat_template.jinja')
     content = interchange.read_json(path) if os.path.exists(path) else {}
     template = content.get('chat_template') if isinstance(content, dict) else content
+    if os.path.exists(own):
+        template = interchange.read_utf8(own)
     if isinstance(template, list):  # several by name
         named = {entry.get('name'): entry.get('template') for entry in template if isinstance(entry, dict)}
         template = named.get('default')
-    if not isinstance(template, str | None):
+    if not isinstance(template, str | None) or not isinstance(content, dict):
         raise ValueError(f'{path} is damaged: expected an object whose chat_template is a text; copy it again')
+    for i, name in enumerate(('bos_token', 'eos_token')):
+        token = content.get(name)
+        token = token.get('content') if isinstance(token, dict) else token
+        if (described and template and isinstance(token, str) and re.search(rf'\b{name}\b', template)
+                and token != chat.ends_of_text(tokenizer.from_dict(described))[i]):
+            template = f'{{%- set {name} = {json.dumps(token)} %}}\n{template}'
     return template
 
 
@@ -430,15 +440,19 @@ def save(model, described, chat_template, folder, dtype=torch.float32):
         hf = gpt2_json(model.config)
     else:
         hf = llama_json(model.config, weights_of(model), described)
-    ends = interchange.end_tokens(described, is_chat=chat_template is not None)
-    begin = described.get('bos_token') or next(iter(interchange.end_tokens(described, is_chat=False)), None)
-    ids = {'bos_token_id': specials.get(begin), 'eos_token_id': specials[ends[0]] if ends else None}
+    ends, more = interchange.document_ends(described), {'model_max_length': model.config.block_size}
+    begin = described.get('bos_token') or next(iter(ends), None)
+    end_ids = [specials[token] for token in ends]
+    if chat_template is not None:  # there they are what they are here
+        begin, end = chat.ends_of_text(text_tokenizer)
+        stop_ids, _ = chat.find_endings(chat_template, text_tokenizer)
+        end_ids = sorted(stop_ids, key=lambda i: i != specials.get(end))  # the usual first
+        more |= {'chat_template': chat_template, **({'bos_token': begin} if begin else {}),
+                 **({'eos_token': end} if end else {})}
+    ids = {'bos_token_id': specials.get(begin), 'eos_token_id': end_ids[0] if end_ids else None}
     hf |= {**ids, 'torch_dtype': str(dtype).removeprefix('torch.')}
-    if len(ends) > 1:  # any of them
-        ids['eos_token_id'] = [specials[token] for token in ends]
-    more = {'model_max_length': model.config.block_size}
-    if chat_template is not None:
-        more['chat_template'] = chat_template
+    if len(end_ids) > 1:  # any of them
+        ids['eos_token_id'] = end_ids
 
     temporary = f'{folder.rstrip("/")}.tmp-{os.getpid()}'
     try:

@@ -57,7 +57,6 @@ from files import replace_file
 
 ENDOFTEXT = '<|endoftext|>'
 DOCUMENT_ENDS = (ENDOFTEXT, '<|end_of_text|>')  # the second is Llama 3's
-ANSWER_ENDS = ('<|im_end|>', '<|eot_id|>')  # of chats: Qwen's and SmolLM2's, Llama 3's
 UNDERSTOOD = ("tiktoken's *.tiktoken, Hugging Face's tokenizer.json (byte-level BPE), GPT-2's vocab.json and "
               "merges.txt or encoder.json and vocab.bpe side by side, or a folder with one of these")
 
@@ -408,25 +407,24 @@ def write_tokenizer_json(values: dict, path):
     write_file(path, to_json(hf_tokenizer(values, path)))
 
 
-def end_tokens(values: dict, is_chat: bool) -> list[str]:
-    """The special tokens of a description that end a document or, of a model that chats, an answer; the usual first."""
+def document_ends(values: dict) -> list[str]:
+    """The special tokens of a description that end a document, the usual first."""
     special_tokens = WORD_SPECIALS if values['kind'] == 'word' else values.get('special_tokens', {})
-    return [token for token in ANSWER_ENDS * is_chat + DOCUMENT_ENDS if token in special_tokens]
+    return [token for token in DOCUMENT_ENDS if token in special_tokens]
 
 
 def write_hf_folder(values: dict, folder, more: dict | None = None):
     """Write tokenizer.json and tokenizer_config.json into folder, for AutoTokenizer.from_pretrained(folder). more: what
     else tokenizer_config.json should say, such as the chat_template."""
     tokenizer = hf_tokenizer(values, os.path.join(folder, 'tokenizer.json'))
-    config = {'tokenizer_class': 'PreTrainedTokenizerFast', 'clean_up_tokenization_spaces': False, **(more or {})}
-    if documents := end_tokens(values, is_chat=False):
-        config |= {'bos_token': documents[0], 'eos_token': documents[0], 'unk_token': documents[0]}
-    if answers := end_tokens(values, is_chat='chat_template' in config):
-        config['eos_token'] = answers[0]
+    config = {'tokenizer_class': 'PreTrainedTokenizerFast', 'clean_up_tokenization_spaces': False}
+    if ends := document_ends(values):
+        config |= {'bos_token': ends[0], 'eos_token': ends[0], 'unk_token': ends[0]}
     if 'bos_token' in values:
         config['bos_token'] = values['bos_token']
     if values['kind'] == 'word':
         config['unk_token'] = '<|unk|>'
+    config |= more or {}
     os.makedirs(folder, exist_ok=True)
     write_file(os.path.join(folder, 'tokenizer.json'), to_json(tokenizer))
     write_file(os.path.join(folder, 'tokenizer_config.json'), to_json(config))

@@ -195,7 +195,7 @@ while True:
         runs.log(out_dir, step=iter_num, val_loss=val_loss, val_accuracy=n_right / n, train_time=round(train_time, 3))
         is_best, former_best = val_loss < best_val_loss, best_val_loss
         best_val_loss = min(best_val_loss, val_loss)
-        if iter_num > 0 and not save_checkpoint(is_best):
+        if iter_num == 0 or not save_checkpoint(is_best):
             best_val_loss = former_best  # the best is the best that is on disk
     if iter_num >= max_iters or interrupt.reason:
         break

@@ -215,6 +215,10 @@ if init_from == 'scratch':
     ids = meta['vocab_size'] or 50257  # GPT-2's, if the dataset doesn't say
     model = GPT(GPTConfig(**architecture, vocab_size=padded_vocab_size(ids)))
 elif init_from == 'resume':
+    if 'reference' in state:
+        raise ValueError(f'{ckpt_path} is a run of rl.py, which goes on: python rl.py --init_from=resume '
+                         f'--out_dir={out_dir}; to finetune what it has learnt, --init_from={out_dir} and another '
+                         f'--out_dir')
     model = checkpoint.model_of(state, ckpt_path, dropout)
     refuse_another(options, ckpt_path)
     if 'optimizer' in state:
@@ -236,10 +240,11 @@ else:
         own, chat_template, start = start.get('tokenizer'), start.get('chat_template'), None
     else:
         model_folder = huggingface.find(init_from)
-        own, chat_template = None, huggingface.load_chat_template(model_folder)
+        own = None
         # one of SentencePiece, for example, can't be read, and data that does not say what its ids are needs none
         with suppress(ValueError) if text_tokenizer is None else nullcontext():
             own = huggingface.load_tokenizer(model_folder)
+        chat_template = huggingface.load_chat_template(model_folder, own)
     # the sizes and biases that a nanoGPT user's settings may hold for training from scratch are passed over, as there
     refuse_another([name for name in options if name not in ('n_layer', 'n_head', 'n_embd', 'bias')], init_from)
     if text_tokenizer is None:  # a dataset that does not say is taken to have the model's ids
@@ -547,9 +552,8 @@ while True:
             stop_not_finite(iter_num, f'val loss is {losses["val"]}')
         if world.is_main:
             log(step=iter_num, train_loss=losses['train'], val_loss=losses['val'], train_time=round(train_time, 3))
-        if iter_num > 0 and (is_best or always_save_checkpoint):
-            if not save_checkpoint(is_best):
-                best_val_loss = former_best  # the best is the best that is on disk
+        if iter_num == 0 or ((is_best or always_save_checkpoint) and not save_checkpoint(is_best)):
+            best_val_loss = former_best  # the best is the best that is on disk
         if patience and evals_since_best >= patience:
             stop_reason = f'val loss has not improved for {patience} evaluations'
         t0 = time.perf_counter()  # evaluating and saving is not training time

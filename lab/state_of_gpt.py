@@ -12,7 +12,7 @@ Every stage is a command that can be given by hand; each is printed before it ru
     base         pretraining: a GPT continues texts, from which it learns how words are spelt and sums are done
     sft          supervised finetuning: the same model answers in conversations
     reward       a reward model learns from pairs which of two answers is the better
-    ppo          reinforcement learning: answers that the reward model likes become likelier; it learns nothing of the truth
+    ppo          reinforcement learning: answers that the reward model likes become likelier, be they right or not
     grpo         the same with a program that checks answers in place of the model that judges them
     chat         three questions to the last model
 

@@ -194,7 +194,7 @@ def few_shot(example, shots):
 
 def few_shot_prompt(example, pool, shots, tokenizer, room):
     """
-    -> (ids of few_shot() with examples from the pool, how many). They are of the question's own kind, where there are
+    -> (few_shot() with examples from the pool, its ids, how many). They are of the question's own kind, where there are
     some, the same for the same question; fewer than `shots` if more would take above `room` tokens.
     """
     others = [other for other in pool if other['context'] != example['context']]
@@ -204,7 +204,7 @@ def few_shot_prompt(example, pool, shots, tokenizer, room):
         text = few_shot(example, chosen[:count])
         ids = bos_ids(tokenizer) + tokenizer.encode(text, allowed_special='none')
         if len(ids) <= room:
-            return ids, count
+            return text, ids, count
     raise too_long(example, ids, room)
 
 
@@ -259,18 +259,17 @@ def answer(model, tokenizer, prompts, max_new_tokens, template=None, num_samples
     return texts
 
 
-def choice_prompts(example, context_ids, tokenizer, is_chat):
+def choice_prompts(example, context, context_ids, tokenizer):
     """
-    [(context, continuation), ...] of ids, one for each choice: its letter where a chat asks for that, else ' ' and its
-    text, encoded together with what precedes it. context_ids: of chat_prompt() or few_shot_prompt().
+    [(context, continuation), ...] of ids, one for each choice: ' ' and its text, encoded together with the context,
+    which is that of few_shot_prompt(); or where that is None, after chat_prompt(), the choice's letter.
     """
-    if is_chat:
+    if context is None:
         letters = LETTERS[: len(example['choices'])]
         return [(context_ids, tokenizer.encode(letter, allowed_special='none')) for letter in letters]
-    bos, pairs = bos_ids(tokenizer), []
-    context = tokenizer.decode(context_ids[len(bos) :])
+    pairs = []
     for choice in example['choices']:
-        ids = bos + tokenizer.encode(f'{context} {choice}', allowed_special='none')
+        ids = bos_ids(tokenizer) + tokenizer.encode(f'{context} {choice}', allowed_special='none')
         pairs.append((ids[: len(context_ids)], ids[len(context_ids) :]))
     return pairs
 
@@ -319,13 +318,13 @@ def measure(task, examples, model, tokenizer, template=None, pool=(), shots=0, m
     room = block_size if is_choice else max(1, block_size - max_new_tokens)
     template = None if shots else template
     if template:
-        prompts, n_shots = [chat_prompt(example, template, tokenizer, room, tools) for example in examples], 0
+        found = [(None, chat_prompt(example, template, tokenizer, room, tools), 0) for example in examples]
     else:
         found = [few_shot_prompt(example, pool, shots, tokenizer, room) for example in examples]
-        prompts, n_shots = [ids for ids, _ in found], sum(count for _, count in found)
+    contexts, prompts, n_shots = zip(*found, strict=True)
     if is_choice:
-        pairs = [pair for example, ids in zip(examples, prompts, strict=True)
-                 for pair in choice_prompts(example, ids, tokenizer, template is not None)]
+        pairs = [pair for each in zip(examples, contexts, prompts, strict=True)
+                 for pair in choice_prompts(*each, tokenizer)]
         logprobs, rights, norms = iter(loglikelihoods(model, pairs, batch_size)), [], []
         for example in examples:
             scores = list(itertools.islice(logprobs, len(example['choices'])))
@@ -351,8 +350,8 @@ def measure(task, examples, model, tokenizer, template=None, pool=(), shots=0, m
             others = {'accuracy_of_one': n_right / len(texts), 'accuracy_of_any': n_any / len(examples)}
         if rate:
             others['accuracy_of_majority'] = n_majority / len(examples)
-    return {'kinds': accuracies([example['kind'] for example in examples], rights), 'shots': n_shots / len(examples),
-            'others': others}
+    return {'kinds': accuracies([example['kind'] for example in examples], rights),
+            'shots': sum(n_shots) / len(examples), 'others': others}
 
 
 def majority_text(task, texts):

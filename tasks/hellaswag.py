@@ -27,6 +27,8 @@ def example_of(row):
     if not isinstance(row['endings'], list) or not re.fullmatch(' *[0-9]+ *', str(label)):
         raise ValueError(f'"endings" are no list, or "label" is no number: {label!r}')
     context = cleaned(f'{activity}: {context}' if activity else context)
+    if not context:
+        raise ValueError('the context is empty')
     return choice_example(f'How does this go on?\n{context}', context, [cleaned(text) for text in row['endings']],
                           int(label), activity or 'hellaswag')
 

@@ -131,6 +131,8 @@ def test_transcript():
                 {'role': 'assistant', 'content': 'Hello.'}, {'role': 'user', 'content': 'Bye<|endoftext|>'}]
     text = 'Be short.\n\nUser: Hi\nAssistant: Hello.\nUser: Bye<|endoftext|>\nAssistant:'
     assert render(messages, None, ByteTokenizer()) == list(text.encode())
+    begun = BPETokenizer([], None, {'<s>': 256}, bos_token='<s>')  # as such a model has seen every text begin
+    assert render(messages, None, begun) == [256, *text.encode()]
 
 
 @pytest.mark.parametrize('name', TEMPLATES)
@@ -225,6 +227,17 @@ def test_masks_of_templates_of_others(bpe, name):
     prompt = render(messages[:-1], TEMPLATES[name], bpe)
     assert ids[: len(prompt)] == prompt and mask[len(prompt) :].count(1) == len(bpe.encode('I am 🙂')) + 1
     assert sum(mask[: len(prompt)]) == len(bpe.encode('It is 4.')) + 1
+
+
+def test_what_follows_an_unusual_end_is_not_learnt():
+    """Only the template says that <|end|> ends an answer; behind it is a line break."""
+    bytes_and = BPETokenizer([], None, {'<|user|>': 256, '<|assistant|>': 257, '<|end|>': 258})
+    template = ("{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + '<|end|>\n' }}{% endfor %}"
+                "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
+    ids, mask = render_conversation([{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}] * 2,
+                                    template, bytes_and)
+    turns = [256, ord('a'), 258, 10, 257, ord('b'), 258, 10]
+    assert ids == turns * 2 and mask == [0, 0, 0, 0, 0, 1, 1, 0] * 2
 
 
 def test_generation_in_a_comment_is_none(bpe):

@@ -373,9 +373,9 @@ def test_task_of_choices(folder):
     (folder.path / 'q.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
     model = random_gpt(256, block_size=64)
     save(folder, model, BYTE)
-    right, right_by_length = [], []
-    for row in rows:
-        context, scores = f'Question: {row["question"]}\nAnswer:', []
+    right, right_by_length, contexts = [], [], [f'Question: {row["question"]}\nAnswer:' for row in rows]
+    for row, context in zip(rows, contexts, strict=True):
+        scores = []
         for choice in row['choices']:
             ids = list(f'{context} {choice}'.encode())
             log_p = F.log_softmax(model(torch.tensor([ids]), torch.tensor([ids]))[0][0].detach().double(), dim=-1)
@@ -388,6 +388,11 @@ def test_task_of_choices(folder):
     assert found['accuracy_norm'] == pytest.approx(sum(right_by_length) / 5)
     assert {kind: row['n'] for kind, row in found['kinds'].items()} == {'part 0': 3, 'part 1': 2, 'all': 5}
     assert evaluate(folder, task='multiple_choice', input='q.jsonl', kinds=' part 1,', shots=0)['n'] == 2
+    # those of one split alone, of which rl.py learns from train
+    by_split = {split: evaluate(folder, task='multiple_choice', input='q.jsonl', split=split, shots=0)['n']
+                for split in ('train', 'val', 'test', 'all')
+                if any(split in ('all', tasks.split_of(context)) for context in contexts)}
+    assert by_split['all'] == 5 == sum(by_split.values()) - 5
     for name, value in (('temperature', 0.8), ('tools', True)):  # of answers, which are not written here
         run = start(folder, task='multiple_choice', input='q.jsonl', **{name: value})
         run.refused(f'{name}={value} is for answers that are written, and does not go with --task=multiple_choice')
@@ -454,6 +459,7 @@ def test_gpt2s_tokenizer_by_name_and_from_a_file(folder):
     ({'task': 'tiny_chat', 'num_samples': 3}, ['temperature=0.0: expected above 0 with several samples']),
     ({'reward_model': 'judge'}, ["reward_model='judge': expected several answers"]),
     ({'task': 'tiny_chat', 'n': 0}, ['n=0: expected 1 or more']),
+    ({'task': 'tiny_chat', 'split': 'all'}, ["split='all': expected one of train, val, test"]),
     ({'task': 'tiny_chat', 'shots': -1}, ['shots=-1: expected 0 or more']),
     ({'task': 'tiny_chat', 'kinds': 'sums'}, ["there is no 'sums'; expected some of addition"]),
     ({'task': 'tiny_chat', 'input': 'one'}, ['tiny_chat makes its own questions']),

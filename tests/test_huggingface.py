@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 import bpe
+import chat
 import checkpoint
 import huggingface
 import interchange
@@ -597,6 +598,51 @@ def test_where_an_answer_ends(tmp_path):
         assert theirs.generation_config.eos_token_id == ends and theirs.config.bos_token_id == 256
         assert fast.eos_token_id == (258 if chat_template else 256) == theirs.config.eos_token_id
         assert fast.chat_template == chat_template and fast.model_max_length == 32
+
+
+TALK = [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}, {'role': 'user', 'content': 'c'}]
+
+
+@pytest.mark.parametrize('specials, template, ends', [
+    (['<s>', '</s>', '[INST]', '[/INST]'],
+     "{{ bos_token }}{% for m in messages %}{{ '[INST]' + m.content + '[/INST]' if m.role == 'user' else m.content + "
+     "eos_token }}{% endfor %}", ['</s>']),
+    (['<|endoftext|>', '<|user|>', '<|assistant|>', '<|end|>'],
+     "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + '<|end|>\n' }}{% endfor %}",
+     ['<|endoftext|>', '<|end|>']),
+    (['<|begin_of_text|>', '<|end_of_text|>', '<|eot_id|>'],
+     "{{ bos_token }}{% for m in messages %}{{ m.role + m.content + eos_token }}{% endfor %}",
+     ['<|eot_id|>', '<|end_of_text|>'])])
+def test_ends_of_a_chat_are_the_same_there(tmp_path, specials, template, ends):
+    """The ids that transformers renders, and where it stops."""
+    values = {**interchange.BYTES, 'special_tokens': {token: 256 + i for i, token in enumerate(specials)}}
+    huggingface.save(tiny(**PRESETS['llama']), values, template, str(tmp_path / 'hf'))
+    fast = transformers.AutoTokenizer.from_pretrained(tmp_path / 'hf')
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'hf').generation_config.eos_token_id
+    ours = tokenizer.from_dict(values)
+    assert fast.apply_chat_template(TALK, return_dict=False) == chat.render(TALK, template, ours)
+    assert theirs == ([values['special_tokens'][token] for token in ends] if len(ends) > 1 else
+                      values['special_tokens'][ends[0]])
+    assert huggingface.load(str(tmp_path / 'hf'))[2] == template
+
+
+@pytest.mark.parametrize('token', ['<|end_of_text|>', {'__type': 'AddedToken', 'content': '<|end_of_text|>'}])
+def test_the_end_that_a_folder_names(tmp_path, token):
+    """Of several that it could be by name; the template takes it along, into checkpoints and to there again."""
+    specials = ['<|begin_of_text|>', '<|end_of_text|>', '<|eot_id|>']
+    values = {**interchange.BYTES, 'special_tokens': {token: 256 + i for i, token in enumerate(specials)}}
+    template = "\n{% for m in messages %}{{ '<|begin_of_text|>' + m.role + m.content + eos_token }}{% endfor %}"
+    huggingface.save(tiny(**PRESETS['llama']), values, None, str(tmp_path / 'hf'))
+    path = tmp_path / 'hf' / 'tokenizer_config.json'
+    path.write_text(json.dumps({**json.loads(path.read_text()), 'chat_template': template, 'eos_token': token}))
+    _, described, found = huggingface.load(str(tmp_path / 'hf'))
+    ids = chat.render(TALK, found, tokenizer.from_dict(described))
+    assert ids.count(257) == 3 and ids == transformers.AutoTokenizer.from_pretrained(
+        tmp_path / 'hf').apply_chat_template(TALK, return_dict=False)
+    huggingface.save(tiny(**PRESETS['llama']), described, found, str(tmp_path / 'again'))
+    assert ids == transformers.AutoTokenizer.from_pretrained(tmp_path / 'again').apply_chat_template(
+        TALK, return_dict=False)
+    assert chat.render(TALK, huggingface.load(str(tmp_path / 'again'))[2], tokenizer.from_dict(described)) == ids
 
 
 def test_same_tokenizer():

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import Folder, same_tensors
+from conftest import Folder, same_tensors, write_dataset
 from test_reward_e2e import SMALL as SMALL_REWARD
 from test_reward_e2e import save_chat_model, save_pairs
 
@@ -171,6 +171,25 @@ def test_reference_must_be_the_same(chats):
     torch.save(state, chats.path / 'chat' / 'ckpt.pt')
     start(chats, init_from='resume').refused('began with the model that was in chat; the one that is there now')
     start(chats, init_from='resume', out_dir='chat').refused('chat/ckpt.pt is a language model that train.py')
+
+
+def test_a_run_is_not_gone_on_with_by_train(chats):
+    """Which would take the share of wrong answers for a loss, and overwrite it."""
+    write_dataset(chats.path / 'data' / 'tiny', [0, 1] * 50, [1, 0] * 20)
+    start(chats, max_iters=1).ok()
+    before = (chats.path / 'out' / 'ckpt.pt').read_bytes()
+    chats.train(init_from='resume', max_iters=3).refused('out/ckpt.pt is a run of rl.py, which goes on: python rl.py '
+                                                         '--init_from=resume --out_dir=out; to finetune what it has')
+    assert (chats.path / 'out' / 'ckpt.pt').read_bytes() == before
+
+
+def test_the_best_is_one_that_was_saved(chats):
+    """A model that is right from the start, and is rewarded for what is wrong."""
+    (chats.path / 'tasks' / 'forgets.py').write_text(TASK.replace('> 0.5', '< 0.5'))
+    start(chats, task='forgets', max_iters=20, eval_interval=10).ok()
+    of_steps = {record['step']: record['val_accuracy'] for record in chats.log() if 'val_accuracy' in record}
+    assert of_steps[0] > max(of_steps[10], of_steps[20])
+    assert chats.checkpoint(name='best.pt')['best_val_loss'] == pytest.approx(1 - max(of_steps[10], of_steps[20]))
 
 
 def test_rewards_and_pairs_must_be_the_same(chats):

@@ -14,7 +14,7 @@ from calculator import SYSTEM
 from chat import OUTPUT, OUTPUT_END, PYTHON, PYTHON_END
 from model import GPT, PRESETS, GPTConfig
 from tasks import common, gsm8k, hellaswag, multiple_choice, tiny_chat
-from tokenizer import BPETokenizer, ByteTokenizer
+from tokenizer import BPETokenizer, ByteTokenizer, WordTokenizer
 
 TOKENIZER = BPETokenizer([], None, {token: 256 + i for i, token in enumerate(chat.SPECIAL_TOKENS)})  # one a byte
 PIECES = BPETokenizer.train(make_text(3000), 290, special_tokens=chat.SPECIAL_TOKENS)
@@ -201,6 +201,7 @@ def test_splits_of_a_file(tmp_path):
      "the kind of the question is ['x'], no text"),
     (gsm8k, 'a.jsonl', '{"question": "q", "answer": "<<1=1/0>> #### 5/6"}', 'line 1: "question" or the line with ####'),
     (hellaswag, 'a.jsonl', '{"ctx": "q", "endings": "ab", "label": 0}', '"endings" are no list'),
+    (hellaswag, 'a.jsonl', '{"ctx": " ", "endings": ["a", "b"], "label": 0}', 'line 1: the context is empty; expected'),
     (hellaswag, 'a.jsonl', '{"ctx": "q", "endings": ["a", "b"], "label": true}', '"label" is no number: True'),
     (hellaswag, 'a.jsonl', '{"ctx": "q", "endings": ["a", "b"], "label": 0.9}', '"label" is no number: 0.9'),
     (hellaswag, 'a.jsonl', '{"ctx": "q", "endings": ["a", "b"], "label": ""}', "\"label\" is no number: ''")])
@@ -240,7 +241,7 @@ def test_few_shot_prompts():
     pool = [shot(name, kind) for kind in 'ab' for name in 'uvwxyz']
 
     def text(example, shots, room):
-        ids, count = common.few_shot_prompt(example, pool, shots, TOKENIZER, room)
+        text, ids, count = common.few_shot_prompt(example, pool, shots, TOKENIZER, room)
         found = TOKENIZER.decode(ids)
         assert found.endswith(example['context']) and found.count('\n\n') == count and len(ids) <= room
         return found
@@ -254,7 +255,7 @@ def test_few_shot_prompts():
     with pytest.raises(ValueError, match='a question has 8 tokens, and the context has room for 7'):
         text(example, 4, one - 1)
     assert text(shot('x', 'none'), 20, 500).count('\n\n') == 10  # of a kind that the pool lacks: any
-    assert common.few_shot_prompt(example, [], 4, TOKENIZER, 500)[1] == 0
+    assert common.few_shot_prompt(example, [], 4, TOKENIZER, 500)[2] == 0
 
 
 def test_chat_prompts():
@@ -335,6 +336,17 @@ def test_multiple_choice_by_likelihood(tmp_path, tokenizer):
             example['messages'], chat.TEMPLATE, tokenizer), letters[k])) == example['label'] for example in examples]
         found = common.measure(multiple_choice, examples, model, tokenizer, chat.TEMPLATE)
         assert found['kinds']['all']['right'] == sum(right)
+
+
+def test_only_the_choice_counts_where_the_question_has_unknown_words():
+    """An id of <|unk|> does not say which word it was."""
+    tokenizer = WordTokenizer.train('Q : A where is the cat dog ? \n', 12)
+    example = {'context': 'Q: where is the zebra?\nA:', 'choices': ['the cat', 'dog']}
+    text, ids, _ = common.few_shot_prompt(example, [], 0, tokenizer, 500)
+    assert tokenizer.special_tokens['<|unk|>'] in ids
+    for choice, (context, continuation) in zip(example['choices'], common.choice_prompts(example, text, ids, tokenizer),
+                                               strict=True):
+        assert context == ids and tokenizer.decode(continuation) == f' {choice}'
 
 
 def test_answers_end_and_do_not_depend_on_their_batch():

@@ -446,8 +446,8 @@ def test_no_steps(folder):
     """max_iters=0 evaluates and ends; nothing is saved, so nothing is said of a checkpoint that is not there."""
     for eval_first, evals in ((True, [0]), (False, [])):
         run = folder.train(max_iters=0, eval_first=eval_first).ok()
-        assert list(losses(run)[1]) == evals and ('best val loss' in run.out) == eval_first
-        assert '0 steps' in run.out and 'sample.py' not in run.out and 'inf' not in run.out
+        assert list(losses(run)[1]) == evals and '0 steps' in run.out
+        assert 'best val loss' not in run.out and 'sample.py' not in run.out and 'inf' not in run.out
         assert sorted(os.listdir(folder.path / 'out'))[0] == 'config.json'  # no best.pt, no ckpt.pt
 
 
@@ -462,6 +462,16 @@ def test_patience(folder):
     run = folder.train(out_dir='b', init_from='resume', max_iters=100, eval_interval=5, patience=3, lr_decay_iters=5,
                        min_lr=0.0).ok()
     assert list(losses(run)[1]) == [15, 20]
+
+
+def test_a_run_that_only_gets_worse(folder):
+    """The best is the best that was saved: of what was before the first step there is no file."""
+    run = folder.train(max_iters=6, eval_interval=3, learning_rate=3.0, warmup_iters=0, decay_lr=False).ok()
+    of_steps = {step: val for step, (_, val) in losses(run)[1].items()}
+    best = min((3, 6), key=of_steps.get)
+    assert of_steps[0] < of_steps[best] and folder.checkpoint(name='best.pt')['iter_num'] == best
+    assert folder.checkpoint(name='best.pt')['best_val_loss'] == pytest.approx(of_steps[best], abs=1e-4)
+    assert f'best val loss {of_steps[best]:.4f}' in run.out
 
 
 def test_always_save_checkpoint(folder):

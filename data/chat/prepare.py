@@ -62,7 +62,7 @@ def open_tokenizer(source):
         described = huggingface.load_tokenizer(source)
         if described is None:
             raise ValueError(f'{source} has no tokenizer.json; copy that of the model into the folder')
-        return tokenizers.from_dict(described), huggingface.load_chat_template(source), None
+        return tokenizers.from_dict(described), huggingface.load_chat_template(source, described), None
     try:
         return tokenizers.load(source), None, None
     except ValueError as error:

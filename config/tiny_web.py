@@ -7,8 +7,8 @@ The base model of data/tiny_chat: 2.0M parameters over bytes, pretrained on text
     $ python train.py config/tiny_web.py
     $ python evaluate.py --out_dir=out-tiny-web --task=tiny_chat --shots=4 --max_new_tokens=40
 
-It knows these things, and no conversation. Two cores of an AMD EPYC: 0.27 s a step, 5 minutes. What comes next:
-config/sft_tiny_chat.py.
+It knows these things, and no conversation: val loss 0.43, a third of questions right after four examples. Two cores of
+an AMD EPYC: 0.18 to 0.3 s a step, 3 to 6 minutes. What comes next: config/sft_tiny_chat.py.
 """
 
 out_dir = 'out-tiny-web'

@@ -37,6 +37,16 @@ TINY = {'n_layer': 2, 'n_head': 2, 'n_embd': 16, 'block_size': 16, 'batch_size':
         'dtype': 'float32', 'compile': False}
 
 
+def load_or_skip(name):
+    """A published vocabulary, which is downloaded once; without a network the test is skipped."""
+    import tokenizer
+
+    try:
+        return tokenizer.load(name)
+    except ValueError as error:
+        pytest.skip(f'{name} cannot be had here: {str(error)[:60]}')
+
+
 # processes ------------------------------------------------------------------------------------------------------------
 # Starting Python and importing torch takes three seconds, most of a tiny run. A fork server has imported it once and
 # forks for every run: otherwise each run is what `python train.py ...` would be, with its own exit code and signals.

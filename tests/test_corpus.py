@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import load_or_skip
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tqdm import tqdm
@@ -38,13 +39,6 @@ POSIX = pytest.mark.skipif(os.name != 'posix', reason='needs fork and signals')
 # A proxy that nobody listens at makes every machine one without a network.
 OFFLINE = {**os.environ, 'no_proxy': '', 'NO_PROXY': '',
            **{name: 'http://127.0.0.1:9' for name in ('http_proxy', 'https_proxy', 'HTTP_PROXY', 'HTTPS_PROXY')}}
-
-
-def gpt2_or_skip():
-    try:
-        return tokenizer.load('gpt2')
-    except ValueError as error:
-        pytest.skip(f"GPT-2's vocabulary cannot be had here: {str(error)[:60]}")
 
 
 def words(count, seed=0):
@@ -351,7 +345,7 @@ def test_vocabularies_are_trained_on_the_training_split(tmp_path, name):
 
 
 def test_end_of_text_ids(tmp_path):
-    gpt2 = gpt2_or_skip()
+    gpt2 = load_or_skip('gpt2')
     documents = [words(10, seed) for seed in range(40)]
     meta = write(tmp_path, documents, tok=gpt2)
     for split in ('train', 'val'):
@@ -365,7 +359,7 @@ def test_end_of_text_ids(tmp_path):
 def of_kind(kind, text):
     """A tokenizer for a running text; with a pattern of one's own no place to cut is known."""
     if kind == 'gpt2':
-        return gpt2_or_skip()
+        return load_or_skip('gpt2')
     if kind == 'byte':
         return tokenizer.ByteTokenizer()
     if kind == 'char':
@@ -440,7 +434,7 @@ def test_uint32_vocabulary(tmp_path):
 def test_same_bytes_whatever_the_workers(tmp_path, monkeypatch, workers):
     monkeypatch.setattr(corpus, 'BATCH_CHARS', 300)
     documents = [words(15, seed) for seed in range(100)]
-    write(tmp_path / 'a', documents, tok=gpt2_or_skip(), workers=workers)
+    write(tmp_path / 'a', documents, tok=load_or_skip('gpt2'), workers=workers)
     monkeypatch.undo()
     write(tmp_path / 'b', documents, tok=tokenizer.load('gpt2'))
     assert contents(tmp_path / 'a') == contents(tmp_path / 'b')
@@ -845,7 +839,7 @@ def test_shakespeare_char(copy, play, tmp_path):
 
 
 def test_shakespeare_bpe(copy, play, tmp_path):
-    tok = gpt2_or_skip()
+    tok = load_or_skip('gpt2')
     prepare(copy, 'shakespeare', f'--input={play}', cwd=tmp_path)
     folder = copy / 'data' / 'shakespeare'
     text = play.read_text(encoding='utf-8')
@@ -963,7 +957,7 @@ def test_another_folder(tmp_path, monkeypatch, out_dir, dataset, name):
 def test_openwebtext_shard(copy, tmp_path):
     pa = pytest.importorskip('pyarrow')
     import pyarrow.parquet as pq
-    tok = gpt2_or_skip()
+    tok = load_or_skip('gpt2')
     documents = [words(20, seed) for seed in range(300)]
     (tmp_path / 'shards').mkdir()
     for i in range(2):
@@ -979,7 +973,7 @@ def test_openwebtext_shard(copy, tmp_path):
 
 @pytest.mark.parametrize('name', ['openwebtext', 'fineweb_edu'])
 def test_shards_offline(copy, tmp_path, name):
-    gpt2_or_skip()
+    load_or_skip('gpt2')
     said = prepare(copy, name, f'--out_dir={tmp_path / "out"}', cwd=tmp_path, ok=False)
     assert 'offline' in said and f'python data/{name}/prepare.py --input=FOLDER' in said
     assert prepare(copy, name, '--tokenizer=gpt9', cwd=tmp_path, ok=False).startswith('error: unknown tokenizer')

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import load_or_skip
 
 import configurator
 
@@ -23,6 +24,8 @@ def console_blocks(page):
 
 @pytest.mark.parametrize('command, printed', console_blocks('lab/tokens.md'))
 def test_commands_of_tokens_page(command, printed):
+    for name in ('gpt2', 'cl100k_base'):
+        load_or_skip(name)
     path = f'{os.path.dirname(sys.executable)}{os.pathsep}{os.environ["PATH"]}'
     result = subprocess.run(['bash', '-c', command], cwd=ROOT, capture_output=True, text=True, encoding='utf-8',
                             env={**os.environ, 'PATH': path, 'PYTHONUTF8': '1'})

@@ -942,5 +942,6 @@ def test_what_is_no_text_is_not_encoded(text):
 
 def test_bytearrays_and_unused_ids():
     assert tokenizer.ByteTokenizer().encode(bytearray(b'a\xff')) == [97, 255]
+    encoding_of('cl100k_base')
     with pytest.raises(ValueError, match='id 100261: cl100k_base does not use'):
         tokenizer.load('cl100k_base').decode([5, 100261])

@@ -1,7 +1,7 @@
 """
 LoRA in place of config/sft_tiny_chat.py: the same conversations and steps, but of the base model's weights none moves;
-small matrices beside those of attention and of the head learn, 1.4% as many parameters. Two cores of an AMD EPYC: 0.3 s
-a step, 4 minutes.
+small matrices beside those of attention and of the head learn, 1.4% as many parameters. Val loss 0.05, where
+finetuning has 0.025. Two cores of an AMD EPYC: 0.12 to 0.3 s a step, 2 to 4 minutes.
 
     $ python train.py config/lora_tiny_chat.py
     $ python evaluate.py --out_dir=out-lora-tiny-chat --task=tiny_chat

@@ -446,7 +446,7 @@ def save(model, described, chat_template, folder, dtype=torch.float32):
     if chat_template is not None:  # there they are what they are here
         begin, end = chat.ends_of_text(text_tokenizer)
         stop_ids, _ = chat.find_endings(chat_template, text_tokenizer)
-        end_ids = sorted(stop_ids, key=lambda i: i != specials.get(end))  # the usual first
+        end_ids = sorted(stop_ids, key=lambda i: (i != specials.get(end), i))  # the usual first
         more |= {'chat_template': chat_template, **({'bos_token': begin} if begin else {}),
                  **({'eos_token': end} if end else {})}
     ids = {'bos_token_id': specials.get(begin), 'eos_token_id': end_ids[0] if end_ids else None}

@@ -342,11 +342,14 @@ def load_chat_template(folder, described=None):
         template = named.get('default')
     if not isinstance(template, str | None) or not isinstance(content, dict):
         raise ValueError(f'{path} is damaged: expected an object whose chat_template is a text; copy it again')
-    for i, name in enumerate(('bos_token', 'eos_token')):
+    used = [name for name in ('bos_token', 'eos_token') if re.search(rf'\b{name}\b', template or '')]
+    if not (used and described):
+        return template
+    bos_token, eos_token = chat.ends_of_text(tokenizer.from_dict(described))
+    for name, by_name in (('bos_token', bos_token), ('eos_token', eos_token)):
         token = content.get(name)
         token = token.get('content') if isinstance(token, dict) else token
-        if (described and template and isinstance(token, str) and re.search(rf'\b{name}\b', template)
-                and token != chat.ends_of_text(tokenizer.from_dict(described))[i]):
+        if name in used and isinstance(token, str) and token != by_name:
             template = f'{{%- set {name} = {json.dumps(token)} %}}\n{template}'
     return template
 
@@ -447,8 +450,8 @@ def save(model, described, chat_template, folder, dtype=torch.float32):
         begin, end = chat.ends_of_text(text_tokenizer)
         stop_ids, _ = chat.find_endings(chat_template, text_tokenizer)
         end_ids = sorted(stop_ids, key=lambda i: (i != specials.get(end), i))  # the usual first
-        more |= {'chat_template': chat_template, **({'bos_token': begin} if begin else {}),
-                 **({'eos_token': end} if end else {})}
+        named = {'bos_token': begin, 'eos_token': end}
+        more |= {'chat_template': chat_template, **{name: token for name, token in named.items() if token}}
     ids = {'bos_token_id': specials.get(begin), 'eos_token_id': end_ids[0] if end_ids else None}
     hf |= {**ids, 'torch_dtype': str(dtype).removeprefix('torch.')}
     if len(end_ids) > 1:  # any of them

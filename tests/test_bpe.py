@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import regex
 import tiktoken
+from conftest import load_or_skip
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -29,10 +30,8 @@ EVERY_CHARACTER = ''.join(map(chr, [*range(0xD800), *range(0xE000, 0x110000)])) 
 @pytest.fixture(scope='module', params=['gpt2', 'cl100k_base'])
 def published(request):
     """(tiktoken's encoding, the merges recovered from it, {place: id})"""
-    try:
-        encoding = tiktoken.get_encoding(request.param)
-    except Exception as error:  # whatever requests raises without a network
-        pytest.skip(f'{request.param} cannot be had here: {str(error)[:60]}')
+    load_or_skip(request.param)
+    encoding = tiktoken.get_encoding(request.param)
     pairs = bpe.recover_merges(encoding._mergeable_ranks)
     place = {token: i for i, token in enumerate([*BYTES, *(left + right for left, right in pairs)])}
     merges = bpe.Merges([(place[left], place[right]) for left, right in pairs])

@@ -17,20 +17,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import load_or_skip
+from conftest import ROOT, load_or_skip
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-if (ROOT.parent / 'shared' / 'tiktoken').is_dir():
-    os.environ.setdefault('TIKTOKEN_CACHE_DIR', str(ROOT.parent / 'shared' / 'tiktoken'))
-
-import corpus  # noqa: E402
-import dataloader  # noqa: E402
-import download  # noqa: E402
-import tokenizer  # noqa: E402
+import corpus
+import dataloader
+import download
+import tokenizer
 
 # tqdm's lock is shared with forked processes: one that is killed while it has it would stop all others
 tqdm.set_lock(threading.RLock())

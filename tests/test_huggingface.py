@@ -7,6 +7,7 @@ import shutil
 import pytest
 import tokenizers
 import torch
+from conftest import load_or_skip
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -650,10 +651,8 @@ def test_same_tokenizer():
     assert huggingface.same_tokenizer(BYTES, bytes_too)
     assert not huggingface.same_tokenizer(BYTES, {**bytes_too, 'normalizer': 'NFC'})
     assert not huggingface.same_tokenizer(BYTES, {'kind': 'char', 'chars': 'ab'})
-    try:
-        spelt_out = tokenizer.BPETokenizer.from_tiktoken('gpt2').to_dict()
-    except ValueError:
-        pytest.skip("GPT-2's vocabulary cannot be had here")
+    load_or_skip('gpt2')
+    spelt_out = tokenizer.BPETokenizer.from_tiktoken('gpt2').to_dict()
     assert huggingface.same_tokenizer({'kind': 'tiktoken', 'name': 'gpt2'}, spelt_out)
 
 
@@ -661,10 +660,8 @@ def test_gpt2s_own_files(tmp_path):
     """A folder of GPT-2 without tokenizer has GPT-2's; with its tokenizer.json, the same ids."""
     build('gpt2', vocab_size=50257, n_embd=6).save_pretrained(tmp_path)
     assert huggingface.load_tokenizer(tmp_path) == {'kind': 'tiktoken', 'name': 'gpt2'}
-    try:
-        gpt2 = tokenizer.BPETokenizer.from_tiktoken('gpt2')
-    except ValueError:
-        pytest.skip("GPT-2's vocabulary cannot be had here")
+    load_or_skip('gpt2')
+    gpt2 = tokenizer.BPETokenizer.from_tiktoken('gpt2')
     hf = tokenizers.Tokenizer(tokenizers.models.BPE(*gpt2_files(gpt2)))
     hf.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     hf.decoder = tokenizers.decoders.ByteLevel()
@@ -680,10 +677,7 @@ def gpt2_files(gpt2):
 
 
 def test_gpt2s_vocabulary_leaves_padded_as_the_model_is(tmp_path):
-    try:
-        gpt2 = tokenizer.load('gpt2')
-    except ValueError:
-        pytest.skip("GPT-2's vocabulary cannot be had here")
+    gpt2 = load_or_skip('gpt2')
     model = tiny(vocab_size=50304, n_embd=8, n_layer=1)
     huggingface.save(model, gpt2.to_dict(), None, str(tmp_path / 'hf'))
     fast = transformers.AutoTokenizer.from_pretrained(tmp_path / 'hf')

@@ -14,17 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT, load_or_skip
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-if (ROOT.parent / 'shared' / 'tiktoken').is_dir():
-    os.environ.setdefault('TIKTOKEN_CACHE_DIR', str(ROOT.parent / 'shared' / 'tiktoken'))
-
-import bpe  # noqa: E402
-import tokenizer  # noqa: E402
-from tokenizer import BPETokenizer, WordTokenizer  # noqa: E402
+import bpe
+import tokenizer
+from tokenizer import BPETokenizer, WordTokenizer
 
 MIXED = 'Hello, wörld!\n\t日本語 🙂 e\u0301 <|endoftext|> \x00 end'
 CODE = Path(tokenizer.__file__).read_text(encoding='utf-8')
@@ -45,24 +41,16 @@ texts = st.one_of(st.text(max_size=60), st.lists(st.sampled_from(BORDERS), max_s
 many = settings(database=None, derandomize=True, deadline=None)  # the same examples everywhere
 
 
-def encoding_of(name):
-    try:
-        return tokenizer.open_tiktoken(name)
-    except ValueError as error:
-        pytest.skip(f'{name} cannot be had here: {str(error)[:60]}')
-
-
 @pytest.fixture(scope='module')
 def gpt2():
-    encoding_of('gpt2')
-    return tokenizer.load('gpt2')
+    return load_or_skip('gpt2')
 
 
 @pytest.fixture(scope='module', params=['gpt2', 'cl100k_base', 'o200k_base'])
 def published(request):
     """(OpenAI's vocabulary in our BPE, tiktoken's encoding)"""
-    encoding = encoding_of(request.param)
-    return BPETokenizer.from_tiktoken(request.param), encoding
+    load_or_skip(request.param)
+    return BPETokenizer.from_tiktoken(request.param), tokenizer.open_tiktoken(request.param)
 
 
 def train(pattern, vocab_size=600, **options):
@@ -165,8 +153,7 @@ def test_special_token_in_text_of_a_corpus_is_text(gpt2):
 
 
 def test_cl100k_needs_uint32_and_has_gaps():
-    encoding_of('cl100k_base')
-    tok = tokenizer.load('cl100k_base')
+    tok = load_or_skip('cl100k_base')
     assert (tok.vocab_size, tok.eot) == (100277, 100257)
     same_everywhere(tok, MIXED)
     assert tok.encode_array(MIXED).dtype == np.uint32
@@ -942,6 +929,5 @@ def test_what_is_no_text_is_not_encoded(text):
 
 def test_bytearrays_and_unused_ids():
     assert tokenizer.ByteTokenizer().encode(bytearray(b'a\xff')) == [97, 255]
-    encoding_of('cl100k_base')
     with pytest.raises(ValueError, match='id 100261: cl100k_base does not use'):
-        tokenizer.load('cl100k_base').decode([5, 100261])
+        load_or_skip('cl100k_base').decode([5, 100261])

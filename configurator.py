@@ -93,7 +93,7 @@ def explain_errors(kind, error, trace):
     """
     raised_in = traceback.extract_tb(trace)[-1].filename if trace else ''
     here = os.path.dirname(os.path.abspath(__file__))
-    ours = os.path.dirname(os.path.abspath(raised_in)) in (here, os.path.join(here, 'tasks'))
+    ours = os.path.abspath(raised_in).startswith(here + os.sep)
     if ours and issubclass(kind, ValueError):
         print(f'error: {error}', file=sys.stderr)
     elif issubclass(kind, KeyboardInterrupt):

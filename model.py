@@ -15,14 +15,14 @@ Sources: "Language Models are Unsupervised Multitask Learners" (GPT-2, Radford e
 """
 
 import math
-import re
 from dataclasses import dataclass, fields
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from ops import CHUNK, GELU, SHORT, ChunkedCrossEntropy, Dropout, softcapped, visible, window_mask
 
 # kinds of GPTConfig.rope_scaling, and the numbers that each needs
 ROPE_SCALINGS = {'linear': ('factor',), 'llama3': ('factor', 'low_freq_factor', 'high_freq_factor',
@@ -147,132 +147,6 @@ def padded_vocab_size(n_ids):
     return -(-n_ids // 64) * 64 if n_ids >= 1024 else n_ids
 
 
-# Architectures by name, as GPTConfig's fields. llama: Touvron et al. 2023. modern: what learns fastest here, after the
-# GPT-2 speedruns (github.com/KellerJordan/modded-nanogpt). They have mlp='relu2' and zero_init=True, which at their
-# 124M parameters learn faster; at 1M they do not (README)
-PRESETS = {
-    'gpt2': {},
-    'llama': {'norm': 'rmsnorm', 'pos': 'rope', 'mlp': 'swiglu', 'bias': False, 'tie_embeddings': False},
-    'modern': {'norm': 'rmsnorm', 'pos': 'rope', 'mlp': 'swiglu', 'bias': False, 'tie_embeddings': False,
-               'qk_norm': True, 'logit_softcap': 15.0},
-}
-
-
-def visible(query, key, window):
-    """
-    Whether a query sees a key, given their positions, tensors that broadcast: it sees its own and those before it, with
-    a window only the window - 1 before it.
-    """
-    seen = key <= query
-    return seen & (key > query - window) if window else seen
-
-
-def window_mask(window):
-    """visible() as FlexAttention asks for it: of a batch, a head, and the indices of a query and a key."""
-    return lambda b, h, query, key: visible(query, key, window)
-
-
-class KVCache:
-    """
-    Keys and values of the tokens seen so far, so that the next token costs one position instead of the whole context.
-
-    k, v: (n_layer, B, G, S, D), of whose S slots the first `length` are filled, by GPT.forward or by fill() and
-    advance(). S grows with the tokens up to max_length; with is_static it is max_length from the start, so that all
-    steps of one position have the same shapes, which is what a compiled step or a CUDA graph needs. Memory:
-    2 * n_layer * B * S * G * D numbers; GPT-2 124M at 1 x 1024 in fp32: 75 MB.
-
-    padding: None, or (B,), for prompts of different lengths, which all end at the same slot: how many slots before the
-    first token of each row nobody attends to.
-    """
-
-    def __init__(self, config, batch_size, device=None, dtype=None, max_length=None, padding=None, is_static=False):
-        self.max_length = max_length or config.block_size
-        S = self.max_length if is_static else 0
-        self.k, self.v = torch.zeros(2, config.n_layer, batch_size, config.kv_heads, S, config.head_size,
-                                     device=device, dtype=dtype)
-        self.length = 0
-        self.next_slot = torch.zeros(1, dtype=torch.long, device=device)  # length, where a CUDA graph can read it
-        self.padding = padding
-
-    def restart(self, padding=None):
-        """Empty, for prompts with this padding; at the same addresses, which a CUDA graph has recorded."""
-        self.go_back_to(0)
-        if self.padding is None or padding is None:
-            self.padding = padding
-        else:
-            self.padding.copy_(padding)
-
-    def go_back_to(self, length):
-        """Forget all but the first `length` tokens."""
-        self.length = length
-        self.next_slot.fill_(length)
-
-    def advance(self, T):
-        """T more slots are written."""
-        self.length += T
-        self.next_slot += T
-
-    def keep(self, rows):
-        """Of the batch these rows alone, a tensor of their numbers, and no slots that are padding in all of them."""
-        unused = 0
-        if self.padding is not None:
-            self.padding = self.padding[rows]
-            unused = min(int(self.padding.min()), self.length)  # of an empty cache all slots are yet to be filled
-            self.padding -= unused
-        self.k, self.v = self.k[:, rows, :, unused:], self.v[:, rows, :, unused:]
-        self.go_back_to(self.length - unused)
-
-    def fill(self, rows, part, T):
-        """Of an empty cache: the rows' last of T slots are those of part, a cache of these rows."""
-        self.make_room(self.k.size(1), T)
-        self.k[:, rows, :, T - part.length : T] = part.k[:, :, :, : part.length]
-        self.v[:, rows, :, T - part.length : T] = part.v[:, :, :, : part.length]
-
-    def make_room(self, B, T):
-        """For T more tokens of B rows. ValueError if the cache was not made for so many."""
-        rows, S, needed = self.k.size(1), self.k.size(3), self.length + T
-        if B != rows:
-            raise ValueError(f'the cache was made for a batch of {rows}, but the tokens are a batch of {B}')
-        if needed > self.max_length:
-            raise ValueError(f'the cache has room for {self.max_length} tokens, but {self.length} + {T} were to be in '
-                             f'it; make a longer one with max_length={needed}')
-        if needed > S:
-            more = min(self.max_length, -(-needed // 128) * 128) - S
-            self.k, self.v = (F.pad(part, (0, 0, 0, more)) for part in (self.k, self.v))
-
-    def mask(self, T, window):
-        """
-        Which slots each of the next T positions attends to: (B or 1, 1, 1, S) of bool for T = 1, for more
-        (B, 1, T, length + T), or None where the usual causal mask will do.
-        """
-        if T > 1 and self.padding is None:
-            return None
-        slots = torch.arange(self.k.size(3) if T == 1 else self.length + T, device=self.k.device)
-        queries = (self.next_slot + slots[:T])[:, None]
-        seen = visible(queries, slots, window)
-        if self.padding is None:
-            return seen[None, None]
-        # padding sees itself, since a softmax over nothing would be NaN
-        return (seen & (slots >= self.padding[:, None, None]) | (slots == queries))[:, None]
-
-
-class Dropout(nn.Dropout):
-    """
-    nn.Dropout, but cheap in compiled code on the CPU. There torch draws one random number after the other, which would
-    take longer than the rest of a training step; instead each element's number is hashed from its index and a random
-    key, a few vector instructions that fuse with what surrounds them.
-    """
-
-    def forward(self, x):
-        if not (self.training and self.p > 0 and x.device.type == 'cpu' and torch.compiler.is_compiling()):
-            return super().forward(x)
-        h = torch.arange(x.numel(), dtype=torch.int32).view(x.shape) ^ torch.randint(2**31 - 1, (), dtype=torch.int32)
-        for _ in range(2):  # multiply and fold the high bits down; 0x45D9F3B after Thomas Mueller's integer hash
-            h = (h ^ ((h >> 16) & 0xFFFF)) * 0x45D9F3B
-        h = (h ^ ((h >> 16) & 0xFFFF)) & 0x7FFFFFFF
-        return torch.where(h >= round(self.p * 2**31), x / (1 - self.p), 0.0)
-
-
 def rotate(x, rotation):
     """
     RoPE ("RoFormer", Su et al. 2021): channels i and i + D/2 of x (B, T, heads, D) are a point in the plane, rotated by
@@ -282,9 +156,6 @@ def rotate(x, rotation):
     cos, sin = rotation
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
-
-
-SHORT = 256  # positions up to which torch's attention on the CPU is faster in fp32, by up to twice (bench/results)
 
 
 class CausalSelfAttention(nn.Module):
@@ -412,18 +283,6 @@ class CausalSelfAttention(nn.Module):
         return torch.cat(y, dim=2)
 
 
-class GELU(nn.GELU):
-    """
-    GPT-2's GELU, 0.5 x (1 + tanh u) with u = sqrt(2/pi) (x + 0.044715 x^3), which is x sigmoid(2u): compiled for the
-    CPU that form, with its one exp, takes half the time ("Gaussian Error Linear Units", Hendrycks & Gimpel 2016).
-    """
-
-    def forward(self, x):
-        if self.approximate == 'tanh' and x.device.type == 'cpu' and torch.compiler.is_compiling():
-            return x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x * x * x))
-        return super().forward(x)
-
-
 class SwiGLU(nn.Module):
     """silu(gate) * up, of the two halves of what c_fc gives ("GLU Variants Improve Transformer", Shazeer 2020)."""
 
@@ -480,56 +339,6 @@ class Block(nn.Module):
         x = x + self.attn(self.ln_1(x), past, rotation, value_embedding, window_blocks)
         x = x + self.mlp(self.ln_2(x))
         return x
-
-
-def softcapped(logits, cap):
-    """Logits that stay within +-cap, in fp32 ("Gemma 2", Team Gemma 2024); with cap 0 as they are."""
-    return cap * torch.tanh(logits.float() / cap) if cap else logits
-
-
-CHUNK = 2**25  # logits that a loss needs at once, in fp32 128 MB; more where 16 compiled chunks don't suffice
-
-
-class ChunkedCrossEntropy(torch.autograd.Function):
-    """
-    The head and its cross-entropy in one, for a chunk of rows after the other, so that all logits are never there at
-    once: in fp32 those of 64 x 1024 tokens of GPT-2's vocabulary take 13 GB, and their gradient as much again. Each
-    chunk's share of the gradients is computed with its loss; to compute its logits again in the backward pass would
-    cost a third more ("Cut Your Losses", Wijmans et al. 2024; "Liger Kernel", Hsu et al. 2024). Differentiable once.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, targets, softcap, dtype, needs_gradient, is_frozen):
-        """
-        x: (N, C). weight: (V, C). targets: (N,), negative for none. dtype: of products. is_frozen: the weight needs no
-        gradient. -> sum of losses
-        """
-        w, ids = weight.to(dtype), torch.arange(len(weight), device=x.device)
-        total = torch.zeros((), device=x.device)
-        dx, dw = [], torch.zeros_like(weight) if needs_gradient and not is_frozen else None
-        n_chunks = -(-len(x) * len(w) // CHUNK)
-        if torch.compiler.is_compiling():
-            n_chunks = min(16, n_chunks)  # each is code of its own
-        for rows, target in zip(x.to(dtype).chunk(n_chunks), targets[:, None].chunk(n_chunks), strict=True):
-            logits = softcapped(rows @ w.T, softcap).float()
-            log_p, counts = F.log_softmax(logits, dim=-1), target >= 0
-            total -= torch.where(counts, log_p.gather(1, target.clamp(min=0)), 0.0).sum()
-            if needs_gradient:
-                p = log_p.exp()
-                d = torch.where(ids == target, p - 1, p)  # by the logits; then by what the softcap took
-                d = (d * (1 - (logits / softcap).square()) if softcap else d).to(dtype)
-                dx.append((d @ w) * counts)
-                if not is_frozen:
-                    dw += d.T @ (rows * counts)
-        if needs_gradient:
-            ctx.save_for_backward(torch.cat(dx).to(x.dtype), dw)
-        return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_total):
-        dx, dw = ctx.saved_tensors
-        return d_total * dx, None if dw is None else d_total * dw, None, None, None, None, None
 
 
 class GPT(nn.Module):
@@ -739,46 +548,15 @@ class GPT(nn.Module):
         seen = sum(min(c.window_of(layer) or c.block_size, c.block_size) for layer in range(c.n_layer))
         return 6 * multiplied + 12 * c.n_head * c.head_size * seen
 
-    def estimate_mfu(self, fwdbwd_per_iter, dt):
-        """
-        Model FLOPs utilisation: the share of the device's peak that training fwdbwd_per_iter sequences of block_size
-        tokens in dt seconds amounts to. None on a device whose peak is not known.
-        """
-        peak = peak_flops(self.lm_head.weight.device)
-        if peak is None:
-            return None
-        return self.flops_per_token() * self.config.block_size * fwdbwd_per_iter / dt / peak
-
     @classmethod
     def from_pretrained(cls, name_or_folder, override_args=None):
         """
         A model of Hugging Face's layout, GPT-2's or Llama's: one of GPT-2's names, 'gpt2' to 'gpt2-xl', a folder, or a
         hub id; see huggingface.py. override_args: {'dropout': p}. ValueError for what can't be read.
         """
-        import huggingface  # it imports this module
+        from flatgpt import huggingface  # it imports this module
 
         unknown = set(override_args or {}) - {'dropout'}
         if unknown:
             raise ValueError(f'{sorted(unknown)}: only dropout can be overridden, the weights fix the rest')
         return huggingface.load_model(huggingface.find(name_or_folder), **(override_args or {}))
-
-
-# Devices -------------------------------------------------------------------------------------------------------------
-
-# dense bf16 or fp16 FLOP/s of the vendors' datasheets, without sparsity; the first name found in the device's wins
-PEAK_FLOPS = {
-    'B200': 2250e12, 'H200': 989e12, 'H100 PCIe': 756e12, 'H100 NVL': 835e12, 'H100': 989e12, 'H800': 989e12,
-    'H20': 148e12, 'A100': 312e12, 'A800': 312e12, 'A40': 150e12, 'A10G': 70e12, 'A10': 125e12, 'L40S': 362e12,
-    'L40': 181e12, 'L4': 121e12, 'RTX 6000 Ada': 364e12, 'RTX A6000': 155e12, 'RTX 5090': 210e12, 'RTX 4090': 165e12,
-    'RTX 4080': 97e12, 'RTX 3090': 71e12, 'V100': 125e12, 'T4': 65e12, 'MI300X': 1307e12, 'MI250X': 383e12,
-}
-
-
-def peak_flops(device):
-    """Peak FLOP/s of a torch.device in bf16 or fp16, or None if it is not in the table."""
-    if device.type != 'cuda':
-        return None
-    name = torch.cuda.get_device_name(device)
-    if 'Laptop' in name:  # same names as the desktop cards, less power
-        return None
-    return next((peak for key, peak in PEAK_FLOPS.items() if re.search(rf'\b{key}\b', name)), None)

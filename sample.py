@@ -31,15 +31,16 @@ import time
 import torch
 from tqdm import tqdm
 
-import calculator
-import checkpoint
-import jsonl
-import parallel
-import quantize as quantization
 import tokenizer
-from chat import converse, find_endings, for_terminal, render
 from configurator import check, explain_errors, override
-from generate import encode_prompt, generate_texts, likeliest, majority
+from flatgpt import jsonl, runtime
+from flatgpt import quantize as quantization
+from flatgpt.constrain import Constraint
+from flatgpt.generate import encode_prompt, generate_texts, likeliest, majority
+from flatgpt.pretrained import open_model
+from posttrain.chat import converse, for_terminal
+from posttrain.tools import PYTHON_END, SYSTEM, check_tokenizer, output_of
+from tokenizer.chat import find_endings, render
 
 sys.stdout.reconfigure(errors='replace')  # a terminal that can't show a character still gets the rest
 
@@ -142,8 +143,8 @@ def split_list(setting, separator=None):
 
 
 # the model, its tokenizer, what its text has to be
-device = parallel.choose_device(device)
-model, text_tokenizer, template, line = checkpoint.open_model(init_from, out_dir, which)
+device = runtime.choose_device(device)
+model, text_tokenizer, template, line = open_model(init_from, out_dir, which)
 block_size = model.config.block_size
 if slide > block_size:
     raise ValueError(f'slide={slide}: expected 1 to {block_size}, the context of the model')
@@ -151,7 +152,6 @@ stops, stop_ids, constraint = split_list('stop'), set(), None
 if json_schema and not json_schema.lstrip().startswith(('{', '[')):
     json_schema = read_file(json_schema, 'json_schema')
 if choices or regex or json_schema:
-    from constrain import Constraint  # needs the package llguidance
 
     constraint = Constraint(text_tokenizer, choices=split_list('choices', ',') if choices else None,
                             regex=regex or None, json_schema=json_schema or None)
@@ -160,9 +160,9 @@ if choices or regex or json_schema:
 # precision, compilation
 rows = num_samples * max(1, best_of)  # of one prompt
 at_once = 1 if chat else max(rows, batch_size) if prompts else rows
-parallel.use_cores()
+runtime.use_cores()
 if device.type == 'cpu':
-    parallel.keep_freed_memory()
+    runtime.keep_freed_memory()
 if quantize:
     dtype, dtype_reason = quantize, 'as set'
 elif dtype == 'auto' and device.type == 'cpu':
@@ -170,14 +170,14 @@ elif dtype == 'auto' and device.type == 'cpu':
     is_large = model.get_num_params() > 30e6 and quantization.has_bf16_products()
     dtype, dtype_reason = ('bfloat16', 'half as much to read') if is_large else ('float32', 'small, or no bf16 here')
 else:
-    dtype, dtype_reason = parallel.choose_dtype(dtype, device)
+    dtype, dtype_reason = runtime.choose_dtype(dtype, device)
 is_long = quantize or device.type == 'cuda' or chat or at_once == 1 and max_new_tokens >= 1000
-compile, compile_reason = parallel.choose_compile(compile, device, math.inf if is_long else 0)
+compile, compile_reason = runtime.choose_compile(compile, device, math.inf if is_long else 0)
 threads = f' (threads: {torch.get_num_threads()})' if device.type == 'cpu' else ''
 print(textwrap.fill(f'device {device}{threads}, dtype {dtype} ({dtype_reason}), compile {compile} ({compile_reason})',
                     80, subsequent_indent='  '), file=sys.stderr, flush=True)
 print(line, flush=True)
-quantization.for_decoding(model.to(device), torch.int8 if quantize else parallel.DTYPES[dtype], compile)
+quantization.for_decoding(model.to(device), torch.int8 if quantize else runtime.DTYPES[dtype], compile)
 model.has_compiled_step = compile and (device.type != 'cpu' or at_once == 1)  # a last, smaller batch is not worth it
 
 
@@ -189,7 +189,7 @@ def draw(batch, numbers, n):
             stop_ids=stop_ids, temperature=temperature, top_k=top_k or None, top_p=top_p, min_p=min_p,
             repetition_penalty=repetition_penalty, slide=slide)
     except RuntimeError as error:
-        if not parallel.out_of_memory(error):
+        if not runtime.out_of_memory(error):
             raise
         smaller = 'batch_size' if len(batch) > 1 else 'best_of' if best_of else 'num_samples'
         raise SystemExit(f'out of memory with {len(batch) * n} samples at once; try a smaller --{smaller}') from None
@@ -226,8 +226,8 @@ if chat:
     if tools:
         if template is None:
             raise ValueError('tools=True: expected a chat model, one trained on conversations')
-        calculator.check_tokenizer(text_tokenizer)
-        system = f'{system} {calculator.SYSTEM}'.strip()
+        check_tokenizer(text_tokenizer)
+        system = f'{system} {SYSTEM}'.strip()
 
     def answer(ids, number):
         """The text of an answer as it grows; one that calls the calculator goes on with what it is told."""
@@ -235,12 +235,12 @@ if chat:
         while left > 0:
             for [sample] in draw([ids[-block_size:]], [number + n_calls * 2**16], 1):  # a call: other random numbers
                 yield said + sample.shown(stops)
-                has_called = tools and sample.ids[-1:] == [text_tokenizer.special_tokens[calculator.PYTHON_END]]
+                has_called = tools and sample.ids[-1:] == [text_tokenizer.special_tokens[PYTHON_END]]
                 if has_called or len(sample.ids) == left:
                     break
             if not has_called:
                 return
-            told = calculator.output_of(sample.ids, text_tokenizer)
+            told = output_of(sample.ids, text_tokenizer)
             ids, left, n_calls = ids + sample.ids + told, left - len(sample.ids) - len(told), n_calls + 1
             said += sample.text + text_tokenizer.decode(told)
             yield said

@@ -33,17 +33,29 @@ import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
-import checkpoint
-import dataloader
-import huggingface
-import lora
-import optim
-import parallel
-import runs
 import tokenizer
+from config.presets import PRESETS
 from configurator import check, explain_errors, override
-from generate import generate_texts
-from model import GPT, PRESETS, GPTConfig, padded_vocab_size
+from data.tokens import (
+    DeviceTokens,
+    count_targets,
+    even_windows,
+    fits_on,
+    folder_of,
+    gather,
+    load_meta,
+    open_tokens,
+    prepare_command,
+    prepare_if_missing,
+    row_of,
+    to_device,
+    train_windows,
+    whole_windows,
+)
+from flatgpt import checkpoint, huggingface, lora, optim, parallel, runtime
+from flatgpt.generate import generate_texts
+from flatgpt.pretrained import base_model, model_of
+from model import GPT, GPTConfig, padded_vocab_size
 
 # each line as it comes, also into a file or a pipe, and whatever the terminal can't show as '?'
 sys.stdout.reconfigure(errors='replace', line_buffering=True)
@@ -170,17 +182,17 @@ lora_targets = config['lora_targets'] = ','.join(target.strip() for target in lo
 
 # this process, its device, its data
 world = parallel.from_environment()
-device = parallel.choose_device(device, world.local_rank)
-data_dir = dataloader.folder_of(dataset)
+device = runtime.choose_device(device, world.local_rank)
+data_dir = folder_of(dataset)
 ckpt_path = os.path.join(out_dir, 'ckpt.pt')
 architecture = {field.name: config[field.name] for field in fields(GPTConfig) if field.name in config}
 if init_from == 'scratch':
     GPTConfig(**architecture)  # refuses impossible sizes before any data is prepared
 state = checkpoint.load(ckpt_path) if init_from == 'resume' else None
-dataloader.prepare_if_missing(data_dir, is_first=world.local_rank == 0)
-meta = dataloader.load_meta(data_dir)
+prepare_if_missing(data_dir, is_first=world.local_rank == 0)
+meta = load_meta(data_dir)
 parallel.connect(world, device, backend)
-parallel.use_cores()
+runtime.use_cores()
 if device.type == 'cuda':
     torch.set_float32_matmul_precision('high')  # where products are fp32, TF32's ten bits are enough, and much faster
 if init_from == 'auto':
@@ -216,10 +228,10 @@ if init_from == 'scratch':
     model = GPT(GPTConfig(**architecture, vocab_size=padded_vocab_size(ids)))
 elif init_from == 'resume':
     if 'reference' in state:
-        raise ValueError(f'{ckpt_path} is a run of rl.py, which goes on: python rl.py --init_from=resume '
+        raise ValueError(f'{ckpt_path} is a run of rl.py, which goes on: python -m posttrain.rl --init_from=resume '
                          f'--out_dir={out_dir}; to finetune what it has learnt, --init_from={out_dir} and another '
                          f'--out_dir')
-    model = checkpoint.model_of(state, ckpt_path, dropout)
+    model = model_of(state, ckpt_path, dropout)
     refuse_another(options, ckpt_path)
     if 'optimizer' in state:
         optim.check_same(optimizer, state.get('config', {}), ckpt_path)
@@ -235,7 +247,7 @@ elif init_from == 'resume':
         raise ValueError(f'{ckpt_path} has a vocabulary of {model.config.vocab_size}, {data_dir} one of '
                          f'{meta["vocab_size"]}; resume on the dataset it was trained with (--dataset)')
 else:
-    model, start = checkpoint.base_model(init_from, dropout)
+    model, start = base_model(init_from, dropout)
     if start is not None:
         own, chat_template, start = start.get('tokenizer'), start.get('chat_template'), None
     else:
@@ -256,7 +268,7 @@ else:
             name = own.get('name', init_from) if own else 'FILE'
             raise ValueError(f'{data_dir} was prepared for a vocabulary of {meta["vocab_size"]} '
                              f'({text_tokenizer["kind"]}), {init_from} has another, of {model.config.vocab_size}; '
-                             f'prepare the text with its tokenizer: {dataloader.prepare_command(data_dir)} '
+                             f'prepare the text with its tokenizer: {prepare_command(data_dir)} '
                              f'--tokenizer={name}')
 chat_template = meta['chat_template'] or chat_template
 adapted = state.get('lora') if state else None  # with which adapters, as a checkpoint has it
@@ -291,7 +303,7 @@ model.to(device)
 final_model = copy.deepcopy(model) if average_decay else model  # what is evaluated, kept and sampled from
 if state is not None and 'unaveraged' in state:  # beside 'model', which is the average then
     model.load_state_dict(state['unaveraged'], strict=not adapted)
-dtype, dtype_reason = parallel.choose_dtype(dtype, device)
+dtype, dtype_reason = runtime.choose_dtype(dtype, device)
 if optimizer == 'muon':
     ns_dtype = torch.bfloat16 if dtype == 'bfloat16' else torch.float32
     opt = optim.muon(model, weight_decay, learning_rate, muon_lr, embedding_lr, (beta1, beta2), momentum, ns_dtype,
@@ -323,17 +335,17 @@ if per_process % batch_size:
     raise ValueError(f'{per_process} sequences a step and process are not a whole number of micro-batches of '
                      f'batch_size={batch_size}; try --batch_size={smaller_batch}, which keeps the mathematics')
 micro_steps = per_process // batch_size
-tokens = {split: dataloader.open_tokens(data_dir, split, meta, block_size) for split in ('train', 'val')}
-if dataloader.fits_on(device, tokens.values()):
-    tokens = {split: dataloader.DeviceTokens(ids, device, n_ids) for split, ids in tokens.items()}
+tokens = {split: open_tokens(data_dir, split, meta, block_size) for split in ('train', 'val')}
+if fits_on(device, tokens.values()):
+    tokens = {split: DeviceTokens(ids, device, n_ids) for split, ids in tokens.items()}
     world.print(f'the {sum(map(len, tokens.values())):,} tokens of {data_dir} are on {device}')
 
 # precision, compilation
 flops = model.flops_per_token() * total_batch_size * (0 if eval_only else max_iters)
-compile, compile_reason = parallel.choose_compile(compile, device, flops / world.size)
+compile, compile_reason = runtime.choose_compile(compile, device, flops / world.size)
 if device.type == 'cpu':
-    parallel.keep_freed_memory()
-autocast = parallel.autocast(dtype, device)
+    runtime.keep_freed_memory()
+autocast = runtime.autocast(dtype, device)
 scaler = torch.amp.GradScaler(device.type, enabled=dtype == 'float16')
 if state is not None and state.get('scaler'):
     scaler.load_state_dict(state['scaler'])
@@ -361,7 +373,7 @@ if not eval_only:
                 f'{batch_size} x {block_size}')
 
 
-row = dataloader.row_of(tokens['train'])  # tokens of a row of conversations, or None
+row = row_of(tokens['train'])  # tokens of a row of conversations, or None
 
 
 def get_batch(step):
@@ -372,13 +384,13 @@ def get_batch(step):
     times the number of processes, since DDP averages over them. So the loss of a step is the mean over its targets,
     however they fall on micro-batches and processes.
     """
-    starts = dataloader.train_windows(step, n_sequences, len(tokens['train']), block_size, seed, row)
-    n_targets = dataloader.count_targets(tokens['train'], starts, block_size)
+    starts = train_windows(step, n_sequences, len(tokens['train']), block_size, seed, row)
+    n_targets = count_targets(tokens['train'], starts, block_size)
     mine = starts[world.rank * per_process : (world.rank + 1) * per_process]
     micro_batches = []
     for chunk in mine.reshape(micro_steps, batch_size):
-        x, y = dataloader.to_device(dataloader.gather(tokens['train'], chunk, block_size, n_ids), device)
-        here = dataloader.count_targets(tokens['train'], chunk, block_size)
+        x, y = to_device(gather(tokens['train'], chunk, block_size, n_ids), device)
+        here = count_targets(tokens['train'], chunk, block_size)
         micro_batches.append((x, y, world.size * here / max(1, n_targets)))
     return micro_batches, n_targets
 
@@ -391,16 +403,16 @@ def evaluate():
     final_model.eval()
     # more windows at once than in training, for speed, as long as their logits stay below 16 MB
     n_windows = max(batch_size, 2**22 // (block_size * model.config.vocab_size))
-    val = dataloader.whole_windows(len(tokens['val']), block_size, row)
+    val = whole_windows(len(tokens['val']), block_size, row)
     n_train = min(eval_iters * batch_size, max(len(val), batch_size))
-    windows = {'train': dataloader.even_windows(n_train, len(tokens['train']), block_size, row), 'val': val}
+    windows = {'train': even_windows(n_train, len(tokens['train']), block_size, row), 'val': val}
     losses = {}
     for split, starts in windows.items():
         total, count = torch.zeros((), device=device), torch.zeros((), dtype=torch.long, device=device)
         mine = starts[world.rank :: world.size]
         for i in range(0, len(mine), n_windows):
-            batch = dataloader.gather(tokens[split], mine[i : i + n_windows], block_size, n_ids)
-            x, y = dataloader.to_device(batch, device)
+            batch = gather(tokens[split], mine[i : i + n_windows], block_size, n_ids)
+            x, y = to_device(batch, device)
             n_targets = (y >= 0).sum()
             with torch.no_grad(), autocast, torch.compiler.set_stance('force_eager'):
                 total += final_model(x, y, return_logits=False)[1] * n_targets
@@ -429,10 +441,10 @@ def learning_rate_at(step):
 
 def explain_out_of_memory(kind, error, trace):
     """For sys.excepthook: where memory ran out, say which command takes the same steps with less of it."""
-    if not parallel.out_of_memory(error):
+    if not runtime.out_of_memory(error):
         return explain_errors(kind, error, trace)
     changes = {'batch_size': smaller_batch, 'total_batch_size': total_batch_size} if smaller_batch else {}
-    runs.say_out_of_memory(error, iter_num, saved_iter, changes,
+    checkpoint.say_out_of_memory(error, iter_num, saved_iter, changes,
                            'Not even one sequence fits: lower --block_size, --n_layer or --n_embd')
 
 
@@ -460,7 +472,7 @@ def save_checkpoint(is_best):
         state['unaveraged'] = weights_of(model)
     if adapted:
         state['lora'] = adapted
-    is_saved = runs.save(out_dir, state, is_best, bar.write)
+    is_saved = checkpoint.try_save(out_dir, state, is_best, bar.write)
     saved_iter = iter_num if is_saved else saved_iter
     return is_saved
 
@@ -476,7 +488,7 @@ def stop_not_finite(step, what):
 
 def log(**record):
     """Append a line to out_dir/log.jsonl, and send it to wandb."""
-    runs.log(out_dir, bar.write, **record)
+    checkpoint.log(out_dir, bar.write, **record)
     if wandb_log:
         wandb.log(record, step=record['step'])
 
@@ -486,13 +498,13 @@ wandb_log = wandb_log and world.is_main
 if world.is_main and not eval_only:
     resolved = {**{key: globals()[key] if key != 'device' else str(device) for key in config},
                 **{key: value for key, value in config.items() if key.startswith('lora_')}}
-    runs.open_folder(out_dir, resolved, start_iter, layout_version)
+    checkpoint.open_folder(out_dir, resolved, start_iter, layout_version)
 if wandb_log:
     import wandb
 
     wandb.init(project=wandb_project, name=wandb_run_name, config=dict(config))
 
-interrupt = runs.Interrupt(world.is_main)  # from here on a signal only asks to stop
+interrupt = checkpoint.Interrupt(world.is_main)  # from here on a signal only asks to stop
 
 # the training step, compiled if that works here
 step_model = model
@@ -509,7 +521,7 @@ if compile:
             loss = step_model(x, y, return_logits=False)[1]
         loss.backward()
     except Exception as error:  # whatever is wrong with a compiler, training goes on without it
-        if parallel.out_of_memory(error):
+        if runtime.out_of_memory(error):
             raise
         why = f'{type(error).__name__}: {(str(error).strip().splitlines() or [""])[0]}'
         print(f'WARNING: torch.compile failed ({why}); going on without it, slower. --compile=False silences this',
@@ -582,7 +594,7 @@ while True:
     # read loss and norm, to stop before an update that would ruin the weights; and all processes together when one is
     # asked to stop. A GPU would idle meanwhile: there it is those of the step before, while this one computes, but
     # nothing is evaluated or saved before all are read
-    unread.append((iter_num, lr, parallel.read_later(torch.stack((loss_sum, norm)))))
+    unread.append((iter_num, lr, runtime.read_later(torch.stack((loss_sum, norm)))))
     records = []
     while len(unread) > (device.type == 'cuda' and not is_due(iter_num + 1) and not stop_reason):
         step, step_lr, numbers = unread.pop(0)
@@ -614,7 +626,7 @@ while True:
         logged_iter, logged_time = done, train_time
         tokens_per_s = total_batch_size / dt
         contexts = n_sequences / world.size * block_size / model.config.block_size  # rows can be shorter than one
-        mfu = model.estimate_mfu(contexts, dt)
+        mfu = runtime.mfu_of(model, contexts, dt)
         shown_mfu = 'n/a' if mfu is None else f'{mfu:.1%}'
         left = f', {tqdm.format_interval((max_iters - done) * dt)} left' if bar.disable else ''  # the bar says it
         bar.set_postfix_str(f'loss {shown[-1]["loss"]:.3f}, {tokens_per_s:,.0f} tok/s', refresh=False)
@@ -632,7 +644,7 @@ if not eval_only and tried_iter < iter_num:
 parallel.disconnect()
 if world.is_main and not eval_only:
     if stop_reason:
-        print(f'{stop_reason} after step {iter_num}. To go on:\n  {runs.command(init_from="resume")}')
+        print(f'{stop_reason} after step {iter_num}. To go on:\n  {checkpoint.command(init_from="resume")}')
     else:
         best = f'; best val loss {best_val_loss:.4f}' if math.isfinite(best_val_loss) else ''
         print(f'{iter_num} steps, {train_time:.1f} s of training{best}')

@@ -2,10 +2,10 @@
 The options of a recipe one by one, at a fixed budget and with several seeds:
 what each brings in loss and in time.
 
-    $ python bench/ablation.py --table=ablation.md    # all: an hour
-    $ python bench/ablation.py --variants='no qk_norm,adamw' --seeds=1,2
-    $ python bench/ablation.py --jobs=4          # each on cores of its own
-    $ python bench/ablation.py --config_file=config/train_shakespeare_char.py
+    $ python -m bench.ablation --table=ablation.md    # all: an hour
+    $ python -m bench.ablation --variants='no qk_norm,adamw' --seeds=1,2
+    $ python -m bench.ablation --jobs=4          # each on cores of its own
+    $ python -m bench.ablation --config_file=config/train_shakespeare_char.py
 
 The base is the config file as it is, for `steps` steps; its preset should be
 'modern', of which the first variants each take one thing away. Every variant
@@ -32,12 +32,10 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # Python looks only beside the script
-
 from bench import common, plot
 from configurator import explain_errors, override
-from download import file_sha256
-from files import lock_folder, replace_file
+from data.download import file_sha256
+from flatgpt.files import lock_folder, replace_file
 
 # settings ------------------------------------------------------------------------------------------------------------
 config_file = 'config/shakespeare_cpu.py'  # the base

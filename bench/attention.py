@@ -1,8 +1,8 @@
 """
 Attention: on the CPU torch's and ours, and what keeping freed memory is worth there; on a GPU torch's kernels.
 
-    $ python bench/attention.py                       # 5 minutes on two CPU cores
-    $ python bench/attention.py --n=5 --kept=False    # a quick look at the attention alone
+    $ python -m bench.attention                       # 5 minutes on two CPU cores
+    $ python -m bench.attention --n=5 --kept=False    # a quick look at the attention alone
 
 On a GPU: forward and backward of causal attention in bf16 at the shape of GPT-2 124M, by each of the kernels behind
 torch's scaled_dot_product_attention and by FlexAttention, compiled; with a sliding window by FlexAttention, and by
@@ -15,7 +15,6 @@ without dropout and with 0.2, in turns. Then a step of the 10.65M model (dropout
 without parallel.keep_freed_memory, each in processes of their own, alternating. Prints tables, then a JSON line.
 """
 
-import os
 import statistics
 import sys
 
@@ -24,12 +23,11 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # Python looks only beside the script
-
-import parallel
 from bench import bare, common
 from configurator import override
-from model import GPT, CausalSelfAttention, GPTConfig, window_mask
+from flatgpt import runtime
+from model import GPT, CausalSelfAttention, GPTConfig
+from ops import window_mask
 
 # settings ------------------------------------------------------------------------------------------------------------
 # batch x heads x length x channels of a head; 'auto': 12x4x64x32,16x4x80x48,64x6x256x64,16x6x256x64,4x12x1024x64, on
@@ -135,7 +133,7 @@ def gpu_tables(device):
 def one_step_process():
     """Print the median ms of forward and backward of the 10.65M model, with memory kept or returned as `only` says."""
     if only == 'keep':
-        parallel.keep_freed_memory()
+        runtime.keep_freed_memory()
     torch.manual_seed(0)
     model = GPT(GPTConfig(256, 65, 6, 6, 384, dropout=0.2, bias=False))
     for block in model.transformer.h:
@@ -156,7 +154,7 @@ if only:
     one_step_process()
     raise SystemExit
 
-device = parallel.choose_device('auto')
+device = runtime.choose_device('auto')
 if device.type == 'cuda':
     print(common.heading('attention'))
     common.finish('attention', n, attention=gpu_tables(device))
@@ -180,7 +178,7 @@ for i in range(processes if kept else 0):
     for kind, times in memory.items():
         print(f'memory {kind}: {i + 1} of {processes}', file=sys.stderr)
         common.wait_for_quiet(wait)
-        times.append(float(common.run([sys.executable, __file__, f'--only={kind}', f'--steps={steps}']).split()[-1]))
+        times.append(float(common.run([sys.executable, '-m', 'bench.attention', f'--only={kind}', f'--steps={steps}']).split()[-1]))
 memory = {kind: common.spread(times) for kind, times in memory.items() if times}
 
 print(common.heading('attention'))

@@ -23,12 +23,11 @@ import torch
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # Python looks only beside the script
-
-import optim
-import parallel
 from bench import common
-from model import GPT, PRESETS, GPTConfig, peak_flops
+from config.presets import PRESETS
+from flatgpt import optim, parallel, runtime
+from flatgpt.runtime import peak_flops
+from model import GPT, GPTConfig
 
 # train.py's, beside the architecture; no preset's, so that any can come over them. Rates do not change the time
 OPTIMIZER = {'optimizer': 'adamw', 'learning_rate': 6e-4, 'muon_lr': 0.02, 'embedding_lr': 0.02, 'momentum': 0.95,
@@ -43,9 +42,9 @@ ATTENTION = ('flash_attention', 'efficient_attention', 'cudnn_attention')
 
 def settings(preset, device='auto', dtype='auto', compile='auto', **changes):
     """Settings as train.py resolves them, for a long run; changes: of the preset's, and batch_size, vocab_size."""
-    device = parallel.choose_device(device)
-    dtype, _ = parallel.choose_dtype(dtype, device)
-    compile, _ = parallel.choose_compile(compile, device, flops=math.inf)
+    device = runtime.choose_device(device)
+    dtype, _ = runtime.choose_dtype(dtype, device)
+    compile, _ = runtime.choose_compile(compile, device, flops=math.inf)
     return {**asdict(GPTConfig()), 'bias': False, **OPTIMIZER, **PRESETS[preset], **optim.PRESETS[preset],
             'device': str(device), 'dtype': dtype, 'compile': compile, **changes}
 
@@ -64,7 +63,7 @@ class Step:
 
     def __init__(self, s):
         self.s, self.device = s, torch.device(s['device'])
-        parallel.use_cores()
+        runtime.use_cores()
         if self.device.type == 'cuda':
             torch.set_float32_matmul_precision('high')
         torch.manual_seed(s['seed'])
@@ -80,11 +79,11 @@ class Step:
         for group in self.optimizer.param_groups:
             group['lr'] = rate * group['lr_scale']
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=s['dtype'] == 'float16')
-        self.autocast = parallel.autocast(s['dtype'], self.device)
+        self.autocast = runtime.autocast(s['dtype'], self.device)
         self.average = copy.deepcopy(self.model) if s['average_decay'] else None
         self.steps, self.unread = 0, None
         if self.device.type == 'cpu':
-            parallel.keep_freed_memory()
+            runtime.keep_freed_memory()
         self.compiled = self.model
         if s['compile'] and self.device.type == 'cpu':
             for block in self.model.transformer.h:
@@ -123,7 +122,7 @@ class Step:
             self.backward(loss)
         self.clip()
         self.update()
-        last, self.unread = self.unread, parallel.read_later(loss.detach() * self.micro_steps)
+        last, self.unread = self.unread, runtime.read_later(loss.detach() * self.micro_steps)
         return last() if last and self.device.type == 'cuda' else self.unread()
 
     def in_parts(self):
@@ -204,7 +203,7 @@ def product_speed(s, model, seconds=0.7):
     -> (FLOP/s of the model's linear layers alone, forward and backward, weighted by how often each occurs,
     {'inxout': FLOP/s}), with as many rows as a micro-batch has tokens, in the step's dtype; about `seconds` a shape.
     """
-    device, dtype, rows = torch.device(s['device']), parallel.DTYPES[s['dtype']], s['batch_size'] * s['block_size']
+    device, dtype, rows = torch.device(s['device']), runtime.DTYPES[s['dtype']], s['batch_size'] * s['block_size']
     shapes = [(m.in_features, m.out_features) for m in model.modules() if isinstance(m, torch.nn.Linear)]
     calls = 10 if device.type == 'cuda' else 1  # between two waits, or launching would be what is measured
     total, speeds = 0.0, {}
@@ -262,7 +261,7 @@ def in_own_process(s, limit=None, **how):
     over in one process. -> None if memory ran out. Raises subprocess.TimeoutExpired after `limit` seconds, SystemExit
     if it failed otherwise; its error is on stderr.
     """
-    done = subprocess.run([sys.executable, os.path.abspath(__file__)], input=json.dumps({'s': s, **how}),
+    done = subprocess.run([sys.executable, '-m', 'bench.bare'], input=json.dumps({'s': s, **how}),
                           env=common.environment(KINETO_LOG_LEVEL='99'),  # the profiler reports its every start
                           stdout=subprocess.PIPE, text=True, timeout=limit)
     if done.returncode:
@@ -274,7 +273,7 @@ if __name__ == '__main__':
     try:
         figures = measure(**json.load(sys.stdin))
     except RuntimeError as error:
-        if not parallel.out_of_memory(error):
+        if not runtime.out_of_memory(error):
             raise
         figures = None
     print(json.dumps(figures))

@@ -14,6 +14,10 @@ import sys
 import time
 from importlib import metadata
 
+from data.tokens import gather, load_meta, open_tokens, whole_windows
+from flatgpt import checkpoint
+from flatgpt.pretrained import model_of
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 ITER = re.compile(r'^iter (\d+): loss (\S+), time ([\d.]+)ms')  # train.py's line, and nanoGPT's
 SAVED = re.compile(r'^saved (.+) at step (\d+)')
@@ -103,16 +107,14 @@ def val_loss(path, data_dir):
     """-> (mean loss in nats a token of a checkpoint over the whole val split, in fp32 on the CPU, its step)."""
     import torch  # here, so that scripts which only start others stay quick
 
-    import checkpoint
-    import dataloader
 
     state = checkpoint.load(path)
-    model = checkpoint.model_of(state, path, 0.0).eval()
+    model = model_of(state, path, 0.0).eval()
     block_size, vocab_size = model.config.block_size, model.config.vocab_size
-    tokens = dataloader.open_tokens(data_dir, 'val', dataloader.load_meta(data_dir), block_size)
-    starts, total, count = dataloader.whole_windows(len(tokens), block_size), 0.0, 0
+    tokens = open_tokens(data_dir, 'val', load_meta(data_dir), block_size)
+    starts, total, count = whole_windows(len(tokens), block_size), 0.0, 0
     for i in range(0, len(starts), 256):
-        x, y = dataloader.gather(tokens, starts[i : i + 256], block_size, vocab_size)
+        x, y = gather(tokens, starts[i : i + 256], block_size, vocab_size)
         n_targets = int((y >= 0).sum())
         with torch.no_grad():
             total += model(x, y)[1].item() * n_targets

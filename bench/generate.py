@@ -1,8 +1,8 @@
 """
 Decoding GPT-2 124M (random weights): tokens a second, against nanoGPT, transformers and the memory's bandwidth.
 
-    $ python bench/generate.py --peer=../nanoGPT            # two CPU cores: about ten minutes
-    $ python bench/generate.py --rounds=1 --new_tokens=20   # without nanoGPT, a quick look
+    $ python -m bench.generate --peer=../nanoGPT            # two CPU cores: about ten minutes
+    $ python -m bench.generate --rounds=1 --new_tokens=20   # without nanoGPT, a quick look
 
 Each answers a prompt of 32 tokens with 200, and one of 900 with 100, at temperature 0.8 and top_k 200; the second is
 timed from the first of its tokens on (nanoGPT, which goes over the prompt for each of them, answers with fewer). They
@@ -22,13 +22,10 @@ import time
 
 import torch
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # Python looks only beside the script
-
-import parallel
-import quantize
 from bench import common
 from configurator import override
-from generate import generate
+from flatgpt import quantize, runtime
+from flatgpt.generate import generate
 from model import GPT, GPTConfig
 
 # settings ------------------------------------------------------------------------------------------------------------
@@ -50,8 +47,8 @@ wait = 0  # seconds to wait before each round, at most, until other processes le
 config = override(globals())
 # ---------------------------------------------------------------------------------------------------------------------
 
-device = parallel.choose_device(device)
-parallel.use_cores()
+device = runtime.choose_device(device)
+runtime.use_cores()
 gpt_config = GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd, vocab_size=vocab_size)
 
 
@@ -112,7 +109,7 @@ def read_seconds(n_bytes):
     return best
 
 
-half = parallel.DTYPES[dtype]
+half = runtime.DTYPES[dtype]
 ids = torch.randint(vocab_size, (batch, max(prompt_tokens, long_prompt)), generator=torch.Generator().manual_seed(0))
 prompt, long = ids[:1, :prompt_tokens], ids[:1, :long_prompt]
 compiled, int8 = ours(half, True), ours(torch.int8, True)
@@ -131,7 +128,7 @@ if peer:
         runs['nanoGPT, long'] = nanogpt, long, max(1, long_tokens // 16)
 if transformers and importlib.util.find_spec('transformers'):
     for name in ('float32', dtype):
-        runs[f'transformers, {name}'] = hugging_faces(parallel.DTYPES[name]), prompt, new_tokens
+        runs[f'transformers, {name}'] = hugging_faces(runtime.DTYPES[name]), prompt, new_tokens
 
 first, rate, ratios = {}, {name: [] for name in runs}, {}
 for name, (answer, idx, _) in runs.items():  # compiles, warms up

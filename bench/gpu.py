@@ -2,11 +2,11 @@
 The parts of bench/gpu.sh that are not scripts of their own. Each prints a table and, as its last line, its figures as
 one JSON object; a part that runs out of time keeps what it has.
 
-    $ python bench/gpu.py check --limit=60     # does the GPU compute what the CPU does?
-    $ python bench/gpu.py speed --limit=300    # tokens/s and MFU of 124M, 350M and 1.5B, presets gpt2 and modern
-    $ python bench/gpu.py char --limit=60      # time to val 1.4697 on shakespeare_char
-    $ python bench/gpu.py recipe --limit=200   # tokens to a loss, 124M: GPT-2's recipe and ours
-    $ python bench/gpu.py summary              # out-gpu/*.json as one file
+    $ python -m bench.gpu check --limit=60     # does the GPU compute what the CPU does?
+    $ python -m bench.gpu speed --limit=300    # tokens/s and MFU of 124M, 350M and 1.5B, presets gpt2 and modern
+    $ python -m bench.gpu char --limit=60      # time to val 1.4697 on shakespeare_char
+    $ python -m bench.gpu recipe --limit=200   # tokens to a loss, 124M: GPT-2's recipe and ours
+    $ python -m bench.gpu summary              # out-gpu/*.json as one file
 
 --limit is in seconds. --dry takes tiny sizes on the CPU, to see that all of it runs.
 """
@@ -21,12 +21,11 @@ from functools import partial
 
 import torch
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # Python looks only beside the script
-
-import parallel
 from bench import bare, common, plot
-from files import replace_file
-from model import GPT, GPTConfig, KVCache
+from flatgpt import runtime
+from flatgpt.files import replace_file
+from flatgpt.generate import KVCache
+from model import GPT, GPTConfig
 
 STARTED = time.perf_counter()
 TARGET = 1.4697  # nanoGPT's best val loss at the size of config/train_shakespeare_char.py
@@ -354,7 +353,7 @@ def main():
     args = parser.parse_args()
     args.out = os.path.abspath(args.out)
     os.makedirs(args.out, exist_ok=True)
-    args.device = 'cpu' if args.dry else str(parallel.choose_device('auto'))
+    args.device = 'cpu' if args.dry else str(runtime.choose_device('auto'))
     raise SystemExit(min(1, parts[args.part](args)))
 
 

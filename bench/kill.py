@@ -1,8 +1,8 @@
 """
 Is anything lost? Kill training again and again, and fill its disk.
 
-    $ python bench/kill.py               # 100 kills, 8 minutes or more
-    $ python bench/kill.py --runs=10     # a quick look
+    $ python -m bench.kill               # 100 kills, 8 minutes or more
+    $ python -m bench.kill --runs=10     # a quick look
 
 A tiny model trains with --init_from=auto, saving after every step, and is killed with SIGKILL at a moment drawn at
 random: of ten times, five while it trains, three in the milliseconds in which it saves, two from its start on. Then
@@ -30,11 +30,9 @@ import time
 
 import numpy as np
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # Python looks only beside the script
-
-import checkpoint
 from bench import common
 from configurator import override
+from flatgpt import checkpoint
 
 # settings ------------------------------------------------------------------------------------------------------------
 runs = 100  # kills

@@ -1,8 +1,8 @@
 """
 Draw the loss curves of one or more runs into a PNG.
 
-    $ python bench/plot.py out-shakespeare-char                        # writes loss.png
-    $ python bench/plot.py out-a out-b --out=ab.png --x=time           # compare two runs by training time
+    $ python -m bench.plot out-shakespeare-char                        # writes loss.png
+    $ python -m bench.plot out-a out-b --out=ab.png --x=time           # compare two runs by training time
 
 Reads out_dir/log.jsonl. Thin lines are the training loss as it was logged, thick ones its moving average; markers are
 evaluations on the val split, and each run's lowest is marked and named. Prints the lowest val loss of each run, then

@@ -1,9 +1,9 @@
 """
 How fast text becomes token files, and in how much memory: corpus.write_dataset with GPT-2's vocabulary.
 
-    $ python bench/prepare.py                     # two minutes
-    $ python bench/prepare.py --gigatoken=False   # as on a machine without that package
-    $ python bench/prepare.py --memory_mb=0       # without the long run that memory is measured in
+    $ python -m bench.prepare                     # two minutes
+    $ python -m bench.prepare --gigatoken=False   # as on a machine without that package
+    $ python -m bench.prepare --memory_mb=0       # without the long run that memory is measured in
 
 The text is Python's standard library, a document per line of a .jsonl file: it is read, split, encoded, written and
 synced inside one process that has the tokenizer at hand; `cpu` is what that costs in seconds of one core. Beside it
@@ -24,12 +24,11 @@ import sys
 import tempfile
 import time
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # Python looks only beside the script
-
-import corpus
 import tokenizer as tokenizers
 from bench import common
 from configurator import override
+from data.documents import read_documents, split_documents
+from data.encode import read_batches, write_dataset, write_synced
 
 # settings ------------------------------------------------------------------------------------------------------------
 tokenizer = 'gpt2'
@@ -46,19 +45,20 @@ import sys
 path, out, name, gigatoken = sys.argv[1:]
 if gigatoken == 'False':
     sys.modules['gigatoken'] = None
-import corpus, tokenizer
-corpus.write_dataset(out, lambda: corpus.split_documents(corpus.read_documents(path), 0.01), tokenizer.load(name),
-                     documents=True, source='bench', val_fraction=0.01)
+import tokenizer
+from data.documents import read_documents, split_documents
+from data.encode import write_dataset
+write_dataset(out, lambda: split_documents(read_documents(path), 0.01), tokenizer.load(name), documents=True,
+              source='bench', val_fraction=0.01)
 '''
 
 
 def write_sources(path, n_bytes):
     """The standard library as .jsonl, again and again until there are n_bytes of text. In each copy but the first,
     every tenth word or so is one of 8 letters that hardly occurs anywhere else (26**8 are possible)."""
-    sys.path.insert(0, os.path.join(common.ROOT, 'data', 'python_stdlib'))
     import sysconfig
 
-    import prepare
+    from data.python_stdlib import prepare
     stdlib = sysconfig.get_paths()['stdlib']
     documents = list(prepare.read_sources(stdlib, prepare.find_sources(stdlib)))
     total, copy, rng = 0, 0, random.Random(0)
@@ -87,7 +87,7 @@ def seconds(function, *arguments):
 def write_and_sync(path, n_bytes):
     content = os.urandom(n_bytes)
     t0 = time.perf_counter()
-    corpus.write_synced(path, content)
+    write_synced(path, content)
     return time.perf_counter() - t0
 
 
@@ -117,16 +117,16 @@ with tempfile.TemporaryDirectory(dir=os.path.join(common.ROOT, 'data')) as folde
     n_bytes = write_sources(path, 0)
 
     def pieces():
-        return corpus.split_documents(corpus.read_documents(path), VAL_FRACTION)
+        return split_documents(read_documents(path), VAL_FRACTION)
 
     def read():
-        for _ in corpus.read_batches(pieces(), ''):
+        for _ in read_batches(pieces(), ''):
             pass
 
     def prepare_once():
-        corpus.write_dataset(out, pieces, encoder, documents=True, source='bench', val_fraction=VAL_FRACTION)
+        write_dataset(out, pieces, encoder, documents=True, source='bench', val_fraction=VAL_FRACTION)
 
-    batches = [[text for _, text in batch] for batch, _ in corpus.read_batches(pieces(), '')]
+    batches = [[text for _, text in batch] for batch, _ in read_batches(pieces(), '')]
     prepare_once()  # warms the file cache and the encoder
     for _ in range(n):
         common.wait_for_quiet(wait)

@@ -1,7 +1,7 @@
 """
 Rollouts: how fast rl.py draws answers, against calling generate for one prompt after the other.
 
-    $ python bench/rollout.py --out_dir=out-sft-tiny-chat      # a minute
+    $ python -m bench.rollout --out_dir=out-sft-tiny-chat      # a minute
 
 Both answer the same questions with the same random numbers, in turns; the answers have to be the same but for rounding,
 and the ratio is taken within a round. Answers differ in length: of the rows that a batch has at first most have ended
@@ -9,22 +9,19 @@ when the longest answer does. The floor is what the matrix products of all token
 measured just before.
 """
 
-import os
 import sys
 import time
 
 import torch
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # Python looks only beside the script
-
-import answers
-import checkpoint
-import parallel
 from bench import bare, common
-from chat import find_endings
 from configurator import explain_errors, override
-from generate import uniforms
-from tasks import common as tasks
+from flatgpt import runtime
+from flatgpt.generate import uniforms
+from flatgpt.pretrained import open_model
+from posttrain.rollouts import draw_answers
+from posttrain.tasks import common as tasks
+from tokenizer.chat import find_endings
 
 # settings ------------------------------------------------------------------------------------------------------------
 out_dir = 'out-sft-tiny-chat'  # of a chat model
@@ -54,9 +51,9 @@ def product_speed():
 
 def main():
     global device
-    device = parallel.choose_device(device)
-    parallel.use_cores()
-    model, tokenizer, template, line = checkpoint.open_model('resume', out_dir)
+    device = runtime.choose_device(device)
+    runtime.use_cores()
+    model, tokenizer, template, line = open_model('resume', out_dir)
     model.to(device)
     print(line)
     stop_ids, _ = find_endings(template, tokenizer)
@@ -65,7 +62,7 @@ def main():
 
     def draw(first, last):
         u = torch.stack([uniforms(0, i, 0, max_new_tokens) for i in range(first, last)])
-        return answers.draw_answers(model, prompts[first:last], max_new_tokens, stop_ids, tokenizer.vocab_size, 1.0, u)
+        return draw_answers(model, prompts[first:last], max_new_tokens, stop_ids, tokenizer.vocab_size, 1.0, u)
 
     draw(0, 8)  # warm up
     speeds, ratios, floors, same = {'one': [], 'batch': []}, [], [], 0

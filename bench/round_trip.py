@@ -1,8 +1,8 @@
 """
 Encode and decode, 10,000 texts and 10,000 byte strings, with every tokenizer: how many come back otherwise?
 
-    $ python bench/round_trip.py             # a minute or two
-    $ python bench/round_trip.py --n=100000
+    $ python -m bench.round_trip             # a minute or two
+    $ python -m bench.round_trip --n=100000
 
 The texts and bytes are drawn by hypothesis, which likes the odd ones: surrogates apart, any character. Each tokenizer
 that takes any text meets all of them; char and word vocabularies are made of each text. OpenAI's vocabularies are left
@@ -12,15 +12,14 @@ out where tiktoken cannot get them. Prints a table, then a JSON line; any failur
 import os
 import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # Python looks only beside the script
-
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-import bpe
 import tokenizer
 from bench import common
 from configurator import override
+from tokenizer.bytepair import TIKTOKEN_FILES
+from tokenizer.patterns import split
 
 # settings ------------------------------------------------------------------------------------------------------------
 n = 10_000  # texts, and byte strings
@@ -35,7 +34,7 @@ def tokenizers():
     found = {'byte': tokenizer.ByteTokenizer()}
     for pattern in ('gpt2', 'gpt4', 'o200k', None):
         found[f'bpe, pattern {pattern}'] = tokenizer.BPETokenizer.train(source, 700, pattern, ['<|endoftext|>'])
-    for name in tokenizer.TIKTOKEN_FILES:
+    for name in TIKTOKEN_FILES:
         try:
             found[name] = tokenizer.load(name)
             found[f'{name} in Python'] = tokenizer.BPETokenizer.from_tiktoken(name)
@@ -58,7 +57,7 @@ def texts(text):
     counts['texts'] += 1
     own = {'char, of each text': tokenizer.CharTokenizer.from_text([text]),
            'word, of each text': tokenizer.WordTokenizer(
-               sorted(set(bpe.split(text, tokenizer.WordTokenizer.pattern))))} if text else {}
+               sorted(set(split(text, tokenizer.WordTokenizer.pattern))))} if text else {}
     for name, tok in {**tested, **own}.items():
         ways = {tuple(tok.encode(text, 'none')), tuple(tok.encode_array(text).tolist())}
         failures[name]['texts'] += any(tok.decode(ids) != text for ids in ways) or len(ways) > 1

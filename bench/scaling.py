@@ -1,9 +1,9 @@
 """
 What a training step costs as the model gets deeper and wider, the context longer, the batch larger.
 
-    $ python bench/scaling.py                                    # 3 minutes on two CPU cores
-    $ python bench/scaling.py --axes=context --contexts=256,512,1024,2048
-    $ python bench/scaling.py --axes=width --preset=gpt2 --compile=False
+    $ python -m bench.scaling                                    # 3 minutes on two CPU cores
+    $ python -m bench.scaling --axes=context --contexts=256,512,1024,2048
+    $ python -m bench.scaling --axes=width --preset=gpt2 --compile=False
 
 Each axis is swept around a base with the others fixed: on a CPU 4 layers, 128 wide, 64 tokens of context, 12 sequences;
 on a GPU 12, 768, 1024, 16. A size is the bare step (bare.py), compiled as train.py would, in a process of its own.
@@ -13,16 +13,13 @@ below it, growing costs less than the arithmetic says, because the processor is 
 axis, then a JSON line.
 """
 
-import os
 import sys
 from functools import cache
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # Python looks only beside the script
-
-import parallel
 from bench import bare, common
+from config.presets import PRESETS
 from configurator import override
-from model import PRESETS
+from flatgpt import runtime
 
 # settings ------------------------------------------------------------------------------------------------------------
 axes = 'depth,width,context,batch'  # which
@@ -73,7 +70,7 @@ def sweep(axis):
 
 
 try:
-    device = str(parallel.choose_device(device))
+    device = str(runtime.choose_device(device))
 except ValueError as error:
     raise SystemExit(str(error)) from None
 on_gpu = device.startswith('cuda')

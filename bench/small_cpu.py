@@ -1,8 +1,8 @@
 """
 The whole CPU command of nanoGPT's README, 2000 steps of a 0.8M model: nanoGPT's time and loss, and ours.
 
-    $ python bench/small_cpu.py --peer=../nanoGPT   # a checkout whose data/shakespeare_char is prepared
-    $ python bench/small_cpu.py                     # ours alone
+    $ python -m bench.small_cpu --peer=../nanoGPT   # a checkout whose data/shakespeare_char is prepared
+    $ python -m bench.small_cpu                     # ours alone
 
 Runs one after the other, wall time of the whole process: nanoGPT as its README says; train.py with the same recipe
 (config/shakespeare_char_classic.py) and flags ('same flags'); and train.py without --device=cpu --compile=False
@@ -18,11 +18,9 @@ import sys
 import tempfile
 import time
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # Python looks only beside the script
-
-import dataloader
 from bench import common
 from configurator import override
+from data.tokens import prepare_if_missing
 
 # settings ------------------------------------------------------------------------------------------------------------
 peer = ''  # path of a nanoGPT checkout; '': without it
@@ -36,7 +34,7 @@ config = override(globals())
 
 os.chdir(common.ROOT)  # datasets are found from there
 data_dir = 'data/shakespeare_char'
-dataloader.prepare_if_missing(data_dir, is_first=True)
+prepare_if_missing(data_dir, is_first=True)
 names = [name for name in runs.split(',') if peer or name != 'peer']
 known = ('peer', 'same flags', 'auto cold', 'auto warm')
 for name in names:

@@ -1,8 +1,8 @@
 """
 How long a beginning takes: from `python train.py` to the end of the first step, and preparing python_stdlib.
 
-    $ python bench/start.py                       # a minute
-    $ python bench/start.py --config_file=config/train_shakespeare_char.py
+    $ python -m bench.start                       # a minute
+    $ python -m bench.start --config_file=config/train_shakespeare_char.py
 
 The start is with --compile=False and the data prepared, and includes the evaluation that precedes the first step; it is
 measured from outside, from the start of the process to its line `iter 0: ...`. The bars: the quickstart's first step
@@ -15,8 +15,6 @@ import subprocess
 import sys
 import tempfile
 import time
-
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # Python looks only beside the script
 
 from bench import common
 from configurator import override

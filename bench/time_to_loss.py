@@ -1,12 +1,12 @@
 """
 Wall time to a validation loss: ours against nanoGPT's, alternating in one run.
 
-    $ python bench/time_to_loss.py --peer=../nanoGPT
-    $ python bench/time_to_loss.py --rounds=1                # ours alone
-    $ python bench/time_to_loss.py --case=char --peer=../nanoGPT --rounds=1
-    $ python bench/time_to_loss.py --case=char --full=False \\
+    $ python -m bench.time_to_loss --peer=../nanoGPT
+    $ python -m bench.time_to_loss --rounds=1                # ours alone
+    $ python -m bench.time_to_loss --case=char --peer=../nanoGPT --rounds=1
+    $ python -m bench.time_to_loss --case=char --full=False \\
         --sprint_char='--max_iters=400 --eval_interval=25'
-    $ python bench/time_to_loss.py --peer=../nanoGPT --extra=--device=cuda \\
+    $ python -m bench.time_to_loss --peer=../nanoGPT --extra=--device=cuda \\
         --peer_flags=                                        # both on a GPU
 
 --peer is a checkout of nanoGPT whose data/shakespeare_char is prepared.
@@ -51,11 +51,9 @@ import sys
 import tempfile
 import time
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # Python looks only beside the script
-
-import dataloader
 from bench import common, plot
 from configurator import check, explain_errors, override
+from data.tokens import prepare_if_missing
 
 # settings ------------------------------------------------------------------------------------------------------------
 case = 'small'  # or 'char'
@@ -166,7 +164,7 @@ this = CASES[case]
 data_dir = os.path.join('data', 'shakespeare_char')  # here or, as train.py finds it, in the repository
 if not os.path.isdir(data_dir):
     data_dir = os.path.join(common.ROOT, data_dir)
-dataloader.prepare_if_missing(data_dir, is_first=True)
+prepare_if_missing(data_dir, is_first=True)
 if peer:
     common.check_peer(peer)
     their_val = os.path.join(peer, 'data', 'shakespeare_char', 'val.bin')

@@ -1,8 +1,8 @@
 """
 Training and encoding with byte pair encoding: ours in Python, ours with gigatoken, tokenizers, tiktoken, and minbpe.
 
-    $ python bench/tokenizer.py --input=FILE                     # half a minute; tiny Shakespeare is meant
-    $ python bench/tokenizer.py --input=FILE --peer=../minbpe    # against a checkout of minbpe; two minutes more
+    $ python -m bench.tokenizer --input=FILE                     # half a minute; tiny Shakespeare is meant
+    $ python -m bench.tokenizer --input=FILE --peer=../minbpe    # against a checkout of minbpe; two minutes more
 
 Four parts, and what is compared takes turns. Small training: `merges` merges of the input with GPT-4's pattern, in
 minbpe's RegexTokenizer and here; both break ties in their own way, so it is said how far the merges are the same. Large
@@ -16,16 +16,18 @@ the large training what tokenizers take, and a fifth to a ninth of it with gigat
 import importlib.util
 import os
 import random
-import sys
+import site
 import sysconfig
 import time
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # Python looks only beside the script
-
-import bpe
 import tokenizer
 from bench import common
 from configurator import override
+from tokenizer import BPETokenizer
+from tokenizer import bpe as bpe_module
+from tokenizer import fast as bpe
+from tokenizer.bytepair import open_tiktoken
+from tokenizer.patterns import PATTERNS
 
 # settings ------------------------------------------------------------------------------------------------------------
 input = 'data/shakespeare_char/input.txt'  # the text of the small training and of encoding
@@ -48,8 +50,7 @@ def timed(times, name, work):
 
 def read_standard_library():
     """The texts of the running Python's own modules."""
-    sys.path.insert(0, os.path.join(common.ROOT, 'data', 'python_stdlib'))
-    import prepare
+    from data.python_stdlib import prepare
     stdlib = sysconfig.get_paths()['stdlib']
     return list(prepare.read_sources(stdlib, prepare.find_sources(stdlib)))
 
@@ -58,19 +59,18 @@ def train_small(text, minbpe):
     """-> (times, merges until the first that differs from minbpe's, merges of both)"""
     times, same, common_to_both = {}, None, None
     for _ in range(rounds):
-        ours = timed(times, 'ours', lambda: bpe.learn(bpe.count_pieces([text], bpe.PATTERNS['gpt4']), merges))
+        ours = timed(times, 'ours', lambda: bpe_module.learn(bpe_module.count_pieces([text], PATTERNS['gpt4']), merges))
         if minbpe:
-            trained = minbpe.RegexTokenizer(bpe.PATTERNS['gpt4'])
+            trained = minbpe.RegexTokenizer(PATTERNS['gpt4'])
             timed(times, 'minbpe', lambda trained=trained: trained.train(text, 256 + merges))
             theirs = list(trained.merges)
             same = next((i for i in range(merges) if ours[i] != theirs[i]), merges)
-            common_to_both = len(set(bpe.token_bytes(ours)[256:]) & set(bpe.token_bytes(theirs)[256:]))
+            common_to_both = len(set(bpe_module.token_bytes(ours)[256:]) & set(bpe_module.token_bytes(theirs)[256:]))
     return times, same, common_to_both
 
 
 def train_large(documents):
     """-> times"""
-    from tokenizer import BPETokenizer
     times = {}
     for _ in range(rounds):
         ours = timed(times, 'ours', lambda: BPETokenizer.train(documents, vocab_size, 'gpt2', accelerate=False))
@@ -94,7 +94,7 @@ def train_tokenizers(documents):
 
 def encode(text, minbpe):
     """-> times. SystemExit unless all give the same ids."""
-    times, encoding = {}, tokenizer.open_tiktoken('cl100k_base')
+    times, encoding = {}, open_tiktoken('cl100k_base')
     learnt = tokenizer.BPETokenizer.from_tiktoken('cl100k_base').to_dict()
     theirs = minbpe.GPT4Tokenizer() if minbpe else None
     for _ in range(rounds):
@@ -116,7 +116,7 @@ def encode(text, minbpe):
 
 def join_long_pieces():
     """-> times. SystemExit unless ours and tiktoken's ids are the same."""
-    times, encoding = {}, tokenizer.open_tiktoken('cl100k_base')
+    times, encoding = {}, open_tiktoken('cl100k_base')
     ours = tokenizer.BPETokenizer.from_tiktoken('cl100k_base')
     ours.encode_piece(b'a' * 2000)  # its table is made now
     pieces = {'a million letters': b'a' * 1_000_000, 'ten million random bytes': random.Random(0).randbytes(10_000_000)}
@@ -150,7 +150,7 @@ def main():
         if not os.path.isfile(os.path.join(peer, 'minbpe', 'regex.py')):
             raise SystemExit(f'--peer={peer}: there is no minbpe/regex.py; expected a checkout of '
                              f'github.com/karpathy/minbpe')
-        sys.path.append(os.path.abspath(peer))
+        site.addsitedir(os.path.abspath(peer))
         import minbpe
     with open(input, encoding='utf-8') as file:
         text = file.read()

@@ -1,9 +1,9 @@
 """
 The training step: train.py's against the bare arithmetic, against nanoGPT's, and against the matrix products alone.
 
-    $ python bench/train_step.py --peer=../nanoGPT              # all of it: the better part of an hour on two CPU cores
-    $ python bench/train_step.py --cases=small,char             # without nanoGPT, two of the models
-    $ python bench/train_step.py --cases=small --rounds=2 --steps=100   # a quick look
+    $ python -m bench.train_step --peer=../nanoGPT              # all of it: the better part of an hour on two CPU cores
+    $ python -m bench.train_step --cases=small,char             # without nanoGPT, two of the models
+    $ python -m bench.train_step --cases=small --rounds=2 --steps=100   # a quick look
 
 Cases: 'small' is the CPU command of nanoGPT's README (0.8M parameters, 12x64 tokens a step), 'char' its
 config/train_shakespeare_char.py (10.65M, 64x256; here config/shakespeare_char_classic.py), 'gpt2' the 124M model on
@@ -29,12 +29,10 @@ import tempfile
 import numpy as np
 import torch
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # Python looks only beside the script
-
-import dataloader
-import parallel
 from bench import bare, common
 from configurator import override
+from data.tokens import load_meta
+from flatgpt import runtime
 from model import padded_vocab_size
 
 # settings ------------------------------------------------------------------------------------------------------------
@@ -48,7 +46,7 @@ extra = ''  # flags for every training command, such as '--n_layer=2 --compile=F
 config = override(globals())
 # ---------------------------------------------------------------------------------------------------------------------
 
-on_gpu = parallel.choose_device('auto').type == 'cuda'
+on_gpu = runtime.choose_device('auto').type == 'cuda'
 MODERN = ['--preset=modern', '--dropout=0.0']
 GPT2 = ['--device=cpu', '--compile=False', '--log_interval=1', '--gradient_accumulation_steps=1', '--block_size=1024',
         f'--batch_size={12 if on_gpu else 4}']  # all else is the default of both: the 124M model
@@ -104,7 +102,7 @@ def measure(case, folder):
         if step is None:
             with open(f'{folder}/ours/config.json', encoding='utf-8') as f:
                 s = json.load(f)  # with 'auto' resolved
-            ids = dataloader.load_meta(os.path.join('data', s['dataset']))['vocab_size']
+            ids = load_meta(os.path.join('data', s['dataset']))['vocab_size']
             s['vocab_size'] = padded_vocab_size(ids or 50257)  # GPT-2's where no meta.json says how many there are
             torch.compiler.reset()  # it compiles a function only a few times over
             step = bare.Step(s)

@@ -3,8 +3,8 @@ Reinforcement learning from a program that checks answers: the assistant of conf
 data/tiny_chat asks. Two cores of an AMD EPYC: 5 to 7 s a step, 5 minutes. See bench/results/2026-11-21-posttraining.md
 for how much better.
 
-    $ python rl.py config/grpo_tiny_chat.py
-    $ python evaluate.py --out_dir=out-grpo-tiny-chat --task=tiny_chat
+    $ python -m posttrain.rl config/grpo_tiny_chat.py
+    $ python eval.py --out_dir=out-grpo-tiny-chat --task=tiny_chat
 """
 
 out_dir = 'out-grpo-tiny-chat'

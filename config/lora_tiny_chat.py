@@ -4,7 +4,7 @@ small matrices beside those of attention and of the head learn, 1.4% as many par
 finetuning has 0.025. Two cores of an AMD EPYC: 0.12 to 0.3 s a step, 2 to 4 minutes.
 
     $ python train.py config/lora_tiny_chat.py
-    $ python evaluate.py --out_dir=out-lora-tiny-chat --task=tiny_chat
+    $ python eval.py --out_dir=out-lora-tiny-chat --task=tiny_chat
 """
 
 out_dir = 'out-lora-tiny-chat'

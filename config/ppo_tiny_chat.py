@@ -3,8 +3,8 @@ Reinforcement learning from a reward model: the assistant of config/sft_tiny_cha
 config/reward_tiny_chat.py thinks of its answers, and nothing of what is right, which only chooses best.pt. Two cores of
 an AMD EPYC: 4 s a step, 3 minutes. See bench/results/2026-11-21-posttraining.md for how much better it gets.
 
-    $ python rl.py config/ppo_tiny_chat.py
-    $ python evaluate.py --out_dir=out-ppo-tiny-chat --task=tiny_chat
+    $ python -m posttrain.rl config/ppo_tiny_chat.py
+    $ python eval.py --out_dir=out-ppo-tiny-chat --task=tiny_chat
 """
 
 out_dir = 'out-ppo-tiny-chat'

@@ -2,8 +2,8 @@
 The reward model of data/tiny_chat: which of two answers is the better, learnt from pairs. Two cores of an AMD EPYC:
 0.4 to 0.7 s a step, 4 to 7 minutes; 9 in 10 of held-out pairs.
 
-    $ python reward.py config/reward_tiny_chat.py
-    $ python evaluate.py --out_dir=out-sft-tiny-chat --task=tiny_chat --num_samples=8 --temperature=1 \\
+    $ python -m posttrain.reward config/reward_tiny_chat.py
+    $ python eval.py --out_dir=out-sft-tiny-chat --task=tiny_chat --num_samples=8 --temperature=1 \\
         --reward_model=out-reward-tiny-chat
 """
 

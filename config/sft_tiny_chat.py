@@ -4,8 +4,8 @@ data/tiny_chat. The loss is that of what the assistant says: 0.025 on val, and 8
 an AMD EPYC: 0.19 to 0.3 s a step, 2 to 4 minutes.
 
     $ python train.py config/sft_tiny_chat.py
-    $ python evaluate.py --out_dir=out-sft-tiny-chat --task=tiny_chat
-    $ python evaluate.py --out_dir=out-sft-tiny-chat --task=tiny_chat --kinds=addition,subtraction --tools=True
+    $ python eval.py --out_dir=out-sft-tiny-chat --task=tiny_chat
+    $ python eval.py --out_dir=out-sft-tiny-chat --task=tiny_chat --kinds=addition,subtraction --tools=True
     $ python sample.py --out_dir=out-sft-tiny-chat --chat
 """
 

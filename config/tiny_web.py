@@ -5,7 +5,7 @@ The base model of data/tiny_chat: 2.0M parameters over bytes, pretrained on text
     $ python data/text/prepare.py --input=data/tiny_chat/corpus.jsonl --name=tiny_web \\
         --tokenizer=data/tiny_chat/chat.json
     $ python train.py config/tiny_web.py
-    $ python evaluate.py --out_dir=out-tiny-web --task=tiny_chat --shots=4 --max_new_tokens=40
+    $ python eval.py --out_dir=out-tiny-web --task=tiny_chat --shots=4 --max_new_tokens=40
 
 It knows these things, and no conversation: val loss 0.43, a third of questions right after four examples. Two cores of
 an AMD EPYC: 0.18 to 0.3 s a step, 3 to 6 minutes. What comes next: config/sft_tiny_chat.py.

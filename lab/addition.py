@@ -1,9 +1,9 @@
 """
 Which way a small GPT learns to add: answers as we write them, or units first.
 
-    $ python lab/addition.py                             # 80 seconds on one core
-    $ python lab/addition.py --steps=1000 --seeds=1      # by then the other order has caught up
-    $ python lab/addition.py --n_train=3000 --seeds=1    # learn from a third of a percent of the sums
+    $ python -m lab.addition                             # 80 seconds on one core
+    $ python -m lab.addition --steps=1000 --seeds=1      # by then the other order has caught up
+    $ python -m lab.addition --n_train=3000 --seeds=1    # learn from a third of a percent of the sums
 
 The same 21,824 parameters, the same weights to start from, the same sums at every step; only the digits of the answer
 are turned round, 123+456=0579 or 123+456=9750. The loss is that of the answer alone. Units first, every digit needs one
@@ -16,19 +16,17 @@ Source: "Teaching Arithmetic to Small Transformers" (Lee et al. 2023); an exerci
 GPT" (2023). Needs '.[lab]'.
 """
 
-import os
 import sys
-
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # Python looks only beside the script
 
 import numpy as np
 import torch
 
-import dataloader
 from bench.common import table
+from config.presets import PRESETS
 from configurator import check, explain_errors, override
+from data.tokens import folder_of, load_meta, open_tokens, prepare_if_missing
 from lab import common
-from model import GPT, PRESETS, GPTConfig
+from model import GPT, GPTConfig
 
 # settings ------------------------------------------------------------------------------------------------------------
 dataset = 'addition'  # folder under data/ that data/addition/prepare.py wrote; prepared now where it is missing
@@ -51,8 +49,8 @@ POINTS, POINT_SUMS = 20, 2000  # of the curve; the numbers at the end are of all
 
 def read_sums(data_dir, split):
     """-> ids of a split's lines, (n, 3 digits + 4), and the numbers added in them, (n,) each."""
-    meta = dataloader.load_meta(data_dir)
-    ids = np.asarray(dataloader.open_tokens(data_dir, split, meta, block_size=1))
+    meta = load_meta(data_dir)
+    ids = np.asarray(open_tokens(data_dir, split, meta, block_size=1))
     if (meta['tokenizer'] or {}).get('chars') == CHARS:
         length = int((ids == CHARS.index('\n')).argmax()) + 1
         lines, digits = ids[: len(ids) // length * length].reshape(-1, length), (length - 4) // 3
@@ -159,8 +157,8 @@ def main():
         ('seed', lambda value: value >= 0, '0 or more'),
     ))
     common.start(out, seed, threads=1)
-    data_dir = dataloader.folder_of(dataset)
-    dataloader.prepare_if_missing(data_dir, is_first=True)
+    data_dir = folder_of(dataset)
+    prepare_if_missing(data_dir, is_first=True)
     train_lines = read_sums(data_dir, 'train')[0]
     val_lines, a, b = read_sums(data_dir, 'val')
     digits = (val_lines.shape[1] - 4) // 3

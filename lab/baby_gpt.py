@@ -1,9 +1,9 @@
 """
 A GPT so small that all of it can be drawn: two tokens and a context of three make a Markov chain of eight states.
 
-    $ python lab/baby_gpt.py                                                 # seconds
-    $ python lab/baby_gpt.py --gif                                           # and watch it learn
-    $ python lab/baby_gpt.py --sequence=abcabcabc --context=2 --steps=200    # any tokens, context, steps
+    $ python -m lab.baby_gpt                                                 # seconds
+    $ python -m lab.baby_gpt --gif                                           # and watch it learn
+    $ python -m lab.baby_gpt --sequence=abcabcabc --context=2 --steps=200    # any tokens, context, steps
 
 What a GPT sees is its context, so its context is a state: the next token comes in at the right and the oldest drops
 out at the left. From each of the vocab_size^context states an arrow goes to vocab_size others, and a Transformer is
@@ -26,8 +26,6 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
-
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # Python looks only beside the script
 
 from bench.common import table
 from configurator import check, explain_errors, override

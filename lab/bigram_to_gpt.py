@@ -1,8 +1,8 @@
 """
 From a table of letter pairs to a GPT, one part at a time, on Shakespeare's characters: what each part is worth.
 
-    $ python lab/bigram_to_gpt.py                          # 150 s of processor time: two minutes on two cores
-    $ python lab/bigram_to_gpt.py --steps=200 --scale=1    # a first look
+    $ python -m lab.bigram_to_gpt                          # 150 s of processor time: two minutes on two cores
+    $ python -m lab.bigram_to_gpt --steps=200 --scale=1    # a first look
 
 The rungs of Andrej Karpathy's lecture "Let's build GPT: from scratch, in code, spelled out" (2023), all with the same
 batches, as many steps, and AdamW. Asserted at the start: heads as a dimension of the batch are separate heads; the last
@@ -15,7 +15,6 @@ al. 2020). Dropout costs where nothing is read twice; it is for many epochs, and
 Needs '.[lab]'.
 """
 
-import os
 import sys
 import time
 from collections import OrderedDict
@@ -24,14 +23,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # Python looks only beside the script
-
-import dataloader
-import optim
 import tokenizer
 from bench.common import table
 from configurator import explain_errors, override
-from generate import sample_next, uniforms
+from data.tokens import folder_of, gather, load_meta, open_tokens, prepare_if_missing, train_windows, whole_windows
+from flatgpt import optim
+from flatgpt.generate import sample_next, uniforms
 from lab import common
 from model import GPT, GPTConfig
 
@@ -202,18 +199,18 @@ def main():
             raise SystemExit(f'{name}={config[name]}: expected 1 or more')
     GPTConfig(block_size, 1, n_layer, n_head, n_embd, dropout)  # which checks these
     common.start(out, seed)
-    folder = dataloader.folder_of(dataset)
-    dataloader.prepare_if_missing(folder, is_first=True)
-    meta = dataloader.load_meta(folder)
+    folder = folder_of(dataset)
+    prepare_if_missing(folder, is_first=True)
+    meta = load_meta(folder)
     V, letters = meta['vocab_size'], tokenizer.from_dict(meta['tokenizer'])
-    train, val = (dataloader.open_tokens(folder, split, meta, block_size) for split in ('train', 'val'))
+    train, val = (open_tokens(folder, split, meta, block_size) for split in ('train', 'val'))
     torch.manual_seed(seed)
     check(V)
-    all_of_val = dataloader.gather(val, dataloader.whole_windows(len(val), block_size), block_size, V)
+    all_of_val = gather(val, whole_windows(len(val), block_size), block_size, V)
 
     def get_batch(step):
-        starts = dataloader.train_windows(step, batch_size, len(train), block_size, seed)
-        return dataloader.gather(train, starts, block_size, V)
+        starts = train_windows(step, batch_size, len(train), block_size, seed)
+        return gather(train, starts, block_size, V)
 
     print(f'\neach rung reads {steps * batch_size * block_size / len(train):.2f} times the training text')
     rungs, rows = {}, [['rung', 'what it adds', 'val loss', 'parameters', 'seconds', 'rate']]

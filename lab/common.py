@@ -15,9 +15,8 @@ import os
 
 import torch
 
-import optim
-import parallel
-from files import replace_file
+from flatgpt import optim, parallel, runtime
+from flatgpt.files import replace_file
 
 # Okabe and Ito's colours, told apart by colour-blind readers too
 BLUE, RED, GREEN, PURPLE, ORANGE, SKY, BLACK = COLORS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00',
@@ -38,10 +37,10 @@ def start(out, seed=0, threads=None):
             raise PermissionError('it is write-protected')
     except OSError as error:
         raise SystemExit(f'out={out!r} can not be written ({error}); name another folder: --out=FOLDER') from None
-    parallel.use_cores()
+    runtime.use_cores()
     if threads:
         torch.set_num_threads(threads)
-    parallel.keep_freed_memory()
+    runtime.keep_freed_memory()
 
 
 def muon(model, scale=1.0):
@@ -72,8 +71,8 @@ def train(model, get_batch, steps, optimizer=None, learning_rate=None, decay=0.6
     if compile:
         for block in model.transformer.h:
             block.compile(dynamic=False, options={'fallback_random': True})  # as train.py does
-        dtype, _ = parallel.choose_dtype('auto', device, has_scaler=False)
-    autocast = parallel.autocast(dtype, device)
+        dtype, _ = runtime.choose_dtype('auto', device, has_scaler=False)
+    autocast = runtime.autocast(dtype, device)
     for step in range(steps):
         model.train()
         for group in optimizer.param_groups:

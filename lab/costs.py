@@ -13,7 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import CHUNK, GPT
+from model import GPT
+from ops import CHUNK
 
 PARTS = ('projections', 'scores', 'MLP', 'head')  # the first two are attention; scores: and values mixed by them
 

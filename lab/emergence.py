@@ -1,9 +1,9 @@
 """
 An ability that seems to emerge with scale, and the smooth curve that it is made of.
 
-    $ python lab/emergence.py              # 100 seconds on one core
-    $ python lab/emergence.py --length=4   # shorter answers: where is the jump now?
-    $ python lab/emergence.py --seeds=1 --widths=3,4,5,6,7,8,9,10,11,12
+    $ python -m lab.emergence              # 100 seconds on one core
+    $ python -m lab.emergence --length=4   # shorter answers: where is the jump now?
+    $ python -m lab.emergence --seeds=1 --widths=3,4,5,6,7,8,9,10,11,12
 
 Models of 274 to 16,008 parameters, all trained alike, sort strings of 16 random letters. Counted in whole answers those
 up to 732 parameters can't do it at all, and those from 4,548 on can: 0%, 0%, 0%, 10%, 51%, 94%, 94%, 99%. The
@@ -17,16 +17,14 @@ one size to the next, about a factor of two, it too makes up to 30%, where the w
 Source: "Are Emergent Abilities of Large Language Models a Mirage?" (Schaeffer et al. 2023). Needs '.[lab]'.
 """
 
-import os
 import sys
-
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # Python looks only beside the script
 
 import torch
 
+from config.presets import PRESETS
 from configurator import check, explain_errors, override
 from lab import common
-from model import GPT, PRESETS, GPTConfig
+from model import GPT, GPTConfig
 
 # settings ------------------------------------------------------------------------------------------------------------
 widths = '2,3,4,6,8,12,16,24'  # n_embd of the models, from small to large

@@ -1,9 +1,9 @@
 """
 Pretrain on a large corpus, finetune on a small one: what it is worth to have read something else before.
 
-    $ python lab/finetune.py                                   # 7 minutes on two cores
-    $ python lab/finetune.py --part=0.01 --pretrain_steps=300  # 10 kB of Shakespeare, a shorter school
-    $ python lab/finetune.py --corpus=NAME                     # of python data/text/prepare.py --input=FILE --name=NAME
+    $ python -m lab.finetune                                   # 7 minutes on two cores
+    $ python -m lab.finetune --part=0.01 --pretrain_steps=300  # 10 kB of Shakespeare, a shorter school
+    $ python -m lab.finetune --corpus=NAME                     # of python data/text/prepare.py --input=FILE --name=NAME
 
 A GPT of 0.8M parameters learns the bytes of Python's standard library, 31 MB, of which it reads a tenth and nothing
 twice: train and val loss stay within 0.07 nats of each other. Then 150 steps of Shakespeare at half the rate, against
@@ -16,22 +16,29 @@ Sources: "Universal Language Model Fine-tuning for Text Classification", Howard 
 Unsupervised Multitask Learners", Radford et al. 2019. Needs '.[lab]'.
 """
 
-import os
 import sys
 import time
 
 import numpy as np
 import torch
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # Python looks only beside the script
-
-import dataloader
-import download
-import parallel
 from bench.common import table
+from config.presets import PRESETS
 from configurator import check, explain_errors, override
+from data import download
+from data.tokens import (
+    even_windows,
+    folder_of,
+    gather,
+    load_meta,
+    open_tokens,
+    prepare_command,
+    prepare_if_missing,
+    train_windows,
+)
+from flatgpt import runtime
 from lab import common
-from model import GPT, PRESETS, GPTConfig
+from model import GPT, GPTConfig
 
 # settings ------------------------------------------------------------------------------------------------------------
 corpus = 'python_stdlib'  # to pretrain on: a dataset of bytes under data/
@@ -58,20 +65,20 @@ EVALUATIONS, EVAL_BATCHES = 10, 8  # of a run; of an evaluation
 
 def open_corpus():
     """-> the training and the validation bytes to pretrain on. SystemExit for a dataset that is not of bytes."""
-    folder = dataloader.folder_of(corpus)
-    dataloader.prepare_if_missing(folder, is_first=True)
-    meta = dataloader.load_meta(folder)
+    folder = folder_of(corpus)
+    prepare_if_missing(folder, is_first=True)
+    meta = load_meta(folder)
     if meta['tokenizer'] != {'kind': 'byte'}:
         kind = (meta['tokenizer'] or {}).get('kind', 'unknown')
         raise SystemExit(f'corpus={corpus!r} has tokens of kind {kind!r}, expected bytes, so that one model reads both '
-                         f'texts: {dataloader.prepare_command(folder)} --tokenizer=byte')
-    return [dataloader.open_tokens(folder, split, meta, block_size) for split in ('train', 'val')]
+                         f'texts: {prepare_command(folder)} --tokenizer=byte')
+    return [open_tokens(folder, split, meta, block_size) for split in ('train', 'val')]
 
 
 def open_target():
     """-> the bytes to finetune on, the first nine tenths of the file, and those to validate on, the rest."""
-    path = download.get_shakespeare(input or None, dataloader.folder_of('shakespeare_char'),
-                                    'python lab/finetune.py --input=FILE')
+    path = download.get_shakespeare(input or None, folder_of('shakespeare_char'),
+                                    'python -m lab.finetune --input=FILE')
     text = np.fromfile(path, np.uint8)
     n_train = len(text) * 9 // 10
     return text[:n_train], text[n_train:]
@@ -79,8 +86,8 @@ def open_target():
 
 def batch(tokens, step):
     """The windows of a training step, a function of (tokens, step) and the seed alone. -> x, y: (B, T) ids"""
-    starts = dataloader.train_windows(step, batch_size, len(tokens), block_size, seed)
-    return dataloader.gather(tokens, starts, block_size, VOCAB_SIZE)
+    starts = train_windows(step, batch_size, len(tokens), block_size, seed)
+    return gather(tokens, starts, block_size, VOCAB_SIZE)
 
 
 @torch.no_grad()
@@ -96,8 +103,8 @@ def learn(model, train, val, steps, rate, compiled):
     Train the model; -> its curve, [[step, train loss, val loss], ...], and seconds without evaluations. The train loss
     is of text it has read: batches evenly spaced over those so far; that of val always of the same windows.
     """
-    starts = dataloader.even_windows(EVAL_BATCHES * batch_size, len(val), block_size)
-    val_batches = [dataloader.gather(val, some, block_size, VOCAB_SIZE) for some in np.split(starts, EVAL_BATCHES)]
+    starts = even_windows(EVAL_BATCHES * batch_size, len(val), block_size)
+    val_batches = [gather(val, some, block_size, VOCAB_SIZE) for some in np.split(starts, EVAL_BATCHES)]
     when = set(np.linspace(0, steps, EVALUATIONS + 1).astype(int).tolist())
     curve, seconds = [], 0.0
 
@@ -170,7 +177,7 @@ def main():
                              f'block_size={block_size}; take more text, a larger --part or a smaller --block_size')
     model, n_steps = new_model(), 2 * pretrain_steps + 5 * steps
     flops = model.flops_per_token() * n_steps * batch_size * block_size
-    compiled, why = parallel.choose_compile(compile, torch.device('cpu'), flops)
+    compiled, why = runtime.choose_compile(compile, torch.device('cpu'), flops)
     print(f'{model.get_num_params():,} parameters; {n_steps:,} steps in all; compile {compiled} ({why})')
     curves, rows = {}, [['bytes', 'start', 'steps', 'best val loss', 'at step', 'train loss', 'seconds']]
 

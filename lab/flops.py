@@ -1,9 +1,9 @@
 """
 Where a transformer's FLOPs and memory go, part by part, and how long a step must take.
 
-    $ python lab/flops.py                                        # 25 seconds
-    $ python lab/flops.py --size=175B --batch_size=1 --measure=False
-    $ python lab/flops.py --preset=llama --n_layer=32 --n_head=32 --n_kv_head=8 --n_embd=4096 --block_size=8192
+    $ python -m lab.flops                                        # 25 seconds
+    $ python -m lab.flops --size=175B --batch_size=1 --measure=False
+    $ python -m lab.flops --preset=llama --n_layer=32 --n_head=32 --n_kv_head=8 --n_embd=4096 --block_size=8192
 
 Counts what a token costs in the projections of attention, in its scores (each position with all others), in the MLP and
 in the head, forward and backward, and what each part holds in memory; and has torch count the same. As models grow from
@@ -17,20 +17,19 @@ Source: the sizes are those of "Language Models are Unsupervised Multitask Learn
 pass, of "Reducing Activation Recomputation in Large Transformer Models" (Korthikanti et al. 2022). Needs '.[lab]'.
 """
 
-import os
 import sys
 import time
 
 import torch
 from torch.nn import functional as F
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # Python looks only beside the script
-
 from bench import bare
 from bench.common import table
+from config.presets import PRESETS
 from configurator import explain_errors, override
+from flatgpt.runtime import PEAK_FLOPS
 from lab import common, costs
-from model import PEAK_FLOPS, PRESETS, GPTConfig
+from model import GPTConfig
 
 # settings ------------------------------------------------------------------------------------------------------------
 seed = 1337

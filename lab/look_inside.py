@@ -2,9 +2,9 @@
 What a model does with a text: where its heads look, what each token costs it, what it would say after every layer.
 
     $ python train.py config/quickstart.py                       # minutes: a model to look at
-    $ python lab/look_inside.py                                  # seconds
-    $ python lab/look_inside.py --layer=0 --text='a (b (c) d) e'
-    $ python lab/look_inside.py --out_dir=out --text=FILE:story.txt
+    $ python -m lab.look_inside                                  # seconds
+    $ python -m lab.look_inside --layer=0 --text='a (b (c) d) e'
+    $ python -m lab.look_inside --out_dir=out --text=FILE:story.txt
 
 Four pictures and a page. _heads: what each head looks at, rows looking at columns, and most of what it does by name;
 _layer: the heads of one layer with the tokens; _loss and the .html: the text coloured by what each token costs (on the
@@ -28,15 +28,13 @@ import sys
 import torch
 from torch.nn import functional as F
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # Python looks only beside the script
-
-import checkpoint
 from bench.common import table
 from configurator import explain_errors, override
-from generate import bos_ids
+from flatgpt.pretrained import open_model
 from lab import common
-from model import visible
-from tokenview import visible as printable
+from ops import visible
+from tokenizer.__main__ import visible as printable
+from tokenizer.chat import bos_ids
 
 # settings ------------------------------------------------------------------------------------------------------------
 init_from = 'resume'  # 'resume': a checkpoint in out_dir; or a Hugging Face folder, a hub id, 'gpt2' to 'gpt2-xl'
@@ -253,12 +251,12 @@ def main():
         raise SystemExit(f'no checkpoint in {out_dir}; train one in minutes: python train.py config/quickstart.py\n'
                          f'or name another: --out_dir=FOLDER or --init_from=gpt2')
     common.start(out)
-    model, tokenizer, _, line = checkpoint.open_model(init_from, out_dir)
+    model, tokenizer, _, line = open_model(init_from, out_dir)
     c = model.config
     large = c.n_layer - 1 if layer is None else layer  # its heads
     if not 0 <= large < c.n_layer:
         raise SystemExit(f'layer={layer}: expected 0 to {c.n_layer - 1}, of the {c.n_layer} layers of this model')
-    ids = [*bos_ids(tokenizer), *tokenizer.encode_array(read_text()).tolist()]  # as evaluate.py --input
+    ids = [*bos_ids(tokenizer), *tokenizer.encode_array(read_text()).tolist()]  # as eval.py --input
     if len(ids) < 2:
         raise SystemExit(f'text={text!r}: {len(ids)} token(s); expected 2 or more, as the first is not predicted')
     print(line)

@@ -1,8 +1,8 @@
 """
 Scaling laws from a grid of small runs: what loss a model of N parameters reaches on D tokens, and what to train next.
 
-    $ python lab/scaling_laws.py                        # 12 minutes on two cores; killed, it goes on where it was
-    $ python lab/scaling_laws.py --table=FILE.csv       # seconds: fits other people's runs, columns N, D and loss
+    $ python -m lab.scaling_laws                        # 12 minutes on two cores; killed, it goes on where it was
+    $ python -m lab.scaling_laws --table=FILE.csv       # seconds: fits other people's runs, columns N, D and loss
 
 Models of several sizes learn the bytes of Python's standard library (data/python_stdlib), each size with several
 budgets of compute C = 6 N D ("IsoFLOP"). Their losses are fitted by L(N, D) = E + A / N^alpha + B / D^beta; bootstrap
@@ -32,16 +32,15 @@ from itertools import product
 import numpy as np
 import torch
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # Python looks only beside the script
-
-import dataloader
-import files
-import jsonl
-import workers
 from bench.common import table as aligned
+from config.presets import PRESETS
 from configurator import explain_errors, override
+from data.tokens import even_windows, folder_of, gather, load_meta, open_tokens, prepare_if_missing, train_windows
+from flatgpt import jsonl
+from flatgpt.files import lock_folder, unlock
 from lab import common, law
-from model import GPT, PRESETS, GPTConfig
+from model import GPT, GPTConfig
+from tokenizer.workers import Workers, core_count
 
 # settings ------------------------------------------------------------------------------------------------------------
 seed = 1337
@@ -70,12 +69,12 @@ config = override(globals())
 @cache
 def data():
     """-> tokens of train and val, mapped from disk, and how many ids there are."""
-    folder = dataloader.folder_of(dataset)
-    meta = dataloader.load_meta(folder)
+    folder = folder_of(dataset)
+    meta = load_meta(folder)
     if meta['vocab_size'] is None:
         raise SystemExit(f'--dataset={dataset}: its meta.json, which says the vocabulary, is missing; expected one of '
                          f'prepare.py')
-    return *(dataloader.open_tokens(folder, split, meta, block_size) for split in ('train', 'val')), meta['vocab_size']
+    return *(open_tokens(folder, split, meta, block_size) for split in ('train', 'val')), meta['vocab_size']
 
 
 def config_of(width):
@@ -111,8 +110,8 @@ def learn(job):
     name = f"width {job['width']:>3}, N {job['N']:>9,.0f}, D {job['D']:>10,}"
 
     def get_batch(step):
-        starts = dataloader.train_windows(step, batch_size, len(train), block_size, job['seed'])
-        return dataloader.gather(train, starts, block_size, n_ids)
+        starts = train_windows(step, batch_size, len(train), block_size, job['seed'])
+        return gather(train, starts, block_size, n_ids)
 
     for step, loss in common.train(model, get_batch, job['steps']):
         if time.perf_counter() - said > 30:
@@ -121,8 +120,8 @@ def learn(job):
     model.eval()
     losses = []
     with torch.no_grad():
-        for window in dataloader.even_windows(val_windows, len(val), block_size).reshape(-1, 64):
-            losses.append(model(*dataloader.gather(val, window, block_size, n_ids))[1].item())
+        for window in even_windows(val_windows, len(val), block_size).reshape(-1, 64):
+            losses.append(model(*gather(val, window, block_size, n_ids))[1].item())
     run = {**job, 'loss': float(np.mean(losses)), 'seconds': round(time.perf_counter() - started, 1)}
     with open(runs_file(), 'ab') as f:
         f.write(jsonl.to_line(run))  # one write, so that the lines of two processes do not mix
@@ -147,12 +146,12 @@ def complete(jobs):
     """-> the runs of the jobs; those that are not in the file of runs yet are trained, the longest first."""
     missing = [job for job, run in zip(jobs, finished(jobs), strict=True) if run is None]
     missing.sort(key=lambda job: -job['D'] * job['N'] ** 0.5)  # about the time
-    count = min(processes or workers.core_count(), len(missing))
+    count = min(processes or core_count(), len(missing))
     flops = sum(job['C'] for job in missing)
     minutes = flops / max(1, count) / 1.9e10 / 60  # FLOP/s of a core of an AMD EPYC, with models as small as these
     print(f'{len(jobs)} runs, {len(missing)} to do: {power(flops)} FLOPs, about {minutes:.0f} minutes', flush=True)
     if count > 1:
-        with workers.Workers(count) as pool:
+        with Workers(count) as pool:
             for _ in pool.map(learn, missing):
                 pass
     else:
@@ -163,7 +162,7 @@ def complete(jobs):
 
 def grid():
     """-> the jobs of all budgets and sizes with a sensible number of tokens for the size."""
-    dataloader.prepare_if_missing(dataloader.folder_of(dataset), True)
+    prepare_if_missing(folder_of(dataset), True)
     os.makedirs(out, exist_ok=True)
     open(runs_file(), 'ab').close()
     fewest, most = numbers('ratios')
@@ -337,7 +336,7 @@ def main():
         fit_table(plt)
         return
     jobs = grid()
-    lock = files.lock_folder(runs_file(), 'training the runs of')
+    lock = lock_folder(runs_file(), 'training the runs of')
     runs = complete(jobs)
     N, D, loss = (np.array([run[key] for run in runs]) for key in ('N', 'D', 'loss'))
     best = law.fit(N, D, loss)
@@ -361,7 +360,7 @@ def main():
         held_out, figures['prediction'] = hold_out(best, samples)
     draw(plt, runs, best, samples, valleys, held_out)
     common.record(out, 'scaling_laws', **figures, valleys=valleys, runs=runs, held_out=held_out)
-    files.unlock(lock)
+    unlock(lock)
 
 
 if __name__ == '__main__':

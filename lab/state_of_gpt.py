@@ -1,8 +1,8 @@
 """
 "State of GPT" in one command: a base model, and what finetuning, a reward model and reinforcement learning make of it.
 
-    $ python lab/state_of_gpt.py                 # half an hour on two cores; killed, it goes on
-    $ python lab/state_of_gpt.py --share=0.02    # that it all works, and nothing more
+    $ python -m lab.state_of_gpt                 # half an hour on two cores; killed, it goes on
+    $ python -m lab.state_of_gpt --share=0.02    # that it all works, and nothing more
     $ python sample.py --out_dir=out-lab/state_of_gpt/grpo --chat
 
 Every stage is a command that can be given by hand; each is printed before it runs, in the order of the talk:
@@ -35,15 +35,13 @@ import subprocess
 import sys
 import time
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # Python looks only beside the script
-
-import checkpoint
-import download
-import files
 from bench.common import table as aligned
 from configurator import check, explain_errors, override
+from data import download
+from flatgpt import checkpoint
+from flatgpt.files import replace_file
 from lab import common
-from tasks.common import wilson
+from posttrain.tasks.common import wilson
 
 # settings ------------------------------------------------------------------------------------------------------------
 seed = 1  # of weights, batches and answers; the questions are the same for every seed
@@ -68,7 +66,8 @@ def script(name, recipe='', **options):
     recipe = os.path.join(ROOT, 'config', recipe) if recipe else ''
     if recipe and share != 1:
         options['max_iters'] = max(2, round(share * runpy.run_path(recipe)['max_iters']))
-    return ['python', os.path.relpath(os.path.join(ROOT, name)), *([os.path.relpath(recipe)] if recipe else []),
+    program = [os.path.relpath(os.path.join(ROOT, name))] if name.endswith('.py') else ['-m', name]
+    return ['python', *program, *([os.path.relpath(recipe)] if recipe else []),
             *(f'--{key}={value}' for key, value in options.items() if value is not None)]
 
 
@@ -78,7 +77,7 @@ def stages(home):
     tokens = os.path.join(at['data'], 'chat.json')
 
     def ask(name, **options):
-        return script('evaluate.py', out_dir=at[name], task='tiny_chat', n=n, **options)
+        return script('eval.py', out_dir=at[name], task='tiny_chat', n=n, **options)
 
     def learn(name, recipe, start='sft', **options):
         return script(name, recipe, init_from=at[start] if start else None, seed=seed, **options)
@@ -95,12 +94,12 @@ def stages(home):
         ('sft', learn('train.py', 'sft_tiny_chat.py', 'base', dataset=at['data'], out_dir=at['sft'])),
         ('ask sft', ask('sft')),
         ('ask sft, calculator', ask('sft', tools=True, max_new_tokens=112)),  # a longer prompt
-        ('reward', learn('reward.py', 'reward_tiny_chat.py', data=os.path.join(at['data'], 'pairs.jsonl'),
+        ('reward', learn('posttrain.reward', 'reward_tiny_chat.py', data=os.path.join(at['data'], 'pairs.jsonl'),
                          out_dir=at['reward'])),
         ('ask sft, samples', ask('sft', **sampled)),
-        ('ppo', learn('rl.py', 'ppo_tiny_chat.py', reward_model=at['reward'], out_dir=at['ppo'])),
+        ('ppo', learn('posttrain.rl', 'ppo_tiny_chat.py', reward_model=at['reward'], out_dir=at['ppo'])),
         ('ask ppo', ask('ppo')),
-        ('grpo', learn('rl.py', 'grpo_tiny_chat.py', out_dir=at['grpo'])),
+        ('grpo', learn('posttrain.rl', 'grpo_tiny_chat.py', out_dir=at['grpo'])),
         ('ask grpo', ask('grpo')),
         ('chat', script('sample.py', chat=True, out_dir=at['grpo'], temperature=0)),
     ]
@@ -141,7 +140,7 @@ def recipe_of(command):
     """The SHA-256 of what else decides about a stage: the recipe of config/, or the scripts that make data."""
     paths = [part for part in command[2:] if part.endswith('.py')]
     if command[1].endswith('prepare.py'):
-        paths = [command[1], os.path.join(ROOT, 'tasks', 'tiny_chat.py')]
+        paths = [command[1], os.path.join(ROOT, 'posttrain', 'tasks', 'tiny_chat.py')]
     return [download.file_sha256(path) for path in paths]
 
 
@@ -165,7 +164,7 @@ def run_all(home):
         done = {name: records[name] for name, _ in plan if name in records}
 
     def note():
-        files.replace_file(path, json.dumps(done, indent=1).encode())
+        replace_file(path, json.dumps(done, indent=1).encode())
 
     for name, command in plan:
         folder = os.path.join(home, name)

@@ -1,8 +1,8 @@
 """
 Thinking in tokens: a small GPT answers at once, or in steps; how often it is right, against the tokens that it spends.
 
-    $ python lab/thinking.py                    # 71 seconds on two cores
-    $ python lab/thinking.py --direct_share=1   # a model that has never seen steps
+    $ python -m lab.thinking                    # 71 seconds on two cores
+    $ python -m lab.thinking --direct_share=1   # a model that has never seen steps
 
 A question is eight operations, one after the other from 1 on, modulo 17: '*15 +14 *13 ...'. The same model has learnt
 to answer at once ('=7') and in steps ('*15 =15 +14 =12 *13 =3 ...'). For a token it computes as much as for any other,
@@ -17,7 +17,6 @@ has always misread an operation), neither votes nor its own likelihood can help.
 Yao et al. 2023; why depth is not enough for arithmetic, Feng et al. 2023 (arXiv 2305.15408). Needs '.[lab]'.
 """
 
-import os
 import sys
 from functools import partial
 
@@ -25,13 +24,12 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # Python looks only beside the script
-
 from bench.common import table
+from config.presets import PRESETS
 from configurator import explain_errors, override
-from generate import generate, majority
+from flatgpt.generate import generate, majority
 from lab import common
-from model import GPT, PRESETS, GPTConfig
+from model import GPT, GPTConfig
 
 # settings ------------------------------------------------------------------------------------------------------------
 length = 8  # operations of a question; the model is trained on questions of 1 to this many

@@ -21,6 +21,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+import tokenizer
+
 ROOT = Path(__file__).resolve().parent.parent
 if (ROOT.parent / 'shared' / 'tiktoken').is_dir():
     os.environ.setdefault('TIKTOKEN_CACHE_DIR', str(ROOT.parent / 'shared' / 'tiktoken'))
@@ -28,7 +30,7 @@ settings.register_profile('shared machine', deadline=None)  # an example that wa
 settings.load_profile('shared machine')
 # threads cost more than they bring with tensors this small, and very much more where others use the same cores
 torch.set_num_threads(1)
-os.environ.update(OMP_NUM_THREADS='1', OMP_WAIT_POLICY='passive')  # of the processes started from here
+os.environ.update(OMP_NUM_THREADS='1', OMP_WAIT_POLICY='passive', PYTHONPATH=str(ROOT))  # of the processes started from here
 
 # a model and a run of it that take a second; every test says what it changes
 TINY = {'n_layer': 2, 'n_head': 2, 'n_embd': 16, 'block_size': 16, 'batch_size': 4, 'gradient_accumulation_steps': 2,
@@ -39,7 +41,6 @@ TINY = {'n_layer': 2, 'n_head': 2, 'n_embd': 16, 'block_size': 16, 'batch_size':
 
 def load_or_skip(name):
     """A published vocabulary, which is downloaded once; without a network the test is skipped."""
-    import tokenizer
 
     try:
         return tokenizer.load(name)
@@ -58,7 +59,7 @@ if context.get_start_method() == 'forkserver':
 
 
 def execute(script, argv, cwd, env, output):
-    """In the child: become `python script argv`, everything printed going to the file `output`."""
+    """In the child: become `python script argv`, or `python -m script argv`; what it prints goes to the file `output`."""
     fd = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(fd, 1)
     os.dup2(fd, 2)
@@ -67,9 +68,12 @@ def execute(script, argv, cwd, env, output):
     os.environ.update(env)
     os.chdir(cwd)
     sys.argv = [script, *argv]
-    sys.path.insert(0, os.path.dirname(script))
+    sys.path.insert(0, str(ROOT))
     try:
-        runpy.run_path(script, run_name='__main__')
+        if script.endswith('.py'):
+            runpy.run_path(script, run_name='__main__')
+        else:
+            runpy.run_module(script, run_name='__main__', alter_sys=True)
     except SystemExit:
         raise
     except BaseException:
@@ -83,7 +87,7 @@ class Run:
     def __init__(self, script, settings, files, cwd, env=None):
         self.argv = [*map(str, files), *(f'--{key}={value}' for key, value in settings.items())]
         self.path = Path(cwd) / f'.output-{time.monotonic_ns()}'
-        self.script = str(ROOT / script)
+        self.script = str(ROOT / script) if script.endswith('.py') else script
         self.process = context.Process(
             target=execute, args=(self.script, self.argv, str(cwd), env or {}, str(self.path)),
             daemon=True)  # ends with pytest, however a test left it
@@ -126,8 +130,10 @@ class Run:
         *_, said, command = self.out.splitlines()
         step = re.fullmatch(rf'stopped by {number.name} after step (\d+)\. To go on:', said)
         assert step, self.out
-        program, script, *argv = shlex.split(command)
-        assert (program, script) == ('python', self.script)
+        started_as = ['python', self.script] if self.script.endswith('.py') else ['python', '-m', self.script]
+        argv = shlex.split(command)
+        assert argv[:len(started_as)] == started_as
+        argv = argv[len(started_as):]
         settings = dict(a.removeprefix('--').split('=', 1) for a in argv)
         assert settings['init_from'] == 'resume'
         return int(step[1]), settings
@@ -193,7 +199,10 @@ def load_lab(name, *arguments):
 
 def load_script(path, *arguments):
     """The same of any script that has a main()."""
-    spec = importlib.util.spec_from_file_location(f'{path.parent.name}_{path.stem}', path)
+    name = '.'.join(path.relative_to(ROOT).with_suffix('').parts)
+    if path.parent.parent.name == 'data':
+        name = f'data_{path.parent.name}_prepare'
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     argv, sys.argv = sys.argv, [str(path), *arguments]
     try:

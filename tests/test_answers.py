@@ -6,12 +6,12 @@ import math
 import pytest
 import torch
 
-import answers
-import chat
-import critic
-from generate import generate, uniforms
-from model import GPT, PRESETS, GPTConfig
-from tokenizer import BPETokenizer
+from config.presets import PRESETS
+from flatgpt.generate import generate, uniforms
+from model import GPT, GPTConfig
+from posttrain import pairs as answers
+from posttrain import reward_model, rollouts
+from tokenizer import BPETokenizer, chat
 
 TOKENIZER = BPETokenizer([], None, {token: 256 + i for i, token in enumerate(chat.SPECIAL_TOKENS)})  # one a byte
 START, SYSTEM, USER, ASSISTANT, TOOL, END = range(256, 262)
@@ -125,7 +125,7 @@ def test_nothing_left(tmp_path):
 
 
 def test_rows():
-    idx, mask = answers.pair_rows([(([1, 2, 3], [0, 1, 1]), ([1, 4], [0, 1]))], torch.device('cpu'))
+    idx, mask = rollouts.pair_rows([(([1, 2, 3], [0, 1, 1]), ([1, 4], [0, 1]))], torch.device('cpu'))
     assert idx.tolist() == [[1, 2, 3], [1, 4, 0]]
     assert mask.tolist() == [[False, True, True], [False, True, False]]
 
@@ -137,7 +137,7 @@ PROMPTS = [[START, USER, 65, END, ASSISTANT], [66], [START, USER, 67, 68, 69, EN
 
 def draw(model, stop_ids, temperature=1.0, n=12):
     u = torch.stack([uniforms(7, i, 0, n) for i in range(len(PROMPTS))])
-    return answers.draw_answers(model, PROMPTS, n, stop_ids, 266, temperature, u), u
+    return rollouts.draw_answers(model, PROMPTS, n, stop_ids, 266, temperature, u), u
 
 
 def test_answers_end():
@@ -157,9 +157,9 @@ def test_logprobs_are_those_it_was_drawn_with(preset, temperature):
     """From a padded row at once, what generate() said token by token; over the ids of the tokenizer alone."""
     model = tiny(preset, vocab_size=320)
     drawn, u = draw(model, {END}, temperature)
-    idx, mask = answers.to_rows([(prompt + answer, [0] * len(prompt) + [1] * len(answer))
+    idx, mask = rollouts.to_rows([(prompt + answer, [0] * len(prompt) + [1] * len(answer))
                                  for prompt, answer in zip(PROMPTS, drawn, strict=True)], torch.device('cpu'))
-    logprobs, entropies = answers.logprobs_of(model, idx, mask, 266, temperature)
+    logprobs, entropies = rollouts.logprobs_of(model, idx, mask, 266, temperature)
     assert logprobs.shape == entropies.shape == (4, idx.size(1) - 1)
     assert not logprobs[~mask[:, 1:]].any() and not entropies[~mask[:, 1:]].any()
     steps = list(generate(model, PROMPTS, 12, temperature, vocab_size=266, u=u))
@@ -179,7 +179,7 @@ def test_gradient_reaches_what_counts_alone():
     """The log-probability of a token depends on what is before it; not on padding, nor on what the mask leaves out."""
     model = tiny()
     idx, mask = torch.tensor([[1, 2, 3, 4, 0, 0]]), torch.tensor([[0, 0, 1, 1, 0, 0]]).bool()
-    answers.logprobs_of(model, idx, mask, 266)[0].sum().backward()
+    rollouts.logprobs_of(model, idx, mask, 266)[0].sum().backward()
     used = model.transformer.wpe.weight.grad.abs().sum(1) > 0
     assert used.tolist() == [True] * 3 + [False] * 29  # three inputs for two predictions
 
@@ -196,7 +196,7 @@ def trained_head(model):
 @pytest.mark.parametrize('preset', PRESETS)
 def test_critic_is_the_trunk_and_a_head(preset):
     model = tiny(preset)
-    value_model = critic.Critic.from_gpt(model).eval()
+    value_model = reward_model.Critic.from_gpt(model).eval()
     idx = torch.randint(266, (3, 9))
     assert not value_model(idx).any()  # it expects nothing yet
     trained_head(value_model)
@@ -214,11 +214,11 @@ def test_critic_is_the_trunk_and_a_head(preset):
 
 def test_scores_of_answers():
     """At the ending, also of one that was cut off or ended by another token; padding changes nothing."""
-    model = trained_head(critic.Critic.from_gpt(tiny()).eval())
+    model = trained_head(reward_model.Critic.from_gpt(tiny()).eval())
     ending = answers.ending_of(chat.TEMPLATE, TOKENIZER)
     assert ending == END
     drawn = [[*b'ok', END], [*b'ok'], [*b'ok', START], [*b'another', END], [END]]
-    scores = answers.scores_of(model, [PROMPTS[0]] * 5, drawn, {START, END}, ending)
+    scores = rollouts.scores_of(model, [PROMPTS[0]] * 5, drawn, {START, END}, ending)
     for answer, score in zip(drawn, scores, strict=True):
         whole = PROMPTS[0] + [i for i in answer if i < 256] + [END]
         torch.testing.assert_close(score, model(torch.tensor([whole]))[0, -1])
@@ -229,23 +229,23 @@ def test_scores_of_answers():
 
 def test_ratings():
     """As the reward model has seen pairs; never the best are an empty answer, and one longer than its context."""
-    model = trained_head(critic.Critic.from_gpt(tiny()).eval())
+    model = trained_head(reward_model.Critic.from_gpt(tiny()).eval())
     messages, texts = [{'role': 'user', 'content': 'A'}], ['ok', ' ', 'another', 'x' * model.config.block_size]
-    ratings = answers.ratings_of(model, messages, texts, chat.TEMPLATE, TOKENIZER)
+    ratings = rollouts.ratings_of(model, messages, texts, chat.TEMPLATE, TOKENIZER)
     assert ratings[1] == ratings[3] == -math.inf
     for i in (0, 2):
         ids, _ = answers.render_answer(messages, texts[i], chat.TEMPLATE, TOKENIZER)
         assert ratings[i] == pytest.approx(model(torch.tensor([ids]))[0, -1].item(), abs=1e-5)
-    assert answers.ratings_of(model, messages, ['', ''], chat.TEMPLATE, TOKENIZER) == [-math.inf] * 2
+    assert rollouts.ratings_of(model, messages, ['', ''], chat.TEMPLATE, TOKENIZER) == [-math.inf] * 2
 
 
 def test_ratings_of_whatever_a_model_writes():
     """Calls that were cut off, or are no calls; at the ending that closes the answer, as for whole ones."""
-    model = trained_head(critic.Critic.from_gpt(tiny(block_size=64)).eval())
+    model = trained_head(reward_model.Critic.from_gpt(tiny(block_size=64)).eval())
     call = f'{chat.PYTHON}2*3{chat.PYTHON_END}'
     texts = [call, f'{call}{chat.OUTPUT}6', chat.OUTPUT, f'{chat.OUTPUT_END}a{chat.OUTPUT}', 'a<|user|>b',
              '\ufffd']
-    ratings = answers.ratings_of(model, [{'role': 'user', 'content': 'A'}], texts, chat.TEMPLATE, TOKENIZER)
+    ratings = rollouts.ratings_of(model, [{'role': 'user', 'content': 'A'}], texts, chat.TEMPLATE, TOKENIZER)
     for text, rating in zip(texts, ratings, strict=True):
         whole = PROMPTS[0] + TOKENIZER.encode(text, allowed_special='all') + [END]
         assert rating == pytest.approx(model(torch.tensor([whole]))[0, -1].item(), abs=1e-5)

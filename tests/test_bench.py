@@ -15,7 +15,7 @@ from conftest import encode, make_text, write_dataset
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bench import common, plot  # noqa: E402
+from bench import common, plot
 
 
 def write_log(folder, steps=50, offset=0.0, tail=''):
@@ -64,7 +64,7 @@ def test_plot_of_a_run_just_begun(tmp_path):
 def test_plot_command(tmp_path):
     pytest.importorskip('matplotlib')
     write_log(tmp_path / 'out')
-    done = subprocess.run([sys.executable, str(ROOT / 'bench' / 'plot.py'), 'out', '--out=a.png'], cwd=tmp_path,
+    done = subprocess.run([sys.executable, '-m', 'bench.plot', 'out', '--out=a.png'], cwd=tmp_path,
                           text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
     assert 'lowest val loss 2.0000 at step 40' in done.stdout
@@ -183,8 +183,7 @@ def test_last_line_is_json(capsys):
 @pytest.mark.parametrize('name', ['start', 'kill', 'tokenizer', 'prepare', 'round_trip', 'time_to_loss',
                                   'ablation'])
 def test_scripts_explain_themselves(name):
-    script = ROOT / 'bench' / f'{name}.py'
-    done = subprocess.run([sys.executable, str(script), '--help'], text=True, capture_output=True)
+    done = subprocess.run([sys.executable, '-m', f'bench.{name}', '--help'], text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
     assert f'$ python bench/{name}.py' in done.stdout and 'config = ' not in done.stdout
 
@@ -257,9 +256,9 @@ def test_time_to_loss_that_is_not_reached(peer):
 
 
 def test_time_to_loss_says_what_is_wrong(peer):
-    peer.start('bench/time_to_loss.py', case='medium').refused("case='medium': expected 'small' or 'char'")
+    peer.start('bench.time_to_loss', case='medium').refused("case='medium': expected 'small' or 'char'")
     write_dataset(peer.path / 'peer' / 'data' / 'shakespeare_char', encode(make_text(3000)), encode(make_text(333)))
-    peer.start('bench/time_to_loss.py', peer='peer').refused('prepare both from the same text')
+    peer.start('bench.time_to_loss', peer='peer').refused('prepare both from the same text')
 
 
 # ablation.py ---------------------------------------------------------------------------------------------------------
@@ -298,7 +297,7 @@ def test_ablation_of_finished_runs_does_none_again(folder):
                                           'ms': 17.0, 'time': 1.15}
     assert runs.read_text() == kept
     (folder.path / 'a.py').write_text("raise SystemExit('another config file')\n")  # whose runs these are not
-    folder.start('bench/ablation.py', config_file='a.py', steps=7, seeds='1').refused('another config file')
+    folder.start('bench.ablation', config_file='a.py', steps=7, seeds='1').refused('another config file')
 
 
 def test_ablation_runs_what_is_missing(folder):
@@ -329,9 +328,9 @@ def test_ablation_says_what_is_wrong(folder):
                            ({'steps': 0}, 'steps=0: expected 1 or more'),
                            ({'jobs': 0}, 'jobs=0: expected 1 to '),
                            ({'config_file': 'nowhere.py'}, "config_file='nowhere.py': there is no such file")):
-        folder.start('bench/ablation.py', **settings).refused(text)
+        folder.start('bench.ablation', **settings).refused(text)
     runs = folder.path / 'runs.jsonl'
     for damaged in ('{"config": "a.py"}', 'null', '[1', '\0'):
         runs.write_text(damaged + '\n')
-        folder.start('bench/ablation.py', out='runs.jsonl', config_file='runs.jsonl').refused(
+        folder.start('bench.ablation', out='runs.jsonl', config_file='runs.jsonl').refused(
             'runs.jsonl, line 1 is damaged')

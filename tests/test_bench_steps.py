@@ -16,8 +16,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bench import bare, gpu  # noqa: E402
-from model import GPT, GPTConfig  # noqa: E402
+from bench import bare, gpu
+from model import GPT, GPTConfig
 
 SIZE = {'device': 'cpu', 'dtype': 'float32', 'compile': False, 'n_layer': 2, 'n_head': 2, 'n_embd': 16,
         'block_size': 8, 'batch_size': 4, 'vocab_size': 31}
@@ -127,7 +127,7 @@ def test_exponent_of_a_sum_lies_between():
 
 
 def test_scaling_along_the_batch(folder):
-    out = folder.start('bench/scaling.py', axes='batch', batches='2,4', base='1x32x8x2', compile=False, seconds=0.05,
+    out = folder.start('bench.scaling', axes='batch', batches='2,4', base='1x32x8x2', compile=False, seconds=0.05,
                        device='cpu', preset='gpt2').ok().out
     out = out[out.index('scaling | '):]  # before it stand the settings and the progress
     record = last_json(out)
@@ -155,7 +155,7 @@ def test_scripts_say_what_is_wrong(folder, script, changes, said):
 
 def test_train_step_takes_the_step_apart(folder):
     """The 124M case cut down to nothing: its random tokens, the settings train.py resolved, the table."""
-    out = folder.start('bench/train_step.py', cases='gpt2', rounds=1, steps=2, extra='--n_layer=1 --n_head=1 '
+    out = folder.start('bench.train_step', cases='gpt2', rounds=1, steps=2, extra='--n_layer=1 --n_head=1 '
                        '--n_embd=16 --block_size=8 --batch_size=2 --device=cpu --compile=False --max_iters=4 '
                        '--preset=modern').ok().out
     out = out[out.index('train_step | '):]
@@ -177,7 +177,7 @@ def test_scripts_explain_themselves(folder, name):
 @pytest.mark.filterwarnings('ignore')
 def test_generate(folder):
     """Every run has a rate, the comparisons are ratios of them, and the table fits a terminal."""
-    out = folder.start('bench/generate.py', rounds=2, new_tokens=4, long_prompt=40, long_tokens=3, batch=2, n_layer=1,
+    out = folder.start('bench.generate', rounds=2, new_tokens=4, long_prompt=40, long_tokens=3, batch=2, n_layer=1,
                        n_head=2, n_embd=16, vocab_size=64, device='cpu').wait(300).ok().out
     figures = json.loads(out.splitlines()[-1])
     rates = figures['tokens_per_second']

@@ -17,10 +17,11 @@ from conftest import load_or_skip
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import bpe
-import fastbpe
+from tokenizer import bpe as bpe_module
+from tokenizer import fast
+from tokenizer import patterns as bpe
 
-CODE = Path(__file__).read_text(encoding='utf-8') + Path(bpe.__file__).read_text(encoding='utf-8')
+CODE = Path(__file__).read_text(encoding='utf-8') + Path(bpe_module.__file__).read_text(encoding='utf-8')
 PROSE = """Ein Zaun, l'été, can't, WE'LL: 12 345 Äpfel — 日本語の文, 한국어 문장, наше слово; aaaa aaaaaaa bbbb 🙂🙂
     (1, 2)\r\n\tname_of_it = 'ſ' # done!!!   \n\n\nthe cat, the hat, the rat; to be or not to be """
 BYTES = {bytes([byte]): byte for byte in range(256)}  # a vocabulary without merges
@@ -32,9 +33,9 @@ def published(request):
     """(tiktoken's encoding, the merges recovered from it, {place: id})"""
     load_or_skip(request.param)
     encoding = tiktoken.get_encoding(request.param)
-    pairs = bpe.recover_merges(encoding._mergeable_ranks)
+    pairs = bpe_module.recover_merges(encoding._mergeable_ranks)
     place = {token: i for i, token in enumerate([*BYTES, *(left + right for left, right in pairs)])}
-    merges = bpe.Merges([(place[left], place[right]) for left, right in pairs])
+    merges = bpe_module.Merges([(place[left], place[right]) for left, right in pairs])
     return encoding, merges, np.array([encoding._mergeable_ranks[token] for token in place])
 
 
@@ -94,7 +95,7 @@ def join_plainly(piece, pairs):
     {},
 ], ids=str)
 def test_learn_by_hand_made_counts(counts):
-    assert bpe.learn(counts, 60) == learn_plainly(counts, 60)
+    assert bpe_module.learn(counts, 60) == learn_plainly(counts, 60)
 
 
 @pytest.mark.parametrize('seed', range(40))
@@ -102,33 +103,33 @@ def test_learn_is_the_plain_algorithm(seed):
     rng = random.Random(seed)
     letters = ['a', 'ab', 'abc', 'aé🙂', string.ascii_letters][seed % 5]
     counts = {''.join(rng.choices(letters, k=rng.randint(0, 30))): rng.randint(1, 5) for _ in range(rng.randint(1, 60))}
-    assert bpe.learn(counts, 120) == learn_plainly(counts, 120)
+    assert bpe_module.learn(counts, 120) == learn_plainly(counts, 120)
 
 
 @settings(max_examples=200, database=None, derandomize=True)
 @given(st.dictionaries(st.text('ab\u00e9\u00ea', max_size=12), st.integers(1, 4), max_size=12), st.integers(0, 40))
 def test_learn_is_the_plain_algorithm_on_any_counts(counts, n_merges):
-    assert bpe.learn(counts, n_merges) == learn_plainly(counts, n_merges)
+    assert bpe_module.learn(counts, n_merges) == learn_plainly(counts, n_merges)
 
 
 @pytest.mark.parametrize('pattern', [None, *bpe.PATTERNS])
 def test_learn_the_example_of_wikipedia(pattern):
     """aaabdaaabac: aa, then a tie between aaa and ab, here (a, b) as 'a' is the smaller id than aa."""
-    pairs = bpe.learn(bpe.count_pieces(['aaabdaaabac'], bpe.PATTERNS.get(pattern)), 3)
-    tokens = bpe.token_bytes(pairs)
+    pairs = bpe_module.learn(bpe_module.count_pieces(['aaabdaaabac'], bpe.PATTERNS.get(pattern)), 3)
+    tokens = bpe_module.token_bytes(pairs)
     assert tokens[256:] == [b'aa', b'ab', b'aaab']
-    assert bpe.Merges(pairs).join(b'aaabdaaabac') == [258, 100, 258, 97, 99]
+    assert bpe_module.Merges(pairs).join(b'aaabdaaabac') == [258, 100, 258, 97, 99]
 
 
 def test_learn_ends_when_all_pieces_are_one_id():
-    assert bpe.learn({'abc': 2, 'd': 9}, 1000) == [(97, 98), (256, 99)]
+    assert bpe_module.learn({'abc': 2, 'd': 9}, 1000) == [(97, 98), (256, 99)]
 
 
 def test_learn_depends_on_nothing_but_the_counts():
-    counts = bpe.count_pieces([CODE, PROSE], bpe.PATTERNS['gpt4'])
+    counts = bpe_module.count_pieces([CODE, PROSE], bpe.PATTERNS['gpt4'])
     pieces = list(counts)
     random.Random(0).shuffle(pieces)
-    assert bpe.learn({piece: counts[piece] for piece in pieces}, 500) == bpe.learn(counts, 500)
+    assert bpe_module.learn({piece: counts[piece] for piece in pieces}, 500) == bpe_module.learn(counts, 500)
 
 
 def standard_library(n_bytes):
@@ -146,11 +147,11 @@ def test_learn_is_gigatoken_merge_for_merge():
     pytest.importorskip('gigatoken')
     texts = [*standard_library(400_000), 'a<|endoftext|>b']
     specials = ['<|endoftext|>']
-    pairs = bpe.learn(bpe.count_pieces(texts, bpe.PATTERNS['gpt2'], specials), 1500)
-    tokens = bpe.token_bytes(pairs)
+    pairs = bpe_module.learn(bpe_module.count_pieces(texts, bpe.PATTERNS['gpt2'], specials), 1500)
+    tokens = bpe_module.token_bytes(pairs)
     ours = [(tokens[left], tokens[right]) for left, right in pairs]
     assert len(ours) == 1500
-    assert bpe.learn_with_gigatoken(texts, 1500, specials) == ours
+    assert fast.learn_with_gigatoken(texts, 1500, specials) == ours
 
 
 def test_learn_with_gigatoken_where_it_would_learn_otherwise():
@@ -159,9 +160,9 @@ def test_learn_with_gigatoken_where_it_would_learn_otherwise():
     words = ' '.join(''.join(word) for word in itertools.product(letters, repeat=3))
     for text in (words + 'a\ua7ce b\ua7cec ' * 3000,  # a letter since Unicode 17, before it none
                  'aaaa'):                              # two merges, and then nothing is left to join
-        pairs = bpe.learn(bpe.count_pieces([text], bpe.PATTERNS['gpt2']), 50)
-        tokens = bpe.token_bytes(pairs)
-        assert bpe.learn_with_gigatoken([text], 50) == [(tokens[left], tokens[right]) for left, right in pairs]
+        pairs = bpe_module.learn(bpe_module.count_pieces([text], bpe.PATTERNS['gpt2']), 50)
+        tokens = bpe_module.token_bytes(pairs)
+        assert fast.learn_with_gigatoken([text], 50) == [(tokens[left], tokens[right]) for left, right in pairs]
 
 
 def test_learn_is_tokenizers_merge_for_merge():
@@ -176,38 +177,38 @@ def test_learn_is_tokenizers_merge_for_merge():
     ids = theirs.get_vocab()
     made = sorted((token for token in ids if len(token) > 1), key=ids.get)
 
-    pairs = bpe.learn(Counter(text.split()), 1000)
-    assert [token.decode() for token in bpe.token_bytes(pairs)[256:]] == made
+    pairs = bpe_module.learn(Counter(text.split()), 1000)
+    assert [token.decode() for token in bpe_module.token_bytes(pairs)[256:]] == made
 
 
 def test_counting_is_the_same_in_processes(monkeypatch):
     texts = [*standard_library(100_000), '', 'a<|x|>b', '<|x|>'] * 2
     patterns = {'gpt4': bpe.PATTERNS['gpt4'], 'none': None, 'words': r'\w+'}
     for name, pattern in patterns.items():
-        alone = bpe.count_pieces(texts, pattern, ['<|x|>'], workers=1)
+        alone = bpe_module.count_pieces(texts, pattern, ['<|x|>'], workers=1)
         plain = Counter(piece for text in texts for part in text.split('<|x|>') for piece in bpe.split(part, pattern))
         assert alone == plain
         with monkeypatch.context() as patch:
-            patch.setattr(bpe, 'BATCH_CHARS', 5000)
-            assert bpe.count_pieces(reversed(texts), pattern, ['<|x|>'], workers=2) == alone, name
-            assert bpe.count_pieces(iter(texts), pattern, ['<|x|>'], workers=1) == alone, name
+            patch.setattr(bpe_module, 'BATCH_CHARS', 5000)
+            assert bpe_module.count_pieces(reversed(texts), pattern, ['<|x|>'], workers=2) == alone, name
+            assert bpe_module.count_pieces(iter(texts), pattern, ['<|x|>'], workers=1) == alone, name
 
 
 @pytest.mark.parametrize('pattern', [None, *bpe.PATTERNS.values()], ids=str)
 def test_no_merge_crosses_documents_or_special_tokens(pattern):
     """What stands on both sides of an end is by far the most frequent pair, if it were counted."""
     documents = ['xa', 'bx'] * 50 + ['cd']
-    assert bpe.learn(bpe.count_pieces(documents, pattern), 9) == [(97 + 1, 120), (120, 97), (99, 100)]
+    assert bpe_module.learn(bpe_module.count_pieces(documents, pattern), 9) == [(97 + 1, 120), (120, 97), (99, 100)]
     special = ['xa<|end|>bx<|end|>' * 50 + 'cd']
-    assert bpe.learn(bpe.count_pieces(special, pattern, ['<|end|>']), 9) == [(98, 120), (120, 97), (99, 100)]
+    assert bpe_module.learn(bpe_module.count_pieces(special, pattern, ['<|end|>']), 9) == [(98, 120), (120, 97), (99, 100)]
 
 
 def test_no_merge_of_gigatoken_crosses_documents_or_special_tokens():
     pytest.importorskip('gigatoken')
     merges = [(b'b', b'x'), (b'x', b'a'), (b'q', b'z')]
     others = [f'q{a}{b}' for a, b in itertools.product(string.ascii_letters, repeat=2)]  # more pieces than merges
-    assert bpe.learn_with_gigatoken(['xa', 'bx'] * 5000 + ['qz'] * 4000 + others, 3) == merges
-    assert bpe.learn_with_gigatoken(['xa<|end|>bx<|end|>' * 5000, *['qz'] * 4000, *others], 3, ['<|end|>']) == merges
+    assert fast.learn_with_gigatoken(['xa', 'bx'] * 5000 + ['qz'] * 4000 + others, 3) == merges
+    assert fast.learn_with_gigatoken(['xa<|end|>bx<|end|>' * 5000, *['qz'] * 4000, *others], 3, ['<|end|>']) == merges
 
 
 @pytest.mark.parametrize('seed', range(20))
@@ -217,16 +218,16 @@ def test_learning_with_gigatoken_ends_where_learning_ends(seed):
     rng = random.Random(seed)
     letters = ['a', 'ab ', 'abcd ef\n', 'aé🙂 '][seed % 4]
     texts = [''.join(rng.choices(letters, k=rng.randint(0, 300))) for _ in range(3)]
-    pairs = bpe.learn(bpe.count_pieces(texts, bpe.PATTERNS['gpt2']), 1000)
-    tokens = bpe.token_bytes(pairs)
+    pairs = bpe_module.learn(bpe_module.count_pieces(texts, bpe.PATTERNS['gpt2']), 1000)
+    tokens = bpe_module.token_bytes(pairs)
     ours = [(tokens[left], tokens[right]) for left, right in pairs]
     for n_merges in (0, 1, len(pairs) // 2, len(pairs) - 1, len(pairs), len(pairs) + 1, 1000):
-        assert bpe.learn_with_gigatoken(texts, n_merges) == ours[:n_merges]
+        assert fast.learn_with_gigatoken(texts, n_merges) == ours[:n_merges]
 
 
 def test_gigatoken_says_nothing_on_the_terminal(capfd):
     pytest.importorskip('gigatoken')
-    bpe.learn_with_gigatoken([CODE], 3)
+    fast.learn_with_gigatoken([CODE], 3)
     print('still heard')
     assert capfd.readouterr() == ('still heard\n', '')
 
@@ -241,11 +242,11 @@ def test_batches_keep_all_texts_in_order():
 # joining
 
 def merges_of(*texts, n=60):
-    return bpe.Merges(bpe.learn(bpe.count_pieces(texts, None), n))
+    return bpe_module.Merges(bpe_module.learn(bpe_module.count_pieces(texts, None), n))
 
 
 LEARNT = [merges_of('a' * 50), merges_of('abaababaab' * 5 + 'bbb'), merges_of('aabb', 'abab', 'baab', 'aaaabbbb' * 3),
-          merges_of(PROSE, n=200), bpe.Merges([])]
+          merges_of(PROSE, n=200), bpe_module.Merges([])]
 pieces_of_bytes = st.one_of(st.binary(max_size=60), st.text('ab', max_size=120).map(str.encode),
                             st.lists(st.sampled_from(['a' * 7, 'b', 'ab', 'a' * 16, ' ']), max_size=20)
                             .map(''.join).map(str.encode),
@@ -262,7 +263,7 @@ def test_join_is_all_merges_in_their_order(piece):
             assert merges.join_long(piece) == expected
 
 
-@pytest.mark.parametrize('length', [bpe.LONG, bpe.LONG + 1, 3000])
+@pytest.mark.parametrize('length', [bpe_module.LONG, bpe_module.LONG + 1, 3000])
 def test_join_of_long_pieces(length):
     rng = random.Random(length)
     for merges in LEARNT:
@@ -272,14 +273,14 @@ def test_join_of_long_pieces(length):
 
 
 def test_join_takes_the_long_way_beyond_a_length(monkeypatch):
-    monkeypatch.setattr(bpe.Merges, 'join_long', lambda self, piece: [len(piece)])
-    assert bpe.Merges([]).join(b'x' * bpe.LONG) == [120] * bpe.LONG
-    assert bpe.Merges([]).join(b'x' * (bpe.LONG + 1)) == [bpe.LONG + 1]
+    monkeypatch.setattr(bpe_module.Merges, 'join_long', lambda self, piece: [len(piece)])
+    assert bpe_module.Merges([]).join(b'x' * bpe_module.LONG) == [120] * bpe_module.LONG
+    assert bpe_module.Merges([]).join(b'x' * (bpe_module.LONG + 1)) == [bpe_module.LONG + 1]
 
 
 def test_every_token_is_what_its_bytes_encode_to(published):
     encoding, merges, ids = published
-    tokens = bpe.token_bytes(merges.pairs)
+    tokens = bpe_module.token_bytes(merges.pairs)
     assert len(tokens) == len(encoding._mergeable_ranks)
     assert {token: i for token, i in zip(tokens, ids.tolist(), strict=True)} == encoding._mergeable_ranks
     assert [merges.join(token) for token in tokens] == [[i] for i in range(len(tokens))]
@@ -297,14 +298,14 @@ def test_long_pieces_as_tiktoken_joins_them(published):
 
 def test_recover_merges_of_what_was_learnt():
     for merges in (*LEARNT, merges_of('a' * 5000)):  # the last has tokens of more than bpe.LONG bytes
-        tokens = bpe.token_bytes(merges.pairs)
-        recovered = bpe.recover_merges({token: rank for rank, token in enumerate(tokens)})
+        tokens = bpe_module.token_bytes(merges.pairs)
+        recovered = bpe_module.recover_merges({token: rank for rank, token in enumerate(tokens)})
         assert recovered == [(tokens[left], tokens[right]) for left, right in merges.pairs]
 
 
 def test_recover_merges_leaves_out_tokens_that_no_merge_makes():
-    assert bpe.recover_merges({**BYTES, b'abc': 256}) == []
-    assert bpe.recover_merges({**BYTES, b'ab': 256, b'abcd': 257, b'abb': 258}) == [(b'a', b'b'), (b'ab', b'b')]
+    assert bpe_module.recover_merges({**BYTES, b'abc': 256}) == []
+    assert bpe_module.recover_merges({**BYTES, b'ab': 256, b'abcd': 257, b'abb': 258}) == [(b'a', b'b'), (b'ab', b'b')]
 
 
 def test_printable_is_the_alphabet_of_gpt2():
@@ -393,16 +394,16 @@ IN_CONTEXT = [f"'{char}(W x{char}1 {char}Sa {char}S\n" for char in EVERY_CHARACT
 
 @pytest.mark.parametrize('name', bpe.PATTERNS)
 def test_pieces_end_where_tiktoken_ends_them(name):
-    merges, pattern = bpe.Merges(PAIRS), bpe.PATTERNS[name]
+    merges, pattern = bpe_module.Merges(PAIRS), bpe.PATTERNS[name]
     text = ''.join(IN_CONTEXT)
     ours = [i for piece in bpe.split(text, pattern) for i in merges.join(piece.encode())]
-    assert ours == tiktoken_of(pattern, bpe.token_bytes(PAIRS)).encode_ordinary(text), f'{DRIFT} (pattern {name})'
+    assert ours == tiktoken_of(pattern, bpe_module.token_bytes(PAIRS)).encode_ordinary(text), f'{DRIFT} (pattern {name})'
 
 
-@pytest.mark.parametrize('name', fastbpe.GIGATOKENS)
+@pytest.mark.parametrize('name', fast.GIGATOKENS)
 def test_pieces_end_where_gigatoken_ends_them(name):
     pytest.importorskip('gigatoken')
-    tokens, pattern = bpe.token_bytes(PAIRS), bpe.PATTERNS[name]
+    tokens, pattern = bpe_module.token_bytes(PAIRS), bpe.PATTERNS[name]
     text = ''.join(lines for lines in IN_CONTEXT if not bpe.has_newer(lines))  # what gigatoken is given
-    theirs = fastbpe.FastEncoder(tokens, pattern, None).gigatoken.encode(text)
+    theirs = fast.FastEncoder(tokens, pattern, None).gigatoken.encode(text)
     assert theirs.tolist() == tiktoken_of(pattern, tokens).encode_ordinary(text), DRIFT.replace('regex', 'gigatoken')

@@ -10,12 +10,12 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from test_sample_e2e import save
 
-import chat
-from calculator import SYSTEM, calculate, generate_with_tools, output_of
-from chat import OUTPUT, OUTPUT_END, PYTHON, PYTHON_END
-from generate import sample_next
-from model import GPT, PRESETS, GPTConfig
-from tokenizer import BPETokenizer, ByteTokenizer
+from config.presets import PRESETS
+from flatgpt.generate import sample_next
+from model import GPT, GPTConfig
+from posttrain.tools import SYSTEM, calculate, generate_with_tools, output_of
+from tokenizer import BPETokenizer, ByteTokenizer, chat
+from tokenizer.chat import OUTPUT, OUTPUT_END, PYTHON, PYTHON_END
 
 TOKENIZER = BPETokenizer([], None, {token: 256 + i for i, token in enumerate(chat.SPECIAL_TOKENS)})  # one a byte
 

@@ -10,10 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import chat
-import interchange
-from chat import converse, find_endings, render, render_conversation
-from tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
+from posttrain.chat import converse
+from tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, chat, formats
+from tokenizer.chat import find_endings, render, render_conversation
 
 SPECIAL = ['<|endoftext|>', '<|im_start|>', '<|im_end|>', '<|begin_of_text|>', '<|start_header_id|>',
            '<|end_header_id|>', '<|eot_id|>', '<s>', '</s>', '[INST]', '[/INST]', '<think>', '</think>']
@@ -79,7 +78,7 @@ def theirs(bpe, tmp_path_factory):
     """The same tokenizer in transformers, with the beginning and the end that chat.py finds by name."""
     transformers = pytest.importorskip('transformers')
     path = tmp_path_factory.mktemp('tokenizer') / 'tokenizer.json'
-    interchange.write_tokenizer_json(bpe.to_dict(), path)
+    formats.write_tokenizer_json(bpe.to_dict(), path)
     return {name: transformers.PreTrainedTokenizerFast(
         tokenizer_file=str(path), bos_token='<|begin_of_text|>', eos_token='<|im_end|>', chat_template=template)
         for name, template in TEMPLATES.items()}
@@ -200,7 +199,7 @@ def test_what_a_tool_says_is_not_learnt(chat_bpe):
 def test_our_template_in_transformers(chat_bpe, tmp_path):
     """The same ids, the same mask, the same prompt; also where a content reads like a special token, as text."""
     transformers = pytest.importorskip('transformers')
-    interchange.write_tokenizer_json(chat_bpe.to_dict(), tmp_path / 'tokenizer.json')
+    formats.write_tokenizer_json(chat_bpe.to_dict(), tmp_path / 'tokenizer.json')
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / 'tokenizer.json'),
                                                   chat_template=chat.TEMPLATE)
     called = '<|python|>2+2<|python_end|><|output|>4<|output_end|>It is ' * 2

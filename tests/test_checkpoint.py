@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import CHARS, ROOT, write_dataset
 
-import checkpoint
+from flatgpt import checkpoint, pretrained
 from model import GPT, GPTConfig
 from tokenizer import CharTokenizer
 
@@ -231,7 +231,7 @@ def test_model_of():
     model = GPT(GPTConfig(block_size=8, vocab_size=16, n_layer=2, n_head=2, n_embd=8, bias=False))
     args = {'block_size': 8, 'vocab_size': 16, 'n_layer': 2, 'n_head': 2, 'n_embd': 8, 'bias': False, 'dropout': 0.0}
     weights = model.state_dict()
-    found = checkpoint.model_of({'model': weights, 'model_args': args}, 'x.pt', dropout=0.25)
+    found = pretrained.model_of({'model': weights, 'model_args': args}, 'x.pt', dropout=0.25)
     assert equal(dict(found.state_dict()), dict(weights)) and found.transformer.drop.p == 0.25
     name = 'transformer.h.1.attn.c_attn.weight'
     for changes, said in (
@@ -244,7 +244,7 @@ def test_model_of():
             ({'model_args': {k: v for k, v in args.items() if k != 'n_head'}}, 'model_args lacks n_head'),
             ({'model_args': {**args, 'n_expert': 8}}, 'model_args has n_expert')):
         with pytest.raises(ValueError) as error:
-            checkpoint.model_of({'model': weights, 'model_args': args, **changes}, 'x.pt', dropout=0.0)
+            pretrained.model_of({'model': weights, 'model_args': args, **changes}, 'x.pt', dropout=0.0)
         assert str(error.value).startswith('x.pt holds no model') and said in str(error.value)
 
 
@@ -274,16 +274,16 @@ def test_nanogpts_gelu(tmp_path):
 def test_tokenizer_of(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     state = make_state()
-    assert checkpoint.tokenizer_of(state).vocab_size == 256
+    assert pretrained.tokenizer_of(state).vocab_size == 256
     write_dataset('data/tiny', range(9), range(9), meta='pkl')
     nanogpts = {key: value for key, value in state.items() if key != 'tokenizer'}
     nanogpts['model_args'] = {**state['model_args'], 'vocab_size': len(CHARS)}
-    found = checkpoint.tokenizer_of(nanogpts)
+    found = pretrained.tokenizer_of(nanogpts)
     assert isinstance(found, CharTokenizer) and found.chars == CHARS
-    assert checkpoint.tokenizer_of({**nanogpts, 'tokenizer': None}).chars == CHARS
+    assert pretrained.tokenizer_of({**nanogpts, 'tokenizer': None}).chars == CHARS
     os.remove('data/tiny/meta.pkl')
     with pytest.raises(ValueError, match='no tokenizer in it.*data/tiny has none.*--out_dir=data/tiny'):
-        checkpoint.tokenizer_of(nanogpts)
+        pretrained.tokenizer_of(nanogpts)
 
 
 # the run's folder -----------------------------------------------------------------------------------------------------

@@ -23,8 +23,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import clean
-import corpus
+from data import clean, encode
 
 ROOT = Path(__file__).resolve().parent.parent
 POSIX = pytest.mark.skipif(os.name != 'posix', reason='needs signals')
@@ -378,7 +377,7 @@ def read_rows(path):
 
 
 def run(*args, cwd, **options):
-    return subprocess.run([sys.executable, ROOT / 'clean.py', *map(str, args)], cwd=cwd, capture_output=True, text=True,
+    return subprocess.run([sys.executable, '-m', 'data.clean', *map(str, args)], cwd=cwd, capture_output=True, text=True,
                           encoding='utf-8', timeout=120, **options)
 
 
@@ -463,7 +462,7 @@ def test_any_number_of_workers_gives_the_same_bytes(tmp_path, monkeypatch):
 def test_a_step_alone_needs_no_library_of_another(tmp_path):
     write_rows(tmp_path / 'in.jsonl', [prose(80, 1), prose(80, 2), prose(80, 1), 'b'])
     block = 'import sys; sys.modules.update(datasketch=None, py3langid=None); sys.argv[0] = "clean.py"; '
-    code = f'{block} sys.path.insert(0, {str(ROOT)!r}); import clean, corpus; corpus.run(clean.main)'
+    code = f'{block} sys.path.insert(0, {str(ROOT)!r}); from data import clean, encode; encode.run(clean.main)'
 
     def without_libraries(*steps):
         return subprocess.run([sys.executable, '-c', code, '--input=in.jsonl', '--out=out.jsonl', '--num_proc=1',
@@ -542,7 +541,7 @@ def test_interrupted(wait, tmp_path):
     pytest.importorskip('datasketch')
     big(tmp_path / 'in.jsonl')
     (tmp_path / 'out.jsonl').write_text('old')
-    process = subprocess.Popen([sys.executable, ROOT / 'clean.py', '--input=in.jsonl', '--out=out.jsonl', '--gopher',
+    process = subprocess.Popen([sys.executable, '-m', 'data.clean', '--input=in.jsonl', '--out=out.jsonl', '--gopher',
                                 '--near', '--num_proc=2'], cwd=tmp_path, stderr=subprocess.PIPE, text=True,
                                start_new_session=True)
     temporary = tmp_path / '.out.jsonl.tmp'
@@ -557,9 +556,9 @@ def test_interrupted(wait, tmp_path):
 
 @POSIX
 def test_another_process_that_writes_there(tmp_path):
-    lock = corpus.lock_folder(tmp_path)
+    lock = encode.lock_folder(tmp_path)
     small = write_rows(tmp_path / 'in.jsonl', ['b'])
-    with pytest.raises(corpus.Busy, match='cleaning a corpus into'):
+    with pytest.raises(encode.Busy, match='cleaning a corpus into'):
         clean.clean_to(tmp_path / 'out.jsonl', tmp_path / 'report.json', small, clean.Steps(exact=True))
     os.close(lock)
     assert os.listdir(tmp_path) == ['in.jsonl']
@@ -569,7 +568,7 @@ def test_another_process_that_writes_there(tmp_path):
 def test_workers_end_when_the_main_process_was_killed(tmp_path):
     pytest.importorskip('datasketch')
     big(tmp_path / 'in.jsonl')
-    process = subprocess.Popen([sys.executable, ROOT / 'clean.py', '--input=in.jsonl', '--out=out.jsonl', '--gopher',
+    process = subprocess.Popen([sys.executable, '-m', 'data.clean', '--input=in.jsonl', '--out=out.jsonl', '--gopher',
                                 '--near', '--num_proc=2'], cwd=tmp_path, stderr=subprocess.DEVNULL)
     wait_for(lambda: (tmp_path / '.out.jsonl.tmp').exists() and (tmp_path / '.out.jsonl.tmp').stat().st_size)
     children = Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()

@@ -10,9 +10,9 @@ from conftest import load_or_skip
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import constrain
 import tokenizer
-from constrain import Constraint
+from flatgpt import constrain
+from flatgpt.constrain import Constraint
 
 pytest.importorskip('llguidance')
 jsonschema = pytest.importorskip('jsonschema')

@@ -10,12 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-import chat
-import checkpoint
-import conversations
-import corpus
-import dataloader
-from tokenizer import BPETokenizer, ByteTokenizer
+from data import conversations, encode
+from data import tokens as dataloader
+from flatgpt import pretrained
+from tokenizer import BPETokenizer, ByteTokenizer, chat
 
 TOKENIZER = BPETokenizer([], None, {token: 256 + i for i, token in enumerate(chat.SPECIAL_TOKENS)})  # one a byte
 
@@ -123,7 +121,7 @@ def prepare(folder, monkeypatch, capsys, **settings):
     monkeypatch.setattr('sys.argv', ['prepare.py', *argv])
     error = None
     try:
-        corpus.run(script.main)
+        encode.run(script.main)
     except SystemExit as exit:
         error = str(exit)
     return capsys.readouterr(), error
@@ -241,7 +239,7 @@ def test_loss_is_that_of_the_answers_alone(trained):
     tokens = dataloader.open_tokens(data_dir, 'train', dataloader.load_meta(data_dir), 32)
     starts = dataloader.train_windows(0, 5, len(tokens), 32, 1337, row=33)
     assert (starts % 33 == 0).all()
-    model, _, _, _ = checkpoint.open_model('resume', str(trained.path / 'base'))
+    model, _, _, _ = pretrained.open_model('resume', str(trained.path / 'base'))
     total, count = 0.0, 0
     for start in starts:
         ids, mask = (torch.from_numpy(part[start : start + 33].astype(np.int64)) for part in (tokens.ids, tokens.mask))
@@ -254,7 +252,7 @@ def test_loss_is_that_of_the_answers_alone(trained):
     assert trained.checkpoint('sft')['chat_template'] == chat.TEMPLATE
     shown = trained.sample(out_dir='sft', chat=True, max_new_tokens=4)
     assert 'it was trained on chats' in shown.out
-    loss = json.loads(trained.start('evaluate.py', out_dir='sft', device='cpu').ok().out.splitlines()[-1])['loss']
+    loss = json.loads(trained.start('eval.py', out_dir='sft', device='cpu').ok().out.splitlines()[-1])['loss']
     assert loss == pytest.approx(trained.log('sft')[-1]['val_loss'], abs=1e-4)
 
 
@@ -287,6 +285,6 @@ def test_what_does_not_fit(trained):
     short = trained.train(init_from='base', **{**SFT, 'block_size': 16})
     short.refused('packed for a context of 32', '--block_size=32')
     trained.train(init_from='base', dataset='tiny', block_size=None).refused('prepared for a vocabulary')
-    trained.start('evaluate.py', out_dir='base', dataset='sums', stride=4, device='cpu').refused('are evaluated whole')
+    trained.start('eval.py', out_dir='base', dataset='sums', stride=4, device='cpu').refused('are evaluated whole')
     (trained.path / 'data' / 'sums' / 'val_mask.bin').write_bytes(b'1')
     trained.train(init_from='base', **SFT).refused('val_mask.bin has 1 bytes', 'data/chat/prepare.py --input=FILE')

@@ -22,10 +22,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tqdm import tqdm
 
-import corpus
-import dataloader
-import download
 import tokenizer
+from data import documents as corpus
+from data import download, encode
+from data import tokens as dataloader
+from tokenizer import base
 
 # tqdm's lock is shared with forked processes: one that is killed while it has it would stop all others
 tqdm.set_lock(threading.RLock())
@@ -48,7 +49,7 @@ def write(out_dir, documents, val_fraction=0.3, tok=None, **options):
     def pieces():
         return corpus.split_documents(documents() if callable(documents) else documents, val_fraction)
 
-    return corpus.write_dataset(out_dir, pieces, tok or tokenizer.ByteTokenizer(), documents=True, source='test',
+    return encode.write_dataset(out_dir, pieces, tok or tokenizer.ByteTokenizer(), documents=True, source='test',
                                 val_fraction=val_fraction, **options)
 
 
@@ -311,10 +312,10 @@ def test_separator_is_in_a_char_vocabulary(tmp_path):
     def pieces():
         return corpus.split_each(documents, 0.5)
 
-    tok = corpus.make_tokenizer('char', pieces, documents=True)
-    corpus.write_dataset(tmp_path, pieces, tok, documents=True, source='', val_fraction=0.5)
+    tok = encode.make_tokenizer('char', pieces, documents=True)
+    encode.write_dataset(tmp_path, pieces, tok, documents=True, source='', val_fraction=0.5)
     assert tok.decode(ids(tmp_path, 'val')).endswith('\n\n')
-    assert '\n' not in corpus.make_tokenizer('char', pieces, documents=False).chars
+    assert '\n' not in encode.make_tokenizer('char', pieces, documents=False).chars
 
 
 @pytest.mark.parametrize('name', ['bpe', 'word'])
@@ -328,10 +329,10 @@ def test_vocabularies_are_trained_on_the_training_split(tmp_path, name):
             yield 'train', text
             yield 'val', secret
 
-    tok = corpus.make_tokenizer(name, pieces, documents=True, vocab_size=300)
-    assert tok.to_dict() == corpus.make_tokenizer(name, pieces, documents=True, vocab_size=300).to_dict()
+    tok = encode.make_tokenizer(name, pieces, documents=True, vocab_size=300)
+    assert tok.to_dict() == encode.make_tokenizer(name, pieces, documents=True, vocab_size=300).to_dict()
     assert tok.vocab_size <= 300 and tok.eot is not None
-    corpus.write_dataset(tmp_path, pieces, tok, documents=True, source='', val_fraction=0.5)
+    encode.write_dataset(tmp_path, pieces, tok, documents=True, source='', val_fraction=0.5)
     ends = ids(tmp_path, 'train')
     assert (ends == tok.eot).sum() == 40
     assert tok.decode(ends[ends != tok.eot]) == ''.join(documents)
@@ -370,8 +371,8 @@ KINDS = ['gpt2', 'gpt4', 'bytes', 'own', 'word', 'byte', 'char']
 @pytest.mark.parametrize('kind', KINDS)
 def test_a_running_text_has_the_ids_of_the_whole(tmp_path, monkeypatch, kind):
     """Wherever its pieces are cut: the files are those of the text encoded at once."""
-    monkeypatch.setattr(corpus, 'BATCH_CHARS', 1000)
-    monkeypatch.setattr(tokenizer, 'STREAM_CHARS', 200)
+    monkeypatch.setattr(encode, 'BATCH_CHARS', 1000)
+    monkeypatch.setattr(base, 'STREAM_CHARS', 200)
     rng = random.Random(1)
     texts = {'train': words(2000, 1) + ' \n\n \t\n' * 100 + 'x' * 1500 + words(500, 2), 'val': words(300, 3)}
     tok = of_kind(kind, texts['train'] + texts['val'])
@@ -379,20 +380,20 @@ def test_a_running_text_has_the_ids_of_the_whole(tmp_path, monkeypatch, kind):
     for split, text in texts.items():
         at = sorted({0, len(text), *rng.sample(range(len(text)), len(text) // 90)})
         pieces += [(split, text[i:j]) for i, j in zip(at, at[1:], strict=False)]
-    meta = corpus.write_dataset(tmp_path, lambda: iter(pieces), tok, documents=False, source='test', val_fraction=0.1)
+    meta = encode.write_dataset(tmp_path, lambda: iter(pieces), tok, documents=False, source='test', val_fraction=0.1)
     for split, text in texts.items():
         assert ids(tmp_path, split).tolist() == tok.encode(text)
     assert meta['sha256'] == hashlib.sha256(''.join(texts.values()).encode()).hexdigest()
-    longest = max(len(text) for _, text in corpus.cut_anew(pieces, tok))
+    longest = max(len(text) for _, text in encode.cut_anew(pieces, tok))
     assert longest == len(texts['train']) if kind == 'own' else longest < 5000  # what is held in memory
 
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_a_running_text_goes_on(tmp_path, monkeypatch, capsys, kind):
     """Interrupted again and again, each time a little later, it ends in the same files."""
-    monkeypatch.setattr(corpus, 'BATCH_CHARS', 2000)
-    monkeypatch.setattr(tokenizer, 'STREAM_CHARS', 200)
-    monkeypatch.setattr(corpus, 'JOURNAL_BYTES', 1)
+    monkeypatch.setattr(encode, 'BATCH_CHARS', 2000)
+    monkeypatch.setattr(base, 'STREAM_CHARS', 200)
+    monkeypatch.setattr(encode, 'JOURNAL_BYTES', 1)
     text = words(2000)
     tok = of_kind(kind, text)
     pieces = [('train', text[i:i + 100]) for i in range(0, len(text), 100)] + [('val', words(100, 4))]
@@ -403,7 +404,7 @@ def test_a_running_text_goes_on(tmp_path, monkeypatch, capsys, kind):
             if stop is not None:
                 raise ValueError('broken input')
 
-        return corpus.write_dataset(folder, until, tok, documents=False, source='test', val_fraction=0.1,
+        return encode.write_dataset(folder, until, tok, documents=False, source='test', val_fraction=0.1,
                                     shard_tokens=700)
 
     prepare(tmp_path / 'whole')
@@ -419,7 +420,7 @@ def test_a_running_text_goes_on(tmp_path, monkeypatch, capsys, kind):
 def test_uint32_vocabulary(tmp_path):
     tok = tokenizer.CharTokenizer([chr(code) for code in range(0x10000, 0x10000 + 65537)])
     text = chr(0x10000 + 65536) * 10
-    meta = corpus.write_dataset(tmp_path, lambda: [('train', text), ('val', text)], tok, documents=False,
+    meta = encode.write_dataset(tmp_path, lambda: [('train', text), ('val', text)], tok, documents=False,
                                 source='test', val_fraction=0.5)
     assert meta['dtype'] == 'uint32' and os.path.getsize(tmp_path / 'val.bin') == 40
     assert ids(tmp_path, 'val').tolist() == [65536] * 10
@@ -427,7 +428,7 @@ def test_uint32_vocabulary(tmp_path):
 
 @pytest.mark.parametrize('workers', [1, 5])
 def test_same_bytes_whatever_the_workers(tmp_path, monkeypatch, workers):
-    monkeypatch.setattr(corpus, 'BATCH_CHARS', 300)
+    monkeypatch.setattr(encode, 'BATCH_CHARS', 300)
     documents = [words(15, seed) for seed in range(100)]
     write(tmp_path / 'a', documents, tok=load_or_skip('gpt2'), workers=workers)
     monkeypatch.undo()
@@ -455,7 +456,7 @@ def test_shards(tmp_path_factory, sizes, shard_tokens):
     folder = tmp_path_factory.mktemp('shards')
     documents = [chr(97 + i % 26) * n + str(i) for i, n in enumerate(sizes)]
     splits = ['train' if i % 3 else 'val' for i in range(len(sizes))]
-    metas = [corpus.write_dataset(folder / str(n), lambda: zip(splits, documents, strict=True),
+    metas = [encode.write_dataset(folder / str(n), lambda: zip(splits, documents, strict=True),
                                   tokenizer.ByteTokenizer(), documents=True, source='', val_fraction=0.3,
                                   shard_tokens=n) for n in (10**9, shard_tokens)]
     for split in ('train', 'val'):
@@ -519,8 +520,8 @@ def references(tmp_path):
 @pytest.fixture
 def small_steps(monkeypatch):
     """A journal after every few documents."""
-    monkeypatch.setattr(corpus, 'BATCH_CHARS', 4000)
-    monkeypatch.setattr(corpus, 'JOURNAL_BYTES', 1)
+    monkeypatch.setattr(encode, 'BATCH_CHARS', 4000)
+    monkeypatch.setattr(encode, 'JOURNAL_BYTES', 1)
 
 
 def die_at(step):
@@ -739,13 +740,13 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch, step):
     def full(*_):
         raise OSError(28, 'No space left on device')
 
-    corpus.replace_file(tmp_path / 'f', b'old')
+    encode.replace_file(tmp_path / 'f', b'old')
     monkeypatch.setattr(os, step, full)
     with pytest.raises(OSError, match='No space left'):
-        corpus.replace_file(tmp_path / 'f', b'new')
+        encode.replace_file(tmp_path / 'f', b'new')
     assert contents(tmp_path) == {'f': b'old'}
     monkeypatch.undo()
-    corpus.replace_file(tmp_path / 'f', b'new')
+    encode.replace_file(tmp_path / 'f', b'new')
     assert contents(tmp_path) == {'f': b'new'}
 
 
@@ -942,11 +943,11 @@ def test_another_folder(tmp_path, monkeypatch, out_dir, dataset, name):
     """What is said of it leads train.py to it."""
     monkeypatch.chdir(tmp_path)
     out_dir = out_dir.format(tmp_path)
-    assert corpus.output_folder(None, 'book.txt', out_dir) == (dataset, name, out_dir)
+    assert encode.output_folder(None, 'book.txt', out_dir) == (dataset, name, out_dir)
     os.makedirs(out_dir)
     assert os.path.samefile(dataloader.folder_of(dataset), out_dir)
     with pytest.raises(ValueError, match='--name=a and --out_dir=.* both say where to write'):
-        corpus.output_folder('a', 'book.txt', out_dir)
+        encode.output_folder('a', 'book.txt', out_dir)
 
 
 def test_openwebtext_shard(copy, tmp_path):

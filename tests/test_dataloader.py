@@ -11,9 +11,10 @@ from conftest import CHARS, ROOT, write_dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import dataloader
 import tokenizer
-from dataloader import even_windows, gather, mix, shuffled, train_windows, whole_windows
+from data import encode
+from data import tokens as dataloader
+from data.tokens import even_windows, gather, mix, shuffled, train_windows, whole_windows
 
 seeds = st.integers(0, 2**63 - 1)
 
@@ -311,10 +312,9 @@ def test_tokens_that_fit_on_a_gpu(monkeypatch):
 
 def test_a_prepared_dataset_in_shards(tmp_path):
     """What corpus.py writes, this reads: the same batches from one file and from many."""
-    import corpus
     documents = [('train' if i % 5 else 'val', chr(97 + i % 26) * (i + 3)) for i in range(90)]
     for shard_tokens in (10**9, 700):
-        corpus.write_dataset(tmp_path / str(shard_tokens), lambda: documents, tokenizer.ByteTokenizer(), documents=True,
+        encode.write_dataset(tmp_path / str(shard_tokens), lambda: documents, tokenizer.ByteTokenizer(), documents=True,
                              source='', val_fraction=0.2, shard_tokens=shard_tokens)
     one, many = opened(tmp_path / str(10**9)), opened(tmp_path / '700')
     assert len(list((tmp_path / '700').glob('train-*.bin'))) >= 4 and isinstance(one, np.ndarray)

@@ -21,8 +21,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import corpus  # noqa: E402
-import download  # noqa: E402
+from data import documents as corpus
+from data import download, encode
 
 CONTENT = random.Random(0).randbytes(300_000)
 SHA = hashlib.sha256(CONTENT).hexdigest()
@@ -136,16 +136,16 @@ def test_a_busy_server_is_asked_again(tmp_path, server, monkeypatch, capsys):
 def test_shakespeare_is_downloaded_by_one_process_at_a_time(tmp_path, server, monkeypatch):
     monkeypatch.setattr(download, 'SHAKESPEARE', server.url + '/file')
     monkeypatch.setattr(download, 'SHAKESPEARE_SHA256', SHA)
-    lock = corpus.lock_folder(tmp_path)
+    lock = encode.lock_folder(tmp_path)
     if lock is None:
         pytest.skip('no locks on this system')
-    with pytest.raises(corpus.Busy, match='downloading to'):
+    with pytest.raises(encode.Busy, match='downloading to'):
         download.get_shakespeare(None, tmp_path, 'COMMAND')
     os.close(lock)
     assert server.asked == [] and os.listdir(tmp_path) == []
     path = download.get_shakespeare(None, tmp_path, 'COMMAND')
     assert Path(path).read_bytes() == CONTENT
-    os.close(corpus.lock_folder(tmp_path))  # which is free again
+    os.close(encode.lock_folder(tmp_path))  # which is free again
 
 
 def test_download_offline(tmp_path, monkeypatch):

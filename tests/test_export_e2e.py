@@ -13,11 +13,10 @@ import pytest
 import torch
 from conftest import CHARS, make_text, same_state
 
-import checkpoint
-import huggingface
-import interchange
 import tokenizer
-from bpe import PATTERNS
+from flatgpt import huggingface, pretrained
+from tokenizer import formats
+from tokenizer.patterns import PATTERNS
 
 transformers = pytest.importorskip('transformers')
 safetensors_torch = pytest.importorskip('safetensors.torch')
@@ -42,7 +41,7 @@ def write_dataset_of(folder, text_tokenizer, name='words'):
 
 
 def export(folder, **settings):
-    return folder.start('export.py', **{'out_dir': 'out', 'out': 'hf', **settings}).wait()
+    return folder.start('flatgpt.export', **{'out_dir': 'out', 'out': 'hf', **settings}).wait()
 
 
 def test_a_trained_model_leaves(folder):
@@ -53,7 +52,7 @@ def test_a_trained_model_leaves(folder):
     assert len({path.stat().st_mode for path in (folder.path / 'hf').iterdir()}) == 1  # whoever reads one reads all
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder.path / 'hf').eval()
     fast = transformers.AutoTokenizer.from_pretrained(folder.path / 'hf')
-    ours, text_tokenizer, _, _ = checkpoint.open_model('resume', str(folder.path / 'out'))
+    ours, text_tokenizer, _, _ = pretrained.open_model('resume', str(folder.path / 'out'))
     ids = text_tokenizer.encode('the cat sat on')
     assert fast('the cat sat on')['input_ids'] == ids and fast.decode(ids) == 'the cat sat on'
     idx = torch.tensor([ids])
@@ -90,7 +89,7 @@ def test_finetune_resume_sample_and_export_a_qwen(folder):
         vocab_size=320, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=1, head_dim=8, max_position_embeddings=4096, bos_token_id=None, eos_token_id=256,
     )).save_pretrained(folder.path / 'qwen')
-    interchange.write_hf_folder(words.to_dict(), str(folder.path / 'qwen'), {'chat_template': '{{ messages }}'})
+    formats.write_hf_folder(words.to_dict(), str(folder.path / 'qwen'), {'chat_template': '{{ messages }}'})
     folder.train(init_from='qwen').refused('data/tiny was prepared for a vocabulary of', '(char)', 'qwen has another',
                                            'prepare.py', '--tokenizer=qwen')
     write_dataset_of(folder, tokenizer.load(str(folder.path / 'qwen')))
@@ -172,7 +171,7 @@ def test_lm_evaluation_harness_gets_our_numbers(folder):
     assert done.returncode == 0, done.stderr[-3000:]
     results = json.loads(next((folder.path / 'results').rglob('results_*.json')).read_text())['results']
 
-    model, text_tokenizer, _, _ = checkpoint.open_model('resume', str(folder.path / 'out'))
+    model, text_tokenizer, _, _ = pretrained.open_model('resume', str(folder.path / 'out'))
     right = [max(range(3), key=lambda j, q=q: score(model, text_tokenizer, q['question'] + q['choices'][j],
                                                     len(q['question']))) == q['answer'] for q in questions]
     assert 0 < sum(right) < len(right) and results['our_choices']['acc,none'] == pytest.approx(np.mean(right))

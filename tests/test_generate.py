@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_model import OPTIONS, sharpened, tiny
 
-import quantize
-from constrain import Constraint
-from generate import (
+from flatgpt import quantize
+from flatgpt.constrain import Constraint
+from flatgpt.generate import (
+    KVCache,
     Sample,
     encode_prompt,
     generate,
@@ -22,7 +23,7 @@ from generate import (
     sample_next,
     uniforms,
 )
-from model import GPT, GPTConfig, KVCache
+from model import GPT, GPTConfig
 from tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
 
 

@@ -5,11 +5,12 @@ import math
 import pytest
 import torch
 
-import dataloader
-import model as model_module
-import quantize
-from generate import generate
-from model import GPT, PRESETS, GPTConfig
+import ops
+from config.presets import PRESETS
+from data import tokens as dataloader
+from flatgpt import quantize
+from flatgpt.generate import generate
+from model import GPT, GPTConfig
 
 DEVICE = torch.device('cuda', 0)
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU here')
@@ -29,7 +30,7 @@ def test_compiled_equals_eager(preset, options, monkeypatch):
     idx = torch.randint(320, (4, 256))
     expected = here(idx, idx)[1]
     expected.backward()
-    monkeypatch.setattr(model_module, 'CHUNK', 100_000)
+    monkeypatch.setattr(ops, 'CHUNK', 100_000)
     loss = torch.compile(there, fullgraph=True, dynamic=False)(idx.to(DEVICE), idx.to(DEVICE), return_logits=False)[1]
     loss.backward()
     torch.testing.assert_close(loss.cpu(), expected.detach(), atol=1e-3, rtol=0)

@@ -12,20 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-import bpe
-import chat
-import checkpoint
-import huggingface
-import interchange
 import tokenizer
-from model import GPT, PRESETS, GPTConfig, KVCache
+from config.presets import PRESETS
+from flatgpt import checkpoint, huggingface, pretrained
+from flatgpt.generate import KVCache
+from model import GPT, GPTConfig
+from tokenizer import chat, formats, patterns
 
 transformers = pytest.importorskip('transformers')
 safetensors_torch = pytest.importorskip('safetensors.torch')
 huggingface_hub = pytest.importorskip('huggingface_hub')
 
 BYTES = {'kind': 'byte'}
-QWENS = {**interchange.BYTES, 'pattern': bpe.PATTERNS['qwen2'], 'normalizer': 'NFC'}
+QWENS = {**formats.BYTES, 'pattern': patterns.PATTERNS['qwen2'], 'normalizer': 'NFC'}
 GPT2 = {'vocab_size': 300, 'n_positions': 32, 'n_embd': 24, 'n_layer': 2, 'n_head': 3, 'bos_token_id': 0,
         'eos_token_id': 0, 'resid_pdrop': 0.0, 'embd_pdrop': 0.0, 'attn_pdrop': 0.0}
 LLAMA = {'vocab_size': 300, 'hidden_size': 32, 'intermediate_size': 40, 'num_hidden_layers': 2,
@@ -86,7 +85,7 @@ def change_config(folder, **changes):
 
 
 def add_byte_tokenizer(folder):
-    interchange.write_hf_folder(BYTES, folder)
+    formats.write_hf_folder(BYTES, folder)
 
 
 # from there -----------------------------------------------------------------------------------------------------------
@@ -170,13 +169,13 @@ def test_through_a_checkpoint_and_back(tmp_path):
     """What transformers saved, read, saved as ckpt.pt, opened and exported: the same bits, the same words for chat."""
     theirs = build('qwen3', vocab_size=320)
     theirs.save_pretrained(tmp_path / 'theirs')
-    interchange.write_hf_folder(BYTES, str(tmp_path / 'theirs'), {'chat_template': 'Hi {{ messages }}'})
+    formats.write_hf_folder(BYTES, str(tmp_path / 'theirs'), {'chat_template': 'Hi {{ messages }}'})
     model, described, chat_template = huggingface.load(str(tmp_path / 'theirs'))
     (tmp_path / 'out').mkdir()
     checkpoint.save(str(tmp_path / 'out'), {
         'model': model.state_dict(), 'model_args': vars(model.config), 'iter_num': 3, 'best_val_loss': 1.0,
         'tokenizer': described, 'chat_template': chat_template}, is_best=True)
-    model, text_tokenizer, chat_template, line = checkpoint.open_model('resume', str(tmp_path / 'out'))
+    model, text_tokenizer, chat_template, line = pretrained.open_model('resume', str(tmp_path / 'out'))
     assert 'step 3' in line and chat_template == 'Hi {{ messages }}' and not model.training
     huggingface.save(model, text_tokenizer.to_dict(), chat_template, str(tmp_path / 'ours'))
     one, other = (safetensors_torch.load_file(tmp_path / name / 'model.safetensors') for name in ('theirs', 'ours'))
@@ -188,9 +187,9 @@ def test_through_a_checkpoint_and_back(tmp_path):
 def test_open_model_takes_a_folder(tmp_path):
     build('llama').save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="vocab_size is 300, not GPT-2's 50257.*copy that of the model"):
-        checkpoint.open_model(str(tmp_path), 'out')
+        pretrained.open_model(str(tmp_path), 'out')
     add_byte_tokenizer(tmp_path)
-    model, text_tokenizer, chat_template, line = checkpoint.open_model(str(tmp_path), 'out')
+    model, text_tokenizer, chat_template, line = pretrained.open_model(str(tmp_path), 'out')
     assert model.config.norm == 'rmsnorm' and not model.training and line == str(tmp_path)
     assert text_tokenizer.encode('é') == [0xc3, 0xa9] and chat_template is None
 
@@ -442,7 +441,7 @@ def test_tokenizers_that_are_refused(tmp_path):
         'type': 'BPE', 'byte_fallback': True, 'vocab': {}, 'merges': []}}))
     with pytest.raises(ValueError, match='byte_fallback is true'):
         huggingface.load(str(tmp_path))
-    interchange.write_hf_folder({**interchange.BYTES, 'special_tokens': {'<|pad|>': 300}}, tmp_path)
+    formats.write_hf_folder({**formats.BYTES, 'special_tokens': {'<|pad|>': 300}}, tmp_path)
     with pytest.raises(ValueError, match='the tokenizer has ids up to 300, the model only 300'):
         huggingface.load(str(tmp_path))
 
@@ -535,7 +534,7 @@ def test_a_folder_is_whole_or_not_there(tmp_path, monkeypatch):
         huggingface.save(model, BYTES, None, str(tmp_path / 'hf'))
     (tmp_path / 'hf' / 'mine').unlink()
     with pytest.raises(ValueError, match='the tokenizer has 301 ids and the model 300'):
-        huggingface.save(model, {**interchange.BYTES, 'special_tokens': {'<|x|>': 300}}, None, str(tmp_path / 'hf'))
+        huggingface.save(model, {**formats.BYTES, 'special_tokens': {'<|x|>': 300}}, None, str(tmp_path / 'hf'))
 
     def full(*arguments):
         raise OSError(28, 'No space left on device')
@@ -590,7 +589,7 @@ def test_autotokenizer_gives_the_same_ids(kind, described, tmp_path):
 
 def test_where_an_answer_ends(tmp_path):
     """Of a model that chats it is the end of its turn; generation stops at the end of a document, too."""
-    values = {**interchange.BYTES, 'special_tokens': {'<|endoftext|>': 256, '<|im_end|>': 258}}
+    values = {**formats.BYTES, 'special_tokens': {'<|endoftext|>': 256, '<|im_end|>': 258}}
     model = tiny(**PRESETS['llama'])
     for name, chat_template, ends in (('base', None, 256), ('chat', '{{ messages }}', [258, 256])):
         huggingface.save(model, values, chat_template, str(tmp_path / name))
@@ -616,7 +615,7 @@ TALK = [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'},
      ['<|eot_id|>', '<|end_of_text|>'])])
 def test_ends_of_a_chat_are_the_same_there(tmp_path, specials, template, ends):
     """The ids that transformers renders, and where it stops."""
-    values = {**interchange.BYTES, 'special_tokens': {token: 256 + i for i, token in enumerate(specials)}}
+    values = {**formats.BYTES, 'special_tokens': {token: 256 + i for i, token in enumerate(specials)}}
     huggingface.save(tiny(**PRESETS['llama']), values, template, str(tmp_path / 'hf'))
     fast = transformers.AutoTokenizer.from_pretrained(tmp_path / 'hf')
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'hf').generation_config.eos_token_id
@@ -631,7 +630,7 @@ def test_ends_of_a_chat_are_the_same_there(tmp_path, specials, template, ends):
 def test_the_end_that_a_folder_names(tmp_path, token):
     """Of several that it could be by name; the template takes it along, into checkpoints and to there again."""
     specials = ['<|begin_of_text|>', '<|end_of_text|>', '<|eot_id|>']
-    values = {**interchange.BYTES, 'special_tokens': {token: 256 + i for i, token in enumerate(specials)}}
+    values = {**formats.BYTES, 'special_tokens': {token: 256 + i for i, token in enumerate(specials)}}
     template = "\n{% for m in messages %}{{ '<|begin_of_text|>' + m.role + m.content + eos_token }}{% endfor %}"
     huggingface.save(tiny(**PRESETS['llama']), values, None, str(tmp_path / 'hf'))
     path = tmp_path / 'hf' / 'tokenizer_config.json'
@@ -647,7 +646,7 @@ def test_the_end_that_a_folder_names(tmp_path, token):
 
 
 def test_same_tokenizer():
-    bytes_too = {**interchange.BYTES, 'visible_tokens': [], 'special_tokens': {}}
+    bytes_too = {**formats.BYTES, 'visible_tokens': [], 'special_tokens': {}}
     assert huggingface.same_tokenizer(BYTES, bytes_too)
     assert not huggingface.same_tokenizer(BYTES, {**bytes_too, 'normalizer': 'NFC'})
     assert not huggingface.same_tokenizer(BYTES, {'kind': 'char', 'chars': 'ab'})
@@ -672,7 +671,7 @@ def test_gpt2s_own_files(tmp_path):
 
 def gpt2_files(gpt2):
     values = gpt2.to_dict()
-    vocab = interchange.hf_tokenizer(values, '')['model']['vocab']
+    vocab = formats.hf_tokenizer(values, '')['model']['vocab']
     return vocab, [tuple(merge.split(' ')) for merge in values['merges']]
 
 

@@ -17,9 +17,8 @@ from conftest import load_or_skip
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import bpe
-import interchange
 import tokenizer
+from tokenizer import base, bpe, formats, patterns
 
 tokenizers = pytest.importorskip('tokenizers')
 transformers = pytest.importorskip('transformers')
@@ -56,8 +55,8 @@ def cache():
 @pytest.fixture(scope='module')
 def published(cache):
     """Name -> description read from the published file."""
-    return {'gpt2': interchange.read_gpt2_files(cache['encoder.json'], cache['vocab.bpe']),
-            'cl100k_base': interchange.read_tiktoken(cache['cl100k_base'])}
+    return {'gpt2': formats.read_gpt2_files(cache['encoder.json'], cache['vocab.bpe']),
+            'cl100k_base': formats.read_tiktoken(cache['cl100k_base'])}
 
 
 @pytest.fixture(scope='module')
@@ -65,33 +64,33 @@ def hf_folders(published, tmp_path_factory):
     folders = {}
     for name, values in published.items():
         folders[name] = tmp_path_factory.mktemp(name)
-        interchange.write_hf_folder(values, folders[name])
+        formats.write_hf_folder(values, folders[name])
     return folders
 
 
 @pytest.fixture(scope='module')
 def small():
     """A vocabulary of 600 tokens, as a description."""
-    return interchange.describe('small', *learnt(), bpe.PATTERNS['gpt4'], {'<|endoftext|>': 700}, False)
+    return formats.describe('small', *learnt(), patterns.PATTERNS['gpt4'], {'<|endoftext|>': 700}, False)
 
 
 def learnt(n=344):
     """{token: id} and merges of a vocabulary learnt from TEXTS and this file."""
     texts = [*TEXTS, Path(__file__).read_text(encoding='utf-8')]
-    pairs = bpe.learn(bpe.count_pieces(texts, bpe.PATTERNS['gpt4'], workers=1), n)
+    pairs = bpe.learn(bpe.count_pieces(texts, patterns.PATTERNS['gpt4'], workers=1), n)
     tokens = bpe.token_bytes(pairs)
     return {token: i for i, token in enumerate(tokens)}, [(tokens[left], tokens[right]) for left, right in pairs]
 
 
 def encode_plainly(values, text):
     """What a description says, step by step."""
-    printable_ids = dict(zip(map(bpe.BYTE_TO_CHAR.get, range(256)), values['byte_ids'] or range(256), strict=True))
+    printable_ids = dict(zip(map(patterns.BYTE_TO_CHAR.get, range(256)), values['byte_ids'] or range(256), strict=True))
     merges = [tuple(merge.split(' ')) for merge in values['merges']]
     merge_ids = values['merge_ids'] or range(256, 256 + len(merges))
     printable_ids |= {''.join(merge): i for merge, i in zip(merges, merge_ids, strict=True)}
     ids = []
-    for piece in bpe.split(text, values['pattern']):
-        parts = [bpe.BYTE_TO_CHAR[byte] for byte in piece.encode()]
+    for piece in patterns.split(text, values['pattern']):
+        parts = [patterns.BYTE_TO_CHAR[byte] for byte in piece.encode()]
         if values['ignore_merges'] and ''.join(parts) in printable_ids:
             parts = [''.join(parts)]
         while set(pairs := list(zip(parts, parts[1:], strict=False))) & set(merges):
@@ -145,15 +144,15 @@ def test_this_programs_tokenizer_of_a_published_file(name, published):
 
 @pytest.mark.parametrize('name', ['gpt2', 'cl100k_base'])
 def test_published_round_trips(name, published, hf_folders, cache, tmp_path):
-    assert interchange.read(hf_folders[name]) == published[name]
+    assert formats.read(hf_folders[name]) == published[name]
     path = tmp_path / 'own.tiktoken'
-    interchange.write_tiktoken(published[name], path)
+    formats.write_tiktoken(published[name], path)
     if name == 'cl100k_base':
         assert path.read_bytes() == cache['cl100k_base'].read_bytes()
     else:
         encoding = tiktoken.get_encoding('gpt2')
         assert tiktoken_of(path, encoding._pat_str)._mergeable_ranks == encoding._mergeable_ranks
-        assert interchange.read_tiktoken(path, 'gpt2', {'<|endoftext|>': 50256}) == published['gpt2']
+        assert formats.read_tiktoken(path, 'gpt2', {'<|endoftext|>': 50256}) == published['gpt2']
 
 
 def test_published_merges_are_those_of_gpt2(published, cache):
@@ -190,14 +189,14 @@ def pre_tokenizers_of(pattern):
 @pytest.mark.parametrize('pattern', ['gpt2', 'gpt4', 'o200k', None])
 def test_reads_what_tokenizers_trained(pattern, tmp_path):
     pre_tokenizer = (tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False) if pattern == 'gpt2' else
-                     pre_tokenizers_of(bpe.PATTERNS.get(pattern)))
+                     pre_tokenizers_of(patterns.PATTERNS.get(pattern)))
     theirs = trained_by_tokenizers([*TEXTS, Path(__file__).read_text(encoding='utf-8')], 700, pre_tokenizer)
     theirs.save(str(tmp_path / 'tokenizer.json'))
-    values = interchange.read(tmp_path)
-    assert values['pattern'] == bpe.PATTERNS.get(pattern)
+    values = formats.read(tmp_path)
+    assert values['pattern'] == patterns.PATTERNS.get(pattern)
     assert values['special_tokens'] == {'<s>': 0, '<|endoftext|>': 1}
     assert values['byte_ids'][ord('!')] == 2 and values['merge_ids'][0] == 258
-    interchange.write_tokenizer_json(values, tmp_path / 'ours.json')
+    formats.write_tokenizer_json(values, tmp_path / 'ours.json')
     ours = tokenizers.Tokenizer.from_file(str(tmp_path / 'ours.json'))
     assert ours.get_vocab() == theirs.get_vocab()
     for text in TEXTS:
@@ -210,7 +209,7 @@ def test_reads_what_tokenizers_trained(pattern, tmp_path):
     old['model']['merges'] = [' '.join(pair) for pair in old['model']['merges']]
     del old['model']['type'], old['model']['ignore_merges']
     (tmp_path / 'old.json').write_text(json.dumps(old))
-    assert interchange.read(tmp_path / 'old.json') == values
+    assert formats.read(tmp_path / 'old.json') == values
 
 
 QWEN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)"
@@ -244,17 +243,17 @@ def test_published_families(family, tmp_path):
     """Read, used, saved, loaded and written again: the ids of tokenizers, by every way to encode."""
     theirs = published_like(family)
     theirs.save(str(tmp_path / 'tokenizer.json'))
-    values = interchange.read(tmp_path)
+    values = formats.read(tmp_path)
     ours = tokenizer.from_dict(values)
-    assert values['pattern'] == bpe.PATTERNS[{'qwen': 'qwen2', 'llama 3': 'gpt4'}.get(family, family)]
+    assert values['pattern'] == patterns.PATTERNS[{'qwen': 'qwen2', 'llama 3': 'gpt4'}.get(family, family)]
     assert ours.normalizer == ('NFC' if family == 'qwen' else None)
     assert ours.bos_token == ('<s>' if family == 'llama 3' else None)
     assert ours.visible_tokens == ['<think>', '</think>'] and ours.is_fast
     ours.save(tmp_path / 'own.json')
     assert tokenizer.load(tmp_path / 'own.json').to_dict() == ours.to_dict() == values
-    interchange.write_tokenizer_json(values, tmp_path / 'again.json')
+    formats.write_tokenizer_json(values, tmp_path / 'again.json')
     again = tokenizers.Tokenizer.from_file(str(tmp_path / 'again.json'))
-    assert interchange.read(tmp_path / 'again.json') == values
+    assert formats.read(tmp_path / 'again.json') == values
     assert again.encode('a', 'b').ids == theirs.encode('a', 'b').ids  # with what a post-processor adds
     marks = '<|im_start|>a <think>e\u0301</think>\u0338<|im_end|>\u0338'
     for text in [*TEXTS, marks]:
@@ -266,7 +265,7 @@ def test_published_families(family, tmp_path):
     @settings(max_examples=300)
     def same(text):
         expected = hf_ids(theirs, text)
-        assert encode_plainly(values, bpe.normalize(text, ours.normalizer)) == expected
+        assert encode_plainly(values, patterns.normalize(text, ours.normalizer)) == expected
         assert ours.encode(text) == ours.encode_array(text).tolist() == ours.encode(text.encode()) == expected
         assert ours.encode_batch([text, 'a'])[0].tolist() == list(ours.encode_iterable(text)) == expected
         assert ours.decode(expected) == (unicodedata.normalize('NFC', text) if ours.normalizer else text)
@@ -276,8 +275,8 @@ def test_published_families(family, tmp_path):
 @pytest.mark.parametrize('pattern', ['qwen2', None, r'\S+|\s+'])
 def test_nfc_in_a_stream(pattern, monkeypatch):
     """Wherever a stream is cut, the ids are those of the whole text, whose parts may compose over a cut."""
-    monkeypatch.setattr(tokenizer, 'STREAM_CHARS', 4)
-    values = {**interchange.BYTES, 'pattern': bpe.PATTERNS.get(pattern, pattern), 'normalizer': 'NFC',
+    monkeypatch.setattr(base, 'STREAM_CHARS', 4)
+    values = {**formats.BYTES, 'pattern': patterns.PATTERNS.get(pattern, pattern), 'normalizer': 'NFC',
               'merges': ['e s', 'Ã ©']}  # es, é
     ours = tokenizer.from_dict(values)
     composing = st.text('es= \n\u0301\u0327\u0338\u1100\u1161\u11a8\uac00\u212b🙂', max_size=40)
@@ -298,7 +297,7 @@ def test_nfc_is_that_of_tokenizers():
     marks = ['{}', 'a{}\u0334', 'a\u0345{}', 'a\u0301{}', 'a\u0327{}\u0301', '\U000105d2{}', '\U00011935{}']
     for form in marks:
         text = '\n'.join(map(form.format, SCRIPTS))
-        assert bpe.normalize(text, 'NFC') == theirs.normalize_str(text), form
+        assert patterns.normalize(text, 'NFC') == theirs.normalize_str(text), form
 
 
 def test_digits_apart():
@@ -308,7 +307,7 @@ def test_digits_apart():
 
     def same(text):
         expected = [piece for piece, _ in theirs.pre_tokenize_str(text)]
-        assert [bpe.printable(piece.encode()) for piece in bpe.split(text, bpe.PATTERNS['smollm2'])] == expected
+        assert [patterns.printable(piece.encode()) for piece in patterns.split(text, patterns.PATTERNS['smollm2'])] == expected
 
     same("a  12  b 3's  '5 \n\n6\t٣½ x")
     rng = random.Random(0)
@@ -325,8 +324,8 @@ def test_digits_apart():
 def test_characters_and_words_as_a_tokenizer_json(kind, tmp_path):
     text = ' '.join(TEXTS).replace('<|endoftext|>', '')
     ours = tokenizer.CharTokenizer.from_text(text) if kind == 'char' else tokenizer.WordTokenizer.train(text, 100)
-    interchange.write_hf_folder(ours.to_dict(), tmp_path)
-    assert interchange.read(tmp_path) == ours.to_dict()
+    formats.write_hf_folder(ours.to_dict(), tmp_path)
+    assert formats.read(tmp_path) == ours.to_dict()
     theirs = tokenizers.Tokenizer.from_file(str(tmp_path / 'tokenizer.json'))
     assert theirs.get_vocab_size() == ours.vocab_size
     rng = random.Random(0)
@@ -350,14 +349,14 @@ def test_a_token_made_in_two_ways(tmp_path, words, texts):
     """tokenizers' trainer learns (a, bb) and later (ab, b) too, when both come up, for the one token abb."""
     theirs = trained_by_tokenizers(words, 300, pre_tokenizers_of(None))
     theirs.save(str(tmp_path / 'tokenizer.json'))
-    values = interchange.read(tmp_path)
+    values = formats.read(tmp_path)
     for text in words + texts:
         assert encode_plainly(values, text) == hf_ids(theirs, text)
 
 
 def byte_level_file(merges, more_tokens=(), /, **model):
     """The content of a tokenizer.json without pattern: the bytes have the ids 0 to 255, then the merges' tokens."""
-    vocab = {char: byte for byte, char in bpe.BYTE_TO_CHAR.items()}
+    vocab = {char: byte for byte, char in patterns.BYTE_TO_CHAR.items()}
     for token in [*(merge.replace(' ', '') for merge in merges), *more_tokens]:
         vocab.setdefault(token, len(vocab))
     byte_level = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': False}
@@ -370,7 +369,7 @@ def byte_level_file(merges, more_tokens=(), /, **model):
 
 def read_file(tmp_path, content):
     (tmp_path / 'tokenizer.json').write_text(json.dumps(content), encoding='utf-8')
-    return interchange.read_tokenizer_json(tmp_path / 'tokenizer.json')
+    return formats.read_tokenizer_json(tmp_path / 'tokenizer.json')
 
 
 def test_two_ways_by_hand(tmp_path):
@@ -402,14 +401,14 @@ def test_any_merges_are_read_exactly_or_refused(tmp_path, merges_and_tokens, ign
         assert 'stands before one of its parts' in str(error) or 'no merges lead to' in str(error)
         return
     theirs = tokenizers.Tokenizer.from_str(json.dumps(file))
-    interchange.write_tokenizer_json(values, tmp_path / 'ours.json')
+    formats.write_tokenizer_json(values, tmp_path / 'ours.json')
     ours = tokenizers.Tokenizer.from_file(str(tmp_path / 'ours.json'))
     assert ours.get_vocab() == theirs.get_vocab()
     this = tokenizer.from_dict(values)
     for text in texts:
         assert encode_plainly(values, text) == hf_ids(theirs, text) == hf_ids(ours, text) == this.encode_ordinary(text)
     try:
-        interchange.write_tiktoken(values, tmp_path / 'ours.tiktoken')
+        formats.write_tiktoken(values, tmp_path / 'ours.tiktoken')
     except ValueError as error:
         assert 'cannot be written' in str(error)
         return
@@ -426,14 +425,14 @@ def test_any_ranks_are_read_exactly_or_refused(tmp_path, tokens, texts):
     path = tmp_path / 'any.tiktoken'
     path.write_text(''.join(f'{base64.b64encode(token).decode()} {rank}\n' for token, rank in ranks.items()))
     try:
-        values = interchange.read_tiktoken(path, None)
+        values = formats.read_tiktoken(path, None)
     except ValueError as error:
         assert 'stands before one of its parts' in str(error) or 'no merges lead to' in str(error)
         return
     encoding = tiktoken_of(path, None)
     for text in texts:
         assert encode_plainly(values, text) == encoding.encode(text)
-    interchange.write_tiktoken(values, tmp_path / 'again.tiktoken')
+    formats.write_tiktoken(values, tmp_path / 'again.tiktoken')
     assert (tmp_path / 'again.tiktoken').read_bytes() == path.read_bytes()
 
 
@@ -447,12 +446,12 @@ def test_most_of_such_merges_and_ranks_are_read(tmp_path):
 def test_llama_3s_file(small, tmp_path):
     """transformers makes tokenizer.json of a tiktoken file by listing every way to split every token."""
     converter = pytest.importorskip('transformers.convert_slow_tokenizer').TikTokenConverter
-    interchange.write_tiktoken(small, tmp_path / 'tokenizer.model')
-    theirs = converter(vocab_file=str(tmp_path / 'tokenizer.model'), pattern=bpe.PATTERNS['gpt4'],
+    formats.write_tiktoken(small, tmp_path / 'tokenizer.model')
+    theirs = converter(vocab_file=str(tmp_path / 'tokenizer.model'), pattern=patterns.PATTERNS['gpt4'],
                        extra_special_tokens=['<|begin_of_text|>']).converted()
     theirs.save(str(tmp_path / 'tokenizer.json'))
     listed = json.loads((tmp_path / 'tokenizer.json').read_text(encoding='utf-8'))['model']['merges']
-    values = interchange.read(tmp_path / 'tokenizer.json')
+    values = formats.read(tmp_path / 'tokenizer.json')
     assert values['merges'] == small['merges'] and len(listed) > len(small['merges'])
     assert values['special_tokens'] == {'<|begin_of_text|>': 600}
     for text in TEXTS:
@@ -464,16 +463,16 @@ def test_a_token_taken_whole_only(tmp_path):
     ranks = {bytes([byte]): byte for byte in range(256)} | {b'bc': 256, b'ab': 257, b'cd': 258, b'abcd': 259}
     path = tmp_path / 'whole.tiktoken'
     path.write_text(''.join(f'{base64.b64encode(token).decode()} {rank}\n' for token, rank in ranks.items()))
-    values = interchange.read(path, pattern=None)
+    values = formats.read(path, pattern=None)
     encoding = tiktoken_of(path, None)
     assert encode_plainly(values, 'abcd') == encoding.encode('abcd') == [259]
     assert encode_plainly(values, 'abcdd') == encoding.encode('abcdd') == [97, 256, 100, 100]
-    interchange.write_tokenizer_json(values, tmp_path / 'whole.json')
-    assert interchange.read(tmp_path / 'whole.json') == values
+    formats.write_tokenizer_json(values, tmp_path / 'whole.json')
+    assert formats.read(tmp_path / 'whole.json') == values
     hf = tokenizers.Tokenizer.from_file(str(tmp_path / 'whole.json'))
     assert hf_ids(hf, 'abcd') == [259] and hf_ids(hf, 'abcdd') == [97, 256, 100, 100]
     with pytest.raises(ValueError, match="takes a piece whole.*b'abcd'"):
-        interchange.write_tiktoken({**values, 'ignore_merges': False}, tmp_path / 'other.tiktoken')
+        formats.write_tiktoken({**values, 'ignore_merges': False}, tmp_path / 'other.tiktoken')
     assert not (tmp_path / 'other.tiktoken').exists()
 
 
@@ -487,69 +486,69 @@ def test_unknown_tokens_options_that_cannot_matter(tmp_path):
 
 def test_round_trips(small, tmp_path):
     values = {**small, 'special_tokens': {'<|b|>': 600, '<|endoftext|>': 700, '<|a|>': 1000}}  # ids with gaps
-    interchange.write_tokenizer_json(values, tmp_path / 'a.json')
-    assert interchange.read(tmp_path / 'a.json') == values
+    formats.write_tokenizer_json(values, tmp_path / 'a.json')
+    assert formats.read(tmp_path / 'a.json') == values
     hf = tokenizers.Tokenizer.from_file(str(tmp_path / 'a.json'))
     assert hf_ids(hf, 'a<|a|><|b|><|endoftext|>') == [97, 1000, 600, 700]
     shuffled = list(range(600))
     random.Random(1).shuffle(shuffled)
     values |= {'byte_ids': shuffled[:256], 'merge_ids': shuffled[256:], 'pattern': None}
-    interchange.write_hf_folder(values, tmp_path / 'folder')
-    assert interchange.read(tmp_path / 'folder') == values
+    formats.write_hf_folder(values, tmp_path / 'folder')
+    assert formats.read(tmp_path / 'folder') == values
     hf = tokenizers.Tokenizer.from_file(str(tmp_path / 'folder' / 'tokenizer.json'))
     for text in TEXTS:
         if '<' not in text:
             assert hf_ids(hf, text) == encode_plainly(values, text)
-    interchange.write_tiktoken(small, tmp_path / 'a.tiktoken')
-    assert interchange.read(tmp_path / 'a.tiktoken', 'gpt4', {'<|endoftext|>': 700}) == small
-    encoding = tiktoken_of(tmp_path / 'a.tiktoken', bpe.PATTERNS['gpt4'])
+    formats.write_tiktoken(small, tmp_path / 'a.tiktoken')
+    assert formats.read(tmp_path / 'a.tiktoken', 'gpt4', {'<|endoftext|>': 700}) == small
+    encoding = tiktoken_of(tmp_path / 'a.tiktoken', patterns.PATTERNS['gpt4'])
     for text in TEXTS:
         assert encoding.encode_ordinary(text) == encode_plainly(small, text)
 
 
 def test_no_endoftext(small, tmp_path):
-    interchange.write_hf_folder({**small, 'special_tokens': {}}, tmp_path)
+    formats.write_hf_folder({**small, 'special_tokens': {}}, tmp_path)
     fast = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert fast.eos_token is None and fast.bos_token is None
     assert fast('def f(x):')['input_ids'] == encode_plainly(small, 'def f(x):')
 
 
 def test_gpt2s_files_from_a_folder(small, tmp_path):
-    vocab = {bpe.printable(token): i for token, i in interchange.tokens_of(small)[0].items()} | {'<|endoftext|>': 600}
+    vocab = {patterns.printable(token): i for token, i in formats.tokens_of(small)[0].items()} | {'<|endoftext|>': 600}
     for vocab_name, merges_name, end in [('vocab.json', 'merges.txt', '\n'), ('encoder.json', 'vocab.bpe', '\r\n')]:
         folder = tmp_path / vocab_name
         folder.mkdir()
         (folder / vocab_name).write_text(json.dumps(vocab))
         lines = ['#version: 0.2', *small['merges'], '']
         (folder / merges_name).write_bytes(end.join(lines).encode())
-        expected = {**small, 'pattern': bpe.PATTERNS['gpt2'], 'special_tokens': {'<|endoftext|>': 600}}
+        expected = {**small, 'pattern': patterns.PATTERNS['gpt2'], 'special_tokens': {'<|endoftext|>': 600}}
         for path in (folder, folder / vocab_name, folder / merges_name):
-            assert interchange.read(path) == expected
+            assert formats.read(path) == expected
     (folder / 'vocab.bpe').unlink()
     for path, message in [(folder, 'holds no vocabulary'), (folder / 'encoder.json', 'vocab.bpe, is missing')]:
         with pytest.raises(ValueError, match=message):
-            interchange.read(path)
+            formats.read(path)
 
 
 def test_content_decides_not_the_name(small, tmp_path):
-    interchange.write_tokenizer_json(small, tmp_path / 'x.tiktoken')
-    assert interchange.read(tmp_path / 'x.tiktoken') == small
-    interchange.write_tiktoken(small, tmp_path / 'tokenizer.json')
-    assert interchange.read(tmp_path / 'tokenizer.json')['merges'] == small['merges']
+    formats.write_tokenizer_json(small, tmp_path / 'x.tiktoken')
+    assert formats.read(tmp_path / 'x.tiktoken') == small
+    formats.write_tiktoken(small, tmp_path / 'tokenizer.json')
+    assert formats.read(tmp_path / 'tokenizer.json')['merges'] == small['merges']
 
 
 def test_writing_is_all_or_nothing(small, tmp_path, monkeypatch):
     path = tmp_path / 'a.json'
-    interchange.write_tokenizer_json(small, path)
+    formats.write_tokenizer_json(small, path)
     before = path.read_bytes()
-    interchange.write_tokenizer_json(small, path)
+    formats.write_tokenizer_json(small, path)
     assert path.read_bytes() == before
 
     def full(descriptor):
         raise OSError(28, 'No space left on device')
     monkeypatch.setattr(os, 'fsync', full)
     with pytest.raises(ValueError, match='No space'):
-        interchange.write_tokenizer_json({**small, 'pattern': None}, path)
+        formats.write_tokenizer_json({**small, 'pattern': None}, path)
     assert path.read_bytes() == before and os.listdir(tmp_path) == ['a.json']
 
 
@@ -557,21 +556,21 @@ def test_writing_is_all_or_nothing(small, tmp_path, monkeypatch):
 # patterns
 
 @pytest.mark.parametrize('pattern', [
-    *bpe.PATTERNS.values(), r'\d|[^\d\s]+|\s++', r'\p{Lu}\p{Ll}*|\P{Lu}', r'[a-zà-ÿ\p{M}]+?|(?:\p{P}|\p{S}){2}|\(|\)',
+    *patterns.PATTERNS.values(), r'\d|[^\d\s]+|\s++', r'\p{Lu}\p{Ll}*|\P{Lu}', r'[a-zà-ÿ\p{M}]+?|(?:\p{P}|\p{S}){2}|\(|\)',
     r'(?=[A-Z])(?:[A-Z][a-z]*)|[\r\n\t]', r'(?>a|ab)c|.', r'(?i:[sdmt]|ll|ve|re)', r'[^\S\n]+|\S+', r'(a)(b)*',
 ])
 def test_a_portable_pattern_cuts_alike(pattern, tmp_path):
-    interchange.check_portable('x', pattern)
+    formats.check_portable('x', pattern)
     split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), 'isolated')
 
     @given(nasty_text)
     @settings(max_examples=150)
     def same(text):
-        assert bpe.split(text, pattern) == [piece for piece, _ in split.pre_tokenize_str(text)]
+        assert patterns.split(text, pattern) == [piece for piece, _ in split.pre_tokenize_str(text)]
     same()
     everything = ''.join(map(chr, [*range(0xd800), *range(0xe000, 0x110000)]))
-    if pattern in bpe.PATTERNS.values():
-        assert bpe.split(everything, pattern) == [piece for piece, _ in split.pre_tokenize_str(everything)]
+    if pattern in patterns.PATTERNS.values():
+        assert patterns.split(everything, pattern) == [piece for piece, _ in split.pre_tokenize_str(everything)]
 
 
 @pytest.mark.parametrize('pattern', [
@@ -580,7 +579,7 @@ def test_a_portable_pattern_cuts_alike(pattern, tmp_path):
 ])
 def test_other_patterns_are_refused(pattern, small, tmp_path):
     with pytest.raises(ValueError, match='split pattern'):
-        interchange.write_tokenizer_json({**small, 'pattern': pattern}, tmp_path / 'tokenizer.json')
+        formats.write_tokenizer_json({**small, 'pattern': pattern}, tmp_path / 'tokenizer.json')
     assert os.listdir(tmp_path) == []
     file = byte_level_file(['a b'])
     split = {'type': 'Split', 'pattern': {'Regex': pattern}, 'behavior': 'Isolated', 'invert': False}
@@ -674,30 +673,30 @@ def test_the_same_id_twice(tmp_path):
 
 def test_a_key_twice_and_truncation(small, tmp_path):
     path = tmp_path / 'tokenizer.json'
-    interchange.write_tokenizer_json(small, path)
+    formats.write_tokenizer_json(small, path)
     text = path.read_text(encoding='utf-8')
     path.write_text(text.replace('"Ā": 0,', '"Ā": 0, "Ā": 5,'), encoding='utf-8')
     with pytest.raises(ValueError, match='the key "Ā" stands there twice'):
-        interchange.read(path)
+        formats.read(path)
     for size in (1, 100, len(text) // 2, len(text) - 3):
         path.write_text(text[:size], encoding='utf-8')
         with pytest.raises(ValueError, match='tokenizer.json is damaged or truncated.*fetch it again'):
-            interchange.read(path)
+            formats.read(path)
     path.write_bytes(b'{"a": "\xff"}')
     with pytest.raises(ValueError, match='byte 7 is not UTF-8 .0xff'):
-        interchange.read(path)
+        formats.read(path)
     path.write_text('{"a":' + '[' * 100_000)
     with pytest.raises(ValueError, match='damaged'):
-        interchange.read(path)
+        formats.read(path)
 
 
 def test_truncated_merges(small, tmp_path):
-    vocab = {bpe.printable(token): i for token, i in interchange.tokens_of(small)[0].items()} | {'<s>': 600}
+    vocab = {patterns.printable(token): i for token, i in formats.tokens_of(small)[0].items()} | {'<s>': 600}
     (tmp_path / 'vocab.json').write_text(json.dumps(vocab))
     for kept, message in [(small['merges'][:200], 'no merges lead to'), ([*small['merges'][:-1], 'Ġ'], 'line 345')]:
         (tmp_path / 'merges.txt').write_text('\n'.join(['#version: 0.2', *kept]), encoding='utf-8')
         with pytest.raises(ValueError, match=f'merges.txt.*{message}'):
-            interchange.read(tmp_path)
+            formats.read(tmp_path)
 
 
 @pytest.mark.parametrize('damage, message', [
@@ -712,48 +711,48 @@ def test_truncated_merges(small, tmp_path):
 ])
 def test_damaged_tiktoken(damage, message, small, tmp_path):
     path = tmp_path / 'a.tiktoken'
-    interchange.write_tiktoken(small, path)
+    formats.write_tiktoken(small, path)
     path.write_text('\n'.join(damage(path.read_text().splitlines())))
     with pytest.raises(ValueError, match=message) as error:
-        interchange.read_tiktoken(path)
+        formats.read_tiktoken(path)
     assert 'a.tiktoken' in str(error.value)
 
 
 def test_damaged_published_file(small, tmp_path):
     path = tmp_path / 'cl100k_base.tiktoken'
-    interchange.write_tiktoken(small, path)
+    formats.write_tiktoken(small, path)
     with pytest.raises(ValueError, match='not the published cl100k_base: its SHA-256 is .{64}, expected 223921b'):
-        interchange.read(path)
+        formats.read(path)
 
 
 def test_tiktoken_options(small, tmp_path):
     path = tmp_path / 'a.tiktoken'
-    interchange.write_tiktoken(small, path)
-    assert interchange.read(path, pattern=r'\s+|\S+')['pattern'] == r'\s+|\S+'
+    formats.write_tiktoken(small, path)
+    assert formats.read(path, pattern=r'\s+|\S+')['pattern'] == r'\s+|\S+'
     for options, message in [({'pattern': 'gtp4'}, "unknown split pattern 'gtp4'"),
                              ({'pattern': '(a'}, 'not a regular expression'),
                              ({'special_tokens': {'<x>': 300}}, 'and <x> have the same id 300')]:
         with pytest.raises(ValueError, match=message):
-            interchange.read(path, **options)
+            formats.read(path, **options)
 
 
 def test_what_tiktoken_cannot_do(tmp_path):
     path = tmp_path / 'a.tiktoken'
     falling = {**read_file(tmp_path, byte_level_file(['a b', 'c d'])), 'merge_ids': [257, 256]}
     with pytest.raises(ValueError, match=r"'ab' \(id 257\) is merged before 'cd' \(id 256\)"):
-        interchange.write_tiktoken(falling, path)
+        formats.write_tiktoken(falling, path)
     # abc is b + c first, then a + bc, which is no merge here; tiktoken would join a and bc too
     other = read_file(tmp_path, byte_level_file(['b c', 'a b', 'ab c']))
     with pytest.raises(ValueError, match=r"would make b'abc' \(id 258\)"):
-        interchange.write_tiktoken(other, path)
+        formats.write_tiktoken(other, path)
     with pytest.raises(ValueError, match="kind 'byte'"):
-        interchange.write_tiktoken({'kind': 'byte'}, path)
+        formats.write_tiktoken({'kind': 'byte'}, path)
     assert not path.exists()
 
 
 def test_a_special_token_that_reads_like_another(small, tmp_path):
     with pytest.raises(ValueError, match="special token 'a' .id 600. has the name of the token b'a' .id 97"):
-        interchange.write_tokenizer_json({**small, 'special_tokens': {'a': 600}}, tmp_path / 'tokenizer.json')
+        formats.write_tokenizer_json({**small, 'special_tokens': {'a': 600}}, tmp_path / 'tokenizer.json')
 
 
 @pytest.mark.parametrize('name, content, message', [
@@ -766,12 +765,12 @@ def test_a_special_token_that_reads_like_another(small, tmp_path):
 def test_unknown_content(name, content, message, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message) as error:
-        interchange.read(tmp_path / name)
+        formats.read(tmp_path / name)
     assert str(tmp_path / name) in str(error.value)
 
 
 def test_nothing_there(tmp_path):
     with pytest.raises(ValueError, match='absent does not exist; expected tiktoken'):
-        interchange.read(tmp_path / 'absent')
+        formats.read(tmp_path / 'absent')
     with pytest.raises(ValueError, match='holds no vocabulary .it is empty.'):
-        interchange.read(tmp_path)
+        formats.read(tmp_path)

@@ -8,7 +8,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from jsonl import Results, read_objects
+from flatgpt.jsonl import Results, read_objects
 
 OBJECTS = {1: {'a': 'é🙂'}, 3: {'b': '\ud800'}}
 
@@ -75,7 +75,7 @@ def test_a_part_of_another_run_is_left_alone(tmp_path, content):
 def test_two_at_the_same_time(tmp_path):
     pytest.importorskip('fcntl')
     results = Results(tmp_path / 'out', 'd')
-    done = subprocess.run([sys.executable, '-c', 'import jsonl; jsonl.Results("out", "d")'], cwd=tmp_path,
+    done = subprocess.run([sys.executable, '-c', 'from flatgpt import jsonl; jsonl.Results("out", "d")'], cwd=tmp_path,
                           env={'PYTHONPATH': str(ROOT)}, capture_output=True, text=True)
     assert 'another process is writing out.part right now' in done.stderr
     results.finish({})

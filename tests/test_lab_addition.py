@@ -10,8 +10,8 @@ import torch
 from conftest import ROOT, load_lab
 from torch.nn import functional as F
 
-import dataloader
 import tokenizer
+from data import tokens
 from model import GPT, GPTConfig
 
 
@@ -22,9 +22,9 @@ def prepare(folder, name, **options):
 def read(folder, name):
     """{'train': [line, ...], 'val': ...}"""
     path = folder.path / 'data' / name
-    meta = dataloader.load_meta(path)
+    meta = tokens.load_meta(path)
     decode = tokenizer.from_dict(meta['tokenizer']).decode
-    return {split: decode(dataloader.open_tokens(path, split, meta, 1)).splitlines() for split in ('train', 'val')}
+    return {split: decode(tokens.open_tokens(path, split, meta, 1)).splitlines() for split in ('train', 'val')}
 
 
 @pytest.mark.parametrize('digits', [1, 2])
@@ -136,7 +136,7 @@ def test_right_digits_are_those_of_greedy_decoding(folder, order):
 
 def test_units_first_wins(folder):
     prepare(folder, 'addition_2', digits=2)
-    run = folder.start('lab/addition.py', dataset='addition_2', steps=150, batch_size=128, n_embd=24, seeds=1).ok()
+    run = folder.start('lab.addition', dataset='addition_2', steps=150, batch_size=128, n_embd=24, seeds=1).ok()
     found = json.loads((folder.path / 'out-lab' / 'addition.json').read_text())
     assert '9 in 1 place' in run.out and 'thousands' not in run.out
     assert found['exact']['reversed'] == [pytest.approx(1 - found['wrong']['reversed']['all'])]
@@ -156,4 +156,4 @@ def test_units_first_wins(folder):
 def test_refuses(folder, setting, said):
     prepare(folder, 'turned', digits=1, order='reversed')
     prepare(folder, 'plain', digits=1)
-    folder.start('lab/addition.py', **setting).wait().refused(said)
+    folder.start('lab.addition', **setting).wait().refused(said)

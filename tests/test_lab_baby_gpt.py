@@ -87,7 +87,7 @@ def test_gradient_of_full_windows_alone():
 
 
 def test_run(folder):
-    run = folder.start('lab/baby_gpt.py', out='pictures').ok()
+    run = folder.start('lab.baby_gpt', out='pictures').ok()
     got = json.loads((folder.path / 'pictures' / 'baby_gpt.json').read_text())
     before, after = np.array(got['before']), np.array(got['after'])
     i = got['states'].index
@@ -113,7 +113,7 @@ def test_run(folder):
 
 
 def test_other_tokens(folder):
-    folder.start('lab/baby_gpt.py', sequence='abababab', context=1, steps=1, vocab_size=3, gif=True).ok()
+    folder.start('lab.baby_gpt', sequence='abababab', context=1, steps=1, vocab_size=3, gif=True).ok()
     got = json.loads((folder.path / 'out-lab' / 'baby_gpt.json').read_text())
     assert got['states'] == got['tokens'] == ['0', 'a', 'b'] and got['windows'] == [0, 4, 3]
     np.testing.assert_allclose(np.array(got['after']).sum(axis=1), 1)

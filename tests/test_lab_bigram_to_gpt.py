@@ -8,7 +8,7 @@ from conftest import load_lab
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import optim
+from flatgpt import optim
 from lab import common
 
 ladder = load_lab('bigram_to_gpt', '--n_embd=16', '--block_size=8')
@@ -91,7 +91,7 @@ def test_bigram_learns_the_counts_of_the_pairs(ids):
 
 
 def test_the_ladder_descends(folder):
-    run = folder.start('lab/bigram_to_gpt.py', dataset='tiny', steps=200, batch_size=4, block_size=16, n_embd=32,
+    run = folder.start('lab.bigram_to_gpt', dataset='tiny', steps=200, batch_size=4, block_size=16, n_embd=32,
                        out='out').ok()
     rungs = json.loads((folder.path / 'out' / 'bigram_to_gpt.json').read_text())['rungs']
     loss = {name: rung['val_loss'] for name, rung in rungs.items()}
@@ -115,4 +115,4 @@ def test_the_ladder_descends(folder):
     ({'dropout': 1.0}, 'dropout=1.0: expected a probability'), ({'block_size': 400}, '--block_size=332'),
     ({'dataset': 'nothing'}, 'no dataset in data/nothing')])
 def test_bad_settings_are_refused(folder, settings, said):
-    folder.start('lab/bigram_to_gpt.py', dataset=settings.pop('dataset', 'tiny'), **settings).wait().refused(said)
+    folder.start('lab.bigram_to_gpt', dataset=settings.pop('dataset', 'tiny'), **settings).wait().refused(said)

@@ -51,7 +51,7 @@ def test_widest_gap():
 
 
 def test_whole_answers_jump_and_their_likelihood_does_not(folder):
-    run = folder.start('lab/emergence.py', widths='3,4,6,8,12', length=12, seeds=1, steps=200, batch_size=64,
+    run = folder.start('lab.emergence', widths='3,4,6,8,12', length=12, seeds=1, steps=200, batch_size=64,
                        n_test=500).ok()
     assert 'whole answers' in run.out
     assert (folder.path / 'out-lab' / 'emergence.png').stat().st_size > 10_000
@@ -71,4 +71,4 @@ def test_whole_answers_jump_and_their_likelihood_does_not(folder):
     ({'seeds': 0}, 'seeds=0'),
 ])
 def test_refuses(folder, setting, said):
-    folder.start('lab/emergence.py', **setting).wait().refused(said)
+    folder.start('lab.emergence', **setting).wait().refused(said)

@@ -29,7 +29,7 @@ def texts(folder):
 
 
 def test_the_pretrained_start_wins(texts):
-    run = texts.start('lab/finetune.py', **TINY).ok()
+    run = texts.start('lab.finetune', **TINY).ok()
     figures = json.loads((texts.path / 'out' / 'finetune.json').read_text())
     last = {name: curve[-1] for name, curve in figures['curves'].items()}
     for text in ('all', 'part'):
@@ -78,4 +78,4 @@ def test_both_starts_see_the_same_data_for_as_many_steps(texts, monkeypatch):
     ({'corpus': 'tiny'}, "tokens of kind 'char', expected bytes"), ({'input': 'nothing.txt'}, 'nothing.txt'),
     ({'corpus': 'nothing'}, 'no dataset in data/nothing'), ({'n_embd': 33}, 'n_embd=33 is not divisible')])
 def test_bad_settings_are_refused(texts, changes, said):
-    texts.start('lab/finetune.py', **{**TINY, **changes}).wait().refused(said)
+    texts.start('lab.finetune', **{**TINY, **changes}).wait().refused(said)

@@ -7,10 +7,12 @@ import pytest
 import torch
 from conftest import load_lab
 
-import optim
-import parallel
+from config.presets import PRESETS
+from flatgpt import optim, parallel
+from flatgpt.generate import KVCache
 from lab import costs
-from model import CHUNK, GPT, PRESETS, GPTConfig, KVCache
+from model import GPT, GPTConfig
+from ops import CHUNK
 
 SMALL = {'n_layer': 3, 'n_head': 4, 'n_embd': 128, 'block_size': 96, 'vocab_size': 300}
 CONFIGS = {
@@ -64,7 +66,7 @@ def test_kv_cache_is_the_models(config):
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=['fp32', 'bf16'])
 @pytest.mark.parametrize('config', list(CONFIGS.values())[:-1], ids=list(CONFIGS)[:-1])
 def test_activations_are_what_autograd_keeps(config, dtype, monkeypatch):
-    monkeypatch.setattr('model.SHORT', 0)  # bf16 throughout, as on a GPU
+    monkeypatch.setattr('ops.SHORT', 0)  # bf16 throughout, as on a GPU
     model, (x, y) = GPT(config), torch.randint(config.vocab_size, (2, 3, 70))
     weights = {tuple(sorted(p.shape)) for p in model.parameters()}  # no activations, nor are autocast's copies
     kept = []
@@ -101,7 +103,7 @@ def test_moments_are_the_optimizers(config, kind):
 
 
 def test_the_script_shows_what_grows(folder):
-    run = folder.start('lab/flops.py', measure=False, out='out').ok()
+    run = folder.start('lab.flops', measure=False, out='out').ok()
     figures = json.loads((folder.path / 'out' / 'flops.json').read_text())
     by_size, by_context = figures['shares_by_size'], figures['shares_by_context']
     mlp = [shares['MLP'] for shares in by_size.values()]
@@ -126,4 +128,4 @@ def test_a_step_takes_what_was_predicted():
     ({'optimizer': 'sgd'}, 'adamw, muon'), ({'batch_size': 0}, 'expected 1 or more'),
     ({'utilisation': 40.0}, 'above 0 and at most 1'), ({'n_head': 7}, 'n_embd=768 is not divisible by n_head=7')])
 def test_settings_that_can_not_be(folder, changes, said):
-    folder.start('lab/flops.py', measure=False, out='out', **changes).refused(said)
+    folder.start('lab.flops', measure=False, out='out', **changes).refused(said)

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 import model as model_module
 import tokenizer
-from model import GPT, PRESETS, GPTConfig
+from config.presets import PRESETS
+from model import GPT, GPTConfig
 
 lab = load_lab('look_inside')
 T = 12
@@ -136,9 +137,9 @@ def test_run_and_evaluate(folder):
     folder.train(preset='modern').ok()
     text = folder.path / 'text.txt'
     text.write_text('the cat ran to it')  # 17 tokens: 16 are read and 16 predicted
-    evaluated = folder.start('evaluate.py', out_dir='out', input='text.txt', device='cpu').ok()
+    evaluated = folder.start('eval.py', out_dir='out', input='text.txt', device='cpu').ok()
     expected = json.loads(evaluated.out.splitlines()[-1])
-    run = folder.start('lab/look_inside.py', out_dir='out', text='FILE:text.txt', layer=1, out='lab').ok()
+    run = folder.start('lab.look_inside', out_dir='out', text='FILE:text.txt', layer=1, out='lab').ok()
     got = json.loads((folder.path / 'lab' / 'look_inside.json').read_text())
     assert got['nats'] == pytest.approx(sum(got['loss']))
     assert got['nats'] / 16 == pytest.approx(expected['loss'], abs=1e-5)
@@ -151,14 +152,14 @@ def test_run_and_evaluate(folder):
     for name in ('heads', 'layer', 'loss', 'lens'):
         assert (folder.path / 'lab' / f'look_inside_{name}.png').read_bytes().startswith(b'\x89PNG')
     text.write_text('the cat ran to its den')
-    assert 'first 17' in folder.start('lab/look_inside.py', out_dir='out', text='FILE:text.txt').ok().out
+    assert 'first 17' in folder.start('lab.look_inside', out_dir='out', text='FILE:text.txt').ok().out
 
 
 def test_refused(folder):
-    run = folder.start('lab/look_inside.py')
+    run = folder.start('lab.look_inside')
     folder.train(max_iters=1).ok()
     run.refused('no checkpoint in out-quickstart', 'python train.py config/quickstart.py')
-    runs = [(folder.start('lab/look_inside.py', out_dir='out', **settings), said) for settings, said in (
+    runs = [(folder.start('lab.look_inside', out_dir='out', **settings), said) for settings, said in (
         ({'layer': 2}, 'layer=2: expected 0 to 1'), ({'text': 'a'}, 'expected 2 or more'),
         ({'text': 'FILE:no.txt'}, 'no.txt'))]
     for run, said in runs:

@@ -62,7 +62,7 @@ def test_a_table_gives_its_coefficients_back(folder):
     loss[:5] *= 2  # left out
     write_table(folder.path / 'runs.csv', 'color,Model Size,Training FLOP,loss',
                 [('#fae', n, 6 * n * d, value) for n, d, value in zip(N, D, loss, strict=True)])
-    run = folder.start('lab/scaling_laws.py', table='runs.csv', leave_out=5, bootstraps=40, out='out').ok()
+    run = folder.start('lab.scaling_laws', table='runs.csv', leave_out=5, bootstraps=40, out='out').ok()
     figures = json.loads((folder.path / 'out' / 'scaling_laws_table.json').read_text())
     assert figures['runs'] == 195
     for i, name in enumerate(law.NAMES):
@@ -99,7 +99,7 @@ GRID = {'dataset': 'tiny', 'n_layer': 1, 'block_size': 8, 'batch_size': 4, 'widt
 
 def test_a_grid_that_was_killed_goes_on(folder):
     runs_file = folder.path / 'out' / 'scaling_laws.jsonl'
-    first = folder.start('lab/scaling_laws.py', processes=1, **GRID)
+    first = folder.start('lab.scaling_laws', processes=1, **GRID)
     first.wait_for(r'(?s)loss.*loss')  # two runs have ended
     first.kill(signal.SIGKILL).wait()
     before = runs_file.read_bytes()
@@ -107,7 +107,7 @@ def test_a_grid_that_was_killed_goes_on(folder):
     assert 2 <= len(lines) < 8
     with open(runs_file, 'ab') as f:
         f.write(b'{"dataset": "tiny", "wid')
-    second = folder.start('lab/scaling_laws.py', processes=1, **GRID).ok()
+    second = folder.start('lab.scaling_laws', processes=1, **GRID).ok()
     assert f'6 runs, {6 - len(lines)} to do' in second.out
     runs = [json.loads(line) for line in runs_file.read_text().splitlines()]
     assert runs[: len(lines)] == [json.loads(line) for line in lines]
@@ -127,4 +127,4 @@ def test_a_grid_that_was_killed_goes_on(folder):
     ({'seeds': 0}, '--seeds=0: expected 1 or more'), ({'val_windows': 100}, 'a multiple of 64'),
     ({'dataset': 'none'}, 'no dataset in'), ({'table': 'no.csv'}, 'no.csv can not be read')])
 def test_settings_that_can_not_be(folder, changes, said):
-    folder.start('lab/scaling_laws.py', **{**GRID, **changes}).refused(said)
+    folder.start('lab.scaling_laws', **{**GRID, **changes}).refused(said)

@@ -7,7 +7,7 @@ import signal
 import pytest
 from conftest import load_lab
 
-import checkpoint
+from flatgpt import checkpoint
 
 TINY = {'share': 0.01, 'n': 14, 'num_samples': 2, 'n_layer': 1, 'n_embd': 16, 'out': 'out'}
 
@@ -17,10 +17,10 @@ def test_all_stages(folder):
     They end in a table, a picture and numbers; a second time nothing is left to do but these. Stopped on the way, it
     goes on.
     """
-    stopped = folder.start('lab/state_of_gpt.py', **TINY)
+    stopped = folder.start('lab.state_of_gpt', **TINY)
     stopped.wait_for(r'== sft =[\s\S]*step 0: train loss', timeout=200)
     stopped.kill(signal.SIGTERM).refused('stopped; the same command goes on from there:', 'saved out/state_of_gpt/sft/')
-    run = folder.start('lab/state_of_gpt.py', **TINY).wait(timeout=300)
+    run = folder.start('lab.state_of_gpt', **TINY).wait(timeout=300)
     assert run.code == 0, run.out
     assert '== base' not in run.out
     home = folder.path / 'out' / 'state_of_gpt'
@@ -40,7 +40,7 @@ def test_all_stages(folder):
     stages['grpo']['seconds'] = None
     del stages['ask grpo']
     (home / 'stages.json').write_text(json.dumps(stages))
-    again = folder.start('lab/state_of_gpt.py', **TINY).wait(timeout=100)
+    again = folder.start('lab.state_of_gpt', **TINY).wait(timeout=100)
     assert again.code == 0, again.out
     assert 'What is 58 + 67?' in run.out  # in the chat
     assert '== grpo' in again.out and '== ask grpo' in again.out and '--init_from=resume' in again.out
@@ -52,7 +52,7 @@ def test_all_stages(folder):
     ({'n': 3}, 'n=3: expected 7 or more'), ({'num_samples': 1}, 'num_samples=1: expected 2 or more'),
     ({'share': 0.0}, 'share=0.0: expected more than 0'), ({'seed': -1}, 'seed=-1: expected 0')])
 def test_refused(folder, settings, said):
-    folder.start('lab/state_of_gpt.py', out='out', **settings).refused(said)
+    folder.start('lab.state_of_gpt', out='out', **settings).refused(said)
     assert not os.path.exists(folder.path / 'out' / 'state_of_gpt' / 'stages.json')
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from conftest import load_lab
 
-from model import GPT, PRESETS, GPTConfig
+from config.presets import PRESETS
+from model import GPT, GPTConfig
 
 lab = load_lab('thinking', '--length=4', '--modulus=13')
 
@@ -120,7 +121,7 @@ def test_vote():
 
 
 def test_steps_beat_more_answers_and_votes_beat_one_chain(folder):
-    folder.start('lab/thinking.py', length=4, modulus=11, n_embd=32, max_iters=250, batch_size=128, questions=100).ok()
+    folder.start('lab.thinking', length=4, modulus=11, n_embd=32, max_iters=250, batch_size=128, questions=100).ok()
     measured = json.loads((folder.path / 'out-lab' / 'thinking.json').read_text())
     share = {name: [share for _, _, share, _ in points] for name, points in measured['methods'].items()}
     assert share['steps, vote'][0] > max(share['at once, vote']) + 30  # 8 tokens against up to 128
@@ -134,5 +135,5 @@ def test_steps_beat_more_answers_and_votes_beat_one_chain(folder):
 @pytest.mark.parametrize('name, value', [('length', 1), ('modulus', 12), ('temperature', 0),
                                          ('questions', 1), ('direct_share', 2)])
 def test_settings_that_can_not_be_are_refused(folder, name, value):
-    folder.start('lab/thinking.py', **{name: value}).refused(f'--{name}={value:.1f}' if name in (
+    folder.start('lab.thinking', **{name: value}).refused(f'--{name}={value:.1f}' if name in (
         'temperature', 'direct_share') else f'--{name}={value}: expected', 'expected')

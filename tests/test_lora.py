@@ -7,10 +7,10 @@ import torch
 from conftest import same_state, same_tensors
 from torch import nn
 
-import checkpoint
-import lora
-import model as model_module
-from model import GPT, PRESETS, GPTConfig
+import ops
+from config.presets import PRESETS
+from flatgpt import lora, pretrained
+from model import GPT, GPTConfig
 
 IDX = torch.randint(40, (2, 16), generator=torch.Generator().manual_seed(0))
 
@@ -93,7 +93,7 @@ def test_int8_keeps_weights_and_gradients():
 def test_head_with_adapters_counts_in_a_loss_in_chunks(monkeypatch):
     model = adapt(tiny(), ['lm_head'])
     expected = model(IDX, IDX)[1]
-    monkeypatch.setattr(model_module, 'CHUNK', 100)
+    monkeypatch.setattr(ops, 'CHUNK', 100)
     torch.testing.assert_close(model(IDX, IDX, return_logits=False)[1], expected)
 
 
@@ -141,13 +141,13 @@ def test_merged_by_whoever_loads_it(base, monkeypatch):
     base.train(**LORA, out_dir='out', learning_rate=0.05).ok()
     val_loss = base.log()[-1]['val_loss']
     assert val_loss < base.log('base')[-1]['val_loss']
-    evaluated = base.start('evaluate.py', out_dir='out', which='last', device='cpu').ok().out.splitlines()[-1]
+    evaluated = base.start('eval.py', out_dir='out', which='last', device='cpu').ok().out.splitlines()[-1]
     assert json.loads(evaluated)['loss'] == pytest.approx(val_loss, abs=1e-4)
     base.sample(max_new_tokens=5, num_samples=1).ok()
     transformers = pytest.importorskip('transformers')
-    base.start('export.py', out_dir='out', which='last', out='hf').ok()
+    base.start('flatgpt.export', out_dir='out', which='last', out='hf').ok()
     monkeypatch.chdir(base.path)
-    ours = checkpoint.open_model('resume', 'out', 'last')[0]
+    ours = pretrained.open_model('resume', 'out', 'last')[0]
     idx = torch.randint(ours.config.vocab_size, (1, 16), generator=torch.Generator().manual_seed(1))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(base.path / 'hf')
     torch.testing.assert_close(ours(idx, idx)[0], theirs(idx).logits, rtol=1e-4, atol=1e-4)

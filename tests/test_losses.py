@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-import losses
+from posttrain import losses
 
 
 def close(actual, expected, **tolerance):

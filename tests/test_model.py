@@ -11,19 +11,12 @@ from torch.nn import functional as F
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import model as model_module
-from model import (
-    GELU,
-    GPT,
-    PRESETS,
-    CausalSelfAttention,
-    Dropout,
-    GPTConfig,
-    KVCache,
-    padded_vocab_size,
-    rotate,
-    window_mask,
-)
+import ops
+from config.presets import PRESETS
+from flatgpt import runtime
+from flatgpt.generate import KVCache
+from model import GPT, CausalSelfAttention, GPTConfig, padded_vocab_size, rotate
+from ops import GELU, Dropout, window_mask
 
 transformers = pytest.importorskip('transformers')
 safetensors_torch = pytest.importorskip('safetensors.torch')
@@ -333,7 +326,7 @@ def test_options_compiled_equal_eager(options, window):
 def test_the_whole_model_is_one_graph(preset, monkeypatch):
     """As a GPU takes it, its loss in chunks: traced without a break, the loss and gradients of the model itself."""
     torch._dynamo.reset()
-    monkeypatch.setattr(model_module, 'CHUNK', 300)
+    monkeypatch.setattr(ops, 'CHUNK', 300)
     idx = torch.randint(40, (2, 16), generator=torch.Generator().manual_seed(0))
     model = sharpened(tiny(**{**PRESETS[preset], 'dropout': 0.2, 'window': 5, 'n_kv_head': 1,
                               'residual_lambdas': True, 'value_embeddings': True}))
@@ -389,7 +382,7 @@ def test_loss_in_chunks(tied, softcap, vocab, n, chunk, seed, missing):
     targets[torch.rand(targets.shape, generator=generator) < missing] = -1
     targets[0, 0] = 0  # one is there
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model_module, 'CHUNK', chunk)
+        patch.setattr(ops, 'CHUNK', chunk)
 
         def in_chunks():
             logits, loss = model(idx, targets, return_logits=False)
@@ -415,7 +408,7 @@ def test_loss_in_chunks(tied, softcap, vocab, n, chunk, seed, missing):
 
 def test_loss_in_fp16_is_not_in_chunks(monkeypatch):
     """There small gradients are kept by a GradScaler, whose factor comes after a chunk's have been rounded."""
-    monkeypatch.setattr(model_module, 'CHUNK', 500)
+    monkeypatch.setattr(ops, 'CHUNK', 500)
     idx = torch.randint(40, (4, 16), generator=torch.Generator().manual_seed(0))
     with torch.autocast('cpu', torch.float16):
         loss = tiny()(idx, idx, return_logits=False)[1]
@@ -424,7 +417,7 @@ def test_loss_in_fp16_is_not_in_chunks(monkeypatch):
 
 def test_loss_in_chunks_in_bf16(monkeypatch):
     """As close to fp32 as the loss of all logits in bf16 is."""
-    monkeypatch.setattr(model_module, 'CHUNK', 500)
+    monkeypatch.setattr(ops, 'CHUNK', 500)
     model = sharpened(tiny(logit_softcap=15.0, tie_embeddings=False))
     idx = torch.randint(40, (4, 16), generator=torch.Generator().manual_seed(0))
 
@@ -462,7 +455,7 @@ def test_loss_in_chunks_never_holds_all_logits(training, monkeypatch):
     idx = torch.randint(2000, (8, 16))
     found = {}
     for chunk in (8 * 16 * 2000, 8 * 16 * 2000 // 8):
-        monkeypatch.setattr(model_module, 'CHUNK', chunk)
+        monkeypatch.setattr(ops, 'CHUNK', chunk)
         with LargestTensor() as largest, torch.set_grad_enabled(training):
             loss = model(idx, idx, return_logits=False)[1]
             if training:
@@ -921,9 +914,9 @@ def test_flops_of_windows():
 
 def test_mfu(monkeypatch):
     model = tiny()
-    assert model.estimate_mfu(8, 0.1) is None  # the CPU's peak is not known
-    monkeypatch.setattr(model_module, 'peak_flops', lambda device: 1e9)
-    assert model.estimate_mfu(8, 0.1) == pytest.approx(model.flops_per_token() * 16 * 8 / 0.1 / 1e9)
+    assert runtime.mfu_of(model, 8, 0.1) is None  # the CPU's peak is not known
+    monkeypatch.setattr(runtime, 'peak_flops', lambda device: 1e9)
+    assert runtime.mfu_of(model, 8, 0.1) == pytest.approx(model.flops_per_token() * 16 * 8 / 0.1 / 1e9)
 
 
 @pytest.mark.parametrize('name, peak', [
@@ -934,8 +927,8 @@ def test_mfu(monkeypatch):
     ('NVIDIA GeForce GTX 1080', None), ('NVIDIA RTX A4000', None), ('NVIDIA T400', None), ('NVIDIA A2', None)])
 def test_peak_flops(monkeypatch, name, peak):
     monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: name)
-    assert model_module.peak_flops(torch.device('cuda')) == peak
-    assert model_module.peak_flops(torch.device('cpu')) is None
+    assert runtime.peak_flops(torch.device('cuda')) == peak
+    assert runtime.peak_flops(torch.device('cpu')) is None
 
 
 def test_generate_of_the_model():

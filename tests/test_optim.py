@@ -8,9 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import optim
-from model import GPT, PRESETS, GPTConfig
-from parallel import World
+from config.presets import PRESETS
+from flatgpt import optim
+from flatgpt.parallel import World
+from model import GPT, GPTConfig
 
 
 @pytest.fixture

@@ -16,8 +16,9 @@ import pytest
 import torch
 from conftest import ROOT
 
-import parallel
-from parallel import World, choose_compile, choose_device, choose_dtype, meet
+from flatgpt import parallel, runtime
+from flatgpt.parallel import World, meet
+from flatgpt.runtime import choose_compile, choose_device, choose_dtype
 
 CPU, CUDA, MPS = torch.device('cpu'), torch.device('cuda'), torch.device('mps')
 
@@ -77,9 +78,9 @@ def test_dtype_on_gpus(gpus, capability, expected):
 def test_dtype_elsewhere(monkeypatch):
     assert choose_dtype('auto', MPS)[0] == 'float32'
     for has_units, expected in ((True, 'bfloat16'), (False, 'float32')):
-        monkeypatch.setattr(parallel, 'cpu_multiplies_bf16', lambda has_units=has_units: has_units)
+        monkeypatch.setattr(runtime, 'cpu_multiplies_bf16', lambda has_units=has_units: has_units)
         assert choose_dtype('auto', CPU)[0] == expected
-    for name in parallel.DTYPES:
+    for name in runtime.DTYPES:
         assert choose_dtype(name, CPU) == (name, 'as set')
     for name in ('bf16', 'float64', ''):
         with pytest.raises(ValueError, match=f"dtype='{name}': expected 'auto', 'float32', 'bfloat16', 'float16'"):
@@ -90,12 +91,12 @@ def test_probes_of_the_cpu(monkeypatch):
     """torch's probes come and go with its versions; one that says yes is enough, none is no."""
     for name in ('_is_amx_tile_supported', '_is_avx512_bf16_supported'):
         monkeypatch.setattr(torch.cpu, name, lambda: False, raising=False)
-    assert not parallel.cpu_multiplies_bf16()
+    assert not runtime.cpu_multiplies_bf16()
     monkeypatch.setattr(torch.cpu, '_is_amx_tile_supported', lambda: True, raising=False)
-    assert parallel.cpu_multiplies_bf16()
+    assert runtime.cpu_multiplies_bf16()
     monkeypatch.delattr(torch.cpu, '_is_amx_tile_supported', raising=False)
     monkeypatch.delattr(torch.cpu, '_is_avx512_bf16_supported', raising=False)
-    assert not parallel.cpu_multiplies_bf16()
+    assert not runtime.cpu_multiplies_bf16()
 
 
 def test_compile(gpus, monkeypatch):
@@ -144,7 +145,7 @@ def test_world_alone(monkeypatch, capsys):
 
 def test_numbers_read_later():
     values = torch.tensor([1.5, -math.inf])
-    assert parallel.read_later(values)() == [1.5, -math.inf]
+    assert runtime.read_later(values)() == [1.5, -math.inf]
 
 
 def test_world_of_torchrun(monkeypatch):
@@ -160,13 +161,13 @@ def test_world_of_torchrun(monkeypatch):
     (RuntimeError('DefaultCPUAllocator: not enough memory: you tried to allocate 80 bytes.'), True),
     (RuntimeError('mat1 and mat2 shapes cannot be multiplied'), False), (ValueError('memory of an elephant'), False)])
 def test_out_of_memory(error, expected):
-    assert parallel.out_of_memory(error) == expected
+    assert runtime.out_of_memory(error) == expected
 
 
 def test_out_of_memory_of_this_torch():
     with pytest.raises(RuntimeError) as error:
         torch.empty(2**60)
-    assert parallel.out_of_memory(error.value)
+    assert runtime.out_of_memory(error.value)
 
 
 # processes that meet --------------------------------------------------------------------------------------------------

@@ -9,10 +9,9 @@ import torch
 from conftest import Folder, same_tensors
 from test_answers import TOKENIZER, tiny, write_pairs
 
-import chat
-import checkpoint
-import critic
-from tokenizer import ByteTokenizer
+from flatgpt import pretrained
+from posttrain import reward_model
+from tokenizer import ByteTokenizer, chat
 
 SMALL = {'init_from': 'chat', 'data': 'pairs.jsonl', 'device': 'cpu', 'dtype': 'float32', 'max_iters': 20,
          'batch_size': 8, 'eval_interval': 10, 'log_interval': 5, 'learning_rate': 3e-3, 'warmup_iters': 2}
@@ -56,7 +55,7 @@ def chats(tmp_path):
 
 
 def start(folder, **changes):
-    return folder.start('reward.py', **{**SMALL, 'out_dir': 'out', **changes})
+    return folder.start('posttrain.reward', **{**SMALL, 'out_dir': 'out', **changes})
 
 
 def test_learns_and_says_so(chats):
@@ -68,22 +67,22 @@ def test_learns_and_says_so(chats):
     assert 'pairs to learn from' in run.out and f'accuracy {last["val_accuracy"]:.1%} (' in run.out
     *_, printed = run.out.partition('lowest val loss')
     assert max(map(len, printed.splitlines())) <= 80
-    model, line = critic.open_reward_model(str(chats.path / 'out'), TOKENIZER, chat.TEMPLATE)
+    model, line = reward_model.open_reward_model(str(chats.path / 'out'), TOKENIZER, chat.TEMPLATE)
     assert 'best.pt: step' in line
     ids = [256, 258, *b'7', 261, 259]
     vowels, others = model.scores(torch.tensor([[*ids, *b'aeo', 261], [*ids, *b'abc', 261]]), torch.tensor([9, 9]))
     assert vowels > others
-    for script, settings in (('sample.py', {}), ('evaluate.py', {'input': 'pairs.jsonl'})):
+    for script, settings in (('sample.py', {}), ('eval.py', {'input': 'pairs.jsonl'})):
         chats.start(script, out_dir='out', device='cpu', **settings).refused('out/best.pt is a reward model',
                                                                              'is in chat')
     with pytest.raises(ValueError, match='is a reward model'):
-        checkpoint.base_model(str(chats.path / 'out'))  # what train.py begins with
+        pretrained.base_model(str(chats.path / 'out'))  # what train.py begins with
     with pytest.raises(ValueError, match='is a language model; expected a reward model'):
-        critic.open_reward_model(str(chats.path / 'chat'), TOKENIZER, chat.TEMPLATE)
+        reward_model.open_reward_model(str(chats.path / 'chat'), TOKENIZER, chat.TEMPLATE)
     for tokenizer, template, what in ((ByteTokenizer(), chat.TEMPLATE, 'tokenizer'),
                                       (TOKENIZER, chat.TEMPLATE + ' ', 'chat template')):
         with pytest.raises(ValueError, match=f'out has another {what} than the model that it is to judge'):
-            critic.open_reward_model(str(chats.path / 'out'), tokenizer, template)
+            reward_model.open_reward_model(str(chats.path / 'out'), tokenizer, template)
 
 
 def state_of(folder, out_dir):
@@ -101,7 +100,7 @@ def test_resumes_bit_for_bit(chats, changes):
     run.wait_for('iter 5:')
     stopped, settings = run.stop()
     assert 5 < stopped < 40 and chats.checkpoint('a b')['iter_num'] == stopped
-    chats.start('reward.py', **settings).ok()
+    chats.start('posttrain.reward', **settings).ok()
     (tensors, values), (expected, expected_values) = state_of(chats, 'a b'), state_of(chats, 'whole')
     same_tensors(tensors, expected)
     assert values == expected_values

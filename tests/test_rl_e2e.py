@@ -41,7 +41,7 @@ def chats(tmp_path):
 
 
 def start(folder, **changes):
-    return folder.start('rl.py', **{**SMALL, 'out_dir': 'out', **changes})
+    return folder.start('posttrain.rl', **{**SMALL, 'out_dir': 'out', **changes})
 
 
 def steps_of(folder, out_dir='out'):
@@ -86,7 +86,7 @@ def test_dpo(chats):
 
 def test_learned_reward(chats):
     """Pairs -> reward model -> PPO: the true checker finds more of the answers right, too."""
-    chats.start('reward.py', **{**SMALL_REWARD, 'out_dir': 'judge', 'max_iters': 40, 'batch_size': 16}).ok()
+    chats.start('posttrain.reward', **{**SMALL_REWARD, 'out_dir': 'judge', 'max_iters': 40, 'batch_size': 16}).ok()
     run = start(chats, algorithm='ppo', reward_model='judge', critic_warmup=5, max_iters=35).ok()
     assert 'reward model: judge/best.pt' in run.out
     first, *_, last = steps_of(chats)
@@ -159,7 +159,7 @@ def test_signal_saves_and_says_how_to_go_on(chats):
     run.wait_for('iter 3:')
     stopped, settings = run.stop()
     assert 3 < stopped < 500 and chats.checkpoint('a b')['iter_num'] == stopped
-    chats.start('rl.py', **{**settings, 'max_iters': stopped + 1}).ok()
+    chats.start('posttrain.rl', **{**settings, 'max_iters': stopped + 1}).ok()
     assert [record['step'] for record in steps_of(chats, 'a b')] == list(range(stopped + 1))
 
 
@@ -194,7 +194,7 @@ def test_the_best_is_one_that_was_saved(chats):
 
 def test_rewards_and_pairs_must_be_the_same(chats):
     for seed, judge in enumerate(('judge', 'other')):
-        chats.start('reward.py', **{**SMALL_REWARD, 'out_dir': judge, 'max_iters': 1, 'seed': seed}).ok()
+        chats.start('posttrain.reward', **{**SMALL_REWARD, 'out_dir': judge, 'max_iters': 1, 'seed': seed}).ok()
     start(chats, init_from='resume', out_dir='judge').refused('judge/ckpt.pt is a reward model')
     start(chats, reward_model='judge', max_iters=1).ok()
     for reward_model in ('other', ''):

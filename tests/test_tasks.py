@@ -9,12 +9,12 @@ import torch
 from conftest import make_text
 from torch.nn import functional as F
 
-import chat
-from calculator import SYSTEM
-from chat import OUTPUT, OUTPUT_END, PYTHON, PYTHON_END
-from model import GPT, PRESETS, GPTConfig
-from tasks import common, gsm8k, hellaswag, multiple_choice, tiny_chat
-from tokenizer import BPETokenizer, ByteTokenizer, WordTokenizer
+from config.presets import PRESETS
+from model import GPT, GPTConfig
+from posttrain.tasks import common, gsm8k, hellaswag, multiple_choice, tiny_chat
+from posttrain.tools import SYSTEM
+from tokenizer import BPETokenizer, ByteTokenizer, WordTokenizer, chat
+from tokenizer.chat import OUTPUT, OUTPUT_END, PYTHON, PYTHON_END
 
 TOKENIZER = BPETokenizer([], None, {token: 256 + i for i, token in enumerate(chat.SPECIAL_TOKENS)})  # one a byte
 PIECES = BPETokenizer.train(make_text(3000), 290, special_tokens=chat.SPECIAL_TOKENS)

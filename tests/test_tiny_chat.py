@@ -12,13 +12,12 @@ import numpy as np
 import pytest
 from conftest import ROOT, load_script
 
-import chat
-import checkpoint
-import conversations
-import dataloader
 import tokenizer
-from calculator import calculate
-from tasks import tiny_chat
+from data import conversations, tokens
+from flatgpt import checkpoint
+from posttrain.tasks import tiny_chat
+from posttrain.tools import calculate
+from tokenizer import chat
 
 EXAMPLES = {split: tiny_chat.examples(split, 1400, seed=1) for split in ('train', 'val', 'test')}
 ALL = [example for examples in EXAMPLES.values() for example in examples]
@@ -305,18 +304,18 @@ def test_nothing_of_test_is_in_any_file(prepared):
 
 def test_dataset(prepared):
     """What train.py reads: the conversations, of which val's are of other questions, in the format of chat.py."""
-    meta = dataloader.load_meta(prepared)
+    meta = tokens.load_meta(prepared)
     ours = tokenizer.from_dict(meta['tokenizer'])
     assert (meta['row'], meta['vocab_size'], meta['chat_template']) == (257, 266, chat.TEMPLATE)
     assert ours.to_dict() == tokenizer.load(prepared / 'chat.json').to_dict()
-    rows = dataloader.open_tokens(prepared, 'train', meta, block_size=256)
+    rows = tokens.open_tokens(prepared, 'train', meta, block_size=256)
     text = ours.decode(rows.ids[:])
     for talk in lines(prepared / 'conversations.jsonl')[:50]:
         ids, _ = chat.render_conversation(talk['messages'], chat.TEMPLATE, ours)
         assert ours.decode(ids) in text
     said = ours.decode(np.array(rows.ids)[np.array(rows.mask) == 1])
     assert 'The answer is' in said and chat.PYTHON in said and 'What' not in said and chat.OUTPUT not in said
-    val = dataloader.open_tokens(prepared, 'val', meta, block_size=256)
+    val = tokens.open_tokens(prepared, 'val', meta, block_size=256)
     asked = re.findall(r'(\d+) (?:\+|plus|and) (\d+)\b', ours.decode(val.ids[:]))
     contents = {f'addition {min(pair, key=int)}+{max(pair, key=int)}' for pair in asked}
     train = {tuple(sorted(pair)) for pair in re.findall(r'(\d+) (?:\+|plus|and) (\d+)\b', text)}
@@ -338,7 +337,7 @@ def test_pieces_of_words(tmp_path):
     ours = tokenizer.load(tmp_path / 'pieces' / 'chat.json')
     assert ours.vocab_size == 300 and len(ours.encode('is spelt')) < 8
     conversations.check_tokenizer(ours, 'chat.json')
-    assert dataloader.load_meta(tmp_path / 'pieces')['row'] == 201
+    assert tokens.load_meta(tmp_path / 'pieces')['row'] == 201
 
 
 def test_share_of_steps(tmp_path):
@@ -388,5 +387,5 @@ def test_configs(prepared, folder):
     state = checkpoint.load(folder.path / 'out-sft-tiny-chat' / 'ckpt.pt')
     assert state['chat_template'] == chat.TEMPLATE and state['model_args']['n_embd'] == 16
     for out_dir, asked in (('out-tiny-web', 'few-shot'), ('out-sft-tiny-chat', 'chat')):
-        run = folder.start('evaluate.py', out_dir=out_dir, task='tiny_chat', n=7, max_new_tokens=5, device='cpu').ok()
+        run = folder.start('eval.py', out_dir=out_dir, task='tiny_chat', n=7, max_new_tokens=5, device='cpu').ok()
         assert json.loads(run.out.splitlines()[-1])['asked'] == asked

@@ -18,9 +18,9 @@ from conftest import ROOT, load_or_skip
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-import bpe
 import tokenizer
-from tokenizer import BPETokenizer, WordTokenizer
+from tokenizer import BPETokenizer, WordTokenizer, base, bytepair, patterns
+from tokenizer import fast as bpe
 
 MIXED = 'Hello, wörld!\n\t日本語 🙂 e\u0301 <|endoftext|> \x00 end'
 CODE = Path(tokenizer.__file__).read_text(encoding='utf-8')
@@ -50,7 +50,7 @@ def gpt2():
 def published(request):
     """(OpenAI's vocabulary in our BPE, tiktoken's encoding)"""
     load_or_skip(request.param)
-    return BPETokenizer.from_tiktoken(request.param), tokenizer.open_tiktoken(request.param)
+    return BPETokenizer.from_tiktoken(request.param), bytepair.open_tiktoken(request.param)
 
 
 def train(pattern, vocab_size=600, **options):
@@ -261,7 +261,7 @@ def test_fast_ways_give_the_same_ids(monkeypatch, trained, accelerator):
         monkeypatch.setattr(bpe, 'has_gigatoken', lambda: False)
     else:
         pytest.importorskip('gigatoken')
-    older = [text for text in TEXTS if not bpe.NEWER.search(text)]
+    older = [text for text in TEXTS if not patterns.NEWER.search(text)]
     for slow in trained.values():
         expected = {text: slow.encode(text, 'none') for text in [*TEXTS, 'x']}
         tok = tokenizer.from_dict(slow.to_dict())  # one that has not chosen its way yet
@@ -319,7 +319,7 @@ def parts_of(text, rng):
 
 @pytest.fixture
 def cut_wherever_possible(monkeypatch):
-    monkeypatch.setattr(tokenizer, 'STREAM_CHARS', 1)
+    monkeypatch.setattr(base, 'STREAM_CHARS', 1)
 
 
 @settings(many, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -338,9 +338,9 @@ def test_streams_keep_the_halves_of_a_character_together(cut_wherever_possible, 
         assert list(tok.encode_iterable(text)) == tok.encode(text)
 
 
-@pytest.mark.parametrize('chars', [1, 1000, tokenizer.STREAM_CHARS])
+@pytest.mark.parametrize('chars', [1, 1000, base.STREAM_CHARS])
 def test_streams_of_lines_blocks_and_files(monkeypatch, tmp_path, gpt2, trained, chars):
-    monkeypatch.setattr(tokenizer, 'STREAM_CHARS', chars)
+    monkeypatch.setattr(base, 'STREAM_CHARS', chars)
     text = (CODE[:15_000].replace('\n\n', EOT + '\r\n') + 'ſ日本 ' * 99) * (6 if chars > 9999 else 1)
     path = tmp_path / 'text'
     path.write_bytes(text.encode())
@@ -394,7 +394,7 @@ def test_special_tokens_have_the_last_ids(chat):
 
 
 @pytest.mark.parametrize('everything', ['all', {EOT, USER, '[END]'}, frozenset([EOT, USER, '[END]']),
-                                        [EOT, USER, '[END]'], (USER, '[END]', EOT)], ids=str)
+                                        [EOT, USER, '[END]'], (USER, '[END]', EOT)], ids=['all', 'set', 'frozenset', 'list', 'tuple'])
 def test_allowed_special_tokens_become_ids(chat, everything):
     text = f'{EOT}{EOT}a{USER} [END]\n<|user says |>'
     ids = chat.encode(text, everything)
@@ -668,7 +668,7 @@ def test_files_that_are_no_tokenizers(tmp_path, content, message):
 def test_a_file_of_another_kind(tmp_path):
     values = {'kind': 'syllable', 'words': []}
     (tmp_path / 'my.json').write_text(json.dumps(
-        {'format': tokenizer.FILE_FORMAT, 'version': 1, 'sha256': tokenizer.digest(values), **values}))
+        {'format': base.FILE_FORMAT, 'version': 1, 'sha256': tokenizer.digest(values), **values}))
     with pytest.raises(ValueError, match="my.json: unknown kind of tokenizer 'syllable'; expected one of .*newer"):
         tokenizer.load(tmp_path / 'my.json')
 
@@ -773,7 +773,7 @@ def test_no_network_says_what_to_do(tmp_path):
     said = done.stdout
     for part in ('TIKTOKEN_CACHE_DIR', 'vocab.bpe', 'encoder.json', '--tokenizer=byte', str(tmp_path)):
         assert part in said
-    for url in tokenizer.TIKTOKEN_FILES['gpt2']:
+    for url in bytepair.TIKTOKEN_FILES['gpt2']:
         assert hashlib.sha1(url.encode()).hexdigest() in said
 
 
@@ -863,8 +863,7 @@ def test_meta_pkl_missing_or_no_pickle(tmp_path):
 
 def test_gigatoken_is_made_anew_before_it_knows_too_many_words(monkeypatch, trained):
     pytest.importorskip('gigatoken')
-    import fastbpe
-    monkeypatch.setattr(fastbpe, 'FORGET_CHARS', 1000)
+    monkeypatch.setattr(bpe, 'FORGET_CHARS', 1000)
     tok = tokenizer.from_dict(trained['gpt2'].to_dict())
     text = 'some words, and then some more; '
     made = set()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import tokenizer
-import tokenview
+from tokenizer import __main__ as tokenview
 
 ROOT = Path(__file__).parent.parent
 TEXT = 'Who is there? Nay, answer me: stand, and unfold yourself. Long live the king!\n' * 40
@@ -16,7 +16,7 @@ TEXT = 'Who is there? Nay, answer me: stand, and unfold yourself. Long live the 
 
 def run(*arguments, cwd, error=None):
     """Standard output of python tokenizer.py; with error, which has to be in what it says when it fails."""
-    result = subprocess.run([sys.executable, str(ROOT / 'tokenizer.py'), *arguments], cwd=cwd, capture_output=True,
+    result = subprocess.run([sys.executable, '-m', 'tokenizer', *arguments], cwd=cwd, capture_output=True,
                             text=True, encoding='utf-8', stdin=subprocess.DEVNULL)
     assert 'Traceback' not in result.stderr
     if error is not None:
@@ -111,7 +111,7 @@ def test_samples_and_views_cover_odd_tokens():
 
 def test_output_that_nobody_reads_to_the_end(folder):
     (folder / 'long.txt').write_text('many words ' * 20_000)
-    process = subprocess.Popen([sys.executable, str(ROOT / 'tokenizer.py'), '--input=long.txt', '--tokenizer=byte'],
+    process = subprocess.Popen([sys.executable, '-m', 'tokenizer', '--input=long.txt', '--tokenizer=byte'],
                                cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.readline()
     process.stdout.close()  # as head does

@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import CHARS, ROOT, TINY, Folder, close_state, encode, make_text, same_state, same_tensors, write_dataset
 
-import dataloader
+from data import tokens
 from model import GPT, GPTConfig
 
 STEP = r'iter {}: loss'  # the line of a step, for Run.wait_for
@@ -832,9 +832,9 @@ def test_resuming_nanogpts_optimizer(folder):
     folder.train(init_from='resume', max_iters=3, decay_lr=False, learning_rate=5e-3, min_lr=1.0, beta2=0.99,
                  grad_clip=0.0, weight_decay=0.1).ok()  # nothing comes near min_lr
     ids = encode(make_text(3000)).astype(np.uint16)
-    starts = dataloader.train_windows(2, 8, len(ids), 16, 1337)
+    starts = tokens.train_windows(2, 8, len(ids), 16, 1337)
     optimizer.zero_grad()
-    model(*dataloader.gather(ids, starts, 16, len(CHARS)))[1].backward()
+    model(*tokens.gather(ids, starts, 16, len(CHARS)))[1].backward()
     optimizer.step()
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(folder.checkpoint()['model'][name], tensor, atol=2e-5, rtol=0)

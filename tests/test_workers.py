@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from workers import Workers, core_count
+from tokenizer.workers import Workers, core_count
 
 ROOT = Path(__file__).parent.parent
 POSIX = pytest.mark.skipif(os.name != 'posix', reason='needs signals')
@@ -85,7 +85,7 @@ def test_processes_end_with_the_main_one(tmp_path, sent):
     script = tmp_path / 'main.py'
     script.write_text('import os, sys, time\n'
                       f'sys.path.insert(0, {str(ROOT)!r})\n'
-                      'from workers import Workers\n'
+                      'from tokenizer.workers import Workers\n'
                       'def work(path):\n'
                       '    open(f"{path}/{os.getpid()}", "w").close()\n'
                       '    time.sleep(0.5)\n'

@@ -2,7 +2,7 @@
 Needs no network and no download.
 
     python data/addition/prepare.py    # 123+456=0579
-    python lab/addition.py             # what comes next
+    python -m lab.addition             # what comes next
 
 Units first, 123+456=9750, to train on with train.py:
 
@@ -23,8 +23,9 @@ import numpy as np
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))  # so that it runs from any folder
 
-import corpus  # noqa: E402
-from tokenizer import CharTokenizer  # noqa: E402
+from data.documents import check_fraction
+from data.encode import report, run, write_dataset
+from tokenizer import CharTokenizer
 
 CHARS = '\n+0123456789='  # sorted, as every char vocabulary here
 
@@ -71,21 +72,21 @@ def main():
     args = parser.parse_args()
 
     started = time.time()
-    corpus.check_fraction(args.val_fraction)
+    check_fraction(args.val_fraction)
     if not 0 <= args.seed < 2**64:
         raise ValueError(f'--seed={args.seed}: expected a number from 0 to 2**64 - 1, such as 1337')
     pairs = split_pairs(args.digits, args.val_fraction, args.seed)
     texts = {split: write_sums(pairs[split], args.digits, args.order == 'reversed') for split in pairs}
-    meta = corpus.write_dataset(args.out_dir, lambda: iter(texts.items()), CharTokenizer(CHARS), documents=False,
+    meta = write_dataset(args.out_dir, lambda: iter(texts.items()), CharTokenizer(CHARS), documents=False,
                                 source=f'sums of {args.digits}-digit numbers, answers {args.order}, '
                                        f'seed {args.seed}', val_fraction=args.val_fraction,
                                 total=sum(map(len, texts.values())))
     name = os.path.basename(os.path.abspath(args.out_dir))
-    following = 'python lab/addition.py' + (f' --dataset={name}' if name != 'addition' else '')
+    following = 'python -m lab.addition' + (f' --dataset={name}' if name != 'addition' else '')
     if args.order == 'reversed':  # lab/addition.py turns plain ones round itself
         following = f'python train.py config/quickstart.py --dataset={name} --out_dir=out-{name}'
-    corpus.report(args.out_dir, meta, started, following)
+    report(args.out_dir, meta, started, following)
 
 
 if __name__ == '__main__':
-    corpus.run(main)
+    run(main)

@@ -43,13 +43,13 @@ from collections import Counter
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))  # so that it runs from any folder
 
-import chat  # noqa: E402
-import checkpoint  # noqa: E402
-import conversations  # noqa: E402
-import corpus  # noqa: E402
-import huggingface  # noqa: E402
-import jsonl  # noqa: E402
-import tokenizer as tokenizers  # noqa: E402
+import tokenizer as tokenizers
+from data import conversations
+from data.documents import check_fraction, text_hash
+from data.encode import output_folder, positive, run
+from flatgpt import checkpoint, huggingface, jsonl
+from flatgpt.pretrained import tokenizer_of
+from tokenizer import chat
 
 
 def open_tokenizer(source):
@@ -57,7 +57,7 @@ def open_tokenizer(source):
     path = checkpoint.path_in(source)
     if os.path.exists(path):
         state = checkpoint.load(path)
-        return checkpoint.tokenizer_of(state), state.get('chat_template'), state['model_args']['block_size']
+        return tokenizer_of(state), state.get('chat_template'), state['model_args']['block_size']
     if os.path.isfile(os.path.join(source, 'config.json')):
         described = huggingface.load_tokenizer(source)
         if described is None:
@@ -79,14 +79,14 @@ def main():
     parser.add_argument('--out_dir', help='folder to write to, in place of --name (data/NAME)')
     parser.add_argument('--tokenizer', required=True, help="a run's out_dir, a model's folder, or a tokenizer file")
     parser.add_argument('--template', help="a Jinja file (the model's template, else that of chat.py)")
-    parser.add_argument('--block_size', type=corpus.positive, help="context to pack for (a run's own, else 256)")
+    parser.add_argument('--block_size', type=positive, help="context to pack for (a run's own, else 256)")
     parser.add_argument('--val_fraction', type=float, default=0.1, help='share of the conversations in val (0.1)')
     parser.add_argument('--skip_bad', action='store_true', help='leave out lines that are no conversation')
     args = parser.parse_args()
 
     started = time.time()
-    corpus.check_fraction(args.val_fraction)
-    dataset, _, out_dir = corpus.output_folder(args.name, args.input, args.out_dir)
+    check_fraction(args.val_fraction)
+    dataset, _, out_dir = output_folder(args.name, args.input, args.out_dir)
     tokenizer, template, block_size = open_tokenizer(args.tokenizer)
     row = (args.block_size or block_size or 256) + 1
     if args.template:
@@ -112,7 +112,7 @@ def main():
         n_cut += was_cut
         text = json.dumps(messages)
         digest.update(text.encode())
-        split = 'val' if corpus.text_hash(text) < args.val_fraction else 'train'
+        split = 'val' if text_hash(text) < args.val_fraction else 'train'
         found[split].append((ids, mask))
     reasons = Counter(reason[:60] for reason in bad)
     for reason, count in reasons.most_common(5):
@@ -131,4 +131,4 @@ def main():
 
 
 if __name__ == '__main__':
-    corpus.run(main)
+    run(main)

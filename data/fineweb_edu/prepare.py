@@ -22,8 +22,9 @@ import time
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))  # so that it runs from any folder
 
-import corpus  # noqa: E402
-import download  # noqa: E402
+from data import download
+from data.documents import check_fraction, find_files, read_documents, split_documents
+from data.encode import add_options, load_tokenizer, make_tokenizer, positive, report, run, write_dataset
 
 REPO = 'HuggingFaceFW/fineweb-edu'
 
@@ -32,18 +33,18 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.add_argument('--sample', default='10BT', choices=['10BT', '100BT', '350BT'], help='which sample (10BT)')
-    parser.add_argument('--shards', type=corpus.positive, help='how many of its shards, the first ones (all)')
+    parser.add_argument('--shards', type=positive, help='how many of its shards, the first ones (all)')
     parser.add_argument('--revision', default='main', help='branch, tag or commit of the dataset (main)')
     parser.add_argument('--input', help='a .parquet file or a folder of them, instead of the network')
     parser.add_argument('--min_score', type=float, help='leave out pages whose score, 0 to 5, is below this')
-    corpus.add_options(parser, tokenizer='gpt2', val_fraction=0.0005, out_dir=HERE)
+    add_options(parser, tokenizer='gpt2', val_fraction=0.0005, out_dir=HERE)
     args = parser.parse_args()
 
-    corpus.check_fraction(args.val_fraction)
+    check_fraction(args.val_fraction)
     started = time.time()
-    corpus.load_tokenizer(args.tokenizer, args.vocab_size)  # what is wrong with it shows before the download
+    load_tokenizer(args.tokenizer, args.vocab_size)  # what is wrong with it shows before the download
     if args.input:
-        paths, _ = corpus.find_files(args.input)
+        paths, _ = find_files(args.input)
         source = os.path.basename(os.path.abspath(args.input))
     else:
         paths, commit = download.get_shards(REPO, f'sample/{args.sample}', os.path.join(args.out_dir, args.sample),
@@ -54,15 +55,15 @@ def main():
         source += f', score of at least {args.min_score}'
 
     def pieces():
-        return corpus.split_documents(corpus.read_documents(paths, min_score=args.min_score), args.val_fraction)
+        return split_documents(read_documents(paths, min_score=args.min_score), args.val_fraction)
 
     print(f'preparing {source}', file=sys.stderr)
-    tokenizer = corpus.make_tokenizer(args.tokenizer, pieces, documents=True, vocab_size=args.vocab_size)
-    meta = corpus.write_dataset(args.out_dir, pieces, tokenizer, documents=True, source=source,
+    tokenizer = make_tokenizer(args.tokenizer, pieces, documents=True, vocab_size=args.vocab_size)
+    meta = write_dataset(args.out_dir, pieces, tokenizer, documents=True, source=source,
                                 val_fraction=args.val_fraction, shard_tokens=args.shard_tokens, workers=args.num_proc)
     print(f'{sum(meta["documents"].values()):,} documents')
-    corpus.report(args.out_dir, meta, started, 'python train.py config/train_gpt2.py --dataset=fineweb_edu')
+    report(args.out_dir, meta, started, 'python train.py config/train_gpt2.py --dataset=fineweb_edu')
 
 
 if __name__ == '__main__':
-    corpus.run(main)
+    run(main)

@@ -20,8 +20,9 @@ import time
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))  # so that it runs from any folder
 
-import corpus  # noqa: E402
-import download  # noqa: E402
+from data import download
+from data.documents import check_fraction, read_documents, split_documents
+from data.encode import add_options, load_tokenizer, make_tokenizer, report, run, write_dataset
 
 # The commit is pinned so that everyone gets the same tokens. It holds Parquet files; the dataset's main branch had a
 # loading script for years.
@@ -33,23 +34,23 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.add_argument('--input', help='a .parquet file or a folder of them, instead of the network')
-    corpus.add_options(parser, tokenizer='gpt2', val_fraction=0.0005, out_dir=HERE)
+    add_options(parser, tokenizer='gpt2', val_fraction=0.0005, out_dir=HERE)
     args = parser.parse_args()
 
-    corpus.check_fraction(args.val_fraction)
+    check_fraction(args.val_fraction)
     started = time.time()
     source = os.path.basename(os.path.abspath(args.input)) if args.input else f'{REPO}@{REVISION}'
     folder = args.input or os.path.join(args.out_dir, 'shards')
-    corpus.load_tokenizer(args.tokenizer, args.vocab_size)  # what is wrong with it shows before the download
+    load_tokenizer(args.tokenizer, args.vocab_size)  # what is wrong with it shows before the download
     if not args.input:
         download.get_shards(REPO, FOLDER, folder, REVISION, None, 'python data/openwebtext/prepare.py --input=FOLDER')
 
     def pieces():
-        return corpus.split_documents(corpus.read_documents(folder), args.val_fraction)
+        return split_documents(read_documents(folder), args.val_fraction)
 
     print(f'preparing {folder}', file=sys.stderr)
-    tokenizer = corpus.make_tokenizer(args.tokenizer, pieces, documents=True, vocab_size=args.vocab_size)
-    meta = corpus.write_dataset(args.out_dir, pieces, tokenizer, documents=True, source=source,
+    tokenizer = make_tokenizer(args.tokenizer, pieces, documents=True, vocab_size=args.vocab_size)
+    meta = write_dataset(args.out_dir, pieces, tokenizer, documents=True, source=source,
                                 val_fraction=args.val_fraction, shard_tokens=args.shard_tokens, workers=args.num_proc,
                                 total=None if args.input else TEXT_BYTES)
     count = sum(meta['documents'].values())
@@ -57,8 +58,8 @@ def main():
     if not args.input and count != DOCUMENTS:
         print(f'note: OpenWebText has {DOCUMENTS:,} documents, so {abs(DOCUMENTS - count):,} are '
               f'{"missing" if count < DOCUMENTS else "new"}', file=sys.stderr)
-    corpus.report(args.out_dir, meta, started, 'python train.py config/train_gpt2.py')
+    report(args.out_dir, meta, started, 'python train.py config/train_gpt2.py')
 
 
 if __name__ == '__main__':
-    corpus.run(main)
+    run(main)

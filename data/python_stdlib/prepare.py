@@ -20,7 +20,8 @@ import tokenize
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))  # so that it runs from any folder
 
-import corpus  # noqa: E402
+from data.documents import fraction_for, split_documents
+from data.encode import add_options, make_tokenizer, positive, report, run, write_dataset
 
 LONGEST = 50_000  # characters of a file in val.bin, so that at least seven files share it
 
@@ -54,8 +55,8 @@ def read_sources(stdlib, paths):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    corpus.add_options(parser, tokenizer='byte', out_dir=HERE)
-    parser.add_argument('--val_bytes', type=corpus.positive, default=350_000,
+    add_options(parser, tokenizer='byte', out_dir=HERE)
+    parser.add_argument('--val_bytes', type=positive, default=350_000,
                         help='files of about so many bytes together become val.bin, evaluated whole (350,000)')
     args = parser.parse_args()
 
@@ -66,22 +67,22 @@ def main():
         raise ValueError(f'no .py files in {stdlib}, where this Python says its standard library is. Use a Python with '
                          f'sources, or your own text: python data/text/prepare.py --input=FILE')
     documents = list(read_sources(stdlib, paths))  # 31 MB: holding them costs less than reading them twice
-    val_fraction = corpus.fraction_for(documents, args.val_bytes, LONGEST)
+    val_fraction = fraction_for(documents, args.val_bytes, LONGEST)
 
     def pieces():
-        return corpus.split_documents(documents, val_fraction, LONGEST)
+        return split_documents(documents, val_fraction, LONGEST)
 
-    tokenizer = corpus.make_tokenizer(args.tokenizer, pieces, documents=True, vocab_size=args.vocab_size)
+    tokenizer = make_tokenizer(args.tokenizer, pieces, documents=True, vocab_size=args.vocab_size)
     version = '.'.join(map(str, sys.version_info[:3]))
-    meta = corpus.write_dataset(args.out_dir, pieces, tokenizer, documents=True,
+    meta = write_dataset(args.out_dir, pieces, tokenizer, documents=True,
                                 source=f'standard library of Python {version}', val_fraction=val_fraction,
                                 shard_tokens=args.shard_tokens, workers=args.num_proc,
                                 total=sum(os.path.getsize(os.path.join(stdlib, path)) for path in paths))
     used = sum(meta['documents'].values())
     print(f'{used:,} files of the standard library of Python {version} '
           f'({len(paths) - used} empty or undecodable left out)')
-    corpus.report(args.out_dir, meta, started, 'python train.py config/quickstart.py')
+    report(args.out_dir, meta, started, 'python train.py config/quickstart.py')
 
 
 if __name__ == '__main__':
-    corpus.run(main)
+    run(main)

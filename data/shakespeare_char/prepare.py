@@ -18,8 +18,9 @@ import time
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))  # so that it runs from any folder
 
-import corpus  # noqa: E402
-import download  # noqa: E402
+from data import download
+from data.documents import split_text
+from data.encode import make_tokenizer, report, run, write_dataset
 
 
 def main():
@@ -33,16 +34,16 @@ def main():
     started = time.time()
 
     def pieces():
-        return corpus.split_text(path, 0.1)
+        return split_text(path, 0.1)
 
-    tokenizer = corpus.make_tokenizer('char', pieces, documents=False)
+    tokenizer = make_tokenizer('char', pieces, documents=False)
     itos = dict(enumerate(tokenizer.chars))
     nanogpt_meta = {'vocab_size': tokenizer.vocab_size, 'itos': itos, 'stoi': {char: i for i, char in itos.items()}}
-    meta = corpus.write_dataset(args.out_dir, pieces, tokenizer, documents=False, source=os.path.basename(path),
+    meta = write_dataset(args.out_dir, pieces, tokenizer, documents=False, source=os.path.basename(path),
                                 val_fraction=0.1, total=os.path.getsize(path),
                                 meta_pkl=pickle.dumps(nanogpt_meta))
-    corpus.report(args.out_dir, meta, started, 'python train.py config/train_shakespeare_char.py')
+    report(args.out_dir, meta, started, 'python train.py config/train_shakespeare_char.py')
 
 
 if __name__ == '__main__':
-    corpus.run(main)
+    run(main)

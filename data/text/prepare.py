@@ -38,7 +38,17 @@ import time
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))  # so that it runs from any folder
 
-import corpus  # noqa: E402
+from data.documents import (
+    check_fraction,
+    find_files,
+    is_rows,
+    read_documents,
+    split_documents,
+    split_each,
+    split_text,
+    text_size,
+)
+from data.encode import add_options, make_tokenizer, output_folder, report, run, write_dataset
 
 FEW = 100  # documents; with fewer, a tenth of them is too few to stand for all
 
@@ -50,40 +60,40 @@ def main():
     parser.add_argument('--name', help='name of the dataset (that of the input)')
     parser.add_argument('--text_key', default='text', help='field of .jsonl, .csv, .tsv and .parquet with the text')
     parser.add_argument('--out_dir', help='folder to write to, in place of --name (data/NAME)')
-    corpus.add_options(parser, tokenizer='byte', val_fraction=0.1)
+    add_options(parser, tokenizer='byte', val_fraction=0.1)
     args = parser.parse_args()
 
     started = time.time()
-    corpus.check_fraction(args.val_fraction)
-    files, skipped = corpus.find_files(args.input)
-    dataset, name, out_dir = corpus.output_folder(args.name, args.input, args.out_dir)
+    check_fraction(args.val_fraction)
+    files, skipped = find_files(args.input)
+    dataset, name, out_dir = output_folder(args.name, args.input, args.out_dir)
     if skipped:
         print(f'{len(files):,} files; {skipped:,} more were left out because their suffix is not that of a text file',
               file=sys.stderr)
 
     def documents():
-        return corpus.read_documents(args.input, args.text_key)
+        return read_documents(args.input, args.text_key)
 
-    one_text = len(files) == 1 and not corpus.is_rows(files[0])
+    one_text = len(files) == 1 and not is_rows(files[0])
     few = sum(1 for _ in itertools.islice(documents(), FEW)) < FEW
     how = ('the end of the text' if one_text else 'the end of each document' if few else
            'whole documents, chosen by content')
 
     def pieces():
         if one_text:
-            return corpus.split_text(files[0], args.val_fraction)
-        return (corpus.split_each if few else corpus.split_documents)(documents(), args.val_fraction)
+            return split_text(files[0], args.val_fraction)
+        return (split_each if few else split_documents)(documents(), args.val_fraction)
 
-    tokenizer = corpus.make_tokenizer(args.tokenizer, pieces, documents=not one_text, vocab_size=args.vocab_size)
-    meta = corpus.write_dataset(out_dir, pieces, tokenizer, documents=not one_text,
+    tokenizer = make_tokenizer(args.tokenizer, pieces, documents=not one_text, vocab_size=args.vocab_size)
+    meta = write_dataset(out_dir, pieces, tokenizer, documents=not one_text,
                                 source=os.path.basename(os.path.abspath(args.input)), val_fraction=args.val_fraction,
-                                shard_tokens=args.shard_tokens, total=corpus.text_size(files), workers=args.num_proc)
+                                shard_tokens=args.shard_tokens, total=text_size(files), workers=args.num_proc)
     if not one_text:
         print(f'{meta["documents"]["train"]:,} documents in train, {meta["documents"]["val"]:,} in val')
     print(f'val is {how}: {meta["bytes"]["val"] / sum(meta["bytes"].values()):.1%} of the text')
-    corpus.report(out_dir, meta, started,
+    report(out_dir, meta, started,
                   f'python train.py config/quickstart.py --dataset={shlex.quote(dataset)} --out_dir=out-{name}')
 
 
 if __name__ == '__main__':
-    corpus.run(main)
+    run(main)

@@ -31,14 +31,14 @@ import time
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))  # so that it runs from any folder
 
-import chat  # noqa: E402
-import conversations  # noqa: E402
-import corpus  # noqa: E402
-import jsonl  # noqa: E402
-import tokenizer as tokenizers  # noqa: E402
-from calculator import SYSTEM  # noqa: E402
-from files import lock_folder, replace_file, unlock  # noqa: E402
-from tasks import tiny_chat  # noqa: E402
+import tokenizer as tokenizers
+from data import conversations
+from data.encode import positive, run
+from flatgpt import jsonl
+from flatgpt.files import lock_folder, replace_file, unlock
+from posttrain.tasks import tiny_chat
+from posttrain.tools import SYSTEM
+from tokenizer import chat
 
 SMALL_TALK = [
     ('Hello', 'Hello! Ask me for a sum, or to spell, reverse, count or sort.'),
@@ -163,13 +163,13 @@ def documents(n, seed):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    parser.add_argument('--conversations', type=corpus.positive, default=50_000, help='to finetune on (50,000)')
+    parser.add_argument('--conversations', type=positive, default=50_000, help='to finetune on (50,000)')
     parser.add_argument('--steps', type=float, default=0.9,
                         help='share of sums in them with the steps to the answer; a third of that of all else (0.9)')
-    parser.add_argument('--pairs', type=corpus.positive, default=30_000, help='pairs of answers (30,000)')
-    parser.add_argument('--documents', type=corpus.positive, default=30_000, help='texts to pretrain on (30,000)')
-    parser.add_argument('--block_size', type=corpus.positive, default=256, help='context to pack for (256)')
-    parser.add_argument('--vocab_size', type=corpus.positive, help='ids (a byte each, and the special tokens)')
+    parser.add_argument('--pairs', type=positive, default=30_000, help='pairs of answers (30,000)')
+    parser.add_argument('--documents', type=positive, default=30_000, help='texts to pretrain on (30,000)')
+    parser.add_argument('--block_size', type=positive, default=256, help='context to pack for (256)')
+    parser.add_argument('--vocab_size', type=positive, help='ids (a byte each, and the special tokens)')
     parser.add_argument('--seed', type=int, default=0, help='another one makes others (0)')
     parser.add_argument('--out_dir', default=HERE, help="folder to write to (this script's own)")
     args = parser.parse_args()
@@ -216,4 +216,4 @@ def main():
 
 
 if __name__ == '__main__':
-    corpus.run(main)
+    run(main)

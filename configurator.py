@@ -1,33 +1,73 @@
 """
-Settings: a page of plain assignments at the top of a script, overridden by config files and --key=value arguments.
+Settings: a page of plain assignments at the top of a script, then config files and arguments.
 
     # train.py
-    batch_size = 12              # sequences in one micro-batch
-    compile: bool | str = 'auto' # an annotation lists the types a setting may have, when its default does not say
+    batch_size: Count = 12  # sequences per micro-batch
+    optimizer: Literal['adamw', 'muon'] = 'adamw'
+    compile: bool | Literal['auto'] = 'auto'
     config = override(globals())
 
     $ python train.py config/quickstart.py --batch_size=32
-    $ python train.py --compile        # of a setting that can be True or False: --compile=True
-    $ python train.py --help
+    $ python train.py --compile        # the same as --compile=True
+    $ python train.py --help           # prints the page
 
-Overrides apply in the order given, so the last one wins. A config file is Python made of plain assignments; it sees
-the settings as they stand, so `lr_decay_iters = max_iters` works. It is the user's own program and is run as one.
-Whatever is not on the page, or has another type than the page declares, is refused, in files as on the command line.
+Overrides apply in the order given, so the last one wins. A config file is Python made of plain
+assignments. It sees the settings as they stand, so `lr_decay_iters = max_iters` works. It is the
+user's own program and runs as one. A name that is not on the page is refused, and so is a value
+outside the rule of its setting: the annotation, or else the type of the default.
 """
 
 import ast
 import difflib
+import math
 import os
 import sys
 import textwrap
 import tokenize
-import traceback
+from dataclasses import dataclass
+from typing import Annotated, Literal, get_args, get_origin
 
-TYPE_NAMES = {'bool': bool, 'int': int, 'float': float, 'str': str, 'None': type(None)}  # what a setting can be
+
+class UserError(ValueError):
+    """A mistake of the user. Scripts print its message alone; other errors keep their traceback."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that a setting may take; None: no bound on that side."""
+
+    least: float | None = None
+    above: float | None = None
+    most: float | None = None
+    below: float | None = None
+
+    def __contains__(self, x):
+        return (math.isfinite(x) and (self.least is None or x >= self.least)
+                and (self.above is None or x > self.above)
+                and (self.most is None or x <= self.most)
+                and (self.below is None or x < self.below))
+
+    def __str__(self):
+        if self == Range(least=self.least):
+            return f'{self.least} or more'
+        bounds = (('at least', self.least), ('above', self.above), ('at most', self.most),
+                  ('below', self.below))
+        return ' and '.join(f'{word} {bound}' for word, bound in bounds if bound is not None)
+
+
+# rules of settings, beside plain types, Literal and unions of them
+Count = Annotated[int, Range(least=1)]
+Natural = Annotated[int, Range(least=0)]
+Positive = Annotated[float, Range(above=0)]
+NonNegative = Annotated[float, Range(least=0)]
+Fraction = Annotated[float, Range(least=0, below=1)]  # dropout, a momentum
+Share = Annotated[float, Range(above=0, most=1)]  # a part of something that is not empty
+Probability = Annotated[float, Range(least=0, most=1)]
+Seed = Annotated[int, Range(least=0, below=2**63)]
 
 
 class Settings(dict):
-    """The resolved settings by name. `given` holds the names that a config file or the command line set."""
+    """Settings by name. `given` holds the names that a config file or an argument set."""
 
     def __init__(self, values, given):
         super().__init__(values)
@@ -36,65 +76,52 @@ class Settings(dict):
 
 def override(settings, argv=None):
     """
-    Apply `argv` (default: the command line) to a script's settings and return them all.
+    Apply `argv` (default: the command line) to a script's settings.
 
-    settings: the script's globals(), updated in place. The page is read from the source of the script: every top-level
-    assignment to a public name before the call of override(globals()). -> Settings, a dict of plain values.
-    Raises SystemExit naming the setting, the value and what was expected. `--help` prints the page and exits with 0.
+    settings: the script's globals(), updated in place. The page is read from the script's source:
+    every top-level assignment to a public name above the call of override(globals()).
+    -> Settings of plain values. Raises SystemExit naming the setting, its value and the rule.
+    Installs explain_errors() as sys.excepthook.
     """
+    sys.excepthook = explain_errors
     argv = sys.argv[1:] if argv is None else argv
     with tokenize.open(settings['__file__']) as f:
         source = f.read()
     page = read_page(source)
     if '--help' in argv or '-h' in argv:
-        print(fit(settings['__doc__'].strip()), 'Settings, each set by --key=value:', page_text(source, page),
-              sep='\n\n')
+        print(fit(settings['__doc__'].strip()), 'Settings, each set by --key=value:',
+              page_text(source, page), sep='\n\n')
         raise SystemExit(0)
-    allowed = {key: allowed_types(node, settings[key]) for key, node in page.items()}
+    rules = {key: rule_of(node, settings) for key, node in page.items()}
     given = set()
     for argument in argv:
-        if argument.startswith('--') and '=' in argument:
-            key, text = argument[2:].split('=', 1)
-            changes = {key: parse(text, allowed[key])} if key in page else {key: text}
-        elif argument[:2] == '--' and bool in allowed.get(argument[2:], ()):
-            changes = {argument[2:]: True}
+        key, equals, text = argument.removeprefix('--').partition('=')
+        if argument.startswith('--') and equals:
+            changes = {key: parse(text, kinds_of(rules[key])) if key in page else text}
+        elif argument.startswith('--') and bool in kinds_of(rules.get(key)):
+            changes = {key: True}
         elif argument.startswith('-'):
             key = argument.lstrip('-')
             example = f'--{key}={settings[key]}' if key in page else '--key=value'
-            raise SystemExit(f'{argument}: expected {example} or the path of a config file. All settings: --help')
+            raise SystemExit(f'{argument}: expected {example} or the path of a config file. '
+                             f'All settings: --help')
         else:
             changes = run_config_file(argument, {key: settings[key] for key in page})
         for key, value in changes.items():
-            check_known(key, page, argument)
-            settings[key] = check_type(key, value, allowed[key], argument)
+            if key not in page:
+                raise SystemExit(f'{argument}: unknown setting {key!r}{nearest(key, page)}. '
+                                 f'All settings: --help')
+            settings[key] = checked(key, value, rules[key], argument)
         given.update(changes)
         if os.environ.get('RANK', '0') == '0':  # one voice under torchrun
-            given_now = ', '.join(f'{key}={settings[key]!r}' for key in changes)
-            print(textwrap.fill(f'{argument}: {given_now}', 80, subsequent_indent='  ', break_long_words=False,
-                                break_on_hyphens=False))
+            print(fit(f'{argument}: ' + ', '.join(f'{key}={settings[key]!r}' for key in changes),
+                      indent='  '))
     return Settings({key: settings[key] for key in page}, given)
 
 
-def check(config, rules):
-    """
-    Raise ValueError for the first setting that breaks a rule: (names with spaces between them, a function of the value
-    of any of these that says whether it is valid, what is expected).
-    """
-    for names, is_valid, expected in rules:
-        for name in names.split():
-            if not is_valid(config[name]):
-                raise ValueError(f'{name}={config[name]!r}: expected {expected}')
-
-
 def explain_errors(kind, error, trace):
-    """
-    For sys.excepthook: a ValueError that a module of this repository raised is addressed to the user, so its message is
-    all that is shown. So is that of Ctrl-C. Anything else is unexpected and keeps its traceback.
-    """
-    raised_in = traceback.extract_tb(trace)[-1].filename if trace else ''
-    here = os.path.dirname(os.path.abspath(__file__))
-    ours = os.path.abspath(raised_in).startswith(here + os.sep)
-    if ours and issubclass(kind, ValueError):
+    """Print a UserError, and Ctrl-C, without a traceback. For sys.excepthook."""
+    if issubclass(kind, UserError):
         print(f'error: {error}', file=sys.stderr)
     elif issubclass(kind, KeyboardInterrupt):
         print('\nstopped by Ctrl-C', file=sys.stderr)
@@ -102,89 +129,127 @@ def explain_errors(kind, error, trace):
         sys.__excepthook__(kind, error, trace)
 
 
-def fit(text, width=80):
-    """A docstring for the terminal: paragraphs with longer lines are filled anew, indented ones kept as they are."""
-    return '\n\n'.join(paragraph if paragraph[:1].isspace() or max(map(len, paragraph.splitlines())) <= width else
-                       textwrap.fill(paragraph, width, break_on_hyphens=False, break_long_words=False)
-                       for paragraph in text.split('\n\n'))
+def check(config, rules):
+    """Raise UserError for the first setting that breaks a rule. On its way out: use annotations."""
+    for names, is_valid, expected in rules:
+        for name in names.split():
+            if not is_valid(config[name]):
+                raise UserError(f'{name}={config[name]!r}: expected {expected}')
+
+
+def nearest(name, names):
+    """Return '; did you mean NAME?' for a misspelt name, or '' when no name is near."""
+    near = ([known for known in names if name and known.startswith(name)]
+            or difflib.get_close_matches(str(name), list(names), n=1, cutoff=0.5))
+    return f'; did you mean {near[0]!r}?' if near else ''
+
+
+def fit(text, width=80, indent=''):
+    """Fill the paragraphs of `text` that are wider than `width`. Indented ones stay as they are."""
+    return '\n\n'.join(
+        paragraph if paragraph[:1].isspace() or max(map(len, paragraph.splitlines())) <= width else
+        textwrap.fill(paragraph, width, subsequent_indent=indent, break_on_hyphens=False,
+                      break_long_words=False) for paragraph in text.split('\n\n'))
+
+
+# The page ---------------------------------------------------------------------------------------
 
 
 def read_page(source):
-    """Source of a script -> {name: its assignment node}, for the assignments above the line that calls override()."""
+    """Source of a script -> {name: its assignment node} above the line that calls override()."""
     page = {}
     for node in ast.parse(source).body:
         if isinstance(node, ast.Assign) and 'override(' in ast.unparse(node.value):
             return page
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, 'target', None)]
-        for target in targets:
-            if isinstance(target, ast.Name) and not target.id.startswith('_'):
-                page[target.id] = node
-    raise ValueError('no line `config = override(globals())` at the top level of the script')
+        page |= {target.id: node for target in targets
+                 if isinstance(target, ast.Name) and not target.id.startswith('_')}
+    raise ValueError('the script has no top-level line `config = override(globals())`')
 
 
 def page_text(source, page):
-    """The settings as the script shows them: its own lines, comments included, those past 80 columns broken."""
+    """Return the script's own settings lines, comments included, broken at 80 columns."""
     nodes = list(page.values())
     lines = []
     for line in source.splitlines()[nodes[0].lineno - 1 : nodes[-1].end_lineno]:
         code, _, comment = line.partition('  # ')
-        lines += [line] if len(line) <= 80 else [code, *textwrap.wrap(comment, 80, initial_indent='    # ',
-                                                                      subsequent_indent='    # ')]
+        lines += [line] if len(line) <= 80 else [
+            code, *textwrap.wrap(comment, 80, initial_indent='    # ', subsequent_indent='    # ')]
     return '\n'.join(lines)
 
 
-def allowed_types(node, default):
-    """Types of a setting: those its annotation lists (`int | None`), else the type of its default."""
-    if not isinstance(node, ast.AnnAssign):
-        return (type(default),)
-    return tuple(TYPE_NAMES[name.strip()] for name in ast.unparse(node.annotation).split('|'))
+# Rules ------------------------------------------------------------------------------------------
 
 
-def parse(text, types_allowed):
-    """The value that `text` from the command line stands for; a str setting keeps text that reads as a number."""
-    if bool in types_allowed and text.lower() in ('true', 'false'):
+def rule_of(node, settings):
+    """Return the annotation of a setting, evaluated, or else the type of its default."""
+    if isinstance(node, ast.AnnAssign):
+        return eval(ast.unparse(node.annotation), settings)  # the script's own source
+    return type(settings[node.targets[0].id])
+
+
+def parts_of(rule):
+    """Return the alternatives of a rule: of `int | None` both, else the rule itself."""
+    return [rule] if get_origin(rule) in (Annotated, Literal, None) else list(get_args(rule))
+
+
+def kinds_of(rule):
+    """Return the types of the values that a rule allows."""
+    kinds = []
+    for part in parts_of(rule):
+        literal = get_origin(part) is Literal
+        kinds += map(type, get_args(part)) if literal else [getattr(part, '__origin__', part)]
+    return tuple(kinds)
+
+
+def checked(key, value, rule, where):
+    """Return `value`, an int made a float where one is expected. SystemExit if the rule refuses it."""
+    kinds = kinds_of(rule)
+    if float in kinds and type(value) is int and int not in kinds:
+        value = float(value)
+    expected = []
+    for part in parts_of(rule):
+        kind = getattr(part, '__origin__', part)
+        if kind is Literal:
+            fits, choices = value in get_args(part), map(repr, get_args(part))
+        else:
+            bounds = getattr(part, '__metadata__', ())
+            fits = type(value) is kind and all(value in bound for bound in bounds)
+            name = 'None' if kind is type(None) else kind.__name__
+            choices = map(str, bounds if bounds and type(value) is kind else [name])
+        if fits:
+            return value
+        expected += choices
+    kind = '' if type(value) in kinds else f' is of type {type(value).__name__}'
+    raise SystemExit(f'{where}: {key}={value!r}{kind}: expected {" or ".join(expected)}')
+
+
+def parse(text, kinds):
+    """Return the value of an argument's text. A str setting keeps text that reads as a number."""
+    if bool in kinds and text.lower() in ('true', 'false'):
         return text.lower() == 'true'
     try:
         value = ast.literal_eval(text)
     except (SyntaxError, ValueError, MemoryError, RecursionError):
         return text
-    return text if str in types_allowed and not isinstance(value, types_allowed) else value
-
-
-def check_known(key, page, where):
-    """SystemExit naming the nearest setting if there is none called `key`."""
-    if key not in page:
-        near = [name for name in page if name.startswith(key)] or difflib.get_close_matches(key, page, n=1, cutoff=0.5)
-        meant = f'did you mean {near[0]!r}? ' if near else ''
-        raise SystemExit(f'{where}: unknown setting {key!r}; {meant}All settings: python {sys.argv[0]} --help')
-
-
-def check_type(key, value, types_allowed, where):
-    """`value`, an int turned float where a float is expected; SystemExit for any other type than those allowed."""
-    if type(value) in types_allowed:
-        return value
-    if float in types_allowed and type(value) is int:
-        return float(value)
-    expected = ' or '.join(name for name, kind in TYPE_NAMES.items() if kind in types_allowed)
-    raise SystemExit(f'{where}: {key} = {value!r} is of type {type(value).__name__}, expected {expected}')
+    return text if str in kinds and type(value) not in kinds else value
 
 
 def run_config_file(path, current):
-    """Run a config file with the `current` settings in sight; -> the settings it changed or named anew."""
+    """Run a config file on the `current` settings; -> the settings that it assigned."""
     if not os.path.isfile(path):
         if '=' in path:
             raise SystemExit(f'{path}: no such config file; a setting is written --{path}')
-        beside = os.path.dirname(path) or '.'
-        files = [os.path.join(beside, f) for f in sorted(os.listdir(beside)) if f.endswith('.py')] \
-            if os.path.isdir(beside) else []
-        near = difflib.get_close_matches(path, files, n=1, cutoff=0.3)
-        meant = f'; did you mean {near[0]}?' if near else ''
-        raise SystemExit(f'{path}: no such config file{meant} (a setting is written --key=value)')
+        folder = os.path.dirname(path) or '.'
+        files = [os.path.join(folder, name) for name in sorted(os.listdir(folder))
+                 if name.endswith('.py')] if os.path.isdir(folder) else []
+        raise SystemExit(f'{path}: no such config file{nearest(path, files)} '
+                         f'(a setting is written --key=value)')
     with tokenize.open(path) as f:
         source = f.read()
     names = dict(current)
-    # exec, because a config file is a Python program that its user chose to run: it computes (5 * 8), imports (time)
+    # exec: a config file is a program that its user chose to run; it computes (5 * 8) and imports
     exec(compile(source, path, 'exec'), names)
-    assigned = {node.id for node in ast.walk(ast.parse(source))
-                if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and not node.id.startswith('_')}
+    assigned = {node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)
+                and isinstance(node.ctx, ast.Store) and not node.id.startswith('_')}
     return {key: names[key] for key in names if key in assigned}

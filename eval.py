@@ -59,7 +59,7 @@ import torch
 from tqdm import tqdm
 
 import tokenizer
-from configurator import check, explain_errors, override
+from configurator import UserError, check, explain_errors, override
 from data.documents import find_files, is_rows, read_documents, read_text
 from data.encode import SEPARATOR
 from data.tokens import (
@@ -136,7 +136,7 @@ of_tasks = {'n', 'kinds', 'shots', 'max_new_tokens', 'num_samples', 'reward_mode
 of_answers = {'num_samples', 'reward_model', 'temperature', 'tools'}  # of tasks, but not of multiple choice
 of_texts = {'dataset', 'text_key', 'stride', 'max_tokens', 'compile'}
 for name in sorted(config.given & (of_texts if task else of_tasks)):
-    raise ValueError(f'{name}={config[name]!r} is for {"texts" if task else "tasks"}, and does not go with '
+    raise UserError(f'{name}={config[name]!r} is for {"texts" if task else "tasks"}, and does not go with '
                      f'{f"--task={task}" if task else "a text; name a task: --task=tiny_chat"}')
 questions = tasks.load(task) if task else None
 
@@ -150,7 +150,7 @@ if block_size is not None:
 block_size = model.config.block_size
 stride = stride or block_size
 if not 1 <= stride <= block_size:
-    raise ValueError(f'stride={stride}: expected 1 to block_size={block_size}, or 0 for block_size')
+    raise UserError(f'stride={stride}: expected 1 to block_size={block_size}, or 0 for block_size')
 
 
 # a task --------------------------------------------------------------------------------------------------------------
@@ -159,19 +159,19 @@ if task:
     asked_from = f'{input}, {split}' if input else split
     examples = tasks.examples_of(questions, split, n, seed, input, wanted)
     if not examples:
-        raise ValueError(f'{input or task} has no question for --split={split}')
+        raise UserError(f'{input or task} has no question for --split={split}')
     for name in sorted(config.given & of_answers if 'choices' in examples[0] else ()):
-        raise ValueError(f'{name}={config[name]!r} is for answers that are written, and does not go with --task='
+        raise UserError(f'{name}={config[name]!r} is for answers that are written, and does not go with --task='
                          f'{task}, of which the likeliest choice counts; leave it out')
     runtime.use_cores()
     for_decoding(model.to(device), torch.int8 if quantize else runtime.DTYPES[dtype])
     shots = (0 if template else 4) if shots is None else shots
     if tools and (shots or template is None):
-        raise ValueError('tools=True: expected a chat model, one trained on conversations, and no --shots')
+        raise UserError('tools=True: expected a chat model, one trained on conversations, and no --shots')
     rate = None
     if reward_model:
         if shots or template is None:
-            raise ValueError(f'reward_model={reward_model!r}: expected a chat model, one trained on conversations, and '
+            raise UserError(f'reward_model={reward_model!r}: expected a chat model, one trained on conversations, and '
                              f'no --shots')
         judge, judge_line = open_reward_model(reward_model, text_tokenizer, template)
         print(f'reward model: {judge_line}')
@@ -233,7 +233,7 @@ def encode_input():
         if max_tokens is not None and n_tokens >= max_tokens:
             break
     if n_tokens < 2:
-        raise ValueError(f'{input} has {n_tokens} token(s); expected 2 or more, as the first is not predicted')
+        raise UserError(f'{input} has {n_tokens} token(s); expected 2 or more, as the first is not predicted')
     return np.concatenate(arrays)
 
 
@@ -243,7 +243,7 @@ def trained_on():
     if init_from == 'resume':  # open_model() has read it whole and found it sound; mapped, its tensors stay on the disk
         state = torch.load(checkpoint.path_in(out_dir, which), map_location='cpu', weights_only=True, mmap=True)
     if not state.get('config', {}).get('dataset'):
-        raise ValueError(f'{line} does not say what it was trained on; name what to evaluate it on: --dataset=NAME or '
+        raise UserError(f'{line} does not say what it was trained on; name what to evaluate it on: --dataset=NAME or '
                          f'--input=FILE')
     return state['config']['dataset']
 
@@ -258,7 +258,7 @@ else:
     split = split or 'val'
     what = os.path.join(data_dir, f'{split}.bin')
     if not os.path.exists(what):
-        raise ValueError(f'there is no {what}{whose}; prepare it: {prepare_command(data_dir)}\n'
+        raise UserError(f'there is no {what}{whose}; prepare it: {prepare_command(data_dir)}\n'
                          f'or name another --dataset, or a text: --input=FILE')
     meta = load_meta(data_dir)
     # a shorter window than the model's is fine
@@ -269,7 +269,7 @@ else:
     else:
         theirs = tokenizer.from_dict(meta['tokenizer'])
         if not huggingface.same_tokenizer(meta['tokenizer'], text_tokenizer.to_dict()):
-            raise ValueError(f'{data_dir} was prepared with another tokenizer ({theirs.kind}, {theirs.vocab_size:,} '
+            raise UserError(f'{data_dir} was prepared with another tokenizer ({theirs.kind}, {theirs.vocab_size:,} '
                              f'ids) than the model has ({text_tokenizer.kind}, {text_tokenizer.vocab_size:,} ids); '
                              f'give the text itself, which any tokenizer reads: --input=FILE')
 n_tokens = min(len(tokens), max_tokens or math.inf)
@@ -285,10 +285,10 @@ autocast = runtime.autocast(dtype, device)
 row = row_of(tokens)
 if row:  # conversations, of which only the answers are predicted
     if stride != block_size or max_tokens:
-        raise ValueError(f'{what} has conversations in rows of {row} tokens, which are evaluated whole; leave out '
+        raise UserError(f'{what} has conversations in rows of {row} tokens, which are evaluated whole; leave out '
                          f'--stride and --max_tokens')
     if row > block_size + 1:
-        raise ValueError(f'{what} has conversations in rows of {row} tokens, more than the {block_size} of the '
+        raise UserError(f'{what} has conversations in rows of {row} tokens, more than the {block_size} of the '
                          f'context and one; prepare it for this model: --block_size={block_size}')
     block_size = stride = row - 1
     windows = [(start, start + row, start + 1) for start in whole_windows(n_tokens, block_size, row)]
@@ -323,10 +323,10 @@ def mean_loss():
             bar.update(len(scored))
     bar.close()
     if not counts.any():
-        raise ValueError(f'{what} has no token that carries loss; prepare it again')
+        raise UserError(f'{what} has no token that carries loss; prepare it again')
     loss = total / int(counts.sum())
     if not loss < 700:  # where exp(loss) ends in fp64
-        raise ValueError(f'the loss of {line} is {loss} nats a token: its weights are broken, or {dtype} can not hold '
+        raise UserError(f'the loss of {line} is {loss} nats a token: its weights are broken, or {dtype} can not hold '
                          f'what they give (--dtype=float32 can)')
     return loss, counts
 

@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from configurator import UserError
 from ops import CHUNK, GELU, SHORT, ChunkedCrossEntropy, Dropout, softcapped, visible, window_mask
 
 # kinds of GPTConfig.rope_scaling, and the numbers that each needs
@@ -65,53 +66,53 @@ class GPTConfig:
             value, kind = getattr(self, field.name), field.type
             is_kind = isinstance(value, kind | int if kind is float else kind)
             if not is_kind or (isinstance(value, bool) and kind not in (bool, bool | None)):
-                raise ValueError(f'{field.name}={value!r}: expected {getattr(kind, "__name__", kind)}')
+                raise UserError(f'{field.name}={value!r}: expected {getattr(kind, "__name__", kind)}')
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
             if getattr(self, name) is None or getattr(self, name) < 1:
-                raise ValueError(f'{name}={getattr(self, name)}: expected 1 or more')
+                raise UserError(f'{name}={getattr(self, name)}: expected 1 or more')
         if self.head_dim is None and self.n_embd % self.n_head:
-            raise ValueError(f'n_embd={self.n_embd} is not divisible by n_head={self.n_head}; the nearest n_embd that '
+            raise UserError(f'n_embd={self.n_embd} is not divisible by n_head={self.n_head}; the nearest n_embd that '
                              f'is: {max(1, round(self.n_embd / self.n_head)) * self.n_head}')
         if self.n_kv_head is not None and (self.n_kv_head < 1 or self.n_head % self.n_kv_head):
             divisors = [n for n in range(1, self.n_head + 1) if self.n_head % n == 0]
-            raise ValueError(f'n_kv_head={self.n_kv_head}: expected a divisor of n_head={self.n_head}: '
+            raise UserError(f'n_kv_head={self.n_kv_head}: expected a divisor of n_head={self.n_head}: '
                              f'{", ".join(map(str, divisors))}; or None for n_head')
         for name in ('head_dim', 'n_inner'):
             if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f'{name}={getattr(self, name)}: expected 1 or more, or None')
+                raise UserError(f'{name}={getattr(self, name)}: expected 1 or more, or None')
         if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f'dropout={self.dropout}: expected a probability, 0 <= dropout < 1')
+            raise UserError(f'dropout={self.dropout}: expected a probability, 0 <= dropout < 1')
         for name, choices in (('mlp', ('gelu', 'gelu_erf', 'swiglu', 'relu2')), ('norm', ('layernorm', 'rmsnorm')),
                               ('pos', ('learned', 'rope'))):
             if getattr(self, name) not in choices:
-                raise ValueError(f'{name}={getattr(self, name)!r}: expected {" or ".join(map(repr, choices))}')
+                raise UserError(f'{name}={getattr(self, name)!r}: expected {" or ".join(map(repr, choices))}')
         if self.pos == 'rope' and self.head_size % 2:
             made_of = f'head_dim={self.head_dim}' if self.head_dim else f'n_embd={self.n_embd} / n_head={self.n_head}'
-            raise ValueError(f"pos='rope' rotates pairs of channels, but {made_of} makes heads of {self.head_size}; "
+            raise UserError(f"pos='rope' rotates pairs of channels, but {made_of} makes heads of {self.head_size}; "
                              f'expected an even number')
         if not self.rope_base > 1:
-            raise ValueError(f'rope_base={self.rope_base}: expected more than 1, usually 10000')
+            raise UserError(f'rope_base={self.rope_base}: expected more than 1, usually 10000')
         if self.rope_scaling is not None:
             kind = self.rope_scaling.get('rope_type')
             needed = ROPE_SCALINGS.get(kind) if isinstance(kind, str) else None
             if self.pos != 'rope' or needed is None:
-                raise ValueError(f"rope_scaling={self.rope_scaling}: expected pos='rope', and a rope_type of "
+                raise UserError(f"rope_scaling={self.rope_scaling}: expected pos='rope', and a rope_type of "
                                  f'{" or ".join(map(repr, ROPE_SCALINGS))}')
             for name in needed:
                 value = self.rope_scaling.get(name)
                 if not isinstance(value, int | float) or not value > 0:
-                    raise ValueError(f'rope_scaling={self.rope_scaling}: {name} is {value!r}, expected a number above '
+                    raise UserError(f'rope_scaling={self.rope_scaling}: {name} is {value!r}, expected a number above '
                                      f'0; {kind!r} needs {", ".join(needed)}')
         if not self.norm_eps > 0:
-            raise ValueError(f'norm_eps={self.norm_eps}: expected more than 0, usually 1e-5 or 1e-6')
+            raise UserError(f'norm_eps={self.norm_eps}: expected more than 0, usually 1e-5 or 1e-6')
         if self.qk_norm_weight and not self.qk_norm:
-            raise ValueError('qk_norm_weight=True: expected qk_norm=True, whose weights they are')
+            raise UserError('qk_norm_weight=True: expected qk_norm=True, whose weights they are')
         if self.window < 0:
-            raise ValueError(f'window={self.window}: expected a number of positions, or 0 for all')
+            raise UserError(f'window={self.window}: expected a number of positions, or 0 for all')
         if not self.window_pattern or set(self.window_pattern) - set('SL'):
-            raise ValueError(f"window_pattern={self.window_pattern!r}: expected letters S and L, such as 'SSSL'")
+            raise UserError(f"window_pattern={self.window_pattern!r}: expected letters S and L, such as 'SSSL'")
         if not 0 <= self.logit_softcap < math.inf:
-            raise ValueError(f'logit_softcap={self.logit_softcap}: expected 0 or more')
+            raise UserError(f'logit_softcap={self.logit_softcap}: expected 0 or more')
 
     @property
     def head_size(self):
@@ -431,7 +432,7 @@ class GPT(nn.Module):
         B, T = idx.shape
         start = 0 if cache is None else cache.length
         if start + T > self.config.block_size:
-            raise ValueError(f'a context of {start + T} tokens is longer than block_size={self.config.block_size}')
+            raise UserError(f'a context of {start + T} tokens is longer than block_size={self.config.block_size}')
         positions, masks = torch.arange(T, device=idx.device), {}
         if cache is not None:
             cache.make_room(B, T)
@@ -520,7 +521,7 @@ class GPT(nn.Module):
         no positions to learn or to forget, so with it the context can also grow.
         """
         if block_size < 1 or (block_size > self.config.block_size and self.config.pos == 'learned'):
-            raise ValueError(f'block_size={block_size}: expected 1 or more, and of this model, whose positions are '
+            raise UserError(f'block_size={block_size}: expected 1 or more, and of this model, whose positions are '
                              f'learned, at most {self.config.block_size}' if self.config.pos == 'learned' else
                              f'block_size={block_size}: expected 1 or more')
         self.config.block_size = block_size
@@ -558,5 +559,5 @@ class GPT(nn.Module):
 
         unknown = set(override_args or {}) - {'dropout'}
         if unknown:
-            raise ValueError(f'{sorted(unknown)}: only dropout can be overridden, the weights fix the rest')
+            raise UserError(f'{sorted(unknown)}: only dropout can be overridden, the weights fix the rest')
         return huggingface.load_model(huggingface.find(name_or_folder), **(override_args or {}))

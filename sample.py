@@ -32,7 +32,7 @@ import torch
 from tqdm import tqdm
 
 import tokenizer
-from configurator import check, explain_errors, override
+from configurator import UserError, check, explain_errors, override
 from flatgpt import jsonl, runtime
 from flatgpt import quantize as quantization
 from flatgpt.constrain import Constraint
@@ -115,7 +115,7 @@ check(config, (
 try:
     re.compile(vote)
 except re.error as error:
-    raise ValueError(f'vote={vote!r} is no regular expression: {error}') from error
+    raise UserError(f'vote={vote!r} is no regular expression: {error}') from error
 
 
 def read_file(path, setting):
@@ -123,7 +123,7 @@ def read_file(path, setting):
         with open(path, encoding='utf-8') as f:
             return f.read()
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f'{setting}={config[setting]!r}: {error}') from error
+        raise UserError(f'{setting}={config[setting]!r}: {error}') from error
 
 
 def split_list(setting, separator=None):
@@ -135,7 +135,7 @@ def split_list(setting, separator=None):
         except ValueError:
             texts = None
         if not (isinstance(texts, list) and texts and all(isinstance(one, str) and one for one in texts)):
-            raise ValueError(f'{setting}={text!r} begins as a JSON list does; expected one of texts: ["a", "b"]')
+            raise UserError(f'{setting}={text!r} begins as a JSON list does; expected one of texts: ["a", "b"]')
         return texts
     if separator:
         return [one.strip() for one in text.split(separator)]
@@ -147,7 +147,7 @@ device = runtime.choose_device(device)
 model, text_tokenizer, template, line = open_model(init_from, out_dir, which)
 block_size = model.config.block_size
 if slide > block_size:
-    raise ValueError(f'slide={slide}: expected 1 to {block_size}, the context of the model')
+    raise UserError(f'slide={slide}: expected 1 to {block_size}, the context of the model')
 stops, stop_ids, constraint = split_list('stop'), set(), None
 if json_schema and not json_schema.lstrip().startswith(('{', '[')):
     json_schema = read_file(json_schema, 'json_schema')
@@ -225,7 +225,7 @@ if chat:
     stops += ends * (constraint is None)
     if tools:
         if template is None:
-            raise ValueError('tools=True: expected a chat model, one trained on conversations')
+            raise UserError('tools=True: expected a chat model, one trained on conversations')
         check_tokenizer(text_tokenizer)
         system = f'{system} {SYSTEM}'.strip()
 
@@ -281,21 +281,21 @@ if not prompts:
 def ids_of(value):
     """What the model is to continue, of the object of a line."""
     if taken := [key for key in ('samples', *(('answer', 'votes') if vote else ())) if key in value]:
-        raise ValueError(f'the result has a {taken[0]!r} of its own; rename this one')
+        raise UserError(f'the result has a {taken[0]!r} of its own; rename this one')
     given = [kind for kind in ('prompt', 'ids', 'messages') if kind in value]
     if len(given) != 1 or given != kinds:
-        raise ValueError('expected either "prompt" or "ids" or "messages", and in every line the same of them')
+        raise UserError('expected either "prompt" or "ids" or "messages", and in every line the same of them')
     prompt = value[kinds[0]]
     if kinds == ['messages']:
         prompt = render(prompt, template, text_tokenizer)
     elif kinds == ['prompt'] and not isinstance(prompt, str):
-        raise ValueError('"prompt" is a text')
+        raise UserError('"prompt" is a text')
     elif kinds == ['ids']:
         n_ids = model.config.vocab_size
         if not isinstance(prompt, list) or not all(type(i) is int and 0 <= i < n_ids for i in prompt):
-            raise ValueError(f'"ids" are a list of whole numbers from 0 to {n_ids - 1}')
+            raise UserError(f'"ids" are a list of whole numbers from 0 to {n_ids - 1}')
     if not prompt:
-        raise ValueError(f'"{kinds[0]}" is empty, and the model continues at least one token')
+        raise UserError(f'"{kinds[0]}" is empty, and the model continues at least one token')
     return encode_prompt(prompt, text_tokenizer, block_size, crop_prompt)
 
 
@@ -313,13 +313,13 @@ def result_of(samples):
 
 objects, prompt_ids = jsonl.read_objects(prompts), {}
 if not objects:
-    raise ValueError(f'{prompts} has no prompts; expected lines such as {{"prompt": "text"}}')
+    raise UserError(f'{prompts} has no prompts; expected lines such as {{"prompt": "text"}}')
 kinds = [kind for kind in ('prompt', 'ids', 'messages') if kind in next(iter(objects.values()))][:1]  # of all lines
 for number, value in objects.items():  # all are checked before anything is drawn
     try:
         prompt_ids[number] = ids_of(value)
     except ValueError as error:
-        raise ValueError(f'{prompts}, line {number}: {error}') from None
+        raise UserError(f'{prompts}, line {number}: {error}') from None
 if kinds == ['messages']:
     stop_ids, ends = find_endings(template, text_tokenizer)
     stops += ends * (constraint is None)
@@ -354,7 +354,7 @@ try:
     bar.close()
     results.finish(objects)
 except OSError as error:
-    raise ValueError(f'{out} can not be written: {error}; free some space, or name another --out') from error
+    raise UserError(f'{out} can not be written: {error}; free some space, or name another --out') from error
 except KeyboardInterrupt:
     raise SystemExit(f'\nstopped; the results so far are in {out}.part, and the same command goes on') from None
 print(f'{out}: {len(objects):,} prompts, {n_tokens:,} tokens in {time.perf_counter() - started:.1f} s')

@@ -50,6 +50,7 @@ from flatgpt.files import NO_ROOM, lock_folder, remove, replace_file, sync_folde
 from data.documents import find_files, read_documents, text_size
 from data.encode import positive, run
 from tokenizer.workers import Workers, core_count
+from configurator import UserError
 
 
 BATCH_CHARS = 1 << 19  # one task of a worker: large beside the cost of handing it over, small in memory
@@ -86,7 +87,7 @@ def load_identifier():
     try:
         from py3langid.langid import MODEL_FILE, LanguageIdentifier
     except ImportError:
-        raise ValueError(f'--language needs the package py3langid: {INSTALL}') from None
+        raise UserError(f'--language needs the package py3langid: {INSTALL}') from None
     return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
 
 
@@ -95,10 +96,10 @@ def check_languages(languages, threshold: float):
     known = sorted(load_identifier().labels)
     for language in languages:
         if language not in known:
-            raise ValueError(f'--language={",".join(languages)}: {language!r} is not a known language code'
+            raise UserError(f'--language={",".join(languages)}: {language!r} is not a known language code'
                              f'{tokenizers.nearest(language, known)}; expected some of: {" ".join(known)}')
     if not 0 <= threshold <= 1:
-        raise ValueError(f'--language_threshold is {threshold}; expected a probability from 0 to 1, such as 0.5')
+        raise UserError(f'--language_threshold is {threshold}; expected a probability from 0 to 1, such as 0.5')
 
 
 def find_language(text: str, identifier) -> tuple[str, float]:
@@ -214,7 +215,7 @@ def gopher(text: str, skip=()) -> tuple[str, float] | None:
 def check_gopher_skip(skip):
     for rule in skip:
         if rule not in GOPHER:
-            raise ValueError(f'--gopher_skip={",".join(skip)}: there is no rule {rule!r}'
+            raise UserError(f'--gopher_skip={",".join(skip)}: there is no rule {rule!r}'
                              f'{tokenizers.nearest(rule, GOPHER)}; expected some of: {" ".join(GOPHER)}')
 
 
@@ -245,7 +246,7 @@ def check_near(threshold: float):
     """ValueError for a threshold that is not a similarity from 0.5 to 1."""
     # Below, most documents of a kind are candidates of each other, and comparing them all would take forever.
     if not 0.5 <= threshold <= 1:
-        raise ValueError(f'--near is {threshold}; expected a similarity from 0.5 to 1, such as 0.8: the share of their '
+        raise UserError(f'--near is {threshold}; expected a similarity from 0.5 to 1, such as 0.8: the share of their '
                          f'runs of five words that two documents have in common')
 
 
@@ -258,7 +259,7 @@ def load_minhash():
     try:
         from datasketch import MinHash
     except ImportError:
-        raise ValueError(f'--near needs the package datasketch: {INSTALL}') from None
+        raise UserError(f'--near needs the package datasketch: {INSTALL}') from None
     return MinHash(HASHES, seed=1, hashfunc=int, scheme='affine32')
 
 
@@ -441,7 +442,7 @@ def clean(path, file, steps: Steps, *, text_key: str = 'text', num_proc: int = 1
         rule, entry = next(iter(removed.items()))
         step, _, name = rule.partition(': ')
         remedy = f'--gopher_skip={name} skips that rule' if step == 'gopher' else f'leave out --{step}, or relax it'
-        raise ValueError(f'all {read[0]:,} documents would be removed, so nothing was written. Most of them, '
+        raise UserError(f'all {read[0]:,} documents would be removed, so nothing was written. Most of them, '
                          f'{entry["documents"]:,}, by the rule {rule!r} (the first: {entry["examples"][0]["why"]}); '
                          f'{remedy}')
     return {'version': 1, 'source': os.path.basename(os.path.abspath(path)), 'steps': steps._asdict(),
@@ -472,7 +473,7 @@ def clean_to(out, report_path, path, steps: Steps, **options) -> dict:
         return report
     except OSError as error:
         if error.errno in NO_ROOM:
-            raise ValueError(f'{folder} has no room for {os.path.basename(out)} ({error.strerror}); it takes about as '
+            raise UserError(f'{folder} has no room for {os.path.basename(out)} ({error.strerror}); it takes about as '
                              f'much as the text of the input. Nothing was changed; free some space, or write to '
                              f'another disk: --out=FILE') from None
         raise
@@ -485,12 +486,12 @@ def check_out(option, out, path):
     """ValueError when `out` cannot be written, or would be read as input by the next run."""
     folder = os.path.dirname(os.path.abspath(out))
     if not os.path.isdir(folder):
-        raise ValueError(f'{option}={out}: the folder {folder} does not exist; make it: mkdir -p "{folder}"')
+        raise UserError(f'{option}={out}: the folder {folder} does not exist; make it: mkdir -p "{folder}"')
     if os.path.isdir(out):
-        raise ValueError(f'{option}={out} is a folder; expected the name of a file in it')
+        raise UserError(f'{option}={out} is a folder; expected the name of a file in it')
     source, target = os.path.realpath(path), os.path.realpath(out)
     if source == target or target.startswith(os.path.join(source, '')):
-        raise ValueError(f'{option}={out} lies in the input, {path}, and would be read as part of it; choose a name '
+        raise UserError(f'{option}={out} lies in the input, {path}, and would be read as part of it; choose a name '
                          f'outside')
 
 
@@ -534,12 +535,12 @@ def main():
 
     started = time.time()
     if not (args.normalize or args.language or args.gopher or args.exact or args.near is not None):
-        raise ValueError('there is no step to do; expected one or more of --normalize, --language=en, --gopher, '
+        raise UserError('there is no step to do; expected one or more of --normalize, --language=en, --gopher, '
                          '--exact, --near=0.8 (--help says what they are)')
     if args.language_threshold is not None and not args.language:
-        raise ValueError(f'--language_threshold={args.language_threshold} needs a language: --language=en')
+        raise UserError(f'--language_threshold={args.language_threshold} needs a language: --language=en')
     if args.gopher_skip and not args.gopher:
-        raise ValueError(f'--gopher_skip={",".join(args.gopher_skip)} needs --gopher')
+        raise UserError(f'--gopher_skip={",".join(args.gopher_skip)} needs --gopher')
     steps = Steps(args.normalize, args.language, 0.5 if args.language_threshold is None else args.language_threshold,
                   args.gopher, args.gopher_skip, args.exact, args.near)
     if steps.language:
@@ -549,13 +550,13 @@ def main():
         check_near(steps.near)
         load_minhash()  # says so when it is not installed
     if os.path.splitext(args.out)[1] not in ('.jsonl', '.ndjson'):
-        raise ValueError(f'--out={args.out}: expected a name that ends in .jsonl, such as --out=clean.jsonl')
+        raise UserError(f'--out={args.out}: expected a name that ends in .jsonl, such as --out=clean.jsonl')
     report_path = args.report or os.path.splitext(args.out)[0] + '.report.json'
     files, skipped = find_files(args.input)
     for option, name in (('--out', args.out), ('--report', report_path)):
         check_out(option, name, args.input)
     if os.path.realpath(report_path) == os.path.realpath(args.out):
-        raise ValueError(f'--report={report_path} is --out as well; choose another name')
+        raise UserError(f'--report={report_path} is --out as well; choose another name')
     if skipped:
         print(f'{len(files_module):,} files; {skipped:,} more were left out because their suffix is not that of a text file')
 

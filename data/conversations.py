@@ -13,6 +13,7 @@ from tokenizer import chat
 import tokenizer as tokenizers
 from data import encode
 from flatgpt.files import lock_folder, remove, sync_folder, unlock, write_synced
+from configurator import UserError
 
 
 SHAREGPT = {'human': 'user', 'user': 'user', 'gpt': 'assistant', 'assistant': 'assistant', 'system': 'system',
@@ -32,19 +33,19 @@ def messages_of(value):
             return messages
         for message in messages:
             if isinstance(message, dict) and (call := message.get('tool_calls') or message.get('function_call')):
-                raise ValueError(f'an answer calls a tool, {json.dumps(call)[:40]}, beside its content; write the call '
+                raise UserError(f'an answer calls a tool, {json.dumps(call)[:40]}, beside its content; write the call '
                                  f'into the content, in the words that the model is to learn')
         # in one order, and without what else there may be, such as names
         return [{key: message[key] for key in ('role', 'content', 'weight') if has(message, key)}
                 if isinstance(message, dict) else message for message in messages]
     if not isinstance(value.get('conversations'), list):
-        raise ValueError(f'no conversation; expected "messages" or "conversations", a list, but it has '
+        raise UserError(f'no conversation; expected "messages" or "conversations", a list, but it has '
                          f'{", ".join(map(repr, value)) or "nothing"}')
     messages = [{'role': 'system', 'content': value['system']}] if value.get('system') else []
     for turn in value['conversations']:
         who = turn.get('from') if isinstance(turn, dict) else None
         if not isinstance(who, str) or who not in SHAREGPT:
-            raise ValueError(f'{json.dumps(turn)[:60]} is no turn; expected from, one of {", ".join(SHAREGPT)}, and a '
+            raise UserError(f'{json.dumps(turn)[:60]} is no turn; expected from, one of {", ".join(SHAREGPT)}, and a '
                              f'value, such as {{"from": "human", "value": "Hello"}}')
         messages.append({'role': SHAREGPT[who], 'content': turn.get('value'),
                          **({'weight': turn['weight']} if has(turn, 'weight') else {})})
@@ -60,7 +61,7 @@ def check_tokenizer(tokenizer, name):
     """ValueError unless the tokenizer has the special tokens of chat.TEMPLATE."""
     missing = [token for token in chat.SPECIAL_TOKENS if token not in tokenizer.special_tokens]
     if missing:
-        raise ValueError(f'{name} has no {", ".join(missing)}, which the format of chat.py needs; train a tokenizer '
+        raise UserError(f'{name} has no {", ".join(missing)}, which the format of chat.py needs; train a tokenizer '
                          f'that has them:\n  python -m tokenizer train --input=FILE '
                          f"--special_tokens='{','.join(chat.SPECIAL_TOKENS)}' --out=chat.json\n"
                          f'or write a format that does without: --template=FILE')
@@ -73,10 +74,10 @@ def render(messages, template, tokenizer, row):
     """
     ids, mask = chat.render_conversation(messages, template, tokenizer)
     if not any(mask):
-        raise ValueError('no token of it carries loss; expected an answer whose "weight" is not 0, and inside of '
+        raise UserError('no token of it carries loss; expected an answer whose "weight" is not 0, and inside of '
                          '{% generation %} if the chat template has that')
     if not any(mask[1:row]):
-        raise ValueError(f'cut to {row} of its {len(ids)} tokens, it ends before the first answer that carries loss; '
+        raise UserError(f'cut to {row} of its {len(ids)} tokens, it ends before the first answer that carries loss; '
                          f'make longer rows, --block_size={len(ids) - 1}, if the context of the model has room')
     return ids[:row], mask[:row], len(ids) > row
 
@@ -123,7 +124,7 @@ def write_dataset(out_dir, conversations, tokenizer, template, row, **described)
     """
     for split, found in conversations.items():
         if not found:
-            raise ValueError(f'of {sum(map(len, conversations.values())):,} conversations none is in {split}; give '
+            raise UserError(f'of {sum(map(len, conversations.values())):,} conversations none is in {split}; give '
                              f'more of them, or another --val_fraction')
     dtype = tokenizers.id_dtype(tokenizer.vocab_size)
     padding = tokenizer.eot if tokenizer.eot is not None else 0

@@ -19,6 +19,7 @@ import urllib.request
 from tqdm import tqdm
 from data.documents import find_files
 from flatgpt.files import NO_ROOM, lock_folder, replace_file, unlock
+from configurator import UserError
 
 
 RETRY_SECONDS = 2  # between two attempts at a file
@@ -46,20 +47,20 @@ def download(url: str, path, sha256: str, instead: str):
             raise refused(f'cannot download {url}', error, 'the file', instead) from None
         except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
             if isinstance(error, OSError) and error.errno in NO_ROOM:
-                raise ValueError(f'no room on the disk for {part}: {error.strerror}. What is there is kept; free some '
+                raise UserError(f'no room on the disk for {part}: {error.strerror}. What is there is kept; free some '
                                  f'space, and run again to go on') from None
             problem = getattr(error, 'reason', None) or error
         before, have = have, size_of(part)
         if have <= before:
             kept = f' The {have:,} bytes so far are kept; run again to go on.' if have else ''
-            raise ValueError(f'cannot download {url} ({problem}). Is this machine offline? Get the file on another '
+            raise UserError(f'cannot download {url} ({problem}). Is this machine offline? Get the file on another '
                              f'one, and then: {instead}{kept}')
         print(f'the connection broke ({problem}); going on at {have:,} bytes', file=sys.stderr)
         time.sleep(RETRY_SECONDS)
     found = file_sha256(part)
     if found != sha256:
         os.remove(part)
-        raise ValueError(f'{url} gave a file with SHA-256 {found}, expected {sha256}; it was removed. Run again; if '
+        raise UserError(f'{url} gave a file with SHA-256 {found}, expected {sha256}; it was removed. Run again; if '
                          f'this repeats, the file has changed at its source: get the right one, and then: {instead}')
     os.replace(part, path)
 
@@ -104,11 +105,11 @@ def open_url(url, headers=None):
             time.sleep(pause)
 
 
-def refused(what, error, files, instead) -> ValueError:
+def refused(what, error, files, instead) -> UserError:
     """For an HTTPError that stays: wait, when it may pass, or else get the files in another way."""
     remedy = (f'It is busy: run again later to go on. Or get {files} elsewhere' if error.code in BUSY else
               f'Get {files} elsewhere')
-    return ValueError(f'{what}: the server says {error.code} {error.reason}. {remedy}, and then: {instead}')
+    return UserError(f'{what}: the server says {error.code} {error.reason}. {remedy}, and then: {instead}')
 
 
 def size_of(path) -> int:
@@ -136,7 +137,7 @@ def get_shakespeare(given, folder, instead: str) -> str:
     path = given or path
     find_files(path)  # says so when there is no such file, or an empty one
     if os.path.isdir(path):
-        raise ValueError(f'{path} is a folder; expected one text file. For a folder of your own: '
+        raise UserError(f'{path} is a folder; expected one text file. For a folder of your own: '
                          f'python data/text/prepare.py --input={path}')
     found = file_sha256(path)
     if found != SHAKESPEARE_SHA256:
@@ -167,13 +168,13 @@ def get_shards(repo: str, folder: str, out_dir, revision: str, n_shards: int | N
         listing = load_listing(repo, folder, out_dir, revision, instead)
         files = listing['files'][:n_shards]
         if n_shards is not None and n_shards > len(files):
-            raise ValueError(f'--shards={n_shards}, but {repo} has {len(files)} in {folder}; expected at most so many')
+            raise UserError(f'--shards={n_shards}, but {repo} has {len(files)} in {folder}; expected at most so many')
         paths = [os.path.join(out_dir, os.path.basename(file['path'])) for file in files]
         missing = sum(file['size'] - size_of(f'{path}.part') for path, file in zip(paths, files, strict=True)
                       if size_of(path) != file['size'])
         free = shutil.disk_usage(out_dir).free
         if missing > free:
-            raise ValueError(f'{out_dir} has {free / 1e9:,.1f} GB free; the download needs {missing / 1e9:,.1f} GB. '
+            raise UserError(f'{out_dir} has {free / 1e9:,.1f} GB free; the download needs {missing / 1e9:,.1f} GB. '
                              f'Free some space, or take fewer shards')
         if missing:
             print(f'downloading {missing / 1e9:,.1f} GB of {repo}, {len(files)} shards of {folder}, to {out_dir}',
@@ -205,10 +206,10 @@ def load_listing(repo, folder, out_dir, revision, instead) -> dict:
             files = [{'path': entry['path'], 'size': entry['size'], 'sha256': entry['lfs']['oid']}
                      for entry in entries if entry['path'].endswith('.parquet')]
         except (KeyError, TypeError) as error:
-            raise ValueError(f'{api} answers in an unknown form ({type(error).__name__}: {error}). Get the Parquet '
+            raise UserError(f'{api} answers in an unknown form ({type(error).__name__}: {error}). Get the Parquet '
                              f'files elsewhere, and then: {instead}') from None
         if not files:
-            raise ValueError(f'{repo} has no Parquet files in {folder} at {revision}; see what there is on {hub()}')
+            raise UserError(f'{repo} has no Parquet files in {folder} at {revision}; see what there is on {hub()}')
         listing = {**wanted, 'commit': commit, 'files': sorted(files, key=lambda file: file['path'])}
         replace_file(path, (json.dumps(listing, indent=1) + '\n').encode())
     try:
@@ -219,9 +220,9 @@ def load_listing(repo, folder, out_dir, revision, instead) -> dict:
                  for file in listing['files']]
         commit = str(listing['commit'])
     except (KeyError, TypeError, ValueError):
-        raise ValueError(f'{path} is damaged; remove it and run again') from None
+        raise UserError(f'{path} is damaged; remove it and run again') from None
     for key in differing:
-        raise ValueError(f'{path} is of {key} {listing[key]}, expected {wanted[key]}; remove {out_dir} to download '
+        raise UserError(f'{path} is of {key} {listing[key]}, expected {wanted[key]}; remove {out_dir} to download '
                          f'anew')
     return {'commit': commit, 'files': files}
 
@@ -235,5 +236,5 @@ def ask(url, instead) -> tuple:
     except urllib.error.HTTPError as error:
         raise refused(url, error, 'the Parquet files', instead) from None
     except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError) as error:
-        raise ValueError(f'cannot read {url} ({getattr(error, "reason", error)}). Is this machine offline? Get the '
+        raise UserError(f'cannot read {url} ({getattr(error, "reason", error)}). Is this machine offline? Get the '
                          f'Parquet files on another one, and then: {instead}') from None

@@ -32,6 +32,7 @@ from tqdm import tqdm
 import tokenizer as tokenizers
 from tokenizer.patterns import batches, to_utf8
 from flatgpt.files import Busy, NO_ROOM, lock_folder, remove, replace_file, sync_folder, unlock, write_synced
+from configurator import UserError
 
 
 BATCH_CHARS = 1 << 22      # in memory at a time, twice: one batch is encoded while the next is read
@@ -56,7 +57,7 @@ def load_tokenizer(name: str, vocab_size: int | None = None):
     """The tokenizer called name, or None for those that are made from the text. ValueError for what make_tokenizer()
     would refuse, so that it can be known before a long download."""
     if vocab_size is not None and name not in VOCAB_SIZES:
-        raise ValueError(f'--vocab_size={vocab_size} does not go with --tokenizer={name}, whose size is given; it is '
+        raise UserError(f'--vocab_size={vocab_size} does not go with --tokenizer={name}, whose size is given; it is '
                          f'for {" and ".join(VOCAB_SIZES)}')
     return None if name == 'char' or name in VOCAB_SIZES else tokenizers.load(name)
 
@@ -107,7 +108,7 @@ def write_dataset(out_dir, pieces, tokenizer, *, documents: bool, source: str, v
     process is writing here.
     """
     if shard_tokens < 1:
-        raise ValueError(f'shard_tokens is {shard_tokens}; expected 1 or more, such as {SHARD_TOKENS:,}')
+        raise UserError(f'shard_tokens is {shard_tokens}; expected 1 or more, such as {SHARD_TOKENS:,}')
     created = not os.path.isdir(out_dir)
     os.makedirs(out_dir, exist_ok=True)
     lock = lock_folder(out_dir)
@@ -123,7 +124,7 @@ def write_dataset(out_dir, pieces, tokenizer, *, documents: bool, source: str, v
                 remove([os.path.join(out_dir, JOURNAL)])  # going on would come to the same end
                 remedy = ('give more text, or a larger --val_fraction' if split == 'val'
                           else 'give more text, or a smaller --val_fraction')
-                raise ValueError(f'the {split} split has {tokens[split]} token(s) with --val_fraction={val_fraction}; '
+                raise UserError(f'the {split} split has {tokens[split]} token(s) with --val_fraction={val_fraction}; '
                                  f'expected at least 2: {remedy}')
         meta = {'version': 2, 'dtype': tokenizers.id_dtype(tokenizer.vocab_size).name,
                 'vocab_size': tokenizer.vocab_size, 'tokens': tokens, 'files': done['files'], 'bytes': done['bytes'],
@@ -134,7 +135,7 @@ def write_dataset(out_dir, pieces, tokenizer, *, documents: bool, source: str, v
     except OSError as error:
         if error.errno in NO_ROOM:
             free = shutil.disk_usage(out_dir).free
-            raise ValueError(f'{out_dir} has no room for the token files ({error.strerror}; {free / 1e6:,.0f} MB free '
+            raise UserError(f'{out_dir} has no room for the token files ({error.strerror}; {free / 1e6:,.0f} MB free '
                              f'now). They take 2 bytes per token (4 with more than 65,536 ids), while the old ones, '
                              f'if any, stay as they are. Free some space and run the same command again, or use '
                              f'another disk.') from None
@@ -440,7 +441,7 @@ def output_folder(name, path, out_dir=None):
     input's), or out_dir. ValueError when it is not ours to write to.
     """
     if name is not None and out_dir:
-        raise ValueError(f'--name={name} and --out_dir={out_dir} both say where to write; give one of them')
+        raise UserError(f'--name={name} and --out_dir={out_dir} both say where to write; give one of them')
     if name is None:
         stem = os.path.basename(os.path.abspath(out_dir or path))
         stem = stem if out_dir else os.path.splitext(stem)[0]
@@ -451,15 +452,15 @@ def output_folder(name, path, out_dir=None):
             dataset = os.path.join('.', dataset)
     else:
         if not re.fullmatch(r'[\w-][\w.-]*', name):
-            raise ValueError(f'--name={name} is not a plain name; expected letters, digits, "_", "-" and ".", like '
+            raise UserError(f'--name={name} is not a plain name; expected letters, digits, "_", "-" and ".", like '
                              f'--name=mytext (the folder becomes data/mytext)')
         out_dir = os.path.join(os.path.dirname(os.path.abspath(__file__)), name)
         dataset, another = name, f'name: --name=my_{name}'
     shown = os.path.relpath(out_dir)
     if os.path.exists(os.path.join(out_dir, 'prepare.py')):
-        raise ValueError(f'{shown} is a dataset with its own prepare.py; choose another {another}')
+        raise UserError(f'{shown} is a dataset with its own prepare.py; choose another {another}')
     if os.path.exists(os.path.join(out_dir, 'train.bin')) and not os.path.exists(os.path.join(out_dir, 'meta.json')):
-        raise ValueError(f'{shown} has a train.bin that this script did not make (there is no meta.json beside it); '
+        raise UserError(f'{shown} has a train.bin that this script did not make (there is no meta.json beside it); '
                          f'choose another {another}')
     return dataset, name, out_dir
 

@@ -15,9 +15,11 @@ import shlex
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 import numpy as np
 import torch
 import tokenizer
+from configurator import UserError
 
 
 def load_meta(data_dir):
@@ -40,12 +42,12 @@ def load_meta(data_dir):
                      for split in tokens}
             for split in tokens:
                 if not files[split] or sum(n for _, n in files[split]) != tokens[split]:
-                    raise ValueError(f'the files of {split} do not add up to {tokens[split]:,} tokens')
+                    raise UserError(f'the files of {split} do not add up to {tokens[split]:,} tokens')
             return {'dtype': np.dtype(meta['dtype']), 'vocab_size': int(meta['vocab_size']),
                     'tokenizer': dict(meta['tokenizer']), 'tokens': tokens, 'files': files,
                     'row': int(meta['row']) if 'row' in meta else None, 'chat_template': meta.get('chat_template')}
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f'{path} is damaged ({type(error).__name__}: {error}); '
+            raise UserError(f'{path} is damaged ({type(error).__name__}: {error}); '
                              f'prepare the dataset again: {prepare_command(data_dir)}') from error
     meta = {'dtype': np.dtype(np.uint16), 'vocab_size': None, 'tokens': None, 'tokenizer': None, 'files': None,
             'row': None, 'chat_template': None}
@@ -137,11 +139,11 @@ def open_tokens(data_dir, split, meta, block_size):
     def mapped(name, dtype, n_tokens):
         path = os.path.join(data_dir, name)
         if not os.path.exists(path):
-            raise ValueError(f'{path} is missing; {again}')
+            raise UserError(f'{path} is missing; {again}')
         size = os.path.getsize(path)
         expected = size - size % dtype.itemsize if n_tokens is None else n_tokens * dtype.itemsize
         if size != expected:
-            raise ValueError(f'{path} has {size:,} bytes, expected {expected:,}: it is truncated or of another '
+            raise UserError(f'{path} has {size:,} bytes, expected {expected:,}: it is truncated or of another '
                              f'preparation; {again}')
         array = np.memmap(path, dtype, mode='r') if size else np.empty(0, dtype)  # it needs a byte
         return np.asarray(array)  # plain array: np.memmap indexes slower
@@ -151,13 +153,13 @@ def open_tokens(data_dir, split, meta, block_size):
     tokens = arrays[0] if len(arrays) == 1 else Shards(arrays)
     if meta['row']:
         if block_size != meta['row'] - 1:
-            raise ValueError(f'block_size={block_size}, but the conversations in {data_dir} are packed for a context '
+            raise UserError(f'block_size={block_size}, but the conversations in {data_dir} are packed for a context '
                              f'of {meta["row"] - 1} tokens; use --block_size={meta["row"] - 1}, or prepare them again '
                              f'with --block_size={block_size}')
         return Rows(tokens, mapped(f'{split}_mask.bin', np.dtype(np.uint8), len(tokens)), meta['row'])
     if len(tokens) <= block_size:
         shorter = f', or --block_size={len(tokens) - 1}' if len(tokens) > 1 else ''
-        raise ValueError(f'{os.path.join(data_dir, split)}.bin has {len(tokens):,} tokens, fewer than block_size + 1 = '
+        raise UserError(f'{os.path.join(data_dir, split)}.bin has {len(tokens):,} tokens, fewer than block_size + 1 = '
                          f'{block_size + 1:,}; prepare more text or another --val_fraction{shorter}')
     return tokens
 
@@ -177,7 +179,7 @@ def prepare_if_missing(data_dir, is_first):
         home = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
         elsewhere = '' if os.path.realpath(home) == os.path.realpath(os.getcwd()) else (
             f' Datasets are looked for in the current folder, {os.getcwd()}; for those beside train.py: cd {home}.')
-        raise ValueError(f'no dataset in {data_dir}: expected train.bin and val.bin, or a prepare.py that makes them. '
+        raise UserError(f'no dataset in {data_dir}: expected train.bin and val.bin, or a prepare.py that makes them. '
                          f'Datasets here: {", ".join(there) or "none"}.{elsewhere} '
                          f'Your own text: {prepare_command(data_dir)}')
     while is_missing():
@@ -185,9 +187,9 @@ def prepare_if_missing(data_dir, is_first):
             print(f'{data_dir} is not prepared yet; running: python {script}', flush=True)
             code = subprocess.run([sys.executable, script]).returncode
             if code == 0 and is_missing():
-                raise ValueError(f'python {script} ended without writing train.bin and val.bin to {data_dir}')
+                raise UserError(f'python {script} ended without writing train.bin and val.bin to {data_dir}')
             if code not in (0, 75):  # 75, EX_TEMPFAIL: another machine on this disk is at it
-                raise ValueError(f'python {script} failed; what it said is above')
+                raise UserError(f'python {script} failed; what it said is above')
         time.sleep(1 if is_missing() else 0)
 
 
@@ -305,7 +307,7 @@ def count_targets(tokens, starts, block_size):
 
 def unknown_id(position, id, vocab_size):
     """The error about an id of the data that the model has no embedding for."""
-    return ValueError(f'token {position:,} of the data has id {id}, but vocab_size is {vocab_size}: the data was '
+    return UserError(f'token {position:,} of the data has id {id}, but vocab_size is {vocab_size}: the data was '
                       f'prepared with another tokenizer than the model has or than its meta.json says; prepare it '
                       f'again')
 
@@ -360,3 +362,113 @@ class DeviceTokens:
         ids = self.ids[index.clamp(max=len(self) - 1)].long() & self.mask
         beyond = index >= len(self)
         return ids[:, :-1].masked_fill(beyond[:, :-1], 0), ids[:, 1:].masked_fill(beyond[:, 1:], -1)
+
+
+# Steps --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Cut:
+    """
+    How the tokens of a step are cut: sequences -> processes -> micro-batches.
+
+    tokens, sequences: of a step, over all processes; micro_steps: per process; smaller: the next
+    smaller batch_size that divides the step, 0 if there is none.
+    """
+
+    tokens: int
+    sequences: int
+    micro_steps: int
+    batch_size: int
+    block_size: int
+    smaller: int
+
+
+def cut_step(config, block_size, n_processes):
+    """
+    Cut a step into micro-batches; -> Cut.
+
+    config: total_batch_size in tokens, or else nanoGPT's gradient_accumulation_steps * batch_size
+    * block_size; batch_size. Raises UserError naming a setting that divides evenly.
+    """
+    tokens = config['total_batch_size'] or (
+        config['gradient_accumulation_steps'] * config['batch_size'] * block_size)
+    unit = block_size * n_processes
+    if tokens % unit:
+        raise UserError(f'a step of {tokens:,} tokens is not a whole number of sequences of {block_size} tokens for '
+                        f'each of {n_processes} processes; try --total_batch_size={max(1, tokens // unit) * unit}')
+    per_process = tokens // unit
+    batch_size = min(config['batch_size'], per_process)
+    smaller = max((b for b in range(1, batch_size) if per_process % b == 0), default=0)
+    if per_process % batch_size:
+        raise UserError(f'{per_process} sequences per step and process are not a whole number of micro-batches of '
+                        f'batch_size={batch_size}; try --batch_size={smaller}, which keeps the mathematics')
+    return Cut(tokens, tokens // block_size, per_process // batch_size, batch_size, block_size, smaller)
+
+
+@dataclass
+class Batches:
+    """
+    The micro-batches of this process, a function of the step: batches(step) -> (list, n_targets).
+
+    A micro-batch is (x, y, share): x and y (batch_size, block_size) on the device; share: the part of the step's
+    n_targets that is in it, times the number of processes, since DDP averages over them. So the loss of a step is the
+    mean over its targets, however they fall on micro-batches and processes.
+    """
+
+    tokens: object
+    cut: Cut
+    seed: int
+    n_ids: int
+    device: torch.device
+    world: object
+
+    def __call__(self, step):
+        cut, world = self.cut, self.world
+        starts = train_windows(step, cut.sequences, len(self.tokens), cut.block_size, self.seed, row_of(self.tokens))
+        n_targets = count_targets(self.tokens, starts, cut.block_size)
+        ours = starts.reshape(world.size, cut.micro_steps, cut.batch_size)[world.rank]
+        micro_batches = []
+        for chunk in ours:
+            x, y = to_device(gather(self.tokens, chunk, cut.block_size, self.n_ids), self.device)
+            share = count_targets(self.tokens, chunk, cut.block_size) / max(1, n_targets)
+            micro_batches.append((x, y, world.size * share))
+        return micro_batches, n_targets
+
+
+def open_splits(data_dir, meta, block_size, device, n_ids):
+    """Open both splits; -> {'train': tokens, 'val': tokens}, on the device if they fit there."""
+    splits = {split: open_tokens(data_dir, split, meta, block_size) for split in ('train', 'val')}
+    if fits_on(device, splits.values()):
+        splits = {split: DeviceTokens(tokens, device, n_ids) for split, tokens in splits.items()}
+    return splits
+
+
+def eval_windows(splits, eval_iters, batch_size, block_size):
+    """
+    Return the first positions of the windows of an evaluation, {'train': ..., 'val': ...}.
+
+    'val': the whole split; 'train': eval_iters batches, or as many windows as val has if that is less.
+    """
+    row = row_of(splits['train'])
+    val = whole_windows(len(splits['val']), block_size, row)
+    n_train = min(eval_iters * batch_size, max(len(val), batch_size))
+    return {'train': even_windows(n_train, len(splits['train']), block_size, row), 'val': val}
+
+
+@torch.no_grad()
+def loss_sum(model, tokens, starts, block_size, batch_size):
+    """
+    Sum the loss over the targets of windows; -> [nats, number of targets].
+
+    More than batch_size windows go through the model at once while their logits stay below 16 MB.
+    """
+    config, device = model.config, model.lm_head.weight.device
+    n_windows = max(batch_size, 2**22 // (block_size * config.vocab_size))
+    total, count = torch.zeros((), device=device), torch.zeros((), dtype=torch.long, device=device)
+    for i in range(0, len(starts), n_windows):
+        x, y = to_device(gather(tokens, starts[i : i + n_windows], block_size, config.vocab_size), device)
+        n_targets = (y >= 0).sum()
+        total += model(x, y, return_logits=False)[1] * n_targets
+        count += n_targets
+    return [total.item(), count.item()]

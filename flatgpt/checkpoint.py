@@ -1,14 +1,14 @@
 """
-Checkpoints: one file that holds a whole run, written so that it is either complete or not there.
+Checkpoints, and the folder of a run.
 
-A checkpoint is a dict of tensors and plain values: nanoGPT's keys (model, optimizer, model_args, iter_num,
-best_val_loss, config) and, beside them, version, tokenizer, chat_template, scaler, evals_since_best, train_time. Of a
-run with LoRA `model` has the adapters alone, and `lora` says beside which model they were trained. Of a reward model
-`model` has a Critic, and `reward_model` is True. Where best_val_loss is no loss, `measure` says what it is. It is read
-with weights_only=True, which refuses anything that could run code. nanoGPT's own ckpt.pt reads the same.
+A checkpoint is one file with a dict of tensors and plain values. It has nanoGPT's keys (model,
+optimizer, model_args, iter_num, best_val_loss, config) and version, tokenizer, chat_template,
+scaler, evals_since_best, train_time. With LoRA, `model` holds the adapters and `lora` names their
+base. A reward model has `reward_model`: True. `measure` names what best_val_loss measures where
+that is no loss. Files are read with weights_only=True, which refuses anything that could run code.
 
-In a run's out_dir, ckpt.pt is the last checkpoint, from which the run resumes, and best.pt the one with the lowest
-validation loss. Random state is not among what is saved: batches and dropout are functions of (seed, step).
+In out_dir, ckpt.pt is the last checkpoint, from which a run resumes, and best.pt the one with the
+lowest validation loss. No random state is saved: batches and dropout are functions of (seed, step).
 """
 
 import glob
@@ -26,18 +26,20 @@ from contextlib import suppress
 
 import torch
 
+from configurator import UserError, explain_errors
 from flatgpt import parallel
 from flatgpt.files import lock_folder, replace_file, sync_folder
+from flatgpt.runtime import out_of_memory
 
-VERSION = 1  # of the layout described above; a file without the key is nanoGPT's
+VERSION = 1  # of the layout above; nanoGPT's files have no such key
 
 
 def save(out_dir, state, is_best):
     """
-    Write `state` to out_dir/ckpt.pt, and to best.pt as well if it is the best: two names for the same bytes.
+    Write `state` to out_dir/ckpt.pt, and to best.pt too if it is the best: two names, one file.
 
-    The bytes go to a temporary file, which is fsynced and then renamed. Once this returns, they survive a power cut; if
-    it raises OSError (disk full, no permission), the checkpoints that were there are untouched.
+    The bytes go to a temporary file, which is fsynced and then renamed, so they survive a power
+    cut. Raises OSError (disk full, no permission); the checkpoints that were there stay as they are.
     """
     temporary = os.path.join(out_dir, 'ckpt.pt.tmp')
     try:
@@ -46,10 +48,10 @@ def save(out_dir, state, is_best):
             f.flush()
             os.fsync(f.fileno())
         if is_best:  # first, so that a crash in between leaves a best.pt no older than ckpt.pt
-            call_best(temporary)
+            link_best(temporary)
         os.replace(temporary, os.path.join(out_dir, 'ckpt.pt'))
     except RuntimeError as error:
-        if 'inline_container' not in str(error):  # torch's zip writer, which hides the OSError of the file it was given
+        if 'inline_container' not in str(error):  # torch's zip writer hides the OSError
             raise
         raise OSError(str(error).splitlines()[0]) from error
     finally:
@@ -57,8 +59,8 @@ def save(out_dir, state, is_best):
     sync_folder(out_dir)
 
 
-def call_best(path):
-    """Let best.pt be a second name of the checkpoint at `path`, in the same folder: a link, or else a copy."""
+def link_best(path):
+    """Make best.pt a second name of the checkpoint at `path`: a hard link, or else a copy."""
     folder = os.path.dirname(path)
     temporary = os.path.join(folder, 'ckpt.pt.tmp-best')
     try:
@@ -78,15 +80,68 @@ def remove_temporaries(out_dir):
             os.remove(path)
 
 
-def open_folder(out_dir, settings, iter_num, version):
+def load(path):
     """
-    Make out_dir this process's own and ready for a run from step iter_num on: create it, lock it against other runs,
-    remove what a killed one left half-written, write `settings`, a dict, to config.json.
+    Read the checkpoint at `path`; -> dict, its tensors on the CPU.
 
-    version: of the layout of the ckpt.pt the run resumes from, None if it starts anew. Resuming keeps what is there;
-    nanoGPT's ckpt.pt (0) is also the only copy of its best weights, so it becomes best.pt too, before the next save
-    replaces it. Starting anew moves the files of an earlier run; -> the folder they are in now, or None if there were
-    none. Raises ValueError if out_dir can't be written or another process trains in it.
+    Prefixes of torch.compile and DDP are removed from the names of the weights. Raises UserError
+    for a file that is missing, damaged, incomplete, more than data, or of a newer version.
+    """
+    out_dir = os.path.dirname(path) or '.'
+    if not os.path.exists(path):
+        raise UserError(f'no checkpoint at {path}; train one first (python train.py --out_dir='
+                        f'{out_dir}) or name another --out_dir')
+    try:
+        # torch.load checks no checksums
+        if zipfile.is_zipfile(path) and (bad := zipfile.ZipFile(path).testzip()):
+            raise UserError(f'the checksum of {bad} is wrong')
+        state = torch.load(path, map_location='cpu', weights_only=True)
+    except (PermissionError, MemoryError):
+        raise
+    except Exception as error:  # RuntimeError, EOFError, UnpicklingError, KeyError, zipfile's ...
+        why = ': '.join([type(error).__name__, *str(error).splitlines()[:1]])[:200]
+        if isinstance(error, pickle.UnpicklingError):
+            why = 'it holds more than tensors and plain values, which could run code; none was run'
+        other = next((name for name in ('best.pt', 'ckpt.pt') if name != os.path.basename(path)
+                      and os.path.exists(os.path.join(out_dir, name))), None)
+        remedy = {'best.pt': f'cp {os.path.join(out_dir, "best.pt")} {path}',
+                  'ckpt.pt': 'use the last one, --which=last', None: 'restore a copy'}[other]
+        raise UserError(f'{path} is damaged or truncated ({why}); {remedy}') from error
+    required = {'model': dict, 'model_args': dict, 'iter_num': int,
+                'best_val_loss': (float, int, torch.Tensor)}
+    missing = [key for key, kind in required.items()
+               if not isinstance(state, dict) or not isinstance(state.get(key), kind)]
+    if missing:
+        raise UserError(f'{path} is no checkpoint: it has no {", ".join(missing)}; expected a dict '
+                        f'with the keys {", ".join(required)}')
+    if state.get('version', 0) > VERSION:
+        raise UserError(f'{path} has layout version {state["version"]}; this flatgpt reads up to '
+                        f'{VERSION}. Update flatgpt')
+    # .attn.bias is nanoGPT's causal mask, which it stores where torch has no fused attention
+    state['model'] = {name.removeprefix('module.').removeprefix('_orig_mod.'): weight
+                      for name, weight in state['model'].items() if not name.endswith('.attn.bias')}
+    if 'version' not in state:
+        state['model_args'] = {**state['model_args'], 'mlp': 'gelu_erf'}  # nanoGPT's exact GELU
+    return state
+
+
+def path_in(out_dir, which='best'):
+    """Return the path of best.pt (which='best', if it exists) or of ckpt.pt (which='last')."""
+    path = os.path.join(out_dir, 'best.pt')
+    return path if which == 'best' and os.path.exists(path) else os.path.join(out_dir, 'ckpt.pt')
+
+
+# The folder of a run -----------------------------------------------------------------------------
+
+
+def open_folder(out_dir, settings, step, version):
+    """
+    Create and lock out_dir, and write `settings` to its config.json.
+
+    version: layout version of the checkpoint that the run resumes, None for a new run. A new run
+    moves the files of an earlier one to previous-N; -> that folder, or None. nanoGPT's ckpt.pt
+    (version 0) is the only copy of its best weights, so it becomes best.pt too. Raises UserError
+    if out_dir cannot be written, or if another process trains in it.
     """
     moved_to = None
     try:
@@ -96,178 +151,182 @@ def open_folder(out_dir, settings, iter_num, version):
         if version is None:
             moved_to = put_aside(out_dir)
         elif version == 0 and not os.path.exists(os.path.join(out_dir, 'best.pt')):
-            call_best(os.path.join(out_dir, 'ckpt.pt'))
+            link_best(os.path.join(out_dir, 'ckpt.pt'))
             sync_folder(out_dir)
-        keep_log_until(out_dir, iter_num)
+        keep_log_until(out_dir, step)
         replace_file(os.path.join(out_dir, 'config.json'), json.dumps(settings, indent=2).encode())
     except OSError as error:
-        moved = f'; the earlier run in it is in {moved_to} now' if moved_to else ''
-        raise ValueError(f'out_dir={out_dir!r} can not be written: {error}{moved}; free some space, or choose another '
-                         f'with --out_dir') from error
-    if moved_to:
-        print(f'{out_dir} held an earlier run; it is in {moved_to} now')
+        moved = f'; the earlier run is now in {moved_to}' if moved_to else ''
+        raise UserError(f'out_dir={out_dir!r} cannot be written: {error}{moved}; free some space, '
+                        f'or choose another --out_dir') from error
     return moved_to
 
 
-def load(path):
-    """
-    -> the checkpoint at `path`, its tensors on the CPU, prefixes of torch.compile and DDP removed from the names.
-    Raises ValueError when there is none, it is damaged or incomplete, it holds more than data, or a newer flatgpt wrote
-    it.
-    """
-    if not os.path.exists(path):
-        raise ValueError(f'no checkpoint at {path}; train one first (python train.py --out_dir='
-                         f'{os.path.dirname(path) or "."}) or name another --out_dir')
-    try:
-        if zipfile.is_zipfile(path) and (bad := zipfile.ZipFile(path).testzip()):  # torch.load checks no checksums
-            raise ValueError(f'the checksum of {bad} is wrong')
-        state = torch.load(path, map_location='cpu', weights_only=True)
-    except (PermissionError, MemoryError):
-        raise
-    except Exception as error:  # by kind of damage: RuntimeError, EOFError, UnpicklingError, zipfile's, KeyError ...
-        why = f'{type(error).__name__}: {str(error).splitlines()[0][:200]}' if str(error) else type(error).__name__
-        best = os.path.join(os.path.dirname(path), 'best.pt')
-        last = os.path.join(os.path.dirname(path), 'ckpt.pt')
-        remedy = f'cp {best} {path}' if os.path.exists(best) and best != path else 'restore a copy (no best.pt here)'
-        if path == best:
-            remedy = 'restore a copy'
-        if path == best and os.path.exists(last):
-            remedy = 'take the last one with --which=last, or restore a copy'
-        if isinstance(error, pickle.UnpicklingError):
-            why = 'it was refused, as it asks for more than tensors and plain values and may run code; none was run'
-        raise ValueError(f'{path} can not be read ({why}): it is damaged or truncated; {remedy}') from error
-    required = {'model': dict, 'model_args': dict, 'iter_num': int, 'best_val_loss': (float, int, torch.Tensor)}
-    lacking = [key for key in required if not isinstance(state, dict) or not isinstance(state.get(key), required[key])]
-    if lacking:
-        raise ValueError(f'{path} holds no checkpoint: expected a dict with the keys {", ".join(required)}, but it has '
-                         f'no {", ".join(lacking)}')
-    if state.get('version', 0) > VERSION:
-        raise ValueError(f'{path} has layout version {state["version"]}, this flatgpt reads up to {VERSION}; update it')
-    # .attn.bias is no parameter: nanoGPT stores its causal mask there, where torch has no fused attention
-    state['model'] = {k.removeprefix('module.').removeprefix('_orig_mod.'): v for k, v in state['model'].items()
-                      if not k.endswith('.attn.bias')}
-    if 'version' not in state:
-        state['model_args'] = {**state['model_args'], 'mlp': 'gelu_erf'}  # nanoGPT's MLP uses the exact GELU
-    return state
-
-
-def path_in(out_dir, which='best'):
-    """best.pt of a run (which='best', where there is one) or ckpt.pt (which='last')."""
-    path = os.path.join(out_dir, 'best.pt')
-    return path if which == 'best' and os.path.exists(path) else os.path.join(out_dir, 'ckpt.pt')
-
-
 def put_aside(out_dir):
-    """
-    Move the files of an earlier run in out_dir to out_dir/previous-N, so that a new one loses nothing.
-    -> that folder, or None if there was no checkpoint.
-    """
+    """Move an earlier run's files to out_dir/previous-N; -> that folder, or None if there is none."""
     if not any(os.path.exists(os.path.join(out_dir, name)) for name in ('ckpt.pt', 'best.pt')):
         return None
     n = 1
-    while os.path.exists(os.path.join(out_dir, f'previous-{n}')):
+    while os.path.exists(folder := os.path.join(out_dir, f'previous-{n}')):
         n += 1
-    folder = os.path.join(out_dir, f'previous-{n}')
     os.makedirs(folder)
-    for name in ('best.pt', 'log.jsonl', 'config.json', 'ckpt.pt'):  # ckpt.pt last: until then the run can be resumed
+    # ckpt.pt last: until then the run can be resumed
+    for name in ('best.pt', 'log.jsonl', 'config.json', 'ckpt.pt'):
         if os.path.exists(os.path.join(out_dir, name)):
             os.replace(os.path.join(out_dir, name), os.path.join(folder, name))
     return folder
 
 
-def keep_log_until(out_dir, iter_num):
-    """Drop log.jsonl's lines from step iter_num on: a run killed after its last checkpoint takes those steps again."""
+def keep_log_until(out_dir, step):
+    """Drop the lines of log.jsonl from `step` on: a run killed after its last save repeats them."""
     path = os.path.join(out_dir, 'log.jsonl')
     if not os.path.exists(path):
         return
     kept = []
     with open(path, encoding='utf-8') as f:
         for line in f:
-            try:
+            with suppress(UserError):  # half a line: the machine lost power
                 record = json.loads(line)
-            except ValueError:  # half a line: the machine lost power
-                continue
-            # an evaluation at step n comes before update n and was saved with it; the line of update n comes after
-            was_saved = 'val_loss' in record and iter_num > 0
-            if record['step'] < iter_num + was_saved:
-                kept.append(line)
+                # an evaluation at step n precedes update n and was saved with it
+                if record['step'] < step + ('val_loss' in record and step > 0):
+                    kept.append(line)
     replace_file(path, ''.join(kept).encode())
 
 
-class Interrupt:
+class Run:
     """
-    SIGINT and SIGTERM only ask a run to stop, which it does between two steps: `reason` says so then. A second Ctrl-C,
-    more than a second later, is obeyed at once. is_main: of several processes one alone answers a Ctrl-C.
+    The folder of one run, and where the run stands.
+
+    step: updates done; saved_step: that of ckpt.pt; train_time: seconds without evaluations.
+    They continue from `state`, the checkpoint that the run resumes. From its construction on,
+    SIGINT and SIGTERM only set stop_reason, which the loop obeys between two steps; a second
+    Ctrl-C, more than a second later, stops at once. is_main: False in the processes that write
+    nothing. folder: False writes nothing at all.
     """
 
-    def __init__(self, is_main=True):
-        self.is_main, self.reason, self.time = is_main, None, 0.0
+    def __init__(self, out_dir, settings, state=None, is_main=True, folder=True):
+        state = state or {'version': None}
+        self.out_dir, self.settings, self.is_main, self.say = out_dir, settings, is_main, print
+        self.path = os.path.join(out_dir, 'ckpt.pt')
+        self.step = self.start = self.saved_step = self.tried_step = state.get('iter_num', 0)
+        self.best_val_loss = float(state.get('best_val_loss', math.inf))
+        self.evals_since_best = state.get('evals_since_best', 0)
+        self.train_time = state.get('train_time', 0.0)
+        if is_main and folder:
+            moved_to = open_folder(out_dir, settings, self.step, state.get('version', 0))
+            if moved_to:
+                print(f'{out_dir} held an earlier run; it is now in {moved_to}')
+        self.stop_reason, self.signal_time = None, 0.0
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.ask)
+            signal.signal(number, self.on_signal)
 
-    def ask(self, number, frame):
-        if number == signal.SIGINT and self.reason == 'stopped by SIGINT' and time.monotonic() > self.time + 1:
+    def on_signal(self, number, frame):
+        """Ask the run to stop after this step."""
+        is_second = self.stop_reason == 'stopped by SIGINT' and time.monotonic() > self.signal_time + 1
+        if number == signal.SIGINT and is_second:
             raise KeyboardInterrupt
-        if self.is_main and number == signal.SIGINT and self.reason is None:
-            with suppress(OSError):  # nobody reads it. print could be what is being interrupted, and can not be called
-                os.write(2, b'\nfinishing this step, then saving; Ctrl-C again stops at once, unsaved\n')
-        self.reason, self.time = f'stopped by {signal.Signals(number).name}', time.monotonic()
+        if self.is_main and number == signal.SIGINT and self.stop_reason is None:
+            with suppress(OSError):  # print may be what the signal interrupts
+                os.write(2, b'\nfinishing this step, then saving; Ctrl-C again stops at once\n')
+        self.stop_reason = f'stopped by {signal.Signals(number).name}'
+        self.signal_time = time.monotonic()
 
+    def is_due(self, interval, last, first=True):
+        """Return whether to evaluate before this step, or at the end, step `last`."""
+        is_new = self.step > self.start or (self.step == 0 and first)
+        return is_new and (self.step % interval == 0 or self.step >= last)
 
-def command(**changes):
-    """The command line of this run with some settings changed, for the messages that say what to do next."""
-    kept = [a for a in sys.argv[1:] if a.removeprefix('--').split('=')[0] not in changes]
-    size, here = parallel.from_environment().size, int(os.environ.get('LOCAL_WORLD_SIZE', 1))
-    launch = ['python'] if size == 1 else ['torchrun', '--standalone', f'--nproc_per_node={here}']
-    if here < size:  # on several machines each has options of its own
-        launch = ['torchrun', '...']
-    spec = sys.modules['__main__'].__spec__
-    program = ['-m', spec.name] if spec else [sys.argv[0]]
-    return shlex.join([*launch, *program, *kept, *(f'--{key}={value}' for key, value in changes.items())])
+    def log(self, **record):
+        """Append a line to log.jsonl. A full disk prints a warning and does not stop the run."""
+        path = os.path.join(self.out_dir, 'log.jsonl')
+        size = os.path.getsize(path) if os.path.exists(path) else 0
+        try:
+            with open(path, 'a', encoding='utf-8') as f:
+                f.write(json.dumps(record) + '\n')
+        except OSError as error:
+            with suppress(OSError):
+                os.truncate(path, size)  # the half line that still found room
+            self.say(f'WARNING: {path} lacks the line of step {record["step"]}: {error}')
 
+    def evaluated(self, val_loss, state_of, always_save=True):
+        """
+        Save after an evaluation: always, or else only if val_loss is the lowest so far.
 
-def say_out_of_memory(error, step, saved_step, changes, otherwise):
-    """
-    Say which command takes the same steps with less memory: this one with changes, from the checkpoint of saved_step
-    if that is not 0; if there are no changes, what else.
-    """
-    if changes and saved_step:
-        changes['init_from'] = 'resume'
-    remedy = f'The same mathematics in smaller pieces:\n  {command(**changes)}' if changes else otherwise
-    print(f'out of memory at step {step} ({str(error).splitlines()[0][:120]}). {remedy}', file=sys.stderr)
+        state_of: function -> what the checkpoint holds beside the run's own numbers. Step 0 is
+        not saved, so it sets no record. A val_loss that is not finite stops the run unsaved.
+        """
+        if not math.isfinite(val_loss):
+            self.stop_not_finite(f'val loss is {val_loss}')
+        former, is_best = self.best_val_loss, val_loss < self.best_val_loss
+        self.evals_since_best = 0 if is_best else self.evals_since_best + 1
+        if self.step and (is_best or always_save):
+            self.best_val_loss = min(val_loss, former)
+            if not self.save(state_of, is_best):
+                self.best_val_loss = former  # the best is the best on disk
 
+    def save(self, state_of, is_best=False):
+        """Write ckpt.pt; -> whether that worked. A full disk prints a warning and stops nothing."""
+        self.tried_step = self.step
+        if self.is_main:
+            state = {**state_of(), 'iter_num': self.step, 'best_val_loss': self.best_val_loss,
+                     'evals_since_best': self.evals_since_best, 'train_time': self.train_time,
+                     'config': dict(self.settings)}
+            try:
+                save(self.out_dir, state, is_best)
+            except OSError as error:
+                self.say(f'WARNING: {self.path} could not be saved at step {self.step} ({error}). '
+                         f'The checkpoint before is untouched; free some space before the next save')
+                return False
+            self.say(f'saved {self.path} at step {self.step}' + ' (best so far)' * is_best)
+        self.saved_step = self.step
+        return True
 
-def progress_of(state):
-    """
-    Where a run stands, of its checkpoint, or of None if it begins: -> (steps done, lowest val loss, seconds of training
-    without evaluations, layout version of the checkpoint or None)
-    """
-    if state is None:
-        return 0, math.inf, 0.0, None
-    return state['iter_num'], state['best_val_loss'], state['train_time'], state['version']
+    def finish(self, state_of):
+        """Save what is not saved; -> whether the run is complete, or print how to continue it."""
+        if self.tried_step < self.step:
+            self.save(state_of)
+        if self.is_main and self.stop_reason:
+            print(f'{self.stop_reason} after step {self.step}. To go on:\n'
+                  f'  {self.command(init_from="resume")}')
+        return not self.stop_reason
 
+    def check_saved(self):
+        """Raise SystemExit if the last state is not on disk."""
+        if self.saved_step < self.step:
+            raise SystemExit(f'the state of step {self.step} could not be saved; {self.path} is older')
 
-def log(out_dir, say=print, **record):
-    """Append a line to out_dir/log.jsonl; a disk without room for it is no reason to stop. say: what prints that."""
-    path = os.path.join(out_dir, 'log.jsonl')
-    size = os.path.getsize(path) if os.path.exists(path) else 0
-    try:
-        with open(path, 'a', encoding='utf-8') as f:
-            f.write(json.dumps(record) + '\n')
-    except OSError as error:
-        with suppress(OSError):  # it could not even be opened
-            os.truncate(path, size)  # the part of the line that still found room
-        say(f'WARNING: {path} lacks the line of step {record["step"]}: {error}')
+    def stop_not_finite(self, what, remedy='Try a lower --learning_rate, or --dtype=float32'):
+        """End the run without saving; the last checkpoint stays as it is."""
+        where = (f'{self.path} is of step {self.saved_step}' if self.saved_step
+                 else 'there is no checkpoint yet')
+        raise SystemExit(f'step {self.step}: {what}. Stopped without saving; {where}. {remedy}')
 
+    def explain_out_of_memory(self, smaller, otherwise):
+        """
+        Install the sys.excepthook that answers out of memory with a command that needs less.
 
-def try_save(out_dir, state, is_best, say=print):
-    """save(), and say so; -> whether it could be written. A full disk is no reason to stop, either."""
-    path, step = os.path.join(out_dir, 'ckpt.pt'), state['iter_num']
-    try:
-        save(out_dir, state, is_best)
-    except OSError as error:
-        say(f'WARNING: {path} could not be saved at step {step} ({error}). What was there is untouched; free some '
-            f'space before the next save')
-        return False
-    say(f'saved {path} at step {step}' + (' (best so far)' if is_best else ''))
-    return True
+        smaller: settings that take the same steps in smaller pieces; {}: there are none, and the
+        text `otherwise` is printed.
+        """
+        def explain(kind, error, trace):
+            if not out_of_memory(error):
+                return explain_errors(kind, error, trace)
+            resume = {'init_from': 'resume'} if self.saved_step else {}
+            remedy = (f'The same steps in smaller pieces:\n  {self.command(**smaller, **resume)}'
+                      if smaller else otherwise)
+            print(f'out of memory at step {self.step} ({str(error).splitlines()[0][:120]}). {remedy}',
+                  file=sys.stderr)
+
+        sys.excepthook = explain
+
+    @staticmethod
+    def command(**changes):
+        """Return this run's command line with some settings changed."""
+        kept = [a for a in sys.argv[1:] if a.removeprefix('--').split('=')[0] not in changes]
+        size, local = parallel.from_environment().size, int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+        launch = ['python'] if size == 1 else ['torchrun', '--standalone', f'--nproc_per_node={local}']
+        if local < size:  # several machines, each with options of its own
+            launch = ['torchrun', '...']
+        spec = sys.modules['__main__'].__spec__
+        program = ['-m', spec.name] if spec else [sys.argv[0]]
+        return shlex.join([*launch, *program, *kept, *(f'--{key}={value}' for key, value in changes.items())])

@@ -28,6 +28,7 @@ from collections import Counter
 import numpy as np
 import torch
 
+from configurator import UserError
 from tokenizer import ByteTokenizer
 from tokenizer.patterns import to_utf8
 
@@ -52,7 +53,7 @@ def import_llguidance():
     try:
         import llguidance
     except ImportError:
-        raise ValueError('choices, regex and json_schema need the package llguidance: '
+        raise UserError('choices, regex and json_schema need the package llguidance: '
                          "pip install -c constraints.txt -e '.[constrain]'") from None
     return llguidance
 
@@ -158,22 +159,22 @@ def parse_schema(schema: dict | str) -> dict:
         try:
             schema = json.loads(schema)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f'json_schema is no JSON ({error}): {schema[:60]!r}') from None
+            raise UserError(f'json_schema is no JSON ({error}): {schema[:60]!r}') from None
     if not isinstance(schema, dict):
-        raise ValueError(f'json_schema is {str(schema)[:60]!r}; expected an object such as {{"type": "integer"}}')
+        raise UserError(f'json_schema is {str(schema)[:60]!r}; expected an object such as {{"type": "integer"}}')
     for part in dicts_in(schema):
         if isinstance(part.get('items'), list):
-            raise ValueError('json_schema: a list of "items" is of an old draft; call it "prefixItems"')
+            raise UserError('json_schema: a list of "items" is of an old draft; call it "prefixItems"')
         for bound, others, sign, instead in (
                 ('exclusiveMinimum', ('maximum', 'exclusiveMaximum'), 1, '"minimum": 0.001'),
                 ('exclusiveMaximum', ('minimum', 'exclusiveMinimum'), -1, '"maximum": -0.001')):
             is_small = any(isinstance(part.get(other), int | float) and sign * part[other] < 1 for other in others)
             if part.get(bound) == 0 and part.get('type') != 'integer' and (is_small or 'multipleOf' in part):
-                raise ValueError(f'json_schema: "{bound}": 0 would let 0 pass in so small a range; give a bound that '
+                raise UserError(f'json_schema: "{bound}": 0 would let 0 pass in so small a range; give a bound that '
                                  f'may be reached, such as {instead}')
         least, required = part.get('minProperties', 0), part.get('required', [])
         if isinstance(least, int) and isinstance(required, list) and least > len(required) + 1:
-            raise ValueError(f'json_schema: "minProperties": {least} is not possible beside {len(required)} required '
+            raise UserError(f'json_schema: "minProperties": {least} is not possible beside {len(required)} required '
                              f'properties, as free keys could be the same; name more in "required"')
     return schema
 
@@ -201,13 +202,13 @@ class Constraint:
         values = {'choices': choices, 'regex': regex, 'json_schema': json_schema}
         given = [name for name, value in values.items() if value is not None]
         if len(given) != 1:
-            raise ValueError(f'expected one of choices, regex and json_schema, got {" and ".join(given) or "none"}')
+            raise UserError(f'expected one of choices, regex and json_schema, got {" and ".join(given) or "none"}')
         self.name, self.vocabulary = given[0], vocabulary(tokenizer)
         self.choices = None   # the texts, or None
         self.literals = []    # symbols that match a whole "pattern" of a JSON schema
         if choices is not None:
             if isinstance(choices, str) or not choices:
-                raise ValueError(f"choices is {choices!r}; expected a list of texts to choose from, such as "
+                raise UserError(f"choices is {choices!r}; expected a list of texts to choose from, such as "
                                  f"['yes', 'no']")
             self.choices = [self.check_choice(choice) for choice in choices]
             grammar = 'start: ' + ' | '.join(json.dumps(choice) for choice in choices)
@@ -225,7 +226,7 @@ class Constraint:
             message = self.start.get_error()
             reason = re.search(r'^error: (.*)', message, re.MULTILINE) or re.match(
                 r'(?:at \d+\(\d+\): )?(?:failed to compile JSON schema: )?(.*)', message)
-            raise ValueError(f'{self.name}={shown} is not possible: {reason[1]}')
+            raise UserError(f'{self.name}={shown} is not possible: {reason[1]}')
         self.search_start = start_matching(self.vocabulary.llg_symbols, grammar)
         ending = self.shortest_match(regex) if regex is not None else None
         if ending is None:
@@ -235,20 +236,20 @@ class Constraint:
         if ending is None:
             if not self.vocabulary.has_bytes:  # bytes may show a text, or raise the error below
                 example = bytes(Constraint(ByteTokenizer(), **values).ending)
-                raise ValueError(f'{self.name}: a text that matches, such as {example.decode("utf-8")!r}, '
+                raise UserError(f'{self.name}: a text that matches, such as {example.decode("utf-8")!r}, '
                                  + self.vocabulary.cannot_write(example))
-            raise ValueError(f'{self.name}={shown}: found no text that matches. Either there is none, or '
+            raise UserError(f'{self.name}={shown}: found no text that matches. Either there is none, or '
                              f'it is too long or too hard to find; write it in a simpler way')
         self.ending = ending
 
     def check_choice(self, choice) -> bytes:
         if not isinstance(choice, str) or not choice:
-            raise ValueError(f'choices are texts of at least one character, got {choice!r}')
+            raise UserError(f'choices are texts of at least one character, got {choice!r}')
         text = to_utf8(choice)
         if text != choice.encode('utf-8', 'surrogatepass'):
-            raise ValueError(f'the choice {choice!r} has half a surrogate pair, which is no character')
+            raise UserError(f'the choice {choice!r} has half a surrogate pair, which is no character')
         if self.vocabulary.write(text) is None:
-            raise ValueError(f'the choice {choice!r} ' + self.vocabulary.cannot_write(text))
+            raise UserError(f'the choice {choice!r} ' + self.vocabulary.cannot_write(text))
         return text
 
     def check_length(self, max_new_tokens: int):
@@ -257,7 +258,7 @@ class Constraint:
         if len(ids) > max_new_tokens:
             text = b''.join(self.vocabulary.tokens[i] for i in ids).decode('utf-8')
             text = text if len(text) <= 60 else text[:57] + '...'
-            raise ValueError(f'max_new_tokens={max_new_tokens} is too few for this {self.name}: the shortest text '
+            raise UserError(f'max_new_tokens={max_new_tokens} is too few for this {self.name}: the shortest text '
                              f'found, {text!r}, takes {len(ids)}. Give it --max_new_tokens={len(ids)} or more')
 
     def matcher(self):

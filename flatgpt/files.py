@@ -3,6 +3,8 @@
 import errno
 import os
 
+from configurator import UserError
+
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the errors of a disk, a quota and a file that are full
 
 
@@ -45,7 +47,7 @@ def remove(paths):
             pass
 
 
-class Busy(ValueError):
+class Busy(UserError):
     """Another process holds the lock of a folder."""
 
 

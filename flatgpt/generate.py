@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from configurator import UserError
 from ops import visible
 from tokenizer.chat import bos_ids
 
@@ -66,7 +67,7 @@ def by_probability(logits, log_total, top_p, min_p):
     return logits.sort(descending=True)
 
 
-class NotNumbers(ValueError):
+class NotNumbers(UserError):
     """The logits of a model are not numbers."""
 
 
@@ -328,11 +329,11 @@ def encode_prompt(prompt, tokenizer, block_size, crop_prompt=False):
     """
     ids = tokenizer.encode(prompt, allowed_special='all') if isinstance(prompt, str) else list(prompt)
     if not ids:
-        raise ValueError('the prompt is empty, and the model continues at least one token; try --start="The"')
+        raise UserError('the prompt is empty, and the model continues at least one token; try --start="The"')
     if isinstance(prompt, str) and ids[:1] != bos_ids(tokenizer):
         ids = bos_ids(tokenizer) + ids
     if len(ids) > block_size and not crop_prompt:
-        raise ValueError(f'the prompt has {len(ids):,} tokens, the context of the model {block_size:,}; shorten it, or '
+        raise UserError(f'the prompt has {len(ids):,} tokens, the context of the model {block_size:,}; shorten it, or '
                          f'let the model see only its end with --crop_prompt=True')
     return ids[-block_size:]
 
@@ -459,9 +460,9 @@ class KVCache:
         """For T more tokens of B rows. ValueError if the cache was not made for so many."""
         rows, S, needed = self.k.size(1), self.k.size(3), self.length + T
         if B != rows:
-            raise ValueError(f'the cache was made for a batch of {rows}, but the tokens are a batch of {B}')
+            raise UserError(f'the cache was made for a batch of {rows}, but the tokens are a batch of {B}')
         if needed > self.max_length:
-            raise ValueError(f'the cache has room for {self.max_length} tokens, but {self.length} + {T} were to be in '
+            raise UserError(f'the cache has room for {self.max_length} tokens, but {self.length} + {T} were to be in '
                              f'it; make a longer one with max_length={needed}')
         if needed > S:
             more = min(self.max_length, -(-needed // 128) * 128) - S

@@ -19,6 +19,7 @@ from contextlib import ExitStack
 import torch
 
 import tokenizer
+from configurator import UserError
 from flatgpt.files import sync_folder
 from model import GPT, ROPE_SCALINGS, GPTConfig
 from tokenizer import chat, formats
@@ -85,18 +86,18 @@ def find(name_or_folder):
         return name_or_folder
     hub_id = f'openai-community/{name_or_folder}' if name_or_folder in GPT2_NAMES else name_or_folder
     if not re.fullmatch(HUB_ID, hub_id):
-        raise ValueError(f'{name_or_folder!r} is neither a folder nor one of {", ".join(GPT2_NAMES)}, nor the id of a '
+        raise UserError(f'{name_or_folder!r} is neither a folder nor one of {", ".join(GPT2_NAMES)}, nor the id of a '
                          f'model on the hub, such as Qwen/Qwen3-0.6B')
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise ValueError(f'{name_or_folder!r} is no folder here, and to get it from the hub needs huggingface_hub: '
+        raise UserError(f'{name_or_folder!r} is no folder here, and to get it from the hub needs huggingface_hub: '
                          f"pip install -c constraints.txt -e '.[hf]'") from None
     try:
         return snapshot_download(hub_id, allow_patterns=FILES)
     except Exception as error:  # the hub's errors have no common base across its versions and its HTTP libraries
         why = f'{type(error).__name__}: {(str(error).splitlines() or [""])[0]}'
-        raise ValueError(f'{name_or_folder!r} is no folder here and could not be downloaded ({why}). Without a '
+        raise UserError(f'{name_or_folder!r} is no folder here and could not be downloaded ({why}). Without a '
                          f'network: copy config.json, the *.safetensors files and their index, tokenizer.json and '
                          f'tokenizer_config.json of huggingface.co/{hub_id} into a folder and pass '
                          f'--init_from=FOLDER') from error
@@ -112,7 +113,7 @@ def load_model(folder, dropout=0.0):
     try:
         config = GPTConfig(**fields, dropout=dropout)
     except ValueError as error:
-        raise ValueError(f'{os.path.join(folder, "config.json")} is of no model that can be: {error}') from error
+        raise UserError(f'{os.path.join(folder, "config.json")} is of no model that can be: {error}') from error
     with torch.device('meta'):  # neither memory nor random numbers for weights that are replaced
         model = GPT(config)
     model.to_empty(device='cpu')
@@ -127,25 +128,25 @@ def read_config(folder):
     """The content of config.json, with what transformers takes for what it doesn't say."""
     path = os.path.join(folder, 'config.json')
     if not os.path.isfile(path):
-        raise ValueError(f'{folder}: no config.json; expected a folder in Hugging Face layout with config.json and '
+        raise UserError(f'{folder}: no config.json; expected a folder in Hugging Face layout with config.json and '
                          f'model.safetensors')
     try:
         with open(path, encoding='utf-8') as f:
             hf = dict(json.load(f))
     except (TypeError, ValueError) as error:
-        raise ValueError(f'{path} is damaged ({error}); copy it again') from error
+        raise UserError(f'{path} is damaged ({error}); copy it again') from error
     kind = hf.get('model_type')
     if 'model_type' not in hf and any(os.path.exists(os.path.join(folder, name)) for name in ('best.pt', 'ckpt.pt')):
-        raise ValueError(f'{folder} is a run of train.py, not a Hugging Face folder; say --out_dir={folder} instead '
+        raise UserError(f'{folder} is a run of train.py, not a Hugging Face folder; say --out_dir={folder} instead '
                          f'(train.py: --init_from=resume --out_dir={folder})')
     if not isinstance(kind, str) or kind not in DEFAULTS:
-        raise ValueError(f'{path}: model_type is {kind!r}; can be read: {", ".join(DEFAULTS)}')
+        raise UserError(f'{path}: model_type is {kind!r}; can be read: {", ".join(DEFAULTS)}')
     family = 'gpt2' if kind == 'gpt2' else 'llama'
     if missing := [key for key in NEEDED[family] if key not in hf]:
-        raise ValueError(f'{path} lacks {", ".join(missing)}; copy it again')
+        raise UserError(f'{path} lacks {", ".join(missing)}; copy it again')
     for key in NEEDED[family]:
         if type(hf[key]) is not int or hf[key] < 1:
-            raise ValueError(f'{path}: {key} is {hf[key]!r}; expected a number of 1 or more')
+            raise UserError(f'{path}: {key} is {hf[key]!r}; expected a number of 1 or more')
     for key, values in READABLE[family].items():
         if hf.get(key, values[0]) not in values:
             refuse(folder, key, hf[key], ' or '.join(map(repr, values)))
@@ -157,7 +158,7 @@ def read_config(folder):
 
 
 def refuse(folder, key, value, expected):
-    raise ValueError(f'{os.path.join(folder, "config.json")}: {key} = {value!r} is not supported, expected {expected}')
+    raise UserError(f'{os.path.join(folder, "config.json")}: {key} = {value!r} is not supported, expected {expected}')
 
 
 def gpt2_fields(hf, folder):
@@ -235,16 +236,16 @@ def open_tensors(folder, stack):
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError:
-        raise ValueError("safetensors is not installed: pip install -c constraints.txt -e '.[hf]'") from None
+        raise UserError("safetensors is not installed: pip install -c constraints.txt -e '.[hf]'") from None
     tensors = {}
     for file in tensor_files(folder):
         path = os.path.join(folder, file)
         if not os.path.exists(path):
-            raise ValueError(f'{path} is missing, which model.safetensors.index.json names; copy it there')
+            raise UserError(f'{path} is missing, which model.safetensors.index.json names; copy it there')
         try:
             opened = stack.enter_context(safe_open(path, 'pt'))
         except SafetensorError as error:
-            raise ValueError(f'{path}, {os.path.getsize(path):,} bytes, can not be read ({error}): it is truncated or '
+            raise UserError(f'{path}, {os.path.getsize(path):,} bytes, can not be read ({error}): it is truncated or '
                              f'something else, such as a pointer of git-lfs; copy it again') from error
         tensors |= {without_prefix(name): (opened, name) for name in opened.keys()}
     return tensors
@@ -258,10 +259,10 @@ def tensor_files(folder):
             with open(index, encoding='utf-8') as f:
                 return sorted({os.path.basename(file) for file in json.load(f)['weight_map'].values()})
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f'{index} is damaged ({type(error).__name__}: {error}); copy it again') from error
+            raise UserError(f'{index} is damaged ({type(error).__name__}: {error}); copy it again') from error
     files = sorted(file for file in os.listdir(folder) if file.endswith('.safetensors'))
     if not files:
-        raise ValueError(f'{folder}: no .safetensors file in it (a pytorch_model.bin is a pickle and is not read; load '
+        raise UserError(f'{folder}: no .safetensors file in it (a pytorch_model.bin is a pickle and is not read; load '
                          f'it with transformers and call save_pretrained(), which writes one)')
     return ['model.safetensors'] if 'model.safetensors' in files else files
 
@@ -294,7 +295,7 @@ def copy_weights(weights, tensors, hf, folder):
         if found:
             more = f' and {len(found) - 3} more of {len(weights)}' if len(found) > 3 else ''
             named = ', '.join(found[:3]) if what else '; '.join(found[:3])
-            raise ValueError(f'{folder}: {f"{what} " if what else ""}{named}{more}. The files are not those of a whole '
+            raise UserError(f'{folder}: {f"{what} " if what else ""}{named}{more}. The files are not those of a whole '
                              f'{hf["model_type"]} of this config.json: copy all of them again')
     for name, weight in weights.items():
         if (found := tensors.get(without_prefix(name))) is not None:
@@ -314,14 +315,14 @@ def load_tokenizer(folder):
     if 'tokenizer.json' in files or any({*names} <= files for names in formats.GPT2_FILES):
         described = formats.read(folder)
     elif 'tokenizer.model' in files:
-        raise ValueError(f'{folder}: its tokenizer.model is one of SentencePiece, whose tokens do not come from bytes, '
+        raise UserError(f'{folder}: its tokenizer.model is one of SentencePiece, whose tokens do not come from bytes, '
                          f'and it has no tokenizer.json; the model can be read, its text can not')
     else:
         is_gpt2s = hf['model_type'] == 'gpt2' and hf['vocab_size'] in (50257, 50304)  # as it is, and padded
         return {'kind': 'tiktoken', 'name': 'gpt2'} if is_gpt2s else None
     n_ids = tokenizer.from_dict(described).vocab_size
     if n_ids > hf['vocab_size']:
-        raise ValueError(f'{folder}: the tokenizer has ids up to {n_ids - 1}, the model only {hf["vocab_size"]}; copy '
+        raise UserError(f'{folder}: the tokenizer has ids up to {n_ids - 1}, the model only {hf["vocab_size"]}; copy '
                          f'the tokenizer.json that belongs to the model')
     return described
 
@@ -340,7 +341,7 @@ def load_chat_template(folder, described=None):
         named = {entry.get('name'): entry.get('template') for entry in template if isinstance(entry, dict)}
         template = named.get('default')
     if not isinstance(template, str | None) or not isinstance(content, dict):
-        raise ValueError(f'{path} is damaged: expected an object whose chat_template is a text; copy it again')
+        raise UserError(f'{path} is damaged: expected an object whose chat_template is a text; copy it again')
     used = [name for name in ('bos_token', 'eos_token') if re.search(rf'\b{name}\b', template or '')]
     if not (used and described):
         return template
@@ -417,7 +418,7 @@ def check_expressible(config):
         others = f' (and {", ".join(f"{n}={getattr(c, n)!r}" for n, _ in wrong[1:])})' if wrong[1:] else ''
         nowhere = 'no model type of transformers has it together with the rest'
         why = nowhere if name in (*remedies, 'window') else f'{layout}, does not have it'
-        raise ValueError(f'{name}={getattr(c, name)!r}{others}: {why}, so this model can not be exported. Train one '
+        raise UserError(f'{name}={getattr(c, name)!r}{others}: {why}, so this model can not be exported. Train one '
                          f'that can: {" ".join(dict.fromkeys(remedy for _, remedy in wrong))}')
 
 
@@ -430,13 +431,13 @@ def save(model, described, chat_template, folder, dtype=torch.float32):
     """
     check_expressible(model.config)
     if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
-        raise ValueError(f'{folder} is there already and not empty; name another one (--out), or remove it first')
+        raise UserError(f'{folder} is there already and not empty; name another one (--out), or remove it first')
     if described['kind'] == 'tiktoken':
         described = tokenizer.TiktokenTokenizer(described['name']).bpe.to_dict()
     text_tokenizer = tokenizer.from_dict(described)
     specials = text_tokenizer.special_tokens
     if text_tokenizer.vocab_size > model.config.vocab_size:
-        raise ValueError(f'the tokenizer has {text_tokenizer.vocab_size} ids and the model {model.config.vocab_size}: '
+        raise UserError(f'the tokenizer has {text_tokenizer.vocab_size} ids and the model {model.config.vocab_size}: '
                          f'they do not belong together')
     if model.config.pos == 'learned':
         hf = gpt2_json(model.config)
@@ -468,7 +469,7 @@ def save(model, described, chat_template, folder, dtype=torch.float32):
         os.rename(temporary, folder)
         sync_folder(os.path.dirname(os.path.abspath(folder)))
     except OSError as error:
-        raise ValueError(f'{folder} could not be written ({error.strerror or error}); free some space, or name another '
+        raise UserError(f'{folder} could not be written ({error.strerror or error}); free some space, or name another '
                          f'one (--out)') from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -493,7 +494,7 @@ def llama_json(c, weights, described):
     biased = {module for module in (*QKV, 'o_proj', 'mlp') if any(
         module in name and name.endswith('.bias') and weight.any() for name, weight in weights.items())}
     if c.qk_norm and 'mlp' in biased:
-        raise ValueError('bias=True: Qwen3, the one model type with QK-norm, has no biases in its MLPs, so this model '
+        raise UserError('bias=True: Qwen3, the one model type with QK-norm, has no biases in its MLPs, so this model '
                          'can not be exported. Train one that can: --bias=False')
     kind = 'qwen3' if c.qk_norm else 'qwen2' if biased and biased <= {*QKV} else 'llama'
     # Qwen2 has no head_dim, and transformers 5 gives it Qwen's way to cut text, whatever its tokenizer.json says

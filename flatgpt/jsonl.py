@@ -11,6 +11,7 @@ JSON lines: many objects in, a result for each out, and nothing lost when the ru
 import json
 import os
 
+from configurator import UserError
 from flatgpt.files import lock_folder, replace_file, unlock
 from tokenizer.formats import unique
 
@@ -30,10 +31,10 @@ def read_objects(path, bad=None):
                     objects[number] = read_object(line)
                 except ValueError as error:
                     if bad is None:
-                        raise ValueError(f'{path}, line {number}: {error}') from None
+                        raise UserError(f'{path}, line {number}: {error}') from None
                     bad.append(str(error))
     except OSError as error:
-        raise ValueError(f'{path} can not be read: {error}') from error
+        raise UserError(f'{path} can not be read: {error}') from error
     return objects
 
 
@@ -42,11 +43,11 @@ def read_object(line):
         value = json.loads(line.decode('utf-8-sig'), object_pairs_hook=unique)
         json.dumps(value, allow_nan=False)  # infinities are Python's, not JSON's
     except json.JSONDecodeError as error:
-        raise ValueError(f'no JSON, {error.msg} at character {error.pos + 1}') from None
+        raise UserError(f'no JSON, {error.msg} at character {error.pos + 1}') from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(str(error)) from None
+        raise UserError(str(error)) from None
     if not isinstance(value, dict):
-        raise ValueError(f'{json.dumps(value)[:40]} is no object; expected {{"key": value, ...}}')
+        raise UserError(f'{json.dumps(value)[:40]} is no object; expected {{"key": value, ...}}')
     return value
 
 
@@ -65,7 +66,7 @@ class Results:
     def __init__(self, out, digest):
         self.out, self.part, self.done = out, f'{out}.part', {}
         if os.path.exists(out):
-            raise ValueError(f'{out} is there already; delete it, or name another --out')
+            raise UserError(f'{out} is there already; delete it, or name another --out')
         self.file = open(self.part, 'a+b')
         self.lock = lock_folder(self.part, 'writing')
         self.file.seek(0)
@@ -74,7 +75,7 @@ class Results:
             lines = [first]
             self.file.write(first)
         if lines[0] != first:
-            raise ValueError(f'{self.part} has results of other prompts, settings or another model; go on with those, '
+            raise UserError(f'{self.part} has results of other prompts, settings or another model; go on with those, '
                              f'delete it, or name another --out')
         for line in lines:
             if not line.endswith(b'\n'):  # the run was killed while it wrote this
@@ -82,7 +83,7 @@ class Results:
             try:
                 entry = read_object(line)
             except ValueError as error:
-                raise ValueError(f'{self.part} is damaged; delete it, or name another --out: {error}') from None
+                raise UserError(f'{self.part} is damaged; delete it, or name another --out: {error}') from None
             whole += len(line)
             if 'line' in entry:
                 self.done[entry['line']] = entry['result']

@@ -12,12 +12,14 @@ where it is frozen, and 1 where it is kept in int8 ("QLoRA", Dettmers et al. 202
 
 import hashlib
 import math
+import os
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from configurator import UserError
 from flatgpt.quantize import quantize_rows
 
 
@@ -78,18 +80,18 @@ def add(model, rank, alpha, targets, int8=False):
     Raises ValueError for a rank below 1, or a target that names no layer.
     """
     if rank < 1:
-        raise ValueError(f'lora_rank={rank}: expected 1 or more')
+        raise UserError(f'lora_rank={rank}: expected 1 or more')
     layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     chosen = set()
     for target in targets:
         found = {name for name in layers if name == target or name.endswith(f'.{target}')}
         if not found:
             short = dict.fromkeys(name.split('.')[-1] for name in layers)
-            raise ValueError(f'lora_targets: {target!r} names no linear layer of this model; expected some of '
+            raise UserError(f'lora_targets: {target!r} names no linear layer of this model; expected some of '
                              f'{", ".join(short)}, or longer names such as attn.c_proj')
         chosen |= found
     if 'lm_head' in chosen and model.config.tie_embeddings:
-        raise ValueError('lora_targets: lm_head is the embedding, too (tie_embeddings), which has no adapter; leave it '
+        raise UserError('lora_targets: lm_head is the embedding, too (tie_embeddings), which has no adapter; leave it '
                          'out')
     model.requires_grad_(False)
     for name in sorted(chosen):
@@ -117,7 +119,7 @@ def load_adapters(model, weights):
     wrong = [name for name in {*mine, *weights} if name not in mine or name not in weights
              or mine[name].shape != weights[name].shape]
     if wrong:
-        raise ValueError(f'the adapters are of another model: {", ".join(sorted(wrong)[:3])}')
+        raise UserError(f'the adapters are of another model: {", ".join(sorted(wrong)[:3])}')
     model.load_state_dict(weights, strict=False)
 
 
@@ -128,3 +130,49 @@ def digest(model):
         sha.update(name.encode())
         sha.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return sha.hexdigest()
+
+
+# Settings -----------------------------------------------------------------------------------------
+
+
+def check_settings(config, init_from, out_dir):
+    """Raise UserError for settings of train.py that cannot go with LoRA, or go with nothing else."""
+    if not config['lora_rank']:
+        alone = {'lora_alpha', 'lora_targets', 'lora_int8'} & config.given
+        if alone and init_from != 'resume':
+            raise UserError(f'{min(alone)} needs --lora_rank, such as --lora_rank=8')
+        return
+    if init_from in ('scratch', 'auto'):
+        raise UserError(f'lora_rank={config["lora_rank"]} needs a model to adapt, and init_from={init_from!r} has '
+                        f'none; name one: --init_from=FOLDER')
+    if os.path.realpath(init_from) == os.path.realpath(out_dir):
+        raise UserError(f'init_from={init_from!r} is out_dir, whose model the adapters need; name another --out_dir')
+    if config['optimizer'] != 'adamw':
+        raise UserError("optimizer='muon' does not go with LoRA: adapters are no maps from channels to channels, whose "
+                        'singular values Muon equalizes. Use --optimizer=adamw')
+
+
+def start(model, config, out_dir):
+    """Add the adapters of the settings `config` to the model; -> their description for checkpoints."""
+    targets = [target.strip() for target in config['lora_targets'].split(',')]
+    init_from = config['init_from']
+    described = {'init_from': init_from,
+                 'from_here': os.path.relpath(init_from, out_dir) if os.path.isdir(init_from) else None,
+                 'digest': digest(model), 'rank': config['lora_rank'], 'alpha': config['lora_alpha'],
+                 'targets': targets, 'int8': config['lora_int8']}
+    add(model, described['rank'], described['alpha'], targets, described['int8'])
+    return described
+
+
+def check_resumes(described, config, path):
+    """Raise UserError if a LoRA setting that was given contradicts a checkpoint, and take over the others."""
+    used = {'lora_rank': 0}
+    if described:
+        used = {'lora_rank': described['rank'], 'lora_alpha': described['alpha'],
+                'lora_targets': ','.join(described['targets']), 'lora_int8': described['int8']}
+    for name, value in used.items():
+        given = config[name].replace(' ', '') if name == 'lora_targets' else config[name]
+        if name in config.given and given != value:
+            raise UserError(f'{name}={config[name]}, but {path} was trained with {name}={value}; resume with that, or '
+                            f'adapt its model in another run: --init_from={os.path.dirname(path)} and another --out_dir')
+    config.update(used)

@@ -5,20 +5,24 @@ In every parameter group, lr_scale says how many times the rate of the schedule 
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
-# train.py's settings that belong to the architectures of model.PRESETS. modern: small batches, many updates, and a rate
-# that falls in a line over most of the run. beta1 of 0.8 instead of 0.9 brought 0.009 and 0.012 nats in two pairs of
-# runs of 0.8M parameters over 800 steps; muon_lr 0.03, or twice the other rates, brought nothing
-PRESETS = {
-    'gpt2': {},
-    'llama': {},
-    'modern': {'optimizer': 'muon', 'muon_lr': 0.02, 'embedding_lr': 0.02, 'learning_rate': 0.004, 'min_lr': 0.0,
-               'beta1': 0.8, 'beta2': 0.95, 'lr_schedule': 'wsd', 'decay_fraction': 0.6, 'warmup_iters': 20,
-               'lr_decay_iters': None, 'weight_decay': 0.0},
-}
+from configurator import UserError
+
+
+def create(model, config, precision, world):
+    """
+    Make the optimizer of the settings `config`: AdamW, or Muon with AdamW.
+
+    precision: 'bfloat16' lets Muon orthogonalize in it. world: the processes that share Muon's work.
+    """
+    if config['optimizer'] == 'adamw':
+        return adamw(model, config['weight_decay'], config['learning_rate'], (config['beta1'], config['beta2']))
+    dtype = torch.bfloat16 if precision == 'bfloat16' else torch.float32
+    return muon(model, config, dtype, world)
 
 
 def adamw(model, weight_decay, learning_rate, betas):
@@ -47,25 +51,27 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # x -> a x + b x^3 + c x^5 on singula
 FIRST_MOMENTUM, MOMENTUM_WARMUP = 0.85, 300  # the speedruns': early gradients are soon out of date
 
 
-def muon(model, weight_decay, learning_rate, muon_lr, embedding_lr, betas, momentum, dtype, world):
+def muon(model, config, dtype, world):
     """
     Muon for the matrices of the blocks, at muon_lr and with weight_decay; AdamW without decay for the rest: tables that
     are looked up at embedding_lr; the head, a tied one too, norms, biases and scalars at learning_rate, above 0.
-    dtype: in which to orthogonalize; bf16 is enough. world: the processes that share this work.
+    config: these settings, beta1, beta2, and momentum (default 0.95). dtype: in which to orthogonalize; bf16 is enough.
     """
+    learning_rate = config['learning_rate']
     head = {model.lm_head.weight} if hasattr(model, 'lm_head') else set()  # a reward model has another one
     tables = {m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding)} - head
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     matrices = {name: p for name, p in named.items() if '.h.' in name and p.dim() == 2}
     rest = [p for name, p in named.items() if name not in matrices]
     groups = [{'params': list(matrices.values()), 'parts': [parts_of(name, model.config) for name in matrices],
-               'weight_decay': weight_decay, 'momentum': momentum, 'lr_scale': muon_lr / learning_rate,
+               'weight_decay': config['weight_decay'], 'momentum': config.get('momentum', 0.95),
+               'lr_scale': config['muon_lr'] / learning_rate,
                'fused': False},  # or loading would move the counts of steps to the GPU, and reading them wait for it
               {'params': [p for p in rest if p in tables], 'weight_decay': 0.0,
-               'lr_scale': embedding_lr / learning_rate},
+               'lr_scale': config['embedding_lr'] / learning_rate},
               {'params': [p for p in rest if p not in tables], 'weight_decay': 0.0, 'lr_scale': 1.0}]
     groups = [group for group in groups if group['params']]
-    return Muon(groups, learning_rate, betas, dtype, world)
+    return Muon(groups, learning_rate, (config['beta1'], config['beta2']), dtype, world)
 
 
 def parts_of(name, config):
@@ -160,23 +166,11 @@ def momentum_at(step, momentum):
     return first + (momentum - first) * min(1.0, step / MOMENTUM_WARMUP)
 
 
-@torch.no_grad()
-def average_into(average, model, decay, step):
-    """
-    Move the parameters of `average`, a copy of the model, towards the model's: their exponential moving average over
-    about 1 / (1 - decay) steps, but over no more than the last tenth of the `step` steps so far, so that the
-    initialisation is soon forgotten ("Averaging Weights Leads to Wider Optima", Izmailov et al. 2018, on why it helps).
-    """
-    decay = min(decay, step / (step + 10))
-    pairs = [(a, p) for a, p in zip(average.parameters(), model.parameters(), strict=True) if p.requires_grad]
-    torch._foreach_lerp_(*map(list, zip(*pairs, strict=True)), 1 - decay)
-
-
 def check_same(name, saved_config, ckpt_path):
     """ValueError unless the optimizer `name`, 'adamw' or 'muon', is that of the run whose settings were saved."""
     before = saved_config.get('optimizer', 'adamw')
     if name != before:
-        raise ValueError(f'optimizer={name!r}, but the state in {ckpt_path} is that of {before!r}; resume with '
+        raise UserError(f'optimizer={name!r}, but the state in {ckpt_path} is that of {before!r}; resume with '
                          f'--optimizer={before} and the rates it had (config.json beside it)')
 
 
@@ -187,32 +181,53 @@ def load_optimizer(optimizer, saved):
     """
     groups = optimizer.state_dict()['param_groups']
     if [g['params'] for g in groups] != [g['params'] for g in saved['param_groups']]:
-        raise ValueError('the optimizer state in the checkpoint is of another set of parameters')
+        raise UserError('the optimizer state in the checkpoint is of another set of parameters')
     optimizer.load_state_dict({'state': saved['state'], 'param_groups': groups})
 
 
-def cosine(step, learning_rate, warmup_iters, lr_decay_iters, min_lr):
-    """
-    Linear warmup over warmup_iters steps, then half a cosine from learning_rate down to min_lr at lr_decay_iters, and
-    min_lr from there on ("SGDR", Loshchilov & Hutter 2017).
-    """
-    if step < warmup_iters:
-        return learning_rate * (step + 1) / (warmup_iters + 1)
-    if step >= lr_decay_iters:
-        return min_lr
-    progress = (step - warmup_iters) / (lr_decay_iters - warmup_iters)  # 0 -> 1
-    return min_lr + (learning_rate - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+def crop_moments(optimizer, model, n):
+    """Keep the moments of the first n position embeddings: the context of the model was cropped to n."""
+    if model.config.pos == 'learned':
+        moments = optimizer.state.get(model.transformer.wpe.weight, {})  # {} where LoRA leaves it frozen
+        moments.update({name: m[:n].clone() for name, m in moments.items() if m.dim() == 2})
 
 
-def wsd(step, learning_rate, warmup_iters, lr_decay_iters, min_lr, decay_fraction):
+@dataclass
+class Schedule:
     """
-    Warmup, stable, decay: linear warmup, constant, then linear to min_lr over the last decay_fraction of lr_decay_iters
-    or what the warmup leaves of it ("MiniCPM", Hu et al. 2024; linear decay after "Scaling Laws and Compute-Optimal
-    Training Beyond Fixed Training Durations", Haegele et al. 2024). The stable part does not depend on where the run
-    ends, so it can be prolonged.
+    Learning rates by step: linear warmup over warmup_iters steps, then a decay to min_lr at `end`.
+
+    decay_fraction: of wsd alone, the part of `end` in which the rate falls.
     """
-    if step < warmup_iters:
-        return learning_rate * (step + 1) / (warmup_iters + 1)
-    decay_iters = max(1, min(round(decay_fraction * lr_decay_iters), lr_decay_iters - warmup_iters))
-    remaining = min(1.0, max(0.0, (lr_decay_iters - step) / decay_iters))  # 1 until the decay starts, 0 at its end
-    return min_lr + (learning_rate - min_lr) * remaining
+
+    learning_rate: float
+    warmup_iters: int
+    end: int
+    min_lr: float
+    decay_fraction: float = 0.2
+
+    def warmup(self, step):
+        return self.learning_rate * (step + 1) / (self.warmup_iters + 1)
+
+    def cosine(self, step):
+        """Return the rate of half a cosine after the warmup ("SGDR", Loshchilov & Hutter 2017)."""
+        if step < self.warmup_iters:
+            return self.warmup(step)
+        if step >= self.end:
+            return self.min_lr
+        progress = (step - self.warmup_iters) / (self.end - self.warmup_iters)  # 0 -> 1
+        return self.min_lr + (self.learning_rate - self.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    def wsd(self, step):
+        """
+        Return the rate of warmup, stable, decay ("MiniCPM", Hu et al. 2024): constant, then linear to min_lr.
+
+        The decay takes decay_fraction of `end`, at most what the warmup leaves of it ("Scaling Laws and Compute-Optimal
+        Training Beyond Fixed Training Durations", Haegele et al. 2024). The stable part does not depend on `end`, so a
+        run can be prolonged.
+        """
+        if step < self.warmup_iters:
+            return self.warmup(step)
+        decay_iters = max(1, min(round(self.decay_fraction * self.end), self.end - self.warmup_iters))
+        remaining = min(1.0, max(0.0, (self.end - step) / decay_iters))  # 1 until the decay starts, 0 at its end
+        return self.min_lr + (self.learning_rate - self.min_lr) * remaining

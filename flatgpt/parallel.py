@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+from configurator import UserError
+
 
 @dataclass
 class World:
@@ -81,7 +83,7 @@ def meet(store, world, patience=1800):
             if set(store.multi_get([f'names read by {rank}' for rank in range(world.size)])) == {names}:
                 return f'attempt {hashlib.sha256(names).hexdigest()[:16]}'
             time.sleep(0.1)
-    raise ValueError(f'process {world.rank} has waited {patience / 60:.0f} minutes for the other {world.size - 1}; '
+    raise UserError(f'process {world.rank} has waited {patience / 60:.0f} minutes for the other {world.size - 1}; '
                      f'look for errors of theirs above or on the other machines, and start all of them again')
 
 
@@ -90,3 +92,11 @@ def disconnect():
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+
+
+def all_agree(world, exists, path):
+    """Return whether `path` exists. Raises UserError if only some of the processes find it."""
+    n_found = int(world.sum([exists])[0])
+    if n_found not in (0, world.size):
+        raise UserError(f'{n_found} of {world.size} processes find {path}; out_dir must be on a disk they share')
+    return n_found > 0

@@ -1,11 +1,17 @@
 import json
 import os
+from contextlib import nullcontext, suppress
 from dataclasses import fields
 
 import tokenizer
-from flatgpt import huggingface, lora
+from config.presets import PRESETS
+from configurator import UserError
+from flatgpt import huggingface, lora, optim
 from flatgpt.checkpoint import load, path_in
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, padded_vocab_size
+
+# the settings of train.py that the weights of a model fix
+ARCHITECTURE = [field.name for field in fields(GPTConfig) if field.name not in ('block_size', 'vocab_size', 'dropout')]
 
 
 def model_of(state, path, dropout):
@@ -15,7 +21,7 @@ def model_of(state, path, dropout):
     reward model, which critic.py opens.
     """
     if state.get('reward_model'):
-        raise ValueError(f'{path} is a reward model, which scores answers and can not write any. It is for rl.py '
+        raise UserError(f'{path} is a reward model, which scores answers and can not write any. It is for rl.py '
                          f'--reward_model={os.path.dirname(path) or "."}; the language model that it began with is in '
                          f'{state["config"]["init_from"]}')
     if 'lora' in state:
@@ -34,7 +40,7 @@ def model_of(state, path, dropout):
                   for name, tensor in expected.items() if name in weights and weights[name].shape != tensor.shape]
     if wrong:
         more = f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''
-        raise ValueError(f'{path} holds no model of this repository or of nanoGPT: {"; ".join(wrong[:3])}{more}')
+        raise UserError(f'{path} holds no model of this repository or of nanoGPT: {"; ".join(wrong[:3])}{more}')
     model.load_state_dict(weights)
     return model
 
@@ -48,14 +54,14 @@ def with_adapters(state, path, dropout):
     places = [place for place in dict.fromkeys(places) if os.path.isdir(place)] or places[:1]
     for place in places:
         try:
-            model, _ = base_model(place, dropout)
+            model, _ = base_model(place, dropout, needs_tokenizer=False)
         except ValueError as error:
-            raise ValueError(f'{path} has adapters for the model in {place}, which can not be loaded: '
+            raise UserError(f'{path} has adapters for the model in {place}, which can not be loaded: '
                              f'{error}') from error
         if lora.digest(model) == settings['digest']:
             break
     else:
-        raise ValueError(f'{path} has adapters for the model that was in {" or ".join(places)}; the one that is there '
+        raise UserError(f'{path} has adapters for the model that was in {" or ".join(places)}; the one that is there '
                          f'now has other weights. Put that back, or train them anew')
     if state['model_args']['block_size'] != model.config.block_size:
         model.crop_block_size(state['model_args']['block_size'])
@@ -64,16 +70,91 @@ def with_adapters(state, path, dropout):
     return model
 
 
-def base_model(init_from, dropout=0.0):
+def base_model(init_from, dropout=0.0, needs_tokenizer=True):
     """
-    The model that a finetuning begins with: of a run's out_dir, merged if it had adapters, or of Hugging Face's.
-    -> (model, the checkpoint it is from or None)
+    Open the model that a finetuning begins with: of a run, adapters merged, or of Hugging Face's.
+
+    -> (model on the CPU, {'tokenizer', 'chat_template'}), both None where unknown. needs_tokenizer: False takes a
+    tokenizer that cannot be read, such as SentencePiece's, for unknown.
     """
     path = path_in(init_from)
     if os.path.exists(path):
         state = load(path)
-        return lora.merge(model_of(state, path, dropout)), state
-    return huggingface.load_model(huggingface.find(init_from), dropout), None
+        model = lora.merge(model_of(state, path, dropout))
+        return model, {'tokenizer': state.get('tokenizer'), 'chat_template': state.get('chat_template')}
+    folder = huggingface.find(init_from)
+    described = None
+    with nullcontext() if needs_tokenizer else suppress(UserError):
+        described = huggingface.load_tokenizer(folder)
+    return huggingface.load_model(folder, dropout), {
+        'tokenizer': described, 'chat_template': huggingface.load_chat_template(folder, described)}
+
+
+# What train.py refuses ----------------------------------------------------------------------------
+
+
+def check_architecture(model, config, names, source):
+    """Raise UserError if a setting that was given, or is the preset's, contradicts a loaded model."""
+    for name in names:
+        value = getattr(model.config, name)
+        if name not in config.given | set(PRESETS[config['preset']]) or config[name] == value:
+            continue
+        remedy = 'Leave it out' if name in config.given else (
+            f"It is preset {config['preset']!r}'s: use the config file that it was trained with, such as "
+            f'config/shakespeare_char_classic.py or config/gpt2_classic.py, or --preset=gpt2')
+        raise UserError(f'{name}={config[name]}, but {source} has {name}={value}, and its weights fix that. {remedy}; '
+                        f'or start a new run (--init_from=scratch) in another --out_dir')
+
+
+def resume(path, config, meta, data_dir):
+    """
+    Load the checkpoint at `path` to continue its run; -> (model, checkpoint).
+
+    meta: of the dataset in data_dir, see data.tokens.load_meta. Raises UserError if the settings, the tokenizer or the
+    vocabulary contradict the checkpoint, or if another script wrote it.
+    """
+    state = load(path)
+    out_dir = os.path.dirname(path)
+    if 'reference' in state:
+        raise UserError(f'{path} is a run of posttrain.rl, which continues with: python -m posttrain.rl '
+                        f'--init_from=resume --out_dir={out_dir}. To finetune its model: --init_from={out_dir} and '
+                        f'another --out_dir')
+    model = model_of(state, path, config['dropout'])
+    check_architecture(model, config, ARCHITECTURE, path)
+    lora.check_resumes(state.get('lora'), config, path)
+    if 'optimizer' in state:
+        optim.check_same(config['optimizer'], state.get('config', {}), path)
+    saved, n_ids, vocab_size = state.get('tokenizer'), meta['vocab_size'], model.config.vocab_size
+    if saved and meta['tokenizer'] and saved != meta['tokenizer']:
+        raise UserError(f'{path} was trained with another tokenizer ({saved["kind"]}, vocab_size {vocab_size}) than '
+                        f'{data_dir} was prepared with ({meta["tokenizer"]["kind"]}, {n_ids}); resume on its own '
+                        f'dataset (--dataset={state["config"]["dataset"]})')
+    # nanoGPT's checkpoints have no tokenizer to compare
+    if not saved and n_ids and vocab_size not in (n_ids, padded_vocab_size(n_ids)):
+        raise UserError(f'{path} has a vocabulary of {vocab_size}, {data_dir} one of {n_ids}; resume on the dataset '
+                        f'it was trained with (--dataset)')
+    return model, state
+
+
+def finetune(init_from, config, meta, data_dir):
+    """
+    Open the model `init_from` to train it on a dataset; -> (model, {'tokenizer', 'chat_template'}).
+
+    Raises UserError if the settings contradict the model, or if the dataset was prepared for another vocabulary. Sizes
+    and bias are passed over: a nanoGPT user's config holds those of training from scratch.
+    """
+    model, described = base_model(init_from, config['dropout'], needs_tokenizer=meta['tokenizer'] is not None)
+    names = [name for name in ARCHITECTURE if name not in ('n_layer', 'n_head', 'n_embd', 'bias')]
+    check_architecture(model, config, names, init_from)
+    if meta['tokenizer'] is None:  # a dataset that does not say is taken to have the model's ids
+        return model, described
+    own, vocab_size = described['tokenizer'], model.config.vocab_size
+    if not (huggingface.same_tokenizer(meta['tokenizer'], own) if own else meta['vocab_size'] == vocab_size):
+        name = own.get('name', init_from) if own else 'FILE'
+        raise UserError(f'{data_dir} was prepared for a vocabulary of {meta["vocab_size"]} '
+                        f'({meta["tokenizer"]["kind"]}), {init_from} has another, of {vocab_size}; prepare the text '
+                        f'with its tokenizer, --tokenizer={name}')
+    return model, described
 
 
 def open_model(init_from, out_dir, which='best'):
@@ -86,7 +167,7 @@ def open_model(init_from, out_dir, which='best'):
     if init_from != 'resume':
         model, described, chat_template = huggingface.load(init_from)
         if described is None:
-            raise ValueError(f"{init_from}: vocab_size is {model.config.vocab_size}, not GPT-2's 50257, and it has no "
+            raise UserError(f"{init_from}: vocab_size is {model.config.vocab_size}, not GPT-2's 50257, and it has no "
                              f'tokenizer.json; copy that of the model into the folder')
         return model.eval(), tokenizer.from_dict(described), chat_template, init_from
     path = path_in(out_dir, which)
@@ -119,6 +200,6 @@ def tokenizer_of(state):
         if found.vocab_size == vocab_size:
             return found
     if vocab_size < 50257:
-        raise ValueError(f'the checkpoint has no tokenizer in it, and {data_dir} has none of its {vocab_size} ids; '
+        raise UserError(f'the checkpoint has no tokenizer in it, and {data_dir} has none of its {vocab_size} ids; '
                          f'prepare that dataset as it was for training: python {data_dir}/prepare.py')
     return tokenizer.load('gpt2')

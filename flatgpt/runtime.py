@@ -7,6 +7,7 @@ from contextlib import nullcontext
 
 import torch
 
+from configurator import UserError
 from tokenizer.workers import core_count
 
 # dense bf16 or fp16 FLOP/s of the vendors' datasheets, without sparsity; the first name found in the device's wins
@@ -60,18 +61,18 @@ def choose_device(device, local_rank=0):
     try:
         chosen = torch.device(device)
     except RuntimeError:
-        raise ValueError(f"device={device!r} is no device; examples: 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'") from None
+        raise UserError(f"device={device!r} is no device; examples: 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'") from None
     if chosen.type == 'cuda':
         if not torch.cuda.is_available():
-            raise ValueError(f'device={device!r}: torch {torch.__version__} finds no CUDA GPU here. Use --device=auto '
+            raise UserError(f'device={device!r}: torch {torch.__version__} finds no CUDA GPU here. Use --device=auto '
                              f'or --device=cpu; for an NVIDIA GPU install a CUDA build of torch (pytorch.org)')
         if chosen.index is None or 'LOCAL_RANK' in os.environ:
             chosen = torch.device('cuda', local_rank)
         if chosen.index >= torch.cuda.device_count():
-            raise ValueError(f'device={chosen}: there are {torch.cuda.device_count()} GPUs here; start at most as many '
+            raise UserError(f'device={chosen}: there are {torch.cuda.device_count()} GPUs here; start at most as many '
                              f'processes on this machine (--nproc_per_node)')
     if chosen.type == 'mps' and not torch.backends.mps.is_available():
-        raise ValueError(f'device={device!r}: no Apple GPU that torch {torch.__version__} can use; try --device=cpu')
+        raise UserError(f'device={device!r}: no Apple GPU that torch {torch.__version__} can use; try --device=cpu')
     return chosen
 
 
@@ -82,7 +83,7 @@ def choose_dtype(dtype, device, has_scaler=True):
     """
     if dtype != 'auto':
         if dtype not in DTYPES:
-            raise ValueError(f"dtype={dtype!r}: expected 'auto', {', '.join(map(repr, DTYPES))}")
+            raise UserError(f"dtype={dtype!r}: expected 'auto', {', '.join(map(repr, DTYPES))}")
         return dtype, 'as set'
     if device.type == 'cuda':
         if torch.cuda.get_device_capability(device) >= (8, 0):
@@ -112,7 +113,7 @@ def choose_compile(setting, device, flops):
     """
     if setting != 'auto':
         if not isinstance(setting, bool):
-            raise ValueError(f"compile={setting!r}: expected True, False or 'auto'")
+            raise UserError(f"compile={setting!r}: expected True, False or 'auto'")
         return setting, 'as set'
     if device.type == 'mps':
         return False, 'not reliable on mps yet'
@@ -172,3 +173,34 @@ def mfu_of(model, sequences, seconds):
     """
     peak = peak_flops(model.lm_head.weight.device)
     return None if peak is None else model.flops_per_token() * model.config.block_size * sequences / seconds / peak
+
+
+def use_machine(device):
+    """Set torch up for the device: threads, freed memory kept on the CPU, TF32 on a GPU."""
+    use_cores()
+    if device.type == 'cpu':
+        keep_freed_memory()
+    if device.type == 'cuda':
+        torch.set_float32_matmul_precision('high')  # TF32's ten bits are enough for fp32 products, and faster
+
+
+def compile_or_eager(try_step):
+    """
+    Run a step for the first time, which compiles it; -> whether that worked.
+
+    Whatever a compiler raises, a warning says why and torch runs eagerly from here on. A mistake of the user and out of
+    memory are raised.
+    """
+    try:
+        try_step()
+    except UserError:
+        raise
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        why = f'{type(error).__name__}: {(str(error).strip().splitlines() or [""])[0]}'
+        print(f'WARNING: torch.compile failed ({why}); continuing without it, slower. --compile=False silences this',
+              file=sys.stderr, flush=True)
+        torch.compiler.set_stance('force_eager')
+        return False
+    return True

@@ -3,6 +3,7 @@ import re
 import signal
 import sys
 
+from configurator import UserError
 from tokenizer.chat import render
 
 HELP = """\
@@ -20,7 +21,7 @@ def converse(answer, template, tokenizer, most, system=''):
         import readline  # noqa: F401  (lets input() edit lines)
     beginning = [{'role': 'system', 'content': system}] if system else []
     if len(ids := render([*beginning, {'role': 'user', 'content': ''}], template, tokenizer)) >= most:
-        raise ValueError(f'the system message and the format of the chat take {len(ids):,} tokens, and beside an '
+        raise UserError(f'the system message and the format of the chat take {len(ids):,} tokens, and beside an '
                          f'answer there is room for {most:,}; shorten --system, or answers with --max_new_tokens')
     messages, number, was_told = list(beginning), 0, False
     print('/help for help, Ctrl-D to leave')
@@ -82,7 +83,7 @@ def shorten(messages, template, tokenizer, most):
     n_first = int(messages[0]['role'] == 'system')
     while len(ids := render(messages, template, tokenizer)) > most:
         if len(messages) <= n_first + 1:
-            raise ValueError(f'this takes {len(ids):,} tokens, and the context of the model has room for {most:,} '
+            raise UserError(f'this takes {len(ids):,} tokens, and the context of the model has room for {most:,} '
                              f'beside an answer; say it shorter')
         messages = messages[:n_first] + messages[n_first + 2 :]  # a message and its answer
     return messages, ids

@@ -9,6 +9,8 @@ before such a token, an action is the token, and the state after the last one is
 import torch
 from torch.nn import functional as F
 
+from configurator import UserError
+
 REDUCTIONS = ('token-mean', 'sequence-mean', 'none')
 
 # Of a model ----------------------------------------------------------------------------------------------------------
@@ -69,7 +71,7 @@ def reduced(losses, mask, reduction):
         return masked_mean(masked_mean(losses, mask, dim=1), mask.bool().any(dim=1))
     if reduction == 'none':
         return torch.where(mask.bool(), losses, 0.0)
-    raise ValueError(f'reduction={reduction!r}: expected {", ".join(map(repr, REDUCTIONS))}')
+    raise UserError(f'reduction={reduction!r}: expected {", ".join(map(repr, REDUCTIONS))}')
 
 
 # Preferences ---------------------------------------------------------------------------------------------------------
@@ -138,7 +140,7 @@ def group_advantages(rewards, group_size, normalize_std=True, eps=1e-6):
     ValueError unless the groups are whole and of 2 or more.
     """
     if group_size < 2 or len(rewards) % group_size:
-        raise ValueError(f'group_size={group_size} for {len(rewards)} rewards: expected whole groups of 2 or more')
+        raise UserError(f'group_size={group_size} for {len(rewards)} rewards: expected whole groups of 2 or more')
     groups = rewards.reshape(-1, group_size)
     groups = groups if groups.is_floating_point() else groups.float()  # 0 or 1 of a checker
     groups = groups - groups[:, :1]  # so that equal ones are exactly 0, and so is their mean

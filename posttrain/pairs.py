@@ -15,6 +15,7 @@ model finds them, and how good a reward model.
 import json
 import os
 
+from configurator import UserError
 from data import conversations, download
 from data.documents import check_fraction, text_hash
 from flatgpt import checkpoint, jsonl
@@ -51,7 +52,7 @@ def read_pairs(path, template, tokenizer, block_size, val_fraction):
         try:
             pair = render_pair(value, template, tokenizer)
         except ValueError as error:
-            raise ValueError(f'{path}, line {number}: {error}') from None
+            raise UserError(f'{path}, line {number}: {error}') from None
         if max(len(ids) for ids, _ in pair) > block_size:
             n_too_long += 1
             continue
@@ -62,7 +63,7 @@ def read_pairs(path, template, tokenizer, block_size, val_fraction):
     for split, found in pairs.items():
         if not found:
             n = sum(map(len, pairs.values()))
-            raise ValueError(f'of {n + n_too_long:,} pairs in {path} {n_too_long:,} are longer than the context of '
+            raise UserError(f'of {n + n_too_long:,} pairs in {path} {n_too_long:,} are longer than the context of '
                              f'{block_size} tokens, and of the others none is in {split}; give more of them, a model '
                              f'with a longer context, or another --val_fraction')
     return pairs, n_too_long
@@ -76,11 +77,11 @@ def check_pairs(path, val_fraction, state, ckpt_path):
     pairs = {'sha256': download.file_sha256(path), 'val_fraction': val_fraction}
     before = state.get('pairs', pairs) if state else pairs
     if before['val_fraction'] != val_fraction:
-        raise ValueError(f'val_fraction={val_fraction}, but {ckpt_path} held out {before["val_fraction"]}, so that it '
+        raise UserError(f'val_fraction={val_fraction}, but {ckpt_path} held out {before["val_fraction"]}, so that it '
                          f'has learnt from pairs that would be held out now, or the other way round; resume with '
                          f'--val_fraction={before["val_fraction"]}, or begin anew in another --out_dir')
     if before['sha256'] != pairs['sha256']:
-        raise ValueError(f'{path} is not the file of pairs that {ckpt_path} has learnt from, some of which may be held '
+        raise UserError(f'{path} is not the file of pairs that {ckpt_path} has learnt from, some of which may be held '
                          f'out now; resume with that file as it was, or begin anew in another --out_dir')
     return pairs
 
@@ -89,14 +90,14 @@ def render_pair(value, template, tokenizer):
     """A pair as JSON has it -> (chosen, rejected), see read_pairs(). Raises ValueError for what is none."""
     for key, kind in (('messages', list), ('chosen', str), ('rejected', str)):
         if not isinstance(value.get(key), kind):
-            raise ValueError(f'{key} is {json.dumps(value.get(key))[:40]}; expected {{"messages": [{{"role": "user", '
+            raise UserError(f'{key} is {json.dumps(value.get(key))[:40]}; expected {{"messages": [{{"role": "user", '
                              f'"content": "2+2?"}}], "chosen": "4", "rejected": "5"}}')
     for key in ('chosen', 'rejected'):
         if not value[key].strip():
-            raise ValueError(f'{key} is empty; expected an answer')
+            raise UserError(f'{key} is empty; expected an answer')
     pair = tuple(render_answer(value['messages'], value[key], template, tokenizer) for key in ('chosen', 'rejected'))
     if pair[0] == pair[1]:  # or does so in the template, which may strip them
-        raise ValueError(f'chosen equals rejected, {json.dumps(value["chosen"])[:40]}; there is nothing to prefer')
+        raise UserError(f'chosen equals rejected, {json.dumps(value["chosen"])[:40]}; there is nothing to prefer')
     return pair
 
 
@@ -108,12 +109,12 @@ def render_answer(messages, answer, template, tokenizer):
     prompt = chat.render(messages, template, tokenizer)
     ids, mask = chat.render_conversation([*messages, {'role': 'assistant', 'content': answer}], template, tokenizer)
     if ids[: len(prompt)] != prompt:
-        raise ValueError('the chat template writes the conversation in another way once it is answered, or the '
+        raise UserError('the chat template writes the conversation in another way once it is answered, or the '
                          'tokenizer joins an earlier answer with what stands around it, so that where this answer '
                          'begins can not be told; put special tokens around answers in the template')
     counted = [i for i, counts in enumerate(mask, 1) if counts and i > len(prompt)]
     if not counted:
-        raise ValueError(f'of the answer {json.dumps(answer)[:40]} the chat template leaves no token to learn from; '
+        raise UserError(f'of the answer {json.dumps(answer)[:40]} the chat template leaves no token to learn from; '
                          f'expected {{% generation %}} around what the assistant says, or none in the template')
     # the last special token that is none of the content's own: behind it a template may have a line break
     own = (*chat.TOOL_TOKENS, *chat.THOUGHTS)
@@ -132,7 +133,7 @@ def ending_of(template, tokenizer):
     """The id that ends an answer in this chat template. ValueError if that is no special token."""
     ids, _ = render_answer([{'role': 'user', 'content': '?'}], '!', template, tokenizer)
     if ids[-1] not in tokenizer.special_tokens.values():
-        raise ValueError('the chat template ends an answer with no special token that is learnt with it, so that there '
+        raise UserError('the chat template ends an answer with no special token that is learnt with it, so that there '
                          'is none at which an answer could be judged; expected one, and inside of {% generation %} if '
                          'the template has that')
     return ids[-1]

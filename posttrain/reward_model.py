@@ -13,6 +13,7 @@ import os
 import torch
 from torch import nn
 
+from configurator import UserError
 from flatgpt import checkpoint, huggingface
 from flatgpt.pretrained import tokenizer_of
 from model import GPT, GPTConfig
@@ -56,13 +57,13 @@ def critic_of(state, path, dropout=0.0):
     model, or one that another version wrote.
     """
     if not state.get('reward_model'):
-        raise ValueError(f'{path} is a language model; expected a reward model, which reward.py trains:\n'
+        raise UserError(f'{path} is a language model; expected a reward model, which reward.py trains:\n'
                          f'  python -m posttrain.reward --init_from={os.path.dirname(path)} --data=PAIRS.jsonl')
     try:
         critic = Critic(GPTConfig(**{**state['model_args'], 'dropout': dropout}))
         critic.load_state_dict(state['model'])
     except (TypeError, RuntimeError) as error:
-        raise ValueError(f'{path} holds a reward model of another version of this repository: {error}') from error
+        raise UserError(f'{path} holds a reward model of another version of this repository: {error}') from error
     return critic
 
 
@@ -73,7 +74,7 @@ def open_reward_model(out_dir, tokenizer, template):
     """
     path = checkpoint.path_in(out_dir)
     if not os.path.exists(path):
-        raise ValueError(f'there is no reward model in {out_dir}; train one: python -m posttrain.reward --init_from=FOLDER '
+        raise UserError(f'there is no reward model in {out_dir}; train one: python -m posttrain.reward --init_from=FOLDER '
                          f'--data=PAIRS.jsonl --out_dir={out_dir}')
     state = checkpoint.load(path)
     critic = critic_of(state, path)
@@ -81,7 +82,7 @@ def open_reward_model(out_dir, tokenizer, template):
                'chat template': state['chat_template'] == template}
     for what, same in is_same.items():
         if not same:
-            raise ValueError(f'the reward model in {out_dir} has another {what} than the model that it is to judge; '
+            raise UserError(f'the reward model in {out_dir} has another {what} than the model that it is to judge; '
                              f'train one that begins with that: python -m posttrain.reward --init_from=FOLDER --data=PAIRS.jsonl')
     line = f'{path}: step {state["iter_num"]}, lowest val loss so far {float(state["best_val_loss"]):.4f}'
     return critic.eval(), line

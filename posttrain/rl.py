@@ -34,7 +34,7 @@ from dataclasses import asdict
 
 import torch
 
-from configurator import check, explain_errors, override
+from configurator import UserError, check, explain_errors, override
 from data.tokens import train_windows
 from flatgpt import checkpoint, lora, optim, runtime
 from flatgpt.generate import NotNumbers, uniforms
@@ -134,27 +134,27 @@ state = checkpoint.load(ckpt_path) if init_from == 'resume' else None
 if state:
     if 'reference' not in state:
         what = 'a reward model' if state.get('reward_model') else 'a language model that train.py has trained'
-        raise ValueError(f'{ckpt_path} is {what}, no run of rl.py, which could be resumed; to begin with a language '
+        raise UserError(f'{ckpt_path} is {what}, no run of rl.py, which could be resumed; to begin with a language '
                          f'model: --init_from=ITS_FOLDER and another --out_dir')
     if state['config'].get('algorithm') != algorithm:
-        raise ValueError(f'algorithm={algorithm!r}, but {ckpt_path} is a run of {state["config"].get("algorithm")!r}; '
+        raise UserError(f'algorithm={algorithm!r}, but {ckpt_path} is a run of {state["config"].get("algorithm")!r}; '
                          f'resume with that, or begin anew in another --out_dir')
     # what best_val_loss is a measure of; the seed chooses the questions
     for name in ('task', 'input', 'kinds', 'eval_examples', 'tools', 'max_new_tokens', 'seed') if task else ('task',):
         before = state['config'].get(name, config[name])
         if before != config[name]:
-            raise ValueError(f'{name}={config[name]!r}, but the best of {ckpt_path} was chosen with {name}={before!r}; '
+            raise UserError(f'{name}={config[name]!r}, but the best of {ckpt_path} was chosen with {name}={before!r}; '
                              f'resume with that, or begin anew in another --out_dir')
     init_from = state['config']['init_from']
 reference, tokenizer, template, line = open_chat_model(init_from)
 print(f'reference: {line}')
 digest = lora.digest(reference)
 if state and state['reference'] != digest:
-    raise ValueError(f'{ckpt_path} began with the model that was in {init_from}; the one that is there now has other '
+    raise UserError(f'{ckpt_path} began with the model that was in {init_from}; the one that is there now has other '
                      f'weights. Put that back, or begin anew in another --out_dir')
 stop_ids, _ = chat.find_endings(template, tokenizer)
 if not stop_ids:
-    raise ValueError(f'the chat template of {init_from} ends an answer with no special token, so that a model could '
+    raise UserError(f'the chat template of {init_from} ends an answer with no special token, so that a model could '
                      f'not be taught when to stop')
 policy = copy.deepcopy(reference) if state is None else model_of(state, ckpt_path, dropout=0.0).eval()
 reference.to(device).requires_grad_(False)
@@ -173,7 +173,7 @@ if reward_model:
 if state and state.get('judge', judged_by) != judged_by:
     before = state['config']['reward_model']
     before = f'the reward model that was in {before}' if before else 'its task'
-    raise ValueError(f'{ckpt_path} was rewarded by {before}, not by reward_model={reward_model!r} with the weights '
+    raise UserError(f'{ckpt_path} was rewarded by {before}, not by reward_model={reward_model!r} with the weights '
                      f'that it has now; resume with what it had, or begin anew in another --out_dir')
 if algorithm == 'ppo':
     value_model = Critic.from_gpt(policy)
@@ -195,7 +195,7 @@ def prompts_of(split, n):
     examples = tasks.examples_of(questions, split, n, seed, input, tasks.kinds_of(kinds),
                                  functions=('examples', 'evaluate', 'reward'), keys=('messages',))
     if not examples:
-        raise ValueError(f'task={task}: there is no {split} question' + (f' in {input}' if input else '')
+        raise UserError(f'task={task}: there is no {split} question' + (f' in {input}' if input else '')
                          + (f' of kinds={kinds!r}' if kinds else '') + '; of a file about a tenth are in val, so it '
                          'may need more of them')
     prompts = [(example, tasks.chat_prompt(example, template, tokenizer, math.inf, tools)) for example in examples]
@@ -206,7 +206,7 @@ def prompts_of(split, n):
         print(f'{len(prompts) - len(fitting):,} of {len(prompts):,} {split} prompts are longer than the {room} tokens '
               f'that an answer leaves them, left out')
     if not fitting:
-        raise ValueError(f'task={task}: no {split} prompt has room in a context of {room + max_new_tokens} tokens '
+        raise UserError(f'task={task}: no {split} prompt has room in a context of {room + max_new_tokens} tokens '
                          f'with max_new_tokens={max_new_tokens}; lower that, or take a model with a longer context')
     return fitting
 

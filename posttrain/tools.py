@@ -15,6 +15,7 @@ from fractions import Fraction
 
 import torch
 
+from configurator import UserError
 from flatgpt.generate import generate
 from tokenizer.chat import OUTPUT, OUTPUT_END, PYTHON, PYTHON_END
 
@@ -38,23 +39,23 @@ def calculate(expression):
     anything else, for what has no value, and for what is too long, too deep or too large.
     """
     if len(expression) > MAX_LENGTH:
-        raise ValueError(f'the expression has {len(expression):,} characters; expected at most {MAX_LENGTH}')
+        raise UserError(f'the expression has {len(expression):,} characters; expected at most {MAX_LENGTH}')
     if not re.fullmatch(r'[0-9.,+*/%() -]+', expression):
-        raise ValueError(f'{expression!r} is no calculation; {EXPECTED}')
+        raise UserError(f'{expression!r} is no calculation; {EXPECTED}')
     thousands = r'(?<![0-9.,])[0-9]{1,3}(,[0-9]{3})+(?![0-9,])'
     text = re.sub(thousands, lambda number: number[0].replace(',', ''), expression).strip()
     text = re.sub(r'(?<![0-9.])0+(?=[0-9])', '', text)  # 007, which Python does not take
     try:
         tree = ast.parse(text, mode='eval').body
     except (SyntaxError, ValueError, MemoryError, RecursionError):
-        raise ValueError(f'{expression!r} is no calculation; {EXPECTED}') from None
+        raise UserError(f'{expression!r} is no calculation; {EXPECTED}') from None
     return written(value_of(tree, text, MAX_DEPTH))
 
 
 def value_of(node, expression, depth):
     """-> Fraction, of a node of the expression's syntax tree; depth: how many more may be inside each other."""
     if depth == 0:
-        raise ValueError(f'{expression!r} is nested too deeply; expected at most {MAX_DEPTH} levels')
+        raise UserError(f'{expression!r} is nested too deeply; expected at most {MAX_DEPTH} levels')
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
         # all digits that were written: node.value, a float, has the first 17 or so
         value = Fraction(expression[node.col_offset : node.end_col_offset])
@@ -66,11 +67,11 @@ def value_of(node, expression, depth):
         try:
             value = power(left, right) if isinstance(node.op, ast.Pow) else OPERATORS[type(node.op)](left, right)
         except ZeroDivisionError:
-            raise ValueError(f'{expression!r} divides by zero') from None
+            raise UserError(f'{expression!r} divides by zero') from None
     else:
-        raise ValueError(f'{expression!r} is no calculation; {EXPECTED}')
+        raise UserError(f'{expression!r} is no calculation; {EXPECTED}')
     if bits(value) > MAX_BITS:
-        raise ValueError(f'{expression!r} has a value of too many digits; expected at most 38')
+        raise UserError(f'{expression!r} has a value of too many digits; expected at most 38')
     return value
 
 
@@ -78,16 +79,16 @@ def power(base, exponent):
     """base ** exponent -> Fraction, without computing a number that would be refused for its size."""
     if exponent.denominator == 1:
         if (bits(base) - 1) * abs(exponent) > MAX_BITS:
-            raise ValueError('a power has a value of too many digits; expected at most 38')
+            raise UserError('a power has a value of too many digits; expected at most 38')
         return base ** int(exponent)
     if base < 0:
-        raise ValueError(f'a negative number, {written(base)}, has no power {written(exponent)}')
+        raise UserError(f'a negative number, {written(base)}, has no power {written(exponent)}')
     try:
         value = float(base) ** float(exponent)
     except OverflowError:
         value = math.inf
     if math.isinf(value) or base and not value:  # too large, or too small
-        raise ValueError('a power has a value of too many digits; expected at most 38')
+        raise UserError('a power has a value of too many digits; expected at most 38')
     return Fraction(f'{value:.12g}')
 
 
@@ -125,7 +126,7 @@ def check_tokenizer(tokenizer):
     """ValueError if it has no tokens to call with."""
     missing = [token for token in (PYTHON, PYTHON_END, OUTPUT, OUTPUT_END) if token not in tokenizer.special_tokens]
     if missing:
-        raise ValueError(f'the tokenizer has no {", ".join(missing)}, by which a model calls the calculator; train it '
+        raise UserError(f'the tokenizer has no {", ".join(missing)}, by which a model calls the calculator; train it '
                          f'with the special tokens of chat.py')
 
 

@@ -32,6 +32,7 @@ Every tokenizer has the same face:
 import json
 import os
 
+from configurator import UserError
 from tokenizer import formats
 from tokenizer.base import ENDOFTEXT, FILE_FORMAT, FILE_VERSION, Tokenizer, digest, id_dtype, nearest
 from tokenizer.basic import ByteTokenizer, CharTokenizer, WordTokenizer
@@ -55,11 +56,11 @@ def load(name):
         if os.path.exists(path):
             return load_file(path)
     if name in ('char', 'word', 'bpe'):
-        raise ValueError(f'the tokenizer {name!r} takes its vocabulary from a text: python -m tokenizer train '
+        raise UserError(f'the tokenizer {name!r} takes its vocabulary from a text: python -m tokenizer train '
                          f'--kind={name} --input=FILE --out=my.json, or a prepare.py with --tokenizer={name}')
     names = ['char', 'word', 'bpe', *NAMES]
     near = nearest(name, [*names, *(path for path in os.listdir() if path.endswith(('.json', '.tiktoken')))])
-    raise ValueError(f'unknown tokenizer {str(name)!r}; expected one of {", ".join(names)}, or a file{near}')
+    raise UserError(f'unknown tokenizer {str(name)!r}; expected one of {", ".join(names)}, or a file{near}')
 
 
 def load_file(path):
@@ -72,44 +73,44 @@ def load_file(path):
                 try:
                     values = json.loads(file.read())
                 except (ValueError, RecursionError) as error:
-                    raise ValueError(f'{path} is damaged or cut short ({error}); get the file anew, or train the '
+                    raise UserError(f'{path} is damaged or cut short ({error}); get the file anew, or train the '
                                      f'tokenizer again') from None
     if values is None:
         return from_dict(formats.read(path))
     if not isinstance(values, dict):
-        raise ValueError(f'{path} is damaged: expected a JSON object, got {type(values).__name__}')
+        raise UserError(f'{path} is damaged: expected a JSON object, got {type(values).__name__}')
     if values.get('version') != FILE_VERSION:
-        raise ValueError(f'{path} is of version {values.get("version")!r} of this format, and this program reads '
+        raise UserError(f'{path} is of version {values.get("version")!r} of this format, and this program reads '
                          f'version {FILE_VERSION}: update this program, or train the tokenizer again with it')
     described = {key: value for key, value in values.items() if key not in ('format', 'version', 'sha256')}
     if values.get('sha256') != digest(described):
-        raise ValueError(f'{path} is damaged: its content does not have the checksum that is written in it. Get the '
+        raise UserError(f'{path} is damaged: its content does not have the checksum that is written in it. Get the '
                          f'file anew, or train the tokenizer again')
     try:
         return from_dict(described)
     except ValueError as error:
-        raise ValueError(f'{path}: {error}') from None
+        raise UserError(f'{path}: {error}') from None
 
 
 def from_dict(values: dict):
     """The tokenizer that to_dict() described; ValueError when the description is damaged or of an unknown kind."""
     if not isinstance(values, dict) or 'kind' not in values:
-        raise ValueError(f"a tokenizer is described by a dict with the key 'kind', got {str(values)[:80]}")
+        raise UserError(f"a tokenizer is described by a dict with the key 'kind', got {str(values)[:80]}")
     kind = values['kind']
     needed = {'char': {'chars': str | list}, 'byte': {}, 'word': {'words': list}, 'tiktoken': {'name': str},
               'bpe': {'merges': list, 'pattern': str | None, 'special_tokens': dict}}
     if not isinstance(kind, str) or kind not in needed:
-        raise ValueError(f'unknown kind of tokenizer {kind!r}; expected one of {", ".join(needed)}'
+        raise UserError(f'unknown kind of tokenizer {kind!r}; expected one of {", ".join(needed)}'
                          + nearest(str(kind), needed) + '. The file may come from a newer version of this program.')
     for key, expected in needed[kind].items():
         if key not in values:
-            raise ValueError(f'the description of a {kind!r} tokenizer lacks {key!r}; it has {sorted(values)}')
+            raise UserError(f'the description of a {kind!r} tokenizer lacks {key!r}; it has {sorted(values)}')
         if not isinstance(values[key], expected):
-            raise ValueError(f'{key} of a {kind!r} tokenizer is {str(values[key])[:80]!r}; expected '
+            raise UserError(f'{key} of a {kind!r} tokenizer is {str(values[key])[:80]!r}; expected '
                              f'{getattr(expected, "__name__", expected)}')
     for key, expected in (('byte_ids', 'ids'), ('merge_ids', 'ids'), ('visible_tokens', 'special tokens')):
         if not isinstance(values.get(key), list | None):
-            raise ValueError(f'{key} of a {kind!r} tokenizer is {str(values[key])[:80]!r}; expected a list of '
+            raise UserError(f'{key} of a {kind!r} tokenizer is {str(values[key])[:80]!r}; expected a list of '
                              f'{expected}')
     if kind == 'char':
         return CharTokenizer(values['chars'])

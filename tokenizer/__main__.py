@@ -12,12 +12,14 @@ import time
 import unicodedata
 
 import tokenizer as tokenizers
+from configurator import UserError
 from data.documents import read_documents, read_text
 from data.encode import positive, run
 from tokenizer import formats
 from tokenizer.base import ENDOFTEXT, id_dtype, nearest
 from tokenizer.basic import CharTokenizer, WordTokenizer
 from tokenizer.bytepair import BPETokenizer
+from tokenizer.patterns import to_utf8
 
 BACKGROUNDS = [153, 157, 223, 218, 189]  # of the terminal's 256 colours: light, for black letters
 COLUMNS_PER_TABLE = 3                    # tokenizers side by side in 80 columns
@@ -71,7 +73,7 @@ def show(name: str, tokenizer, text: str, color: bool):
     """Print the tokens of text: in colours (without them, each between bars), then one by one."""
     ids = tokenizer.encode(text, 'all')
     tokens = [tokenizer.decode_bytes([i]) for i in ids]
-    size = len(tokenizers.to_utf8(text))
+    size = len(to_utf8(text))
     per_token = f', {size / len(ids):.2f} bytes per token' if ids else ''
     print(f'{name}: {len(text):,} characters, {size:,} bytes, {len(ids):,} tokens{per_token}\n')
     if color:
@@ -101,7 +103,7 @@ def compare(named: dict, texts: dict[str, str]):
         total = {name: 0 for name in group}
         total_bytes = 0
         for row, text in texts.items():
-            size = len(tokenizers.to_utf8(text))
+            size = len(to_utf8(text))
             counts = {}
             for name in group:
                 try:
@@ -135,7 +137,7 @@ def main():
     commands = {'train': main_train, 'export': main_export}
     if arguments and not arguments[0].startswith('-'):
         if arguments[0] not in commands:
-            raise ValueError(f'unknown command {arguments[0]!r}; expected train, export, or options'
+            raise UserError(f'unknown command {arguments[0]!r}; expected train, export, or options'
                              + nearest(arguments[0], commands) + '. See python -m tokenizer --help')
         commands[arguments[0]](arguments[1:])
     else:
@@ -162,7 +164,7 @@ def main_view(arguments):
     parser.add_argument('--color', choices=['auto', 'always', 'never'], default='auto', help='(auto)')
     args = parser.parse_args(arguments)
     if args.text is not None and args.input:
-        raise ValueError('got both --text and --input; expected one of them')
+        raise UserError('got both --text and --input; expected one of them')
     text = args.text
     if args.input:
         text = ''.join(read_text(args.input))
@@ -180,7 +182,7 @@ def check_folder(path):
     """ValueError when the folder that path would be written to does not exist."""
     folder = os.path.dirname(path) or '.'
     if not os.path.isdir(folder):
-        raise ValueError(f'there is no folder {folder} to write {path} to: mkdir -p {folder}')
+        raise UserError(f'there is no folder {folder} to write {path} to: mkdir -p {folder}')
 
 
 def main_train(arguments):
@@ -198,15 +200,15 @@ def main_train(arguments):
     parser.add_argument('--out', default='tokenizer.json', help='file to write (tokenizer.json)')
     args = parser.parse_args(arguments)
     if args.kind == 'char' and args.vocab_size is not None:
-        raise ValueError('--vocab_size is for bpe and word; a char vocabulary has every character of the text')
+        raise UserError('--vocab_size is for bpe and word; a char vocabulary has every character of the text')
     for option in ('pattern', 'special_tokens'):
         if args.kind != 'bpe' and getattr(args, option) is not None:
-            raise ValueError(f'--{option} is for bpe; a {args.kind} vocabulary has none to choose')
+            raise UserError(f'--{option} is for bpe; a {args.kind} vocabulary has none to choose')
     if args.kind != 'char' and args.vocab_size is None:
-        raise ValueError(f'--kind={args.kind} needs --vocab_size=N, such as --vocab_size=8192')
+        raise UserError(f'--kind={args.kind} needs --vocab_size=N, such as --vocab_size=8192')
     check_folder(args.out)
     if os.path.isdir(args.out):
-        raise ValueError(f'{args.out} is a folder; expected a file to write, such as --out={args.out}/tokenizer.json')
+        raise UserError(f'{args.out} is a folder; expected a file to write, such as --out={args.out}/tokenizer.json')
 
     started = time.time()
     texts = read_documents(args.input, args.text_key)
@@ -241,7 +243,7 @@ def main_export(arguments):
     to_folder = os.path.isdir(args.out) or not os.path.splitext(args.out)[1]
     to_others = to_folder or args.out.endswith('.tiktoken') or os.path.basename(args.out) == 'tokenizer.json'
     if to_others and exported.kind != 'bpe':
-        raise ValueError(f'{args.tokenizer} is a {exported.kind} tokenizer; the formats of tiktoken and Hugging Face '
+        raise UserError(f'{args.tokenizer} is a {exported.kind} tokenizer; the formats of tiktoken and Hugging Face '
                          f'here hold byte pair encoding only. Expected --out=NAME.json, which this program reads')
     if args.out.endswith('.tiktoken'):
         formats.write_tiktoken(exported.to_dict(), args.out)

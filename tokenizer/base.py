@@ -7,6 +7,7 @@ import os
 import numpy as np
 import regex
 
+from configurator import UserError
 from tokenizer.patterns import batches, split_specials, to_utf8
 from tokenizer.workers import Workers, core_count
 
@@ -25,11 +26,11 @@ def check_ids(ids, vocab_size: int) -> np.ndarray:
     """ids as an int64 array; ValueError naming the first id outside 0 .. vocab_size - 1."""
     ids = np.asarray(ids).reshape(-1)
     if ids.size and ids.dtype.kind not in 'iu':
-        raise ValueError(f'cannot decode {str(ids[0])[:40]!r}: token ids are whole numbers below {vocab_size}')
+        raise UserError(f'cannot decode {str(ids[0])[:40]!r}: token ids are whole numbers below {vocab_size}')
     ids = ids.astype(np.int64)
     outside = ids[(ids < 0) | (ids >= vocab_size)]
     if len(outside):
-        raise ValueError(f'cannot decode token id {outside[0]}: this tokenizer has the ids 0 to {vocab_size - 1}. '
+        raise UserError(f'cannot decode token id {outside[0]}: this tokenizer has the ids 0 to {vocab_size - 1}. '
                          f'The ids come from another tokenizer, or from a model whose vocabulary is padded.')
     return ids
 
@@ -59,7 +60,7 @@ class Tokenizer:
                 self.allowed(text.decode('utf-8', 'replace'), allowed_special)
                 return self.encode_invalid(text, error.start)
         if not isinstance(text, str):
-            raise ValueError(f'encode() takes text or bytes, got {type(text).__name__}: {str(text)[:40]}')
+            raise UserError(f'encode() takes text or bytes, got {type(text).__name__}: {str(text)[:40]}')
         allowed = self.allowed(text, allowed_special)
         ids = []
         for i, part in enumerate(split_specials(text, allowed)):
@@ -75,7 +76,7 @@ class Tokenizer:
 
     def encode_invalid(self, data: bytes, valid: int) -> list[int]:
         """ids of bytes of which the first `valid` are UTF-8 and the next are not."""
-        raise ValueError(f'these bytes are not UTF-8 (byte {valid:,} is {data[valid]:#04x}), and a {self.kind} '
+        raise UserError(f'these bytes are not UTF-8 (byte {valid:,} is {data[valid]:#04x}), and a {self.kind} '
                          f'tokenizer encodes nothing but text; a byte or BPE tokenizer takes any bytes')
 
     def allowed(self, text: str, allowed_special) -> list[str]:
@@ -90,16 +91,16 @@ class Tokenizer:
             allowed = list(allowed_special)
             for token in allowed:
                 if token not in self.special_tokens:
-                    raise ValueError(f'allowed_special has {token!r}, which is no special token of this tokenizer; it '
+                    raise UserError(f'allowed_special has {token!r}, which is no special token of this tokenizer; it '
                                      f'has: {", ".join(self.special_tokens) or "none"}' +
                                      nearest(token, self.special_tokens))
         else:
-            raise ValueError(f"allowed_special is {allowed_special!r}; expected 'all', 'none', 'none_raise' or a set "
+            raise UserError(f"allowed_special is {allowed_special!r}; expected 'all', 'none', 'none_raise' or a set "
                              f"of special tokens")
         for token in self.special_tokens:
             if token not in allowed and token in text:
                 before = text[:text.index(token)][-20:]
-                raise ValueError(f"the text contains the special token {token!r} (after {before!r}), which is not "
+                raise UserError(f"the text contains the special token {token!r} (after {before!r}), which is not "
                                  f"allowed here. Allow it with allowed_special={{{token!r}}} or 'all', or "
                                  f"take it as ordinary text with allowed_special='none'")
         return allowed
@@ -124,7 +125,7 @@ class Tokenizer:
         rest, enough = '', STREAM_CHARS
         for text in texts:
             if not isinstance(text, str):
-                raise ValueError(f'expected text, got {type(text).__name__}: open the file as text, '
+                raise UserError(f'expected text, got {type(text).__name__}: open the file as text, '
                                  f"open(path, encoding='utf-8')")
             rest += text
             if len(rest) >= enough:
@@ -172,11 +173,11 @@ def check_specials(special_tokens: dict[str, int]):
     """ValueError for special tokens that are empty, no text, share an id, or could overlap in a text."""
     for token, i in special_tokens.items():
         if not isinstance(token, str) or not token or type(i) is not int or not 0 <= i <= MAX_ID:
-            raise ValueError(f'special tokens are {{text: id}} with ids from 0 to {MAX_ID:,}, got {token!r}: {i!r}')
+            raise UserError(f'special tokens are {{text: id}} with ids from 0 to {MAX_ID:,}, got {token!r}: {i!r}')
         if to_utf8(token) != token.encode('utf-8', 'surrogatepass'):
-            raise ValueError(f'the special token {token!r} has half a surrogate pair, which is no character')
+            raise UserError(f'the special token {token!r} has half a surrogate pair, which is no character')
     if len(set(special_tokens.values())) < len(special_tokens):
-        raise ValueError(f'two special tokens have the same id: {special_tokens}')
+        raise UserError(f'two special tokens have the same id: {special_tokens}')
     beginnings, overlap = {}, None
     for token in special_tokens:
         for end in range(1, len(token)):
@@ -190,7 +191,7 @@ def check_specials(special_tokens: dict[str, int]):
                 if other != one:
                     overlap = overlap or f'{one[start:]!r} ends {one!r} and begins {other!r}'
     if overlap:
-        raise ValueError(f'special tokens overlap: {overlap}, so a text could be read in two ways. Give them other '
+        raise UserError(f'special tokens overlap: {overlap}, so a text could be read in two ways. Give them other '
                          f'names, such as <|one|> and <|two|>')
 
 
@@ -198,7 +199,7 @@ def read_texts(texts):
     """Yield the texts to train on, checked: an iterable of strings, or one string. ValueError for anything else."""
     for text in [texts] if isinstance(texts, str) else texts:
         if not isinstance(text, str):
-            raise ValueError(f'expected texts to train on as strings, got {type(text).__name__}; the documents of a '
+            raise UserError(f'expected texts to train on as strings, got {type(text).__name__}; the documents of a '
                              f'file or folder: data.documents.read_documents(path)')
         yield to_utf8(text).decode('utf-8')
 
@@ -249,5 +250,5 @@ def write_file(path, text: str):
     except OSError as error:
         if os.path.exists(temporary):
             os.remove(temporary)
-        raise ValueError(f'{path} could not be written ({error.strerror}); what was there before is untouched. '
+        raise UserError(f'{path} could not be written ({error.strerror}); what was there before is untouched. '
                          f'Write it to another folder, or free some space') from None

@@ -1,6 +1,7 @@
 import numpy as np
 import regex
 
+from configurator import UserError
 from tokenizer import bpe
 from tokenizer.base import ENDOFTEXT, Tokenizer, check_ids, encode_in_processes, id_dtype, read_texts
 from tokenizer.patterns import split, to_utf8
@@ -17,14 +18,14 @@ class CharTokenizer(Tokenizer):
         self.chars = list(chars)
         self.vocab_size = len(self.chars)
         if not self.chars:
-            raise ValueError('a char tokenizer needs at least one character, got none (is the text empty?)')
+            raise UserError('a char tokenizer needs at least one character, got none (is the text empty?)')
         for char in self.chars:
             if not isinstance(char, str) or len(char) != 1 or '\ud800' <= char <= '\udfff':
-                raise ValueError(f'a char vocabulary holds single characters, got {char!r}')
+                raise UserError(f'a char vocabulary holds single characters, got {char!r}')
         codes = np.array([ord(char) for char in self.chars])
         if len(np.unique(codes)) != len(codes):
             twice = next(char for i, char in enumerate(self.chars) if char in self.chars[:i])
-            raise ValueError(f'a char vocabulary holds every character once, got {twice!r} twice')
+            raise UserError(f'a char vocabulary holds every character once, got {twice!r} twice')
         # Code point -> id, for encoding without a Python loop. The last entry answers for every larger code point.
         self._unknown = self.vocab_size
         self._table = np.full(codes.max() + 2, self._unknown, dtype=np.uint32)
@@ -46,7 +47,7 @@ class CharTokenizer(Tokenizer):
             unknown = sorted(set(text).difference(self.chars))
             named = ', '.join(f'{char!r} (U+{ord(char):04X})' for char in unknown[:10])
             more = f' and {len(unknown) - 10} more' if len(unknown) > 10 else ''
-            raise ValueError(f'characters that this vocabulary of {self.vocab_size} does not have: {named}{more}. '
+            raise UserError(f'characters that this vocabulary of {self.vocab_size} does not have: {named}{more}. '
                              f'Leave them out, or prepare the data and train with --tokenizer=byte, '
                              f'which can write any text.')
         return ids.astype(id_dtype(self.vocab_size))
@@ -99,9 +100,9 @@ class WordTokenizer(Tokenizer):
         self._id_of = {}
         for i, word in enumerate(self.words, len(self.special_tokens)):
             if not isinstance(word, str) or split(word, self.pattern) != [word]:
-                raise ValueError(f'a word vocabulary holds single words, such as "the", " the" or ",", got {word!r}')
+                raise UserError(f'a word vocabulary holds single words, such as "the", " the" or ",", got {word!r}')
             if word in self._id_of:
-                raise ValueError(f'a word vocabulary holds every word once, got {word!r} twice')
+                raise UserError(f'a word vocabulary holds every word once, got {word!r} twice')
             self._id_of[word] = i
         self._tokens = [*self.special_tokens, *self.words]
         self.vocab_size = len(self._tokens)
@@ -112,11 +113,11 @@ class WordTokenizer(Tokenizer):
         two special tokens there are at most vocab_size ids. texts: strings, Paths of files, or one of either."""
         least = len(cls.special_tokens) + 1
         if type(vocab_size) is not int or vocab_size < least:
-            raise ValueError(f'vocab_size is {vocab_size}; a word vocabulary has at least {least} ids: '
+            raise UserError(f'vocab_size is {vocab_size}; a word vocabulary has at least {least} ids: '
                              f'{", ".join(cls.special_tokens)} and a word')
         counts = bpe.count_pieces(read_texts(texts), cls.pattern, cls.special_tokens, workers)
         if not counts:
-            raise ValueError('the text to train on is empty; expected at least one word')
+            raise UserError('the text to train on is empty; expected at least one word')
         by_count = sorted(counts, key=lambda word: (-counts[word], word))
         return cls(by_count[:vocab_size - len(cls.special_tokens)])
 

@@ -6,6 +6,7 @@ import tempfile
 
 import numpy as np
 
+from configurator import UserError
 from tokenizer import fast, formats
 from tokenizer.base import (
     MAX_ID,
@@ -54,18 +55,18 @@ class BPETokenizer(Tokenizer):
         self.ignore_merges, self.normalizer = ignore_merges, normalizer
         self.bos_token, self.visible_tokens = bos_token, list(visible_tokens)
         if normalizer not in (None, 'NFC'):
-            raise ValueError(f"normalizer is {normalizer!r}; expected 'NFC' or None")
+            raise UserError(f"normalizer is {normalizer!r}; expected 'NFC' or None")
         for token in [*self.visible_tokens, *([] if bos_token is None else [bos_token])]:
             if not isinstance(token, str) or token not in self.special_tokens:
-                raise ValueError(f'{token!r} is among bos_token and visible_tokens, and no special token; expected one '
+                raise UserError(f'{token!r} is among bos_token and visible_tokens, and no special token; expected one '
                                  f'of {", ".join(self.special_tokens) or "none"}')
         place = {bytes([byte]): byte for byte in range(256)}  # of a token among the 256 bytes and then the merges
         pairs = []
         for i, (left, right) in enumerate(self.merges):
             if left not in place or right not in place:
-                raise ValueError(f'merge {i} joins {left!r} and {right!r}, which are not both bytes or earlier merges')
+                raise UserError(f'merge {i} joins {left!r} and {right!r}, which are not both bytes or earlier merges')
             if left + right in place:
-                raise ValueError(f'merge {i} makes the token {left + right!r}, which there is already')
+                raise UserError(f'merge {i} makes the token {left + right!r}, which there is already')
             pairs.append((place[left], place[right]))
             place[left + right] = 256 + i
         self._merges = Merges(pairs)
@@ -76,13 +77,13 @@ class BPETokenizer(Tokenizer):
                                    ('merge_ids', merge_ids, range(256, 256 + len(pairs)))):
             given = usual if given is None else given
             if len(given) != len(usual) or any(type(i) is not int or not 0 <= i <= MAX_ID for i in given):
-                raise ValueError(f'{name} has {len(given)} ids; expected {len(usual)}, from 0 to {MAX_ID:,}')
+                raise UserError(f'{name} has {len(given)} ids; expected {len(usual)}, from 0 to {MAX_ID:,}')
             ids += given
         check_specials(self.special_tokens)
         self._token_of = dict(zip(ids, self._tokens, strict=True))
         self._token_of |= {i: token.encode('utf-8') for token, i in self.special_tokens.items()}
         if len(self._token_of) < len(ids) + len(self.special_tokens):
-            raise ValueError('two tokens have the same id')
+            raise UserError('two tokens have the same id')
         self.vocab_size = max(self._token_of) + 1
         # places to ids; None where they are the same
         self._ids = None if ids == list(range(len(ids))) else np.array(ids)
@@ -104,25 +105,25 @@ class BPETokenizer(Tokenizer):
         special_tokens = [special_tokens] if isinstance(special_tokens, str) else list(special_tokens)
         check_specials({token: i for i, token in enumerate(special_tokens)})
         if len(set(special_tokens)) < len(special_tokens):
-            raise ValueError(f'a special token is given twice: {special_tokens}')
+            raise UserError(f'a special token is given twice: {special_tokens}')
         least = 256 + len(special_tokens)
         if type(vocab_size) is not int or vocab_size < least:
-            raise ValueError(f'vocab_size is {vocab_size}; expected at least {least}: 256 bytes and '
+            raise UserError(f'vocab_size is {vocab_size}; expected at least {least}: 256 bytes and '
                              f'{len(special_tokens)} special token(s)')
         texts = (text for text in read_texts(texts) if text)
         if (first := next(texts, None)) is None:
-            raise ValueError(f'the text to train on is empty, so vocab_size is at most {least}; give it some text')
+            raise UserError(f'the text to train on is empty, so vocab_size is at most {least}; give it some text')
         texts = itertools.chain([first], texts)
         can = pattern == PATTERNS['gpt2'] and fast.has_gigatoken()
         if accelerate and not can:
-            raise ValueError("accelerate=True needs the package gigatoken (pip install gigatoken) and pattern='gpt2'")
+            raise UserError("accelerate=True needs the package gigatoken (pip install gigatoken) and pattern='gpt2'")
         if can and accelerate is not False:
             merges = fast.learn_with_gigatoken(texts, vocab_size - least, special_tokens)
         else:
             counts = count_pieces(texts, pattern, special_tokens, workers)
             merges = in_bytes(learn(counts, vocab_size - least))
         if len(merges) < vocab_size - least:
-            raise ValueError(f'the text has {len(merges):,} pairs to join, and vocab_size {vocab_size:,} asks for '
+            raise UserError(f'the text has {len(merges):,} pairs to join, and vocab_size {vocab_size:,} asks for '
                              f'{vocab_size - least:,}: train on more text, or with vocab_size at most '
                              f'{least + len(merges):,}')
         return cls(merges, pattern, {token: 256 + len(merges) + i for i, token in enumerate(special_tokens)})
@@ -146,7 +147,7 @@ class BPETokenizer(Tokenizer):
                 left, right = merge.split(' ')
                 merges.append((from_printable(left), from_printable(right)))
             except (AttributeError, ValueError, KeyError):
-                raise ValueError(f"merge {i} is {merge!r}; expected two tokens in GPT-2's byte alphabet with a space "
+                raise UserError(f"merge {i} is {merge!r}; expected two tokens in GPT-2's byte alphabet with a space "
                                  f"between, such as 'Ġ t'") from None
         return cls(merges, values['pattern'], values['special_tokens'], values.get('byte_ids'),
                    values.get('merge_ids'), values.get('ignore_merges', False), values.get('normalizer'),
@@ -245,7 +246,7 @@ class BPETokenizer(Tokenizer):
         try:
             return b''.join(map(self._token_of.__getitem__, check_ids(ids, self.vocab_size).tolist()))
         except KeyError as error:
-            raise ValueError(f'cannot decode token id {error}: this vocabulary does not use this id') from None
+            raise UserError(f'cannot decode token id {error}: this vocabulary does not use this id') from None
 
     def to_dict(self) -> dict:
         # what few have is left out where it is not so, and thus compares as it did before there was such a thing
@@ -303,7 +304,7 @@ class TiktokenTokenizer(Tokenizer):
         except KeyError:  # cl100k_base and o200k_base have unused ids below vocab_size
             used = {*self._encoding._mergeable_ranks.values(), *self.special_tokens.values()}
             unused = next(i for i in ids if i not in used)
-            raise ValueError(f'cannot decode token id {unused}: {self.name} does not use this id') from None
+            raise UserError(f'cannot decode token id {unused}: {self.name} does not use this id') from None
 
     def to_dict(self) -> dict:
         return {'kind': 'tiktoken', 'name': self.name}
@@ -312,16 +313,16 @@ class TiktokenTokenizer(Tokenizer):
 def open_tiktoken(name: str):
     """tiktoken's encoding of that name; ValueError when there is none, or no way to get it."""
     if name not in TIKTOKEN_FILES:
-        raise ValueError(f'unknown tiktoken vocabulary {name!r}; expected one of {", ".join(TIKTOKEN_FILES)}'
+        raise UserError(f'unknown tiktoken vocabulary {name!r}; expected one of {", ".join(TIKTOKEN_FILES)}'
                          + nearest(name, TIKTOKEN_FILES))
     try:
         import tiktoken
     except ImportError:
-        raise ValueError(f'the tokenizer {name!r} needs the package tiktoken: pip install tiktoken') from None
+        raise UserError(f'the tokenizer {name!r} needs the package tiktoken: pip install tiktoken') from None
     try:
         return tiktoken.get_encoding(name)
     except Exception as error:  # whatever requests, the file system or a damaged file can raise
-        raise ValueError(no_vocabulary(name, error)) from error
+        raise UserError(no_vocabulary(name, error)) from error
 
 
 def no_vocabulary(name: str, error: Exception) -> str:

@@ -20,6 +20,7 @@ import json
 import re
 from datetime import datetime
 
+from configurator import UserError
 from tokenizer.formats import DOCUMENT_ENDS
 from tokenizer.patterns import split_specials
 
@@ -64,7 +65,7 @@ def render(messages, template, tokenizer):
     """
     check_messages(messages)
     if messages[-1]['role'] == 'assistant':
-        raise ValueError("the last message is the assistant's own; expected one that it can answer")
+        raise UserError("the last message is the assistant's own; expected one that it can answer")
     if template is None:
         return bos_ids(tokenizer) + tokenizer.encode(transcript(messages), allowed_special='none')
     hidden, shown, _ = hide_specials(messages, tokenizer)
@@ -92,7 +93,7 @@ def render_conversation(messages, template, tokenizer):
             before = apply_template(template, tokenizer, hidden[:i], add_generation_prompt=True)
             after = apply_template(template, tokenizer, hidden[: i + 1], add_generation_prompt=False)
             if not (text.startswith(before) and text.startswith(after) and len(before) < len(after)):
-                raise ValueError('the chat template writes an answer in another way once the conversation goes on, so '
+                raise UserError('the chat template writes an answer in another way once the conversation goes on, so '
                                  'that what the assistant says can not be told; put {% generation %} and '
                                  '{% endgeneration %} around it in the template')
             answer = text[len(before) : len(after)]  # up to the token that ends it
@@ -109,7 +110,7 @@ def render_conversation(messages, template, tokenizer):
         before, after = (apply_template(template, tokenizer, hidden[:n], add_generation_prompt=False)
                          for n in (i, i + 1))
         if not (after.startswith(before) and ''.join(parts).startswith(after)):
-            raise ValueError(f'message {i + 1} has a weight of 0, and the chat template writes it in another way once '
+            raise UserError(f'message {i + 1} has a weight of 0, and the chat template writes it in another way once '
                              f'the conversation goes on, so that where it is can not be told')
         unweighted.append(range(len(before), len(after)))
     ids, mask, at = [], [], 0
@@ -167,11 +168,11 @@ def encode_rendered(text, shown, tokenizer):
 def check_messages(messages):
     """ValueError unless these are messages."""
     if not isinstance(messages, list) or not messages:
-        raise ValueError('messages are a list of at least one, such as [{"role": "user", "content": "Hello"}]')
+        raise UserError('messages are a list of at least one, such as [{"role": "user", "content": "Hello"}]')
     for message in messages:
         role, content = (message.get('role'), message.get('content')) if isinstance(message, dict) else (None, None)
         if role not in ROLES or not isinstance(content, str):
-            raise ValueError(f'{json.dumps(message)[:60]} is no message, role={role!r}; expected a role, one of '
+            raise UserError(f'{json.dumps(message)[:60]} is no message, role={role!r}; expected a role, one of '
                              f'{", ".join(ROLES)}, and a text, such as {{"role": "user", "content": "Hello"}}')
 
 
@@ -181,22 +182,22 @@ def check_conversation(messages):
     roles = [message['role'] for message in messages]
     spoken = roles[1:] if roles[0] == 'system' else roles
     if 'system' in spoken:
-        raise ValueError('a system message comes first or not at all')
+        raise UserError('a system message comes first or not at all')
     for i, (role, following) in enumerate(zip(spoken, spoken[1:], strict=False), start=1 + len(roles) - len(spoken)):
         if role == following:
-            raise ValueError(f'messages {i} and {i + 1} are both of role {role!r}; expected turns, join the two')
+            raise UserError(f'messages {i} and {i + 1} are both of role {role!r}; expected turns, join the two')
     if not spoken or spoken[0] == 'assistant':
-        raise ValueError('nobody has spoken before the assistant; expected a message of the user first')
+        raise UserError('nobody has spoken before the assistant; expected a message of the user first')
     if spoken[-1] != 'assistant':
-        raise ValueError(f"the last message is of role {spoken[-1]!r}; expected the assistant's answer to learn from")
+        raise UserError(f"the last message is of role {spoken[-1]!r}; expected the assistant's answer to learn from")
     for i, message in enumerate(messages, 1):
         if message['role'] == 'assistant' and not message['content'].strip():
-            raise ValueError(f'message {i}, an answer of the assistant, is empty; there is nothing to learn from it')
+            raise UserError(f'message {i}, an answer of the assistant, is empty; there is nothing to learn from it')
         if message.get('weight') not in (None, 0, 1):
-            raise ValueError(f'message {i} has a weight of {json.dumps(message["weight"])[:20]}; expected 0, not to be '
+            raise UserError(f'message {i} has a weight of {json.dumps(message["weight"])[:20]}; expected 0, not to be '
                              f'learnt, or 1')
         if message['role'] == 'assistant' and message['content'].rfind(OUTPUT) > message['content'].rfind(OUTPUT_END):
-            raise ValueError(f'message {i}, an answer of the assistant, has an {OUTPUT} without an {OUTPUT_END}, so '
+            raise UserError(f'message {i}, an answer of the assistant, has an {OUTPUT} without an {OUTPUT_END}, so '
                              f'that where a tool ends can not be told; close it')
 
 
@@ -223,7 +224,7 @@ def apply_template(template, tokenizer, messages, add_generation_prompt, marks=(
             messages=messages, add_generation_prompt=add_generation_prompt, tools=None, documents=None,
             bos_token=bos_token, eos_token=eos_token)
     except Exception as error:  # of Jinja, of the template, or of what it does to the messages
-        raise ValueError(f"the model's chat template can not render this conversation: {error}") from error
+        raise UserError(f"the model's chat template can not render this conversation: {error}") from error
 
 
 @functools.lru_cache(maxsize=4)

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from configurator import UserError
 from tokenizer.bpe import count_pieces, in_bytes, learn
 from tokenizer.patterns import PATTERNS, batches, has_newer, split, split_specials, to_utf8
 from tokenizer.workers import core_count
@@ -44,7 +45,7 @@ def learn_with_gigatoken(texts, n_merges: int, special_tokens=()) -> list[tuple[
                 bar.update(len(text))
             file.flush()
         except OSError as error:
-            raise ValueError(f'the text to train on could not be written to {folder} ({error.strerror}); set TMPDIR to '
+            raise UserError(f'the text to train on could not be written to {folder} ({error.strerror}); set TMPDIR to '
                              f'a folder on a larger disk') from None
         if newer or len(pieces) <= enough:
             file.seek(0)

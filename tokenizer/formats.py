@@ -44,6 +44,7 @@ from collections import Counter
 
 import regex
 
+from configurator import UserError
 from tokenizer.base import ENDOFTEXT, write_file
 from tokenizer.basic import WORD_SPECIALS, CharTokenizer
 from tokenizer.bpe import final_parts, recover_merges
@@ -111,15 +112,15 @@ def describe(path, ids: dict[bytes, int], pairs, pattern, special_tokens: dict[s
     if missing:
         named = ', '.join(f'0x{byte:02x}' for byte in missing[:10])
         more = f' and {len(missing) - 10} more' if len(missing) > 10 else ''
-        raise ValueError(f'{path}: {len(missing)} of the 256 bytes are no tokens ({named}{more}); expected all, '
+        raise UserError(f'{path}: {len(missing)} of the 256 bytes are no tokens ({named}{more}); expected all, '
                          f'so that every text can be encoded. The file is damaged, or was trained without them '
                          f'(in tokenizers, train with initial_alphabet=ByteLevel.alphabet())')
     owner = {}
     for name, i in [*((repr(token), i) for token, i in ids.items()), *special_tokens.items()]:
         if type(i) is not int or not 0 <= i < 1 << 31:
-            raise ValueError(f'{path}: the token {name} has the id {i!r}; expected a whole number from 0 to 2^31 - 1')
+            raise UserError(f'{path}: the token {name} has the id {i!r}; expected a whole number from 0 to 2^31 - 1')
         if i in owner:
-            raise ValueError(f'{path}: the tokens {owner[i]} and {name} have the same id {i}; '
+            raise UserError(f'{path}: the tokens {owner[i]} and {name} have the same id {i}; '
                              f'the file is damaged, or the special tokens were given ids that are taken')
         owner[i] = name
 
@@ -134,7 +135,7 @@ def describe(path, ids: dict[bytes, int], pairs, pattern, special_tokens: dict[s
             if final_parts(token, rank) != [left, right]:
                 continue  # another merge makes this token, or none does
             if left not in made or right not in made:
-                raise ValueError(f'{path}: the merge {printable(left)!r} {printable(right)!r} stands before one of '
+                raise UserError(f'{path}: the merge {printable(left)!r} {printable(right)!r} stands before one of '
                                  f'its parts is made; expected merges in the order they were learnt')
         merges.append((left, right))
         made.add(token)
@@ -147,7 +148,7 @@ def describe(path, ids: dict[bytes, int], pairs, pattern, special_tokens: dict[s
         splits = ([token[:i], token[i:]] for i in range(1, len(token)))
         pair = next((split for split in splits if split != parts and split[0] in made and split[1] in made), None)
         if pair is None or ways[token] == 0 and not ignore_merges:
-            raise ValueError(f'{path}: no merges lead to the token {printable(token)!r} (id {ids[token]}); '
+            raise UserError(f'{path}: no merges lead to the token {printable(token)!r} (id {ids[token]}); '
                              f'expected a merge for every token of more than one byte. The list of merges is damaged, '
                              f'or this vocabulary does not come from byte pair encoding')
         merges.append(tuple(pair))
@@ -168,7 +169,7 @@ def describe(path, ids: dict[bytes, int], pairs, pattern, special_tokens: dict[s
 def tokens_of(values: dict) -> tuple[dict[bytes, int], list[tuple[bytes, bytes]]]:
     """The tokens {bytes: id} and the merges of a description; ValueError when it is not of a BPE tokenizer."""
     if values.get('kind') != 'bpe':
-        raise ValueError(f'only BPE tokenizers can be written in this format, this one is of kind '
+        raise UserError(f'only BPE tokenizers can be written in this format, this one is of kind '
                          f'{values.get("kind")!r}; prepare the data and train with --tokenizer=bpe')
     pairs = [tuple(from_printable(part) for part in merge.split(' ')) for merge in values['merges']]
     ids = dict(zip((bytes([byte]) for byte in range(256)), values['byte_ids'] or range(256), strict=True))
@@ -193,7 +194,7 @@ def read_tiktoken(path, pattern: str | None = 'gpt4', special_tokens: dict[str, 
         _, pattern, special_tokens = PUBLISHED[sha256]
     for expected, (name, _, _) in PUBLISHED.items():
         if os.path.basename(path) == f'{name}.tiktoken' and sha256 != expected:
-            raise ValueError(f'{path} is not the published {name}: its SHA-256 is {sha256}, expected {expected}. '
+            raise UserError(f'{path} is not the published {name}: its SHA-256 is {sha256}, expected {expected}. '
                              f'Fetch it again, or, if it is a vocabulary of your own, rename it')
     ids = {}
     for number, line in enumerate(content.splitlines(), start=1):
@@ -205,10 +206,10 @@ def read_tiktoken(path, pattern: str | None = 'gpt4', special_tokens: dict[str, 
             if len(fields) != 2 or not token or not fields[1].isdigit():
                 raise ValueError
         except (ValueError, IndexError, binascii.Error):
-            raise ValueError(f'{path}, line {number}: {line[:60]!r} is not a token in base64, a space, and its rank; '
+            raise UserError(f'{path}, line {number}: {line[:60]!r} is not a token in base64, a space, and its rank; '
                              f'the file is damaged or not one of tiktoken: fetch it again') from None
         if token in ids:
-            raise ValueError(f'{path}, line {number}: the token {token[:40]!r} has rank {rank}, but it already has '
+            raise UserError(f'{path}, line {number}: the token {token[:40]!r} has rank {rank}, but it already has '
                              f'rank {ids[token]}; the file is damaged: fetch it again')
         ids[token] = rank
     pattern = find_pattern(pattern)
@@ -225,7 +226,7 @@ def write_tiktoken(values: dict, path):
     ids, pairs = tokens_of(values)
     by_rank = recover_merges(ids)
     if by_rank != pairs and (why := tiktoken_differs(ids, pairs, by_rank, values['ignore_merges'])):
-        raise ValueError(f'{path} cannot be written: {why}. Write tokenizer.json instead, which keeps this')
+        raise UserError(f'{path} cannot be written: {why}. Write tokenizer.json instead, which keeps this')
     write_file(path, ''.join(f'{base64.b64encode(token).decode()} {ids[token]}\n'
                              for token in sorted(ids, key=ids.get)))
 
@@ -262,10 +263,10 @@ def read_tokenizer_json(path) -> dict:
     file = read_json(path)
     model = file.get('model') if isinstance(file, dict) else None
     if not isinstance(model, dict):
-        raise ValueError(f"{path} is no tokenizer.json: expected an object with the key 'model', got {short(file)}")
+        raise UserError(f"{path} is no tokenizer.json: expected an object with the key 'model', got {short(file)}")
 
     def refuse(key, value, expected):
-        raise ValueError(f'{path}: {key} is {short(value)}, which this program cannot do; expected {expected}')
+        raise UserError(f'{path}: {key} is {short(value)}, which this program cannot do; expected {expected}')
 
     kind = model.get('type', 'BPE' if 'merges' in model else None)  # old files have no type
     if kind == 'WordLevel' and is_vocab(model.get('vocab')):
@@ -289,9 +290,9 @@ def read_tokenizer_json(path) -> dict:
 
     vocab, merges = model.get('vocab'), model.get('merges')
     if not is_vocab(vocab):
-        raise ValueError(f"{path}: the model's vocab is {short(vocab)}; expected an object {{token: id}}")
+        raise UserError(f"{path}: the model's vocab is {short(vocab)}; expected an object {{token: id}}")
     if not isinstance(merges, list):
-        raise ValueError(f"{path}: the model's merges are {short(merges)}; expected a list")
+        raise UserError(f"{path}: the model's merges are {short(merges)}; expected a list")
     added_tokens = file.get('added_tokens') or []
     special_tokens = read_added_tokens(path, added_tokens, vocab)
     pattern = read_pattern(path, file.get('pre_tokenizer'))
@@ -300,7 +301,7 @@ def read_tokenizer_json(path) -> dict:
     if normalizer:
         values['normalizer'] = 'NFC'
         if late := [token['content'] for token in added_tokens if token.get('normalized')]:
-            raise ValueError(f'{path}: the added token {late[0]!r} is looked for in normalized text, in which a mark '
+            raise UserError(f'{path}: the added token {late[0]!r} is looked for in normalized text, in which a mark '
                              f'after it can hide it; expected "normalized": false, as this program looks for it '
                              f'before. Set that in a copy of the file and read it')
     if (bos_token := read_bos_token(file.get('post_processor'))) in special_tokens:
@@ -323,24 +324,24 @@ def read_bos_token(post_processor) -> str | None:
 def read_added_tokens(path, added_tokens, vocab: dict) -> dict[str, int]:
     """{text: id} of a tokenizer.json's added_tokens."""
     if not isinstance(added_tokens, list):
-        raise ValueError(f'{path}: added_tokens is {short(added_tokens)}; expected a list')
+        raise UserError(f'{path}: added_tokens is {short(added_tokens)}; expected a list')
     special_tokens, following = {}, len(vocab)
     for n, token in enumerate(added_tokens):
         where = f'{path}: added_tokens[{n}]'
         if not isinstance(token, dict) or not isinstance(token.get('content'), str) or not token['content']:
-            raise ValueError(f'{where} is {short(token)}; expected an object with content and id')
+            raise UserError(f'{where} is {short(token)}; expected an object with content and id')
         text, i = token['content'], token.get('id')
         for key in ('single_word', 'lstrip', 'rstrip'):
             if token.get(key):
-                raise ValueError(f'{where} ({text!r}) has {key}, so it depends on the text around it, which this '
+                raise UserError(f'{where} ({text!r}) has {key}, so it depends on the text around it, which this '
                                  f'program cannot do; expected false')
         if not token.get('special') and not SPECIAL.fullmatch(text):
-            raise ValueError(f'{where} ({text!r}) is not special: it is found in ordinary text before the merges, '
+            raise UserError(f'{where} ({text!r}) is not special: it is found in ordinary text before the merges, '
                              f'which this program cannot do; expected special tokens only')
         # tokenizers does not read the id: a token is numbered on from the last, unless it is in the vocab as well
         expected = vocab.get(text, following)
         if i != expected:
-            raise ValueError(f'{where} ({text!r}) has the id {i!r}, but tokenizers gives it {expected}; '
+            raise UserError(f'{where} ({text!r}) has the id {i!r}, but tokenizers gives it {expected}; '
                              f'expected that id, or the token with its id in vocab as well')
         following = max(following, i + 1)
         special_tokens[text] = i
@@ -356,9 +357,9 @@ def read_pattern(path, pre_tokenizer) -> str | None:
         steps = pre_tokenizer.get('pretokenizers')
     types = [step.get('type') if isinstance(step, dict) else step for step in steps] if isinstance(steps, list) else []
     if types not in (['ByteLevel'], ['Split', 'ByteLevel'], ['Digits', 'ByteLevel']):
-        raise ValueError(f'{path}: pre_tokenizer is {short(pre_tokenizer)}, which this program cannot do; {expected}')
+        raise UserError(f'{path}: pre_tokenizer is {short(pre_tokenizer)}, which this program cannot do; {expected}')
     if steps[-1].get('add_prefix_space', True):
-        raise ValueError(f'{path}: the pre_tokenizer has add_prefix_space, so decoded text would begin with a space '
+        raise UserError(f'{path}: the pre_tokenizer has add_prefix_space, so decoded text would begin with a space '
                          f'that the encoded text had not; {expected}')
     use_regex = steps[-1].get('use_regex', True)
     if len(steps) == 1:
@@ -369,7 +370,7 @@ def read_pattern(path, pre_tokenizer) -> str | None:
     pattern = split.get('pattern')
     pattern = pattern.get('Regex') if isinstance(pattern, dict) else None
     if use_regex or not isinstance(pattern, str) or split.get('behavior') != 'Isolated' or split.get('invert'):
-        raise ValueError(f'{path}: pre_tokenizer is {short(pre_tokenizer)}, which this program cannot do; {expected}')
+        raise UserError(f'{path}: pre_tokenizer is {short(pre_tokenizer)}, which this program cannot do; {expected}')
     check_portable(path, pattern)
     return PATTERNS['gpt4'] if pattern == LLAMA_3 else pattern
 
@@ -386,7 +387,7 @@ def check_portable(path, pattern: str):
     if end < len(pattern) or matches_nothing:
         why = (f'from {pattern[end:end + 20]!r} on' if end < len(pattern) else
                'as it, or a part that it repeats, can match without any character')
-        raise ValueError(f'{path}: the split pattern {pattern!r} may mean something else to Hugging Face\'s libraries '
+        raise UserError(f'{path}: the split pattern {pattern!r} may mean something else to Hugging Face\'s libraries '
                          f'than to this program, {why}. Expected \\p{{..}}, \\s, \\d, classes without sets, groups, '
                          f"look-ahead, and * + ? {{m,n}}; see PORTABLE in interchange.py")
 
@@ -436,7 +437,7 @@ def hf_tokenizer(values: dict, path) -> dict:
         steps = [split_by(values['pattern'])]
     for text, i in values['special_tokens'].items():
         if text in vocab:
-            raise ValueError(f'{path} cannot be written: the special token {text!r} (id {i}) has the name of the token '
+            raise UserError(f'{path} cannot be written: the special token {text!r} (id {i}) has the name of the token '
                              f'{from_printable(text)!r} (id {vocab[text]}) there; give it another name, as <|name|>')
         # In the vocabulary as well: tokenizers numbers other added tokens itself, without the gaps that ids can have.
         vocab[text] = i
@@ -494,19 +495,19 @@ def describe_text(path, vocab: dict[str, int], pairs, pattern, special_tokens: d
             try:
                 tokens[text] = from_printable(text)
             except KeyError:
-                raise ValueError(f"{path}: the token {text!r} (id {i}) is neither special nor written in GPT-2's byte "
+                raise UserError(f"{path}: the token {text!r} (id {i}) is neither special nor written in GPT-2's byte "
                                  f'alphabet; expected a byte-level vocabulary') from None
     merges = []
     for where, pair in pairs:
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) and part for part in pair):
-            raise ValueError(f'{path}, {where}: {short(pair)} is no merge; expected two tokens and a space between '
+            raise UserError(f'{path}, {where}: {short(pair)} is no merge; expected two tokens and a space between '
                              f'them. The file is damaged: fetch it again')
         joined = ''.join(pair)
         if joined in special_tokens and joined.isascii():  # where the byte alphabet is the text itself
             continue  # a trainer that met special tokens in its text learns this, but theirs is cut out before merging
         for text in (*pair, joined):
             if text not in tokens:
-                raise ValueError(f'{path}, {where}: the merge {" ".join(pair)!r} needs the token {text!r}; expected it '
+                raise UserError(f'{path}, {where}: the merge {" ".join(pair)!r} needs the token {text!r}; expected it '
                                  f'in the vocabulary. The file is damaged, or belongs to another one: fetch it again')
         merges.append((tokens[pair[0]], tokens[pair[1]]))
     return describe(path, {token: vocab[text] for text, token in tokens.items()}, merges, pattern, special_tokens,
@@ -521,7 +522,7 @@ def read_gpt2_files(vocab_json, merges_txt) -> dict:
     merge per line. Tokens like <|endoftext|> that no merge makes are special. ValueError when the two do not fit."""
     vocab = read_json(vocab_json)
     if not is_vocab(vocab):
-        raise ValueError(f'{vocab_json} is no vocabulary: expected an object {{token: id}}, got {short(vocab)}')
+        raise UserError(f'{vocab_json} is no vocabulary: expected an object {{token: id}}, got {short(vocab)}')
     pairs = []
     for number, line in enumerate(read_utf8(merges_txt).split('\n'), start=1):
         line = line.removesuffix('\r')
@@ -549,7 +550,7 @@ def read(path, pattern: str | None = 'gpt4', special_tokens: dict[str, int] | No
             if vocab in names and merges in names:
                 return read_gpt2_files(os.path.join(path, vocab), os.path.join(path, merges))
         if len(tiktokens) != 1:
-            raise ValueError(f'the folder {path} holds no vocabulary ({", ".join(names[:8]) or "it is empty"}); '
+            raise UserError(f'the folder {path} holds no vocabulary ({", ".join(names[:8]) or "it is empty"}); '
                              f'understood are {UNDERSTOOD}')
         path = os.path.join(path, tiktokens[0])
     content = read_bytes(path)
@@ -561,7 +562,7 @@ def read(path, pattern: str | None = 'gpt4', special_tokens: dict[str, int] | No
         if 'model' in file:
             return read_tokenizer_json(path)
         if 'kind' in file:
-            raise ValueError(f"{path} is in this program's own format, of kind {short(file['kind'])}: "
+            raise UserError(f"{path} is in this program's own format, of kind {short(file['kind'])}: "
                              f'tokenizer.load() reads it')
     elif first_line[:1] == [b'#version:']:
         return read_gpt2_files(beside(path, {merges: vocab for vocab, merges in GPT2_FILES}), path)
@@ -572,19 +573,19 @@ def read(path, pattern: str | None = 'gpt4', special_tokens: dict[str, int] | No
         found = 'a pickle, which could run code when read; have the program that wrote it export one of the others'
     elif b'<unk>' in content[:100] and b'\0' in content[:100]:
         found = 'a SentencePiece model, whose tokens do not come from bytes'
-    raise ValueError(f'{path}: {found}. Understood are {UNDERSTOOD}')
+    raise UserError(f'{path}: {found}. Understood are {UNDERSTOOD}')
 
 
 def beside(path, partners: dict[str, str]):
     """The path of the second of GPT-2's two files, beside the first."""
     name = os.path.basename(path)
     if name not in partners:
-        raise ValueError(f"{path} is one of GPT-2's two files, and its name does not say what the other is called: "
+        raise UserError(f"{path} is one of GPT-2's two files, and its name does not say what the other is called: "
                          f'expected {" or ".join(partners)}; rename it, and the other to '
                          f'{" or ".join(partners.values())}')
     partner = os.path.join(os.path.dirname(path), partners[name])
     if not os.path.exists(partner):
-        raise ValueError(f"{path} is one of GPT-2's two files; the other, {partner}, is missing: copy it there")
+        raise UserError(f"{path} is one of GPT-2's two files; the other, {partner}, is missing: copy it there")
     return partner
 
 
@@ -596,14 +597,14 @@ def read_bytes(path) -> bytes:
         with open(path, 'rb') as file:
             return file.read()
     except FileNotFoundError:
-        raise ValueError(f'{path} does not exist; expected {UNDERSTOOD}') from None
+        raise UserError(f'{path} does not exist; expected {UNDERSTOOD}') from None
 
 
 def read_utf8(path) -> str:
     try:
         return read_bytes(path).decode('utf-8')
     except UnicodeDecodeError as error:
-        raise ValueError(f'{path}: byte {error.start} is not UTF-8 ({error.object[error.start]:#04x}); the file is '
+        raise UserError(f'{path}: byte {error.start} is not UTF-8 ({error.object[error.start]:#04x}); the file is '
                          f'damaged: fetch it again') from None
 
 
@@ -612,7 +613,7 @@ def unique(items):
     values = dict(items)
     if len(values) < len(items):
         twice = next(key for key, n in Counter(key for key, _ in items).items() if n > 1)
-        raise ValueError(f'the key {short(twice)} stands there twice')
+        raise UserError(f'the key {short(twice)} stands there twice')
     return values
 
 
@@ -622,7 +623,7 @@ def read_json(path):
     try:
         return json.loads(text, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f'{path} is damaged or truncated ({error}): fetch it again') from None
+        raise UserError(f'{path} is damaged or truncated ({error}): fetch it again') from None
 
 
 def is_vocab(content) -> bool:
@@ -658,12 +659,12 @@ def from_meta_pkl(path) -> CharTokenizer:
         with open(path, 'rb') as file:
             meta = PlainUnpickler(file).load()
     except FileNotFoundError:
-        raise ValueError(f'{path} does not exist. {remedy}') from None
+        raise UserError(f'{path} does not exist. {remedy}') from None
     except Exception as error:  # damaged pickles raise nearly anything
-        raise ValueError(f'{path} was refused: it is damaged, or not a plain meta.pkl ({error}). {remedy}') from None
+        raise UserError(f'{path} was refused: it is damaged, or not a plain meta.pkl ({error}). {remedy}') from None
 
     def refuse(why):
-        raise ValueError(f'{path} was refused: {why}. {remedy}')
+        raise UserError(f'{path} was refused: {why}. {remedy}')
 
     if not isinstance(meta, dict):
         refuse(f'expected a dict with vocab_size, stoi and itos, got {type(meta).__name__}')

@@ -6,6 +6,8 @@ import unicodedata
 import numpy as np
 import regex
 
+from configurator import UserError
+
 # The patterns of OpenAI's vocabularies; tiktoken spells them in another way, for the same pieces. gpt2 keeps words
 # apart from numbers and from punctuation, with the space before each; gpt4 (cl100k_base, Llama 3) also cuts numbers
 # after three digits, and takes runs of line ends and of indentation whole; o200k cuts words where capitals follow small
@@ -105,7 +107,7 @@ def find_pattern(pattern: str | None) -> str | None:
     """The regular expression that pattern is, or is the name of; None stays None. ValueError when it is neither."""
     if isinstance(pattern, str) and pattern not in PATTERNS and regex.fullmatch(r'[\w.-]*', pattern):
         near = difflib.get_close_matches(pattern, PATTERNS, n=1, cutoff=0.5)
-        raise ValueError(f'unknown split pattern {pattern!r}; expected one of {", ".join(PATTERNS)}, none, or a '
+        raise UserError(f'unknown split pattern {pattern!r}; expected one of {", ".join(PATTERNS)}, none, or a '
                          f'regular expression' + (f' (did you mean {near[0]}?)' if near else ''))
     pattern = PATTERNS.get(pattern, pattern)
     if pattern is not None:
@@ -122,7 +124,7 @@ def compile_pattern(pattern: str):
     except (regex.error, TypeError) as error:
         wrong = f'is not a regular expression: {error}'
     if wrong:
-        raise ValueError(f'the split pattern {pattern!r} {wrong}. Expected one of {", ".join(PATTERNS)}, none, or a '
+        raise UserError(f'the split pattern {pattern!r} {wrong}. Expected one of {", ".join(PATTERNS)}, none, or a '
                          f'pattern of the package regex')
     return compiled
 

@@ -19,6 +19,8 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 
+from configurator import UserError
+
 # fork costs nothing, and a script may use it without `if __name__ == '__main__'`; elsewhere it is unsafe or missing
 START_METHOD = 'fork' if sys.platform == 'linux' else 'spawn'
 
@@ -55,7 +57,7 @@ class Workers:
                 item, future = waiting.popleft()
                 yield item, future.result()
         except BrokenProcessPool:
-            raise ValueError('a worker process was ended from outside, perhaps because memory ran out; '
+            raise UserError('a worker process was ended from outside, perhaps because memory ran out; '
                              'try again with fewer: --num_proc=1') from None
         finally:
             for _, future in waiting:

@@ -23,6 +23,7 @@ import numpy as np
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))  # so that it runs from any folder
 
+from configurator import UserError
 from data.documents import check_fraction
 from data.encode import report, run, write_dataset
 from tokenizer import CharTokenizer
@@ -74,7 +75,7 @@ def main():
     started = time.time()
     check_fraction(args.val_fraction)
     if not 0 <= args.seed < 2**64:
-        raise ValueError(f'--seed={args.seed}: expected a number from 0 to 2**64 - 1, such as 1337')
+        raise UserError(f'--seed={args.seed}: expected a number from 0 to 2**64 - 1, such as 1337')
     pairs = split_pairs(args.digits, args.val_fraction, args.seed)
     texts = {split: write_sums(pairs[split], args.digits, args.order == 'reversed') for split in pairs}
     meta = write_dataset(args.out_dir, lambda: iter(texts.items()), CharTokenizer(CHARS), documents=False,

@@ -44,6 +44,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))  # so that it runs from any folder
 
 import tokenizer as tokenizers
+from configurator import UserError
 from data import conversations
 from data.documents import check_fraction, text_hash
 from data.encode import output_folder, positive, run
@@ -61,14 +62,14 @@ def open_tokenizer(source):
     if os.path.isfile(os.path.join(source, 'config.json')):
         described = huggingface.load_tokenizer(source)
         if described is None:
-            raise ValueError(f'{source} has no tokenizer.json; copy that of the model into the folder')
+            raise UserError(f'{source} has no tokenizer.json; copy that of the model into the folder')
         return tokenizers.from_dict(described), huggingface.load_chat_template(source, described), None
     try:
         return tokenizers.load(source), None, None
     except ValueError as error:
         if os.path.exists(source):
             raise
-        raise ValueError(f"--tokenizer={source}: there is no run or model in such a folder; {error}") from None
+        raise UserError(f"--tokenizer={source}: there is no run or model in such a folder; {error}") from None
 
 
 def main():
@@ -94,7 +95,7 @@ def main():
             with open(args.template, encoding='utf-8-sig') as file:
                 template = file.read()
         except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f'--template={args.template}: {error}') from None
+            raise UserError(f'--template={args.template}: {error}') from None
     if template is None:
         template = chat.TEMPLATE
         conversations.check_tokenizer(tokenizer, f'--tokenizer={args.tokenizer}')
@@ -106,7 +107,7 @@ def main():
             ids, mask, was_cut = conversations.render(messages, template, tokenizer, row)
         except ValueError as error:
             if not args.skip_bad:
-                raise ValueError(f'{args.input}, line {number}: {error} (--skip_bad leaves such lines out)') from None
+                raise UserError(f'{args.input}, line {number}: {error} (--skip_bad leaves such lines out)') from None
             bad.append(str(error))
             continue
         n_cut += was_cut
@@ -122,7 +123,7 @@ def main():
     if n_cut:
         print(f'{n_cut:,} conversations end early, at the end of their row; longer rows: --block_size', file=sys.stderr)
     if not any(found.values()):
-        raise ValueError(f'{args.input} has no conversation' + f', and {len(bad):,} lines that are none' * bool(bad))
+        raise UserError(f'{args.input} has no conversation' + f', and {len(bad):,} lines that are none' * bool(bad))
     conversations.write_dataset(out_dir, found, tokenizer, template, row, source=os.path.basename(args.input),
                                 val_fraction=args.val_fraction, sha256=digest.hexdigest())
     start = args.tokenizer if os.path.isdir(args.tokenizer) else 'FOLDER'

@@ -20,6 +20,7 @@ import tokenize
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))  # so that it runs from any folder
 
+from configurator import UserError
 from data.documents import fraction_for, split_documents
 from data.encode import add_options, make_tokenizer, positive, report, run, write_dataset
 
@@ -64,7 +65,7 @@ def main():
     stdlib = sysconfig.get_paths()['stdlib']
     paths = find_sources(stdlib)
     if not paths:
-        raise ValueError(f'no .py files in {stdlib}, where this Python says its standard library is. Use a Python with '
+        raise UserError(f'no .py files in {stdlib}, where this Python says its standard library is. Use a Python with '
                          f'sources, or your own text: python data/text/prepare.py --input=FILE')
     documents = list(read_sources(stdlib, paths))  # 31 MB: holding them costs less than reading them twice
     val_fraction = fraction_for(documents, args.val_bytes, LONGEST)

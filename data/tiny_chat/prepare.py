@@ -32,6 +32,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))  # so that it runs from any folder
 
 import tokenizer as tokenizers
+from configurator import UserError
 from data import conversations
 from data.encode import positive, run
 from flatgpt import jsonl
@@ -175,7 +176,7 @@ def main():
     args = parser.parse_args()
     started = time.time()
     if not 0 <= args.steps <= 1:
-        raise ValueError(f'--steps={args.steps}: expected a share, 0 to 1')
+        raise UserError(f'--steps={args.steps}: expected a share, 0 to 1')
 
     texts = list(documents(args.documents, args.seed))
     train = list(talks('train', args.conversations, args.seed, args.steps))

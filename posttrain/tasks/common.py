@@ -37,6 +37,7 @@ import random
 
 import torch
 
+from configurator import UserError
 from data.documents import text_hash
 from data.tokens import to_device
 from flatgpt import jsonl
@@ -60,7 +61,7 @@ def load(name):
         return importlib.import_module(f'posttrain.tasks.{name}')
     path = os.path.join('tasks', f'{name}.py')
     if not os.path.isfile(path):
-        raise ValueError(f'there is no task {name!r}; expected one of {", ".join(sorted(built_in))}, or a file {path} '
+        raise UserError(f'there is no task {name!r}; expected one of {", ".join(sorted(built_in))}, or a file {path} '
                          f'of your own, see posttrain/tasks/common.py')
     spec = importlib.util.spec_from_file_location(f'tasks.{name}', path)
     task = importlib.util.module_from_spec(spec)
@@ -71,11 +72,11 @@ def load(name):
 def examples_of(task, split, n, seed, input, kinds, functions=FUNCTIONS, keys=KEYS):
     """task.examples(...). ValueError for a task that lacks one of the functions, or an example one of the keys."""
     if missing := [name for name in functions if not hasattr(task, name)]:
-        raise ValueError(f'{task.__file__} has no {", ".join(missing)}; expected what tasks/common.py says of a task')
+        raise UserError(f'{task.__file__} has no {", ".join(missing)}; expected what tasks/common.py says of a task')
     examples = task.examples(split, n, seed, input=input, kinds=kinds)
     for example in examples:
         if missing := [key for key in keys if key not in example]:
-            raise ValueError(f'{task.__file__}: an example has no {", ".join(missing)}; expected what tasks/common.py '
+            raise UserError(f'{task.__file__}: an example has no {", ".join(missing)}; expected what tasks/common.py '
                              f'says of examples, but it is {str(example)[:60]}')
     return examples
 
@@ -91,7 +92,7 @@ def split_of(content):
 
 def check_split(split, splits=SPLITS):
     if split not in splits:
-        raise ValueError(f'split={split!r}: expected one of {", ".join(splits)}')
+        raise UserError(f'split={split!r}: expected one of {", ".join(splits)}')
 
 
 def kinds_of(text):
@@ -103,7 +104,7 @@ def check_kinds(kinds, there):
     """ValueError unless all of kinds are among those there are."""
     unknown = [kind for kind in kinds if kind not in there]
     if unknown:
-        raise ValueError(f'kinds: there is no {unknown[0]!r}; expected some of {", ".join(there)}')
+        raise UserError(f'kinds: there is no {unknown[0]!r}; expected some of {", ".join(there)}')
 
 
 def read_rows(path, columns=None):
@@ -120,12 +121,12 @@ def read_rows(path, columns=None):
                 reader = csv.reader(file)
                 lines = [(reader.line_num, line) for line in reader if line]
         except (OSError, UnicodeDecodeError, csv.Error) as error:
-            raise ValueError(f'{path} can not be read as CSV: {error}') from None
+            raise UserError(f'{path} can not be read as CSV: {error}') from None
         if lines and (columns is None or 'question' in lines[0][1]):
             columns, lines = lines[0][1], lines[1:]
         for number, line in lines:
             if len(line) != len(columns):
-                raise ValueError(f'{path}, line {number}: {len(line)} fields; expected {len(columns)}: '
+                raise UserError(f'{path}, line {number}: {len(line)} fields; expected {len(columns)}: '
                                  f'{", ".join(columns)}')
         rows = [(f'{path}, line {number}', dict(zip(columns, line, strict=True))) for number, line in lines]
     elif kind == '.parquet':
@@ -133,15 +134,15 @@ def read_rows(path, columns=None):
             import pyarrow as pa
             import pyarrow.parquet as pq
         except ImportError:
-            raise ValueError(f"{path} is Parquet, which needs the package pyarrow: pip install -e '.[data]'") from None
+            raise UserError(f"{path} is Parquet, which needs the package pyarrow: pip install -e '.[data]'") from None
         try:
             rows = [(f'{path}, row {i}', row) for i, row in enumerate(pq.read_table(path).to_pylist(), 1)]
         except (pa.ArrowException, OSError) as error:
-            raise ValueError(f'{path} can not be read as Parquet: {error}') from None
+            raise UserError(f'{path} can not be read as Parquet: {error}') from None
     else:
-        raise ValueError(f'input={path!r}: expected a .jsonl, .csv or .parquet file')
+        raise UserError(f'input={path!r}: expected a .jsonl, .csv or .parquet file')
     if not rows:
-        raise ValueError(f'{path} has no questions')
+        raise UserError(f'{path} has no questions')
     return rows
 
 
@@ -152,14 +153,14 @@ def from_file(input, what, example_of, split, n, seed, kinds, columns=None):
     """
     check_split(split, (*SPLITS, 'all'))
     if not input:
-        raise ValueError(f'this task has no questions of its own; name a file of them, --input=FILE, with {what}')
+        raise UserError(f'this task has no questions of its own; name a file of them, --input=FILE, with {what}')
     found = []
     for where, row in read_rows(input, columns):
         try:
             found.append(example_of(row))
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             why = f'there is no {error}' if isinstance(error, KeyError) else error
-            raise ValueError(f'{where}: {why}; expected {what}') from None
+            raise UserError(f'{where}: {why}; expected {what}') from None
     check_kinds(kinds, sorted({example['kind'] for example in found}))
     found = [example for example in found if (not kinds or example['kind'] in kinds)
              and split in ('all', split_of(example['context']))]
@@ -170,11 +171,11 @@ def from_file(input, what, example_of, split, n, seed, kinds, columns=None):
 def choice_example(question, context, choices, label, kind):
     """An example of multiple choice, see above."""
     if not 2 <= len(choices) <= len(LETTERS) or not all(isinstance(choice, str) and choice for choice in choices):
-        raise ValueError(f'choices={choices!r} are not 2 to {len(LETTERS)} texts')
+        raise UserError(f'choices={choices!r} are not 2 to {len(LETTERS)} texts')
     if not 0 <= label < len(choices):
-        raise ValueError(f'the right choice is number {label} of {len(choices)}')
+        raise UserError(f'the right choice is number {label} of {len(choices)}')
     if not isinstance(kind, str):
-        raise ValueError(f'the kind of the question is {kind!r}, no text')
+        raise UserError(f'the kind of the question is {kind!r}, no text')
     asked = ''.join(f'\n{letter}. {choice}' for letter, choice in zip(LETTERS, choices, strict=False))
     return {'messages': [{'role': 'user', 'content': f'{question}{asked}\nAnswer with the letter alone.'}],
             'context': context, 'solution': choices[label], 'answer': LETTERS[label], 'kind': kind, 'choices': choices,
@@ -225,7 +226,7 @@ def chat_prompt(example, template, tokenizer, room, tools=False):
 
 
 def too_long(example, ids, room):
-    return ValueError(f'a question has {len(ids):,} tokens, and the context has room for {room:,} beside the answer: '
+    return UserError(f'a question has {len(ids):,} tokens, and the context has room for {room:,} beside the answer: '
                       f'{example["context"][:60]!r}; shorter answers leave more, --max_new_tokens')
 
 
@@ -286,7 +287,7 @@ def loglikelihoods(model, pairs, batch_size=64):
     block_size, device = model.config.block_size, model.lm_head.weight.device
     for _, continuation in pairs:
         if not 1 <= len(continuation) <= block_size:
-            raise ValueError(f'a choice has {len(continuation):,} tokens; expected 1 to {block_size:,}, the context')
+            raise UserError(f'a choice has {len(continuation):,} tokens; expected 1 to {block_size:,}, the context')
     found = [0.0] * len(pairs)
     order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))  # so that padding is little
     while order:

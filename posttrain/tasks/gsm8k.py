@@ -10,6 +10,7 @@ model is told; see calculator.py. See common.py for what a task is.
 import re
 from fractions import Fraction
 
+from configurator import UserError
 from posttrain.tasks.common import from_file
 from posttrain.tools import calculate
 from tokenizer.chat import OUTPUT, OUTPUT_END, PYTHON, PYTHON_END
@@ -28,7 +29,7 @@ def example_of(row):
     question, solution = row['question'].strip(), row['answer'].strip()
     answer = extract(solution)
     if not question or answer is None:
-        raise ValueError(f'"question" or the line with #### is missing: {solution[-40:]!r}')
+        raise UserError(f'"question" or the line with #### is missing: {solution[-40:]!r}')
     return {'messages': [{'role': 'user', 'content': question}], 'context': f'Question: {question}\nAnswer:',
             'solution': re.sub(r'<<[^<>]*>>', '', solution), 'answer': answer, 'kind': 'gsm8k',
             'call': re.sub(r'<<([^<>=]*)=([^<>]*)>>', as_call, solution)}

@@ -10,6 +10,7 @@ compared. See common.py for what a task is.
 
 import re
 
+from configurator import UserError
 from posttrain.tasks.common import choice_example, extract_letter, from_file
 
 WHAT = '"ctx", or "ctx_a" and "ctx_b", "endings" and a "label"'
@@ -25,10 +26,10 @@ def example_of(row):
     context = f'{row["ctx_a"]} {row["ctx_b"].capitalize()}' if 'ctx_a' in row else row['ctx']
     activity, label = row.get('activity_label', ''), row['label']
     if not isinstance(row['endings'], list) or not re.fullmatch(' *[0-9]+ *', str(label)):
-        raise ValueError(f'"endings" are no list, or "label" is no number: {label!r}')
+        raise UserError(f'"endings" are no list, or "label" is no number: {label!r}')
     context = cleaned(f'{activity}: {context}' if activity else context)
     if not context:
-        raise ValueError('the context is empty')
+        raise UserError('the context is empty')
     return choice_example(f'How does this go on?\n{context}', context, [cleaned(text) for text in row['endings']],
                           int(label), activity or 'hellaswag')
 

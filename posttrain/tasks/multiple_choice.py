@@ -10,6 +10,7 @@ MMLU's ("Measuring Massive Multitask Language Understanding", Hendrycks et al. 2
 as .jsonl, .csv or .parquet. The kind of a question is its subject. See common.py for what a task is.
 """
 
+from configurator import UserError
 from posttrain.tasks.common import LETTERS, choice_example, extract_letter, from_file
 
 WHAT = 'a "question", "choices" and an "answerKey" or "answer"'
@@ -29,23 +30,23 @@ def example_of(row):
     if choices is None:
         choices = [row[letter] for letter in LETTERS if letter in row]
     if not isinstance(choices, (list, dict)) or not choices:
-        raise ValueError(f'the choices are {choices!r}')
+        raise UserError(f'the choices are {choices!r}')
     labels = None  # a plain list has none: its answer is a letter, or a number from 0
     if isinstance(choices, dict):
         choices, labels = choices['text'], choices['label']
     elif isinstance(choices[0], dict):
         choices, labels = [choice['text'] for choice in choices], [choice['label'] for choice in choices]
     if not isinstance(choices, list) or not isinstance(labels, list | None) or len(labels or choices) != len(choices):
-        raise ValueError(f'{choices!r} and {labels!r} are no list of choices with a label for each')
+        raise UserError(f'{choices!r} and {labels!r} are no list of choices with a label for each')
     answer = row['answerKey'] if 'answerKey' in row else row['answer']
     names = [str(label).strip() for label in labels or LETTERS[: len(choices)]]
     is_number = type(answer) is int and labels is None
     if not is_number and (type(answer) not in (int, str) or str(answer).strip() not in names):
-        raise ValueError(f'the answer is {answer!r}, and the choices are {", ".join(names)}')
+        raise UserError(f'the answer is {answer!r}, and the choices are {", ".join(names)}')
     label = answer if is_number else names.index(str(answer).strip())
     question = question.strip()
     if not question:
-        raise ValueError('the question is empty')
+        raise UserError('the question is empty')
     return choice_example(question, f'Question: {question}\nAnswer:', list(choices), label,
                           row.get('subject') or 'multiple_choice')
 

@@ -19,6 +19,7 @@ in 'train', a + b not as b + a, numbers to be sorted in no other order. In 'val'
 
 import random
 
+from configurator import UserError
 from posttrain.tasks.common import check_kinds, check_split, split_of
 
 # common English words of three to eight letters
@@ -267,7 +268,7 @@ def dropped(text, rng):
 def examples(split, n, seed=0, input='', kinds=()):
     """n examples, of all kinds (or of `kinds`) in turn; a pure function of split, n, seed and kinds."""
     if input:
-        raise ValueError(f'input={input!r}: tiny_chat makes its own questions; leave it out')
+        raise UserError(f'input={input!r}: tiny_chat makes its own questions; leave it out')
     check_split(split)
     check_kinds(kinds, KINDS)
     rng, chosen, found, seen, tries = random.Random(f'{split} {seed}'), list(kinds or KINDS), [], set(), 0
@@ -276,7 +277,7 @@ def examples(split, n, seed=0, input='', kinds=()):
         example = make(kind, rng)
         tries += 1
         if tries > 10_000:
-            raise ValueError(f'n={n}: {split} has not so many different questions of kind {kind}; ask for fewer')
+            raise UserError(f'n={n}: {split} has not so many different questions of kind {kind}; ask for fewer')
         if split_of(example['content']) == split and (split == 'train' or example['content'] not in seen):
             seen.add(example['content'])
             found.append(example)

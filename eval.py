@@ -60,19 +60,10 @@ from tqdm import tqdm
 
 import tokenizer
 from configurator import UserError, check, explain_errors, override
+from data.datasets import folder_of, load_meta, prepare_command
 from data.documents import find_files, is_rows, read_documents, read_text
 from data.encode import SEPARATOR
-from data.tokens import (
-    folder_of,
-    gather,
-    load_meta,
-    open_tokens,
-    prepare_command,
-    row_of,
-    sliding_windows,
-    to_device,
-    whole_windows,
-)
+from data.tokens import gather, open_tokens, row_of, sliding_windows, to_device, whole_windows
 from flatgpt import checkpoint, huggingface, runtime
 from flatgpt.pretrained import open_model
 from flatgpt.quantize import for_decoding

@@ -34,8 +34,10 @@ from tqdm import tqdm
 import tokenizer
 from config.presets import PRESETS
 from configurator import Count, Fraction, Natural, NonNegative, Positive, Share, UserError, fit, override
-from data import tokens as data
-from flatgpt import checkpoint, lora, optim, parallel, pretrained, runtime
+from data import datasets
+from data.device import open_splits
+from data.tokens import Batches, cut_step, eval_windows, loss_sum
+from flatgpt import checkpoint, flops, lora, optim, parallel, pretrained, runtime
 from flatgpt.generate import generate_texts
 from model import GPT, GPTConfig, padded_vocab_size
 
@@ -136,18 +138,21 @@ lora.check_settings(config, init_from, out_dir)
 
 # this process, its device, its data
 world = parallel.from_environment()
+if from_preset:
+    world.print(fit(f'preset {preset}: ' + ', '.join(f'{key}={value!r}' for key, value in from_preset.items()),
+                    indent='  '))
 torch_device = runtime.choose_device(device, world.local_rank)
-data_dir = data.folder_of(dataset)
+data_dir = datasets.folder_of(dataset)
 ckpt_path = os.path.join(out_dir, 'ckpt.pt')
 architecture = {field.name: config[field.name] for field in fields(GPTConfig) if field.name in config}
 if init_from == 'scratch':
     GPTConfig(**architecture)  # refuses impossible sizes before any data is prepared
-data.prepare_if_missing(data_dir, is_first=world.local_rank == 0)
-meta = data.load_meta(data_dir)
+datasets.prepare_if_missing(data_dir, is_first=world.local_rank == 0)
+meta = datasets.load_meta(data_dir)
 parallel.connect(world, torch_device, backend)
 runtime.use_machine(torch_device)
 if init_from == 'auto':
-    init_from = 'resume' if parallel.all_agree(world, os.path.exists(ckpt_path), ckpt_path) else 'scratch'
+    init_from = 'resume' if parallel.all_find(world, ckpt_path) else 'scratch'
 
 
 def start():
@@ -168,7 +173,7 @@ def start():
 
 model, state = start()
 text_tokenizer = meta['tokenizer'] or state.get('tokenizer')
-if text_tokenizer is None and model.config.vocab_size >= 50257:
+if text_tokenizer is None and init_from in ('scratch', 'resume') and model.config.vocab_size >= 50257:
     text_tokenizer = {'kind': 'tiktoken', 'name': 'gpt2'}  # nanoGPT's default without meta.pkl
 chat_template = meta['chat_template'] or state.get('chat_template')
 if lora_rank and init_from != 'resume':
@@ -182,7 +187,7 @@ if meta['row'] and 'block_size' not in config.given:
 if block_size > model.config.block_size and model.config.pos == 'learned':
     raise UserError(f'block_size={block_size}: the model of --init_from={init_from} has '
                     f'{model.config.block_size} positions; expected at most that')
-cut = data.cut_step(config, block_size, world.size)
+cut = cut_step(config, block_size, world.size)
 
 # device, precision, optimizer
 model.to(torch_device)
@@ -190,6 +195,7 @@ precision, precision_reason = runtime.choose_dtype(dtype, torch_device)
 autocast = runtime.autocast(precision, torch_device)
 scaler = torch.amp.GradScaler(torch_device.type, enabled=precision == 'float16')
 opt = optim.create(model, config, precision, world)
+rate_at = optim.schedule(config)  # step -> learning rate
 if 'optimizer' in state:
     optim.load_optimizer(opt, state['optimizer'])
 if state.get('scaler'):
@@ -199,13 +205,13 @@ if block_size != model.config.block_size and not has_short_rows:
     world.print(f'the context changes from {model.config.block_size} to {block_size} tokens')
     model.crop_block_size(block_size)
     optim.crop_moments(opt, model, block_size)
-flops = model.flops_per_token() * cut.tokens * (0 if eval_only else max_iters) / world.size
-use_compile, compile_reason = runtime.choose_compile(compile, torch_device, flops)
+work = model.flops_per_token() * cut.tokens * (0 if eval_only else max_iters) / world.size
+use_compile, compile_reason = runtime.choose_compile(compile, torch_device, work)
 
 # data: micro-batches of this process, as a function of the step
 n_ids = min(meta['vocab_size'] or math.inf, model.config.vocab_size)  # ids of the data are below
-splits = data.open_splits(data_dir, meta, block_size, torch_device, n_ids)
-batches = data.Batches(splits['train'], cut, seed, n_ids, torch_device, world)
+splits = open_splits(data_dir, meta, block_size, torch_device, n_ids)
+batches = Batches(splits['train'], cut, seed, n_ids, torch_device, world)
 
 # one dict of resolved settings, for the screen, config.json and the checkpoint
 used = {'init_from': init_from, 'total_batch_size': cut.tokens, 'batch_size': cut.batch_size,
@@ -235,26 +241,17 @@ def evaluate():
     whole split. The processes share the work. Dropout is off and nothing is compiled.
     """
     model.eval()
-    windows, losses = data.eval_windows(splits, eval_iters, cut.batch_size, block_size), {}
+    windows, losses = eval_windows(splits, eval_iters, cut.batch_size, block_size), {}
     for split, starts in windows.items():
         with autocast, torch.compiler.set_stance('force_eager'):
-            totals = data.loss_sum(model, splits[split], starts[world.rank :: world.size],
-                                   block_size, cut.batch_size)
+            totals = loss_sum(model, splits[split], starts[world.rank :: world.size], block_size,
+                              cut.batch_size)
         loss, count = world.sum(totals)
         if split == 'val' and not count:
             raise UserError(f'{data_dir}: no token of val carries loss; prepare it again with more val')
         losses[split] = loss / max(1, count)
     model.train()
     return losses
-
-
-def learning_rate_at(step):
-    """Return the learning rate of a step."""
-    if not decay_lr:
-        return learning_rate
-    end = max_iters if lr_decay_iters is None else lr_decay_iters
-    schedule = optim.Schedule(learning_rate, warmup_iters, end, min_lr, decay_fraction)
-    return schedule.wsd(step) if lr_schedule == 'wsd' else schedule.cosine(step)
 
 
 def state_of_run():
@@ -348,7 +345,7 @@ while True:
 
     # forward and backward over the micro-batches; .grad sums up the gradient of the mean loss
     torch.manual_seed(seed + 1_000_003 * (run.step + 1) + world.rank)  # dropout: (seed, step) alone
-    lr = learning_rate_at(run.step)
+    lr = rate_at(run.step)
     for group in opt.param_groups:
         group['lr'] = lr * group['lr_scale']
     (micro_batches, n_targets), next_batch = next_batch.result(), prefetch.submit(batches, run.step + 1)
@@ -401,7 +398,7 @@ while True:
         dt = (run.train_time - logged_time) / (done - logged_step)  # seconds per step since the last line
         logged_step, logged_time = done, run.train_time
         tokens_per_s = cut.tokens / dt
-        mfu = runtime.mfu_of(model, cut.tokens / world.size / model.config.block_size, dt)
+        mfu = flops.mfu_of(model, cut.tokens / world.size / model.config.block_size, dt)
         shown_mfu = 'n/a' if mfu is None else f'{mfu:.1%}'
         left = f', {tqdm.format_interval((max_iters - done) * dt)} left' if bar.disable else ''
         bar.set_postfix_str(f'loss {shown[-1]["loss"]:.3f}, {tokens_per_s:,.0f} tok/s', refresh=False)

@@ -26,7 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 from bench import common
 from config.presets import PRESETS
 from flatgpt import optim, parallel, runtime
-from flatgpt.runtime import peak_flops
+from flatgpt.flops import peak_flops
 from model import GPT, GPTConfig
 
 # train.py's, beside the architecture; no preset's, so that any can come over them. Rates do not change the time

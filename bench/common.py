@@ -14,7 +14,8 @@ import sys
 import time
 from importlib import metadata
 
-from data.tokens import gather, load_meta, open_tokens, whole_windows
+from data.datasets import load_meta
+from data.tokens import gather, open_tokens, whole_windows
 from flatgpt import checkpoint
 from flatgpt.pretrained import model_of
 

@@ -20,7 +20,7 @@ import time
 
 from bench import common
 from configurator import override
-from data.tokens import prepare_if_missing
+from data.datasets import prepare_if_missing
 
 # settings ------------------------------------------------------------------------------------------------------------
 peer = ''  # path of a nanoGPT checkout; '': without it

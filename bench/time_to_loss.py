@@ -53,7 +53,7 @@ import time
 
 from bench import common, plot
 from configurator import check, explain_errors, override
-from data.tokens import prepare_if_missing
+from data.datasets import prepare_if_missing
 
 # settings ------------------------------------------------------------------------------------------------------------
 case = 'small'  # or 'char'

@@ -31,7 +31,7 @@ import torch
 
 from bench import bare, common
 from configurator import override
-from data.tokens import load_meta
+from data.datasets import load_meta
 from flatgpt import runtime
 from model import padded_vocab_size
 

@@ -155,7 +155,7 @@ def check_settings(config, init_from, out_dir):
 def start(model, config, out_dir):
     """Add the adapters of the settings `config` to the model; -> their description for checkpoints."""
     targets = [target.strip() for target in config['lora_targets'].split(',')]
-    init_from = config['init_from']
+    config['lora_targets'], init_from = ','.join(targets), config['init_from']
     described = {'init_from': init_from,
                  'from_here': os.path.relpath(init_from, out_dir) if os.path.isdir(init_from) else None,
                  'digest': digest(model), 'rank': config['lora_rank'], 'alpha': config['lora_alpha'],

@@ -192,6 +192,15 @@ def crop_moments(optimizer, model, n):
         moments.update({name: m[:n].clone() for name, m in moments.items() if m.dim() == 2})
 
 
+def schedule(config):
+    """Return the learning rate as a function of the step, from the settings of train.py."""
+    if not config['decay_lr']:
+        return lambda step: config['learning_rate']
+    end = config['max_iters'] if config['lr_decay_iters'] is None else config['lr_decay_iters']
+    rates = Schedule(config['learning_rate'], config['warmup_iters'], end, config['min_lr'], config['decay_fraction'])
+    return getattr(rates, config['lr_schedule'])
+
+
 @dataclass
 class Schedule:
     """

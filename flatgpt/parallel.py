@@ -1,3 +1,10 @@
+"""
+Several processes: who this one is, how they connect, what they agree on.
+
+Under torchrun every process runs the same script. RANK, LOCAL_RANK and WORLD_SIZE in the
+environment identify it.
+"""
+
 import hashlib
 import os
 import sys
@@ -15,23 +22,23 @@ from configurator import UserError
 
 @dataclass
 class World:
-    """This process among all. rank: 0..size-1 over all machines; local_rank: on this one."""
+    """This process among all. rank: 0..size-1 over all machines; local_rank: on this machine."""
 
-    rank: int
-    local_rank: int
-    size: int
+    rank: int = 0
+    local_rank: int = 0
+    size: int = 1
 
     @property
     def is_main(self):
         return self.rank == 0
 
     def print(self, *args):
-        """print, from one process only."""
+        """Print from one process only."""
         if self.is_main:
             print(*args, flush=True)
 
     def sum(self, values):
-        """Sum a list of numbers over the processes; -> list of floats, the same in every process."""
+        """Sum a list of numbers over the processes; -> list of floats, the same in each of them."""
         total = torch.tensor(values, dtype=torch.float64)
         if self.size > 1:
             dist.all_reduce(total)  # on the CPU, over gloo: no synchronisation with a GPU
@@ -39,64 +46,69 @@ class World:
 
 
 def from_environment():
-    """-> World as torchrun describes it, or the only process there is."""
-    env = os.environ
-    return World(int(env.get('RANK', 0)), int(env.get('LOCAL_RANK', 0)), int(env.get('WORLD_SIZE', 1)))
+    """Return the World that torchrun describes, or that of a single process."""
+    names = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE')
+    return World(*(int(os.environ.get(name, default)) for name, default in zip(names, (0, 0, 1), strict=True)))
 
 
 def connect(world, device, backend):
-    """Join the other processes, if there are any. backend: 'auto' is nccl between GPUs, gloo between CPUs."""
+    """Join the other processes, if any. backend: 'auto' is nccl between GPUs, else gloo."""
     if 'RANK' not in os.environ:
         return
     if sys.platform == 'win32':
-        os.environ.setdefault('USE_LIBUV', '0')  # torch's Windows builds come without libuv
+        os.environ.setdefault('USE_LIBUV', '0')  # torch's Windows builds have no libuv
     if device.type == 'cuda':
         torch.cuda.set_device(device)
-        # beside nccl a gloo group, for the few numbers that live on the CPU
-        backend = 'gloo' if backend == 'gloo' else f'cpu:gloo,cuda:{"nccl" if backend == "auto" else backend}'
+        # a gloo group beside nccl, for the few numbers that live on the CPU
+        backend = 'gloo' if backend == 'gloo' else f'cpu:gloo,cuda:{backend.replace("auto", "nccl")}'
     else:
-        if backend not in ('auto', 'gloo'):
-            world.print(f'backend {backend} needs GPUs; using gloo')
+        if backend == 'nccl':
+            world.print('backend nccl needs GPUs; using gloo')
         backend = 'gloo'
     store = next(rendezvous('env://'))[0]
-    store = dist.PrefixStore(meet(store, world), store)  # a corner of its own for each attempt
+    store = dist.PrefixStore(meet(store, world), store)  # each attempt has its own keys
     dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size)
 
 
 def meet(store, world, patience=1800):
     """
-    Wait until all processes of this attempt are there, `patience` seconds at most; -> a name for the attempt, the same
-    in all of them and in no other attempt. Raises ValueError when they don't all come.
+    Wait for all processes of this attempt; -> a name that only this attempt has.
 
-    torchrun's store outlives the workers it restarts, with the addresses of the dead ones in it, and
-    TORCHELASTIC_RESTART_COUNT does not tell the attempts apart: the agent of each machine counts the failures of its
-    own workers, not the restarts that another machine's failure caused (torch 2.6 to 2.13, distributed/elastic/agent).
-    So each process writes a name of its own, then all the names it reads. Once all have read the same, all are alive.
+    Raises UserError when some do not come within `patience` seconds.
+
+    torchrun's store outlives the workers that it restarts and still holds the addresses of the
+    dead ones. TORCHELASTIC_RESTART_COUNT does not distinguish the attempts: the agent of each
+    machine counts the failures of its own workers only (torch 2.6 to 2.13,
+    distributed/elastic/agent). So each process writes a name of its own, then all the names that
+    it reads. Once all have read the same names, all are alive.
     """
     store.set(f'name of {world.rank}', os.urandom(8).hex())
     end = time.monotonic() + patience
-    store.set_timeout(timedelta(seconds=patience))  # of multi_get, for a key that is not there yet
+    store.set_timeout(timedelta(seconds=patience))  # for multi_get of a key that does not exist yet
+    ranks = range(world.size)
     with suppress(dist.DistStoreError):
         while time.monotonic() < end:
-            names = b' '.join(store.multi_get([f'name of {rank}' for rank in range(world.size)]))
+            names = b' '.join(store.multi_get([f'name of {rank}' for rank in ranks]))
             store.set(f'names read by {world.rank}', names)
-            if set(store.multi_get([f'names read by {rank}' for rank in range(world.size)])) == {names}:
+            if set(store.multi_get([f'names read by {rank}' for rank in ranks])) == {names}:
                 return f'attempt {hashlib.sha256(names).hexdigest()[:16]}'
             time.sleep(0.1)
-    raise UserError(f'process {world.rank} has waited {patience / 60:.0f} minutes for the other {world.size - 1}; '
-                     f'look for errors of theirs above or on the other machines, and start all of them again')
+    raise UserError(f'process {world.rank} has waited {patience / 60:.0f} minutes for the other '
+                    f'{world.size - 1}; look for their errors above or on the other machines, and '
+                    f'start all of them again')
 
 
 def disconnect():
-    """Leave together: gloo's threads abort a process whose peers close their connections before it does."""
+    """Leave together: gloo's threads abort a process whose peers close their connections first."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
 
 
-def all_agree(world, exists, path):
+def all_find(world, path):
     """Return whether `path` exists. Raises UserError if only some of the processes find it."""
-    n_found = int(world.sum([exists])[0])
+    n_found = int(world.sum([os.path.exists(path)])[0])
     if n_found not in (0, world.size):
-        raise UserError(f'{n_found} of {world.size} processes find {path}; out_dir must be on a disk they share')
+        raise UserError(f'{n_found} of {world.size} processes find {path}; out_dir must be on a disk '
+                        f'that they share')
     return n_found > 0

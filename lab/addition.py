@@ -24,7 +24,8 @@ import torch
 from bench.common import table
 from config.presets import PRESETS
 from configurator import check, explain_errors, override
-from data.tokens import folder_of, load_meta, open_tokens, prepare_if_missing
+from data.datasets import folder_of, load_meta, prepare_if_missing
+from data.tokens import open_tokens
 from lab import common
 from model import GPT, GPTConfig
 

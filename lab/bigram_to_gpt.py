@@ -26,7 +26,8 @@ from torch.nn import functional as F
 import tokenizer
 from bench.common import table
 from configurator import explain_errors, override
-from data.tokens import folder_of, gather, load_meta, open_tokens, prepare_if_missing, train_windows, whole_windows
+from data.datasets import folder_of, load_meta, prepare_if_missing
+from data.tokens import gather, open_tokens, train_windows, whole_windows
 from flatgpt import optim
 from flatgpt.generate import sample_next, uniforms
 from lab import common

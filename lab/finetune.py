@@ -26,16 +26,8 @@ from bench.common import table
 from config.presets import PRESETS
 from configurator import check, explain_errors, override
 from data import download
-from data.tokens import (
-    even_windows,
-    folder_of,
-    gather,
-    load_meta,
-    open_tokens,
-    prepare_command,
-    prepare_if_missing,
-    train_windows,
-)
+from data.datasets import folder_of, load_meta, prepare_command, prepare_if_missing
+from data.tokens import even_windows, gather, open_tokens, train_windows
 from flatgpt import runtime
 from lab import common
 from model import GPT, GPTConfig

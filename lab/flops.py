@@ -27,7 +27,7 @@ from bench import bare
 from bench.common import table
 from config.presets import PRESETS
 from configurator import explain_errors, override
-from flatgpt.runtime import PEAK_FLOPS
+from flatgpt.flops import PEAK_FLOPS
 from lab import common, costs
 from model import GPTConfig
 

@@ -35,7 +35,8 @@ import torch
 from bench.common import table as aligned
 from config.presets import PRESETS
 from configurator import explain_errors, override
-from data.tokens import even_windows, folder_of, gather, load_meta, open_tokens, prepare_if_missing, train_windows
+from data.datasets import folder_of, load_meta, prepare_if_missing
+from data.tokens import even_windows, gather, open_tokens, train_windows
 from flatgpt import jsonl
 from flatgpt.files import lock_folder, unlock
 from lab import common, law

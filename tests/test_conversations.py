@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from data import conversations, encode
+from data import conversations, datasets, encode
 from data import tokens as dataloader
 from flatgpt import pretrained
 from tokenizer import BPETokenizer, ByteTokenizer, chat
@@ -132,7 +132,7 @@ def test_prepare_and_read_back(data, monkeypatch, capsys):
     assert error is None and 'rows of 65 tokens' in printed.out
     assert '--init_from=FOLDER --dataset=data/sums\n' in printed.out
     data_dir = str(data.path / 'data' / 'sums')
-    meta = dataloader.load_meta(data_dir)
+    meta = datasets.load_meta(data_dir)
     assert meta['row'] == 65 and meta['chat_template'] == chat.TEMPLATE
     found = []
     for split in ('train', 'val'):
@@ -236,7 +236,7 @@ def test_loss_is_that_of_the_answers_alone(trained):
     """train.py's first loss is the mean over what the assistant says, each token predicted from those before it."""
     trained.train(init_from='base', out_dir='sft', **SFT, batch_size=5, gradient_accumulation_steps=1).ok()
     data_dir = str(trained.path / 'data' / 'sums')
-    tokens = dataloader.open_tokens(data_dir, 'train', dataloader.load_meta(data_dir), 32)
+    tokens = dataloader.open_tokens(data_dir, 'train', datasets.load_meta(data_dir), 32)
     starts = dataloader.train_windows(0, 5, len(tokens), 32, 1337, row=33)
     assert (starts % 33 == 0).all()
     model, _, _, _ = pretrained.open_model('resume', str(trained.path / 'base'))

@@ -23,9 +23,8 @@ from hypothesis import strategies as st
 from tqdm import tqdm
 
 import tokenizer
+from data import datasets, download, encode
 from data import documents as corpus
-from data import download, encode
-from data import tokens as dataloader
 from tokenizer import base
 
 # tqdm's lock is shared with forked processes: one that is killed while it has it would stop all others
@@ -945,7 +944,7 @@ def test_another_folder(tmp_path, monkeypatch, out_dir, dataset, name):
     out_dir = out_dir.format(tmp_path)
     assert encode.output_folder(None, 'book.txt', out_dir) == (dataset, name, out_dir)
     os.makedirs(out_dir)
-    assert os.path.samefile(dataloader.folder_of(dataset), out_dir)
+    assert os.path.samefile(datasets.folder_of(dataset), out_dir)
     with pytest.raises(ValueError, match='--name=a and --out_dir=.* both say where to write'):
         encode.output_folder('a', 'book.txt', out_dir)
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tokenizer
-from data import encode
+from data import datasets, encode
 from data import tokens as dataloader
 from data.tokens import even_windows, gather, mix, shuffled, train_windows, whole_windows
 
@@ -151,7 +151,7 @@ def test_gather_names_an_id_beyond_the_vocabulary():
 # files ----------------------------------------------------------------------------------------------------------------
 
 def opened(folder, split='train', block_size=8):
-    return dataloader.open_tokens(str(folder), split, dataloader.load_meta(str(folder)), block_size)
+    return dataloader.open_tokens(str(folder), split, datasets.load_meta(str(folder)), block_size)
 
 
 @pytest.mark.parametrize('dtype', ['uint16', 'uint32'])
@@ -159,7 +159,7 @@ def test_round_trip(tmp_path, dtype):
     ids = np.arange(100) * (655 if dtype == 'uint16' else 700_000)
     write_dataset(tmp_path, ids, ids[:20], dtype)
     assert np.array_equal(opened(tmp_path), ids) and np.array_equal(opened(tmp_path, 'val'), ids[:20])
-    meta = dataloader.load_meta(str(tmp_path))
+    meta = datasets.load_meta(str(tmp_path))
     assert meta['dtype'] == np.dtype(dtype) and meta['tokens'] == {'train': 100, 'val': 20}
     assert meta['vocab_size'] == len(CHARS) and meta['tokenizer'] == {'kind': 'char', 'chars': ''.join(CHARS)}
 
@@ -167,11 +167,11 @@ def test_round_trip(tmp_path, dtype):
 def test_nanogpts_folders(tmp_path):
     """Headerless uint16, with a meta.pkl or without anything."""
     write_dataset(tmp_path / 'pkl', np.arange(20), np.arange(10), meta='pkl')
-    meta = dataloader.load_meta(str(tmp_path / 'pkl'))
+    meta = datasets.load_meta(str(tmp_path / 'pkl'))
     assert meta == {'dtype': np.dtype('uint16'), 'vocab_size': len(CHARS), 'tokens': None, 'files': None,
                     'tokenizer': {'kind': 'char', 'chars': ''.join(CHARS)}, 'row': None, 'chat_template': None}
     write_dataset(tmp_path / 'bare', np.arange(20), np.arange(10), meta=None)
-    meta = dataloader.load_meta(str(tmp_path / 'bare'))
+    meta = datasets.load_meta(str(tmp_path / 'bare'))
     assert meta == dict.fromkeys(meta, None) | {'dtype': np.dtype('uint16')}
     assert opened(tmp_path / 'bare').tolist() == list(range(20))
 
@@ -184,7 +184,7 @@ def test_meta_pkl_runs_no_code(tmp_path):
     write_dataset(tmp_path, np.arange(20), np.arange(10), meta=None)
     (tmp_path / 'meta.pkl').write_bytes(pickle.dumps({'vocab_size': 1, 'stoi': Evil(), 'itos': {}}))
     with pytest.raises(ValueError, match='meta.pkl was refused'):
-        dataloader.load_meta(str(tmp_path))
+        datasets.load_meta(str(tmp_path))
     assert not (tmp_path / 'ran').exists()
 
 
@@ -228,7 +228,7 @@ def test_damaged_meta_json(tmp_path, damage):
     path = tmp_path / 'meta.json'
     path.write_text(damage(json.loads(path.read_text())))
     with pytest.raises(ValueError) as error:
-        dataloader.load_meta(str(tmp_path))
+        datasets.load_meta(str(tmp_path))
     assert f'{path} is damaged' in str(error.value) and f'--out_dir={tmp_path}' in str(error.value)
 
 
@@ -236,7 +236,7 @@ def test_meta_json_that_is_no_text(tmp_path):
     write_dataset(tmp_path, np.arange(100), np.arange(20))
     (tmp_path / 'meta.json').write_bytes(b'\xff\xfe\x00')
     with pytest.raises(ValueError, match='is damaged'):
-        dataloader.load_meta(str(tmp_path))
+        datasets.load_meta(str(tmp_path))
 
 
 def write_shards(folder, ids, lengths, val=20, dtype='uint16'):
@@ -340,7 +340,7 @@ def test_damaged_shards(tmp_path):
         meta['files']['train'] = [[name, n] for (name, _), n in zip(meta['files']['train'], lengths, strict=False)]
         (tmp_path / 'meta.json').write_text(json.dumps(meta))
         with pytest.raises(ValueError, match='meta.json is damaged.*do not add up to 100 tokens'):
-            dataloader.load_meta(str(tmp_path))
+            datasets.load_meta(str(tmp_path))
 
 
 # datasets that are not there ------------------------------------------------------------------------------------------
@@ -348,17 +348,17 @@ def test_damaged_shards(tmp_path):
 def test_missing_dataset_lists_those_there_are(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match='no dataset in data/novel.*Datasets here: none'):
-        dataloader.prepare_if_missing('data/novel', True)
+        datasets.prepare_if_missing('data/novel', True)
     for name in ('poems', 'code'):
         (tmp_path / 'data' / name).mkdir(parents=True)
     with pytest.raises(ValueError) as error:
-        dataloader.prepare_if_missing('data/novel', True)
+        datasets.prepare_if_missing('data/novel', True)
     assert 'Datasets here: code, poems' in str(error.value)
     # train.py is elsewhere, and so may the data be
     assert f'in the current folder, {tmp_path}; for those beside train.py: cd {ROOT}' in str(error.value)
     monkeypatch.chdir(ROOT)
     with pytest.raises(ValueError, match='no dataset in data/novel') as error:
-        dataloader.prepare_if_missing('data/novel', True)
+        datasets.prepare_if_missing('data/novel', True)
     assert 'current folder' not in str(error.value)
     assert 'python data/text/prepare.py --input=FILE --name=novel' in str(error.value)
 
@@ -372,7 +372,7 @@ def test_prepare_command(tmp_path, monkeypatch):
                            (ROOT / 'data/x', '--name=x'), ('mine/', '--out_dir=mine'), ('./mine', '--out_dir=mine'),
                            ('data/here', '--out_dir=data/here'), ('runs/a b', "'--out_dir=runs/a b'"),
                            (tmp_path, f'--out_dir={tmp_path}')):
-        assert dataloader.prepare_command(str(data_dir)) == f'python data/text/prepare.py --input=FILE {said}'
+        assert datasets.prepare_command(str(data_dir)) == f'python data/text/prepare.py --input=FILE {said}'
 
 
 def test_prepare_runs_once(tmp_path, monkeypatch):
@@ -382,9 +382,9 @@ def test_prepare_runs_once(tmp_path, monkeypatch):
     (folder / 'prepare.py').write_text(
         'import pathlib\nhere = pathlib.Path(__file__).parent\nassert not (here / "train.bin").exists()\n'
         '(here / "val.bin").write_bytes(bytes(40))\n(here / "train.bin").write_bytes(bytes(80))\n')
-    dataloader.prepare_if_missing('data/novel', True)
+    datasets.prepare_if_missing('data/novel', True)
     assert len(opened(folder)) == 40 and len(opened(folder, 'val')) == 20
-    dataloader.prepare_if_missing('data/novel', True)  # would fail its assertion
+    datasets.prepare_if_missing('data/novel', True)  # would fail its assertion
 
 
 def test_prepare_that_fails(tmp_path, monkeypatch):
@@ -393,4 +393,4 @@ def test_prepare_that_fails(tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     (folder / 'prepare.py').write_text('raise SystemExit("no network")')
     with pytest.raises(ValueError, match='python data/novel/prepare.py failed'):
-        dataloader.prepare_if_missing('data/novel', True)
+        datasets.prepare_if_missing('data/novel', True)

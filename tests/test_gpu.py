@@ -7,6 +7,7 @@ import torch
 
 import ops
 from config.presets import PRESETS
+from data import datasets
 from data import tokens as dataloader
 from flatgpt import quantize
 from flatgpt.generate import generate
@@ -41,7 +42,7 @@ def test_compiled_equals_eager(preset, options, monkeypatch):
 
 def test_tokens_on_the_gpu_give_the_same_batches(folder):
     data_dir = str(folder.path / 'data' / 'tiny')
-    tokens = dataloader.open_tokens(data_dir, 'train', dataloader.load_meta(data_dir), 16)
+    tokens = dataloader.open_tokens(data_dir, 'train', datasets.load_meta(data_dir), 16)
     on_gpu = dataloader.DeviceTokens(tokens, DEVICE, 100)
     starts = dataloader.whole_windows(len(tokens), 16)
     for a, b in zip(dataloader.gather(tokens, starts, 16, 100), dataloader.gather(on_gpu, starts, 16, 100),

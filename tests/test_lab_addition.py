@@ -11,7 +11,7 @@ from conftest import ROOT, load_lab
 from torch.nn import functional as F
 
 import tokenizer
-from data import tokens
+from data import datasets, tokens
 from model import GPT, GPTConfig
 
 
@@ -22,7 +22,7 @@ def prepare(folder, name, **options):
 def read(folder, name):
     """{'train': [line, ...], 'val': ...}"""
     path = folder.path / 'data' / name
-    meta = tokens.load_meta(path)
+    meta = datasets.load_meta(path)
     decode = tokenizer.from_dict(meta['tokenizer']).decode
     return {split: decode(tokens.open_tokens(path, split, meta, 1)).splitlines() for split in ('train', 'val')}
 

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ops
 from config.presets import PRESETS
-from flatgpt import runtime
+from flatgpt import flops
 from flatgpt.generate import KVCache
 from model import GPT, CausalSelfAttention, GPTConfig, padded_vocab_size, rotate
 from ops import GELU, Dropout, window_mask
@@ -914,9 +914,9 @@ def test_flops_of_windows():
 
 def test_mfu(monkeypatch):
     model = tiny()
-    assert runtime.mfu_of(model, 8, 0.1) is None  # the CPU's peak is not known
-    monkeypatch.setattr(runtime, 'peak_flops', lambda device: 1e9)
-    assert runtime.mfu_of(model, 8, 0.1) == pytest.approx(model.flops_per_token() * 16 * 8 / 0.1 / 1e9)
+    assert flops.mfu_of(model, 8, 0.1) is None  # the CPU's peak is not known
+    monkeypatch.setattr(flops, 'peak_flops', lambda device: 1e9)
+    assert flops.mfu_of(model, 8, 0.1) == pytest.approx(model.flops_per_token() * 16 * 8 / 0.1 / 1e9)
 
 
 @pytest.mark.parametrize('name, peak', [
@@ -927,8 +927,8 @@ def test_mfu(monkeypatch):
     ('NVIDIA GeForce GTX 1080', None), ('NVIDIA RTX A4000', None), ('NVIDIA T400', None), ('NVIDIA A2', None)])
 def test_peak_flops(monkeypatch, name, peak):
     monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: name)
-    assert runtime.peak_flops(torch.device('cuda')) == peak
-    assert runtime.peak_flops(torch.device('cpu')) is None
+    assert flops.peak_flops(torch.device('cuda')) == peak
+    assert flops.peak_flops(torch.device('cpu')) is None
 
 
 def test_generate_of_the_model():

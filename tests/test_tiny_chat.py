@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT, load_script
 
 import tokenizer
-from data import conversations, tokens
+from data import conversations, datasets, tokens
 from flatgpt import checkpoint
 from posttrain.tasks import tiny_chat
 from posttrain.tools import calculate
@@ -304,7 +304,7 @@ def test_nothing_of_test_is_in_any_file(prepared):
 
 def test_dataset(prepared):
     """What train.py reads: the conversations, of which val's are of other questions, in the format of chat.py."""
-    meta = tokens.load_meta(prepared)
+    meta = datasets.load_meta(prepared)
     ours = tokenizer.from_dict(meta['tokenizer'])
     assert (meta['row'], meta['vocab_size'], meta['chat_template']) == (257, 266, chat.TEMPLATE)
     assert ours.to_dict() == tokenizer.load(prepared / 'chat.json').to_dict()
@@ -337,7 +337,7 @@ def test_pieces_of_words(tmp_path):
     ours = tokenizer.load(tmp_path / 'pieces' / 'chat.json')
     assert ours.vocab_size == 300 and len(ours.encode('is spelt')) < 8
     conversations.check_tokenizer(ours, 'chat.json')
-    assert tokens.load_meta(tmp_path / 'pieces')['row'] == 201
+    assert datasets.load_meta(tmp_path / 'pieces')['row'] == 201
 
 
 def test_share_of_steps(tmp_path):

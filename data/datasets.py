@@ -1,0 +1,109 @@
+"""
+Find a dataset, read its meta.json, run its prepare.py if it is missing.
+
+A dataset is a folder: train.bin, val.bin and meta.json. A split of more than a shard's size
+continues in train-00001.bin, ... A folder that nanoGPT prepared (uint16 files, perhaps meta.pkl)
+reads the same.
+"""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+
+import numpy as np
+
+import tokenizer
+from configurator import UserError, nearest
+
+DATA = os.path.dirname(os.path.abspath(__file__))
+
+
+def folder_of(dataset):
+    """Return the folder of a dataset: a path, data/NAME here, or data/NAME beside train.py."""
+    if os.path.basename(dataset) != dataset and os.path.isdir(dataset):
+        return dataset
+    local, beside = os.path.join('data', dataset), os.path.join(DATA, dataset)
+    return beside if os.path.isdir(beside) and not os.path.isdir(local) else local
+
+
+def load_meta(data_dir):
+    """
+    Read a dataset's meta.json, or nanoGPT's meta.pkl.
+
+    -> {'dtype', 'vocab_size', 'tokenizer', 'tokens', 'files', 'row', 'chat_template'}; all but
+    dtype are None where the folder does not say. tokenizer: what tokenizer.from_dict() takes;
+    tokens: {'train': count, 'val': count}; files: {'train': [[name, count], ...], 'val': ...};
+    row, chat_template: of packed conversations. Raises UserError on a damaged file.
+    """
+    path = os.path.join(data_dir, 'meta.json')
+    if os.path.exists(path):
+        try:
+            with open(path, encoding='utf-8') as f:
+                meta = json.load(f)
+            tokens = {split: int(meta['tokens'][split]) for split in ('train', 'val')}
+            default = {split: [[f'{split}.bin', tokens[split]]] for split in tokens}
+            files = {split: [[os.path.basename(name), int(n)]
+                             for name, n in meta.get('files', default)[split]] for split in tokens}
+            for split in tokens:
+                if not files[split] or sum(n for _, n in files[split]) != tokens[split]:
+                    raise ValueError(f'the files of {split} do not add up to {tokens[split]:,} tokens')
+            return {'dtype': np.dtype(meta['dtype']), 'vocab_size': int(meta['vocab_size']),
+                    'tokenizer': dict(meta['tokenizer']), 'tokens': tokens, 'files': files,
+                    'row': int(meta['row']) if 'row' in meta else None,
+                    'chat_template': meta.get('chat_template')}
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f'{path} is damaged ({type(error).__name__}: {error}); prepare the '
+                            f'dataset again: {prepare_command(data_dir)}') from error
+    meta = dict.fromkeys(('vocab_size', 'tokenizer', 'tokens', 'files', 'row', 'chat_template'))
+    path = os.path.join(data_dir, 'meta.pkl')
+    if os.path.exists(path):
+        chars = tokenizer.from_meta_pkl(path)
+        meta |= {'tokenizer': chars.to_dict(), 'vocab_size': chars.vocab_size}
+    return {'dtype': np.dtype(np.uint16), **meta}
+
+
+def prepare_command(data_dir, kind='text'):
+    """Return the command that makes a dataset again; kind: 'text' or 'chat'."""
+    data_dir = os.path.normpath(data_dir)
+    script = os.path.join(data_dir, 'prepare.py')
+    if os.path.exists(script):
+        return f'python {script}'
+    folder, name = os.path.split(data_dir)
+    # --name writes beside this file, where folder_of() looks if there is no such folder here
+    is_named = os.path.abspath(folder) == DATA or (folder == 'data' and not os.path.isdir(data_dir))
+    where = f'--name={name}' if is_named else shlex.quote(f'--out_dir={data_dir}')
+    return f'python data/{kind}/prepare.py --input=FILE {where}'
+
+
+def prepare_if_missing(data_dir, is_first):
+    """
+    Run the dataset's prepare.py if its .bin files are missing.
+
+    Under torchrun one process per machine (is_first) runs it and the others wait. Raises UserError
+    if there is no prepare.py, or if it fails.
+    """
+    def is_missing():
+        return not all(os.path.exists(os.path.join(data_dir, f'{split}.bin')) for split in ('train', 'val'))
+
+    script = os.path.join(data_dir, 'prepare.py')
+    if is_missing() and not os.path.exists(script):
+        names = [name for name in sorted(os.listdir('data')) if os.path.isdir(os.path.join('data', name))
+                 ] if os.path.isdir('data') else []
+        home = os.path.dirname(DATA)
+        elsewhere = '' if os.path.realpath(home) == os.path.realpath(os.getcwd()) else (
+            f' Datasets are searched in the current folder, {os.getcwd()}; for those beside train.py: cd {home}.')
+        raise UserError(f'no dataset in {data_dir}{nearest(os.path.basename(data_dir), names)}: expected train.bin '
+                        f'and val.bin, or a prepare.py that makes them. Datasets here: {", ".join(names) or "none"}.'
+                        f'{elsewhere} Your own text: {prepare_command(data_dir)}')
+    while is_missing():
+        if is_first:
+            print(f'{data_dir} is not prepared yet; running: python {script}', flush=True)
+            code = subprocess.run([sys.executable, script]).returncode
+            if code == 0 and is_missing():
+                raise UserError(f'python {script} wrote no train.bin and val.bin to {data_dir}')
+            if code not in (0, 75):  # 75, EX_TEMPFAIL: another machine on this disk prepares it
+                raise UserError(f'python {script} failed; its error is above')
+        time.sleep(1 if is_missing() else 0)

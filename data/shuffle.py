@@ -1,0 +1,49 @@
+"""Shuffled epochs as a pure function of (seed, step): no permutation is stored."""
+
+import numpy as np
+
+
+def mix(x, key):
+    """Scramble uint64 numbers x under keys: the finaliser of SplitMix64 (Steele et al. 2014)."""
+    with np.errstate(over='ignore'):  # arithmetic modulo 2**64
+        x = x + ((key << np.uint64(1)) | np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
+
+
+def shuffled(i, n, key):
+    """
+    Return the places of indices i in a random order of 0..n-1, a bijection fixed by (n, key).
+
+    i, key: uint64 arrays of one shape. A Feistel network over the smallest even number of bits that
+    hold n, applied again where it leaves the range (Black & Rogaway 2002): no permutation of a
+    billion windows is stored.
+    """
+    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
+    low = (np.uint64(1) << half) - np.uint64(1)
+    i, outside = i.copy(), np.ones(len(i), dtype=bool)
+    while outside.any():  # the bits hold less than 4 n numbers: under 4 rounds on average
+        left, right = i[outside] >> half, i[outside] & low
+        for round in range(4):
+            left, right = right, left ^ (mix(right, key[outside] + np.uint64(round)) & low)
+        i[outside] = (left << half) | right
+        outside = i >= np.uint64(n)
+    return i
+
+
+def epoch_places(step, n, per_epoch, seed):
+    """
+    Return the places of the n items of step `step` in shuffled epochs, and the keys of the epochs.
+
+    Each epoch visits its per_epoch items once each in an order of its own. -> uint64 (n,), (n,)
+    """
+    index = np.uint64(step) * np.uint64(n) + np.arange(n, dtype=np.uint64)
+    epoch, place = index // np.uint64(per_epoch), index % np.uint64(per_epoch)
+    key = mix(epoch, np.full_like(epoch, seed % 2**64))
+    return shuffled(place, per_epoch, key), key
+
+
+def train_items(step, n, n_items, seed):
+    """Return the numbers of the items of a step, (n,): every epoch visits each of n_items once."""
+    return epoch_places(step, n, n_items, seed)[0].astype(np.int64)

@@ -220,8 +220,10 @@ def checked(key, value, rule, where):
         if fits:
             return value
         expected += choices
-    kind = '' if type(value) in kinds else f' is of type {type(value).__name__}'
-    raise SystemExit(f'{where}: {key}={value!r}{kind}: expected {" or ".join(expected)}')
+    *first, last = expected
+    listed = f'{", ".join(first)} or {last}' if first else last
+    fact = where if where.startswith(f'--{key}=') else f'{where}: {key}={value!r}'
+    raise SystemExit(f'{fact}: expected {listed}')
 
 
 def parse(text, kinds):

@@ -36,7 +36,7 @@ from config.presets import PRESETS
 from configurator import Count, Fraction, Natural, NonNegative, Positive, Share, UserError, fit, override
 from data import datasets
 from data.device import open_splits
-from data.tokens import Batches, cut_step, eval_windows, loss_sum
+from data.tokens import Batches, cut_step, eval_windows, sum_losses
 from flatgpt import checkpoint, flops, lora, optim, parallel, pretrained, runtime
 from flatgpt.generate import generate_texts
 from model import GPT, GPTConfig, padded_vocab_size
@@ -98,7 +98,7 @@ weight_decay: NonNegative = 1e-1  # adamw: matrices and embeddings; muon: the ma
 beta1: Fraction = 0.9
 beta2: Fraction = 0.95
 grad_clip: NonNegative = 1.0  # largest norm of the gradient; 0: no clipping
-# LoRA: train small matrices beside the frozen model of init_from; flatgpt/lora.py
+# LoRA: small matrices beside the frozen model of init_from (flatgpt/lora.py)
 lora_rank: Natural = 0  # 8 to 64; 0: train all weights
 lora_alpha: Positive = 16.0  # scales the adapters by lora_alpha / lora_rank
 lora_targets = 'c_attn,c_fc,c_proj'  # layers with adapters, such as 'c_attn,mlp.c_proj,lm_head'
@@ -147,6 +147,8 @@ ckpt_path = os.path.join(out_dir, 'ckpt.pt')
 architecture = {field.name: config[field.name] for field in fields(GPTConfig) if field.name in config}
 if init_from == 'scratch':
     GPTConfig(**architecture)  # refuses impossible sizes before any data is prepared
+elif init_from not in ('resume', 'auto'):
+    pretrained.check_source(init_from)
 datasets.prepare_if_missing(data_dir, is_first=world.local_rank == 0)
 meta = datasets.load_meta(data_dir)
 parallel.connect(world, torch_device, backend)
@@ -185,8 +187,8 @@ if init_from != 'scratch' and 'block_size' not in config.given:
 if meta['row'] and 'block_size' not in config.given:
     block_size = meta['row'] - 1  # conversations are packed for it
 if block_size > model.config.block_size and model.config.pos == 'learned':
-    raise UserError(f'block_size={block_size}: the model of --init_from={init_from} has '
-                    f'{model.config.block_size} positions; expected at most that')
+    raise UserError(f'block_size={block_size}: expected at most {model.config.block_size}, the positions of the model '
+                    f'of --init_from={init_from}')
 cut = cut_step(config, block_size, world.size)
 
 # device, precision, optimizer
@@ -244,8 +246,7 @@ def evaluate():
     windows, losses = eval_windows(splits, eval_iters, cut.batch_size, block_size), {}
     for split, starts in windows.items():
         with autocast, torch.compiler.set_stance('force_eager'):
-            totals = loss_sum(model, splits[split], starts[world.rank :: world.size], block_size,
-                              cut.batch_size)
+            totals = sum_losses(model, splits[split], starts[world.rank :: world.size], cut, n_ids)
         loss, count = world.sum(totals)
         if split == 'val' and not count:
             raise UserError(f'{data_dir}: no token of val carries loss; prepare it again with more val')

@@ -1,5 +1,6 @@
 """The tokens of a split in a GPU's memory, which cuts the windows itself."""
 
+import numpy as np
 import torch
 
 from data.tokens import Rows, arrays_of, open_tokens, to_device, unknown_id
@@ -22,8 +23,10 @@ def fits_on(device, splits):
     """
     if device.type != 'cuda' or any(isinstance(tokens, Rows) for tokens in splits):
         return False
-    n_bytes = sum(array.nbytes for tokens in splits for array in arrays_of(tokens))
-    return n_bytes < min(2**30, torch.cuda.mem_get_info(device)[0] / 10)
+    arrays = [array for tokens in splits for array in arrays_of(tokens)]
+    if any(array.dtype not in (np.uint16, np.uint32) for array in arrays):
+        return False
+    return sum(array.nbytes for array in arrays) < min(2**30, torch.cuda.mem_get_info(device)[0] / 10)
 
 
 class DeviceTokens:

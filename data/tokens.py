@@ -289,17 +289,18 @@ class Batches:
 
 
 @torch.no_grad()
-def loss_sum(model, tokens, starts, block_size, batch_size):
+def sum_losses(model, tokens, starts, cut, n_ids):
     """
     Sum the loss over the targets of windows; -> [nats, number of targets].
 
-    More windows than batch_size go through at once while their logits stay below 16 MB.
+    More windows than cut.batch_size go through at once while their logits stay below 16 MB. n_ids:
+    an id of the data at or above it raises UserError.
     """
-    config, device = model.config, model.lm_head.weight.device
-    n_windows = max(batch_size, 2**22 // (block_size * config.vocab_size))
+    device, block_size = model.lm_head.weight.device, cut.block_size
+    n_windows = max(cut.batch_size, 2**22 // (block_size * model.config.vocab_size))
     total, count = torch.zeros((), device=device), torch.zeros((), dtype=torch.long, device=device)
     for i in range(0, len(starts), n_windows):
-        batch = gather(tokens, starts[i : i + n_windows], block_size, config.vocab_size)
+        batch = gather(tokens, starts[i : i + n_windows], block_size, n_ids)
         x, y = to_device(batch, device)
         n_targets = (y >= 0).sum()
         total += model(x, y, return_logits=False)[1] * n_targets

@@ -100,13 +100,15 @@ def load(path):
         raise
     except Exception as error:  # RuntimeError, EOFError, UnpicklingError, KeyError, zipfile's ...
         why = ': '.join([type(error).__name__, *str(error).splitlines()[:1]])[:200]
+        fact = f'is damaged or truncated ({why})'
         if isinstance(error, pickle.UnpicklingError):
-            why = 'it holds more than tensors and plain values, which could run code; none was run'
+            fact = ('is damaged or truncated, or holds more than tensors and plain values, which '
+                    'could run code: refused')
         other = next((name for name in ('best.pt', 'ckpt.pt') if name != os.path.basename(path)
                       and os.path.exists(os.path.join(out_dir, name))), None)
         remedy = {'best.pt': f'cp {os.path.join(out_dir, "best.pt")} {path}',
-                  'ckpt.pt': 'use the last one, --which=last', None: 'restore a copy'}[other]
-        raise UserError(f'{path} is damaged or truncated ({why}); {remedy}') from error
+                  'ckpt.pt': 'take the last one with --which=last', None: 'restore a copy (there is no best.pt here)'}[other]
+        raise UserError(f'{path} {fact}; {remedy}') from error
     required = {'model': dict, 'model_args': dict, 'iter_num': int,
                 'best_val_loss': (float, int, torch.Tensor)}
     missing = [key for key, kind in required.items()
@@ -185,7 +187,7 @@ def keep_log_until(out_dir, step):
     kept = []
     with open(path, encoding='utf-8') as f:
         for line in f:
-            with suppress(UserError):  # half a line: the machine lost power
+            with suppress(ValueError):  # half a line: the machine lost power
                 record = json.loads(line)
                 # an evaluation at step n precedes update n and was saved with it
                 if record['step'] < step + ('val_loss' in record and step > 0):

@@ -84,10 +84,18 @@ def base_model(init_from, dropout=0.0, needs_tokenizer=True):
         return model, {'tokenizer': state.get('tokenizer'), 'chat_template': state.get('chat_template')}
     folder = huggingface.find(init_from)
     described = None
-    with nullcontext() if needs_tokenizer else suppress(UserError):
+    with nullcontext() if needs_tokenizer else suppress(ValueError):
         described = huggingface.load_tokenizer(folder)
     return huggingface.load_model(folder, dropout), {
         'tokenizer': described, 'chat_template': huggingface.load_chat_template(folder, described)}
+
+
+def check_source(init_from):
+    """Raise UserError unless init_from may name a model: a run, a folder, or a hub id."""
+    if not (init_from in huggingface.GPT2_NAMES or os.path.isdir(init_from) or '/' in init_from):
+        names = ('scratch', 'resume', 'auto', *huggingface.GPT2_NAMES)
+        raise UserError(f"init_from={init_from!r}: expected {', '.join(map(repr, names))}, the out_dir of a run, a "
+                        f"folder in Hugging Face's layout, or a hub id, owner/name")
 
 
 # What train.py refuses ----------------------------------------------------------------------------

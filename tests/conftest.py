@@ -10,6 +10,7 @@ import random
 import re
 import runpy
 import shlex
+import shutil
 import signal
 import socket
 import sys
@@ -68,7 +69,7 @@ def execute(script, argv, cwd, env, output):
     os.environ.update(env)
     os.chdir(cwd)
     sys.argv = [script, *argv]
-    sys.path.insert(0, str(ROOT))
+    sys.path.insert(0, os.path.dirname(script) if script.endswith('.py') else str(ROOT))
     try:
         if script.endswith('.py'):
             runpy.run_path(script, run_name='__main__')
@@ -149,6 +150,14 @@ class Run:
             assert text in self.out, f'{text!r} is not in:\n{self.out}'
         assert 'Traceback' not in self.out, self.out
         return self
+
+
+def copy_scripts(home):
+    """Copy all that runs from the repository to the folder home, without its datasets."""
+    for path in ROOT.glob('*.py'):
+        shutil.copy(path, home)
+    for room in ('config', 'data', 'flatgpt', 'posttrain', 'tokenizer'):
+        shutil.copytree(ROOT / room, home / room, ignore=shutil.ignore_patterns('__pycache__', '*.bin', '*.jsonl', '*.txt'))
 
 
 class Folder:
@@ -277,3 +286,32 @@ def folder(tmp_path):
     """An empty working folder with the dataset data/tiny in it."""
     write_dataset(tmp_path / 'data' / 'tiny', encode(make_text(3000)), encode(make_text(333, seed=1)))
     return Folder(tmp_path)
+
+
+@pytest.fixture(scope='module')
+def shared(tmp_path_factory):
+    """A folder for runs that several tests read but none changes."""
+    path = tmp_path_factory.mktemp('shared')
+    write_dataset(path / 'data' / 'tiny', encode(make_text(3000)), encode(make_text(333, seed=1)))
+    return Folder(path)
+
+
+@pytest.fixture(scope='module')
+def finished(shared):
+    """(the folder, the output) of a run of 20 steps with the TINY settings."""
+    return shared, shared.train().ok()
+
+
+@pytest.fixture
+def trained(finished, folder):
+    """A folder of the test's own in which that run has happened."""
+    shutil.copytree(finished[0].path / 'out', folder.path / 'out')
+    return folder
+
+
+def losses(run):
+    """Training losses by step, and (train, val) of evaluations by step, as printed."""
+    steps = {int(n): float(x) for n, x in re.findall(r'^iter (\d+): loss (\S+),', run.out, re.M)}
+    evals = {int(n): (float(a), float(b))
+             for n, a, b in re.findall(r'^step (\d+): train loss (\S+), val loss (\S+)$', run.out, re.M)}
+    return steps, evals

@@ -49,7 +49,7 @@ def test_device_without_a_gpu(no_gpu, monkeypatch):
     with pytest.raises(ValueError, match="device='mps'.*--device=cpu"):
         choose_device('mps')
     for name in ('gpu', '', 'cuda:x', 'CPU 1'):
-        with pytest.raises(ValueError, match="is no device; examples: 'auto', 'cpu'"):
+        with pytest.raises(ValueError, match="is no device; expected one such as 'auto', 'cpu'"):
             choose_device(name)
     monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: True)
     assert choose_device('auto') == choose_device('mps') == MPS
@@ -58,7 +58,7 @@ def test_device_without_a_gpu(no_gpu, monkeypatch):
 def test_device_with_gpus(gpus, monkeypatch):
     assert choose_device('auto') == choose_device('cuda') == torch.device('cuda:0')
     assert choose_device('cuda:1') == torch.device('cuda:1') and choose_device('cpu') == CPU
-    with pytest.raises(ValueError, match='device=cuda:2: there are 2 GPUs'):
+    with pytest.raises(ValueError, match='device=cuda:2: this machine has 2 GPUs'):
         choose_device('cuda:2')
     monkeypatch.setenv('LOCAL_RANK', '1')
     assert choose_device('auto', 1) == choose_device('cuda', 1) == choose_device('cuda:0', 1) == torch.device('cuda:1')
@@ -111,9 +111,6 @@ def test_compile(gpus, monkeypatch):
     assert choose_compile('auto', CUDA, 1e18) == (False, 'Triton does not support this GPU or system')
     monkeypatch.setattr(shutil, 'which', lambda name: None)
     assert choose_compile('auto', CPU, 1e15) == (False, 'no C++ compiler (g++) here')
-    for setting in ('yes', '1', ''):
-        with pytest.raises(ValueError, match=f"compile='{setting}': expected True, False or 'auto'"):
-            choose_compile(setting, CPU, 0)
 
 
 @pytest.mark.skipif(not hasattr(os, 'sched_setaffinity'), reason='this system does not bind processes to cores')
@@ -121,8 +118,8 @@ def test_compile(gpus, monkeypatch):
                                        ({'RANK': '0', 'OMP_NUM_THREADS': '2', 'LOCAL_WORLD_SIZE': '2'}, False)])
 def test_threads_follow_the_cores(env, kept):
     """In a process that torch gave two threads before it was bound to a single core."""
-    code = ('import os, torch, parallel; torch.set_num_threads(2)\n'
-            'os.sched_setaffinity(0, [min(os.sched_getaffinity(0))]); parallel.use_cores()\n'
+    code = ('import os, torch; from flatgpt import runtime; torch.set_num_threads(2)\n'
+            'os.sched_setaffinity(0, [min(os.sched_getaffinity(0))]); runtime.use_cores()\n'
             'print(torch.get_num_threads())')
     clean = {key: value for key, value in os.environ.items() if key not in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS')}
     out = subprocess.run([sys.executable, '-c', code], cwd=ROOT, env={**clean, **env}, capture_output=True, text=True)
@@ -216,7 +213,8 @@ def test_one_of_two_machines_restarts(tmp_path):
     (tmp_path / 'worker.py').write_text(f'''\
 import os, sys, time
 sys.path.insert(0, {str(ROOT)!r})
-import torch, parallel
+import torch
+from flatgpt import parallel
 world = parallel.from_environment()
 parallel.connect(world, torch.device('cpu'), 'auto')
 assert world.sum([1, world.rank]) == [2.0, 1.0]

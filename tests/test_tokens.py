@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tokenizer
-from data import datasets, encode
+from data import datasets, device, encode
 from data import tokens as dataloader
-from data.tokens import even_windows, gather, mix, shuffled, train_windows, whole_windows
+from data.shuffle import mix, shuffled, train_items
+from data.tokens import even_windows, gather, train_windows, whole_windows
 
 seeds = st.integers(0, 2**63 - 1)
 
@@ -143,7 +144,7 @@ def test_gather_by_hand():
 
 def test_gather_names_an_id_beyond_the_vocabulary():
     tokens = np.array([1, 2, 3, 500, 4, 5], dtype=np.uint16)
-    with pytest.raises(ValueError, match='token 3 of the data has id 500, but vocab_size is 500'):
+    with pytest.raises(ValueError, match='token 3 of the data has id 500; expected an id below vocab_size=500'):
         gather(tokens, [0, 1], 3, 500)
     gather(tokens, [0, 1], 3, 501)
 
@@ -285,16 +286,16 @@ def test_tokens_on_a_device_give_the_same_batches(tmp_path_factory, lengths, blo
     folder = tmp_path_factory.mktemp('device')
     write_shards(folder, ids, lengths, dtype=dtype)
     tokens = opened(folder, block_size=block_size)
-    on_device = dataloader.DeviceTokens(tokens, torch.device('cpu'), largest)
+    on_device = device.DeviceTokens(tokens, torch.device('cpu'), largest)
     assert len(on_device) == len(tokens)
     for starts in (train_windows(3, 6, len(ids), block_size, seed), whole_windows(len(ids), block_size)):
         for a, b in zip(gather(tokens, starts, block_size, largest), gather(on_device, starts, block_size, largest),
                         strict=True):
             assert torch.equal(a, b) and a.dtype == b.dtype
     i = int(ids.argmax())
-    with pytest.raises(ValueError, match=f'token {i:,} of the data has id {ids[i]}, but vocab_size is {ids[i]}:'):
-        dataloader.DeviceTokens(tokens, torch.device('cpu'), int(ids[i]))
-    assert not dataloader.fits_on(torch.device('cpu'), [tokens])  # it is there already
+    with pytest.raises(ValueError, match=f'token {i:,} of the data has id {ids[i]}; expected an id below vocab_size={ids[i]}'):
+        device.DeviceTokens(tokens, torch.device('cpu'), int(ids[i]))
+    assert not device.fits_on(torch.device('cpu'), [tokens])  # it is there already
 
 
 def test_tokens_that_fit_on_a_gpu(monkeypatch):
@@ -302,12 +303,12 @@ def test_tokens_that_fit_on_a_gpu(monkeypatch):
     gpu, free = torch.device('cuda', 0), [10**6]
     monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda device: (free[0], 10**12))
     small, large = np.zeros(30_000, dtype=np.uint16), np.broadcast_to(np.uint16(0), 2**29)
-    assert dataloader.fits_on(gpu, [small, dataloader.Shards([small[:10_000], small[:5000]])])
-    assert not dataloader.fits_on(gpu, [small, dataloader.Rows(small, small, 100)])
-    assert not dataloader.fits_on(gpu, [small, small])
+    assert device.fits_on(gpu, [small, dataloader.Shards([small[:10_000], small[:5000]])])
+    assert not device.fits_on(gpu, [small, dataloader.Rows(small, small, 100)])
+    assert not device.fits_on(gpu, [small, small])
     free[0] = 10**12
-    assert dataloader.fits_on(gpu, [small, large[:-30_001]]) and not dataloader.fits_on(gpu, [small, large])
-    assert not dataloader.fits_on(gpu, [small.astype(np.int64)])
+    assert device.fits_on(gpu, [small, large[:-30_001]]) and not device.fits_on(gpu, [small, large])
+    assert not device.fits_on(gpu, [small.astype(np.int64)])
 
 
 def test_a_prepared_dataset_in_shards(tmp_path):

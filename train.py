@@ -24,7 +24,7 @@ import shlex
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from typing import Literal
 
 import torch
@@ -125,26 +125,18 @@ config.update(from_preset)
 globals().update(from_preset)
 
 # rules between settings
-if optimizer == 'muon' and learning_rate == 0:
-    raise UserError('learning_rate=0: expected above 0 with optimizer=muon')
-if decay_lr and min_lr > learning_rate:
-    raise UserError(f'min_lr={min_lr}: expected at most learning_rate={learning_rate}, usually a '
-                    f'tenth of it')
-if decay_lr and lr_decay_iters is not None and lr_decay_iters < warmup_iters:
-    raise UserError(f'lr_decay_iters={lr_decay_iters}: expected at least warmup_iters={warmup_iters}')
-if warmup_iters > max_iters and lr_decay_iters is None and 'warmup_iters' in config.given:
-    raise UserError(f'warmup_iters={warmup_iters}: expected at most max_iters={max_iters}')
+rate_at = optim.schedule(config)  # step -> learning rate
 lora.check_settings(config, init_from, out_dir)
 
 # this process, its device, its data
 world = parallel.from_environment()
 if from_preset:
-    world.print(fit(f'preset {preset}: ' + ', '.join(f'{key}={value!r}' for key, value in from_preset.items()),
-                    indent='  '))
+    listed = ', '.join(f'{key}={value!r}' for key, value in from_preset.items())
+    world.print(fit(f'preset {preset}: {listed}', indent='  '))
 torch_device = runtime.choose_device(device, world.local_rank)
 data_dir = datasets.folder_of(dataset)
 ckpt_path = os.path.join(out_dir, 'ckpt.pt')
-architecture = {field.name: config[field.name] for field in fields(GPTConfig) if field.name in config}
+architecture = {name: config[name] for name in GPTConfig.__dataclass_fields__ if name in config}
 if init_from == 'scratch':
     GPTConfig(**architecture)  # refuses impossible sizes before any data is prepared
 elif init_from not in ('resume', 'auto'):
@@ -175,20 +167,13 @@ def start():
 
 model, state = start()
 text_tokenizer = meta['tokenizer'] or state.get('tokenizer')
-if text_tokenizer is None and init_from in ('scratch', 'resume') and model.config.vocab_size >= 50257:
+if not text_tokenizer and init_from in ('scratch', 'resume') and model.config.vocab_size >= 50257:
     text_tokenizer = {'kind': 'tiktoken', 'name': 'gpt2'}  # nanoGPT's default without meta.pkl
 chat_template = meta['chat_template'] or state.get('chat_template')
 if lora_rank and init_from != 'resume':
     state['lora'] = lora.start(model, config, out_dir)
 adapters = state.get('lora')  # describes them for the checkpoint; None: all weights are trained
-if init_from != 'scratch' and 'block_size' not in config.given:
-    is_long = init_from != 'resume' and model.config.pos == 'rope'  # contexts of 100,000 tokens
-    block_size = min(block_size, model.config.block_size) if is_long else model.config.block_size
-if meta['row'] and 'block_size' not in config.given:
-    block_size = meta['row'] - 1  # conversations are packed for it
-if block_size > model.config.block_size and model.config.pos == 'learned':
-    raise UserError(f'block_size={block_size}: expected at most {model.config.block_size}, the positions of the model '
-                    f'of --init_from={init_from}')
+block_size = pretrained.context_of(model, config, init_from, meta)
 cut = cut_step(config, block_size, world.size)
 
 # device, precision, optimizer
@@ -197,7 +182,6 @@ precision, precision_reason = runtime.choose_dtype(dtype, torch_device)
 autocast = runtime.autocast(precision, torch_device)
 scaler = torch.amp.GradScaler(torch_device.type, enabled=precision == 'float16')
 opt = optim.create(model, config, precision, world)
-rate_at = optim.schedule(config)  # step -> learning rate
 if 'optimizer' in state:
     optim.load_optimizer(opt, state['optimizer'])
 if state.get('scaler'):
@@ -216,22 +200,19 @@ splits = open_splits(data_dir, meta, block_size, torch_device, n_ids)
 batches = Batches(splits['train'], cut, seed, n_ids, torch_device, world)
 
 # one dict of resolved settings, for the screen, config.json and the checkpoint
-used = {'init_from': init_from, 'total_batch_size': cut.tokens, 'batch_size': cut.batch_size,
-        'block_size': block_size, 'device': str(torch_device), 'dtype': precision,
-        'compile': use_compile}
-resolved = {**config, **used}
+resolved = {**config, 'init_from': init_from, 'total_batch_size': cut.tokens, 'block_size': block_size,
+            'batch_size': cut.batch_size, 'device': str(torch_device), 'dtype': precision,
+            'compile': use_compile}
 threads = f' (threads: {torch.get_num_threads()})' if torch_device.type == 'cpu' else ''
 world.print(fit(f'device {torch_device}{threads}, dtype {precision} ({precision_reason}), '
                 f'compile {use_compile} ({compile_reason})', indent='  '))
 trained = [p for p in model.parameters() if p.requires_grad]
-n_trained, n_params = sum(p.numel() for p in trained), model.get_num_params(non_embedding=False)
-share = f', of which {n_trained:,} ({n_trained / n_params:.2%}) are trained' if adapters else ''
-epochs = max_iters * cut.tokens / len(splits['train'])
-world.print(f'{model.get_num_params() / 1e6:.2f}M parameters{share}'
-            + ('' if eval_only else f'; {max_iters} steps, {epochs:.2f} epochs'))
+share = f', {sum(p.numel() for p in trained):,} of them are trained' if adapters else ''
+world.print(f'{model.get_num_params() / 1e6:.2f}M parameters{share}')
 if not eval_only:
-    world.print(f'a step of {cut.tokens:,} tokens = {world.size} process(es) x {cut.micro_steps} '
-                f'micro-batch(es) x {cut.batch_size} x {block_size}')
+    epochs = max_iters * cut.tokens / len(splits['train'])
+    world.print(f'{max_iters} steps, {epochs:.2f} epochs; a step of {cut.tokens:,} tokens = '
+                f'{world.size} process(es) x {cut.micro_steps} micro-batch(es) x {cut.batch_size} x {block_size}')
 
 
 @torch.no_grad()
@@ -249,7 +230,7 @@ def evaluate():
             totals = sum_losses(model, splits[split], starts[world.rank :: world.size], cut, n_ids)
         loss, count = world.sum(totals)
         if split == 'val' and not count:
-            raise UserError(f'{data_dir}: no token of val carries loss; prepare it again with more val')
+            raise UserError(f'{data_dir}: no token of val carries loss; prepare more of it')
         losses[split] = loss / max(1, count)
     model.train()
     return losses
@@ -264,49 +245,33 @@ def state_of_run():
     return {**state, 'lora': adapters} if adapters else state
 
 
-def log(**record):
-    """Append a record to log.jsonl, and send it to wandb."""
-    run.log(**record)
-    if use_wandb:
-        wandb.log(record, step=record['step'])
-
-
 # the folder of the run: an earlier run's files are moved, not overwritten
 same_data = state.get('config', {}).get('dataset', dataset) == dataset
-run = checkpoint.Run(out_dir, resolved, state if init_from == 'resume' else None, world.is_main,
+run = checkpoint.Run(out_dir, resolved, state if init_from == 'resume' else None, world,
                      folder=not eval_only)
 run.best_val_loss = run.best_val_loss if same_data else math.inf
 smaller = {'batch_size': cut.smaller, 'total_batch_size': cut.tokens} if cut.smaller else {}
-run.explain_out_of_memory(smaller, 'One sequence does not fit: lower --block_size, --n_layer or --n_embd')
+run.explain_out_of_memory(smaller, 'One sequence does not fit: lower --block_size or --n_embd')
 state = None  # the loaded tensors are no longer needed
-use_wandb = wandb_log and world.is_main
-if use_wandb:
+if wandb_log and world.is_main:
     import wandb
 
-    wandb.init(project=wandb_project, name=wandb_run_name, config=resolved)
+    run.wandb = wandb.init(project=wandb_project, name=wandb_run_name, config=resolved)
 
 # the training step, compiled if that works here
 step_model = model
 if use_compile:
     world.print('compiling the training step (--compile=False starts at once)')
-    if torch_device.type == 'cpu':  # the blocks share one compilation, five times as fast as the whole
-        for block in model.transformer.h:
-            # fallback_random: ops.Dropout draws one key per call
-            block.compile(dynamic=False, options={'fallback_random': True})
-    else:
-        step_model = torch.compile(model, dynamic=False, fullgraph=True)
 
-    def try_step():
+    def try_step(compiled):
         x, y, _ = batches(run.step)[0][0]
         with autocast:
-            loss = step_model(x, y, return_logits=False)[1]
-        loss.backward()
+            compiled(x, y, return_logits=False)[1].backward()
 
-    if not runtime.compile_or_eager(try_step):
-        step_model = model
+    step_model = runtime.compile_training(model, try_step)
     opt.zero_grad(set_to_none=True)
 if world.size > 1:
-    step_model = DDP(step_model, device_ids=[torch_device.index] if torch_device.type == 'cuda' else None)
+    step_model = DDP(step_model, [torch_device.index] if torch_device.type == 'cuda' else None)
 
 # the loop -----------------------------------------------------------------------------------------
 bar = tqdm(total=max_iters, initial=run.step, unit='step', dynamic_ncols=True, smoothing=0.05,
@@ -317,7 +282,7 @@ next_batch = prefetch.submit(batches, run.step)
 unread = []  # (step, rate, loss and norm) of the steps whose numbers are still on the GPU
 # the garbage collector would pause a step to visit torch's objects: it runs at evaluations instead
 if use_compile:
-    gc.collect()  # what compiling left
+    gc.collect()
 gc.freeze()
 gc.disable()
 logged_step, logged_time = run.step, run.train_time
@@ -335,8 +300,8 @@ while True:
         if eval_only:
             break
         if world.is_main and math.isfinite(losses['val']):
-            log(step=run.step, train_loss=losses['train'], val_loss=losses['val'],
-                train_time=round(run.train_time, 3))
+            run.log(step=run.step, train_loss=losses['train'], val_loss=losses['val'],
+                    train_time=round(run.train_time, 3))
         run.evaluated(losses['val'], state_of_run, always_save_checkpoint)
         if patience and run.evals_since_best >= patience:
             run.stop_reason = f'val loss has not improved for {patience} evaluations'
@@ -349,7 +314,8 @@ while True:
     lr = rate_at(run.step)
     for group in opt.param_groups:
         group['lr'] = lr * group['lr_scale']
-    (micro_batches, n_targets), next_batch = next_batch.result(), prefetch.submit(batches, run.step + 1)
+    micro_batches, n_targets = next_batch.result()
+    next_batch = prefetch.submit(batches, run.step + 1)
     loss_sum = torch.zeros((), device=torch_device)
     for micro_step, (x, y, share) in enumerate(micro_batches):
         if world.size > 1:  # average gradients over the processes once, with the last micro-batch
@@ -371,14 +337,14 @@ while True:
     while len(unread) > bool(keeps_one):
         step, step_lr, numbers = unread.pop(0)
         loss, norm = numbers()
-        loss, stop_requests = world.sum([loss / world.size, run.stop_reason is not None])
+        loss, stop_requests = world.sum([loss / world.size, run.requested is not None])
         if not math.isfinite(loss) or (not math.isfinite(norm) and not scaler.is_enabled()):
             rates = '--muon_lr and --learning_rate' if optimizer == 'muon' else '--learning_rate'
             run.stop_not_finite(
                 f'loss is {loss}, norm of the gradient {norm} (learning rate {step_lr:.3g})',
                 f'Try a lower {rates}, a longer warmup, or --dtype=float32')
         if stop_requests:
-            run.stop_reason = run.stop_reason or 'stopped by SIGTERM'  # another process's signal
+            run.stop_reason = run.requested or 'stopped by SIGTERM'  # another process's
         records.append({'step': step, 'loss': loss, 'lr': step_lr, 'grad_norm': norm})
     if n_targets:  # a batch of conversations can have none, and weight decay alone is no step
         scaler.step(opt)
@@ -396,18 +362,19 @@ while True:
              or record['step'] == max_iters - 1]
     if world.is_main and shown:
         done = records[-1]['step'] + 1
-        dt = (run.train_time - logged_time) / (done - logged_step)  # seconds per step since the last line
+        dt = (run.train_time - logged_time) / (done - logged_step)  # seconds per step since then
         logged_step, logged_time = done, run.train_time
         tokens_per_s = cut.tokens / dt
         mfu = flops.mfu_of(model, cut.tokens / world.size / model.config.block_size, dt)
         shown_mfu = 'n/a' if mfu is None else f'{mfu:.1%}'
         left = f', {tqdm.format_interval((max_iters - done) * dt)} left' if bar.disable else ''
-        bar.set_postfix_str(f'loss {shown[-1]["loss"]:.3f}, {tokens_per_s:,.0f} tok/s', refresh=False)
+        bar.set_postfix_str(f'loss {shown[-1]["loss"]:.3f}', refresh=False)
         for record in shown:
-            bar.write(f'iter {record["step"]}: loss {record["loss"]:.4f}, time {dt * 1e3:.2f}ms, mfu '
-                      f'{shown_mfu}, norm {record["grad_norm"]:.2f}, {tokens_per_s / 1e3:.1f}k tok/s{left}')
-            log(**record, ms=round(dt * 1e3, 3), mfu=mfu, tokens_per_s=round(tokens_per_s),
-                tokens=(record['step'] + 1) * cut.tokens, train_time=round(run.train_time, 3))
+            bar.write(f'iter {record["step"]}: loss {record["loss"]:.4f}, time {dt * 1e3:.2f}ms, '
+                      f'mfu {shown_mfu}, norm {record["grad_norm"]:.2f}, '
+                      f'{tokens_per_s / 1e3:.1f}k tok/s{left}')
+            run.log(**record, ms=round(dt * 1e3, 3), mfu=mfu, tokens_per_s=round(tokens_per_s),
+                    tokens=(record['step'] + 1) * cut.tokens, train_time=round(run.train_time, 3))
 
 # the end ------------------------------------------------------------------------------------------
 bar.close()
@@ -430,7 +397,7 @@ if world.is_main and is_complete:
     prompt = [f'--start={sample_prompt}'] if sample_prompt.strip() else []
     if run.saved_step:
         print('sample from it:\n  ' + shlex.join(['python', 'sample.py', f'--out_dir={out_dir}', *prompt]))
-if use_wandb:
-    wandb.finish()
+if run.wandb:
+    run.wandb.finish()
 if not eval_only:
     run.check_saved()

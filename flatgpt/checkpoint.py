@@ -201,37 +201,40 @@ class Run:
 
     step: updates done; saved_step: that of ckpt.pt; train_time: seconds without evaluations.
     They continue from `state`, the checkpoint that the run resumes. From its construction on,
-    SIGINT and SIGTERM only set stop_reason, which the loop obeys between two steps; a second
-    Ctrl-C, more than a second later, stops at once. is_main: False in the processes that write
-    nothing. folder: False writes nothing at all.
+    SIGINT and SIGTERM only set `requested`; a second Ctrl-C, more than a second later, stops at
+    once. The loop obeys stop_reason between two steps. A single process takes it from `requested`;
+    several must agree on it first. folder: False writes nothing.
     """
 
-    def __init__(self, out_dir, settings, state=None, is_main=True, folder=True):
-        state = state or {'version': None}
-        self.out_dir, self.settings, self.is_main, self.say = out_dir, settings, is_main, print
+    def __init__(self, out_dir, settings, state=None, world=None, folder=True):
+        state, self.world = state or {'version': None}, world or parallel.World()
+        self.out_dir, self.settings, self.say, self.wandb = out_dir, settings, print, None
         self.path = os.path.join(out_dir, 'ckpt.pt')
         self.step = self.start = self.saved_step = self.tried_step = state.get('iter_num', 0)
         self.best_val_loss = float(state.get('best_val_loss', math.inf))
         self.evals_since_best = state.get('evals_since_best', 0)
         self.train_time = state.get('train_time', 0.0)
-        if is_main and folder:
+        if self.world.is_main and folder:
             moved_to = open_folder(out_dir, settings, self.step, state.get('version', 0))
             if moved_to:
                 print(f'{out_dir} held an earlier run; it is now in {moved_to}')
-        self.stop_reason, self.signal_time = None, 0.0
+        self.stop_reason = self.requested = None
+        self.signal_time = 0.0
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
 
     def on_signal(self, number, frame):
         """Ask the run to stop after this step."""
-        is_second = self.stop_reason == 'stopped by SIGINT' and time.monotonic() > self.signal_time + 1
-        if number == signal.SIGINT and is_second:
+        waited = time.monotonic() - self.signal_time
+        if number == signal.SIGINT and self.requested == 'stopped by SIGINT' and waited > 1:
             raise KeyboardInterrupt
-        if self.is_main and number == signal.SIGINT and self.stop_reason is None:
+        if self.world.is_main and number == signal.SIGINT and self.requested is None:
             with suppress(OSError):  # print may be what the signal interrupts
                 os.write(2, b'\nfinishing this step, then saving; Ctrl-C again stops at once\n')
-        self.stop_reason = f'stopped by {signal.Signals(number).name}'
+        self.requested = f'stopped by {signal.Signals(number).name}'
         self.signal_time = time.monotonic()
+        if self.world.size == 1:
+            self.stop_reason = self.requested
 
     def is_due(self, interval, last, first=True):
         """Return whether to evaluate before this step, or at the end, step `last`."""
@@ -249,6 +252,8 @@ class Run:
             with suppress(OSError):
                 os.truncate(path, size)  # the half line that still found room
             self.say(f'WARNING: {path} lacks the line of step {record["step"]}: {error}')
+        if self.wandb:
+            self.wandb.log(record, step=record['step'])
 
     def evaluated(self, val_loss, state_of, always_save=True):
         """
@@ -269,7 +274,7 @@ class Run:
     def save(self, state_of, is_best=False):
         """Write ckpt.pt; -> whether that worked. A full disk prints a warning and stops nothing."""
         self.tried_step = self.step
-        if self.is_main:
+        if self.world.is_main:
             state = {**state_of(), 'iter_num': self.step, 'best_val_loss': self.best_val_loss,
                      'evals_since_best': self.evals_since_best, 'train_time': self.train_time,
                      'config': dict(self.settings)}
@@ -287,7 +292,7 @@ class Run:
         """Save what is not saved; -> whether the run is complete, or print how to continue it."""
         if self.tried_step < self.step:
             self.save(state_of)
-        if self.is_main and self.stop_reason:
+        if self.world.is_main and self.stop_reason:
             print(f'{self.stop_reason} after step {self.step}. To go on:\n'
                   f'  {self.command(init_from="resume")}')
         return not self.stop_reason

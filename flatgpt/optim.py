@@ -12,6 +12,8 @@ import torch.distributed as dist
 
 from configurator import UserError
 
+from configurator import UserError
+
 
 def create(model, config, precision, world):
     """
@@ -193,12 +195,24 @@ def crop_moments(optimizer, model, n):
 
 
 def schedule(config):
-    """Return the learning rate as a function of the step, from the settings of train.py."""
+    """
+    Return the learning rate as a function of the step, from the settings of train.py.
+
+    Raises UserError for rates that would rise where they should fall, or never reach their highest.
+    """
+    learning_rate, min_lr, warmup_iters = (config[name] for name in ('learning_rate', 'min_lr', 'warmup_iters'))
+    if config['optimizer'] == 'muon' and learning_rate == 0:
+        raise UserError('learning_rate=0: expected above 0 with optimizer=muon')
     if not config['decay_lr']:
-        return lambda step: config['learning_rate']
+        return lambda step: learning_rate
     end = config['max_iters'] if config['lr_decay_iters'] is None else config['lr_decay_iters']
-    rates = Schedule(config['learning_rate'], config['warmup_iters'], end, config['min_lr'], config['decay_fraction'])
-    return getattr(rates, config['lr_schedule'])
+    if min_lr > learning_rate:
+        raise UserError(f'min_lr={min_lr}: expected at most learning_rate={learning_rate}, usually a tenth of it')
+    if config['lr_decay_iters'] is not None and end < warmup_iters:
+        raise UserError(f'lr_decay_iters={end}: expected at least warmup_iters={warmup_iters}')
+    if config['lr_decay_iters'] is None and end < warmup_iters and 'warmup_iters' in config.given:
+        raise UserError(f'warmup_iters={warmup_iters}: expected at most max_iters={end}')
+    return getattr(Schedule(learning_rate, warmup_iters, end, min_lr, config['decay_fraction']), config['lr_schedule'])
 
 
 @dataclass

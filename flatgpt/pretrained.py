@@ -98,6 +98,26 @@ def check_source(init_from):
                         f"folder in Hugging Face's layout, or a hub id, owner/name")
 
 
+def context_of(model, config, init_from, meta):
+    """
+    Return the block_size of a run: the setting if it was given, else what model and data imply.
+
+    Raises UserError if the model has fewer positions.
+    """
+    block_size = config['block_size']
+    if 'block_size' not in config.given:
+        if meta['row']:
+            block_size = meta['row'] - 1  # conversations are packed for it
+        elif init_from == 'resume' or (init_from != 'scratch' and model.config.pos == 'learned'):
+            block_size = model.config.block_size
+        else:  # with RoPE a context may have 100,000 positions
+            block_size = min(block_size, model.config.block_size)
+    if block_size > model.config.block_size and model.config.pos == 'learned':
+        raise UserError(f'block_size={block_size}: expected at most {model.config.block_size}, the positions of the '
+                        f'model of --init_from={init_from}')
+    return block_size
+
+
 # What train.py refuses ----------------------------------------------------------------------------
 
 

@@ -166,6 +166,22 @@ def compile_or_eager(try_step):
     return True
 
 
+def compile_training(model, try_step):
+    """
+    Compile a model for training; -> the module to call: compiled, or the model where that fails.
+
+    try_step: function of that module that takes a first step. On the CPU the blocks share one
+    compilation, which takes a fifth of the whole model's; ops.Dropout needs fallback_random there.
+    """
+    if model.lm_head.weight.device.type == 'cpu':
+        compiled = model
+        for block in model.transformer.h:
+            block.compile(dynamic=False, options={'fallback_random': True})
+    else:
+        compiled = torch.compile(model, dynamic=False, fullgraph=True)
+    return compiled if compile_or_eager(lambda: try_step(compiled)) else model
+
+
 def read_later(values):
     """Start to copy a tensor to the CPU; -> function that waits for it and returns its numbers."""
     if values.device.type != 'cuda':

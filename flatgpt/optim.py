@@ -12,8 +12,6 @@ import torch.distributed as dist
 
 from configurator import UserError
 
-from configurator import UserError
-
 
 def create(model, config, precision, world):
     """

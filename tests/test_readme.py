@@ -56,14 +56,13 @@ RUN = {
     'python -m flatgpt.export --out_dir=out-llama --out=my-gpt': '',
     'python -m flatgpt.export --out_dir=out-llama --out=my-gpt *': '--out=my-gpt-in-bf16',
     'python sample.py --init_from=my-gpt *': SAMPLE,
-    # finetune
-    'python data/chat/prepare.py --input=talks.jsonl *': '--block_size=64 --val_fraction=0.5',
-    'python train.py config/sft.py *': TUNE,
-    'python -m posttrain.chat --out_dir=out-sft': SAMPLE.replace('--num_samples=1', ''),
     # an assistant
     'python data/tiny_chat/prepare.py*': '--conversations=60 --pairs=200 --documents=100',
     'python data/text/prepare.py --input=data/tiny_chat/corpus.jsonl *': '',
     'python train.py config/tiny_web.py': TRAIN.replace('--block_size=64', ''),
+    'python data/chat/prepare.py --input=talks.jsonl *': '--block_size=64 --val_fraction=0.5',
+    'python train.py config/sft.py *': TUNE,
+    'python -m posttrain.chat --out_dir=out-sft': SAMPLE.replace('--num_samples=1', ''),
     'python train.py config/sft_tiny_chat.py': TUNE,
     'python -m posttrain.reward config/reward_tiny_chat.py': f'{ALIGN} --batch_size=4',
     'python -m posttrain.rl config/grpo_tiny_chat.py': f'{ALIGN} --prompts_per_step=2 --group_size=2 '
@@ -123,7 +122,7 @@ FILES = {
                                                     {'role': 'assistant', 'content': make_text(9, seed)}]}) + '\n'
                            for seed in range(8)),
 }
-LINKS = {'out-base': 'out-quickstart', 'FOLDER': 'out-quickstart'}  # models that the reader has
+LINKS = {'out-base': 'out-tiny-web', 'FOLDER': 'out-tiny-web'}  # models that the reader has
 PROGRAMS = r'(python (-m )?[\w/]|torchrun |pytest|pip |bash |hf )'
 PLACEHOLDER = r'[A-Z]{2}'  # FILE, data/NAME: the reader's own
 

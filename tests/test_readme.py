@@ -17,16 +17,16 @@ from conftest import ROOT, make_text
 
 import configurator
 
-READMES = sorted(path.relative_to(ROOT).as_posix() for pattern in ('README.md', '[!.]*/README.md', 'data/*/README.md')
+READMES = sorted(path.relative_to(ROOT).as_posix()
+                 for pattern in ('README.md', '[!.]*/README.md', 'data/*/README.md')
                  for path in ROOT.glob(pattern))
 
-# How each command is checked. A key is a whole command, or with * at its end the beginning of one. A command belongs
-# to its longest key.
+# How each command is checked. A key is a whole command, or with * at its end the beginning of one.
+# A command belongs to its longest key.
 # RUN: test_commands_run runs them in this order; the value is added to make them small.
-TRAIN = ('--n_layer=1 --n_head=2 --n_embd=16 --block_size=64 --batch_size=16 --max_iters=2 --eval_interval=2 '
-         '--eval_iters=1 --warmup_iters=1 --lr_decay_iters=2 --device=cpu --dtype=float32 --compile=False')
-TUNE = ('--batch_size=2 --max_iters=2 --eval_interval=2 --eval_iters=1 --warmup_iters=1 --lr_decay_iters=2 '
-        '--device=cpu --dtype=float32 --compile=False')
+TUNE = ('--batch_size=2 --max_iters=2 --eval_interval=2 --eval_iters=1 --warmup_iters=1 '
+        '--lr_decay_iters=2 --device=cpu --dtype=float32 --compile=False')
+TRAIN = f'{TUNE} --n_layer=1 --n_head=2 --n_embd=16 --block_size=64 --batch_size=16'
 ALIGN = '--max_iters=1 --eval_interval=1 --micro_batch_size=2 --device=cpu --dtype=float32'
 SAMPLE = '--num_samples=1 --max_new_tokens=16 --device=cpu --compile=False'
 RUN = {
@@ -65,12 +65,14 @@ RUN = {
     'python -m posttrain.chat --out_dir=out-sft': SAMPLE.replace('--num_samples=1', ''),
     'python train.py config/sft_tiny_chat.py': TUNE,
     'python -m posttrain.reward config/reward_tiny_chat.py': f'{ALIGN} --batch_size=4',
-    'python -m posttrain.rl config/grpo_tiny_chat.py': f'{ALIGN} --prompts_per_step=2 --group_size=2 '
-                                                       '--minibatch_size=4 --eval_examples=7 --max_new_tokens=8',
+    'python -m posttrain.rl config/grpo_tiny_chat.py':
+        f'{ALIGN} --prompts_per_step=2 --group_size=2 --minibatch_size=4 --eval_examples=7 '
+        '--max_new_tokens=8',
     'python -m posttrain.dpo --init_from=out-sft-tiny-chat *': f'{ALIGN} --minibatch_size=4',
-    'python eval.py --out_dir=out-sft-tiny-chat --task=tiny_chat': '--n=7 --max_new_tokens=8 --device=cpu',
+    'python eval.py --out_dir=out-sft-tiny-chat --task=tiny_chat':
+        '--n=7 --max_new_tokens=8 --device=cpu',
 }
-# TESTED: the value is the test, or its file, that runs the command or the same program with other settings.
+# TESTED: the value is the test, or its file, that runs the command with other settings.
 TESTED = {
     'pip install -c constraints.txt -e *': 'test_extras_exist',
     "pip install -e '*": 'test_extras_exist',
@@ -88,8 +90,8 @@ TESTED = {
     'python -m bench.scaling': 'test_scaling_along_the_batch',
     'python -m bench.generate *': 'test_generate',
     **{f'python -m lab.{name}*': f'test_lab_{name}.py' for name in (
-        'addition', 'baby_gpt', 'bigram_to_gpt', 'emergence', 'finetune', 'flops', 'look_inside', 'scaling_laws',
-        'state_of_gpt', 'thinking')},
+        'addition', 'baby_gpt', 'bigram_to_gpt', 'emergence', 'finetune', 'flops', 'look_inside',
+        'scaling_laws', 'state_of_gpt', 'thinking')},
 }
 # NOT_RUN: the reason.
 NOT_RUN = {
@@ -106,21 +108,26 @@ NOT_RUN = {
     'torchrun --standalone --nproc_per_node=8 *': '8 GPUs',
     'torchrun --nproc_per_node=8 *': '16 GPUs',
     **{f'python -m bench.{name}*': 'minutes' for name in (
-        'attention', 'kill', 'prepare', 'rollout', 'round_trip', 'small_cpu', 'start', 'tokenizer')},
+        'attention', 'kill', 'prepare', 'rollout', 'round_trip', 'small_cpu', 'start',
+        'tokenizer')},
 }
-ENGLISH = ('The lamp of the harbour was lit every evening by a man who lived alone with his dog. He knew all of the '
-           'ships that came into the bay, and when one of them was late he would stand at the window until he saw '
-           'it. On the night of the great storm three boats did not return, and the people of the village came to '
-           'his door to ask what could be done. He told them that the light would burn until morning.\n')
+ENGLISH = (
+    'The lamp of the harbour was lit every evening by a man who lived alone with his dog. He knew '
+    'all of the ships that came into the bay, and when one of them was late he would stand at the '
+    'window until he saw it. On the night of the great storm three boats did not return, and the '
+    'people of the village came to his door to ask what could be done. He told them that the light '
+    'would burn until morning.\n')
+TALKS = [[{'role': 'user', 'content': f'{number} cats?'},
+          {'role': 'assistant', 'content': 'they sat'}] for number in range(8)]
 FILES = {
-    'book.txt': make_text(3000), 'prompt.txt': 'the cat', 'README.md': '# A text\n' + make_text(1000),
-    'novels/one.txt': make_text(3000), 'novels/two.txt': make_text(3000, seed=1), 'notes/note.md': make_text(3000),
+    'book.txt': make_text(3000), 'prompt.txt': 'the cat', 'README.md': ENGLISH,
+    'novels/one.txt': make_text(3000), 'novels/two.txt': make_text(3000, seed=1),
+    'notes/note.md': make_text(3000),
     'posts.jsonl': ''.join(json.dumps({'body': make_text(90, seed)}) + '\n' for seed in range(30)),
-    'crawl.jsonl': ''.join(json.dumps({'text': text}) + '\n' for text in (ENGLISH, ENGLISH, make_text(900))),
+    'crawl.jsonl': ''.join(json.dumps({'text': text}) + '\n'
+                           for text in (ENGLISH, ENGLISH, make_text(900))),
     'prompts.jsonl': '{"prompt": "the cat"}\n{"ids": [65, 66]}\n',
-    'talks.jsonl': ''.join(json.dumps({'messages': [{'role': 'user', 'content': 'the cat?'},
-                                                    {'role': 'assistant', 'content': make_text(9, seed)}]}) + '\n'
-                           for seed in range(8)),
+    'talks.jsonl': ''.join(json.dumps({'messages': messages}) + '\n' for messages in TALKS),
 }
 LINKS = {'out-base': 'out-tiny-web', 'FOLDER': 'out-tiny-web'}  # models that the reader has
 PROGRAMS = r'(python (-m )?[\w/]|torchrun |pytest|pip |bash |hf )'
@@ -152,7 +159,8 @@ def program_of(command):
     """Return (file, arguments) of a command that runs Python or bash, ('', []) of another one."""
     words = [word for word in shlex.split(command) if not re.match(r'[A-Z_]+=', word)]
     if words[0] == 'torchrun':
-        words = words[next(i for i, word in enumerate(words) if word == '-m' or word.endswith('.py')) - 1:]
+        start = next(i for i, word in enumerate(words) if word == '-m' or word.endswith('.py'))
+        words = ['torchrun', *words[start:]]
     elif words[0] not in ('python', 'bash'):
         return '', []
     if words[1] != '-m':
@@ -167,8 +175,9 @@ def options_of(path, subcommand=''):
     source = (ROOT / path).read_text(encoding='utf-8')
     if 'override(globals())' in source:
         return set(configurator.read_page(source))
-    before, sys.argv, output = (sys.argv, sys.path[:]), [path, *subcommand.split(), '--help'], io.StringIO()
+    before, output = (sys.argv, sys.path[:]), io.StringIO()
     try:
+        sys.argv = [path, *subcommand.split(), '--help']
         with contextlib.redirect_stdout(output), pytest.raises(SystemExit):
             runpy.run_path(str(ROOT / path), run_name='__main__')
     finally:
@@ -181,13 +190,16 @@ def test_commands_exist(readme):
     """Scripts, modules, config files and settings."""
     for command in commands_of(readme):
         path, arguments = program_of(command)
-        if not path or re.search(PLACEHOLDER, path) or NOT_RUN.get(key_of(command)) == 'other software':
+        is_ours = NOT_RUN.get(key_of(command)) != 'other software'
+        if not path or not is_ours or re.search(PLACEHOLDER, path):
             continue
         words = [word for word in arguments if not word.startswith('-')]
-        for file in [path, *(word for word in words if word.endswith('.py') and not re.search(PLACEHOLDER, word))]:
+        named = [word for word in words if word.endswith('.py')]
+        for file in [path, *(word for word in named if not re.search(PLACEHOLDER, word))]:
             assert (ROOT / file).is_file(), f'{readme}: {command}: no file {file}'
-        names = {word[2:].partition('=')[0] for word in arguments if word.startswith('--')} - {'help'}
-        unknown = names and names - options_of(path, words[0] if words and '.' not in words[0] else '')
+        names = {word[2:].partition('=')[0] for word in arguments if word.startswith('--')}
+        subcommand = words[0] if words and '.' not in words[0] else ''
+        unknown = names and names - {'help'} - options_of(path, subcommand)
         assert not unknown, f'{readme}: {command}: {path} has no {unknown}'
 
 
@@ -206,25 +218,36 @@ def test_tables_hold_nothing_else():
     """No key is in two tables or without a command, and each test of TESTED exists."""
     keys = [*RUN, *TESTED, *NOT_RUN]
     assert len(keys) == len(set(keys))
-    assert set(keys) - {key_of(command) for readme in READMES for command in commands_of(readme)} == set()
-    sources = {path.name: path.read_text(encoding='utf-8') for path in (ROOT / 'tests').glob('*.py')}
-    tests = {name for source in sources.values() for name in re.findall(r'^def (test_\w+)', source, re.M)}
-    assert set(TESTED.values()) - tests - set(sources) == set()
+    used = {key_of(command) for readme in READMES for command in commands_of(readme)}
+    assert set(keys) - used == set()
+    tests = set()
+    for path in (ROOT / 'tests').glob('*.py'):
+        source = path.read_text(encoding='utf-8')
+        tests |= {path.name, *re.findall(r'^def (test_\w+)', source, re.M)}
+    assert set(TESTED.values()) - tests == set()
+
+
+@pytest.mark.parametrize('readme', READMES)
+def test_links_exist(readme):
+    text = (ROOT / readme).read_text(encoding='utf-8')
+    for link in re.findall(r'\]\(([^)#:\s]+)(?:#[^)]*)?\)', text):
+        assert (ROOT / readme).parent.joinpath(link).exists(), f'{readme}: no {link}'
 
 
 def test_extras_exist():
     project = (ROOT / 'pyproject.toml').read_text(encoding='utf-8')
     for readme in READMES:
         for extra in re.findall(r"'\.\[(\w+)\]'", (ROOT / readme).read_text(encoding='utf-8')):
-            assert re.search(rf'^{extra} = \[', project, re.M), f'{readme}: no extra {extra} in pyproject.toml'
+            assert re.search(rf'^{extra} = \[', project, re.M), f'{readme}: no extra {extra}'
 
 
 @pytest.mark.slow
 def test_commands_run(tmp_path):
-    """Every command of RUN, by bash, in a copy of the repository and with the settings that make it small."""
-    for name in subprocess.run(['git', 'ls-files', '-co', '--exclude-standard'], cwd=ROOT, capture_output=True,
-                               text=True, check=True).stdout.splitlines():
-        if (ROOT / name).is_file() and not name.startswith(('tests/', 'bench/results/', 'lab/pictures/')):
+    """Each command of RUN, by bash in a copy of the repository, made small by its settings."""
+    listed = subprocess.run(['git', 'ls-files', '-co', '--exclude-standard'], cwd=ROOT,
+                            capture_output=True, text=True, check=True)
+    for name in listed.stdout.splitlines():
+        if (ROOT / name).is_file() and not name.startswith(('tests/', 'bench/results/')):
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, tmp_path / name)
     for name, text in FILES.items():
@@ -239,8 +262,9 @@ def test_commands_run(tmp_path):
     for key, settings in RUN.items():
         for command in commands:
             if key_of(command) == key:
-                done = subprocess.run(['bash', '-c', f'{command} {settings}'], cwd=tmp_path, env=env, text=True,
-                                      stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+                done = subprocess.run(
+                    ['bash', '-c', f'{command} {settings}'], cwd=tmp_path, env=env, text=True,
+                    stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
                 if done.returncode:
                     failures.append(f'{command} {settings}\n{done.stdout}')
     assert not failures, '\n\n'.join(failures)

@@ -5,7 +5,7 @@ Finetune GPT-2 XL on Shakespeare.
     $ python train.py config/finetune_shakespeare.py
     $ python sample.py --out_dir=out-shakespeare
 
-Takes a few minutes on one GPU with 40 GB. On a smaller one add --init_from=gpt2-medium or
+It takes a few minutes on one GPU with 40 GB. On a smaller one add --init_from=gpt2-medium or
 --init_from=gpt2.
 """
 

@@ -4,9 +4,9 @@ Finetune the base model of config/tiny_web.py with LoRA, on the data of config/s
     $ python train.py config/lora_tiny_chat.py
     $ python eval.py --out_dir=out-lora-tiny-chat --task=tiny_chat
 
-The base weights stay frozen. Adapters beside attention and the head learn: 1.4% as many parameters.
-Two cores of an AMD EPYC take 0.12 to 0.3 s per step, 2 to 4 minutes, to a val loss of 0.05;
-finetuning all weights reaches 0.025.
+The base weights stay frozen. Adapters beside attention and the head learn; they have 1.4% as many
+parameters. Two cores of an AMD EPYC take 0.12 to 0.3 s per step, 2 to 4 minutes, to a val loss of
+0.05; finetuning all weights reaches 0.025.
 """
 
 out_dir = 'out-lora-tiny-chat'

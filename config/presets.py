@@ -1,13 +1,15 @@
 """
 Name sets of train.py's settings, for --preset=NAME. A setting that is given wins over the preset.
 
-gpt2: train.py's defaults. llama: "LLaMA", Touvron et al. 2023. modern: the recipe that learns
-fastest here, after the GPT-2 speedruns (github.com/KellerJordan/modded-nanogpt): Muon, small
-batches, a rate that falls linearly over most of the run. The speedruns also have mlp='relu2' and
-zero_init=True, which help at 124M parameters and not at 1M (bench/results/2026-11-21-recipes.md).
+gpt2 keeps train.py's defaults. llama is the architecture of "LLaMA" (Touvron et al. 2023). modern
+learns fastest here. It follows the GPT-2 speedruns (github.com/KellerJordan/modded-nanogpt): Muon,
+small batches, and a rate that falls linearly over most of the run. The speedruns also set
+mlp='relu2' and zero_init=True, which help at 124M parameters and not at 1M
+(bench/results/2026-11-21-recipes.md).
 
-Two pairs of runs, 0.8M parameters and 800 steps: beta1=0.8 gained 0.009 and 0.012 nats over 0.9.
-muon_lr=0.03 gained nothing, nor did twice the other rates (bench/results/2026-11-21-modern.md).
+In two pairs of runs, with 0.8M parameters and 800 steps, beta1=0.8 gained 0.009 and 0.012 nats over
+0.9. muon_lr=0.03 gained nothing, nor did doubling the other rates
+(bench/results/2026-11-21-modern.md).
 """
 
 LLAMA = {'norm': 'rmsnorm', 'pos': 'rope', 'mlp': 'swiglu', 'bias': False, 'tie_embeddings': False}

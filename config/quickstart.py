@@ -3,9 +3,9 @@ Train a byte-level GPT on the source code of Python's standard library.
 
     $ python train.py config/quickstart.py
 
-Needs no network: every machine has this text. 1.9M parameters. 1,000 steps take two and a half
-minutes on two cores of an AMD EPYC, to a val loss of 1.18 nats per byte. The sample printed at the
-end has the form of Python, but not its sense. --max_iters=2000 takes twice the time.
+It needs no network: every machine has this text. The model has 1.9M parameters. 1,000 steps take
+two and a half minutes on two cores of an AMD EPYC and reach a val loss of 1.18 nats per byte. The
+sample at the end has the form of Python, but not its sense. --max_iters=2000 takes twice the time.
 """
 
 out_dir = 'out-quickstart'

@@ -3,9 +3,9 @@ Train a character-level GPT on Shakespeare in a minute and a half on two CPU cor
 
     $ python train.py config/shakespeare_cpu.py
 
-0.8M parameters, the size and context of nanoGPT's CPU command. Two cores of an AMD EPYC without AMX
-take 70 s for the steps and 81 s in all, to a val loss of 1.518. nanoGPT's command takes 90 s there,
-to 1.898. The next command passes 1.898 as early as possible, after 6 s of steps:
+The model has 0.8M parameters and the context of nanoGPT's CPU command. On two cores of an AMD EPYC
+without AMX the steps take 70 s, and all of it 81 s, to a val loss of 1.518. nanoGPT's command takes
+90 s there, to 1.898. The next command passes 1.898 as early as possible, after 6 s of steps:
 
     $ python train.py config/shakespeare_cpu.py --batch_size=24 --max_iters=115 \\
         --eval_interval=115 --compile=True --muon_lr=0.03 --embedding_lr=0.03 \\

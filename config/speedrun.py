@@ -5,8 +5,9 @@ Train a 124M model on 2 billion tokens of FineWeb-Edu, after GPT-2's speedruns.
     $ python train.py config/speedrun.py
     $ torchrun --standalone --nproc_per_node=8 train.py config/speedrun.py
 
-Not run yet. It costs 1.6e18 FLOPs, an hour of one H100 at 45% of its peak. The speedruns
-(github.com/KellerJordan/modded-nanogpt) reached a loss of 3.28 on FineWeb after these tokens:
+This recipe has not been run yet. It costs 1.6e18 FLOPs, an hour of one H100 at 45% of its peak. The
+speedruns (github.com/KellerJordan/modded-nanogpt) reached a loss of 3.28 on FineWeb after these
+tokens:
 
     10 billion   AdamW (llm.c's run)
     3.3 billion  RoPE and Muon

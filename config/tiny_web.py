@@ -7,9 +7,9 @@ Pretrain the base model of data/tiny_chat on texts about sums, words and small t
     $ python train.py config/tiny_web.py
     $ python eval.py --out_dir=out-tiny-web --task=tiny_chat --shots=4 --max_new_tokens=40
 
-2.0M parameters over bytes. Two cores of an AMD EPYC take 0.18 to 0.3 s per step, 3 to 6 minutes, to
-a val loss of 0.43. With four examples in the prompt it answers a third of the questions correctly.
-It has never seen a conversation; config/sft_tiny_chat.py comes next.
+The model has 2.0M parameters and reads bytes. Two cores of an AMD EPYC take 0.18 to 0.3 s per step,
+3 to 6 minutes, to a val loss of 0.43. With four examples in the prompt it answers a third of the
+questions correctly. It has never seen a conversation; config/sft_tiny_chat.py comes next.
 """
 
 out_dir = 'out-tiny-web'

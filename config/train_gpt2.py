@@ -5,9 +5,9 @@ Train a model of GPT-2's size (124M) on 10 billion tokens of OpenWebText or Fine
     $ torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
     $ python train.py config/train_gpt2.py --dataset=fineweb_edu --wandb_log=True
 
-Not run yet. It costs 8.5e18 FLOPs: at 45% of their peak two hours on 8 A100, or five and a half on
-one H100. The last command computes the same steps on one GPU. config/gpt2_classic.py has nanoGPT's
-settings; config/speedrun.py takes a fifth of these tokens.
+This recipe has not been run yet. It costs 8.5e18 FLOPs. At 45% of their peak that takes two hours
+on 8 A100, or five and a half on one H100. The last command computes the same steps on one GPU.
+config/gpt2_classic.py has nanoGPT's settings; config/speedrun.py takes a fifth of these tokens.
 """
 
 out_dir = 'out'

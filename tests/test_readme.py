@@ -1,5 +1,6 @@
 """The commands of the READMEs name what exists, and each is run by a test or listed as not run."""
 
+import ast
 import contextlib
 import io
 import json
@@ -15,11 +16,14 @@ from functools import cache
 import pytest
 from conftest import ROOT, make_text
 
-import configurator
+from configurator import read_page
 
 READMES = sorted(path.relative_to(ROOT).as_posix()
                  for pattern in ('README.md', '[!.]*/README.md', 'data/*/README.md')
                  for path in ROOT.glob(pattern))
+SCRIPTS = sorted(path.relative_to(ROOT).as_posix()
+                 for pattern in ('*.py', '[!.]*/*.py', 'data/*/*.py', 'posttrain/*/*.py')
+                 for path in ROOT.glob(pattern) if path.parent.name not in ('tests', 'shared'))
 
 # How each command is checked. A key is a whole command, or with * at its end the beginning of one.
 # A command belongs to its longest key.
@@ -135,13 +139,18 @@ PLACEHOLDER = r'[A-Z]{2}'  # FILE, data/NAME: the reader's own
 
 
 def commands_of(readme):
-    """Return the commands of a README: its sh blocks, its indented lines and its inline code."""
+    """
+    Return the commands of a README: its sh blocks, its indented lines and its inline code.
+
+    The commands of a .py file are those of its docstring.
+    """
     text = (ROOT / readme).read_text(encoding='utf-8')
+    text = text if readme.endswith('.md') else ast.get_docstring(ast.parse(text)) or ''
     lines = []
     for block in re.findall(r'^```sh\n(.*?)^```', text, re.M | re.S):
         lines += block.replace('\\\n', ' ').splitlines()
     prose = re.sub(r'^```.*?^```', '', text, flags=re.M | re.S).replace('\\\n', ' ')
-    others = re.findall(r'^    (\S.*)', prose, re.M)
+    others = re.findall(r'^    (?:\$ )?(\S.*)', prose, re.M)
     others += [code.replace('\n', ' ') for code in re.findall(r'`([^`]+)`', prose)]
     lines += [line for line in others if re.match(PROGRAMS, line)]
     parts = [part for line in lines for part in re.sub(r'(^|\s+)#\s.*', '', line).split(' && ')]
@@ -174,7 +183,7 @@ def options_of(path, subcommand=''):
     """Return the settings of a script's page, or the options that its --help lists."""
     source = (ROOT / path).read_text(encoding='utf-8')
     if 'override(globals())' in source:
-        return set(configurator.read_page(source))
+        return set(read_page(source))
     before, output = (sys.argv, sys.path[:]), io.StringIO()
     try:
         sys.argv = [path, *subcommand.split(), '--help']
@@ -185,7 +194,7 @@ def options_of(path, subcommand=''):
     return set(re.findall(r'--(\w+)', output.getvalue()))
 
 
-@pytest.mark.parametrize('readme', READMES)
+@pytest.mark.parametrize('readme', [*READMES, *SCRIPTS])
 def test_commands_exist(readme):
     """Scripts, modules, config files and settings."""
     for command in commands_of(readme):

@@ -130,7 +130,7 @@ FILES = {
     'posts.jsonl': ''.join(json.dumps({'body': make_text(90, seed)}) + '\n' for seed in range(30)),
     'crawl.jsonl': ''.join(json.dumps({'text': text}) + '\n'
                            for text in (ENGLISH, ENGLISH, make_text(900))),
-    'prompts.jsonl': '{"prompt": "the cat"}\n{"ids": [65, 66]}\n',
+    'prompts.jsonl': '{"prompt": "the cat"}\n{"prompt": "a mat"}\n',
     'talks.jsonl': ''.join(json.dumps({'messages': messages}) + '\n' for messages in TALKS),
 }
 LINKS = {'out-base': 'out-tiny-web', 'FOLDER': 'out-tiny-web'}  # models that the reader has
@@ -147,7 +147,7 @@ def commands_of(readme):
     text = (ROOT / readme).read_text(encoding='utf-8')
     text = text if readme.endswith('.md') else ast.get_docstring(ast.parse(text)) or ''
     lines = []
-    for block in re.findall(r'^```sh\n(.*?)^```', text, re.M | re.S):
+    for block in re.findall(r'^```(?:ba)?sh\n(.*?)^```', text, re.M | re.S):
         lines += block.replace('\\\n', ' ').splitlines()
     prose = re.sub(r'^```.*?^```', '', text, flags=re.M | re.S).replace('\\\n', ' ')
     others = re.findall(r'^    (?:\$ )?(\S.*)', prose, re.M)

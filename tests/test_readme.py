@@ -39,6 +39,7 @@ RUN = {
     'python -m tokenizer train --input=novels/ *': '--vocab_size=300',
     'python -m tokenizer --compare=*': '--compare=byte,novels.json',
     'python -m data.clean --input=crawl.jsonl *': '--num_proc=1',
+    'python data/text/prepare.py --input=clean.jsonl *': '--tokenizer=byte',
     'python data/text/prepare.py --input=novels/ *': '',
     'python data/text/prepare.py --input=book.txt': '',
     'python data/text/prepare.py --input=notes/ --name=mine': '',
@@ -81,12 +82,14 @@ TESTED = {
     'pip install -c constraints.txt -e *': 'test_extras_exist',
     "pip install -e '*": 'test_extras_exist',
     'bash bench/gpu.sh': 'test_gpu_sh_runs_parts_one_by_one',
+    'python -m bench.gpu *': 'test_gpu_sh_runs_parts_one_by_one',
     'lm_eval *': 'test_lm_evaluation_harness_gets_our_numbers',
     'python data/text/prepare.py --input=FILE *': 'test_commands_run',
     'python data/fineweb_edu/prepare.py --input=*': 'test_corpus.py',
     'python data/openwebtext/prepare.py --input=*': 'test_corpus.py',
     'python train.py config/train_gpt2.py*': 'test_recipes',
     'python -m posttrain.rl *': 'test_rl_e2e.py',
+    'python -m posttrain.dpo *': 'test_rl_e2e.py',
     'python -m bench.plot *': 'test_plot_command',
     'python -m bench.train_step *': 'test_train_step_takes_the_step_apart',
     'python -m bench.time_to_loss *': 'test_time_to_loss_of_a_run',
@@ -112,8 +115,7 @@ NOT_RUN = {
     'torchrun --standalone --nproc_per_node=8 *': '8 GPUs',
     'torchrun --nproc_per_node=8 *': '16 GPUs',
     **{f'python -m bench.{name}*': 'minutes' for name in (
-        'attention', 'kill', 'prepare', 'rollout', 'round_trip', 'small_cpu', 'start',
-        'tokenizer')},
+        'attention', 'kill', 'prepare', 'rollout', 'round_trip', 'start', 'tokenizer')},
 }
 ENGLISH = (
     'The lamp of the harbour was lit every evening by a man who lived alone with his dog. He knew '

@@ -1,11 +1,12 @@
 """
-GPT-2 (124M) on OpenWebText to a loss of about 2.85, nanoGPT's settings: 8 A100 40GB, about 4 days.
+Train GPT-2 (124M) on OpenWebText with nanoGPT's settings.
 
     $ python data/openwebtext/prepare.py
     $ torchrun --standalone --nproc_per_node=8 train.py config/gpt2_classic.py
-    $ python train.py config/gpt2_classic.py --wandb_log=True   # one GPU: the same mathematics, eight times as long
+    $ python train.py config/gpt2_classic.py --wandb_log=True
 
-To compare with; our own recipe is config/train_gpt2.py.
+nanoGPT reports a loss of about 2.85 after 4 days on 8 A100 with 40 GB. The second command computes
+the same steps on one GPU, in eight times the time. config/train_gpt2.py is our own recipe.
 """
 
 out_dir = 'out-gpt2-classic'
@@ -16,7 +17,7 @@ log_interval = 10
 wandb_project = 'owt'
 wandb_run_name = 'gpt2-124M-classic'
 
-# half a million tokens a step, GPT-3's batch for this size; 40 micro-batches are 5 on each of 8 GPUs
+# half a million tokens per step, GPT-3's batch for this size; 8 GPUs take 5 micro-batches each
 batch_size = 12
 block_size = 1024
 gradient_accumulation_steps = 5 * 8

@@ -1,10 +1,12 @@
 """
-The reward model of data/tiny_chat: which of two answers is the better, learnt from pairs. Two cores of an AMD EPYC:
-0.4 to 0.7 s a step, 4 to 7 minutes; 9 in 10 of held-out pairs.
+Train the reward model of data/tiny_chat on pairs of a better and a worse answer.
 
     $ python -m posttrain.reward config/reward_tiny_chat.py
     $ python eval.py --out_dir=out-sft-tiny-chat --task=tiny_chat --num_samples=8 --temperature=1 \\
         --reward_model=out-reward-tiny-chat
+
+Two cores of an AMD EPYC take 0.4 to 0.7 s per step, 4 to 7 minutes. It ranks 9 of 10 held-out pairs
+correctly. The second command chooses the best of 8 answers with it.
 """
 
 out_dir = 'out-reward-tiny-chat'

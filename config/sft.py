@@ -1,10 +1,12 @@
 """
-Supervised finetuning on conversations of your own, of a model of your own or anybody's. The rate and the batch are for
-models of 100M parameters and more.
+Finetune a model on your own conversations (SFT).
 
     $ python data/chat/prepare.py --input=talks.jsonl --tokenizer=FOLDER
     $ python train.py config/sft.py --init_from=FOLDER --dataset=talks
-    $ python sample.py --out_dir=out-sft --chat
+    $ python -m posttrain.chat --out_dir=out-sft
+
+FOLDER is a run's out_dir or a Hugging Face folder. The learning rate and the batch suit models of
+100M parameters and more.
 """
 
 out_dir = 'out-sft'
@@ -13,10 +15,10 @@ dataset = 'talks'
 eval_interval = 50
 eval_iters = 20
 log_interval = 10
-patience = 3  # stop once the val loss no longer falls, which it does after one to three passes over the conversations
+patience = 3  # the val loss stops falling after one to three epochs of conversations
 
-# a step is 32 rows of conversations; batch_size: as many as fit in memory at once
-preset = 'gpt2'  # nothing but what is given here; the model is what it is
+# a step takes 32 rows of conversations; batch_size: as many as fit in memory
+preset = 'gpt2'  # sets nothing: the model keeps its architecture
 batch_size = 4
 gradient_accumulation_steps = 8
 max_iters = 1000

@@ -1,14 +1,21 @@
 """
-A 124M model in few tokens, after GPT-2's speedruns: 2 billion, 1.6e18 FLOPs, an hour of one H100 at 45% of its peak.
+Train a 124M model on 2 billion tokens of FineWeb-Edu, after GPT-2's speedruns.
 
     $ python data/fineweb_edu/prepare.py --shards=3
     $ python train.py config/speedrun.py
     $ torchrun --standalone --nproc_per_node=8 train.py config/speedrun.py
 
-Not run yet. To a loss of 3.28 on FineWeb the speedruns (github.com/KellerJordan/modded-nanogpt) needed 10 billion
-tokens with AdamW (llm.c's run), 3.3 with RoPE and Muon, 2.7 with QK-norm, squared ReLU and zero-initialised
-projections, 2.4 with an untied head: this preset without its softcap; and 1.7 with what is added below and some more.
-FineWeb-Edu is another text, so its losses compare among themselves alone.
+This recipe has not been run yet. It costs 1.6e18 FLOPs, an hour of one H100 at 45% of its peak. The
+speedruns (github.com/KellerJordan/modded-nanogpt) reached a loss of 3.28 on FineWeb after these
+tokens:
+
+    10 billion   AdamW (llm.c's run)
+    3.3 billion  RoPE and Muon
+    2.7 billion  also QK-norm, squared ReLU, zero-initialised projections
+    2.4 billion  also an untied head: preset modern with mlp, zero_init below, without its softcap
+    1.7 billion  also the other options below, and more
+
+FineWeb-Edu is a different text, so its losses do not compare with these.
 """
 
 out_dir = 'out-speedrun'
@@ -20,18 +27,20 @@ wandb_project = 'speedrun'
 wandb_run_name = 'modern-124M'
 
 preset = 'modern'
-mlp = 'relu2'  # as is zero_init, better at this size in the speedruns and in nanochat, if not at 1M parameters
+# both help at this size in the speedruns and in nanochat, but not at 1M parameters
+mlp = 'relu2'
 zero_init = True
-value_embeddings = True  # 0.02 nats in the speedruns, for no FLOPs but 232 million parameters that are looked up
-residual_lambdas = True  # 0.009 there
+# 0.02 nats in the speedruns: 232 million more parameters, which are looked up and cost no FLOPs
+value_embeddings = True
+residual_lambdas = True  # 0.009 nats in the speedruns
 window = 256  # three layers of four see a quarter of the context
 window_pattern = 'SSSL'
 
-# Smaller than GPT-3's half a million: a run this short is better off with more updates
+# smaller than GPT-3's half a million tokens: a run this short gains from more updates
 gradient_accumulation_steps = 8
 batch_size = 32
 block_size = 1024
-max_iters = 7600  # x 262,144 = 2.0 billion tokens, 16 for each of the 124M parameters
+max_iters = 7600  # x 262,144 = 2.0 billion tokens, 16 per parameter
 
-learning_rate = 0.0028  # see config/train_gpt2.py
+learning_rate = 0.0028  # config/train_gpt2.py derives it
 warmup_iters = 100

@@ -1,5 +1,5 @@
 """
-The base model of data/tiny_chat: 2.0M parameters over bytes, pretrained on texts about sums, words and small tables.
+Pretrain the base model of data/tiny_chat on texts about sums, words and small tables.
 
     $ python data/tiny_chat/prepare.py
     $ python data/text/prepare.py --input=data/tiny_chat/corpus.jsonl --name=tiny_web \\
@@ -7,8 +7,9 @@ The base model of data/tiny_chat: 2.0M parameters over bytes, pretrained on text
     $ python train.py config/tiny_web.py
     $ python eval.py --out_dir=out-tiny-web --task=tiny_chat --shots=4 --max_new_tokens=40
 
-It knows these things, and no conversation: val loss 0.43, a third of questions right after four examples. Two cores of
-an AMD EPYC: 0.18 to 0.3 s a step, 3 to 6 minutes. What comes next: config/sft_tiny_chat.py.
+The model has 2.0M parameters and reads bytes. Two cores of an AMD EPYC take 0.18 to 0.3 s per step,
+3 to 6 minutes, to a val loss of 0.43. With four examples in the prompt it answers a third of the
+questions correctly. It has never seen a conversation; config/sft_tiny_chat.py comes next.
 """
 
 out_dir = 'out-tiny-web'
@@ -23,7 +24,8 @@ n_layer = 4
 n_head = 4
 n_embd = 192
 block_size = 256  # four solved examples, a question and its answer
-value_embeddings = True  # 400 steps on tables alone teach to look up a row with them, and nothing of it without
+# with them 400 steps on tables teach the model to look up a row, without them they do not
+value_embeddings = True
 
 batch_size = 16
 gradient_accumulation_steps = 1

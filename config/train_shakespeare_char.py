@@ -1,11 +1,12 @@
 """
-A character-level GPT on Shakespeare: 10.7M parameters, nanoGPT's size and context.
+Train a character-level GPT on Shakespeare, of nanoGPT's size and context.
 
     $ python train.py config/train_shakespeare_char.py
 
-560 steps take 21 minutes of one core of an AMD EPYC without AMX, both together about 12, to a val loss of 1.438;
-nanoGPT documents 1.4697 for its own settings, config/shakespeare_char_classic.py, which take it 11 s a step there. By
-then the model has seen the text 2.3 times; more steps with --dropout=0.1 gave the same loss (bench/results).
+The model has 10.7M parameters. 560 steps take 21 minutes on one core of an AMD EPYC without AMX,
+about 12 on two, to a val loss of 1.438. nanoGPT documents 1.4697 for its settings, which take it 11
+s per step there (config/shakespeare_char_classic.py). The model sees the text 2.3 times. More steps
+with --dropout=0.1 gave the same loss (bench/results/2026-11-21-recipes.md).
 """
 
 out_dir = 'out-shakespeare-char'
@@ -24,7 +25,7 @@ n_head = 6
 n_embd = 384
 block_size = 256
 
-# small batches and many updates: 4,096 characters a step
+# small batches and many updates: 4,096 characters per step
 batch_size = 16
 gradient_accumulation_steps = 1
 max_iters = 560

@@ -29,7 +29,8 @@ import tokenizer as tokenizers
 from bench import common
 from configurator import override
 from data.documents import read_documents, split_documents
-from data.encode import Corpus, read_batches, write_dataset, write_synced
+from data.encode import Corpus, read_batches, write_dataset
+from flatgpt.files import write_synced
 
 # settings ------------------------------------------------------------------------------------------------------------
 tokenizer = 'gpt2'

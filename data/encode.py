@@ -15,6 +15,7 @@ the files in order, and the tokenizer.
 """
 
 import argparse
+import contextlib
 import hashlib
 import itertools
 import json
@@ -32,16 +33,7 @@ from tqdm import tqdm
 
 import tokenizer as tokenizers
 from configurator import UserError
-from flatgpt.files import (
-    NO_ROOM,
-    Busy,
-    lock_folder,
-    remove,
-    replace_file,
-    sync_folder,
-    unlock,
-    write_synced,
-)
+from flatgpt import files
 from tokenizer.patterns import batches, to_utf8
 
 BATCH_CHARS = 1 << 22   # of text in memory, twice: one batch is encoded while the next is read
@@ -122,21 +114,30 @@ def write_dataset(out_dir, corpus: Corpus, tokenizer, meta_pkl: bytes | None = N
     Raises UserError when a split has fewer than 2 tokens, the disk is full, or another process
     writes here.
     """
-    if corpus.shard_tokens < 1:
-        raise UserError(f'shard_tokens is {corpus.shard_tokens}; expected 1 or more, such as '
-                        f'{SHARD_TOKENS:,}')
     is_new = not os.path.isdir(out_dir)
     os.makedirs(out_dir, exist_ok=True)
-    lock = lock_folder(out_dir)
+    lock = files.lock_folder(out_dir)
+    settings = [corpus.source, corpus.documents, corpus.val_fraction, corpus.shard_tokens,
+                described := tokenizer.to_dict()]
+    settings = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     try:
-        meta = write_shards(out_dir, corpus, tokenizer)
+        try:
+            counts = encode_pieces(out_dir, corpus, tokenizer, settings)
+        except TextChanged:
+            print('note: the text is not the same; starting again', file=sys.stderr)
+            remove_unfinished(out_dir)
+            counts = encode_pieces(out_dir, corpus, tokenizer, settings)
+        meta = {'version': 2, 'dtype': tokenizers.id_dtype(tokenizer.vocab_size).name,
+                'vocab_size': tokenizer.vocab_size, **counts, 'source': corpus.source,
+                'val_fraction': corpus.val_fraction, 'tokenizer': described}
         contents = {'meta.json': (json.dumps(meta, indent=1) + '\n').encode()}
         if meta_pkl is not None:
             contents['meta.pkl'] = meta_pkl
-        publish(out_dir, [name for files in meta['files'].values() for name, _ in files], contents)
+        names = [name for shards in meta['files'].values() for name, _ in shards]
+        publish(out_dir, names, contents)
         return meta
     except OSError as error:
-        if error.errno not in NO_ROOM:
+        if error.errno not in files.NO_ROOM:
             raise
         free = shutil.disk_usage(out_dir).free
         raise UserError(f'{out_dir} has no room for the token files ({error.strerror}; '
@@ -151,45 +152,22 @@ def write_dataset(out_dir, corpus: Corpus, tokenizer, meta_pkl: bytes | None = N
             remove_unfinished(out_dir)
         if is_new and not os.listdir(out_dir):
             os.rmdir(out_dir)
-        unlock(lock)
+        files.unlock(lock)
 
 
-def write_shards(out_dir, corpus, tokenizer) -> dict:
-    """Write the shards that are not finished yet; -> meta.json's content."""
-    tokenizer_dict = tokenizer.to_dict()
-    settings = [corpus.source, corpus.documents, corpus.val_fraction, corpus.shard_tokens,
-                tokenizer_dict]
-    settings = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    dtype = tokenizers.id_dtype(tokenizer.vocab_size)
-    shards = load_progress(out_dir, settings, dtype.itemsize)
-    if shards is None:
-        remove_unfinished(out_dir)
-        shards = {'train': [], 'val': []}
-    try:
-        counts = encode_pieces(out_dir, corpus, tokenizer, settings, shards)
-    except TextChanged:
-        print('note: the text is not the same; starting again', file=sys.stderr)
-        remove_unfinished(out_dir)
-        counts = encode_pieces(out_dir, corpus, tokenizer, settings, {'train': [], 'val': []})
-    documents = counts.pop('pieces') if corpus.documents else {'train': 1, 'val': 1}
-    return {'version': 2, 'dtype': dtype.name, 'vocab_size': tokenizer.vocab_size,
-            'tokens': counts['tokens'], 'files': counts['files'], 'bytes': counts['bytes'],
-            'documents': documents, 'sha256': counts['sha256'], 'source': corpus.source,
-            'val_fraction': corpus.val_fraction, 'tokenizer': tokenizer_dict}
-
-
-def encode_pieces(out_dir, corpus, tokenizer, settings, shards) -> dict:
+def encode_pieces(out_dir, corpus, tokenizer, settings) -> dict:
     """Encode the pieces that are not in finished shards, and write them.
 
-    shards: the finished ones, as in PROGRESS. -> {'tokens', 'pieces', 'bytes': {split: count},
-    'files': {split: [[name, tokens], ...]}, 'sha256': of the text}. Raises TextChanged.
+    settings: a hash, for PROGRESS. -> entries of meta.json: 'tokens', 'files', 'bytes',
+    'documents', 'sha256'. Raises TextChanged, and UserError for too short a split.
     """
     dtype = tokenizers.id_dtype(tokenizer.vocab_size)
     has_eot = corpus.documents and tokenizer.eot is not None
     eot = np.array([tokenizer.eot] if has_eot else [], dtype)
     separator = SEPARATOR if corpus.documents and not has_eot else ''
+    shards = load_progress(out_dir, settings, dtype.itemsize)
     writers = {split: ShardWriter(out_dir, split, eot, corpus.shard_tokens, shards[split])
-               for split in ('train', 'val')}
+               for split in shards}
     digest, sizes = hashlib.sha256(), {'train': 0, 'val': 0}
     pieces = corpus.pieces() if corpus.documents else cut_safely(corpus.pieces(), tokenizer)
     stream = read_batches(pieces, separator, digest)
@@ -208,34 +186,20 @@ def encode_pieces(out_dir, corpus, tokenizer, settings, shards) -> dict:
                 arrays = tokenizer.encode_batch([text for _, text, _ in batch], corpus.workers)
                 for (split, _, utf8), ids in zip(batch, arrays, strict=True):
                     if writers[split].write(ids, utf8):
-                        save_progress(out_dir, settings, writers)
-        return end_splits(out_dir, writers, corpus.val_fraction) | {
-            'pieces': {split: writer.pieces for split, writer in writers.items()},
-            'bytes': sizes, 'sha256': digest.hexdigest()}
+                        progress = {'settings': settings, 'shards': shards}
+                        files.replace_file(os.path.join(out_dir, PROGRESS),
+                                           json.dumps(progress).encode())
+        for writer in writers.values():
+            writer.end(corpus.val_fraction)
     except BaseException:
         for writer in writers.values():
             writer.discard()
         raise
-
-
-def end_splits(out_dir, writers, val_fraction) -> dict:
-    """Finish the last shards. Raises TextChanged, and UserError for too short a split."""
-    if any(writer.pieces < writer.n_finished for writer in writers.values()):
-        raise TextChanged
-    for split, writer in writers.items():
-        if (tokens := writer.open_tokens + sum(shard[0] for shard in writer.shards)) < 2:
-            remove([os.path.join(out_dir, PROGRESS)])  # a continued run would end the same way
-            size = 'larger' if split == 'val' else 'smaller'
-            raise UserError(f'the {split} split has {tokens} token(s) with '
-                            f'--val_fraction={val_fraction}; expected at least 2: give more text, '
-                            f'or a {size} --val_fraction')
-    for writer in writers.values():
-        if writer.file is not None:
-            writer.finish_shard()
-    files = {split: [[shard_name(split, i), shard[0]] for i, shard in enumerate(writer.shards)]
-             for split, writer in writers.items()}
-    return {'files': files,
-            'tokens': {split: sum(n for _, n in names) for split, names in files.items()}}
+    names = {split: [[shard_name(split, i), shard[0]] for i, shard in enumerate(shards[split])]
+             for split in shards}
+    return {'tokens': {split: sum(n for _, n in names[split]) for split in names}, 'files': names,
+            'bytes': sizes, 'documents': {split: writers[split].pieces if corpus.documents else 1
+                                          for split in writers}, 'sha256': digest.hexdigest()}
 
 
 def cut_safely(pieces, tokenizer):
@@ -258,16 +222,15 @@ def read_batches(pieces, separator, digest):
 class ShardWriter:
     """Write the token ids of one split into shards, under temporary names.
 
-    eot: ids that end each piece, of the dtype of the files. shards: those that are finished,
-    [[tokens, pieces, sha256], ...].
+    eot: ids that end each piece, of the dtype of the files. shards: [[tokens, pieces, sha256],
+    ...] of those that are finished; grows.
     """
 
     def __init__(self, out_dir, split, eot, shard_tokens, shards):
         self.out_dir, self.split, self.eot, self.shard_tokens = out_dir, split, eot, shard_tokens
-        self.shards = [list(shard) for shard in shards]
-        self.n_finished = shards[-1][1] if shards else 0  # pieces in the shards finished before
-        self.digest, self.pieces = hashlib.sha256(), 0    # of the split up to here
-        self.file, self.open_tokens = None, 0
+        self.shards, self.n_finished = shards, shards[-1][1] if shards else 0  # pieces
+        self.digest, self.pieces = hashlib.sha256(), 0  # of the split up to here
+        self.file, self.tokens = None, 0                # of the open shard
 
     def path(self):
         return temporary(self.out_dir, shard_name(self.split, len(self.shards)))
@@ -285,13 +248,12 @@ class ShardWriter:
     def write(self, ids, utf8: bytes) -> bool:
         """Append the ids of a piece; -> whether a shard was finished before it."""
         n_tokens = len(ids) + len(self.eot)
-        is_full = self.open_tokens > 0 and self.open_tokens + n_tokens > self.shard_tokens
-        if is_full:
+        if is_full := self.tokens > 0 and self.tokens + n_tokens > self.shard_tokens:
             self.finish_shard()
         if self.file is None:
             self.file = open(self.path(), 'wb')
         self.file.write(np.concatenate((ids, self.eot), dtype=self.eot.dtype).data)
-        self.open_tokens += n_tokens
+        self.tokens += n_tokens
         self.pieces += 1
         self.digest.update(utf8)
         return is_full
@@ -300,17 +262,29 @@ class ShardWriter:
         self.file.flush()
         os.fsync(self.file.fileno())
         self.file.close()
-        self.shards.append([self.open_tokens, self.pieces, self.digest.hexdigest()])
-        self.file, self.open_tokens = None, 0
+        self.shards.append([self.tokens, self.pieces, self.digest.hexdigest()])
+        self.file, self.tokens = None, 0
+
+    def end(self, val_fraction):
+        """Finish the last shard. Raises TextChanged, and UserError for fewer than 2 tokens."""
+        if self.pieces < self.n_finished:
+            raise TextChanged
+        if not self.shards and self.tokens < 2:
+            size = 'larger' if self.split == 'val' else 'smaller'
+            # a continued run would end the same way
+            files.remove([os.path.join(self.out_dir, PROGRESS)])
+            raise UserError(f'the {self.split} split has {self.tokens} token(s) with '
+                            f'--val_fraction={val_fraction}; expected at least 2: give more text, '
+                            f'or a {size} --val_fraction')
+        if self.file is not None:
+            self.finish_shard()
 
     def discard(self):
         """Remove the open shard."""
         if self.file is not None:
-            try:
+            with contextlib.suppress(OSError):  # a full disk; the first error is on its way up
                 self.file.close()
-            except OSError:  # a full disk; the first such error is already on its way up
-                pass
-            remove([self.path()])
+            files.remove([self.path()])
 
 
 def shard_name(split, number) -> str:
@@ -322,44 +296,42 @@ def temporary(out_dir, name) -> str:
     return os.path.join(out_dir, f'.{name}.tmp')
 
 
-def save_progress(out_dir, settings, writers):
-    progress = {'settings': settings,
-                'shards': {split: writer.shards for split, writer in writers.items()}}
-    replace_file(os.path.join(out_dir, PROGRESS), json.dumps(progress).encode())
+def load_progress(out_dir, settings, itemsize) -> dict:
+    """Return the finished shards of an unfinished preparation with the same settings.
 
-
-def load_progress(out_dir, settings, itemsize) -> dict | None:
-    """Return the finished shards of an unfinished preparation with the same settings, or None."""
+    -> {split: [[tokens, pieces, sha256], ...]}, empty lists where there is none
+    """
     path = os.path.join(out_dir, PROGRESS)
-    if not os.path.exists(path):
-        return None
-    try:
-        with open(path, encoding='utf-8') as file:
-            progress = json.load(file)
-        shards = {split: [[int(tokens), int(pieces), str(sha256)]
-                          for tokens, pieces, sha256 in progress['shards'][split]]
-                  for split in ('train', 'val')}
-        is_usable = progress['settings'] == settings and all(
-            os.path.getsize(temporary(out_dir, shard_name(split, i))) == shard[0] * itemsize
-            for split in shards for i, shard in enumerate(shards[split]))
-    except (KeyError, OSError, TypeError, ValueError):
-        is_usable = False
-    if not is_usable:
+    if os.path.exists(path):
+        try:
+            with open(path, encoding='utf-8') as file:
+                progress = json.load(file)
+            shards = {split: [[int(tokens), int(pieces), str(sha256)]
+                              for tokens, pieces, sha256 in progress['shards'][split]]
+                      for split in ('train', 'val')}
+            is_usable = progress['settings'] == settings and all(
+                os.path.getsize(temporary(out_dir, shard_name(split, i))) == shard[0] * itemsize
+                for split in shards for i, shard in enumerate(shards[split]))
+        except (KeyError, OSError, TypeError, ValueError):
+            is_usable = False
+        if is_usable:
+            print(f'continuing the unfinished preparation in {out_dir}: '
+                  f'{sum(map(len, shards.values()))} shards are finished; their text is read '
+                  f'again, to compare it', file=sys.stderr)
+            return shards
         print(f'note: the unfinished preparation in {out_dir} has other settings or is damaged; '
               f'starting again', file=sys.stderr)
-        return None
-    print(f'continuing the unfinished preparation in {out_dir}: {sum(map(len, shards.values()))} '
-          f'shards are finished; their text is read again, to compare it', file=sys.stderr)
-    return shards
+    remove_unfinished(out_dir)
+    return {'train': [], 'val': []}
 
 
 def remove_unfinished(out_dir):
     """Remove an unfinished preparation, its progress file first."""
-    remove([os.path.join(out_dir, PROGRESS), os.path.join(out_dir, f'{PROGRESS}.tmp')])
+    files.remove(os.path.join(out_dir, name) for name in (PROGRESS, f'{PROGRESS}.tmp'))
     names = [name[1:-4] for name in os.listdir(out_dir)
              if name.startswith('.') and name.endswith('.tmp')]
-    remove(temporary(out_dir, name) for name in names
-           if TOKEN_FILE.fullmatch(name) or name in ('meta.json', 'meta.pkl'))
+    files.remove(temporary(out_dir, name) for name in names
+                 if TOKEN_FILE.fullmatch(name) or name in ('meta.json', 'meta.pkl'))
 
 
 def publish(out_dir, shards: list[str], contents: dict[str, bytes]):
@@ -370,17 +342,17 @@ def publish(out_dir, shards: list[str], contents: dict[str, bytes]):
     folder has a whole dataset or none.
     """
     for name, content in contents.items():
-        write_synced(temporary(out_dir, name), content)
+        files.write_synced(temporary(out_dir, name), content)
     names = {*shards, *contents}
-    remove([os.path.join(out_dir, PROGRESS), os.path.join(out_dir, 'train.bin')])
+    files.remove(os.path.join(out_dir, name) for name in (PROGRESS, 'train.bin'))
     for name in sorted(names - {'train.bin'}):
         os.replace(temporary(out_dir, name), os.path.join(out_dir, name))
     # a meta.pkl of an older dataset would have another tokenizer
-    remove(os.path.join(out_dir, name) for name in os.listdir(out_dir)
-           if (TOKEN_FILE.fullmatch(name) or name == 'meta.pkl') and name not in names)
-    sync_folder(out_dir)
+    files.remove(os.path.join(out_dir, name) for name in os.listdir(out_dir)
+                 if (TOKEN_FILE.fullmatch(name) or name == 'meta.pkl') and name not in names)
+    files.sync_folder(out_dir)
     os.replace(temporary(out_dir, 'train.bin'), os.path.join(out_dir, 'train.bin'))
-    sync_folder(out_dir)
+    files.sync_folder(out_dir)
 
 
 # Scripts ----------------------------------------------------------------------------------------
@@ -427,9 +399,9 @@ def add_options(parser, tokenizer: str, val_fraction: float | None = None,
 def report(out_dir, meta: dict, started: float, next_command: str):
     """Print the files written, the seconds since time.time() was `started`, and what comes next."""
     for split in ('train', 'val'):
-        files = meta['files'][split]
-        size = sum(os.path.getsize(os.path.join(out_dir, name)) for name, _ in files)
-        more = f' and {len(files) - 1} more' if len(files) > 1 else ''
+        shards = meta['files'][split]
+        size = sum(os.path.getsize(os.path.join(out_dir, name)) for name, _ in shards)
+        more = f' and {len(shards) - 1} more' if len(shards) > 1 else ''
         print(f'{split:5}  {meta["tokens"][split]:>13,} tokens  {meta["bytes"][split]:>14,} bytes '
               f'of text  {split}.bin{more} {size / 1e6:,.1f} MB')
     print(f'vocab  {meta["vocab_size"]:>13,} ids ({meta["dtype"]}), tokenizer '
@@ -478,7 +450,7 @@ def run(main):
     except KeyboardInterrupt:
         print('\ninterrupted', file=sys.stderr)
         sys.exit(130)
-    except Busy as error:
+    except files.Busy as error:
         print(f'error: {error}', file=sys.stderr)
         # train.py waits for the other process at this exit code
         sys.exit(os.EX_TEMPFAIL if hasattr(os, 'EX_TEMPFAIL') else 1)

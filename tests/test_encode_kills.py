@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 import tokenizer
 from data import encode
+from flatgpt import files
 
 # tqdm's lock is shared with forked processes: one that is killed with it would stop all others
 tqdm.set_lock(threading.RLock())
@@ -271,13 +272,13 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch, step):
     def full(*_):
         raise OSError(28, 'No space left on device')
 
-    encode.replace_file(tmp_path / 'f', b'old')
+    files.replace_file(tmp_path / 'f', b'old')
     monkeypatch.setattr(os, step, full)
     with pytest.raises(OSError, match='No space left'):
-        encode.replace_file(tmp_path / 'f', b'new')
+        files.replace_file(tmp_path / 'f', b'new')
     assert contents(tmp_path) == {'f': b'old'}
     monkeypatch.undo()
-    encode.replace_file(tmp_path / 'f', b'new')
+    files.replace_file(tmp_path / 'f', b'new')
     assert contents(tmp_path) == {'f': b'new'}
 
 

@@ -9,6 +9,7 @@ Everything streams: memory holds a piece of a text, or a few hundred rows of a t
 
 import csv
 import hashlib
+import itertools
 import os
 
 from configurator import UserError, nearest
@@ -34,7 +35,7 @@ def suffix_of(path) -> str:
 
 
 def is_rows(path) -> bool:
-    """Return whether a file holds a document per row, rather than one text."""
+    """Return whether a file is a table, with a document per row."""
     return suffix_of(path) in ROW_SUFFIXES
 
 
@@ -111,14 +112,12 @@ def not_utf8(path) -> UserError:
                 offset += error.start
                 break
     where = f'{path} is not UTF-8: at byte {offset:,} there is {bad}.'
-    if start[:2] in (b'\xff\xfe', b'\xfe\xff'):
-        return UserError(f'{where} It looks like UTF-16; convert it: '
-                         f'iconv -f utf-16 -t utf-8 "{path}" > utf8.txt')
-    if b'\0' in start:
+    is_utf16 = start[:2] in (b'\xff\xfe', b'\xfe\xff')
+    if b'\0' in start and not is_utf16:
         return UserError(f'{where} It looks like a binary file; expected text, .jsonl, .csv, .tsv '
                          f'or .parquet')
-    return UserError(f'{where} Convert it, for example: '
-                     f'iconv -f latin1 -t utf-8 "{path}" > utf8.txt')
+    return UserError(f'{where} Convert it, for example: iconv -f '
+                     f'{"utf-16" if is_utf16 else "latin1"} -t utf-8 "{path}" > utf8.txt')
 
 
 def read_documents(path, text_key: str = 'text', min_score: float | None = None):
@@ -133,19 +132,16 @@ def read_documents(path, text_key: str = 'text', min_score: float | None = None)
     is_blank = True
     for name in files:
         if min_score is not None and suffix_of(name) != '.parquet':
-            raise UserError(f'{name} is not Parquet, which --min_score={min_score} needs; '
-                            f'leave it out')
-        texts = (read_column(name, text_key, min_score) if is_rows(name)
-                 else read_text(name, DOCUMENT_CHARS))
-        for text in texts:
+            raise UserError(f'{name} is not Parquet, which --min_score={min_score} needs')
+        for text in (read_column(name, text_key, min_score) if is_rows(name)
+                     else read_text(name, DOCUMENT_CHARS)):
             if text and not text.isspace():
                 is_blank = False
                 yield text
     if is_blank:
-        shown = ', '.join(map(str, paths[:3])) + ', ...' * (len(paths) > 3)
         scored = '' if min_score is None else f' with a score of at least {min_score}'
-        raise UserError(f'{shown} has no text{scored}: all documents in {len(files)} file(s) are '
-                        f'blank')
+        raise UserError(f'{", ".join(map(str, paths[:3]))} has no text{scored}: all documents in '
+                        f'{len(files)} file(s) are blank')
 
 
 # Tables -----------------------------------------------------------------------------------------
@@ -199,12 +195,11 @@ def read_csv(path, columns=None):
     try:
         with open(path, encoding='utf-8-sig', newline='') as file:
             reader = csv.reader(file, delimiter='\t' if suffix_of(path) == '.tsv' else ',')
-            is_first = True
-            for row in filter(None, reader):
-                if is_first and (columns is None or columns[0] in row):
-                    columns, is_first = row, False
-                    continue
-                is_first = False
+            rows = filter(None, reader)  # without blank lines
+            first = [next(rows, [])]
+            if columns is None or columns[0] in first[0]:
+                columns = first.pop()
+            for row in itertools.chain(first, rows):
                 where = f'{path}, line {reader.line_num}'
                 if len(row) != len(columns):
                     raise UserError(f'{where}: {len(row)} fields; expected {len(columns)}: '

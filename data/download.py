@@ -24,7 +24,6 @@ from data.documents import find_files
 from flatgpt.files import NO_ROOM, lock_folder, unlock
 
 RETRY_SECONDS = 2  # before the next attempt
-BUSY, BUSY_RETRIES = (408, 429, 500, 502, 503, 504), 5  # each pause twice as long: 62 s in all
 
 SHAKESPEARE = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 SHAKESPEARE_SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
@@ -45,10 +44,9 @@ def download(url: str, path, sha256: str, instead: str):
                 break
             problem = f'it ended at {size_of(part):,} of {total:,} bytes'
         except urllib.error.HTTPError as error:
-            remedy = 'It is busy: try again later. Or get' if error.code in BUSY else 'Get'
             raise UserError(f'cannot download {url}: the server answers {error.code} '
-                            f'{error.reason}. {remedy} the file elsewhere, and then: '
-                            f'{instead}') from None
+                            f'{error.reason}. Try again later, or get the file elsewhere, and '
+                            f'then: {instead}') from None
         except (http.client.HTTPException, OSError) as error:
             if getattr(error, 'errno', None) in NO_ROOM:
                 raise UserError(f'no room on the disk for {part}: {error.strerror}. Free some '
@@ -73,8 +71,10 @@ def download(url: str, path, sha256: str, instead: str):
 def fetch(url, part) -> int:
     """Append to the file `part` the bytes of url that it lacks; -> the size of the whole."""
     size = size_of(part)
+    request = urllib.request.Request(url, headers={'User-Agent': 'flatgpt',
+                                                   'Range': f'bytes={size}-'})
     try:
-        answer = open_url(url, {'Range': f'bytes={size}-'})
+        answer = urllib.request.urlopen(request, timeout=30)
     except urllib.error.HTTPError as error:
         if error.code == 416:  # no bytes after these; the checksum decides
             return size
@@ -94,21 +94,6 @@ def fetch(url, part) -> int:
             file.flush()
             os.fsync(file.fileno())
     return size_of(part) if total is None else total
-
-
-def open_url(url, headers):
-    """Open url; -> the server's answer. Retries a busy server, with longer and longer pauses."""
-    request = urllib.request.Request(url, headers={'User-Agent': 'flatgpt', **headers})
-    for attempt in range(BUSY_RETRIES + 1):
-        try:
-            return urllib.request.urlopen(request, timeout=30)
-        except urllib.error.HTTPError as error:
-            if error.code not in BUSY or attempt == BUSY_RETRIES:
-                raise
-            pause = RETRY_SECONDS * 2**attempt
-            print(f'{url}: the server answers {error.code} {error.reason}; trying again in '
-                  f'{pause} s', file=sys.stderr)
-            time.sleep(pause)
 
 
 def size_of(path) -> int:

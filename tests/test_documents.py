@@ -100,6 +100,41 @@ def test_rows(tmp_path):
             list(documents.read_documents(tmp_path / f'a.{suffix}'))
 
 
+def test_records(tmp_path):
+    """The same dicts from every kind of table, each with the place of its row."""
+    pa = pytest.importorskip('pyarrow')
+    import pyarrow.parquet as pq
+    rows = [{'question': 'a, b', 'answer': 'é'}, {'question': 'c\nd', 'answer': 'question'}]
+    (tmp_path / 'a.jsonl').write_text('\n'.join(json.dumps(row) for row in rows))
+    (tmp_path / 'a.csv').write_text('\nquestion,answer\n"a, b",é\n\n"c\nd",question\n')
+    (tmp_path / 'b.csv').write_text('"a, b",é\n\n"c\nd",question\n')
+    (tmp_path / 'a.tsv').write_text('question\tanswer\na, b\té\n"c\nd"\tquestion\n')
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / 'a.parquet')
+    for name, columns, places in (('a.jsonl', None, ['line 1', 'line 2']),
+                                  ('a.csv', None, ['line 3', 'line 6']),
+                                  ('a.csv', ['question', 'answer'], ['line 3', 'line 6']),
+                                  ('b.csv', ['question', 'answer'], ['line 1', 'line 4']),
+                                  ('a.tsv', None, ['line 2', 'line 4']),
+                                  ('a.parquet', None, ['row 1', 'row 2'])):
+        records = list(documents.read_records(tmp_path / name, columns))
+        assert records == [(f'{tmp_path / name}, {place}', row)
+                           for place, row in zip(places, rows, strict=True)]
+
+
+@pytest.mark.parametrize('name, content, message', [
+    ('a.csv', b'a,b\n1,2\n1,2,3\n', 'a.csv, line 3: 3 fields; expected 2: a, b'),
+    ('a.csv', b'a,b\n1,\xff\n', 'a.csv is not UTF-8: at byte 6 there is ff'),
+    ('a.jsonl', b'{}\n[1]\n', 'a.jsonl, line 2: '),
+    ('a.txt', b'a', 'a.txt: expected a .csv, .jsonl'),
+])
+def test_broken_records(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        list(documents.read_records(tmp_path / name))
+    with pytest.raises(ValueError, match='none.csv cannot be read as CSV: .*No such file'):
+        list(documents.read_records(tmp_path / 'none.csv'))
+
+
 def test_lone_surrogate_in_json(tmp_path):
     (tmp_path / 'a.jsonl').write_text('{"text": "a\\ud83d b"}\n')
     assert list(documents.read_documents(tmp_path / 'a.jsonl')) == ['a\ufffd b']

@@ -44,7 +44,7 @@ from tqdm import tqdm
 from configurator import UserError, nearest
 from data.documents import find_files, read_documents, text_size
 from data.encode import make_parser, positive, run
-from flatgpt.files import NO_ROOM, lock_folder, remove, replace_file, sync_folder, unlock
+from flatgpt import files
 from tokenizer.patterns import batches
 from tokenizer.workers import Workers, core_count
 
@@ -198,7 +198,6 @@ def gopher(text: str, skip=()) -> tuple[str, float] | None:
 
 
 # Exact ------------------------------------------------------------------------------------------
-
 
 def digest(text: str) -> bytes:
     """Hash a text to 16 bytes; texts that differ in white space alone share them."""
@@ -430,31 +429,24 @@ def clean_to(out, path, steps: Steps, **options) -> dict:
     """
     folder = os.path.dirname(os.path.abspath(out))
     temporary = os.path.join(folder, f'.{os.path.basename(out)}.tmp')
-    lock = lock_folder(folder, 'cleaning a corpus into')
+    lock = files.lock_folder(folder, 'cleaning a corpus into')
     try:
-        with open(temporary, 'wb') as file:
-            report = clean(path, file, steps, **options)
-            file.flush()
-            os.fsync(file.fileno())
-        content = json.dumps(report, indent=1, ensure_ascii=False) + '\n'
-        replace_file(report_of(out), content.encode())
-        os.replace(temporary, out)  # last: where the documents are, their report is
-        sync_folder(folder)
-        return report
-    except OSError as error:
-        if error.errno in NO_ROOM:
-            raise UserError(f'{folder} has no room for {os.path.basename(out)} '
-                            f'({error.strerror}), which takes about as much as the text of the '
-                            f'input. Nothing was changed; free some space, or write to another '
-                            f'disk: --out=FILE') from None
-        raise
+        with files.explain_full_disk(folder, f'{out}, about the size of the input'):
+            with open(temporary, 'wb') as file:
+                report = clean(path, file, steps, **options)
+                file.flush()
+                os.fsync(file.fileno())
+            content = json.dumps(report, indent=1, ensure_ascii=False) + '\n'
+            files.replace_file(report_of(out), content.encode())
+            os.replace(temporary, out)  # last: where the documents are, their report is
+            files.sync_folder(folder)
+            return report
     finally:
-        remove([temporary])
-        unlock(lock)
+        files.remove([temporary])
+        files.unlock(lock)
 
 
 # The command ------------------------------------------------------------------------------------
-
 
 def check_out(out, path):
     """Raise UserError when `out` cannot be written, or is part of the input."""
@@ -532,9 +524,9 @@ def main():
     steps = Steps(*(getattr(args, name) for name in Steps._fields))
     check_steps(steps)
     check_out(args.out, args.input)
-    files, n_others = find_files(args.input)
+    paths, n_others = find_files(args.input)
     if n_others:
-        print(f'{len(files):,} files; {n_others:,} more are left out, because their suffix is not '
+        print(f'{len(paths):,} files; {n_others:,} more are left out, because their suffix is not '
               f'that of a text file')
     report = clean_to(args.out, args.input, steps, text_key=args.text_key, num_proc=args.num_proc)
     print_report(report)

@@ -44,36 +44,37 @@ def messages_of(value):
         messages = value['messages']
         if not isinstance(messages, list):
             return messages  # chat.check_conversation() refuses it
-        for message in filter(is_object, messages):
-            if call := message.get('tool_calls') or message.get('function_call'):
-                raise UserError(f'an answer calls a tool, {json.dumps(call)[:40]}, beside its '
-                                f'content; write the call into the content, in the words that '
-                                f'the model is to learn')
-        # in one order of keys, without others such as names
-        return [{key: message[key] for key in ('role', 'content', 'weight') if has(message, key)}
-                if is_object(message) else message for message in messages]
+        return [read_message(message) for message in messages]
     if not isinstance(value.get('conversations'), list):
         raise UserError(f'no conversation; expected "messages" or "conversations", a list, but '
                         f'the object has {", ".join(map(repr, value)) or "no keys"}')
     messages = [{'role': 'system', 'content': value['system']}] if value.get('system') else []
     for turn in value['conversations']:
-        role = turn.get('from') if is_object(turn) else None
+        role = turn.get('from') if isinstance(turn, dict) else None
         if not isinstance(role, str) or role not in SHAREGPT:
             raise UserError(f'{json.dumps(turn)[:60]} is not a turn; expected from, one of '
                             f'{", ".join(SHAREGPT)}, and a value, such as '
                             f'{{"from": "human", "value": "Hello"}}')
         message = {'role': SHAREGPT[role], 'content': turn.get('value')}
-        messages.append(message | {'weight': turn['weight']} if has(turn, 'weight') else message)
+        messages.append(message | weight_of(turn))
     return messages
 
 
-def is_object(value):
-    return isinstance(value, dict)
+def read_message(message):
+    """Return an OpenAI message with its keys in one order, and no others such as names."""
+    if not isinstance(message, dict):
+        return message  # chat.check_conversation() refuses it
+    if call := message.get('tool_calls') or message.get('function_call'):
+        raise UserError(f'an answer calls a tool, {json.dumps(call)[:40]}, beside its content; '
+                        f'write the call into the content, in the words that the model is to learn')
+    return ({key: message[key] for key in ('role', 'content') if key in message}
+            | weight_of(message))
 
 
-def has(message, key):
-    """Return whether a message has a key; a weight of 1 is the default, as good as none."""
-    return key in message and (key != 'weight' or message[key] not in (None, 1))
+def weight_of(message):
+    """Return {'weight': w}, or {} for a weight of 1, which is the default."""
+    weight = message.get('weight')
+    return {} if weight in (None, 1) else {'weight': weight}
 
 
 def check_tokenizer(tokenizer, name):

@@ -29,7 +29,6 @@ DOCUMENT_CHARS = 1 << 22  # a longer text file becomes several documents
 
 # Files ------------------------------------------------------------------------------------------
 
-
 def suffix_of(path) -> str:
     return os.path.splitext(path)[1].lower()
 
@@ -75,7 +74,6 @@ def text_size(files) -> int | None:
 
 
 # Texts ------------------------------------------------------------------------------------------
-
 
 def read_text(path, size: int = PIECE_CHARS):
     """Yield the text of one UTF-8 file in pieces of about `size` characters.
@@ -145,7 +143,6 @@ def read_documents(path, text_key: str = 'text', min_score: float | None = None)
 
 
 # Tables -----------------------------------------------------------------------------------------
-
 
 def read_column(path, text_key, min_score=None):
     """Yield the text in a field of each row of a table; rows without one are skipped."""
@@ -238,7 +235,6 @@ def read_parquet(path, names: list[str] | None = None):
 
 
 # Splitting: each function yields (split, text), with split 'train' or 'val' ---------------------
-
 
 def check_fraction(val_fraction: float):
     """Raise UserError unless both splits can get some of the text."""

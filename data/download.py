@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from configurator import UserError
 from data.documents import find_files
-from flatgpt.files import NO_ROOM, lock_folder, unlock
+from flatgpt.files import explain_full_disk, lock_folder, unlock
 
 RETRY_SECONDS = 2  # before the next attempt
 
@@ -39,7 +39,8 @@ def download(url: str, path, sha256: str, instead: str):
     size = size_of(part)
     while True:
         try:
-            total = fetch(url, part)
+            with explain_full_disk(os.path.dirname(os.path.abspath(path)), path):
+                total = fetch(url, part)
             if size_of(part) >= total:
                 break
             problem = f'it ended at {size_of(part):,} of {total:,} bytes'
@@ -48,9 +49,6 @@ def download(url: str, path, sha256: str, instead: str):
                             f'{error.reason}. Try again later, or get the file elsewhere, and '
                             f'then: {instead}') from None
         except (http.client.HTTPException, OSError) as error:
-            if getattr(error, 'errno', None) in NO_ROOM:
-                raise UserError(f'no room on the disk for {part}: {error.strerror}. Free some '
-                                f'space and run again to continue') from None
             problem = getattr(error, 'reason', None) or error
         size_before, size = size, size_of(part)
         if size <= size_before:

@@ -21,7 +21,6 @@ import itertools
 import json
 import os
 import re
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -56,7 +55,6 @@ class Corpus:
 
 
 # Tokenizers -------------------------------------------------------------------------------------
-
 
 def load_tokenizer(name: str, vocab_size: int | None = None):
     """Load a tokenizer by name or path; -> None for one that is made from the text.
@@ -121,29 +119,22 @@ def write_dataset(out_dir, corpus: Corpus, tokenizer, meta_pkl: bytes | None = N
                 described := tokenizer.to_dict()]
     settings = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     try:
-        try:
-            counts = encode_pieces(out_dir, corpus, tokenizer, settings)
-        except TextChanged:
-            print('note: the text is not the same; starting again', file=sys.stderr)
-            remove_unfinished(out_dir)
-            counts = encode_pieces(out_dir, corpus, tokenizer, settings)
-        meta = {'version': 2, 'dtype': tokenizers.id_dtype(tokenizer.vocab_size).name,
-                'vocab_size': tokenizer.vocab_size, **counts, 'source': corpus.source,
-                'val_fraction': corpus.val_fraction, 'tokenizer': described}
-        contents = {'meta.json': (json.dumps(meta, indent=1) + '\n').encode()}
-        if meta_pkl is not None:
-            contents['meta.pkl'] = meta_pkl
-        names = [name for shards in meta['files'].values() for name, _ in shards]
-        publish(out_dir, names, contents)
+        with files.explain_full_disk(out_dir, 'the token files, 2 or 4 bytes per token'):
+            try:
+                counts = encode_pieces(out_dir, corpus, tokenizer, settings)
+            except TextChanged:
+                print('note: the text is not the same; starting again', file=sys.stderr)
+                remove_unfinished(out_dir)
+                counts = encode_pieces(out_dir, corpus, tokenizer, settings)
+            meta = {'version': 2, 'dtype': tokenizers.id_dtype(tokenizer.vocab_size).name,
+                    'vocab_size': tokenizer.vocab_size, **counts, 'source': corpus.source,
+                    'val_fraction': corpus.val_fraction, 'tokenizer': described}
+            contents = {'meta.json': (json.dumps(meta, indent=1) + '\n').encode()}
+            if meta_pkl is not None:
+                contents['meta.pkl'] = meta_pkl
+            names = [name for shards in meta['files'].values() for name, _ in shards]
+            publish(out_dir, names, contents)
         return meta
-    except OSError as error:
-        if error.errno not in files.NO_ROOM:
-            raise
-        free = shutil.disk_usage(out_dir).free
-        raise UserError(f'{out_dir} has no room for the token files ({error.strerror}; '
-                        f'{free / 1e6:,.0f} MB free). They take 2 bytes per token, 4 with more '
-                        f'than 65,536 ids, beside those of the old dataset. Free some space and '
-                        f'run the same command again, or use another disk') from None
     finally:
         if os.path.exists(os.path.join(out_dir, PROGRESS)):
             print(f'the finished shards are kept in {out_dir}; the same command continues after '
@@ -357,7 +348,6 @@ def publish(out_dir, shards: list[str], contents: dict[str, bytes]):
 
 # Scripts ----------------------------------------------------------------------------------------
 
-
 def positive(text) -> int:
     """Parse an option's value as a whole number of 1 or more, which may be written 1e9."""
     try:
@@ -379,21 +369,19 @@ def make_parser(description: str) -> argparse.ArgumentParser:
 def add_options(parser, tokenizer: str, val_fraction: float | None = None,
                 out_dir: str | None = None):
     """Add the options that most scripts share, with these defaults; None: without that option."""
-    parser.add_argument('--tokenizer', default=tokenizer,
-                        help=f'byte, char, word, bpe, gpt2, cl100k_base, o200k_base or the path of '
-                             f'a tokenizer file ({tokenizer})')
-    parser.add_argument('--vocab_size', type=positive,
-                        help=f'ids of bpe ({VOCAB_SIZES["bpe"]:,}) and word '
-                             f'({VOCAB_SIZES["word"]:,}), trained on the training split')
-    parser.add_argument('--shard_tokens', type=positive, default=SHARD_TOKENS,
-                        help='most tokens of a file; documents stay whole (1e9)')
-    parser.add_argument('--num_proc', type=positive,
-                        help='threads or processes that encode (one per core)')
+    add = parser.add_argument
+    add('--tokenizer', default=tokenizer, help=f'byte, char, word, bpe, gpt2, cl100k_base, '
+        f'o200k_base or the path of a tokenizer file ({tokenizer})')
+    add('--vocab_size', type=positive, help=f'ids of bpe ({VOCAB_SIZES["bpe"]:,}) and word '
+        f'({VOCAB_SIZES["word"]:,}), trained on the training split')
+    add('--shard_tokens', type=positive, default=SHARD_TOKENS,
+        help='most tokens of a file; documents stay whole (1e9)')
+    add('--num_proc', type=positive, help='threads or processes that encode (one per core)')
     if val_fraction is not None:
-        parser.add_argument('--val_fraction', type=float, default=val_fraction,
-                            help=f'share of the text or its documents in val.bin ({val_fraction})')
+        add('--val_fraction', type=float, default=val_fraction,
+            help=f'share of the text or its documents in val.bin ({val_fraction})')
     if out_dir is not None:
-        parser.add_argument('--out_dir', default=out_dir, help="folder to write to (the script's)")
+        add('--out_dir', default=out_dir, help="folder to write to (the script's)")
 
 
 def report(out_dir, meta: dict, started: float, next_command: str):

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import shutil
 
 from configurator import UserError
 
@@ -46,6 +47,20 @@ def remove(paths):
     for path in paths:
         with contextlib.suppress(FileNotFoundError):
             os.remove(path)
+
+
+@contextlib.contextmanager
+def explain_full_disk(folder, content):
+    """Raise UserError for a full disk, quota or file. content: what the folder has no room for."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        free = shutil.disk_usage(folder).free / 1e6
+        raise UserError(f'{folder} has no room for {content} ({error.strerror}; {free:,.0f} MB '
+                        f'free). Free some space and run the same command again, or write to '
+                        f'another disk') from None
 
 
 class Busy(UserError):

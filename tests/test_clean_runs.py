@@ -276,6 +276,6 @@ def test_a_full_disk(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 
     refused(run('--input=in.jsonl', '--out=out.jsonl', '--exact', '--num_proc=1', cwd=tmp_path, preexec_fn=limit),
-            'has no room for out.jsonl', '--out=FILE')
+            'has no room for out.jsonl', 'another disk')
     assert (tmp_path / 'out.jsonl').read_text() == 'old'
     assert sorted(os.listdir(tmp_path)) == ['in.jsonl', 'out.jsonl']

@@ -177,7 +177,7 @@ def test_no_conversation_at_all(data, monkeypatch, capsys):
     _, error = prepare(data, monkeypatch, capsys)
     assert 'sums.jsonl has no conversation' in error
     _, error = prepare(data, monkeypatch, capsys, template='none.jinja')
-    assert '--template=none.jinja: ' in error and 'No such file' in error
+    assert 'No such file' in error and 'none.jinja' in error
 
 
 def test_a_weight_of_0_carries_no_loss(data, monkeypatch, capsys):

@@ -65,16 +65,14 @@ def write_sums(pairs, digits, reverse):
 
 def main():
     parser = encode.make_parser(__doc__)
+    add = parser.add_argument
     # not 4: its 10**8 sums would take 3 GB of disk and show nothing new
-    parser.add_argument('--digits', type=int, choices=(1, 2, 3), default=3,
-                        help='of each number (3)')
-    parser.add_argument('--order', choices=('plain', 'reversed'), default='plain',
-                        help='of the digits of the answers; reversed: units first')
-    parser.add_argument('--val_fraction', type=float, default=0.1,
-                        help='share of the pairs held out (0.1)')
-    parser.add_argument('--seed', type=int, default=1337,
-                        help='of the order and of what is held out (1337)')
-    parser.add_argument('--out_dir', default=HERE, help="folder to write to (the script's)")
+    add('--digits', type=int, choices=(1, 2, 3), default=3, help='of each number (3)')
+    add('--order', choices=('plain', 'reversed'), default='plain',
+        help='of the digits of the answers; reversed: units first')
+    add('--val_fraction', type=float, default=0.1, help='share of the pairs held out (0.1)')
+    add('--seed', type=int, default=1337, help='of the order and of what is held out (1337)')
+    add('--out_dir', default=HERE, help="folder to write to (the script's)")
     args = parser.parse_args()
 
     started = time.time()

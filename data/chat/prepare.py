@@ -72,28 +72,17 @@ def open_tokenizer(source):
                         f'tokenizer: {error}') from None
 
 
-def read_template(path):
-    try:
-        with open(path, encoding='utf-8-sig') as file:
-            return file.read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f'--template={path}: {error}') from None
-
-
 def main():
     parser = encode.make_parser(__doc__)
-    parser.add_argument('--input', required=True, help='a file of JSON lines')
-    parser.add_argument('--name', help='name of the dataset (that of the input)')
-    parser.add_argument('--out_dir', help='folder to write to, in place of --name (data/NAME)')
-    parser.add_argument('--tokenizer', required=True,
-                        help="a run's out_dir, a model's folder, or a tokenizer file")
-    parser.add_argument('--template', help="a Jinja file (the model's template, or the default)")
-    parser.add_argument('--block_size', type=encode.positive,
-                        help="context to pack for (a run's own, else 256)")
-    parser.add_argument('--val_fraction', type=float, default=0.1,
-                        help='share of the conversations in val (0.1)')
-    parser.add_argument('--skip_bad', action='store_true',
-                        help='skip lines that are not conversations')
+    add = parser.add_argument
+    add('--input', required=True, help='a file of JSON lines')
+    add('--name', help='name of the dataset (that of the input)')
+    add('--out_dir', help='folder to write to, in place of --name (data/NAME)')
+    add('--tokenizer', required=True, help="a run's out_dir, a model's folder, or a tokenizer file")
+    add('--template', help="a Jinja file (the model's template, or the default)")
+    add('--block_size', type=encode.positive, help="context to pack for (a run's own, else 256)")
+    add('--val_fraction', type=float, default=0.1, help='share of conversations in val (0.1)')
+    add('--skip_bad', action='store_true', help='skip lines that are not conversations')
     args = parser.parse_args()
 
     # open the tokenizer and the chat template
@@ -102,7 +91,7 @@ def main():
     dataset, _, out_dir = encode.output_folder(args.name, args.input, args.out_dir)
     tokenizer, template, block_size = open_tokenizer(args.tokenizer)
     if args.template:
-        template = read_template(args.template)
+        template = ''.join(documents.read_text(args.template))
     elif template is None:
         template = chat.TEMPLATE
         conversations.check_tokenizer(tokenizer, f'--tokenizer={args.tokenizer}')

@@ -26,13 +26,12 @@ REPO = 'HuggingFaceFW/fineweb-edu'
 
 def main():
     parser = encode.make_parser(__doc__)
-    parser.add_argument('--sample', default='10BT', choices=['10BT', '100BT', '350BT'],
-                        help='which sample (10BT)')
-    parser.add_argument('--shards', type=encode.positive, help='only its first files (all)')
-    parser.add_argument('--revision', default='main', help='branch, tag or commit (main)')
-    parser.add_argument('--input', help='a .parquet file or a folder of them, not the network')
-    parser.add_argument('--min_score', type=float,
-                        help='leave out pages with a score, 0 to 5, below this')
+    add = parser.add_argument
+    add('--sample', default='10BT', choices=['10BT', '100BT', '350BT'], help='which sample (10BT)')
+    add('--shards', type=encode.positive, help='only its first files (all)')
+    add('--revision', default='main', help='branch, tag or commit (main)')
+    add('--input', help='a .parquet file or a folder of them, not the network')
+    add('--min_score', type=float, help='leave out pages with a score, 0 to 5, below this')
     encode.add_options(parser, tokenizer='gpt2', val_fraction=0.0005, out_dir=HERE)
     args = parser.parse_args()
 

@@ -60,7 +60,6 @@ KINDS = [*tiny_chat.KINDS, 'subtraction', 'sorting']  # twice, because models le
 
 # Answers ----------------------------------------------------------------------------------------
 
-
 def with_steps(example):
     """Return the solution after the steps that lead to it, if there are any."""
     steps = f'{example["steps"]}. ' if example['steps'] else ''
@@ -81,7 +80,6 @@ def slip(text, rng):
 
 
 # Files ------------------------------------------------------------------------------------------
-
 
 def make_conversations(split, n, seed, steps=0.9):
     """Yield n conversations, {'messages': [...]}.

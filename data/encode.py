@@ -112,12 +112,13 @@ def write_dataset(out_dir, corpus: Corpus, tokenizer, meta_pkl: bytes | None = N
     Raises UserError when a split has fewer than 2 tokens, the disk is full, or another process
     writes here.
     """
+    described = tokenizer.to_dict()
+    settings = json.dumps([corpus.source, corpus.documents, corpus.val_fraction,
+                           corpus.shard_tokens, described], sort_keys=True)
+    settings = hashlib.sha256(settings.encode()).hexdigest()
     is_new = not os.path.isdir(out_dir)
     os.makedirs(out_dir, exist_ok=True)
     lock = files.lock_folder(out_dir)
-    settings = [corpus.source, corpus.documents, corpus.val_fraction, corpus.shard_tokens,
-                described := tokenizer.to_dict()]
-    settings = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     try:
         with files.explain_full_disk(out_dir, 'the token files, 2 or 4 bytes per token'):
             try:

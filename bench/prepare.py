@@ -14,6 +14,7 @@ whose memory is sampled; the bar is 1,000 MB, and that it doesn't grow: its peak
 that in the first. Prints a table, then a JSON line.
 """
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -28,7 +29,8 @@ import tokenizer as tokenizers
 from bench import common
 from configurator import override
 from data.documents import read_documents, split_documents
-from data.encode import read_batches, write_dataset, write_synced
+from data.encode import Corpus, read_batches, write_dataset
+from flatgpt.files import write_synced
 
 # settings ------------------------------------------------------------------------------------------------------------
 tokenizer = 'gpt2'
@@ -47,9 +49,9 @@ if gigatoken == 'False':
     sys.modules['gigatoken'] = None
 import tokenizer
 from data.documents import read_documents, split_documents
-from data.encode import write_dataset
-write_dataset(out, lambda: split_documents(read_documents(path), 0.01), tokenizer.load(name), documents=True,
-              source='bench', val_fraction=0.01)
+from data.encode import Corpus, write_dataset
+write_dataset(out, Corpus(lambda: split_documents(read_documents(path), 0.01), True, 'bench', 0.01),
+              tokenizer.load(name))
 '''
 
 
@@ -120,13 +122,14 @@ with tempfile.TemporaryDirectory(dir=os.path.join(common.ROOT, 'data')) as folde
         return split_documents(read_documents(path), VAL_FRACTION)
 
     def read():
-        for _ in read_batches(pieces(), ''):
+        for _ in read_batches(pieces(), '', hashlib.sha256()):
             pass
 
     def prepare_once():
-        write_dataset(out, pieces, encoder, documents=True, source='bench', val_fraction=VAL_FRACTION)
+        write_dataset(out, Corpus(pieces, True, 'bench', VAL_FRACTION), encoder)
 
-    batches = [[text for _, text in batch] for batch, _ in read_batches(pieces(), '')]
+    batches = [[text for _, text, _ in batch]
+               for batch in read_batches(pieces(), '', hashlib.sha256())]
     prepare_once()  # warms the file cache and the encoder
     for _ in range(n):
         common.wait_for_quiet(wait)

@@ -1,80 +1,85 @@
-import argparse
+"""Read texts and tables from files, and split them into training and validation text.
+
+    for text in read_documents('notes/'): ...         # files of a folder, rows of tables
+    for where, row in read_records('a.csv'): ...      # rows of one table, as dicts
+    for split, text in split_documents(texts, 0.1): ...
+
+Everything streams: memory holds a piece of a text, or a few hundred rows of a table.
+"""
+
 import csv
 import hashlib
 import itertools
-import json
 import os
-import re
-import shutil
-import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
-from operator import itemgetter
-import numpy as np
-from tqdm import tqdm
-import tokenizer as tokenizers
-from tokenizer.patterns import batches, to_utf8
-from flatgpt.files import Busy, NO_ROOM, lock_folder, remove, replace_file, sync_folder, unlock, write_synced
 
+from configurator import UserError, nearest
+from flatgpt import jsonl
+from tokenizer.patterns import to_utf8
 
 TEXT_SUFFIXES = set("""
-    .txt .text .md .markdown .rst .org .tex .log .htm .html .xml .yaml .yml .toml .ini .cfg .srt .css .sql
-    .py .pyi .pyx .js .jsx .ts .tsx .java .kt .scala .c .h .cc .cpp .cxx .hpp .cu .cuh .cs .m .swift .go .rs .zig
-    .rb .pl .php .lua .r .jl .hs .ml .clj .ex .exs .erl .lisp .el .f90 .f .sh .bash .bat .ps1
+    .txt .text .md .markdown .rst .org .tex .log .htm .html .xml .yaml .yml .toml .ini .cfg .srt
+    .css .sql .py .pyi .pyx .js .jsx .ts .tsx .java .kt .scala .c .h .cc .cpp .cxx .hpp .cu .cuh
+    .cs .m .swift .go .rs .zig .rb .pl .php .lua .r .jl .hs .ml .clj .ex .exs .erl .lisp .el .f90
+    .f .sh .bash .bat .ps1
 """.split())
-ROW_SUFFIXES = {'.jsonl', '.ndjson', '.csv', '.tsv', '.parquet'}  # many documents in one file
-PIECE_CHARS = 1 << 18      # of a text that is one stream: small enough to share out between the cores
-DOCUMENT_CHARS = 1 << 22   # a longer text file becomes several documents
+ROW_SUFFIXES = {'.jsonl', '.ndjson', '.csv', '.tsv', '.parquet'}
+PIECE_CHARS = 1 << 18     # of a running text: small enough to share out between the cores
+DOCUMENT_CHARS = 1 << 22  # a longer text file becomes several documents
+
+
+# Files ------------------------------------------------------------------------------------------
+
+def suffix_of(path) -> str:
+    return os.path.splitext(path)[1].lower()
+
+
+def is_rows(path) -> bool:
+    """Return whether a file is a table, with a document per row."""
+    return suffix_of(path) in ROW_SUFFIXES
 
 
 def find_files(path) -> tuple[list[str], int]:
-    """The text files of a folder (recursively, sorted, nothing hidden) and how many others were left out.
+    """List the text files and tables below a folder; -> (sorted paths, number of other files).
 
-    A path that is a file is taken whatever its suffix. ValueError when there is nothing to read.
+    Hidden files and folders are skipped. A path of a file is taken whatever its suffix. Raises
+    UserError when there is nothing to read.
     """
     path = os.fspath(path)
     if os.path.isfile(path):
         if os.path.getsize(path) == 0:
-            raise ValueError(f'{path} is empty; expected a file with text')
+            raise UserError(f'{path} is empty; expected a file with text')
         return [path], 0
     if not os.path.isdir(path):
-        folder = os.path.dirname(path) or '.'
-        names = os.listdir(folder) if os.path.isdir(folder) else []
-        raise ValueError(f'{path} does not exist' + tokenizers.nearest(os.path.basename(path), names))
-    files, skipped = [], 0
+        folder, name = os.path.split(path)
+        names = os.listdir(folder or '.') if os.path.isdir(folder or '.') else []
+        raise UserError(f'{path} does not exist{nearest(name, names)}')
+    known = TEXT_SUFFIXES | ROW_SUFFIXES
+    files, n_others = [], 0
     for folder, subfolders, names in os.walk(path):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith('.'))
-        for name in sorted(names):
-            if name.startswith('.'):
-                continue
-            if os.path.splitext(name)[1].lower() in TEXT_SUFFIXES | ROW_SUFFIXES:
-                files.append(os.path.join(folder, name))
-            else:
-                skipped += 1
+        names = sorted(name for name in names if not name.startswith('.'))
+        chosen = [os.path.join(folder, name) for name in names if suffix_of(name) in known]
+        files += chosen
+        n_others += len(names) - len(chosen)
     if not files:
-        raise ValueError(f'{path} holds no text files ({skipped} files with other suffixes). Known suffixes: '
-                         f'{" ".join(sorted(TEXT_SUFFIXES | ROW_SUFFIXES))}. Any other single text file can be given '
-                         f'by name: --input=FILE')
-    return files, skipped
+        raise UserError(f'{path} has no text files, but {n_others} files with other suffixes. '
+                        f'Known suffixes: {" ".join(sorted(known))}. Give any other text file by '
+                        f'its name: --input=FILE')
+    return files, n_others
 
 
 def text_size(files) -> int | None:
-    """Bytes of text in files, for the progress bar; None when they are rows, whose text is shorter than the file."""
-    if any(is_rows(path) for path in files):
-        return None
-    return sum(os.path.getsize(path) for path in files)
+    """Return the bytes of text in files, None when some are tables, which hold more than text."""
+    return None if any(map(is_rows, files)) else sum(map(os.path.getsize, files))
 
 
-def is_rows(path) -> bool:
-    """True for a file that holds many documents (.jsonl, .csv, .parquet), False for one that is a text itself."""
-    return os.path.splitext(path)[1].lower() in ROW_SUFFIXES
-
+# Texts ------------------------------------------------------------------------------------------
 
 def read_text(path, size: int = PIECE_CHARS):
-    """Yield the text of one UTF-8 file in pieces of about `size` characters, which joined are the whole text.
+    """Yield the text of one UTF-8 file in pieces of about `size` characters.
 
-    Line ends become "\\n" and a byte order mark is dropped. Pieces end at line ends (inside a line only when it is
-    longer than half a piece). ValueError at bytes that are not UTF-8.
+    Line ends become "\\n" and a byte order mark is dropped. A piece ends at a line end, unless
+    the line is longer than half a piece. Raises UserError at bytes that are not UTF-8.
     """
     rest = ''
     try:
@@ -85,162 +90,163 @@ def read_text(path, size: int = PIECE_CHARS):
                 rest = text[end:]
                 yield text[:end]
     except UnicodeDecodeError:
-        raise ValueError(not_utf8(path)) from None
+        raise not_utf8(path) from None
     if rest + new:
         yield rest + new
 
 
-def not_utf8(path) -> str:
-    """The message for a file with bytes that are not UTF-8: which bytes, where, and how to convert the file."""
+def not_utf8(path) -> UserError:
+    """Return the error that names the first bytes of a file that are not UTF-8, and a remedy."""
+    offset, bad = 0, ''
     with open(path, 'rb') as file:
         start = file.read(4096)
         file.seek(0)
-        offset, rest = 0, b''  # of the bytes before `rest`; rest: the beginning of a character cut by the block's end
-        while True:
-            block = file.read(1 << 20)
-            data = rest + block
+        for line in file:  # b'\n' is never part of another character
             try:
-                data.decode('utf-8')
-                rest, offset = b'', offset + len(data)
+                line.decode()
+                offset += len(line)
             except UnicodeDecodeError as error:
-                if block and error.reason == 'unexpected end of data' and error.start > len(data) - 4:
-                    rest, offset = data[error.start:], offset + error.start
-                    continue
-                bad = data[error.start:error.start + 4].hex(' ')
+                bad = line[error.start:error.start + 4].hex(' ')
                 offset += error.start
                 break
-            if not block:
-                return f'{path} is being changed while it is read; try again'
     where = f'{path} is not UTF-8: at byte {offset:,} there is {bad}.'
-    if start[:2] in (b'\xff\xfe', b'\xfe\xff'):
-        return f'{where} It looks like UTF-16; convert it: iconv -f utf-16 -t utf-8 "{path}" > utf8.txt'
-    if b'\0' in start:
-        return f'{where} It looks like a binary file; expected text (or .jsonl, .csv, .parquet).'
-    return f'{where} Convert it, for example: iconv -f latin1 -t utf-8 "{path}" > utf8.txt'
+    is_utf16 = start[:2] in (b'\xff\xfe', b'\xfe\xff')
+    if b'\0' in start and not is_utf16:
+        return UserError(f'{where} It looks like a binary file; expected text, .jsonl, .csv, .tsv '
+                         f'or .parquet')
+    return UserError(f'{where} Convert it, for example: iconv -f '
+                     f'{"utf-16" if is_utf16 else "latin1"} -t utf-8 "{path}" > utf8.txt')
 
 
 def read_documents(path, text_key: str = 'text', min_score: float | None = None):
-    """Yield the documents below path (a folder, a file, or a list of such) as strings; those without ink are left out.
+    """Yield the documents of a file, a folder, or a list of such, as strings that are not blank.
 
-    A text file is one document (one of more than DOCUMENT_CHARS characters is handed out in several). .jsonl, .csv,
-    .tsv and .parquet have a document per row, in the field `text_key`. min_score: only rows of Parquet files whose
-    column 'score' is at least this. ValueError for input that is empty, not UTF-8, broken or without the field.
+    A text file is one document; more than DOCUMENT_CHARS characters come in several. A table has
+    a document per row, in the field `text_key`. min_score: only rows of Parquet files whose
+    'score' is at least this. Raises UserError for input without text, not UTF-8, or damaged.
     """
     paths = [path] if isinstance(path, (str, os.PathLike)) else path
     files = [name for path in paths for name in find_files(path)[0]]
-    found = False
+    is_blank = True
     for name in files:
-        if min_score is not None and not name.lower().endswith('.parquet'):
-            raise ValueError(f'{name} is not Parquet, which --min_score={min_score} needs; leave it out')
-        for text in read_rows(name, text_key, min_score) if is_rows(name) else read_text(name, DOCUMENT_CHARS):
+        if min_score is not None and suffix_of(name) != '.parquet':
+            raise UserError(f'{name} is not Parquet, which --min_score={min_score} needs')
+        for text in (read_column(name, text_key, min_score) if is_rows(name)
+                     else read_text(name, DOCUMENT_CHARS)):
             if text and not text.isspace():
-                found = True
+                is_blank = False
                 yield text
-    if not found:
+    if is_blank:
         scored = '' if min_score is None else f' with a score of at least {min_score}'
-        raise ValueError(f'{", ".join(map(str, paths[:3]))}{", ..." if len(paths) > 3 else ""} holds no text{scored}: '
-                         f'nothing but empty or blank documents in {len(files)} file(s)')
+        raise UserError(f'{", ".join(map(str, paths[:3]))} has no text{scored}: all documents in '
+                        f'{len(files)} file(s) are blank')
 
 
-def read_rows(path, text_key, min_score=None):
-    """Yield the field `text_key` of every row of a .jsonl, .ndjson, .csv, .tsv or .parquet file."""
-    suffix = os.path.splitext(path)[1].lower()
+# Tables -----------------------------------------------------------------------------------------
+
+def read_column(path, text_key, min_score=None):
+    """Yield the text in a field of each row of a table; rows without one are skipped."""
+    names = [text_key] if min_score is None else [text_key, 'score']
+    records = read_parquet(path, names) if suffix_of(path) == '.parquet' else read_records(path)
+    for where, record in records:
+        if text_key not in record:
+            raise no_field(where, text_key, record)
+        text = record[text_key]
+        if text is None or min_score is not None and not (record['score'] or 0) >= min_score:
+            continue
+        if not isinstance(text, str):
+            raise UserError(f'{where} has {str(text)[:40]!r} as {text_key!r}; expected a string')
+        # JSON can hold "\ud83d" alone, which is no character
+        yield text if text.isascii() else to_utf8(text).decode()
+
+
+def no_field(where, key, names) -> UserError:
+    """Return the error for a row or a file without a field."""
+    remedy = ('leave out --min_score, which needs it' if key == 'score' else 'name the field that '
+              f'holds the text: --text_key={next(filter(None, names), "NAME")}')
+    return UserError(f'{where} has no field {key!r}; it has: {", ".join(names) or "none"}; '
+                     f'{remedy}')
+
+
+def read_records(path, columns: list[str] | None = None):
+    """Yield (where, dict) for each row of a .jsonl, .ndjson, .csv, .tsv or .parquet file.
+
+    where: file and line, or row, for error messages. columns: the header of a .csv or .tsv whose
+    first line does not name columns[0]. Raises UserError with file and line.
+    """
+    kind = suffix_of(path)
+    if kind in ('.jsonl', '.ndjson'):
+        for number, record in jsonl.iter_objects(path):
+            yield f'{path}, line {number}', record
+    elif kind in ('.csv', '.tsv'):
+        yield from read_csv(path, columns)
+    elif kind == '.parquet':
+        yield from read_parquet(path)
+    else:
+        raise UserError(f'{path}: expected a {", ".join(sorted(ROW_SUFFIXES))} file')
+
+
+def read_csv(path, columns=None):
+    """Yield (where, dict) for each row of a .csv or .tsv file. `columns`: see read_records()."""
+    csv.field_size_limit(2**31 - 1)  # the default is less than a long document
     try:
-        if suffix == '.parquet':
-            try:
-                yield from read_parquet(path, text_key, min_score)
-            except UnicodeDecodeError as error:
-                raise ValueError(f'{path} has a text in the column {text_key!r} that is not UTF-8 ({error.reason}: '
-                                 f'{error.object[error.start:error.start + 4].hex(" ")}); write the file anew from '
-                                 f'text that is') from None
-        elif suffix in ('.jsonl', '.ndjson'):
-            yield from read_jsonl(path, text_key)
-        else:
-            yield from read_csv(path, text_key, '\t' if suffix == '.tsv' else ',')
+        with open(path, encoding='utf-8-sig', newline='') as file:
+            reader = csv.reader(file, delimiter='\t' if suffix_of(path) == '.tsv' else ',')
+            rows = filter(None, reader)  # without blank lines
+            first = [next(rows, [])]
+            if columns is None or columns[0] in first[0]:
+                columns = first.pop()
+            for row in itertools.chain(first, rows):
+                where = f'{path}, line {reader.line_num}'
+                if len(row) != len(columns):
+                    raise UserError(f'{where}: {len(row)} fields; expected {len(columns)}: '
+                                    f'{", ".join(columns)}')
+                yield where, dict(zip(columns, row, strict=True))
     except UnicodeDecodeError:
-        raise ValueError(not_utf8(path)) from None
+        raise not_utf8(path) from None
+    except (OSError, csv.Error) as error:
+        raise UserError(f'{path} cannot be read as CSV: {error}') from None
 
 
-def no_field(where, text_key, names) -> ValueError:
-    names = [str(name) for name in names]
-    first = next((name for name in names if name), 'NAME')
-    return ValueError(f'{where} has no field {text_key!r}; it has: {", ".join(names) or "none"}. Say which one holds '
-                      f'the text: --text_key={first}')
-
-
-def read_jsonl(path, text_key):
-    with open(path, encoding='utf-8-sig') as file:
-        for number, line in enumerate(file, 1):
-            if line.isspace():
-                continue
-            where = f'{path}, line {number},'
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:  # also a number of 5,000 digits, and lists 1,000 deep
-                what = str(error).split(': line 1', 1)[0].split('; use', 1)[0]
-                at = f' at character {error.pos + 1}' if isinstance(error, json.JSONDecodeError) else ''
-                raise ValueError(f'{where} is not JSON: {what}{at}. Expected one object like {{"{text_key}": "..."}} '
-                                 f'per line; correct or remove the line') from None
-            if not isinstance(row, dict):
-                raise ValueError(f'{where} holds {str(row)[:40]!r}; expected an object like {{"{text_key}": "..."}}')
-            if text_key not in row:
-                raise no_field(where, text_key, row)
-            text = row[text_key]
-            if text is None:
-                continue
-            if not isinstance(text, str):
-                raise ValueError(f'{where} has {str(text)[:40]!r} as {text_key!r}; expected a string')
-            # "\ud83d" alone is valid JSON but no character
-            yield text if text.isascii() else to_utf8(text).decode('utf-8')
-
-
-def read_csv(path, text_key, delimiter):
-    csv.field_size_limit(2**31 - 1)  # the default, 131,072 characters, is less than a long document
-    with open(path, encoding='utf-8-sig', newline='') as file:
-        rows = csv.DictReader(file, delimiter=delimiter)
-        try:
-            if text_key not in (rows.fieldnames or []):
-                raise no_field(f'{path} (its first line)', text_key, rows.fieldnames or [])
-            for row in rows:
-                yield row[text_key] or ''
-        except csv.Error as error:
-            raise ValueError(f'{path}, line {rows.line_num}, is not CSV: {error}') from None
-
-
-def read_parquet(path, text_key, min_score=None):
+def read_parquet(path, names: list[str] | None = None):
+    """Yield (where, dict) for each row of a .parquet file, with these columns, or all of them."""
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError:
-        raise ValueError(f"{path} is Parquet, which needs the package pyarrow: pip install -e '.[data]'") from None
+        raise UserError(f"{path} is Parquet, which needs the package pyarrow: "
+                        f"pip install -e '.[data]'") from None
+    number = 0
     try:
         with pq.ParquetFile(path) as file:
-            if text_key not in file.schema_arrow.names:
-                raise no_field(path, text_key, file.schema_arrow.names)
-            kind = file.schema_arrow.field(text_key).type
-            if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-                raise ValueError(f'{path} has {kind} in the column {text_key!r}; expected strings (--text_key=NAME)')
-            columns = [text_key] if min_score is None else [text_key, 'score']
-            if 'score' not in file.schema_arrow.names and min_score is not None:
-                raise ValueError(f"{path} has no column 'score', which --min_score={min_score} needs; leave it out")
-            for batch in file.iter_batches(batch_size=256, columns=columns):
-                scores = itertools.repeat(None) if min_score is None else batch.column('score').to_pylist()
-                for text, score in zip(batch.column(text_key).to_pylist(), scores, strict=False):
-                    if min_score is None or score is not None and score >= min_score:
-                        yield text or ''
+            for name in names or ():
+                if name not in file.schema_arrow.names:
+                    raise no_field(path, name, file.schema_arrow.names)
+            for batch in file.iter_batches(batch_size=256, columns=names):
+                for record in batch.to_pylist():
+                    number += 1
+                    yield f'{path}, row {number}', record
+    except UnicodeDecodeError as error:
+        bad = error.object[error.start:error.start + 4].hex(' ')
+        raise UserError(f'{path} has a text after row {number} that is not UTF-8 ({error.reason}: '
+                        f'{bad}); write the file again from text that is') from None
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f'{path} cannot be read as Parquet: {error}') from None
+        raise UserError(f'{path} cannot be read as Parquet: {error}') from None
 
 
-def check_fraction(val_fraction):
+# Splitting: each function yields (split, text), with split 'train' or 'val' ---------------------
+
+def check_fraction(val_fraction: float):
+    """Raise UserError unless both splits can get some of the text."""
     if not 0 < val_fraction < 1:
-        raise ValueError(f'val_fraction is {val_fraction}; expected a number between 0 and 1, such as 0.1')
+        raise UserError(f'val_fraction is {val_fraction}; expected a number between 0 and 1, '
+                        f'such as 0.1')
 
 
 def split_text(path, val_fraction: float = 0.1):
-    """One text file: its first characters train, its last `val_fraction` of characters val. Reads the file twice."""
+    """Split one text file: its last `val_fraction` of characters is val. Reads it twice."""
     check_fraction(val_fraction)
-    left = int(sum(len(text) for text in read_text(path)) * (1 - val_fraction))
+    left = int(sum(map(len, read_text(path))) * (1 - val_fraction))
     for text in read_text(path):
         if text[:left]:
             yield 'train', text[:left]
@@ -250,16 +256,15 @@ def split_text(path, val_fraction: float = 0.1):
 
 
 def text_hash(text: str) -> float:
-    """A number in [0, 1) that depends on nothing but the text."""
-    # 48 bits, so that it is exact as a float
+    """Hash a text to a number in [0, 1), of 48 bits, so that it is exact as a float."""
     return int.from_bytes(hashlib.blake2b(to_utf8(text), digest_size=6).digest(), 'big') / 2**48
 
 
 def split_documents(documents, val_fraction: float, longest: int | None = None):
-    """Whole documents, `val_fraction` of them val, chosen by a hash of their text.
+    """Split by whole documents: `val_fraction` of them is val, by a hash of their text.
 
-    So the choice does not depend on order or on the other documents, and copies of a document stay on one side.
-    longest: documents with more characters than this are train in any case, lest one of them be half of a small val.
+    So a document stays in its split whatever the others are, and so do its copies. longest: a
+    document with more characters is train, so that it cannot be half of a small val split.
     """
     check_fraction(val_fraction)
     for text in documents:
@@ -268,10 +273,10 @@ def split_documents(documents, val_fraction: float, longest: int | None = None):
 
 
 def fraction_for(documents, val_bytes: int, longest: int) -> float:
-    """The smallest val_fraction with which split_documents makes a val split of at least val_bytes.
+    """Return the smallest val_fraction that gives split_documents() val_bytes of val text.
 
-    For collections of a few thousand documents, whose sizes differ so much that a plain fraction of their number says
-    little about the size of the split.
+    For a few thousand documents of very different sizes, where a plain fraction of their number
+    gives a val split of any size.
     """
     total = 0
     for number, size in sorted((text_hash(text), len(to_utf8(text))) for text in documents
@@ -279,12 +284,12 @@ def fraction_for(documents, val_bytes: int, longest: int) -> float:
         total += size
         if total >= val_bytes:
             return number + 2**-48
-    raise ValueError(f'val_bytes is {val_bytes:,}; expected at most {total:,}, the bytes of all documents of up to '
-                     f'{longest:,} characters')
+    raise UserError(f'val_bytes is {val_bytes:,}; expected at most {total:,}, the bytes of all '
+                    f'documents of up to {longest:,} characters')
 
 
 def split_each(documents, val_fraction: float):
-    """The last `val_fraction` of each document is val: for collections too small to set whole documents aside."""
+    """Split each document: its last `val_fraction` is val. For fewer than 100 documents."""
     check_fraction(val_fraction)
     for text in documents:
         end = int(len(text) * (1 - val_fraction))

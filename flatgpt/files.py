@@ -1,14 +1,17 @@
-"""Files and folders that are whole or not there, and locked while they are written."""
+"""Write files and folders whole or not at all, and lock them meanwhile."""
 
+import contextlib
 import errno
 import os
+import shutil
 
 from configurator import UserError
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the errors of a disk, a quota and a file that are full
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, quota or file
 
 
 def write_synced(path, content):
+    """Write bytes to a file and wait until the disk has them."""
     with open(path, 'wb') as file:
         file.write(content)
         file.flush()
@@ -16,9 +19,9 @@ def write_synced(path, content):
 
 
 def replace_file(path, content: bytes):
-    """Write a file anew: whenever the process or the power fails, it is the old one or the new one, whole.
+    """Replace a file: after any crash it is the old one or the new one, whole.
 
-    Another process must not do the same at the same time: both would write to {path}.tmp.
+    Only one process may do this at a time, because the new content goes to {path}.tmp first.
     """
     try:
         write_synced(f'{path}.tmp', content)
@@ -30,7 +33,7 @@ def replace_file(path, content: bytes):
 
 
 def sync_folder(path):
-    """Make renames in a folder survive a power cut. Windows cannot open folders, and does not need it."""
+    """Make renames in a folder survive a power cut. Windows has no way to do this."""
     if os.name == 'posix':
         folder = os.open(path, os.O_RDONLY)
         try:
@@ -40,11 +43,24 @@ def sync_folder(path):
 
 
 def remove(paths):
+    """Remove the files that exist among these paths."""
     for path in paths:
-        try:
+        with contextlib.suppress(FileNotFoundError):
             os.remove(path)
-        except FileNotFoundError:
-            pass
+
+
+@contextlib.contextmanager
+def explain_full_disk(folder, content):
+    """Raise UserError for a full disk, quota or file. content: what the folder has no room for."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        free = shutil.disk_usage(folder).free / 1e6
+        raise UserError(f'{folder} has no room for {content} ({error.strerror}; {free:,.0f} MB '
+                        f'free). Free some space and run the same command again, or write to '
+                        f'another disk') from None
 
 
 class Busy(UserError):
@@ -52,9 +68,10 @@ class Busy(UserError):
 
 
 def lock_folder(path, doing='preparing'):
-    """
-    Keep other processes from writing into this folder for as long as this one lives; returns the descriptor that holds
-    the lock. Raises Busy, saying that another process is `doing` the folder, if one is.
+    """Lock a folder or file until unlock() or the end of this process.
+
+    doing: the verb of the error message. -> the descriptor that holds the lock, None without
+    locks. Raises Busy when another process holds the lock.
     """
     try:
         import fcntl
@@ -65,13 +82,14 @@ def lock_folder(path, doing='preparing'):
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(folder)
-        raise Busy(f'another process is {doing} {path} right now; wait until it has finished') from None
+        raise Busy(f'another process is {doing} {path} right now; '
+                   f'wait until it has finished') from None
     except OSError:  # some network file systems have no locks
         pass
     return folder
 
 
 def unlock(lock):
-    """Let go of what lock_folder() returned."""
+    """Release a lock of lock_folder()."""
     if lock is not None:
         os.close(lock)

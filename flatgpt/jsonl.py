@@ -1,14 +1,14 @@
-"""
-JSON lines: many objects in, a result for each out, and nothing lost when the run between them is killed.
+"""Read JSON lines, and write a result for each line that survives a kill.
 
-    objects = read_objects('in.jsonl')                    # {line number: object}
-    results = Results('out.jsonl', digest)                # of a run that was killed, those it had are in results.done
+    objects = read_objects('in.jsonl')           # {line number: object}
+    results = Results('out.jsonl', digest)       # results.done: those of a killed run
     for number in set(objects) - set(results.done):
         results.add(number, {'answer': ...})
-    results.finish(objects)                               # out.jsonl is written whole: the objects and their results
+    results.finish(objects)                      # writes out.jsonl: objects and their results
 """
 
 import json
+import math
 import os
 
 from configurator import UserError
@@ -16,57 +16,72 @@ from flatgpt.files import lock_folder, replace_file, unlock
 from tokenizer.formats import unique
 
 
-def read_objects(path, bad=None):
+def iter_objects(path, bad=None):
+    """Yield (line number, object) for each line that is not blank.
+
+    bad: a list that takes the messages of lines without a JSON object. Without it, such a line
+    raises UserError with file and line.
     """
-    -> {line number: object}, blank lines left out. Raises ValueError naming the line that holds no JSON object, unless
-    `bad`, a list, takes what is wrong with such lines.
-    """
-    objects = {}
     try:
         with open(path, 'rb') as file:
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue
                 try:
-                    objects[number] = read_object(line)
-                except ValueError as error:
+                    value = read_object(line)
+                except UserError as error:
                     if bad is None:
                         raise UserError(f'{path}, line {number}: {error}') from None
                     bad.append(str(error))
+                else:
+                    yield number, value
     except OSError as error:
-        raise UserError(f'{path} can not be read: {error}') from error
-    return objects
+        raise UserError(f'{path} cannot be read: {error}') from error
+
+
+def read_objects(path, bad=None):
+    """Return {line number: object} of a file of JSON lines. `bad`: see iter_objects()."""
+    return dict(iter_objects(path, bad))
 
 
 def read_object(line):
+    """Parse one line, bytes, as a JSON object. Raises UserError with the reason."""
     try:
-        value = json.loads(line.decode('utf-8-sig'), object_pairs_hook=unique)
-        json.dumps(value, allow_nan=False)  # infinities are Python's, not JSON's
+        value = json.loads(line.decode('utf-8-sig'), object_pairs_hook=unique,
+                           parse_float=finite, parse_constant=finite)
     except json.JSONDecodeError as error:
-        raise UserError(f'no JSON, {error.msg} at character {error.pos + 1}') from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(str(error)) from None
+        raise UserError(f'not JSON: {error.msg} at character {error.pos + 1}') from None
+    except (ValueError, RecursionError) as error:  # not UTF-8, a huge number, too many brackets
+        raise UserError(str(error).partition('; use')[0]) from None
     if not isinstance(value, dict):
-        raise UserError(f'{json.dumps(value)[:40]} is no object; expected {{"key": value, ...}}')
+        raise UserError(f'{json.dumps(value)[:40]} is not an object; expected {{"key": value}}')
+    return value
+
+
+def finite(text):
+    """Parse a number that JSON can hold: neither infinite nor NaN, which only Python writes."""
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f'the number {text} is not finite')
     return value
 
 
 def to_line(value):
-    """-> bytes. Half a surrogate pair, which JSON can escape and UTF-8 can't hold, stays escaped."""
+    """Return a value as one JSON line, bytes. Half a surrogate pair stays escaped."""
     return json.dumps(value, ensure_ascii=False).encode('utf-8', 'backslashreplace') + b'\n'
 
 
 class Results:
-    """
-    Results by line number, in `done` and, as they come, in the file {out}.part. Its first line is `digest`, of all that
-    they depend on: another run with the same goes on with them. finish() makes `out` of it. Raises ValueError if `out`
-    is there already, or the part is of a run with another digest, or in use.
+    """Collect results by line number in `done` and in the file {out}.part.
+
+    The first line of {out}.part is `digest`, a hash of everything that the results depend on. A
+    run with the same digest continues with the results that are there. finish() writes `out`.
+    Raises UserError if `out` exists, or if {out}.part is in use or of another digest.
     """
 
     def __init__(self, out, digest):
         self.out, self.part, self.done = out, f'{out}.part', {}
         if os.path.exists(out):
-            raise UserError(f'{out} is there already; delete it, or name another --out')
+            raise UserError(f'{out} exists already; delete it, or name another --out')
         self.file = open(self.part, 'a+b')
         self.lock = lock_folder(self.part, 'writing')
         self.file.seek(0)
@@ -75,15 +90,16 @@ class Results:
             lines = [first]
             self.file.write(first)
         if lines[0] != first:
-            raise UserError(f'{self.part} has results of other prompts, settings or another model; go on with those, '
-                             f'delete it, or name another --out')
+            raise UserError(f'{self.part} has results of other prompts, settings or another model; '
+                            f'continue with those, delete it, or name another --out')
         for line in lines:
-            if not line.endswith(b'\n'):  # the run was killed while it wrote this
+            if not line.endswith(b'\n'):  # a killed run wrote half of it
                 break
             try:
                 entry = read_object(line)
-            except ValueError as error:
-                raise UserError(f'{self.part} is damaged; delete it, or name another --out: {error}') from None
+            except UserError as error:
+                raise UserError(f'{self.part} is damaged; delete it, or name another --out: '
+                                f'{error}') from None
             whole += len(line)
             if 'line' in entry:
                 self.done[entry['line']] = entry['result']
@@ -91,13 +107,15 @@ class Results:
         self.file.flush()
 
     def add(self, number, result):
+        """Add the result of a line, and write it."""
         self.done[number] = result
         self.file.write(to_line({'line': number, 'result': result}))
         self.file.flush()
 
     def finish(self, objects):
-        """Write `out`: each of the objects, {line number: object}, with the keys of its result, in their order."""
-        replace_file(self.out, b''.join(to_line({**value, **self.done[number]}) for number, value in objects.items()))
+        """Write `out`: each of {line number: object} with the keys of its result, in order."""
+        lines = (to_line({**value, **self.done[number]}) for number, value in objects.items())
+        replace_file(self.out, b''.join(lines))
         self.file.close()
         os.remove(self.part)
         unlock(self.lock)

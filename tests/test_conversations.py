@@ -1,4 +1,4 @@
-"""conversations.py and data/chat: shapes, packing, masks, training. Run: pytest tests/test_conversations.py"""
+"""data/conversations.py and data/chat: shapes, packing, masks, training. Run: pytest tests/test_conversations.py"""
 
 import json
 
@@ -46,11 +46,13 @@ def test_shapes():
 
 
 @pytest.mark.parametrize('value, said', [
-    ({'text': 'a'}, "expected \"messages\" or \"conversations\", a list, but it has 'text'"), ({}, 'it has nothing'),
+    ({'text': 'a'}, "expected \"messages\" or \"conversations\", a list, but the object has 'text'"),
+    ({}, 'the object has no keys'),
     ({'conversations': [{'from': 'bing', 'value': 'a'}]}, 'expected from, one of human, user, gpt'),
     ({'messages': [{'role': 'assistant', 'content': 'I look.', 'tool_calls': [{'id': 'a'}]}]},
      'calls a tool, [{"id": "a"}], beside its content; write the call into the content'),
-    ({'conversations': ['a']}, '"a" is no turn'), ({'conversations': [{'from': ['gpt'], 'value': 'a'}]}, 'no turn')])
+    ({'conversations': ['a']}, '"a" is not a turn'),
+    ({'conversations': [{'from': ['gpt'], 'value': 'a'}]}, 'is not a turn')])
 def test_no_shape(value, said):
     with pytest.raises(ValueError) as error:
         conversations.messages_of(value)
@@ -88,13 +90,17 @@ def test_filling_by_hand():
     assert masks.tolist() == [[0, 1, 0, 0, 1, 1], [0, 1, 1, 0, 0, 0]]  # nothing precedes 4
 
 
+def packing(row):
+    return conversations.Packing(TOKENIZER, chat.TEMPLATE, row)
+
+
 def test_cut_to_a_row():
-    ids, mask, was_cut = conversations.render(talk('a', 'bcd', 'e'), chat.TEMPLATE, TOKENIZER, row=8)
+    ids, mask, was_cut = conversations.render(talk('a', 'bcd', 'e'), packing(8))
     assert TOKENIZER.decode(ids) == '<|endoftext|><|user|>a<|im_end|><|assistant|>bcd' and was_cut
     assert mask == [0, 0, 0, 0, 0, 1, 1, 1]
-    assert not conversations.render(talk('a', 'bcd'), chat.TEMPLATE, TOKENIZER, row=9)[2]
+    assert not conversations.render(talk('a', 'bcd'), packing(9))[2]
     with pytest.raises(ValueError, match='cut to 5 of its 9 tokens, it ends before the first answer.*--block_size=8'):
-        conversations.render(talk('a', 'bcd'), chat.TEMPLATE, TOKENIZER, row=5)
+        conversations.render(talk('a', 'bcd'), packing(5))
 
 
 # data/chat ------------------------------------------------------------------------------------------------------------
@@ -155,7 +161,7 @@ def test_prepare_and_read_back(data, monkeypatch, capsys):
     ('{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}',
      "line 3: messages 1 and 2 are both of role 'user'"),
     (json.dumps({'messages': talk('a', '')}), 'line 3: message 2, an answer of the assistant, is empty'),
-    (json.dumps({'messages': talk('a' * 200, 'b')}), 'line 3: cut to 65 of its 206 tokens'), ('{', 'line 3: no JSON')])
+    (json.dumps({'messages': talk('a' * 200, 'b')}), 'line 3: cut to 65 of its 206 tokens'), ('{', 'line 3: not JSON')])
 def test_bad_lines(data, monkeypatch, capsys, line, said):
     path = data.path / 'sums.jsonl'
     path.write_text(path.read_text().replace('\n', f'\n\n{line}\n', 1))
@@ -163,7 +169,7 @@ def test_bad_lines(data, monkeypatch, capsys, line, said):
     assert said in error and not (data.path / 'data' / 'sums' / 'train.bin').exists()
     assert '--skip_bad' in error or line == '{'
     printed, error = prepare(data, monkeypatch, capsys, block_size=64, skip_bad=True)
-    assert error is None and 'left out 1: ' in printed.err
+    assert error is None and 'skipped 1: ' in printed.err
 
 
 def test_no_conversation_at_all(data, monkeypatch, capsys):
@@ -171,7 +177,7 @@ def test_no_conversation_at_all(data, monkeypatch, capsys):
     _, error = prepare(data, monkeypatch, capsys)
     assert 'sums.jsonl has no conversation' in error
     _, error = prepare(data, monkeypatch, capsys, template='none.jinja')
-    assert '--template=none.jinja: ' in error and 'No such file' in error
+    assert 'No such file' in error and 'none.jinja' in error
 
 
 def test_a_weight_of_0_carries_no_loss(data, monkeypatch, capsys):
@@ -199,7 +205,7 @@ def test_a_weight_of_0_carries_no_loss(data, monkeypatch, capsys):
 
 def test_tokenizer_without_the_special_tokens(data, monkeypatch, capsys):
     _, error = prepare(data, monkeypatch, capsys, tokenizer='byte')
-    assert 'has no <|endoftext|>, <|system|>' in error and 'python tokenizer.py train' in error
+    assert 'has no <|endoftext|>, <|system|>' in error and 'python -m tokenizer train' in error
     (data.path / 'plain.jinja').write_text("{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}"
                                            "{% if add_generation_prompt %}assistant: {% endif %}")
     printed, error = prepare(data, monkeypatch, capsys, tokenizer='byte', block_size=64,
@@ -278,7 +284,7 @@ def test_batches_without_an_answer_are_skipped(trained):
     same_tensors(trained.checkpoint('sft')['model'], trained.checkpoint('base', 'best.pt')['model'])
     path = path.with_name('val_mask.bin')
     path.write_bytes(bytes(path.stat().st_size))
-    trained.train(init_from='base', out_dir='none', **SFT).refused('no token in val carries loss')
+    trained.train(init_from='base', out_dir='none', **SFT).refused('no token of val carries loss')
 
 
 def test_what_does_not_fit(trained):

@@ -461,7 +461,7 @@ def test_gpt2s_tokenizer_by_name_and_from_a_file(folder):
     ({'task': 'tiny_chat', 'kinds': 'sums'}, ["there is no 'sums'; expected some of addition"]),
     ({'task': 'tiny_chat', 'input': 'one'}, ['tiny_chat makes its own questions']),
     ({'task': 'gsm8k'}, ['name a file of them, --input=FILE, with a "question"']),
-    ({'task': 'gsm8k', 'input': 'none.jsonl'}, ['none.jsonl can not be read']),
+    ({'task': 'gsm8k', 'input': 'none.jsonl'}, ['none.jsonl cannot be read']),
     ({'task': 'hellaswag', 'input': 'scenes.jsonl'}, ['a question has 20 tokens, and the context has room for 16'])])
 def test_refused(refusing, settings, said):
     run = start(refusing, **settings).refused(*said)

@@ -1,4 +1,4 @@
-"""jsonl.py: objects in, results out, nothing lost. Run: pytest tests/test_jsonl.py"""
+"""flatgpt/jsonl.py: objects in, results out, nothing lost. Run: pytest tests/test_jsonl.py"""
 
 import json
 import re
@@ -8,23 +8,32 @@ import sys
 import pytest
 from conftest import ROOT
 
-from flatgpt.jsonl import Results, read_objects
+from flatgpt.jsonl import Results, iter_objects, read_objects
 
 OBJECTS = {1: {'a': 'é🙂'}, 3: {'b': '\ud800'}}
 
 
 @pytest.mark.parametrize('content, said', [
-    (b'{"a": 1}\n{"a": }\n', 'line 2: no JSON, Expecting value at character 7'), (b'[1]', 'line 1: [1] is no object'),
+    (b'{"a": 1}\n{"a": }\n', 'line 2: not JSON: Expecting value at character 7'),
+    (b'[1]', 'line 1: [1] is not an object'),
     (b'\n\n{"a": "\xff"}', "line 3: 'utf-8' codec can't decode"), (b'[' * 200_000, 'line 1: '),
-    (b'{"a": 1} {"a": 2}', 'line 1: no JSON, Extra data'), (b'{"b": {"a": 1, "a": 2}}', 'line 1: the key "a" stands')])
+    (b'{"a": NaN}', 'line 1: the number NaN is not finite'), (b'{"a": 1e999}', 'line 1: the number 1e999'),
+    (b'{"a": 1} {"a": 2}', 'line 1: not JSON: Extra data'), (b'{"b": {"a": 1, "a": 2}}', 'line 1: the key "a" stands')])
 def test_lines_that_are_no_objects(tmp_path, content, said):
     (tmp_path / 'in.jsonl').write_bytes(content)
     with pytest.raises(ValueError, match=re.escape(f'in.jsonl, {said}')):
         read_objects(tmp_path / 'in.jsonl')
 
 
+def test_bad_lines_are_collected(tmp_path):
+    (tmp_path / 'in.jsonl').write_bytes(b'{"a": 1}\n{\n\n{"b": 2}')
+    bad = []
+    assert list(iter_objects(tmp_path / 'in.jsonl', bad)) == [(1, {'a': 1}), (4, {'b': 2})]
+    assert len(bad) == 1 and bad[0].startswith('not JSON')
+
+
 def test_no_file(tmp_path):
-    with pytest.raises(ValueError, match='none.jsonl can not be read.*No such file'):
+    with pytest.raises(ValueError, match='none.jsonl cannot be read.*No such file'):
         read_objects(tmp_path / 'none.jsonl')
 
 
@@ -40,7 +49,7 @@ def test_results_come_in_the_order_of_the_objects(tmp_path):
     assert [json.loads(line) for line in out.read_text(encoding='utf-8').splitlines()] == [
         {'a': 'é🙂', 'x': '\ud800'}, {'b': '\ud800', 'x': 3}]
     assert [path.name for path in tmp_path.iterdir() if path.suffix != '.jsonl'] == []
-    with pytest.raises(ValueError, match='out.jsonl is there already; delete it'):
+    with pytest.raises(ValueError, match='out.jsonl exists already; delete it'):
         Results(out, 'd')
 
 

@@ -133,7 +133,7 @@ def test_micro_batches_are_the_same_step(chats):
 
 @pytest.mark.parametrize('changes, said', [
     ({'data': ''}, ["data='': expected a file of pairs: --data=FILE.jsonl"]),
-    ({'data': 'none.jsonl'}, ['none.jsonl can not be read']),
+    ({'data': 'none.jsonl'}, ['none.jsonl cannot be read']),
     ({'optimizer': 'sgd'}, ["optimizer='sgd': expected 'adamw' or 'muon'"]),
     ({'batch_size': 0}, ['batch_size=0: expected 1 or more']),
     ({'max_iters': 0}, ['max_iters=0: expected 1 or more']),

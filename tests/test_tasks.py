@@ -179,7 +179,7 @@ def test_splits_of_a_file(tmp_path):
     (gsm8k, 'a.jsonl', '{"question": "q", "answer": "18"}', 'line 1: "question" or the line with ####'),
     (gsm8k, 'a.jsonl', '{"question": 3, "answer": "#### 18"}', 'expected a "question" and an "answer" that ends'),
     (gsm8k, 'a.jsonl', '', 'has no questions'), (gsm8k, 'a.csv', '', 'has no questions'),
-    (gsm8k, 'a.jsonl', 'no', 'line 1: no JSON'),
+    (gsm8k, 'a.jsonl', 'no', 'line 1: not JSON'),
     (gsm8k, 'a.txt', 'no', "a.txt': expected a .jsonl, .csv or .parquet file"),
     (gsm8k, 'a.parquet', 'no', 'a.parquet can not be read as Parquet'),
     (multiple_choice, 'a.csv', 'q,a,b,c,A\n', 'a.csv, line 1: 5 fields; expected 6: question, A, B, C, D, answer'),
@@ -215,7 +215,7 @@ def test_no_questions(tmp_path, task, name, content, said):
 @pytest.mark.parametrize('arguments, said', [
     ({'split': 'all'}, 'no questions of its own; name a file of them, --input=FILE, with a "question"'),
     ({'split': 'dev', 'input': 'a.jsonl'}, "split='dev': expected one of train, val, test, all"),
-    ({'split': 'all', 'input': 'none.jsonl'}, 'none.jsonl can not be read'),
+    ({'split': 'all', 'input': 'none.jsonl'}, 'none.jsonl cannot be read'),
     ({'split': 'all', 'input': 'none.csv'}, 'none.csv can not be read as CSV')])
 def test_no_file(arguments, said):
     with pytest.raises(ValueError) as error:

@@ -315,8 +315,8 @@ def test_a_prepared_dataset_in_shards(tmp_path):
     """What corpus.py writes, this reads: the same batches from one file and from many."""
     documents = [('train' if i % 5 else 'val', chr(97 + i % 26) * (i + 3)) for i in range(90)]
     for shard_tokens in (10**9, 700):
-        encode.write_dataset(tmp_path / str(shard_tokens), lambda: documents, tokenizer.ByteTokenizer(), documents=True,
-                             source='', val_fraction=0.2, shard_tokens=shard_tokens)
+        corpus = encode.Corpus(lambda: documents, True, '', 0.2, shard_tokens)
+        encode.write_dataset(tmp_path / str(shard_tokens), corpus, tokenizer.ByteTokenizer())
     one, many = opened(tmp_path / str(10**9)), opened(tmp_path / '700')
     assert len(list((tmp_path / '700').glob('train-*.bin'))) >= 4 and isinstance(one, np.ndarray)
     starts = train_windows(0, 300, len(one), 8, 1)

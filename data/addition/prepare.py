@@ -1,19 +1,18 @@
 """Prepare all sums of two numbers of up to 3 digits, one token per character.
-Needs no network and no download.
+Needs no network.
 
     python data/addition/prepare.py    # 123+456=0579
     python -m lab.addition             # what comes next
 
-Units first, 123+456=9750, to train on with train.py:
+With the units of the answers first, 123+456=9750, to train with train.py:
 
     python data/addition/prepare.py --order=reversed \\
         --out_dir=data/addition_reversed
 
 Takes a second. Writes train.bin (11,700,091 tokens), val.bin (1,299,909) and
-meta.json (13 characters) next to this script.
+meta.json (13 characters) beside this script.
 """
 
-import argparse
 import os
 import sys
 import time
@@ -24,70 +23,76 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))  # so that it runs from any folder
 
 from configurator import UserError
-from data.documents import check_fraction
-from data.encode import report, run, write_dataset
+from data import documents, encode
 from tokenizer import CharTokenizer
 
-CHARS = '\n+0123456789='  # sorted, as every char vocabulary here
+CHARS = '\n+0123456789='  # sorted, as every char vocabulary is
 
 
 def split_pairs(digits, val_fraction, seed):
-    """
-    All (a, b) of numbers of so many digits in a random order -> {'train': (n, 2), 'val': (n, 2)}. a + b and b + a are
-    in the same split: who has read one knows the other.
+    """Split all pairs (a, b) in a random order; -> {'train': (n, 2), 'val': (n, 2)}.
+
+    a + b and b + a are in the same split, because one gives the other away.
     """
     N = 10**digits
-    # a bit generator's raw numbers, unlike what numpy makes of them, are the same in all its versions
+    # raw numbers of a bit generator are the same in all versions of numpy
     draws, places = np.random.Philox(key=seed).random_raw(2 * N * N).reshape(2, -1)
     a, b = np.divmod(np.arange(N * N), N)
-    draws = draws[np.minimum(a, b) * N + np.maximum(a, b)]  # of a pair one number, whichever stands first
+    draws = draws[np.minimum(a, b) * N + np.maximum(a, b)]  # the same for (a, b) and (b, a)
     n_pairs = N * (N + 1) // 2
-    is_val = draws < np.sort(draws[a <= b])[min(n_pairs - 1, max(1, round(val_fraction * n_pairs)))]
+    n_val = min(n_pairs - 1, max(1, round(val_fraction * n_pairs)))
+    is_val = draws < np.sort(draws[a <= b])[n_val]
     order = places.argsort(kind='stable')
     pairs, is_val = np.stack((a, b), axis=1)[order], is_val[order]
     return {'train': pairs[~is_val], 'val': pairs[is_val]}
 
 
 def write_sums(pairs, digits, reverse):
-    """(n, 2) numbers -> n lines of text such as 123+456=0579; reverse: the answer with its units first, =9750."""
+    """Write (n, 2) numbers as n lines 123+456=0579; reverse: the answer's units first, =9750."""
     def columns(numbers, n_digits):
         return numbers[:, None] // 10 ** np.arange(n_digits - 1, -1, -1) % 10 + ord('0')
 
+    def column(char):
+        return np.full((len(pairs), 1), ord(char))
+
     a, b = pairs.T
     answer = columns(a + b, digits + 1)
-    parts = [columns(a, digits), '+', columns(b, digits), '=', answer[:, ::-1] if reverse else answer, '\n']
-    parts = [np.full((len(pairs), 1), ord(part)) if isinstance(part, str) else part for part in parts]
+    if reverse:
+        answer = answer[:, ::-1]
+    parts = [columns(a, digits), column('+'), columns(b, digits), column('='), answer, column('\n')]
     return np.concatenate(parts, axis=1).astype(np.uint8).tobytes().decode('ascii')
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
-    # not 4: its 10**8 sums would take 3 GB of disk, to learn what 3 digits show as well
-    parser.add_argument('--digits', type=int, choices=(1, 2, 3), default=3, help='of each number (3)')
-    parser.add_argument('--order', choices=('plain', 'reversed'), default='plain',
-                        help='of the digits of the answers; reversed: units first')
-    parser.add_argument('--val_fraction', type=float, default=0.1, help='share of the pairs held out (0.1)')
-    parser.add_argument('--seed', type=int, default=1337, help='of the order and of what is held out (1337)')
-    parser.add_argument('--out_dir', default=HERE, help="folder to write to (this script's own)")
+    parser = encode.make_parser(__doc__)
+    add = parser.add_argument
+    # not 4: its 10**8 sums would take 3 GB of disk and show nothing new
+    add('--digits', type=int, choices=(1, 2, 3), default=3, help='of each number (3)')
+    add('--order', choices=('plain', 'reversed'), default='plain',
+        help='of the digits of the answers; reversed: units first')
+    add('--val_fraction', type=float, default=0.1, help='share of the pairs held out (0.1)')
+    add('--seed', type=int, default=1337, help='of the order and of what is held out (1337)')
+    add('--out_dir', default=HERE, help="folder to write to (the script's)")
     args = parser.parse_args()
 
     started = time.time()
-    check_fraction(args.val_fraction)
+    documents.check_fraction(args.val_fraction)
     if not 0 <= args.seed < 2**64:
         raise UserError(f'--seed={args.seed}: expected a number from 0 to 2**64 - 1, such as 1337')
-    pairs = split_pairs(args.digits, args.val_fraction, args.seed)
-    texts = {split: write_sums(pairs[split], args.digits, args.order == 'reversed') for split in pairs}
-    meta = write_dataset(args.out_dir, lambda: iter(texts.items()), CharTokenizer(CHARS), documents=False,
-                                source=f'sums of {args.digits}-digit numbers, answers {args.order}, '
-                                       f'seed {args.seed}', val_fraction=args.val_fraction,
-                                total=sum(map(len, texts.values())))
+    is_reversed = args.order == 'reversed'
+    texts = {split: write_sums(pairs, args.digits, is_reversed) for split, pairs
+             in split_pairs(args.digits, args.val_fraction, args.seed).items()}
+    corpus = encode.Corpus(
+        texts.items, documents=False, val_fraction=args.val_fraction,
+        source=f'sums of {args.digits}-digit numbers, answers {args.order}, seed {args.seed}',
+        total=sum(map(len, texts.values())))
+    meta = encode.write_dataset(args.out_dir, corpus, CharTokenizer(CHARS))
     name = os.path.basename(os.path.abspath(args.out_dir))
     following = 'python -m lab.addition' + (f' --dataset={name}' if name != 'addition' else '')
-    if args.order == 'reversed':  # lab/addition.py turns plain ones round itself
+    if is_reversed:  # lab/addition.py reverses plain ones itself
         following = f'python train.py config/quickstart.py --dataset={name} --out_dir=out-{name}'
-    report(args.out_dir, meta, started, following)
+    encode.report(args.out_dir, meta, started, following)
 
 
 if __name__ == '__main__':
-    run(main)
+    encode.run(main)

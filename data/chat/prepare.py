@@ -1,5 +1,4 @@
-"""Make a training set of conversations: JSON lines of messages, in OpenAI's
-shape or ShareGPT's.
+"""Prepare conversations: JSON lines of messages, in OpenAI's or ShareGPT's shape.
 
     python data/chat/prepare.py --input=talks.jsonl --tokenizer=out-base
     python train.py config/sft.py --init_from=out-base --dataset=talks
@@ -9,29 +8,27 @@ shape or ShareGPT's.
     {"conversations": [{"from": "human", "value": "Hello"},
                        {"from": "gpt", "value": "Hi!"}]}
 
-Writes train.bin and val.bin, beside them train_mask.bin and val_mask.bin (a
-byte for each token: 1 for what the assistant says and the token that ends it,
-0 for all else, which carries no loss), and meta.json.
+Writes train.bin and val.bin, the loss masks train_mask.bin and val_mask.bin (a
+byte per token: 1 for an answer and the token that ends it, else 0), and
+meta.json.
 
-Conversations are packed into rows of --block_size + 1 tokens, so that none is
-cut: the longest first, each into the fullest row that has room. What remains
-is filled up, usually less than one token in fifty. One that is too long ends
-where the row does; if no answer begins before that, it is refused.
+Conversations are packed into rows of --block_size + 1 tokens without cutting
+them; padding is usually less than one token in fifty. A conversation longer
+than a row is cut at its end, and refused if no answer begins before that.
 
 --tokenizer is that of the model: a run's out_dir, a Hugging Face folder, or a
-tokenizer file. The format is the model's own chat template, or that of chat.py,
-which needs its special tokens; or --template=FILE, in Jinja. val.bin has every
+tokenizer file. The format is the model's chat template, else the default one,
+which needs its special tokens, or --template=FILE, in Jinja. val.bin has every
 tenth conversation (--val_fraction), chosen by its content.
 
 An answer with "weight": 0, as OpenAI has it, carries no loss; "system" beside
 the turns, as ShareGPT has it, is the first message.
 
-Whatever is no conversation stops everything and is named by its line: a role
-that isn't known, two turns of one role in a row, an empty answer.
---skip_bad leaves such lines out and says how many.
+A line that is not a conversation ends the script with an error that names it:
+an unknown role, two turns of one role in a row, an empty answer. --skip_bad
+skips such lines and prints their number.
 """
 
-import argparse
 import hashlib
 import json
 import os
@@ -45,16 +42,17 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))  # so that it runs fr
 
 import tokenizer as tokenizers
 from configurator import UserError
-from data import conversations
-from data.documents import check_fraction, text_hash
-from data.encode import output_folder, positive, run
+from data import conversations, documents, encode
 from flatgpt import checkpoint, huggingface, jsonl
 from flatgpt.pretrained import tokenizer_of
 from tokenizer import chat
 
 
 def open_tokenizer(source):
-    """--tokenizer -> (tokenizer, chat template or None, block_size or None): of a run, a model, or a file alone."""
+    """Open the tokenizer of a run, a Hugging Face folder or a file.
+
+    -> (tokenizer, chat template or None, block_size or None)
+    """
     path = checkpoint.path_in(source)
     if os.path.exists(path):
         state = checkpoint.load(path)
@@ -62,74 +60,78 @@ def open_tokenizer(source):
     if os.path.isfile(os.path.join(source, 'config.json')):
         described = huggingface.load_tokenizer(source)
         if described is None:
-            raise UserError(f'{source} has no tokenizer.json; copy that of the model into the folder')
-        return tokenizers.from_dict(described), huggingface.load_chat_template(source, described), None
+            raise UserError(f'{source} has no tokenizer.json; copy the one of the model into it')
+        template = huggingface.load_chat_template(source, described)
+        return tokenizers.from_dict(described), template, None
     try:
         return tokenizers.load(source), None, None
-    except ValueError as error:
+    except UserError as error:
         if os.path.exists(source):
             raise
-        raise UserError(f"--tokenizer={source}: there is no run or model in such a folder; {error}") from None
+        raise UserError(f'--tokenizer={source} is not a folder with a run or a model, nor a '
+                        f'tokenizer: {error}') from None
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
-    parser.add_argument('--input', required=True, help='a file of JSON lines')
-    parser.add_argument('--name', help='name of the dataset (that of the input)')
-    parser.add_argument('--out_dir', help='folder to write to, in place of --name (data/NAME)')
-    parser.add_argument('--tokenizer', required=True, help="a run's out_dir, a model's folder, or a tokenizer file")
-    parser.add_argument('--template', help="a Jinja file (the model's template, else that of chat.py)")
-    parser.add_argument('--block_size', type=positive, help="context to pack for (a run's own, else 256)")
-    parser.add_argument('--val_fraction', type=float, default=0.1, help='share of the conversations in val (0.1)')
-    parser.add_argument('--skip_bad', action='store_true', help='leave out lines that are no conversation')
+    parser = encode.make_parser(__doc__)
+    add = parser.add_argument
+    add('--input', required=True, help='a file of JSON lines')
+    add('--name', help='name of the dataset (that of the input)')
+    add('--out_dir', help='folder to write to, in place of --name (data/NAME)')
+    add('--tokenizer', required=True, help="a run's out_dir, a model's folder, or a tokenizer file")
+    add('--template', help="a Jinja file (the model's template, or the default)")
+    add('--block_size', type=encode.positive, help="context to pack for (a run's own, else 256)")
+    add('--val_fraction', type=float, default=0.1, help='share of conversations in val (0.1)')
+    add('--skip_bad', action='store_true', help='skip lines that are not conversations')
     args = parser.parse_args()
 
+    # open the tokenizer and the chat template
     started = time.time()
-    check_fraction(args.val_fraction)
-    dataset, _, out_dir = output_folder(args.name, args.input, args.out_dir)
+    documents.check_fraction(args.val_fraction)
+    dataset, _, out_dir = encode.output_folder(args.name, args.input, args.out_dir)
     tokenizer, template, block_size = open_tokenizer(args.tokenizer)
-    row = (args.block_size or block_size or 256) + 1
     if args.template:
-        try:
-            with open(args.template, encoding='utf-8-sig') as file:
-                template = file.read()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f'--template={args.template}: {error}') from None
-    if template is None:
+        template = ''.join(documents.read_text(args.template))
+    elif template is None:
         template = chat.TEMPLATE
         conversations.check_tokenizer(tokenizer, f'--tokenizer={args.tokenizer}')
+    packing = conversations.Packing(tokenizer, template,
+                                    (args.block_size or block_size or 256) + 1)
 
-    found, bad, n_cut, digest = {'train': [], 'val': []}, [], 0, hashlib.sha256()
-    for number, value in jsonl.read_objects(args.input, bad if args.skip_bad else None).items():
+    # render each conversation
+    rendered, bad, n_cut, digest = {'train': [], 'val': []}, [], 0, hashlib.sha256()
+    for number, value in jsonl.iter_objects(args.input, bad if args.skip_bad else None):
         try:
             messages = conversations.messages_of(value)
-            ids, mask, was_cut = conversations.render(messages, template, tokenizer, row)
+            ids, mask, is_cut = conversations.render(messages, packing)
         except ValueError as error:
             if not args.skip_bad:
-                raise UserError(f'{args.input}, line {number}: {error} (--skip_bad leaves such lines out)') from None
+                raise UserError(f'{args.input}, line {number}: {error} '
+                                f'(--skip_bad skips such lines)') from None
             bad.append(str(error))
             continue
-        n_cut += was_cut
+        n_cut += is_cut
         text = json.dumps(messages)
         digest.update(text.encode())
-        split = 'val' if text_hash(text) < args.val_fraction else 'train'
-        found[split].append((ids, mask))
-    reasons = Counter(reason[:60] for reason in bad)
-    for reason, count in reasons.most_common(5):
-        print(f'left out {count:,}: {reason}', file=sys.stderr)
-    if len(reasons) > 5:
-        print(f'left out {len(bad):,} in all', file=sys.stderr)
+        split = 'val' if documents.text_hash(text) < args.val_fraction else 'train'
+        rendered[split].append((ids, mask))
+    for reason, count in Counter(reason[:60] for reason in bad).most_common(5):
+        print(f'skipped {count:,}: {reason}', file=sys.stderr)
     if n_cut:
-        print(f'{n_cut:,} conversations end early, at the end of their row; longer rows: --block_size', file=sys.stderr)
-    if not any(found.values()):
-        raise UserError(f'{args.input} has no conversation' + f', and {len(bad):,} lines that are none' * bool(bad))
-    conversations.write_dataset(out_dir, found, tokenizer, template, row, source=os.path.basename(args.input),
+        print(f'{n_cut:,} conversations are cut at the end of their row; longer rows: --block_size',
+              file=sys.stderr)
+    if not any(rendered.values()):
+        raise UserError(f'{args.input} has no conversation'
+                        + f', and {len(bad):,} lines that are not one' * bool(bad))
+
+    # pack and write
+    conversations.write_dataset(out_dir, rendered, packing, source=os.path.basename(args.input),
                                 val_fraction=args.val_fraction, sha256=digest.hexdigest())
-    start = args.tokenizer if os.path.isdir(args.tokenizer) else 'FOLDER'
+    model = args.tokenizer if os.path.isdir(args.tokenizer) else 'FOLDER'
     print(f'wrote  {os.path.relpath(out_dir)} in {time.time() - started:.1f} s\n'
-          f'next:  python train.py config/sft.py --init_from={shlex.quote(start)} --dataset={shlex.quote(dataset)}')
+          f'next:  python train.py config/sft.py --init_from={shlex.quote(model)} '
+          f'--dataset={shlex.quote(dataset)}')
 
 
 if __name__ == '__main__':
-    run(main)
+    encode.run(main)

@@ -1,20 +1,17 @@
-"""Prepare a sample of FineWeb-Edu, educational web pages, for training GPTs
-that know something.
+"""Prepare a sample of FineWeb-Edu, educational web pages.
 
     pip install -e '.[data]'
     python data/fineweb_edu/prepare.py --shards=1       # 2 GB to begin with
     python data/fineweb_edu/prepare.py                  # sample/10BT, 28 GB
-    python data/fineweb_edu/prepare.py --input=PARQUET  # a shard, or a folder
+    python data/fineweb_edu/prepare.py --input=PARQUET  # a file, or a folder
     python train.py config/train_gpt2.py --dataset=fineweb_edu
 
 --sample=10BT, 100BT or 350BT is about the number of tokens. Each shard of 2 GB
-turns into 1.4 GB of token files. Memory: below 1 GB. Time: the download, and
-the encoding, about 5 minutes a shard on two cores with tiktoken; it uses all
-there are. When interrupted, run the same command again: it goes on where it
-was.
+turns into 1.4 GB of token files. Memory: below 1 GB. Encoding takes about 5
+minutes a shard on two cores with tiktoken. After an interruption, run the same
+command again: it continues after the last finished shard.
 """
 
-import argparse
 import os
 import sys
 import time
@@ -22,48 +19,54 @@ import time
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))  # so that it runs from any folder
 
-from data import download
-from data.documents import check_fraction, find_files, read_documents, split_documents
-from data.encode import add_options, load_tokenizer, make_tokenizer, positive, report, run, write_dataset
+from data import documents, download, encode
 
 REPO = 'HuggingFaceFW/fineweb-edu'
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
-    parser.add_argument('--sample', default='10BT', choices=['10BT', '100BT', '350BT'], help='which sample (10BT)')
-    parser.add_argument('--shards', type=positive, help='how many of its shards, the first ones (all)')
-    parser.add_argument('--revision', default='main', help='branch, tag or commit of the dataset (main)')
-    parser.add_argument('--input', help='a .parquet file or a folder of them, instead of the network')
-    parser.add_argument('--min_score', type=float, help='leave out pages whose score, 0 to 5, is below this')
-    add_options(parser, tokenizer='gpt2', val_fraction=0.0005, out_dir=HERE)
+    parser = encode.make_parser(__doc__)
+    add = parser.add_argument
+    add('--sample', default='10BT', choices=['10BT', '100BT', '350BT'], help='which sample (10BT)')
+    add('--shards', type=encode.positive, help='only its first files (all)')
+    add('--revision', default='main', help='branch, tag or commit (main)')
+    add('--input', help='a .parquet file or a folder of them, not the network')
+    add('--min_score', type=float, help='leave out pages with a score, 0 to 5, below this')
+    encode.add_options(parser, tokenizer='gpt2', val_fraction=0.0005, out_dir=HERE)
     args = parser.parse_args()
 
-    check_fraction(args.val_fraction)
+    # check before the download
     started = time.time()
-    load_tokenizer(args.tokenizer, args.vocab_size)  # what is wrong with it shows before the download
+    documents.check_fraction(args.val_fraction)
+    encode.load_tokenizer(args.tokenizer, args.vocab_size)
+
+    # read
     if args.input:
-        paths, _ = find_files(args.input)
-        source = os.path.basename(os.path.abspath(args.input))
+        paths, source = args.input, os.path.basename(os.path.abspath(args.input))
     else:
-        paths, commit = download.get_shards(REPO, f'sample/{args.sample}', os.path.join(args.out_dir, args.sample),
-                                            args.revision, args.shards,
+        folder = f'sample/{args.sample}'
+        shards = download.HubFolder(REPO, folder, args.revision, args.shards)
+        paths, commit = download.get_shards(shards, os.path.join(args.out_dir, 'shards'),
                                             'python data/fineweb_edu/prepare.py --input=FOLDER')
-        source = f'{REPO}@{commit}, {len(paths)} shards of sample/{args.sample}'
+        source = f'{REPO}@{commit}, {len(paths)} shards of {folder}'
     if args.min_score is not None:
         source += f', score of at least {args.min_score}'
+    print(f'preparing {source}', file=sys.stderr)
 
     def pieces():
-        return split_documents(read_documents(paths, min_score=args.min_score), args.val_fraction)
+        pages = documents.read_documents(paths, min_score=args.min_score)
+        return documents.split_documents(pages, args.val_fraction)
 
-    print(f'preparing {source}', file=sys.stderr)
-    tokenizer = make_tokenizer(args.tokenizer, pieces, documents=True, vocab_size=args.vocab_size)
-    meta = write_dataset(args.out_dir, pieces, tokenizer, documents=True, source=source,
-                                val_fraction=args.val_fraction, shard_tokens=args.shard_tokens, workers=args.num_proc)
+    # encode and write
+    corpus = encode.Corpus(
+        pieces, documents=True, source=source, val_fraction=args.val_fraction,
+        shard_tokens=args.shard_tokens, workers=args.num_proc)
+    tokenizer = encode.make_tokenizer(args.tokenizer, corpus, args.vocab_size)
+    meta = encode.write_dataset(args.out_dir, corpus, tokenizer)
     print(f'{sum(meta["documents"].values()):,} documents')
-    report(args.out_dir, meta, started, 'python train.py config/train_gpt2.py --dataset=fineweb_edu')
+    encode.report(args.out_dir, meta, started,
+                  'python train.py config/train_gpt2.py --dataset=fineweb_edu')
 
 
 if __name__ == '__main__':
-    run(main)
+    encode.run(main)

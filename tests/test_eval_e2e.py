@@ -1,4 +1,4 @@
-"""evaluate.py against transformers, train.py and sums by hand. Run: pytest tests/test_evaluate_e2e.py"""
+"""eval.py against transformers, train.py and sums by hand. Run: pytest tests/test_eval_e2e.py"""
 
 import json
 import math
@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-import tokenizer as tokenizer_module
+import tokenizer
 from config.presets import PRESETS
 from data import documents
 from data.tokens import sliding_windows, whole_windows
@@ -59,14 +59,14 @@ def save(folder, model, tokenizer=CHAR, **changes):
     (folder.path / 'out').mkdir(exist_ok=True)
     checkpoint.save(folder.path / 'out', {
         'model': model.state_dict(), 'model_args': asdict(model.config), 'iter_num': 7, 'best_val_loss': 1.25,
-        'config': {'dataset': 'tiny'}, 'tokenizer': tokenizer_module, **changes}, is_best=True)
+        'config': {'dataset': 'tiny'}, 'tokenizer': tokenizer, **changes}, is_best=True)
 
 
 def prepared(folder, name, ids, tokenizer, vocab_size):
     """The dataset data/name, whose splits are both these ids of a tokenizer."""
     path = folder.path / 'data' / name
     write_dataset(path, ids, ids)
-    meta = {**json.loads((path / 'meta.json').read_text()), 'tokenizer': tokenizer_module, 'vocab_size': vocab_size}
+    meta = {**json.loads((path / 'meta.json').read_text()), 'tokenizer': tokenizer, 'vocab_size': vocab_size}
     (path / 'meta.json').write_text(json.dumps(meta))
 
 
@@ -90,7 +90,7 @@ def start(folder, **settings):
 
 
 def evaluate(folder, **settings):
-    """-> what a run of evaluate.py found; all it printed but that JSON line fits a terminal."""
+    """-> what a run of eval.py found; all it printed but that JSON line fits a terminal."""
     *lines, last = start(folder, **settings).ok().out.splitlines()
     assert max(map(len, lines)) <= 80, lines
     return json.loads(last)
@@ -222,7 +222,7 @@ def test_bytes_of_characters(folder):
 
 def test_special_tokens_have_no_bytes(folder):
     """In a dataset <|endoftext|> costs nats and has no bytes; in a text its name is text."""
-    tok = tokenizer_module.BPETokenizer.train(make_text(3000), 290, special_tokens=['<|endoftext|>'])
+    tok = tokenizer.BPETokenizer.train(make_text(3000), 290, special_tokens=['<|endoftext|>'])
     texts = [make_text(200, seed) for seed in range(3)]
     ids = [i for text in texts for i in [*tok.encode(text), tok.eot]]
     prepared(folder, 'documents', ids, tok.to_dict(), tok.vocab_size)
@@ -247,7 +247,7 @@ def test_bytes_that_are_not_known(folder):
     assert 'bits per byte unknown: data/silent does not say which tokenizer' in ' '.join(run.out.split())
     found = json.loads(run.out.splitlines()[-1])
     assert (found['bits_per_byte'], found['bytes'], found['tokens']) == (None, None, 98)
-    words = tokenizer_module.WordTokenizer.train('the cat sat', vocab_size=5)
+    words = tokenizer.WordTokenizer.train('the cat sat', vocab_size=5)
     save(folder, uniform_gpt(5), words.to_dict())
     for text, bits in (('the cat sat cat', math.log2(5) * 3 / 12), ('the cat ran', None)):
         (folder.path / 'text.txt').write_text(text)
@@ -256,7 +256,7 @@ def test_bytes_that_are_not_known(folder):
 
 # tasks ----------------------------------------------------------------------------------------------------------------
 
-WITH_SPECIALS = tokenizer_module.BPETokenizer([], None, {token: 256 + i for i, token in enumerate(chat.SPECIAL_TOKENS)})
+WITH_SPECIALS = tokenizer.BPETokenizer([], None, {token: 256 + i for i, token in enumerate(chat.SPECIAL_TOKENS)})
 WORDS = {'task': 'tiny_chat', 'n': 4, 'kinds': 'counting,reversing,spelling,table'}
 ASKED = tiny_chat.examples('test', 4, seed=1337, kinds=tuple(WORDS['kinds'].split(',')))
 SUMS = tiny_chat.examples('test', 2, seed=1337, kinds=('addition', 'subtraction'))
@@ -414,7 +414,7 @@ def test_inputs(folder):
 
 def test_long_input_is_encoded_whole(folder):
     """However it is cut to be read, its ids are those of the whole: here 8 newlines, a token, lie across a cut."""
-    tok = tokenizer_module.BPETokenizer.train((make_text(100) + '\n' * 8) * 20, 290)
+    tok = tokenizer.BPETokenizer.train((make_text(100) + '\n' * 8) * 20, 290)
     text = make_text(documents.PIECE_CHARS - 3) + '.' + '\n' * 8 + 'the cat'
     assert tok.encode('\n' * 8) != tok.encode('\n' * 2) + tok.encode('\n' * 6)
     save(folder, uniform_gpt(320, n_layer=1, n_embd=2, n_head=1), tok.to_dict())

@@ -155,7 +155,7 @@ def test_through_a_checkpoint_and_back(tmp_path):
 
 def test_open_model_takes_a_folder(tmp_path):
     build('llama').save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="vocab_size is 300, not GPT-2's 50257.*copy that of the model"):
+    with pytest.raises(UserError, match="has no tokenizer.json, and its vocab_size of 300 is not GPT-2's 50257; copy the"):
         pretrained.open_model(str(tmp_path), 'out')
     add_byte_tokenizer(tmp_path)
     model, text_tokenizer, chat_template, line = pretrained.open_model(str(tmp_path), 'out')

@@ -62,7 +62,7 @@ def test_a_trained_model_leaves(folder):
     greedy = {'start': 'the ', 'temperature': 0, 'num_samples': 1, 'max_new_tokens': 10}
     one, other = (folder.sample(**greedy, **source).ok().out for source in ({}, {'init_from': 'hf'}))
     assert one.split('\nthe ')[1] == other.split('\nthe ')[1]
-    export(folder).refused('hf is there already and not empty', '--out')
+    export(folder).refused('hf exists and is not empty', '--out')
     export(folder, out='half', dtype='bfloat16', which='last', init_from='hf').ok()
     tensors = safetensors_torch.load_file(folder.path / 'half' / 'model.safetensors')
     exact = theirs.state_dict()
@@ -72,7 +72,7 @@ def test_a_trained_model_leaves(folder):
 def test_what_export_refuses(folder):
     export(folder).refused('no checkpoint at', 'python train.py --out_dir=out')
     folder.train(preset='modern', max_iters=1).ok()
-    export(folder).refused('logit_softcap=15.0', 'can not be exported', '--logit_softcap=0')
+    export(folder).refused('logit_softcap=15.0', 'cannot be exported', '--logit_softcap=0')
     export(folder, out='').refused("out='': expected the folder to write")
     export(folder, dtype='int4').refused("dtype='int4': expected 'float32'")
     export(folder, which='first').refused("which='first'")
@@ -91,12 +91,12 @@ def test_finetune_resume_sample_and_export_a_qwen(folder):
     )).save_pretrained(folder.path / 'qwen')
     formats.write_hf_folder(words.to_dict(), str(folder.path / 'qwen'), {'chat_template': '{{ messages }}'})
     folder.train(init_from='qwen').refused('data/tiny was prepared for a vocabulary of', '(char)', 'qwen has another',
-                                           'prepare.py', '--tokenizer=qwen')
+                                           '--tokenizer=qwen')
     write_dataset_of(folder, tokenizer.load(str(folder.path / 'qwen')))
     settings = {'init_from': 'qwen', 'dataset': 'words', 'block_size': None, 'dropout': 0.1, 'batch_size': 2,
                 'total_batch_size': 2 * 1024, 'max_iters': 6, 'eval_interval': 3}
     said = folder.train(**settings).ok().out
-    assert 'changed from 4096 to 1024 tokens' in said  # the default, not the longest that RoPE allows
+    assert 'changes from 4096 to 1024 tokens' in said  # the default, not the longest that RoPE allows
     whole = folder.checkpoint()
     assert whole['model_args']['dropout'] == 0.1 and whole['model_args']['qk_norm_weight']
     assert whole['tokenizer'] == words.to_dict() and whole['chat_template'] == '{{ messages }}'
@@ -115,7 +115,7 @@ def test_finetune_resume_sample_and_export_a_qwen(folder):
     assert huggingface.load_chat_template(folder.path / 'hf') == '{{ messages }}'
 
 
-def test_training_where_the_tokenizer_can_not_be_read(folder):
+def test_training_where_the_tokenizer_cannot_be_read(folder):
     """One of SentencePiece: data that does not say which tokenizer it has is taken to have the model's."""
     torch.manual_seed(0)
     transformers.LlamaForCausalLM(transformers.LlamaConfig(
@@ -126,7 +126,7 @@ def test_training_where_the_tokenizer_can_not_be_read(folder):
     (folder.path / 'data' / 'tiny' / 'meta.json').unlink()  # as nanoGPT's prepare.py leaves it
     folder.train(init_from='llama', max_iters=2).ok()
     assert folder.checkpoint()['tokenizer'] is None
-    folder.sample(init_from='llama').refused('SentencePiece', 'its text can not')
+    folder.sample(init_from='llama').refused('SentencePiece', 'its text cannot')
 
 
 def score(model, text_tokenizer, text, n_given):

@@ -61,11 +61,14 @@ def checkpoint_path(init_from, out_dir, which='best'):
 
 
 def dataset_of(init_from, out_dir, which='best'):
-    """Return the --dataset that a run of open_model() was trained on, or None."""
+    """Return the --dataset that a run was trained on. Raises UserError if it is not recorded."""
     path = checkpoint_path(init_from, out_dir, which)
     # mapped: the tensors stay on the disk
     state = torch.load(path, map_location='cpu', weights_only=True, mmap=True) if path else {}
-    return state.get('config', {}).get('dataset')
+    if not state.get('config', {}).get('dataset'):
+        raise UserError(f'{path or init_from} does not name the dataset that it was trained on; '
+                        f'expected --dataset=NAME or --input=FILE')
+    return state['config']['dataset']
 
 
 def tokenizer_of(state):

@@ -244,7 +244,7 @@ def test_bytes_that_are_not_known(folder):
     save(folder, uniform_gpt(len(CHARS)))
     write_dataset(folder.path / 'data' / 'silent', encode(make_text(99)), encode(make_text(99)), meta=None)
     run = start(folder, dataset='silent').ok()
-    assert 'bits per byte unknown: data/silent does not say which tokenizer' in ' '.join(run.out.split())
+    assert 'bits per byte unknown: data/silent names no tokenizer' in ' '.join(run.out.split())
     found = json.loads(run.out.splitlines()[-1])
     assert (found['bits_per_byte'], found['bytes'], found['tokens']) == (None, None, 98)
     words = tokenizer.WordTokenizer.train('the cat sat', vocab_size=5)
@@ -352,7 +352,7 @@ def test_best_of_n(folder, learnt):
             n_right += max(rated)[1]
         assert found[sign]['right'] == n_right
     refused = {'n': 2, 'task': 'tiny_chat', 'reward_model': 'judge'}
-    start(folder, **refused).refused("reward_model='judge': expected several answers to choose from: --num_samples=8")
+    start(folder, **refused).refused("reward_model='judge': expected several answers, --num_samples=8")
     start(folder, **refused, num_samples=2, temperature=1, shots=1).refused('expected a chat model', 'no --shots')
     start(folder, **{**refused, 'reward_model': 'out'}, num_samples=2, temperature=1).refused('is a language model')
 
@@ -395,7 +395,7 @@ def test_task_of_choices(folder):
     assert by_split['all'] == 5 == sum(by_split.values()) - 5
     for name, value in (('temperature', 0.8), ('tools', True)):  # of answers, which are not written here
         run = start(folder, task='multiple_choice', input='q.jsonl', **{name: value})
-        run.refused(f'{name}={value} is for answers that are written, and does not go with --task=multiple_choice')
+        run.refused(f'{name}={value} is for written answers, not for --task=multiple_choice')
 
 
 # which text -----------------------------------------------------------------------------------------------------------
@@ -434,9 +434,9 @@ def test_gpt2s_tokenizer_by_name_and_from_a_file(folder):
 @pytest.mark.parametrize('settings, said', [
     ({'split': 'test'}, ["split='test': expected 'train' or 'val'"]),
     ({'which': 'worst'}, ["which='worst': expected 'best' or 'last'"]),
-    ({'stride': 17}, ['stride=17: expected 1 to block_size=16']),
-    ({'stride': -1}, ['stride=-1: expected 1 to block_size=16']),
-    ({'stride': 9, 'block_size': 8}, ['stride=9: expected 1 to block_size=8']),
+    ({'stride': 17, 'input': 'good'}, ['stride=17: expected at most block_size=16']),
+    ({'stride': -1}, ['stride=-1: expected 0 or more']),
+    ({'stride': 9, 'block_size': 8, 'input': 'good'}, ['stride=9: expected at most block_size=8']),
     ({'block_size': 0}, ['block_size=0: expected 1 or more']), ({'block_size': 17}, ['block_size=17', 'at most 16']),
     ({'max_tokens': 1}, ['max_tokens=1: expected 2 or more']), ({'batch_size': 0}, ['batch_size=0: expected 1']),
     ({'dtype': 'int4'}, ["dtype='int4'"]), ({'out_dir': 'nowhere'}, ['no checkpoint at nowhere/ckpt.pt']),
@@ -450,11 +450,11 @@ def test_gpt2s_tokenizer_by_name_and_from_a_file(folder):
     ({'dataset': 'wrong'}, ['token 3 of the data has id 60', f'vocab_size is {len(CHARS)}']),
     ({'dataset': 'one'}, ['one/val.bin has 1 tokens']),
     ({'task': 'riddles'}, ["no task 'riddles'; expected one of gsm8k, hellaswag, multiple_choice, tiny_chat"]),
-    ({'shots': 2}, ['shots=2 is for tasks, and does not go with a text; name a task']),
-    ({'task': 'tiny_chat', 'stride': 3}, ['stride=3 is for texts, and does not go with --task=tiny_chat']),
-    ({'task': 'tiny_chat', 'tools': True}, ['tools=True: expected a chat model']),
+    ({'shots': 2}, ['shots=2 is for tasks; name one: --task=tiny_chat']),
+    ({'task': 'tiny_chat', 'stride': 3}, ['stride=3 is for texts, not for --task=tiny_chat']),
+    ({'task': 'tiny_chat', 'tools': True}, ['tools, reward_model: expected a chat model']),
     ({'task': 'tiny_chat', 'num_samples': 3}, ['temperature=0.0: expected above 0 with several samples']),
-    ({'reward_model': 'judge'}, ["reward_model='judge': expected several answers"]),
+    ({'reward_model': 'judge'}, ["reward_model='judge' is for tasks"]),
     ({'task': 'tiny_chat', 'n': 0}, ['n=0: expected 1 or more']),
     ({'task': 'tiny_chat', 'split': 'all'}, ["split='all': expected one of train, val, test"]),
     ({'task': 'tiny_chat', 'shots': -1}, ['shots=-1: expected 0 or more']),
@@ -473,7 +473,7 @@ def refusing(tmp_path_factory):
     """A folder with a good checkpoint, and with data that it can't be evaluated on. No test changes it."""
     folder = Folder(tmp_path_factory.mktemp('refusing'))
     save(folder, uniform_gpt(len(CHARS)))
-    for name, content in (('empty', b''), ('one', b't'), ('bom', b'\xef\xbb\xbf'), ('latin', b't\xe9'),
+    for name, content in (('good', b'the cat'), ('empty', b''), ('one', b't'), ('bom', b'\xef\xbb\xbf'), ('latin', b't\xe9'),
                           ('foreign', 'the é'.encode())):
         (folder.path / name).write_bytes(content)
     (folder.path / 'scenes.jsonl').write_text('{"ctx": "the cat sat on a mat", "endings": ["and", "a"], "label": 1}')
@@ -488,9 +488,9 @@ def test_the_dataset_it_was_trained_on(folder):
     save(folder, uniform_gpt(len(CHARS)))
     assert evaluate(folder)['text'] == 'data/tiny/val.bin'
     save(folder, uniform_gpt(len(CHARS)), config={'dataset': 'shakespeare'})
-    start(folder, split='train').refused('shakespeare/train.bin, of the dataset the model was trained on', 'prepare.py')
+    start(folder, split='train').refused('shakespeare/train.bin', 'prepare.py')
     save(folder, uniform_gpt(len(CHARS)), config={})
-    start(folder).refused('out/best.pt: step 7', 'does not say what it was trained on', '--dataset=NAME', '--input')
+    start(folder).refused('out/best.pt does not name the dataset', '--dataset=NAME', '--input')
 
 
 def test_broken_weights(folder):
@@ -498,4 +498,4 @@ def test_broken_weights(folder):
     with torch.no_grad():
         model.lm_head.weight[3] = np.nan
     save(folder, model)
-    start(folder).refused('is nan nats a token', 'its weights are broken')
+    start(folder).refused('the loss is nan', 'weights are broken')

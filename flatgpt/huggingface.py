@@ -445,29 +445,26 @@ def save(model, described, chat_template, folder, dtype=torch.float32):
 
 def check_expressible(config):
     """Raise UserError naming the fields of GPTConfig that no model type of transformers has."""
-    c = config
-    has_window = any(0 < c.window_of(layer) < c.block_size for layer in range(c.n_layer))
-    rules = [('logit_softcap', not c.logit_softcap, '--logit_softcap=0'),
-             ('residual_lambdas', not c.residual_lambdas, '--residual_lambdas=False'),
-             ('value_embeddings', not c.value_embeddings, '--value_embeddings=False'),
-             ('window', not has_window, '--window=0')]
-    if c.pos == 'learned':
-        layout = "GPT-2's layout (pos='learned')"
-        rules += [('norm', c.norm == 'layernorm', '--norm=layernorm'),
-                  ('mlp', c.mlp in ACTIVATIONS.values(), '--mlp=gelu'),
-                  ('n_kv_head', c.kv_heads == c.n_head, '--n_kv_head=None'),
-                  ('head_dim', c.n_head * c.head_size == c.n_embd, '--preset=llama'),
-                  ('qk_norm', not c.qk_norm, '--qk_norm=False')]
-    else:
-        layout = "Llama's layout (pos='rope')"
-        rules += [('norm', c.norm == 'rmsnorm', '--norm=rmsnorm'),
-                  ('mlp', c.mlp == 'swiglu', '--mlp=swiglu'),
-                  ('head_dim', c.n_embd % c.n_head == 0 or c.qk_norm, '--preset=llama')]
-    wrong = {name: remedy for name, is_fine, remedy in rules if not is_fine}
+    c, is_gpt2 = config, config.pos == 'learned'
+    fixed = {'logit_softcap': 0, 'residual_lambdas': False, 'value_embeddings': False, 'window': 0,
+             'head_dim': None, 'norm': 'layernorm' if is_gpt2 else 'rmsnorm',
+             'mlp': 'gelu' if is_gpt2 else 'swiglu'}
+    if is_gpt2:
+        fixed |= {'n_kv_head': None, 'qk_norm': False}
+    # values that compute the same as the fixed ones
+    splits_evenly = c.n_embd % c.n_head == 0 or c.qk_norm  # Llama's config demands it
+    equal = {'window': not any(0 < c.window_of(i) < c.block_size for i in range(c.n_layer)),
+             'head_dim': c.n_head * c.head_size == c.n_embd if is_gpt2 else splits_evenly,
+             'mlp': is_gpt2 and c.mlp in ACTIVATIONS.values(),
+             'n_kv_head': c.kv_heads == c.n_head}
+    wrong = {name: value for name, value in fixed.items()
+             if getattr(c, name) != value and not equal.get(name)}
     if wrong:
+        layout = "GPT-2's layout (pos='learned')" if is_gpt2 else "Llama's layout (pos='rope')"
         values = ', '.join(f'{name}={getattr(c, name)!r}' for name in wrong)
         raise UserError(f'{values}: {layout} in transformers lacks this, so the model cannot be '
-                        f'exported. Train one that can: {" ".join(dict.fromkeys(wrong.values()))}')
+                        f'exported. Train one that can: '
+                        + ' '.join(f'--{name}={value}' for name, value in wrong.items()))
 
 
 def special_tokens_of(text_tokenizer, described, chat_template):

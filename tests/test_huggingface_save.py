@@ -1,4 +1,4 @@
-"""Folders that huggingface.py writes, read by transformers. Run: pytest tests/test_huggingface_save.py"""
+"""Folders of huggingface.py in transformers. Run: pytest tests/test_huggingface_save.py"""
 
 import json
 import os
@@ -20,19 +20,24 @@ from flatgpt import huggingface
 from tokenizer import chat, formats
 
 OURS = {
-    'nanoGPT': ('gpt2', {'bias': False}), 'gpt2': ('gpt2', {}), 'untied': ('gpt2', {'tie_embeddings': False}),
+    'nanoGPT': ('gpt2', {'bias': False}), 'gpt2': ('gpt2', {}),
+    'untied': ('gpt2', {'tie_embeddings': False}),
     'exact gelu': ('gpt2', {'mlp': 'gelu_erf', 'n_inner': 50, 'norm_eps': 1e-4}),
-    'no biases of queries': ('gpt2', {'qkv_bias': False}),
-    'llama': ('llama', PRESETS['llama']), 'grouped queries': ('llama', {**PRESETS['llama'], 'n_kv_head': 1}),
+    'no biases of queries': ('gpt2', {'qkv_bias': False}), 'llama': ('llama', PRESETS['llama']),
+    'grouped queries': ('llama', {**PRESETS['llama'], 'n_kv_head': 1}),
     'biases': ('llama', {**PRESETS['llama'], 'bias': True}),
     'biases but of queries': ('llama', {**PRESETS['llama'], 'bias': True, 'qkv_bias': False}),
-    'tied': ('llama', {**PRESETS['llama'], 'tie_embeddings': True, 'rope_base': 5e5, 'head_dim': 6}),
+    'tied': ('llama', {**PRESETS['llama'], 'tie_embeddings': True, 'rope_base': 5e5,
+                       'head_dim': 6}),
     'llama 3': ('llama', {**PRESETS['llama'], 'rope_scaling': LLAMA_3_ROPE}),
     'a window of all': ('llama', {**PRESETS['llama'], 'window': 32}),
     'biases of queries': ('qwen2', {**PRESETS['llama'], 'qkv_bias': True}),
-    'biases of queries of wide heads': ('llama', {**PRESETS['llama'], 'qkv_bias': True, 'head_dim': 12}),
-    'modern': ('qwen3', MODERN), 'modern, with weights': ('qwen3', {**MODERN, 'qk_norm_weight': True}),
-    'modern, eps of qwen3': ('qwen3', {**MODERN, 'norm_eps': 1e-6, 'n_kv_head': 2, 'head_dim': 10}),
+    'biases of queries of wide heads': ('llama', {**PRESETS['llama'], 'qkv_bias': True,
+                                                  'head_dim': 12}),
+    'modern': ('qwen3', MODERN),
+    'modern, with weights': ('qwen3', {**MODERN, 'qk_norm_weight': True}),
+    'modern, eps of qwen3': ('qwen3', {**MODERN, 'norm_eps': 1e-6, 'n_kv_head': 2,
+                                       'head_dim': 10}),
     'modern, biases of queries': ('qwen3', {**MODERN, 'qkv_bias': True}),
 }
 
@@ -62,12 +67,14 @@ def test_transformers_reads_what_we_trained(case, tmp_path):
     ({'mlp': 'relu2'}, ["mlp='relu2'", "GPT-2's layout", '--mlp=gelu']),
     ({'mlp': 'swiglu'}, ["mlp='swiglu'", '--mlp=gelu']),
     ({**PRESETS['llama'], 'window': 16}, ['window=16', '--window=0']),
-    ({**PRESETS['llama'], 'value_embeddings': True}, ['value_embeddings=True', '--value_embeddings=False']),
+    ({**PRESETS['llama'], 'value_embeddings': True},
+     ['value_embeddings=True', '--value_embeddings=False']),
     ({'residual_lambdas': True}, ['residual_lambdas=True', '--residual_lambdas=False']),
     ({'norm': 'rmsnorm'}, ["norm='rmsnorm'", '--norm=layernorm']),
     ({**PRESETS['llama'], 'norm': 'layernorm'}, ["norm='layernorm'", '--norm=rmsnorm']),
     ({'n_kv_head': 2}, ['n_kv_head=2', '--n_kv_head=None']), ({'qk_norm': True}, ['qk_norm=True']),
-    ({'head_dim': 10}, ['head_dim=10']), ({'n_embd': 30, 'head_dim': 8, **PRESETS['llama']}, ['head_dim=8']),
+    ({'head_dim': 10}, ['head_dim=10']),
+    ({'n_embd': 30, 'head_dim': 8, **PRESETS['llama']}, ['head_dim=8']),
     ({**MODERN, 'bias': True}, ['bias=True', 'QK-norm', '--bias=False']),
     ({'norm': 'rmsnorm', 'window': 3}, ["window=3, norm='rmsnorm'", '--window=0 --norm=layernorm']),
 ])
@@ -87,7 +94,8 @@ def test_a_folder_is_whole_or_not_there(tmp_path, monkeypatch):
         huggingface.save(model, BYTES, None, str(tmp_path / 'hf'))
     (tmp_path / 'hf' / 'mine').unlink()
     with pytest.raises(UserError, match='the tokenizer has 301 ids and the model 300'):
-        huggingface.save(model, {**formats.BYTES, 'special_tokens': {'<|x|>': 300}}, None, str(tmp_path / 'hf'))
+        huggingface.save(model, {**formats.BYTES, 'special_tokens': {'<|x|>': 300}}, None,
+                         str(tmp_path / 'hf'))
 
     def full(*arguments):
         raise OSError(28, 'No space left on device')
@@ -98,30 +106,33 @@ def test_a_folder_is_whole_or_not_there(tmp_path, monkeypatch):
             huggingface.save(model, BYTES, None, str(tmp_path / 'hf'))
     assert os.listdir(tmp_path) == ['hf'] and os.listdir(tmp_path / 'hf') == []
     huggingface.save(model, BYTES, None, str(tmp_path / 'hf'))
-    assert sorted(os.listdir(tmp_path / 'hf')) == ['config.json', 'generation_config.json', 'model.safetensors',
-                                                   'tokenizer.json', 'tokenizer_config.json']
+    assert sorted(os.listdir(tmp_path / 'hf')) == ['config.json', 'generation_config.json',
+                                                   'model.safetensors', 'tokenizer.json',
+                                                   'tokenizer_config.json']
 
 
-# tokenizers -----------------------------------------------------------------------------------------------------------
+# Tokenizers ---------------------------------------------------------------------------------------
 
-TEXT = ("Hello world, it's 2024:  12 345 and 6!\n\n\tdef f(x):\n        return 'é\u0301' + 'e\u0301' \u2126 "
-        '\U0001f642 안녕\n')
+TEXT = ("Hello world, it's 2024:  12 345 and 6!\n\n\tdef f(x):\n        return 'é\u0301' + "
+        "'e\u0301' \u2126 \U0001f642 안녕\n")
 
 
 @pytest.mark.parametrize('kind', ['gpt2', 'llama', 'qwen2', 'qwen3'])
 @pytest.mark.parametrize('described', ['byte', 'char', 'word', 'bpe', 'qwen'])
 def test_autotokenizer_gives_the_same_ids(kind, described, tmp_path):
-    """In a folder with each model type, for some of which transformers has tokenizers of its own."""
+    """In a folder of each model type; transformers has its own tokenizers for some of them."""
     text = 'a man, a plan, a canal; panama \n' * 3 + TEXT
     specials = ['<|endoftext|>', '<|im_start|>', '<|im_end|>']
-    made = {'byte': tokenizer.ByteTokenizer, 'char': lambda: tokenizer.CharTokenizer.from_text(text),
+    made = {'byte': tokenizer.ByteTokenizer,
+            'char': lambda: tokenizer.CharTokenizer.from_text(text),
             'word': lambda: tokenizer.WordTokenizer.train('a man, a plan, a canal; panama \n', 10),
             'bpe': lambda: tokenizer.BPETokenizer.train(text, 290, 'gpt4', specials),
             'qwen': lambda: tokenizer.BPETokenizer.train(text, 290, 'qwen2', specials)}[described]()
     if described == 'qwen':
-        made = tokenizer.from_dict({**made.to_dict(), 'normalizer': 'NFC', 'visible_tokens': ['<|im_start|>']})
-    changes = {'gpt2': {}, 'llama': PRESETS['llama'], 'qwen2': {**PRESETS['llama'], 'qkv_bias': True},
-               'qwen3': MODERN}[kind]
+        made = tokenizer.from_dict({**made.to_dict(), 'normalizer': 'NFC',
+                                    'visible_tokens': ['<|im_start|>']})
+    changes = {'gpt2': {}, 'llama': PRESETS['llama'],
+               'qwen2': {**PRESETS['llama'], 'qkv_bias': True}, 'qwen3': MODERN}[kind]
     huggingface.save(tiny(**changes), made.to_dict(), None, str(tmp_path / 'hf'))
     fast = transformers.AutoTokenizer.from_pretrained(tmp_path / 'hf')
     ids = made.encode(text)
@@ -141,7 +152,7 @@ def test_autotokenizer_gives_the_same_ids(kind, described, tmp_path):
 
 
 def test_where_an_answer_ends(tmp_path):
-    """Of a model that chats it is the end of its turn; generation stops at the end of a document, too."""
+    """A chat model ends with its turn, and generation also stops at the end of a document."""
     values = {**formats.BYTES, 'special_tokens': {'<|endoftext|>': 256, '<|im_end|>': 258}}
     model = tiny(**PRESETS['llama'])
     for name, chat_template, ends in (('base', None, 256), ('chat', '{{ messages }}', [258, 256])):
@@ -153,13 +164,14 @@ def test_where_an_answer_ends(tmp_path):
         assert fast.chat_template == chat_template and fast.model_max_length == 32
 
 
-TALK = [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}, {'role': 'user', 'content': 'c'}]
+TALK = [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'},
+        {'role': 'user', 'content': 'c'}]
 
 
 @pytest.mark.parametrize('specials, template, ends', [
     (['<s>', '</s>', '[INST]', '[/INST]'],
-     "{{ bos_token }}{% for m in messages %}{{ '[INST]' + m.content + '[/INST]' if m.role == 'user' else m.content + "
-     "eos_token }}{% endfor %}", ['</s>']),
+     "{{ bos_token }}{% for m in messages %}{{ '[INST]' + m.content + '[/INST]' if "
+     "m.role == 'user' else m.content + eos_token }}{% endfor %}", ['</s>']),
     (['<|endoftext|>', '<|user|>', '<|assistant|>', '<|end|>'],
      "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + '<|end|>\n' }}{% endfor %}",
      ['<|endoftext|>', '<|end|>']),
@@ -167,35 +179,41 @@ TALK = [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'},
      "{{ bos_token }}{% for m in messages %}{{ m.role + m.content + eos_token }}{% endfor %}",
      ['<|eot_id|>', '<|end_of_text|>'])])
 def test_ends_of_a_chat_are_the_same_there(tmp_path, specials, template, ends):
-    """The ids that transformers renders, and where it stops."""
-    values = {**formats.BYTES, 'special_tokens': {token: 256 + i for i, token in enumerate(specials)}}
+    """transformers renders the same ids and stops at the same ones."""
+    values = {**formats.BYTES,
+              'special_tokens': {token: 256 + i for i, token in enumerate(specials)}}
     huggingface.save(tiny(**PRESETS['llama']), values, template, str(tmp_path / 'hf'))
     fast = transformers.AutoTokenizer.from_pretrained(tmp_path / 'hf')
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'hf').generation_config.eos_token_id
-    ours = tokenizer.from_dict(values)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'hf')
+    theirs, ours = model.generation_config.eos_token_id, tokenizer.from_dict(values)
     assert fast.apply_chat_template(TALK, return_dict=False) == chat.render(TALK, template, ours)
     assert theirs == ([values['special_tokens'][token] for token in ends] if len(ends) > 1 else
                       values['special_tokens'][ends[0]])
     assert huggingface.load(str(tmp_path / 'hf'))[2] == template
 
 
-@pytest.mark.parametrize('token', ['<|end_of_text|>', {'__type': 'AddedToken', 'content': '<|end_of_text|>'}])
+@pytest.mark.parametrize('token', ['<|end_of_text|>',
+                                   {'__type': 'AddedToken', 'content': '<|end_of_text|>'}])
 def test_the_end_that_a_folder_names(tmp_path, token):
-    """Of several that it could be by name; the template takes it along, into checkpoints and to there again."""
+    """A folder may name another end than the usual one; the template keeps it, there and back."""
     specials = ['<|begin_of_text|>', '<|end_of_text|>', '<|eot_id|>']
-    values = {**formats.BYTES, 'special_tokens': {token: 256 + i for i, token in enumerate(specials)}}
-    template = "\n{% for m in messages %}{{ '<|begin_of_text|>' + m.role + m.content + eos_token }}{% endfor %}"
+    values = {**formats.BYTES,
+              'special_tokens': {token: 256 + i for i, token in enumerate(specials)}}
+    template = ("\n{% for m in messages %}{{ '<|begin_of_text|>' + m.role + m.content + eos_token "
+                '}}{% endfor %}')
     huggingface.save(tiny(**PRESETS['llama']), values, None, str(tmp_path / 'hf'))
     path = tmp_path / 'hf' / 'tokenizer_config.json'
-    path.write_text(json.dumps({**json.loads(path.read_text()), 'chat_template': template, 'eos_token': token}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), 'chat_template': template,
+                                'eos_token': token}))
     _, described, found = huggingface.load(str(tmp_path / 'hf'))
     ids = chat.render(TALK, found, tokenizer.from_dict(described))
-    assert ids.count(257) == 3 and ids == transformers.AutoTokenizer.from_pretrained(
-        tmp_path / 'hf').apply_chat_template(TALK, return_dict=False)
+    assert ids.count(257) == 3
     huggingface.save(tiny(**PRESETS['llama']), described, found, str(tmp_path / 'again'))
-    assert ids == transformers.AutoTokenizer.from_pretrained(tmp_path / 'again').apply_chat_template(
-        TALK, return_dict=False)
-    assert chat.render(TALK, huggingface.load(str(tmp_path / 'again'))[2], tokenizer.from_dict(described)) == ids
+    for name in ('hf', 'again'):
+        fast = transformers.AutoTokenizer.from_pretrained(tmp_path / name)
+        assert ids == fast.apply_chat_template(TALK, return_dict=False)
+    assert chat.render(TALK, huggingface.load(str(tmp_path / 'again'))[2],
+                       tokenizer.from_dict(described)) == ids
 
 
 def test_same_tokenizer():
@@ -209,7 +227,7 @@ def test_same_tokenizer():
 
 
 def test_gpt2s_own_files(tmp_path):
-    """A folder of GPT-2 without tokenizer has GPT-2's; with its tokenizer.json, the same ids."""
+    """A GPT-2 folder without tokenizer gets GPT-2's; its tokenizer.json has the same ids."""
     build('gpt2', vocab_size=50257, n_embd=6).save_pretrained(tmp_path)
     assert huggingface.load_tokenizer(tmp_path) == {'kind': 'tiktoken', 'name': 'gpt2'}
     load_or_skip('gpt2')
@@ -219,7 +237,8 @@ def test_gpt2s_own_files(tmp_path):
     hf.decoder = tokenizers.decoders.ByteLevel()
     hf.add_special_tokens(['<|endoftext|>'])
     hf.save(str(tmp_path / 'tokenizer.json'))
-    assert huggingface.same_tokenizer(huggingface.load_tokenizer(tmp_path), {'kind': 'tiktoken', 'name': 'gpt2'})
+    assert huggingface.same_tokenizer(huggingface.load_tokenizer(tmp_path),
+                                      {'kind': 'tiktoken', 'name': 'gpt2'})
 
 
 def gpt2_files(gpt2):
@@ -235,4 +254,5 @@ def test_gpt2s_vocabulary_leaves_padded_as_the_model_is(tmp_path):
     fast = transformers.AutoTokenizer.from_pretrained(tmp_path / 'hf')
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'hf')
     assert fast(TEXT)['input_ids'] == gpt2.encode(TEXT) and fast.eos_token_id == 50256
-    assert theirs.config.vocab_size == 50304 and theirs.config.eos_token_id == theirs.config.bos_token_id == 50256
+    assert theirs.config.vocab_size == 50304
+    assert theirs.config.eos_token_id == theirs.config.bos_token_id == 50256

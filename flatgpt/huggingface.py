@@ -86,7 +86,7 @@ def load(name_or_folder, dropout=0.0, needs_tokenizer=True):
     """
     folder = find(name_or_folder)
     described = None
-    with nullcontext() if needs_tokenizer else suppress(UserError):
+    with nullcontext() if needs_tokenizer else suppress(ValueError):
         described = load_tokenizer(folder)
     return load_model(folder, dropout), described, load_chat_template(folder, described)
 

@@ -169,6 +169,15 @@ def base_model(init_from, dropout=0.0, needs_tokenizer=True):
 # To train -----------------------------------------------------------------------------------------
 
 
+def check_source(init_from):
+    """Raise UserError unless init_from may name a model: a run, a folder, or a hub id."""
+    if not (init_from in huggingface.GPT2_NAMES or os.path.isdir(init_from) or '/' in init_from):
+        names = ('scratch', 'resume', 'auto', *huggingface.GPT2_NAMES)
+        raise UserError(f"init_from={init_from!r}: expected {', '.join(map(repr, names))}, the "
+                        f"out_dir of a run, a folder in Hugging Face's layout, or a hub id, "
+                        f"owner/name")
+
+
 def check_architecture(model, config, names, source):
     """Raise UserError if a setting that was given, or the preset's, contradicts a loaded model."""
     for name in names:

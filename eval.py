@@ -7,14 +7,13 @@ Evaluate a model: bits per byte of a split or a text, or accuracy on a task.
     $ python eval.py --out_dir=out-sft --task=tiny_chat
     $ python eval.py --init_from=gpt2 --task=hellaswag --input=val.jsonl
 
-Prints the result, and in the last line the same as JSON.
-
-A window of block_size tokens slides over the text by `stride` tokens, and each token
-but the first is predicted once. The default, stride = block_size, is train.py's
-evaluation; a smaller stride gives tokens more context and takes longer (transformers,
-"Perplexity of fixed-length models"). The loss is in nats per token. Perplexity,
-exp(loss), compares models with the same tokenizer; bits per byte compare any two on the
-same text. Special tokens have no bytes; their loss counts.
+Prints the result, and in the last line the same as JSON. A window of block_size tokens
+slides over the text by `stride` tokens, and each token but the first is predicted once.
+The default, stride = block_size, is train.py's evaluation; a smaller stride gives
+tokens more context and takes longer (transformers, "Perplexity of fixed-length
+models"). The loss is in nats per token. Perplexity, exp(loss), compares models with the
+same tokenizer; bits per byte compare any two on the same text. Special tokens have no
+bytes; their loss counts.
 
 A task is a module of posttrain/tasks: tiny_chat makes its questions; gsm8k,
 multiple_choice (ARC, MMLU) and hellaswag read --input. A chat model gets the question

@@ -463,7 +463,7 @@ def test_gpt2s_tokenizer_by_name_and_from_a_file(folder):
 
 @pytest.mark.parametrize('settings, said', [
     ({'split': 'test'}, ["split='test': expected 'train' or 'val'"]),
-    ({'which': 'worst'}, ["which='worst': expected 'best' or 'last'"]),
+    ({'which': 'worst'}, ["expected 'best' or 'last'"]),
     ({'stride': 17, 'input': 'good'}, ['stride=17: expected at most block_size=16']),
     ({'stride': -1}, ['stride=-1: expected 0 or more']),
     ({'stride': 9, 'block_size': 8, 'input': 'good'}, ['stride=9: expected at most block_size=8']),
@@ -471,7 +471,7 @@ def test_gpt2s_tokenizer_by_name_and_from_a_file(folder):
     ({'block_size': 17}, ['block_size=17', 'at most 16']),
     ({'max_tokens': 1}, ['max_tokens=1: expected 2 or more']),
     ({'batch_size': 0}, ['batch_size=0: expected 1']),
-    ({'dtype': 'int4'}, ["dtype='int4'"]),
+    ({'dtype': 'int4'}, ["expected 'auto'"]),
     ({'out_dir': 'nowhere'}, ['no checkpoint at nowhere/ckpt.pt']),
     ({'init_from': 'gpt5'}, ["'gpt5' is neither a folder nor one of gpt2"]),
     ({'dataset': 'none'},
@@ -483,7 +483,7 @@ def test_gpt2s_tokenizer_by_name_and_from_a_file(folder):
     ({'input': 'latin'}, ['latin is not UTF-8: at byte 1', 'iconv']),
     ({'input': 'foreign'}, ["'é' (U+00E9)"]),
     ({'dataset': 'bytes'}, ['(byte, 256 ids)', f'(char, {len(CHARS)} ids)', '--input=FILE']),
-    ({'dataset': 'wrong'}, ['token 3 of the data has id 60', f'vocab_size is {len(CHARS)}']),
+    ({'dataset': 'wrong'}, ['token 3 of the data has id 60', 'prepare it again']),
     ({'dataset': 'one'}, ['one/val.bin has 1 tokens']),
     ({'task': 'riddles'},
      ["no task 'riddles'; expected one of gsm8k, hellaswag, multiple_choice, tiny_chat"]),
@@ -499,7 +499,7 @@ def test_gpt2s_tokenizer_by_name_and_from_a_file(folder):
     ({'task': 'tiny_chat', 'kinds': 'sums'}, ["there is no 'sums'; expected some of addition"]),
     ({'task': 'tiny_chat', 'input': 'one'}, ['tiny_chat makes its own questions']),
     ({'task': 'gsm8k'}, ['name a file of them, --input=FILE, with a "question"']),
-    ({'task': 'gsm8k', 'input': 'none.jsonl'}, ['none.jsonl can not be read']),
+    ({'task': 'gsm8k', 'input': 'none.jsonl'}, ["No such file or directory: 'none.jsonl'"]),
     ({'task': 'hellaswag', 'input': 'scenes.jsonl'},
      ['a question has 20 tokens, and the context has room for 16'])])
 def test_refused(refusing, settings, said):

@@ -5,44 +5,43 @@ safetensors, tokenizer.json, generation_config.json.
     $ python -m flatgpt.export --out_dir=out-shakespeare-char --out=shakespeare-hf
     $ python -m flatgpt.export --out_dir=out --which=last --dtype=bfloat16 --out=my-gpt
 
-transformers loads it with the same logits. GPT-2's layout has models with
-learned positions, LayerNorm and GELU; Llama's (Qwen's with QK-norm) those with
-RoPE, RMSNorm and SwiGLU, such as --preset=llama. What neither has, such as
-logit_softcap, is refused by name.
+transformers loads the folder and computes the same logits. Models with learned
+positions, LayerNorm and GELU get GPT-2's layout. Models with RoPE, RMSNorm and
+SwiGLU, such as --preset=llama, get Llama's, or Qwen's with QK-norm. An option
+that neither layout has, such as logit_softcap, is refused by name.
 """
 
 import os
 import sys
-import textwrap
+from typing import Literal
 
-from configurator import check, explain_errors, override
-from flatgpt import huggingface, runtime
+import torch
+
+from configurator import UserError, fit, override
+from flatgpt import huggingface
 from flatgpt.pretrained import open_model
 
-sys.stdout.reconfigure(errors='replace')  # a terminal that can't show a character still gets the rest
+sys.stdout.reconfigure(errors='replace')  # '?' for what a terminal cannot show
 
-# settings ------------------------------------------------------------------------------------------------------------
-init_from = 'resume'  # 'resume': a checkpoint in out_dir; or a Hugging Face folder, a hub id, 'gpt2' to 'gpt2-xl'
+# Settings -----------------------------------------------------------------------------------------
+init_from = 'resume'  # the run in out_dir; or a folder, a hub id, 'gpt2' to 'gpt2-xl'
 out_dir = 'out'  # where train.py wrote ckpt.pt and best.pt
-which = 'best'  # 'best': best.pt where there is one, else ckpt.pt; 'last': ckpt.pt
-out = ''  # the folder to write; it must not be there yet
-dtype = 'float32'  # of the weights in it: 'float32', as they are; 'bfloat16' or 'float16', half as large
+which: Literal['best', 'last'] = 'best'  # best.pt if it exists, or ckpt.pt
+out = ''  # the folder to write; it must not exist yet
+dtype: Literal['float32', 'bfloat16', 'float16'] = 'float32'  # of the written weights
 config = override(globals())
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
-sys.excepthook = explain_errors
-check(config, (
-    ('out', bool, 'the folder to write, such as --out=my-gpt'),
-    ('which', lambda value: value in ('best', 'last'), "'best' or 'last'"),
-    ('dtype', lambda value: value in runtime.DTYPES, ' or '.join(map(repr, runtime.DTYPES))),
-))
+if not out:
+    raise UserError("out='': expected the folder to write, such as --out=my-gpt")
 
 model, text_tokenizer, chat_template, line = open_model(init_from, out_dir, which)
 print(line)
-hf = huggingface.save(model, text_tokenizer.to_dict(), chat_template, out, runtime.DTYPES[dtype])
+described = text_tokenizer.to_dict()
+hf = huggingface.save(model, described, chat_template, out, getattr(torch, dtype))
 size = sum(os.path.getsize(os.path.join(out, file)) for file in os.listdir(out))
-print(textwrap.fill(f'wrote {out}: {hf["architectures"][0]}, {model.get_num_params(False) / 1e6:.2f}M parameters in '
-                    f'{dtype}, {text_tokenizer.kind} tokenizer, {size / 1e6:.1f} MB', 80, break_on_hyphens=False))
+print(fit(f'wrote {out}: {hf["architectures"][0]}, {model.get_num_params(False) / 1e6:.2f}M '
+          f'parameters in {dtype}, {text_tokenizer.kind} tokenizer, {size / 1e6:.1f} MB'))
 print(f"""next:
   in Python:
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -1,20 +1,21 @@
 """
-Models from and to folders in Hugging Face's layout: config.json, safetensors, tokenizer.json.
+Read and write models as folders in Hugging Face's layout.
 
-    model, described, chat_template = load('Qwen/Qwen3-0.6B')     # a folder, a hub id, or one of GPT-2's names
-    save(model, described, chat_template, 'folder')               # for transformers, vLLM, llama.cpp, ...
+    model, described, chat_template = load('Qwen/Qwen3-0.6B')  # a folder, a hub id, or 'gpt2'
+    save(model, described, chat_template, 'folder')  # for transformers, vLLM, llama.cpp
 
-Two families have the network of model.py: GPT-2, and what came of Llama, the model types llama, mistral, qwen2 and
-qwen3. Their tensors are parts of the parameters here: queries, keys and values are one matrix, and so are the two of
-SwiGLU. Values are copied as they are, bf16 and fp16 into fp32, which holds them exactly. Whatever config.json says that
-this network would not do is refused by name.
+A folder holds config.json, *.safetensors and tokenizer.json. Two families have the network of
+model.py: GPT-2, and Llama with its descendants (model types llama, mistral, qwen2, qwen3). Weights
+are copied exactly, since fp32 holds every bf16 and fp16 number. The matrices of queries, keys and
+values are one matrix here, and so are the two inner ones of SwiGLU. Whatever config.json demands
+and model.py does not implement is refused by name.
 """
 
 import json
 import os
 import re
 import shutil
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext, suppress
 
 import torch
 
@@ -27,488 +28,490 @@ from tokenizer.patterns import PATTERNS, batches
 
 GPT2_NAMES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
 HUB_ID = r'[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*'  # owner/name
-FILES = ['config.json', 'model*.safetensors', 'model.safetensors.index.json', 'tokenizer.json', 'tokenizer_config.json',
+FILES = ['config.json', 'model*.safetensors', 'tokenizer.json', 'tokenizer_config.json',
          'vocab.json', 'merges.txt', 'chat_template.jinja']
+SHARD = 4 * 2**30  # bytes of tensors in one file
+QK_NORM_EPS = 1e-6  # of model.py's QK-norm without weights
 
-# What transformers takes where a config.json does not say it, as transformers leaves out what is usual.
-GPT2_DEFAULTS = {'n_positions': 1024, 'activation_function': 'gelu_new', 'layer_norm_epsilon': 1e-5, 'n_inner': None,
-                 'tie_word_embeddings': True}
-LLAMA_DEFAULTS = {'num_key_value_heads': None, 'head_dim': None, 'max_position_embeddings': 2048, 'rms_norm_eps': 1e-6,
-                  'tie_word_embeddings': False, 'attention_bias': False, 'mlp_bias': False, 'sliding_window': None,
-                  'use_sliding_window': False, 'max_window_layers': 28}
+# transformers' defaults, by model type, for keys that config.json may omit
+LLAMA = {'num_key_value_heads': None, 'head_dim': None, 'max_position_embeddings': 2048,
+         'rms_norm_eps': 1e-6, 'tie_word_embeddings': False, 'attention_bias': False,
+         'mlp_bias': False, 'sliding_window': None, 'use_sliding_window': False}
+MISTRAL = {**LLAMA, 'num_key_value_heads': 8, 'max_position_embeddings': 131072,
+           'sliding_window': 4096}
+QWEN2 = {**MISTRAL, 'num_key_value_heads': 32, 'max_position_embeddings': 32768}
 DEFAULTS = {
-    'gpt2': GPT2_DEFAULTS, 'llama': LLAMA_DEFAULTS,
-    'mistral': {**LLAMA_DEFAULTS, 'num_key_value_heads': 8, 'max_position_embeddings': 131072, 'sliding_window': 4096},
-    'qwen2': {**LLAMA_DEFAULTS, 'num_key_value_heads': 32, 'max_position_embeddings': 32768, 'sliding_window': 4096},
-    'qwen3': {**LLAMA_DEFAULTS, 'num_key_value_heads': 32, 'max_position_embeddings': 32768, 'sliding_window': 4096,
-              'head_dim': 128},
-}
-# of config.json, by family: the keys that have to be there, and of others the values that can be read
-NEEDED = {'gpt2': ('vocab_size', 'n_embd', 'n_layer', 'n_head'),
-          'llama': ('vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads')}
-READABLE = {'gpt2': {'scale_attn_weights': (True,), 'scale_attn_by_inverse_layer_idx': (False,),
-                     'add_cross_attention': (False,), 'quantization_config': (None,)},
-            'llama': {'hidden_act': ('silu', 'swish'), 'partial_rotary_factor': (1, None), 'rope_interleaved': (False,),
-                      'quantization_config': (None,)}}
-ACTIVATIONS = {'gelu_new': 'gelu', 'gelu_pytorch_tanh': 'gelu', 'gelu': 'gelu_erf'}  # -> GPTConfig.mlp
-
-# modules here -> there; the heads of queries, keys and values, and the halves of SwiGLU, stand side by side here
+    'gpt2': {'n_positions': 1024, 'activation_function': 'gelu_new', 'layer_norm_epsilon': 1e-5,
+             'n_inner': None, 'tie_word_embeddings': True},
+    'llama': LLAMA, 'mistral': MISTRAL, 'qwen2': QWEN2, 'qwen3': {**QWEN2, 'head_dim': 128}}
+# field of GPTConfig -> key of config.json; a key without default is required
+FIELDS = {
+    'gpt2': {'vocab_size': 'vocab_size', 'block_size': 'n_positions', 'n_layer': 'n_layer',
+             'n_head': 'n_head', 'n_embd': 'n_embd', 'n_inner': 'n_inner',
+             'norm_eps': 'layer_norm_epsilon', 'tie_embeddings': 'tie_word_embeddings'},
+    **dict.fromkeys(('llama', 'mistral', 'qwen2', 'qwen3'), {
+        'vocab_size': 'vocab_size', 'block_size': 'max_position_embeddings',
+        'n_layer': 'num_hidden_layers', 'n_head': 'num_attention_heads',
+        'n_kv_head': 'num_key_value_heads', 'n_embd': 'hidden_size', 'head_dim': 'head_dim',
+        'n_inner': 'intermediate_size', 'norm_eps': 'rms_norm_eps',
+        'tie_embeddings': 'tie_word_embeddings'})}
+ACTIVATIONS = {'gelu_new': 'gelu', 'gelu_pytorch_tanh': 'gelu', 'gelu': 'gelu_erf'}  # -> mlp
+# the values that model.py implements, transformers' default first
+READABLE = {'activation_function': tuple(ACTIVATIONS), 'scale_attn_weights': (True,),
+            'scale_attn_by_inverse_layer_idx': (False,), 'add_cross_attention': (False,),
+            'hidden_act': ('silu', 'swish'), 'partial_rotary_factor': (1, None),
+            'rope_interleaved': (False,), 'quantization_config': (None,)}
+# module of model.py -> modules of transformers, whose rows are stacked in model.py
 LLAMA_NAMES = {
-    'wte': ['embed_tokens'], 'ln_f': ['norm'], 'ln_1': ['input_layernorm'], 'ln_2': ['post_attention_layernorm'],
-    'attn.c_attn': ['self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj'], 'attn.c_proj': ['self_attn.o_proj'],
-    'attn.q_norm': ['self_attn.q_norm'], 'attn.k_norm': ['self_attn.k_norm'],
-    'mlp.c_fc': ['mlp.gate_proj', 'mlp.up_proj'], 'mlp.c_proj': ['mlp.down_proj'],
+    'wte': ['embed_tokens'], 'ln_f': ['norm'], 'ln_1': ['input_layernorm'],
+    'ln_2': ['post_attention_layernorm'],
+    'attn.c_attn': ['self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj'],
+    'attn.c_proj': ['self_attn.o_proj'], 'attn.q_norm': ['self_attn.q_norm'],
+    'attn.k_norm': ['self_attn.k_norm'], 'mlp.c_fc': ['mlp.gate_proj', 'mlp.up_proj'],
+    'mlp.c_proj': ['mlp.down_proj'],
 }
 QKV = ('q_proj', 'k_proj', 'v_proj')
-QK_NORM_EPS = 1e-6  # of model.py's QK-norm without weights
-SHARD = 4 * 2**30  # bytes; larger models are written as several files
 
 
-# from there -----------------------------------------------------------------------------------------------------------
+# Read ---------------------------------------------------------------------------------------------
 
-def load(name_or_folder):
+
+def load(name_or_folder, dropout=0.0, needs_tokenizer=True):
     """
-    -> (model on the CPU in fp32, its tokenizer as tokenizer.from_dict() takes it, its chat template). The tokenizer is
-    None where the folder has none, the template, Jinja's, where the model has none. name_or_folder: see find(). Raises
-    ValueError for what can't be read; where only the tokenizer can't, load_model() still does the model.
+    Open a model; -> (GPT on the CPU in fp32, its tokenizer, its chat template).
+
+    name_or_folder: see find(). The tokenizer is a dict for tokenizer.from_dict(), the template is
+    Jinja's; each is None if the folder has none. needs_tokenizer: False takes a tokenizer that
+    cannot be read for none. Raises UserError for whatever else cannot be read.
     """
     folder = find(name_or_folder)
-    described = load_tokenizer(folder)
-    return load_model(folder), described, load_chat_template(folder, described)
+    described = None
+    with nullcontext() if needs_tokenizer else suppress(ValueError):
+        described = load_tokenizer(folder)
+    return load_model(folder, dropout), described, load_chat_template(folder, described)
 
 
 def find(name_or_folder):
     """
-    The folder of a model: itself, or of one of GPT2_NAMES or a hub id such as 'Qwen/Qwen3-0.6B' the copy in the hub's
-    cache, downloaded if need be. Raises ValueError where there is none.
+    Return the folder of a model, downloaded to the hub's cache if need be.
+
+    name_or_folder: a folder, one of GPT2_NAMES, or a hub id such as 'Qwen/Qwen3-0.6B'. Raises
+    UserError if it is none of these or cannot be downloaded.
     """
     if os.path.isdir(name_or_folder):
         return name_or_folder
-    hub_id = f'openai-community/{name_or_folder}' if name_or_folder in GPT2_NAMES else name_or_folder
+    is_gpt2 = name_or_folder in GPT2_NAMES
+    hub_id = f'openai-community/{name_or_folder}' if is_gpt2 else name_or_folder
     if not re.fullmatch(HUB_ID, hub_id):
-        raise UserError(f'{name_or_folder!r} is neither a folder nor one of {", ".join(GPT2_NAMES)}, nor the id of a '
-                         f'model on the hub, such as Qwen/Qwen3-0.6B')
+        raise UserError(f'{name_or_folder!r} is neither a folder nor one of '
+                        f'{", ".join(GPT2_NAMES)}, nor a hub id such as Qwen/Qwen3-0.6B')
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise UserError(f'{name_or_folder!r} is no folder here, and to get it from the hub needs huggingface_hub: '
-                         f"pip install -c constraints.txt -e '.[hf]'") from None
+        raise UserError(f'{name_or_folder!r} is no folder here, and the hub needs the package '
+                        f"huggingface_hub: pip install -c constraints.txt -e '.[hf]'") from None
     try:
         return snapshot_download(hub_id, allow_patterns=FILES)
-    except Exception as error:  # the hub's errors have no common base across its versions and its HTTP libraries
-        why = f'{type(error).__name__}: {(str(error).splitlines() or [""])[0]}'
-        raise UserError(f'{name_or_folder!r} is no folder here and could not be downloaded ({why}). Without a '
-                         f'network: copy config.json, the *.safetensors files and their index, tokenizer.json and '
-                         f'tokenizer_config.json of huggingface.co/{hub_id} into a folder and pass '
-                         f'--init_from=FOLDER') from error
+    except Exception as error:  # the hub's errors share no base class across its versions
+        reason = f'{type(error).__name__}: {(str(error).splitlines() or [""])[0]}'
+        raise UserError(f'{name_or_folder!r} is no folder here and could not be downloaded '
+                        f'({reason}). Without a network: copy config.json, *.safetensors, '
+                        f'tokenizer.json and tokenizer_config.json of huggingface.co/{hub_id} '
+                        f'into a folder; --init_from=FOLDER') from error
 
 
 def load_model(folder, dropout=0.0):
     """
-    The GPT in a folder, on the CPU in fp32. Raises ValueError naming what is damaged, missing or too much, or what this
-    network does not do.
+    Load the GPT in a folder, on the CPU in fp32.
+
+    Raises UserError naming the file that is damaged, the tensor that is missing or unexpected, or
+    the key of config.json that model.py does not implement.
     """
     hf = read_config(folder)
-    fields = gpt2_fields(hf, folder) if hf['model_type'] == 'gpt2' else llama_fields(hf, folder)
+    fields = fields_of(hf, folder)
     try:
         config = GPTConfig(**fields, dropout=dropout)
     except ValueError as error:
-        raise UserError(f'{os.path.join(folder, "config.json")} is of no model that can be: {error}') from error
-    with torch.device('meta'):  # neither memory nor random numbers for weights that are replaced
+        raise UserError(f'{os.path.join(folder, "config.json")} is not valid: {error}') from error
+    with torch.device('meta'):  # no memory and no random numbers for weights that are replaced
         model = GPT(config)
     model.to_empty(device='cpu')
-    if config.tie_embeddings:  # which to_empty() undoes
+    if config.tie_embeddings:  # to_empty() unties them
         model.transformer.wte.weight = model.lm_head.weight
     with ExitStack() as stack:
-        copy_weights(weights_of(model), open_tensors(folder, stack), hf, folder)
+        copy_weights(model, open_tensors(folder, stack), hf, folder)
     return model
 
 
 def read_config(folder):
-    """The content of config.json, with what transformers takes for what it doesn't say."""
+    """Read config.json; -> dict, with transformers' defaults for the keys that it omits."""
     path = os.path.join(folder, 'config.json')
     if not os.path.isfile(path):
-        raise UserError(f'{folder}: no config.json; expected a folder in Hugging Face layout with config.json and '
-                         f'model.safetensors')
+        raise UserError(f'{folder} has no config.json; expected a folder in Hugging Face layout, '
+                        f'with config.json and model.safetensors')
     try:
         with open(path, encoding='utf-8') as f:
             hf = dict(json.load(f))
     except (TypeError, ValueError) as error:
         raise UserError(f'{path} is damaged ({error}); copy it again') from error
     kind = hf.get('model_type')
-    if 'model_type' not in hf and any(os.path.exists(os.path.join(folder, name)) for name in ('best.pt', 'ckpt.pt')):
-        raise UserError(f'{folder} is a run of train.py, not a Hugging Face folder; say --out_dir={folder} instead '
-                         f'(train.py: --init_from=resume --out_dir={folder})')
     if not isinstance(kind, str) or kind not in DEFAULTS:
-        raise UserError(f'{path}: model_type is {kind!r}; can be read: {", ".join(DEFAULTS)}')
-    family = 'gpt2' if kind == 'gpt2' else 'llama'
-    if missing := [key for key in NEEDED[family] if key not in hf]:
-        raise UserError(f'{path} lacks {", ".join(missing)}; copy it again')
-    for key in NEEDED[family]:
-        if type(hf[key]) is not int or hf[key] < 1:
-            raise UserError(f'{path}: {key} is {hf[key]!r}; expected a number of 1 or more')
-    for key, values in READABLE[family].items():
-        if hf.get(key, values[0]) not in values:
-            refuse(folder, key, hf[key], ' or '.join(map(repr, values)))
+        raise UserError(f'{path}: model_type is {kind!r}; expected one of {", ".join(DEFAULTS)}')
     hf = {**DEFAULTS[kind], **hf}
-    for key in ('max_position_embeddings', 'sliding_window', 'max_window_layers'):
+    for key in (*FIELDS[kind].values(), 'sliding_window'):
         if not isinstance(hf.get(key), int | float | None):
             refuse(folder, key, hf[key], 'a number')
+    for key in FIELDS[kind].values():
+        if key not in DEFAULTS[kind] and not (hf.get(key) and hf[key] >= 1):
+            refuse(folder, key, hf.get(key), 'a number of 1 or more')
+    for key, values in READABLE.items():
+        if hf.get(key, values[0]) not in values:
+            refuse(folder, key, hf[key], ' or '.join(map(repr, values)))
+    kinds = hf.get('layer_types') or []
+    if not {*kinds} <= {'full_attention', 'sliding_attention'}:
+        refuse(folder, 'layer_types', kinds, "'full_attention' or 'sliding_attention'")
     return hf
 
 
 def refuse(folder, key, value, expected):
-    raise UserError(f'{os.path.join(folder, "config.json")}: {key} = {value!r} is not supported, expected {expected}')
+    """Raise UserError for a value of config.json."""
+    path = os.path.join(folder, 'config.json')
+    raise UserError(f'{path}: {key} = {value!r} is not supported; expected {expected}')
 
 
-def gpt2_fields(hf, folder):
-    """{field of GPTConfig: value} of a GPT-2's config.json."""
-    activation = hf['activation_function']
-    if activation not in ACTIVATIONS:
-        refuse(folder, 'activation_function', activation, ' or '.join(map(repr, ACTIVATIONS)))
-    return {'block_size': hf['n_positions'], 'vocab_size': hf['vocab_size'], 'n_layer': hf['n_layer'],
-            'n_head': hf['n_head'], 'n_embd': hf['n_embd'], 'bias': True, 'mlp': ACTIVATIONS[activation],
-            'n_inner': None if hf['n_inner'] == 4 * hf['n_embd'] else hf['n_inner'],
-            'norm_eps': hf['layer_norm_epsilon'], 'tie_embeddings': hf['tie_word_embeddings']}
-
-
-def llama_fields(hf, folder):
-    """{field of GPTConfig: value} of the config.json of a Llama, Mistral, Qwen2 or Qwen3."""
-    kind, n_head, n_embd = hf['model_type'], hf['num_attention_heads'], hf['hidden_size']
-    rope_base, rope_scaling = rope_of(hf, folder)
-    # a window as wide as the context is none, so a model with one is read with the context in which it is none
-    block_size, window = hf['max_position_embeddings'], window_of(hf, folder)
-    has_bias = biases_of(hf)
-    bias, qkv_bias = has_bias['self_attn.o_proj'] or has_bias['mlp'], has_bias['self_attn.q_proj']
-    return {'block_size': block_size if window is None else min(block_size, window), 'vocab_size': hf['vocab_size'],
-            'n_layer': hf['num_hidden_layers'], 'n_head': n_head, 'n_kv_head': hf['num_key_value_heads'],
-            'n_embd': n_embd, 'head_dim': None if hf['head_dim'] == n_embd / n_head else hf['head_dim'],
-            'n_inner': hf['intermediate_size'], 'bias': bias, 'qkv_bias': None if qkv_bias == bias else qkv_bias,
-            'mlp': 'swiglu', 'norm': 'rmsnorm', 'norm_eps': hf['rms_norm_eps'], 'pos': 'rope', 'rope_base': rope_base,
-            'rope_scaling': rope_scaling, 'qk_norm': kind == 'qwen3', 'qk_norm_weight': kind == 'qwen3',
-            'tie_embeddings': hf['tie_word_embeddings']}
-
-
-def biases_of(hf):
-    """Which linear layers of a Llama's blocks have biases there: {'self_attn.q_proj': bool, ..., 'mlp': bool}."""
+def fields_of(hf, folder):
+    """Translate a config.json; -> {field of GPTConfig: value}."""
     kind = hf['model_type']
-    attention = hf['attention_bias'] if kind in ('llama', 'qwen3') else False
-    qkv = kind == 'qwen2' or attention
-    return {**{f'self_attn.{name}': qkv for name in QKV}, 'self_attn.o_proj': attention,
-            'mlp': hf['mlp_bias'] if kind == 'llama' else False}
+    fields = {field: hf[key] for field, key in FIELDS[kind].items()}
+    if kind == 'gpt2':
+        return {**fields, 'bias': True, 'mlp': ACTIVATIONS[hf['activation_function']]}
+    if hf['sliding_window'] and (kind == 'mistral' or hf['use_sliding_window']):
+        # model.py sees the whole context; within a context as short as the window that is the same
+        fields['block_size'] = min(fields['block_size'], hf['sliding_window'])
+    rope_base, rope_scaling = rope_of(hf, folder)
+    return {**fields, 'bias': has_bias(hf, 'o_proj') or has_bias(hf, 'mlp'),
+            'qkv_bias': has_bias(hf, 'q_proj'), 'mlp': 'swiglu', 'norm': 'rmsnorm', 'pos': 'rope',
+            'rope_base': rope_base, 'rope_scaling': rope_scaling, 'qk_norm': kind == 'qwen3',
+            'qk_norm_weight': kind == 'qwen3'}
+
+
+def has_bias(hf, module):
+    """Return whether this module of transformers' model has a bias."""
+    kind = hf['model_type']
+    if kind == 'gpt2':
+        return not module.endswith(('wte', 'wpe', 'lm_head'))
+    if 'mlp' in module:
+        return kind == 'llama' and hf['mlp_bias']
+    if kind == 'qwen2':
+        return module.endswith(QKV)
+    return module.endswith('_proj') and kind != 'mistral' and hf['attention_bias']
 
 
 def rope_of(hf, folder):
-    """-> (rope_base, rope_scaling) of GPTConfig. transformers 5 writes all of it to rope_parameters, 4 beside it."""
+    """Return rope_base and rope_scaling. transformers 5 keeps them in rope_parameters."""
     key = 'rope_scaling' if hf.get('rope_scaling') else 'rope_parameters'
     rope = hf.get(key) or {}
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
         refuse(folder, key, rope, 'an object with rope_type, the same for all layers')
     if rope.get('partial_rotary_factor', 1) not in (1, None):
-        refuse(folder, 'partial_rotary_factor', rope['partial_rotary_factor'], '1: all channels of a head are rotated')
+        refuse(folder, 'partial_rotary_factor', rope['partial_rotary_factor'], 1)
     base = rope.get('rope_theta') or hf.get('rope_theta') or 10000.0
     if not isinstance(base, int | float):
         refuse(folder, 'rope_theta', base, 'a number')
-    kind = rope.get('rope_type', rope.get('type', 'default'))
+    kind = rope.get('rope_type', rope.get('type', 'default'))  # transformers 4 first wrote type
     if kind == 'default':
         return float(base), None
     if kind not in ROPE_SCALINGS:
-        refuse(folder, key, rope, f"a rope_type of 'default', {', '.join(map(repr, ROPE_SCALINGS))}")
-    return float(base), {'rope_type': kind, **{name: rope.get(name) for name in ROPE_SCALINGS[kind]}}
-
-
-def window_of(hf, folder):
-    """How many positions some layer of a Mistral or Qwen sees, or None for all."""
-    kind, window = hf['model_type'], hf['sliding_window']
-    if kind == 'llama' or (kind != 'mistral' and not hf['use_sliding_window']):
-        return None
-    layers = hf.get('layer_types') or ['sliding_attention'] * (hf['num_hidden_layers'] > hf['max_window_layers'])
-    if kind != 'mistral' and set(layers) - {'full_attention', 'sliding_attention'}:
-        refuse(folder, 'layer_types', layers, "'full_attention' and 'sliding_attention'")
-    return window if kind == 'mistral' or 'sliding_attention' in layers else None
+        refuse(folder, key, rope, f"rope_type 'default', {', '.join(map(repr, ROPE_SCALINGS))}")
+    numbers = {name: rope.get(name) for name in ROPE_SCALINGS[kind]}
+    if not all(isinstance(value, int | float) for value in numbers.values()):
+        refuse(folder, key, rope, f'numbers for {", ".join(numbers)}')
+    return float(base), {'rope_type': kind, **numbers}
 
 
 def open_tensors(folder, stack):
     """
-    {name: (open safetensors file, its name in there)} of all tensors in a folder, names without the prefix by which a
-    model with a head differs from one without. The files stay open as long as the ExitStack.
+    Open the safetensors files of a folder, until the ExitStack closes them.
+
+    -> {bare name: (file, name in the file)}. A bare name has no prefix: a model without a head
+    lacks it.
     """
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError:
-        raise UserError("safetensors is not installed: pip install -c constraints.txt -e '.[hf]'") from None
+        raise UserError('the package safetensors is not installed: '
+                        "pip install -c constraints.txt -e '.[hf]'") from None
+    names = sorted(name for name in os.listdir(folder) if name.endswith('.safetensors'))
+    shards = [name for name in names if re.fullmatch(r'model-\d+-of-\d+\.safetensors', name)]
+    names = ['model.safetensors'] if 'model.safetensors' in names else shards or names
+    if not names:
+        raise UserError(f'{folder} has no .safetensors file. A pytorch_model.bin, a pickle, is not '
+                        f'read; load it with transformers and call save_pretrained()')
     tensors = {}
-    for file in tensor_files(folder):
-        path = os.path.join(folder, file)
-        if not os.path.exists(path):
-            raise UserError(f'{path} is missing, which model.safetensors.index.json names; copy it there')
+    for path in (os.path.join(folder, name) for name in names):
         try:
             opened = stack.enter_context(safe_open(path, 'pt'))
         except SafetensorError as error:
-            raise UserError(f'{path}, {os.path.getsize(path):,} bytes, can not be read ({error}): it is truncated or '
-                             f'something else, such as a pointer of git-lfs; copy it again') from error
-        tensors |= {without_prefix(name): (opened, name) for name in opened.keys()}
+            raise UserError(f'{path}, {os.path.getsize(path):,} bytes, cannot be read ({error}): '
+                            f'it is truncated, or a pointer of git-lfs; copy it again') from error
+        tensors |= {bare(name): (opened, name) for name in opened.keys()}
     return tensors
 
 
-def tensor_files(folder):
-    """The names of a model's safetensors files: those of the index, or model.safetensors, or whatever there is."""
-    index = os.path.join(folder, 'model.safetensors.index.json')
-    if os.path.exists(index):
-        try:
-            with open(index, encoding='utf-8') as f:
-                return sorted({os.path.basename(file) for file in json.load(f)['weight_map'].values()})
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise UserError(f'{index} is damaged ({type(error).__name__}: {error}); copy it again') from error
-    files = sorted(file for file in os.listdir(folder) if file.endswith('.safetensors'))
-    if not files:
-        raise UserError(f'{folder}: no .safetensors file in it (a pytorch_model.bin is a pickle and is not read; load '
-                         f'it with transformers and call save_pretrained(), which writes one)')
-    return ['model.safetensors'] if 'model.safetensors' in files else files
-
-
-def without_prefix(name):
+def bare(name):
+    """Remove the prefix that a model with a head has."""
     return name.removeprefix('transformer.').removeprefix('model.')
 
 
-def copy_weights(weights, tensors, hf, folder):
-    """Fill `weights`, of weights_of(), from `tensors`, of open_tensors(). Raises ValueError unless all are there."""
-    # what some published files have besides: the causal mask, RoPE's frequencies, and a head that is the embedding
-    extra = ('.attn.bias', '.attn.masked_bias', '.rotary_emb.inv_freq')
+def copy_weights(model, tensors, hf, folder):
+    """Copy `tensors`, see open_tensors(), into a model. Raises UserError unless all of them fit."""
     tied_head = tensors.pop('lm_head.weight', None) if hf['tie_word_embeddings'] else None
-    unexpected = sorted(name for name in tensors.keys() - {without_prefix(name) for name in weights}
-                        if not name.endswith(extra))
-    has_bias = {} if hf['model_type'] == 'gpt2' else biases_of(hf)
-    missing, wrong = [], []
-    for name, weight in weights.items():
-        found = tensors.get(without_prefix(name))
-        if name.endswith('.bias') and any(key in name and not has_bias[key] for key in has_bias):
-            weight.zero_()  # it has one here because others have
-            unexpected += [name] * (found is not None)
-        elif found is None:
-            missing.append(name)
-        elif (shape := tuple(found[0].get_slice(found[1]).get_shape())) != tuple(weight.shape):
-            wrong.append(f'{found[1]} has shape {shape}, config.json says {tuple(weight.shape)}')
-        elif (dtype := found[0].get_slice(found[1]).get_dtype()) not in ('F32', 'BF16', 'F16'):
-            wrong.append(f'{found[1]} is of type {dtype}, expected F32, BF16 or F16')
-    for found, what in ((missing, 'no tensor'), (wrong, ''), (unexpected, 'unexpected tensor')):
-        if found:
-            more = f' and {len(found) - 3} more of {len(weights)}' if len(found) > 3 else ''
-            named = ', '.join(found[:3]) if what else '; '.join(found[:3])
-            raise UserError(f'{folder}: {f"{what} " if what else ""}{named}{more}. The files are not those of a whole '
-                             f'{hf["model_type"]} of this config.json: copy all of them again')
-    for name, weight in weights.items():
-        if (found := tensors.get(without_prefix(name))) is not None:
-            weight.copy_(found[0].get_tensor(found[1]))
-    embedding = next(weight for name, weight in weights.items() if name.endswith(('embed_tokens.weight', 'wte.weight')))
-    if tied_head and not torch.equal(tied_head[0].get_tensor(tied_head[1]).to(embedding.dtype), embedding):
-        refuse(folder, 'tie_word_embeddings', True, 'False, as lm_head.weight is not the embedding')
+    problems, copies = [], []
+    for name, weight in weights_of(model).items():
+        file, stored = tensors.pop(bare(name), (None, name))
+        if name.endswith('.bias') and not has_bias(hf, name.removesuffix('.bias')):
+            weight.zero_()  # all linear layers of a block have biases here, or none
+            problems += [f'unexpected tensor {stored}'] * (file is not None)
+        elif file is None:
+            problems.append(f'no tensor {name}')
+        elif (shape := tuple(file.get_slice(stored).get_shape())) != tuple(weight.shape):
+            problems.append(f'{stored} has shape {shape}, config.json says {tuple(weight.shape)}')
+        elif (dtype := file.get_slice(stored).get_dtype()) not in ('F32', 'BF16', 'F16'):
+            problems.append(f'{stored} is of type {dtype}, expected F32, BF16 or F16')
+        else:
+            copies.append((weight, file, stored))
+    # buffers that some published files have: the causal mask and RoPE's frequencies
+    buffers = ('.attn.bias', '.attn.masked_bias', '.rotary_emb.inv_freq')
+    problems += [f'unexpected tensor {name}' for name in sorted(tensors)
+                 if not name.endswith(buffers)]
+    if problems:
+        more = f' and {len(problems) - 3} more' if len(problems) > 3 else ''
+        raise UserError(f'{folder}: {"; ".join(problems[:3])}{more}. The files do not hold the '
+                        f'{hf["model_type"]} of config.json; copy all of them again')
+    for weight, file, stored in copies:
+        weight.copy_(file.get_tensor(stored))
+    embedding = model.transformer.wte.weight
+    if tied_head and not torch.equal(tied_head[0].get_tensor(tied_head[1]).float(), embedding):
+        refuse(folder, 'tie_word_embeddings', True,
+               'False, because lm_head.weight differs from the embedding')
 
 
 def load_tokenizer(folder):
     """
-    The tokenizer of the model in a folder, as tokenizer.from_dict() takes it; None where there is none, unless its ids
-    are GPT-2's. Raises ValueError where its ids could differ, or are more than the model's.
+    Read the tokenizer of the model in a folder; -> dict for tokenizer.from_dict().
+
+    Without a tokenizer file -> GPT-2's for a model with GPT-2's vocabulary, else None. Raises
+    UserError if its ids could differ from transformers' or exceed the model's.
     """
     hf = read_config(folder)
     files = set(os.listdir(folder))
     if 'tokenizer.json' in files or any({*names} <= files for names in formats.GPT2_FILES):
         described = formats.read(folder)
     elif 'tokenizer.model' in files:
-        raise UserError(f'{folder}: its tokenizer.model is one of SentencePiece, whose tokens do not come from bytes, '
-                         f'and it has no tokenizer.json; the model can be read, its text can not')
+        raise UserError(f'{folder} has a tokenizer.model of SentencePiece and no tokenizer.json; '
+                        f'the model can be read, its text cannot')
     else:
-        is_gpt2s = hf['model_type'] == 'gpt2' and hf['vocab_size'] in (50257, 50304)  # as it is, and padded
-        return {'kind': 'tiktoken', 'name': 'gpt2'} if is_gpt2s else None
+        is_gpt2 = hf['model_type'] == 'gpt2' and hf['vocab_size'] in (50257, 50304)  # 50304: padded
+        return {'kind': 'tiktoken', 'name': 'gpt2'} if is_gpt2 else None
     n_ids = tokenizer.from_dict(described).vocab_size
     if n_ids > hf['vocab_size']:
-        raise UserError(f'{folder}: the tokenizer has ids up to {n_ids - 1}, the model only {hf["vocab_size"]}; copy '
-                         f'the tokenizer.json that belongs to the model')
+        raise UserError(f'{folder}: the tokenizer has ids up to {n_ids - 1}, the model only '
+                        f'{hf["vocab_size"]}; copy the tokenizer.json that belongs to the model')
     return described
 
 
 def load_chat_template(folder, described=None):
     """
-    The Jinja template with which a model was trained to chat, or None. described: its tokenizer, of load_tokenizer();
-    where the folder says that bos_token or eos_token is another than chat.py finds by name, so does the template then.
+    Read the Jinja template of a chat model; -> text, or None.
+
+    described: its tokenizer, see load_tokenizer(). tokenizer/chat.py finds bos_token and eos_token
+    by their usual names. If the folder names others, the template gets a line that sets them.
     """
-    path, own = os.path.join(folder, 'tokenizer_config.json'), os.path.join(folder, 'chat_template.jinja')
+    path = os.path.join(folder, 'tokenizer_config.json')
     content = formats.read_json(path) if os.path.exists(path) else {}
     template = content.get('chat_template') if isinstance(content, dict) else content
-    if os.path.exists(own):
-        template = formats.read_utf8(own)
-    if isinstance(template, list):  # several by name
-        named = {entry.get('name'): entry.get('template') for entry in template if isinstance(entry, dict)}
+    jinja_path = os.path.join(folder, 'chat_template.jinja')
+    if os.path.exists(jinja_path):
+        template = formats.read_utf8(jinja_path)
+    if isinstance(template, list):  # several, by name
+        named = {entry.get('name'): entry.get('template')
+                 for entry in template if isinstance(entry, dict)}
         template = named.get('default')
     if not isinstance(template, str | None) or not isinstance(content, dict):
-        raise UserError(f'{path} is damaged: expected an object whose chat_template is a text; copy it again')
-    used = [name for name in ('bos_token', 'eos_token') if re.search(rf'\b{name}\b', template or '')]
+        raise UserError(f'{path} is damaged: expected an object whose chat_template is a text; '
+                        f'copy it again')
+    used = re.findall(r'\b[be]os_token\b', template or '')
     if not (used and described):
         return template
-    bos_token, eos_token = chat.ends_of_text(tokenizer.from_dict(described))
-    for name, by_name in (('bos_token', bos_token), ('eos_token', eos_token)):
+    usual = chat.ends_of_text(tokenizer.from_dict(described))
+    for name, usual_token in zip(('bos_token', 'eos_token'), usual, strict=True):
         token = content.get(name)
         token = token.get('content') if isinstance(token, dict) else token
-        if name in used and isinstance(token, str) and token != by_name:
+        if name in used and isinstance(token, str) and token != usual_token:
             template = f'{{%- set {name} = {json.dumps(token)} %}}\n{template}'
     return template
 
 
-def same_tokenizer(one, other):
-    """Whether two descriptions give the same ids for every text and special token."""
-    def spelt_out(values):
-        if values['kind'] == 'tiktoken':
-            values = tokenizer.TiktokenTokenizer(values['name']).bpe.to_dict()
-        values = formats.BYTES if values['kind'] == 'byte' else values
-        return {key: value for key, value in values.items() if key not in ('bos_token', 'visible_tokens')}
+def same_tokenizer(first, second):
+    """Return whether two descriptions give the same ids for every text and special token."""
+    def rules(described):
+        described = formats.BYTES if described['kind'] == 'byte' else spelt_out(described)
+        return {key: value for key, value in described.items()
+                if key not in ('bos_token', 'visible_tokens')}
 
-    return one == other or spelt_out(one) == spelt_out(other)
+    return first == second or rules(first) == rules(second)
 
 
-# both ways ------------------------------------------------------------------------------------------------------------
+def spelt_out(described):
+    """Replace the name of a published vocabulary by its merges."""
+    if described['kind'] != 'tiktoken':
+        return described
+    return tokenizer.TiktokenTokenizer(described['name']).bpe.to_dict()
+
+
+# Names of weights ---------------------------------------------------------------------------------
+
 
 def weights_of(model):
     """
-    {name there: view of a parameter here, in the shape it has there}, in GPT-2's layout or, with RoPE, in Llama's. A
-    tied head is not among them, as it isn't in transformers' files.
+    Return {transformers' name: view of a parameter, in transformers' shape}.
+
+    The layout is GPT-2's with learned positions, Llama's with RoPE. A tied head is left out, as in
+    transformers' files.
     """
     c, weights = model.config, {}
     kv = c.kv_heads * c.head_size
-    sizes = {'attn.c_attn': [c.n_head * c.head_size, kv, kv], 'mlp.c_fc': [c.mlp_width, c.mlp_width]}
+    sizes = {'attn.c_attn': [c.n_head * c.head_size, kv, kv], 'mlp.c_fc': [c.mlp_width] * 2}
     for name, parameter in model.named_parameters():
         name, data = name.removeprefix('transformer.'), parameter.data
         if name == 'lm_head.weight':
             weights[name] = data
-        elif c.pos == 'learned':
-            stored_as_in_out = name.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight'))  # OpenAI's Conv1D
-            weights[f'transformer.{name}'] = data.t() if stored_as_in_out else data
+        elif c.pos == 'learned':  # OpenAI's Conv1D stores matrices as (in, out)
+            is_conv = name.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight'))
+            weights[f'transformer.{name}'] = data.t() if is_conv else data
         else:
-            block, module, kind = re.fullmatch(r'(?:h\.(\d+)\.)?(.+)\.(weight|bias)', name).groups()
-            prefix = 'model.' if block is None else f'model.layers.{block}.'
+            pattern = r'(?:h\.(\d+)\.)?(.+)\.(weight|bias)'
+            layer, module, kind = re.fullmatch(pattern, name).groups()
+            prefix = 'model.' if layer is None else f'model.layers.{layer}.'
             parts = data.split(sizes[module]) if module in sizes else [data]
-            for there, part in zip(LLAMA_NAMES[module], parts, strict=True):
-                weights[f'{prefix}{there}.{kind}'] = part
+            for module_there, part in zip(LLAMA_NAMES[module], parts, strict=True):
+                weights[f'{prefix}{module_there}.{kind}'] = part
     return weights
 
 
-# to there -------------------------------------------------------------------------------------------------------------
-
-def check_expressible(config):
-    """Raises ValueError naming the fields of GPTConfig that no model type of transformers has like this."""
-    c = config
-    remedies = {'logit_softcap': '--logit_softcap=0', 'residual_lambdas': '--residual_lambdas=False',
-                'value_embeddings': '--value_embeddings=False'}
-    wrong = [(name, remedy) for name, remedy in remedies.items() if getattr(c, name)]
-    if any(0 < c.window_of(layer) < c.block_size for layer in range(c.n_layer)):
-        wrong.append(('window', '--window=0'))
-    if c.pos == 'learned':
-        layout = "GPT-2's layout, that of pos='learned'"
-        wrong += [('norm', '--norm=layernorm')] * (c.norm != 'layernorm')
-        wrong += [('mlp', '--mlp=gelu')] * (c.mlp not in ACTIVATIONS.values())
-        wrong += [('n_kv_head', '--n_kv_head=None')] * (c.kv_heads != c.n_head)
-        wrong += [('head_dim', '--preset=llama')] * (c.n_head * c.head_size != c.n_embd)
-        wrong += [('qk_norm', '--qk_norm=False')] * c.qk_norm
-    else:
-        layout = "Llama's layout, that of pos='rope'"
-        wrong += [('norm', '--norm=rmsnorm')] * (c.norm != 'rmsnorm')
-        wrong += [('mlp', '--mlp=swiglu')] * (c.mlp != 'swiglu')
-        wrong += [('head_dim', '--preset=llama')] * (c.n_embd % c.n_head != 0 and not c.qk_norm)
-    if wrong:
-        name, remedy = wrong[0]
-        others = f' (and {", ".join(f"{n}={getattr(c, n)!r}" for n, _ in wrong[1:])})' if wrong[1:] else ''
-        nowhere = 'no model type of transformers has it together with the rest'
-        why = nowhere if name in (*remedies, 'window') else f'{layout}, does not have it'
-        raise UserError(f'{name}={getattr(c, name)!r}{others}: {why}, so this model can not be exported. Train one '
-                         f'that can: {" ".join(dict.fromkeys(remedy for _, remedy in wrong))}')
+# Write --------------------------------------------------------------------------------------------
 
 
 def save(model, described, chat_template, folder, dtype=torch.float32):
     """
-    Write a model, its tokenizer (as tokenizer.from_dict() takes it) and its chat template (or None) as a new folder,
-    which is there when it is complete. dtype: of the tensors in it. -> its config.json as a dict. Raises ValueError
-    where no model type of transformers is like this one, the tokenizer can't be said in a tokenizer.json, or the folder
-    can't be written.
+    Write a model as a new folder, complete or not at all; -> its config.json as a dict.
+
+    described: its tokenizer, for tokenizer.from_dict(); chat_template: Jinja's, or None; dtype: of
+    the tensors. Raises UserError if transformers has no such model or tokenizer, or if the folder
+    cannot be written.
     """
     check_expressible(model.config)
     if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
-        raise UserError(f'{folder} is there already and not empty; name another one (--out), or remove it first')
-    if described['kind'] == 'tiktoken':
-        described = tokenizer.TiktokenTokenizer(described['name']).bpe.to_dict()
+        raise UserError(f'{folder} exists and is not empty; name another --out, or remove it')
+    described = spelt_out(described)
     text_tokenizer = tokenizer.from_dict(described)
-    specials = text_tokenizer.special_tokens
     if text_tokenizer.vocab_size > model.config.vocab_size:
-        raise UserError(f'the tokenizer has {text_tokenizer.vocab_size} ids and the model {model.config.vocab_size}: '
-                         f'they do not belong together')
-    if model.config.pos == 'learned':
-        hf = gpt2_json(model.config)
-    else:
-        hf = llama_json(model.config, weights_of(model), described)
-    ends, more = formats.document_ends(described), {'model_max_length': model.config.block_size}
-    begin = described.get('bos_token') or next(iter(ends), None)
-    end_ids = [specials[token] for token in ends]
-    if chat_template is not None:  # there they are what they are here
-        begin, end = chat.ends_of_text(text_tokenizer)
-        stop_ids, _ = chat.find_endings(chat_template, text_tokenizer)
-        end_ids = sorted(stop_ids, key=lambda i: (i != specials.get(end), i))  # the usual first
-        named = {'bos_token': begin, 'eos_token': end}
-        more |= {'chat_template': chat_template, **{name: token for name, token in named.items() if token}}
-    ids = {'bos_token_id': specials.get(begin), 'eos_token_id': end_ids[0] if end_ids else None}
-    hf |= {**ids, 'torch_dtype': str(dtype).removeprefix('torch.')}
-    if len(end_ids) > 1:  # any of them
-        ids['eos_token_id'] = end_ids
+        raise UserError(f'the tokenizer has {text_tokenizer.vocab_size} ids and the model '
+                        f'{model.config.vocab_size}: they do not belong together')
+    ids, entries = special_tokens_of(text_tokenizer, described, chat_template)
+    entries = {'model_max_length': model.config.block_size, **entries}
+    hf = {**config_json(model, described), **ids, 'torch_dtype': str(dtype).removeprefix('torch.')}
+    if isinstance(ids['eos_token_id'], list):
+        hf['eos_token_id'] = ids['eos_token_id'][0]
 
     temporary = f'{folder.rstrip("/")}.tmp-{os.getpid()}'
     try:
         os.makedirs(temporary)
-        formats.write_hf_folder(described, temporary, more)
+        formats.write_hf_folder(described, temporary, entries)
         for name, content in (('generation_config.json', ids), ('config.json', hf)):
             formats.write_file(os.path.join(temporary, name), formats.to_json(content))
         write_tensors(tensors_of(model, hf), temporary, dtype)
-        if os.path.isdir(folder):  # empty
+        if os.path.isdir(folder):  # an empty one
             os.rmdir(folder)
         os.rename(temporary, folder)
         sync_folder(os.path.dirname(os.path.abspath(folder)))
     except OSError as error:
-        raise UserError(f'{folder} could not be written ({error.strerror or error}); free some space, or name another '
-                         f'one (--out)') from error
+        raise UserError(f'{folder} could not be written ({error.strerror or error}); free some '
+                        f'space, or name another --out') from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return hf
 
 
-def gpt2_json(c):
-    """config.json of a GPT-2."""
-    names = {mlp: name for name, mlp in reversed(ACTIVATIONS.items())}
-    return {'architectures': ['GPT2LMHeadModel'], 'model_type': 'gpt2', 'vocab_size': c.vocab_size,
-            'n_positions': c.block_size, 'n_embd': c.n_embd, 'n_layer': c.n_layer, 'n_head': c.n_head,
-            'n_inner': c.n_inner, 'activation_function': names[c.mlp], 'layer_norm_epsilon': c.norm_eps,
-            'tie_word_embeddings': c.tie_embeddings, 'resid_pdrop': c.dropout, 'embd_pdrop': c.dropout,
-            'attn_pdrop': c.dropout}
+def check_expressible(config):
+    """Raise UserError naming the fields of GPTConfig that no model type of transformers has."""
+    c, is_gpt2 = config, config.pos == 'learned'
+    fixed = {'logit_softcap': 0, 'residual_lambdas': False, 'value_embeddings': False, 'window': 0,
+             'head_dim': None, 'norm': 'layernorm' if is_gpt2 else 'rmsnorm',
+             'mlp': 'gelu' if is_gpt2 else 'swiglu'}
+    if is_gpt2:
+        fixed |= {'n_kv_head': None, 'qk_norm': False}
+    # values that compute the same as the fixed ones
+    splits_evenly = c.n_embd % c.n_head == 0 or c.qk_norm  # Llama's config demands it
+    equal = {'window': not any(0 < c.window_of(i) < c.block_size for i in range(c.n_layer)),
+             'head_dim': c.n_head * c.head_size == c.n_embd if is_gpt2 else splits_evenly,
+             'mlp': is_gpt2 and c.mlp in ACTIVATIONS.values(),
+             'n_kv_head': c.kv_heads == c.n_head}
+    wrong = {name: value for name, value in fixed.items()
+             if getattr(c, name) != value and not equal.get(name)}
+    if wrong:
+        layout = "GPT-2's layout (pos='learned')" if is_gpt2 else "Llama's layout (pos='rope')"
+        values = ', '.join(f'{name}={getattr(c, name)!r}' for name in wrong)
+        raise UserError(f'{values}: {layout} in transformers lacks this, so the model cannot be '
+                        f'exported. Train one that can: '
+                        + ' '.join(f'--{name}={value}' for name, value in wrong.items()))
 
 
-def llama_json(c, weights, described):
+def special_tokens_of(text_tokenizer, described, chat_template):
     """
-    config.json of the model type that has what this model has: qwen3 with QK-norm, qwen2 where only queries, keys and
-    values have biases, else llama, which can have all of them. Biases that are all 0 count as none, which they are.
+    Return the ids that begin and end a text, and the entries of tokenizer_config.json.
+
+    The ids are {'bos_token_id': id, 'eos_token_id': id or list of ids}, None where there is none.
+    A chat model begins and ends a text with the same tokens as in tokenizer/chat.py.
     """
-    biased = {module for module in (*QKV, 'o_proj', 'mlp') if any(
-        module in name and name.endswith('.bias') and weight.any() for name, weight in weights.items())}
+    ids, ends, entries = text_tokenizer.special_tokens, formats.document_ends(described), {}
+    begin = described.get('bos_token') or next(iter(ends), None)
+    end_ids = [ids[end] for end in ends]
+    if chat_template is not None:
+        begin, end = chat.ends_of_text(text_tokenizer)
+        stop_ids, _ = chat.find_endings(chat_template, text_tokenizer)
+        end_ids = sorted(stop_ids, key=lambda i: (i != ids.get(end), i))  # the usual one first
+        entries = {'chat_template': chat_template, 'bos_token': begin, 'eos_token': end}
+    end_ids = end_ids if len(end_ids) > 1 else next(iter(end_ids), None)
+    return ({'bos_token_id': ids.get(begin), 'eos_token_id': end_ids},
+            {name: value for name, value in entries.items() if value})
+
+
+def config_json(model, described):
+    """Return the config.json of a model, as a dict without its special tokens."""
+    c = model.config
+    if c.pos == 'learned':
+        activations = {mlp: name for name, mlp in reversed(ACTIVATIONS.items())}
+        return {'architectures': ['GPT2LMHeadModel'], 'model_type': 'gpt2',
+                **{key: getattr(c, field) for field, key in FIELDS['gpt2'].items()},
+                'activation_function': activations[c.mlp], 'resid_pdrop': c.dropout,
+                'embd_pdrop': c.dropout, 'attn_pdrop': c.dropout}
+    # biases that are all 0, as in a model that was read, count as none
+    biased = {module for name, weight in weights_of(model).items() if name.endswith('.bias')
+              for module in (*QKV, 'o_proj', 'mlp') if module in name and weight.any()}
     if c.qk_norm and 'mlp' in biased:
-        raise UserError('bias=True: Qwen3, the one model type with QK-norm, has no biases in its MLPs, so this model '
-                         'can not be exported. Train one that can: --bias=False')
-    kind = 'qwen3' if c.qk_norm else 'qwen2' if biased and biased <= {*QKV} else 'llama'
-    # Qwen2 has no head_dim, and transformers 5 gives it Qwen's way to cut text, whatever its tokenizer.json says
-    is_qwens = (described.get('pattern') == PATTERNS['qwen2'] and described.get('normalizer') == 'NFC'
-                and not described['ignore_merges'])
-    if kind == 'qwen2' and not (is_qwens and c.head_size * c.n_head == c.n_embd):
-        kind = 'llama'
-    scaling = c.rope_scaling and {
-        name: c.rope_scaling[name] for name in ('rope_type', *ROPE_SCALINGS[c.rope_scaling['rope_type']])}
-    hf = {'architectures': [f'{kind.capitalize()}ForCausalLM'], 'model_type': kind, 'vocab_size': c.vocab_size,
-          'hidden_size': c.n_embd, 'intermediate_size': c.mlp_width, 'num_hidden_layers': c.n_layer,
-          'num_attention_heads': c.n_head, 'num_key_value_heads': c.kv_heads, 'head_dim': c.head_size,
-          'hidden_act': 'silu', 'max_position_embeddings': c.block_size, 'rms_norm_eps': c.norm_eps,
-          'rope_theta': c.rope_base, 'rope_scaling': scaling, 'tie_word_embeddings': c.tie_embeddings,
+        raise UserError('bias=True: Qwen3, the one model type with QK-norm, has no biases in its '
+                        'MLPs, so the model cannot be exported. Train one that can: --bias=False')
+    # transformers 5 cuts text of a qwen2 by Qwen's pattern, whatever tokenizer.json says
+    cuts_like_qwen = (described.get('pattern') == PATTERNS['qwen2']
+                      and described.get('normalizer') == 'NFC' and not described['ignore_merges'])
+    fits_qwen2 = cuts_like_qwen and c.n_head * c.head_size == c.n_embd  # it has no head_dim
+    is_qwen2 = biased and biased <= {*QKV} and fits_qwen2
+    kind = 'qwen3' if c.qk_norm else 'qwen2' if is_qwen2 else 'llama'
+    values = {**vars(c), 'n_kv_head': c.kv_heads, 'head_dim': c.head_size, 'n_inner': c.mlp_width}
+    hf = {'architectures': [f'{kind.capitalize()}ForCausalLM'], 'model_type': kind,
+          **{key: values[field] for field, key in FIELDS['llama'].items()},
+          'hidden_act': 'silu', 'rope_theta': c.rope_base, 'rope_scaling': c.rope_scaling,
           'attention_dropout': c.dropout}
     if kind != 'qwen2':
         hf['attention_bias'] = bool(biased - {'mlp'})
@@ -521,58 +524,54 @@ def llama_json(c, weights, described):
 
 def tensors_of(model, hf):
     """
-    {name: tensor} of a model as the model type of the config.json `hf` has them: with biases of 0 where only that has
-    some, without those that are 0 where only this has some; QK-norm with weights.
+    Return {name: tensor} as the model type of the config.json `hf` has them.
 
-    There QK-norm has the eps of the other norms. x / sqrt(mean(x^2) + eps) is the same for s x and s^2 eps, so where
-    that is another than the one here, queries and keys are scaled, and nothing else.
+    Biases that only transformers' model has are 0. QK-norm there has weights, and the eps of the
+    other norms: x / sqrt(mean(x^2) + eps) does not change if x grows by s and eps by s^2, so
+    queries and keys are scaled where QK_NORM_EPS differs.
     """
     c, weights, tensors = model.config, weights_of(model), {}
-    of_ones = c.qk_norm and not c.qk_norm_weight
-    has_bias = {} if hf['model_type'] == 'gpt2' else biases_of({**DEFAULTS[hf['model_type']], **hf})
+    lacks_weights = c.qk_norm and not c.qk_norm_weight
     for name, weight in weights.items():
         module, kind = name.rsplit('.', 1)
         if kind == 'bias':
-            continue  # comes with its weight
-        is_scaled = of_ones and module.endswith(('q_proj', 'k_proj'))
+            continue  # written with its weight
+        is_scaled = lacks_weights and module.endswith(('q_proj', 'k_proj'))
         scale = (c.norm_eps / QK_NORM_EPS) ** 0.5 if is_scaled else 1.0
         tensors[name] = weight if scale == 1.0 else weight * scale
-        is_biased = any(has_bias[key] and key in module for key in has_bias)
-        if hf['model_type'] == 'gpt2':
-            is_biased = not module.endswith(('wte', 'wpe', 'lm_head'))
-        if is_biased:
-            n_out = weight.shape[-1] if hf['model_type'] == 'gpt2' else weight.shape[0]
+        if has_bias(hf, module):
+            n_out = weight.shape[-1 if c.pos == 'learned' else 0]
             bias = weights.get(f'{module}.bias', torch.zeros(n_out))
             tensors[f'{module}.bias'] = bias if scale == 1.0 else bias * scale
-    if of_ones:
+    if lacks_weights:
         tensors |= {f'model.layers.{layer}.self_attn.{name}.weight': torch.ones(c.head_size)
                     for layer in range(c.n_layer) for name in ('q_norm', 'k_norm')}
     return tensors
 
 
 def write_tensors(tensors, folder, dtype):
-    """
-    Write {name: tensor} as model.safetensors or, where that is larger than SHARD, as several files and an index.
-
-    All with the permissions of the config.json that is there.
-    """
+    """Write {name: tensor} as model.safetensors; above SHARD as several files and an index."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     shards = list(batches(tensors.items(), SHARD, lambda item: item[1].numel() * dtype.itemsize))
-    files = ['model.safetensors'] if len(shards) == 1 else [
-        f'model-{i:05}-of-{len(shards):05}.safetensors' for i in range(1, len(shards) + 1)]
+    n = len(shards)
+    files = [f'model-{i:05}-of-{n:05}.safetensors' for i in range(1, n + 1)]
+    files = ['model.safetensors'] if n == 1 else files
     for file, shard in zip(files, shards, strict=True):
         path = os.path.join(folder, file)
+        copies = {name: tensor.to(dtype, copy=True).contiguous() for name, tensor in shard}
         try:
-            save_file({name: t.to(dtype, copy=True).contiguous() for name, t in shard}, path, {'format': 'pt'})
-        except SafetensorError as error:  # in which a full disk is wrapped
+            save_file(copies, path, {'format': 'pt'})
+        except SafetensorError as error:  # a full disk, for example
             raise OSError(str(error)) from error
-        shutil.copymode(os.path.join(folder, 'config.json'), path)  # save_file() lets nobody but the owner read it
+        # save_file() makes a file that only its owner can read
+        shutil.copymode(os.path.join(folder, 'config.json'), path)
         with open(path, 'rb') as f:
             os.fsync(f.fileno())
-    if len(files) > 1:
+    if n > 1:
         size = sum(tensor.numel() * dtype.itemsize for tensor in tensors.values())
-        index = {'metadata': {'total_size': size},
-                 'weight_map': {name: file for file, shard in zip(files, shards, strict=True) for name, _ in shard}}
-        formats.write_file(os.path.join(folder, 'model.safetensors.index.json'), formats.to_json(index))
+        index = {'metadata': {'total_size': size}, 'weight_map': {
+            name: file for file, shard in zip(files, shards, strict=True) for name, _ in shard}}
+        formats.write_file(os.path.join(folder, 'model.safetensors.index.json'),
+                           formats.to_json(index))

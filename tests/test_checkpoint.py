@@ -235,14 +235,14 @@ def test_model_of():
     assert equal(dict(found.state_dict()), dict(weights)) and found.transformer.drop.p == 0.25
     name = 'transformer.h.1.attn.c_attn.weight'
     for changes, said in (
-            ({'model': {k: v for k, v in weights.items() if k != name}}, f'{name} is missing'),
-            ({'model': {**weights, 'extra.bias': torch.zeros(2)}}, 'extra.bias is unknown'),
-            ({'model': {**weights, name: torch.zeros(24, 9)}}, f'{name} has shape (24, 9), expected (24, 8)'),
-            ({'model': {}}, 'transformer.wte.weight is missing'), ({'model_args': {**args, 'n_layer': 3}}, 'h.2.'),
-            ({'model_args': {**args, 'n_layer': 1}}, 'transformer.h.1.ln_1.weight is unknown'),
-            ({'model_args': {**args, 'vocab_size': 20}}, 'shape (16, 8), expected (20, 8)'),
+            ({'model': {k: v for k, v in weights.items() if k != name}}, f'Missing key(s) in state_dict: "{name}"'),
+            ({'model': {**weights, 'extra.bias': torch.zeros(2)}}, 'Unexpected key(s) in state_dict: "extra.bias"'),
+            ({'model': {**weights, name: torch.zeros(24, 9)}}, f'size mismatch for {name}'),
+            ({'model': {}}, 'Missing key(s) in state_dict: "transformer.wte.weight"'), ({'model_args': {**args, 'n_layer': 3}}, 'h.2.'),
+            ({'model_args': {**args, 'n_layer': 1}}, '"transformer.h.1.ln_1.weight"'),
+            ({'model_args': {**args, 'vocab_size': 20}}, 'size mismatch for transformer.wte.weight'),
             ({'model_args': {k: v for k, v in args.items() if k != 'n_head'}}, 'model_args lacks n_head'),
-            ({'model_args': {**args, 'n_expert': 8}}, 'model_args has n_expert')):
+            ({'model_args': {**args, 'n_expert': 8}}, "unexpected keyword argument 'n_expert'")):
         with pytest.raises(ValueError) as error:
             pretrained.model_of({'model': weights, 'model_args': args, **changes}, 'x.pt', dropout=0.0)
         assert str(error.value).startswith('x.pt holds no model') and said in str(error.value)

@@ -201,7 +201,7 @@ def test_refused_by_train(base):
     base.sample(max_new_tokens=2).refused('has adapters for the model that was in base', 'has other weights')
     for name in ('ckpt.pt', 'best.pt'):
         (base.path / 'base' / name).unlink(missing_ok=True)
-    base.sample(max_new_tokens=2).refused('has adapters for the model in base, which can not be loaded')
+    base.sample(max_new_tokens=2).refused('has adapters for the model in base, which cannot be loaded')
 
 
 @pytest.mark.parametrize('int8', [False, True])

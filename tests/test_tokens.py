@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import tokenizer
 from data import datasets, device, encode
 from data import tokens as dataloader
-from data.shuffle import mix, shuffled, train_items
+from data.shuffle import mix, shuffled
 from data.tokens import even_windows, gather, train_windows, whole_windows
 
 seeds = st.integers(0, 2**63 - 1)

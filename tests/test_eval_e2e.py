@@ -1,4 +1,4 @@
-"""evaluate.py against transformers, train.py and sums by hand. Run: pytest tests/test_evaluate_e2e.py"""
+"""eval.py against transformers, train.py and sums by hand. Run: pytest tests/test_eval_e2e.py"""
 
 import json
 import math
@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-import tokenizer as tokenizer_module
+import tokenizer
 from config.presets import PRESETS
 from data import documents
 from data.tokens import sliding_windows, whole_windows
@@ -28,7 +28,7 @@ BYTE = {'kind': 'byte'}
 SMALL = {'block_size': 16, 'n_layer': 2, 'n_head': 2, 'n_embd': 16}
 
 
-# windows --------------------------------------------------------------------------------------------------------------
+# Windows ------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('n_tokens, block_size, stride, expected', [
     (10, 4, 4, [(0, 5, 1), (4, 9, 5), (8, 10, 9)]),
@@ -46,32 +46,35 @@ def test_windows_score_each_token_once(n_tokens, block_size, data):
     windows = sliding_windows(n_tokens, block_size, stride)
     assert [i for _, end, first in windows for i in range(first, end)] == list(range(1, n_tokens))
     assert all(end - start <= block_size + (stride == block_size) for start, end, _ in windows)
-    assert all(first - start >= max(1, block_size - stride) for start, _, first in windows[1:])  # tokens of context
+    assert all(first - start >= max(1, block_size - stride)
+               for start, _, first in windows[1:])  # tokens of context
     assert [start for start, _, _ in windows] == list(range(0, len(windows) * stride, stride))
     if stride == block_size:
         assert [start for start, _, _ in windows] == whole_windows(n_tokens, block_size).tolist()
 
 
-# runs -----------------------------------------------------------------------------------------------------------------
+# Runs ---------------------------------------------------------------------------------------------
 
 def save(folder, model, tokenizer=CHAR, **changes):
-    """A checkpoint of `model` in out/, as far as evaluating needs it."""
+    """Write a checkpoint of `model` to out/, with what evaluating needs."""
     (folder.path / 'out').mkdir(exist_ok=True)
     checkpoint.save(folder.path / 'out', {
-        'model': model.state_dict(), 'model_args': asdict(model.config), 'iter_num': 7, 'best_val_loss': 1.25,
-        'config': {'dataset': 'tiny'}, 'tokenizer': tokenizer_module, **changes}, is_best=True)
+        'model': model.state_dict(), 'model_args': asdict(model.config), 'iter_num': 7,
+        'best_val_loss': 1.25, 'config': {'dataset': 'tiny'}, 'tokenizer': tokenizer, **changes},
+        is_best=True)
 
 
 def prepared(folder, name, ids, tokenizer, vocab_size):
-    """The dataset data/name, whose splits are both these ids of a tokenizer."""
+    """Write the dataset data/name, whose splits are both these ids of a tokenizer."""
     path = folder.path / 'data' / name
     write_dataset(path, ids, ids)
-    meta = {**json.loads((path / 'meta.json').read_text()), 'tokenizer': tokenizer_module, 'vocab_size': vocab_size}
+    meta = {**json.loads((path / 'meta.json').read_text()), 'tokenizer': tokenizer,
+            'vocab_size': vocab_size}
     (path / 'meta.json').write_text(json.dumps(meta))
 
 
 def random_gpt(vocab_size, **changes):
-    """A small model whose predictions differ from token to token as those of a trained one do."""
+    """Build a small model whose predictions differ from token to token."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(**{**SMALL, 'vocab_size': vocab_size, **changes}))
     with torch.no_grad():
@@ -81,8 +84,9 @@ def random_gpt(vocab_size, **changes):
 
 
 def uniform_gpt(vocab_size, **changes):
-    """A model to which all ids are equally likely, whatever came before."""
-    return GPT(GPTConfig(**{**SMALL, 'vocab_size': vocab_size, 'tie_embeddings': False, 'zero_init': True, **changes}))
+    """Build a model to which all ids are equally likely."""
+    return GPT(GPTConfig(**{**SMALL, 'vocab_size': vocab_size, 'tie_embeddings': False,
+                            'zero_init': True, **changes}))
 
 
 def start(folder, **settings):
@@ -90,17 +94,18 @@ def start(folder, **settings):
 
 
 def evaluate(folder, **settings):
-    """-> what a run of evaluate.py found; all it printed but that JSON line fits a terminal."""
+    """Run eval.py; -> its JSON line. Assert that the other lines fit a terminal."""
     *lines, last = start(folder, **settings).ok().out.splitlines()
     assert max(map(len, lines)) <= 80, lines
     return json.loads(last)
 
 
 def nats(logits_of, ids, windows):
-    """The sum by its definition: each token's -log probability after those before it in its window."""
+    """Sum each token's -log probability after those before it in its window."""
     total = 0.0
     for begin, end, first in windows:
-        log_p = F.log_softmax(logits_of(torch.tensor(ids[begin : end - 1])[None])[0].double(), dim=-1)
+        log_p = F.log_softmax(logits_of(torch.tensor(ids[begin : end - 1])[None])[0].double(),
+                              dim=-1)
         total -= sum(log_p[i - begin - 1, ids[i]].item() for i in range(first, end))
     return total
 
@@ -110,7 +115,8 @@ def test_train_pys_val_loss(folder):
     found = evaluate(folder, which='last')
     assert found['loss'] == pytest.approx(folder.log()[-1]['val_loss'], rel=1e-6)
     assert found['perplexity'] == pytest.approx(math.exp(found['loss']))
-    assert found['bits_per_byte'] == pytest.approx(found['loss'] / math.log(2))  # a character is a byte here
+    # a character is a byte here
+    assert found['bits_per_byte'] == pytest.approx(found['loss'] / math.log(2))
     assert (found['tokens'], found['bytes'], found['windows']) == (332, 332, 21)
     assert (found['block_size'], found['stride'], found['text']) == (16, 16, 'data/tiny/val.bin')
     assert found['model'].startswith('out/ckpt.pt: step 20')
@@ -122,11 +128,12 @@ def test_train_pys_val_loss(folder):
 
 @pytest.fixture
 def gpt2(folder):
-    """transformers' GPT-2 over bytes, random, and the same weights in out/."""
+    """Build transformers' GPT-2 over bytes; the same weights are in out/."""
     transformers = pytest.importorskip('transformers')
     torch.manual_seed(0)
     theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        vocab_size=256, n_positions=16, n_embd=16, n_layer=2, n_head=2, initializer_range=0.3)).eval()
+        vocab_size=256, n_positions=16, n_embd=16, n_layer=2, n_head=2,
+        initializer_range=0.3)).eval()
     theirs.save_pretrained(folder.path / 'theirs')
     save(folder, GPT.from_pretrained(str(folder.path / 'theirs')), BYTE)
     (folder.path / 'text.txt').write_text(make_text(250) + 'Ünïcode, 안녕\n', encoding='utf-8')
@@ -137,21 +144,22 @@ def gpt2(folder):
     ({}, 16, 16), ({'stride': 0}, 16, 16), ({'stride': 5}, 16, 5), ({'stride': 1}, 16, 1),
     ({'block_size': 9, 'stride': 4}, 9, 4), ({'stride': 7, 'batch_size': 3}, 16, 7)])
 def test_transformers(folder, gpt2, settings, block_size, stride):
-    """The exact sum, of the same windows."""
+    """The loss is the exact sum over the same windows."""
     ids = list((folder.path / 'text.txt').read_bytes())
     windows = sliding_windows(len(ids), block_size, stride)
     with torch.no_grad():
         expected = nats(lambda x: gpt2(x).logits, ids, windows)
     found = evaluate(folder, input='text.txt', **settings)
     assert found['loss'] == pytest.approx(expected / (len(ids) - 1), rel=1e-6)
-    assert found['bits_per_byte'] == pytest.approx(expected / math.log(2) / (len(ids) - 1), rel=1e-6)
+    assert found['bits_per_byte'] == pytest.approx(expected / math.log(2) / (len(ids) - 1),
+                                                   rel=1e-6)
     assert (found['tokens'], found['windows']) == (len(ids) - 1, len(windows))
     assert (found['block_size'], found['stride'], found['text']) == (block_size, stride, 'text.txt')
 
 
 @pytest.mark.parametrize('max_length, stride', [(16, 5), (16, 15), (10, 3)])
 def test_transformers_recipe(folder, gpt2, max_length, stride):
-    """Its windows and its own loss, with the weight that the number of its targets gives each."""
+    """The loss is that of transformers' windows, each weighted by its number of targets."""
     ids = torch.tensor(list((folder.path / 'text.txt').read_bytes()))[None]
     total, before = 0.0, 0
     for begin in range(0, ids.size(1), stride):
@@ -169,7 +177,7 @@ def test_transformers_recipe(folder, gpt2, max_length, stride):
 
 
 def test_longer_context_than_trained(folder):
-    """RoPE takes any; learned positions do not."""
+    """RoPE takes a longer context, learned positions do not."""
     model = random_gpt(len(CHARS), pos='rope')
     save(folder, model)
     model.crop_block_size(40)
@@ -186,7 +194,7 @@ def test_longer_context_than_trained(folder):
 
 
 def test_max_tokens(folder):
-    """The same as of a text that ends there; and all of a text that is not so long."""
+    """max_tokens gives the result of a text that ends there; a shorter text is read whole."""
     save(folder, random_gpt(len(CHARS)))
     (folder.path / 'long.txt').write_text(make_text(400))
     (folder.path / 'short.txt').write_text(make_text(100))
@@ -200,7 +208,7 @@ def test_max_tokens(folder):
     assert evaluate(folder, input='short.txt', stride=3, max_tokens=1000)['loss'] == short['loss']
 
 
-# bytes ----------------------------------------------------------------------------------------------------------------
+# Bytes --------------------------------------------------------------------------------------------
 
 def test_bits_per_byte(folder):
     """256 equally likely bytes: 8 bits for each, whatever the text."""
@@ -208,7 +216,8 @@ def test_bits_per_byte(folder):
     text = 'Ünïcode, 안녕 <|endoftext|>\n'
     (folder.path / 'text.txt').write_text(text, encoding='utf-8')
     found = evaluate(folder, input='text.txt')
-    assert found['bytes'] == found['tokens'] == len(text.encode()) - 1 and found['bits_per_byte'] == pytest.approx(8)
+    assert found['bytes'] == found['tokens'] == len(text.encode()) - 1
+    assert found['bits_per_byte'] == pytest.approx(8)
 
 
 def test_bytes_of_characters(folder):
@@ -222,7 +231,7 @@ def test_bytes_of_characters(folder):
 
 def test_special_tokens_have_no_bytes(folder):
     """In a dataset <|endoftext|> costs nats and has no bytes; in a text its name is text."""
-    tok = tokenizer_module.BPETokenizer.train(make_text(3000), 290, special_tokens=['<|endoftext|>'])
+    tok = tokenizer.BPETokenizer.train(make_text(3000), 290, special_tokens=['<|endoftext|>'])
     texts = [make_text(200, seed) for seed in range(3)]
     ids = [i for text in texts for i in [*tok.encode(text), tok.eot]]
     prepared(folder, 'documents', ids, tok.to_dict(), tok.vocab_size)
@@ -236,27 +245,30 @@ def test_special_tokens_have_no_bytes(folder):
     assert (found['bits_per_byte'], found['tokens']) == (None, 2)
     (folder.path / 'text.txt').write_text('<|endoftext|>' * 5)
     found = evaluate(folder, input='text.txt')
-    assert found['bytes'] == 65 - len(tok.decode(tok.encode('<|endoftext|>', 'none')[:1])) and found['tokens'] > 5
+    first = tok.decode(tok.encode('<|endoftext|>', 'none')[:1])
+    assert found['bytes'] == 65 - len(first) and found['tokens'] > 5
 
 
 def test_bytes_that_are_not_known(folder):
-    """A dataset that doesn't say its tokenizer; a text with words that the vocabulary lacks."""
+    """A dataset without a tokenizer; a text with words that the vocabulary lacks."""
     save(folder, uniform_gpt(len(CHARS)))
-    write_dataset(folder.path / 'data' / 'silent', encode(make_text(99)), encode(make_text(99)), meta=None)
+    write_dataset(folder.path / 'data' / 'silent', encode(make_text(99)), encode(make_text(99)),
+                  meta=None)
     run = start(folder, dataset='silent').ok()
-    assert 'bits per byte unknown: data/silent does not say which tokenizer' in ' '.join(run.out.split())
+    assert 'bits per byte unknown: data/silent names no tokenizer' in ' '.join(run.out.split())
     found = json.loads(run.out.splitlines()[-1])
     assert (found['bits_per_byte'], found['bytes'], found['tokens']) == (None, None, 98)
-    words = tokenizer_module.WordTokenizer.train('the cat sat', vocab_size=5)
+    words = tokenizer.WordTokenizer.train('the cat sat', vocab_size=5)
     save(folder, uniform_gpt(5), words.to_dict())
     for text, bits in (('the cat sat cat', math.log2(5) * 3 / 12), ('the cat ran', None)):
         (folder.path / 'text.txt').write_text(text)
         assert evaluate(folder, input='text.txt')['bits_per_byte'] == (bits and pytest.approx(bits))
 
 
-# tasks ----------------------------------------------------------------------------------------------------------------
+# Tasks --------------------------------------------------------------------------------------------
 
-WITH_SPECIALS = tokenizer_module.BPETokenizer([], None, {token: 256 + i for i, token in enumerate(chat.SPECIAL_TOKENS)})
+WITH_SPECIALS = tokenizer.BPETokenizer([], None, {token: 256 + i
+                                                  for i, token in enumerate(chat.SPECIAL_TOKENS)})
 WORDS = {'task': 'tiny_chat', 'n': 4, 'kinds': 'counting,reversing,spelling,table'}
 ASKED = tiny_chat.examples('test', 4, seed=1337, kinds=tuple(WORDS['kinds'].split(',')))
 SUMS = tiny_chat.examples('test', 2, seed=1337, kinds=('addition', 'subtraction'))
@@ -265,19 +277,23 @@ SUMS = tiny_chat.examples('test', 2, seed=1337, kinds=('addition', 'subtraction'
 @pytest.fixture(scope='module')
 def learnt():
     """
-    A model that has learnt answers by heart: in chats right ones but for the last, in plain text right ones, behind
-    which it goes on asking; and sums that are wrong unless it has a calculator.
+    Train a model to know its answers by heart.
+
+    In chats all but the last are right. In plain text all are, and another question follows. Sums
+    are wrong unless the model has a calculator.
     """
     texts = []
     for example in ASKED:
         answer = 'The answer is 0.5.' if example is ASKED[-1] else example['solution']
         texts.append((example['messages'], answer))
     for example in SUMS:
-        called = f'{chat.PYTHON}{example["call"]}{chat.PYTHON_END}{chat.OUTPUT}{example["answer"]}{chat.OUTPUT_END}'
+        called = (f'{chat.PYTHON}{example["call"]}{chat.PYTHON_END}'
+                  f'{chat.OUTPUT}{example["answer"]}{chat.OUTPUT_END}')
         texts.append(([{'role': 'system', 'content': tools.SYSTEM}, *example['messages']],
                       called + example['solution']))
         texts.append((example['messages'], f'{tiny_chat.FORM} 1.'))
-    rows = [chat.render_conversation([*messages, {'role': 'assistant', 'content': answer}], chat.TEMPLATE,
+    rows = [chat.render_conversation([*messages, {'role': 'assistant', 'content': answer}],
+                                     chat.TEMPLATE,
                                      WITH_SPECIALS) for messages, answer in texts]
     for example, between in zip(ASKED, ('\n', '\n\n', '\n', '\n\n'), strict=True):
         context = WITH_SPECIALS.encode(example['context'])
@@ -287,8 +303,8 @@ def learnt():
     ids = torch.tensor([ids + [0] * (T - len(ids)) for ids, _ in rows])
     mask = torch.tensor([mask + [0] * (T - len(mask)) for _, mask in rows])
     torch.manual_seed(0)
-    model = GPT(GPTConfig(**{**PRESETS['llama'], **SMALL, 'n_layer': 1, 'n_embd': 48, 'block_size': 256,
-                             'vocab_size': WITH_SPECIALS.vocab_size}))
+    model = GPT(GPTConfig(**{**PRESETS['llama'], **SMALL, 'n_layer': 1, 'n_embd': 48,
+                             'block_size': 256, 'vocab_size': WITH_SPECIALS.vocab_size}))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
     for _ in range(200):
         loss = model(ids[:, :-1], ids[:, 1:].masked_fill(mask[:, 1:] == 0, -1))[1]
@@ -303,11 +319,13 @@ def test_task_of_a_chat_model(folder, learnt):
     save(folder, learnt, WITH_SPECIALS.to_dict(), chat_template=chat.TEMPLATE)
     found = evaluate(folder, **WORDS)
     assert (found['n'], found['right'], found['accuracy'], found['asked']) == (4, 3, 0.75, 'chat')
-    assert (found['low'], found['high']) == pytest.approx((0.3006, 0.9544), abs=1e-4)  # Wilson's by hand
+    assert (found['low'], found['high']) == pytest.approx((0.3006, 0.9544),
+                                                          abs=1e-4)  # Wilson's by hand
     assert {kind: row['right'] for kind, row in found['kinds'].items()} == {
         **{example['kind']: int(example is not ASKED[-1]) for example in ASKED}, 'all': 3}
     sampled = evaluate(folder, **WORDS, num_samples=3, temperature=0.1)
-    assert (sampled['right'], sampled['accuracy_of_one'], sampled['accuracy_of_any']) == (3, 0.75, 0.75)
+    assert (sampled['right'], sampled['accuracy_of_one'],
+            sampled['accuracy_of_any']) == (3, 0.75, 0.75)
     rounded = evaluate(folder, **WORDS, dtype='bfloat16')
     assert rounded['right'] == 3 and rounded['dtype'] == 'bfloat16'
 
@@ -320,7 +338,7 @@ def test_task_with_a_calculator(folder, learnt):
 
 
 def test_best_of_n(folder, learnt):
-    """The answer counts that the reward model scores highest, whatever most are."""
+    """The answer with the highest reward counts, not the most frequent one."""
     save(folder, learnt, WITH_SPECIALS.to_dict(), chat_template=chat.TEMPLATE)
     torch.manual_seed(1)
     judge = reward_model.Critic.from_gpt(learnt)
@@ -332,33 +350,37 @@ def test_best_of_n(folder, learnt):
         (folder.path / 'judge').mkdir(exist_ok=True)
         judge.value_head.weight.data *= sign
         checkpoint.save(folder.path / 'judge', {
-            'model': judge.state_dict(), 'reward_model': True, 'model_args': asdict(judge.config), 'iter_num': 1,
-            'best_val_loss': 0.5, 'config': {}, 'tokenizer': WITH_SPECIALS.to_dict(), 'chat_template': chat.TEMPLATE},
-            is_best=True)
+            'model': judge.state_dict(), 'reward_model': True, 'model_args': asdict(judge.config),
+            'iter_num': 1, 'best_val_loss': 0.5, 'config': {},
+            'tokenizer': WITH_SPECIALS.to_dict(), 'chat_template': chat.TEMPLATE}, is_best=True)
         found[sign] = evaluate(folder, **settings, reward_model='judge')
         assert found[sign]['accuracy_of_majority'] == alone['accuracy']
         assert [found[sign][key] for key in ('accuracy_of_one', 'accuracy_of_any')] == [
             alone[key] for key in ('accuracy_of_one', 'accuracy_of_any')]
         # the same by hand
         judge.eval()
-        prompts = [tasks.chat_prompt(example, chat.TEMPLATE, WITH_SPECIALS, 256) for example in ASKED]
+        prompts = [tasks.chat_prompt(example, chat.TEMPLATE, WITH_SPECIALS, 256)
+                   for example in ASKED]
         texts = tasks.answer(learnt, WITH_SPECIALS, prompts, 40, chat.TEMPLATE, 5, temperature=2.0)
         n_right = 0
         for i, example in enumerate(ASKED):
             rated = []
             for text in texts[5 * i : 5 * i + 5]:
                 ids = prompts[i] + WITH_SPECIALS.encode(f'{text}<|im_end|>', allowed_special='all')
-                rated.append((judge(torch.tensor([ids]))[0, -1].item(), tiny_chat.evaluate(example, text)))
+                rated.append((judge(torch.tensor([ids]))[0, -1].item(),
+                              tiny_chat.evaluate(example, text)))
             n_right += max(rated)[1]
         assert found[sign]['right'] == n_right
     refused = {'n': 2, 'task': 'tiny_chat', 'reward_model': 'judge'}
-    start(folder, **refused).refused("reward_model='judge': expected several answers to choose from: --num_samples=8")
-    start(folder, **refused, num_samples=2, temperature=1, shots=1).refused('expected a chat model', 'no --shots')
-    start(folder, **{**refused, 'reward_model': 'out'}, num_samples=2, temperature=1).refused('is a language model')
+    start(folder, **refused).refused("reward_model='judge': expected several answers")
+    start(folder, **refused, num_samples=2, temperature=1,
+          shots=1).refused('expected a chat model', 'no --shots')
+    start(folder, **{**refused, 'reward_model': 'out'}, num_samples=2,
+          temperature=1).refused('is a language model')
 
 
 def test_task_of_a_base_model(folder, learnt):
-    """Plain text: an answer ends where the next question begins. With examples in front, as many as have room."""
+    """An answer in plain text ends where the next question begins; shots are as many as fit."""
     save(folder, learnt, WITH_SPECIALS.to_dict())
     found = evaluate(folder, **WORDS, shots=0)
     assert (found['right'], found['asked'], found['shots']) == (4, 'plain text', 0)
@@ -367,41 +389,49 @@ def test_task_of_a_base_model(folder, learnt):
 
 
 def test_task_of_choices(folder):
-    """Accuracies of the likeliest choices, whole and by character, of all the file's questions."""
-    rows = [{'question': text, 'choices': ['on a mat', 'it', 'me'], 'answer': i % 3, 'subject': f'part {i % 2}'}
-            for i, text in enumerate(('the cat sat', 'who saw it go', 'and ran', 'no one', 'but me'))]
+    """The likeliest choice counts, by its whole text and by character."""
+    rows = [{'question': text, 'choices': ['on a mat', 'it', 'me'], 'answer': i % 3,
+             'subject': f'part {i % 2}'}
+            for i, text in enumerate(('the cat sat', 'who saw it go', 'and ran', 'no one',
+                                      'but me'))]
     (folder.path / 'q.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
     model = random_gpt(256, block_size=64)
     save(folder, model, BYTE)
-    right, right_by_length, contexts = [], [], [f'Question: {row["question"]}\nAnswer:' for row in rows]
+    right, right_by_length, contexts = [], [], [f'Question: {row["question"]}\nAnswer:'
+                                                for row in rows]
     for row, context in zip(rows, contexts, strict=True):
         scores = []
         for choice in row['choices']:
             ids = list(f'{context} {choice}'.encode())
-            log_p = F.log_softmax(model(torch.tensor([ids]), torch.tensor([ids]))[0][0].detach().double(), dim=-1)
+            log_p = F.log_softmax(model(torch.tensor([ids]),
+                                        torch.tensor([ids]))[0][0].detach().double(), dim=-1)
             scores.append(sum(log_p[i - 1, ids[i]].item() for i in range(len(context), len(ids))))
-        per_char = [score / len(choice) for score, choice in zip(scores, row['choices'], strict=True)]
+        per_char = [score / len(choice)
+                    for score, choice in zip(scores, row['choices'], strict=True)]
         right.append(scores.index(max(scores)) == row['answer'])
         right_by_length.append(per_char.index(max(per_char)) == row['answer'])
     found = evaluate(folder, task='multiple_choice', input='q.jsonl', shots=0)
     assert (found['right'], found['n']) == (sum(right), 5)
     assert found['accuracy_norm'] == pytest.approx(sum(right_by_length) / 5)
-    assert {kind: row['n'] for kind, row in found['kinds'].items()} == {'part 0': 3, 'part 1': 2, 'all': 5}
-    assert evaluate(folder, task='multiple_choice', input='q.jsonl', kinds=' part 1,', shots=0)['n'] == 2
+    assert {kind: row['n']
+            for kind, row in found['kinds'].items()} == {'part 0': 3, 'part 1': 2, 'all': 5}
+    assert evaluate(folder, task='multiple_choice', input='q.jsonl', kinds=' part 1,',
+                    shots=0)['n'] == 2
     # those of one split alone, of which rl.py learns from train
-    by_split = {split: evaluate(folder, task='multiple_choice', input='q.jsonl', split=split, shots=0)['n']
+    by_split = {split: evaluate(folder, task='multiple_choice', input='q.jsonl', split=split,
+                                shots=0)['n']
                 for split in ('train', 'val', 'test', 'all')
                 if any(split in ('all', tasks.split_of(context)) for context in contexts)}
     assert by_split['all'] == 5 == sum(by_split.values()) - 5
-    for name, value in (('temperature', 0.8), ('tools', True)):  # of answers, which are not written here
+    for name, value in (('temperature', 0.8), ('tools', True)):  # for written answers
         run = start(folder, task='multiple_choice', input='q.jsonl', **{name: value})
-        run.refused(f'{name}={value} is for answers that are written, and does not go with --task=multiple_choice')
+        run.refused(f'{name}={value} is for written answers, not for --task=multiple_choice')
 
 
-# which text -----------------------------------------------------------------------------------------------------------
+# Which text ---------------------------------------------------------------------------------------
 
 def test_inputs(folder):
-    """A folder and a table are their documents, each with a blank line after it; a text file is itself, CRLF or not."""
+    """A blank line follows each document of a folder or table; a text file is as it stands."""
     save(folder, random_gpt(256), BYTE)
     (folder.path / 'texts').mkdir()
     (folder.path / 'texts' / 'a.txt').write_text('the cat')
@@ -413,8 +443,8 @@ def test_inputs(folder):
 
 
 def test_long_input_is_encoded_whole(folder):
-    """However it is cut to be read, its ids are those of the whole: here 8 newlines, a token, lie across a cut."""
-    tok = tokenizer_module.BPETokenizer.train((make_text(100) + '\n' * 8) * 20, 290)
+    """Ids are those of the whole text: here a token of 8 newlines lies across a cut."""
+    tok = tokenizer.BPETokenizer.train((make_text(100) + '\n' * 8) * 20, 290)
     text = make_text(documents.PIECE_CHARS - 3) + '.' + '\n' * 8 + 'the cat'
     assert tok.encode('\n' * 8) != tok.encode('\n' * 2) + tok.encode('\n' * 6)
     save(folder, uniform_gpt(320, n_layer=1, n_embd=2, n_head=1), tok.to_dict())
@@ -433,36 +463,45 @@ def test_gpt2s_tokenizer_by_name_and_from_a_file(folder):
 
 @pytest.mark.parametrize('settings, said', [
     ({'split': 'test'}, ["split='test': expected 'train' or 'val'"]),
-    ({'which': 'worst'}, ["which='worst': expected 'best' or 'last'"]),
-    ({'stride': 17}, ['stride=17: expected 1 to block_size=16']),
-    ({'stride': -1}, ['stride=-1: expected 1 to block_size=16']),
-    ({'stride': 9, 'block_size': 8}, ['stride=9: expected 1 to block_size=8']),
-    ({'block_size': 0}, ['block_size=0: expected 1 or more']), ({'block_size': 17}, ['block_size=17', 'at most 16']),
-    ({'max_tokens': 1}, ['max_tokens=1: expected 2 or more']), ({'batch_size': 0}, ['batch_size=0: expected 1']),
-    ({'dtype': 'int4'}, ["dtype='int4'"]), ({'out_dir': 'nowhere'}, ['no checkpoint at nowhere/ckpt.pt']),
+    ({'which': 'worst'}, ["expected 'best' or 'last'"]),
+    ({'stride': 17, 'input': 'good'}, ['stride=17: expected at most block_size=16']),
+    ({'stride': -1}, ['stride=-1: expected 0 or more']),
+    ({'stride': 9, 'block_size': 8, 'input': 'good'}, ['stride=9: expected at most block_size=8']),
+    ({'block_size': 0}, ['block_size=0: expected 1 or more']),
+    ({'block_size': 17}, ['block_size=17', 'at most 16']),
+    ({'max_tokens': 1}, ['max_tokens=1: expected 2 or more']),
+    ({'batch_size': 0}, ['batch_size=0: expected 1']),
+    ({'dtype': 'int4'}, ["expected 'auto'"]),
+    ({'out_dir': 'nowhere'}, ['no checkpoint at nowhere/ckpt.pt']),
     ({'init_from': 'gpt5'}, ["'gpt5' is neither a folder nor one of gpt2"]),
-    ({'dataset': 'none'}, ['no data/none/val.bin', 'data/text/prepare.py --input=FILE --name=none', '--input=FILE']),
+    ({'dataset': 'none'},
+     ['no data/none/val.bin', 'data/text/prepare.py --input=FILE --name=none', '--input=FILE']),
     ({'dataset': 'tiny', 'input': 'text'}, ["input='text': expected this or --dataset=tiny"]),
     ({'input': 'none.txt'}, ['none.txt does not exist']), ({'input': 'empty'}, ['empty is empty']),
-    ({'input': 'one'}, ['one has 1 token(s); expected 2 or more']), ({'input': 'bom'}, ['bom has 0 token(s)']),
-    ({'input': 'latin'}, ['latin is not UTF-8: at byte 1', 'iconv']), ({'input': 'foreign'}, ["'é' (U+00E9)"]),
+    ({'input': 'one'}, ['one has 1 token(s); expected 2 or more']),
+    ({'input': 'bom'}, ['bom has 0 token(s)']),
+    ({'input': 'latin'}, ['latin is not UTF-8: at byte 1', 'iconv']),
+    ({'input': 'foreign'}, ["'é' (U+00E9)"]),
     ({'dataset': 'bytes'}, ['(byte, 256 ids)', f'(char, {len(CHARS)} ids)', '--input=FILE']),
-    ({'dataset': 'wrong'}, ['token 3 of the data has id 60', f'vocab_size is {len(CHARS)}']),
+    ({'dataset': 'wrong'}, ['token 3 of the data has id 60', 'prepare it again']),
     ({'dataset': 'one'}, ['one/val.bin has 1 tokens']),
-    ({'task': 'riddles'}, ["no task 'riddles'; expected one of gsm8k, hellaswag, multiple_choice, tiny_chat"]),
-    ({'shots': 2}, ['shots=2 is for tasks, and does not go with a text; name a task']),
-    ({'task': 'tiny_chat', 'stride': 3}, ['stride=3 is for texts, and does not go with --task=tiny_chat']),
-    ({'task': 'tiny_chat', 'tools': True}, ['tools=True: expected a chat model']),
-    ({'task': 'tiny_chat', 'num_samples': 3}, ['temperature=0.0: expected above 0 with several samples']),
-    ({'reward_model': 'judge'}, ["reward_model='judge': expected several answers"]),
+    ({'task': 'riddles'},
+     ["no task 'riddles'; expected one of gsm8k, hellaswag, multiple_choice, tiny_chat"]),
+    ({'shots': 2}, ['shots=2 is for tasks; name one: --task=tiny_chat']),
+    ({'task': 'tiny_chat', 'stride': 3}, ['stride=3 is for texts, not for --task=tiny_chat']),
+    ({'task': 'tiny_chat', 'tools': True}, ['tools, reward_model: expected a chat model']),
+    ({'task': 'tiny_chat', 'num_samples': 3},
+     ['temperature=0.0: expected above 0 with several samples']),
+    ({'reward_model': 'judge'}, ["reward_model='judge' is for tasks"]),
     ({'task': 'tiny_chat', 'n': 0}, ['n=0: expected 1 or more']),
     ({'task': 'tiny_chat', 'split': 'all'}, ["split='all': expected one of train, val, test"]),
     ({'task': 'tiny_chat', 'shots': -1}, ['shots=-1: expected 0 or more']),
     ({'task': 'tiny_chat', 'kinds': 'sums'}, ["there is no 'sums'; expected some of addition"]),
     ({'task': 'tiny_chat', 'input': 'one'}, ['tiny_chat makes its own questions']),
     ({'task': 'gsm8k'}, ['name a file of them, --input=FILE, with a "question"']),
-    ({'task': 'gsm8k', 'input': 'none.jsonl'}, ['none.jsonl cannot be read']),
-    ({'task': 'hellaswag', 'input': 'scenes.jsonl'}, ['a question has 20 tokens, and the context has room for 16'])])
+    ({'task': 'gsm8k', 'input': 'none.jsonl'}, ["No such file or directory: 'none.jsonl'"]),
+    ({'task': 'hellaswag', 'input': 'scenes.jsonl'},
+     ['a question has 20 tokens, and the context has room for 16'])])
 def test_refused(refusing, settings, said):
     run = start(refusing, **settings).refused(*said)
     assert '"loss"' not in run.out
@@ -470,13 +509,15 @@ def test_refused(refusing, settings, said):
 
 @pytest.fixture(scope='module')
 def refusing(tmp_path_factory):
-    """A folder with a good checkpoint, and with data that it can't be evaluated on. No test changes it."""
+    """A good checkpoint and data that it cannot be evaluated on. No test changes the folder."""
     folder = Folder(tmp_path_factory.mktemp('refusing'))
     save(folder, uniform_gpt(len(CHARS)))
-    for name, content in (('empty', b''), ('one', b't'), ('bom', b'\xef\xbb\xbf'), ('latin', b't\xe9'),
+    for name, content in (('good', b'the cat'), ('empty', b''), ('one', b't'),
+                          ('bom', b'\xef\xbb\xbf'), ('latin', b't\xe9'),
                           ('foreign', 'the é'.encode())):
         (folder.path / name).write_bytes(content)
-    (folder.path / 'scenes.jsonl').write_text('{"ctx": "the cat sat on a mat", "endings": ["and", "a"], "label": 1}')
+    (folder.path / 'scenes.jsonl').write_text(
+        '{"ctx": "the cat sat on a mat", "endings": ["and", "a"], "label": 1}')
     data = folder.path / 'data'
     write_dataset(data / 'wrong', [0, 1], [0, 1, 2, 60])
     write_dataset(data / 'one', [0, 1], [0])
@@ -488,9 +529,9 @@ def test_the_dataset_it_was_trained_on(folder):
     save(folder, uniform_gpt(len(CHARS)))
     assert evaluate(folder)['text'] == 'data/tiny/val.bin'
     save(folder, uniform_gpt(len(CHARS)), config={'dataset': 'shakespeare'})
-    start(folder, split='train').refused('shakespeare/train.bin, of the dataset the model was trained on', 'prepare.py')
+    start(folder, split='train').refused('shakespeare/train.bin', 'prepare.py')
     save(folder, uniform_gpt(len(CHARS)), config={})
-    start(folder).refused('out/best.pt: step 7', 'does not say what it was trained on', '--dataset=NAME', '--input')
+    start(folder).refused('out/best.pt does not name the dataset', '--dataset=NAME', '--input')
 
 
 def test_broken_weights(folder):
@@ -498,4 +539,4 @@ def test_broken_weights(folder):
     with torch.no_grad():
         model.lm_head.weight[3] = np.nan
     save(folder, model)
-    start(folder).refused('is nan nats a token', 'its weights are broken')
+    start(folder).refused('the loss is nan', 'weights are broken')

@@ -1,0 +1,144 @@
+"""
+What eval.py scores a model on: a text or a split, windows over it, its bytes.
+
+    text = open_file('book.txt', 'text', text_tokenizer)  # or open_split(data_dir, 'val', ...)
+    windows, block_size, stride = windows_over(text, None, block_size, stride)
+    for x, y in batches(text.tokens, windows, vocab_size): ...
+    n_bytes, reason = count_bytes(text, counts, text_tokenizer)
+"""
+
+import os
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+import torch
+
+import tokenizer
+from configurator import UserError
+from data.datasets import load_meta, prepare_command
+from data.documents import find_files, is_rows, read_documents, read_text
+from data.encode import SEPARATOR
+from data.tokens import gather, open_tokens, row_of, sliding_windows, whole_windows
+from flatgpt import huggingface
+from tokenizer.chat import bos_ids
+
+
+@dataclass
+class Text:
+    """Tokens and their origin."""
+
+    source: str  # path
+    tokens: object  # see data.tokens.open_tokens
+    vocab_size: int | None = None  # ids are below it; None: the dataset does not record it
+    bytes_unknown: str = ''  # why the bytes of the tokens cannot be counted
+
+
+def open_file(path, text_key, text_tokenizer, max_tokens=None):
+    """
+    Encode a text file, a file of rows or a folder, at least its first max_tokens; -> Text.
+
+    Special tokens in the text are ordinary text. Each document ends with a blank line, whatever
+    the tokenizer, so all tokenizers read the same bytes. Raises UserError for fewer than 2 ids.
+    """
+    arrays = [np.array(bos_ids(text_tokenizer), dtype=np.int64)]
+    n_tokens = len(arrays[0])
+    for piece in text_tokenizer.cut_safely(read_pieces(path, text_key)):
+        arrays.append(text_tokenizer.encode_array(piece))
+        n_tokens += len(arrays[-1])
+        if max_tokens is not None and n_tokens >= max_tokens:
+            break
+    if n_tokens < 2:
+        raise UserError(f'{path} has {n_tokens} token(s); expected 2 or more, because the first is '
+                        f'not predicted')
+    return Text(path, np.concatenate(arrays))
+
+
+def read_pieces(path, text_key):
+    """Yield the text of a file or a folder in pieces."""
+    files, _ = find_files(path)
+    if len(files) == 1 and not is_rows(files[0]):
+        yield from read_text(files[0])
+    else:
+        for text in read_documents(files, text_key):
+            yield text + SEPARATOR
+
+
+def open_split(data_dir, split, text_tokenizer):
+    """
+    Open a split of a dataset; -> Text.
+
+    text_tokenizer: the model's. Raises UserError if the split is missing or has another tokenizer.
+    """
+    path = os.path.join(data_dir, f'{split}.bin')
+    if not os.path.exists(path):
+        raise UserError(f'there is no {path}; prepare it: {prepare_command(data_dir)}\n'
+                        f'or name another --dataset, or a text: --input=FILE')
+    meta = load_meta(data_dir)
+    # the context may be longer than the split
+    tokens = open_tokens(data_dir, split, meta, meta['row'] - 1 if meta['row'] else 1)
+    if meta['tokenizer'] is None:
+        return Text(path, tokens, meta['vocab_size'], f'{data_dir} names no tokenizer')
+    if not huggingface.same_tokenizer(meta['tokenizer'], text_tokenizer.to_dict()):
+        prepared = tokenizer.from_dict(meta['tokenizer'])
+        raise UserError(f'{data_dir} was prepared with another tokenizer ({prepared.kind}, '
+                        f"{prepared.vocab_size:,} ids) than the model's ({text_tokenizer.kind}, "
+                        f'{text_tokenizer.vocab_size:,} ids); evaluate the text itself, which any '
+                        f'tokenizer encodes: --input=FILE')
+    return Text(path, tokens, meta['vocab_size'])
+
+
+def windows_over(text, max_tokens, block_size, stride):
+    """
+    Cut a Text into windows; -> ([(start, end, first scored)], block_size, stride).
+
+    max_tokens: None for all tokens; stride: None or 0 for block_size. A window of conversations is
+    a row. Raises UserError if block_size is shorter, or for overlap.
+    """
+    n_tokens, stride = min(len(text.tokens), max_tokens or len(text.tokens)), stride or block_size
+    if stride > block_size:
+        raise UserError(f'stride={stride}: expected at most block_size={block_size}')
+    row = row_of(text.tokens)
+    if row is None:
+        return sliding_windows(n_tokens, block_size, stride), block_size, stride
+    if stride != block_size or n_tokens < len(text.tokens):
+        raise UserError(f'{text.source} has conversations in rows of {row} tokens, which are '
+                        f'evaluated whole; leave out --stride and --max_tokens')
+    if row > block_size + 1:
+        raise UserError(f'{text.source} has conversations in rows of {row} tokens; expected '
+                        f'{block_size + 1} or fewer; prepare it with --block_size={block_size}')
+    starts = whole_windows(n_tokens, row - 1, row)
+    return [(start, start + row, start + 1) for start in starts], row - 1, row - 1
+
+
+def batches(tokens, windows, vocab_size, batch_size=None, at_once=2**13):
+    """
+    Yield inputs x and targets y, int64 (B, T), for windows of equal length T; y is -1 unscored.
+
+    batch_size: windows in a batch, None for as many as have at_once tokens.
+    """
+    for length, group in groupby(windows, key=lambda window: window[1] - window[0] - 1):
+        group = list(group)
+        size = batch_size or max(1, at_once // length)
+        for i in range(0, len(group), size):
+            starts, _, first = map(np.array, zip(*group[i : i + size], strict=True))
+            x, y = gather(tokens, starts, length, vocab_size)
+            positions = starts[:, None] + np.arange(1, length + 1)  # (B, T)
+            y[torch.from_numpy(positions < first[:, None])] = -1
+            yield x, y
+
+
+def count_bytes(text, counts, text_tokenizer):
+    """
+    Count the UTF-8 bytes of a Text's tokens; -> (bytes or None, why they are unknown or '').
+
+    counts: of each id. Special tokens have no bytes.
+    """
+    if text.bytes_unknown:
+        return None, text.bytes_unknown
+    special_tokens = text_tokenizer.special_tokens
+    if text_tokenizer.kind == 'word' and counts[special_tokens['<|unk|>']]:
+        return None, 'the vocabulary lacks words of this text, and <|unk|> stands for any word'
+    n_bytes = sum(len(text_tokenizer.decode_bytes([id])) * int(counts[id])
+                  for id in np.flatnonzero(counts).tolist() if id not in special_tokens.values())
+    return n_bytes, '' if n_bytes else 'the predicted tokens are special ones, which have no bytes'

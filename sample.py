@@ -36,7 +36,7 @@ from configurator import UserError, check, explain_errors, override
 from flatgpt import jsonl, runtime
 from flatgpt import quantize as quantization
 from flatgpt.constrain import Constraint
-from flatgpt.generate import encode_prompt, generate_texts, likeliest, majority
+from flatgpt.generate import Sampling, encode_prompt, generate_texts, likeliest, majority
 from flatgpt.pretrained import open_model
 from posttrain.chat import converse, for_terminal
 from posttrain.tools import PYTHON_END, SYSTEM, check_tokenizer, output_of
@@ -184,10 +184,9 @@ model.has_compiled_step = compile and (device.type != 'cpu' or at_once == 1)  # 
 def draw(batch, numbers, n):
     """generate_texts() with all the settings: n samples of each prompt, a list of ids, of the batch."""
     try:
-        yield from generate_texts(
-            model, text_tokenizer, batch, max_new_tokens, n, stops, seed, numbers, constraint,
-            stop_ids=stop_ids, temperature=temperature, top_k=top_k or None, top_p=top_p, min_p=min_p,
-            repetition_penalty=repetition_penalty, slide=slide)
+        yield from generate_texts(model, text_tokenizer, batch, Sampling(
+            max_new_tokens, temperature, top_k or None, top_p, min_p, repetition_penalty, stop_ids=stop_ids,
+            slide=slide, stops=stops, num_samples=n, seed=seed, constraint=constraint), numbers)
     except RuntimeError as error:
         if not runtime.out_of_memory(error):
             raise

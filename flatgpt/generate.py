@@ -1,8 +1,9 @@
 """
 From logits to text: draw the next token, and the one after it, from a cache of what was computed already.
 
-    for ids, logprobs, ended in generate(model, [[1, 2, 3], [4, 5]], max_new_tokens=20, temperature=0): ...
-    for samples in generate_texts(model, tokenizer, ['Once upon', 'He'], max_new_tokens=100): ...
+    sampling = Sampling(max_new_tokens=20, temperature=0.8, top_k=200)
+    for ids, logprobs, ended in generate(model, [[1, 2, 3], [4, 5]], sampling): ...
+    for samples in generate_texts(model, tokenizer, ['Once upon', 'He'], sampling): ...
 """
 
 import codecs
@@ -10,7 +11,7 @@ import functools
 import math
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -23,15 +24,38 @@ from tokenizer.chat import bos_ids
 # Drawing --------------------------------------------------------------------------------------------------------------
 
 
-def sample_next(logits, temperature=1.0, top_k=None, top_p=None, min_p=None, u=None):
+@dataclass(frozen=True)
+class Sampling:
     """
-    logits (B, V) -> one id for each row, (B, 1), of those whose logits are not -inf.
+    How to continue prompts. Of the ids by falling probability top_k, top_p and min_p each keep a part, in this order.
 
-    temperature divides the logits; 0 takes the likeliest id. Of the ids by falling probability top_k keeps the first k;
-    top_p the fewest that hold probability p ("The Curious Case of Neural Text Degeneration", Holtzman et al. 2020);
-    min_p those that have p times the probability of the first ("Turning Up the Heat", Nguyen et al. 2024); each
-    of what the one before it left. u: (B,) of [0, 1), which decide; None: random ones.
+    Sources: top_p, "The Curious Case of Neural Text Degeneration", Holtzman et al. 2020; min_p, "Turning Up the Heat",
+    Nguyen et al. 2024; repetition_penalty, "CTRL", Keskar et al. 2019.
     """
+
+    max_new_tokens: int = 100  # for each sample
+    temperature: float = 1.0  # divides the logits; 0: the likeliest id
+    top_k: int | None = None  # keep the k likeliest ids; None: all
+    top_p: float | None = None  # keep the fewest ids that hold this probability; None: all
+    min_p: float | None = None  # keep ids of at least this share of the likeliest's probability; None: all
+    repetition_penalty: float = 1.0  # above 1: ids of the prompt and the sample become less likely
+    n_ids: int | None = None  # ids at or above are never drawn; None: all of the model's
+    stop_ids: tuple | set = ()  # ids that end a sample
+    slide: int = 1  # tokens that a full context drops at once, see Decoder
+    stops: tuple | list = ()  # texts that end a sample
+    num_samples: int = 1  # samples of each prompt
+    seed: int = 1337  # fixes the samples, see uniforms()
+    crop_prompt: bool = False  # let the model see the end of a prompt longer than its context
+    constraint: object = None  # a constrain.Constraint on every sample
+    cache_dtype: torch.dtype | None = None  # of the KV cache; None: the weights'
+
+
+def sample_next(logits, sampling, u=None):
+    """
+    logits (B, V) -> one id for each row, (B, 1), of those whose logits are not -inf. u: (B,) of [0, 1), which decide;
+    None: random ones.
+    """
+    temperature, top_k, top_p, min_p = sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p
     logits = logits.float()
     if temperature < 1e-30:  # 0, or so small that dividing overflows float32 and the likeliest has all probability
         return logits.argmax(-1, keepdim=True)
@@ -210,40 +234,38 @@ class Decoder:
 
 
 @torch.no_grad()
-def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, min_p=None,
-             repetition_penalty=1.0, vocab_size=None, u=None, stop_ids=(), matchers=None, slide=1, cache_dtype=None):
+def generate(model, prompts, sampling, u=None, matchers=None):
     """
     Continue the prompts, idx (B, T) or lists of ids of any lengths above 0. After every token yield (ids, logprobs,
     ended): the new ids (B, 1); the log-probabilities that the model itself gives them, before any control, (B, 1);
     and B bools, whether a row has ended, without its new id, which is one of stop_ids or of no meaning. Rows that have
     ended are no longer computed once they are a quarter of all.
 
-    vocab_size: ids from there on, the padding of the embedding, are never drawn. u: (B, max_new_tokens) of [0, 1),
-    which decide over what is drawn; None: random ones. matchers: B of constrain.Constraint.matcher(), or None.
-    slide: how many tokens the context drops at once when it is full; 1 is exact, as if there was no cache, and each
-    token costs a whole pass; n costs one pass in n tokens, and between block_size - n + 1 and block_size are seen.
+    u: (B, max_new_tokens) of [0, 1), which decide over what is drawn; None: random ones. matchers: B of
+    constrain.Constraint.matcher(), or None.
     """
+    max_new_tokens, stop_ids, cache_dtype = sampling.max_new_tokens, sampling.stop_ids, sampling.cache_dtype
     device = model.lm_head.weight.device
     idx, padding = (prompts, None) if torch.is_tensor(prompts) else left_padded(prompts, device)
-    (B, T), V = idx.shape, vocab_size or model.config.vocab_size
+    (B, T), V = idx.shape, sampling.n_ids or model.config.vocab_size
     if cache_dtype is None:
         cache_dtype = model.lm_head.weight.dtype if model.lm_head.weight.is_floating_point() else torch.bfloat16
     draw_on = 'cpu' if device.type == 'mps' else device  # which has no float64
     u = torch.rand(B, max_new_tokens) if u is None else u
     u, ended = u.to(draw_on), [False] * B
     seen = None
-    if repetition_penalty != 1.0:
+    if sampling.repetition_penalty != 1.0:
         is_token = torch.ones_like(idx, dtype=torch.bool) if padding is None else (
             torch.arange(T, device=device) >= padding[:, None])
         seen = torch.zeros(B, model.config.vocab_size, dtype=torch.int, device=device).scatter_add_(
             1, idx, is_token.int())[:, :V].bool().to(draw_on)
-    draw = functools.partial(sample_next, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    decoder = Decoder(model, idx, padding, T + max_new_tokens, cache_dtype, slide)
+    draw = functools.partial(sample_next, sampling=sampling)
+    decoder = Decoder(model, idx, padding, T + max_new_tokens, cache_dtype, sampling.slide)
     rows = torch.arange(B)  # those that are computed: all at first
     for step in range(max_new_tokens):
         logits = plain = decoder.logits()[:, :V].to(draw_on).float()
         if seen is not None:
-            logits = penalized(logits, seen, repetition_penalty)
+            logits = penalized(logits, seen, sampling.repetition_penalty)
         if matchers is None:
             next_id = draw(logits, u=u[:, step])
         else:
@@ -338,19 +360,19 @@ def encode_prompt(prompt, tokenizer, block_size, crop_prompt=False):
     return ids[-block_size:]
 
 
-def generate_texts(model, tokenizer, prompts, max_new_tokens, num_samples=1, stops=(), seed=1337, numbers=None,
-                   constraint=None, crop_prompt=False, stop_ids=(), **controls):
+def generate_texts(model, tokenizer, prompts, sampling, numbers=None):
     """
-    Draw num_samples continuations of each of the texts, or lists of ids, `prompts`, all as one batch. After every token
-    yield the Samples, those of the first prompt first. A sample ends before the first of the texts `stops`.
+    Draw sampling.num_samples continuations of each of the texts, or lists of ids, `prompts`, all as one batch. After
+    every token yield the Samples, those of the first prompt first. A sample ends before the first of sampling.stops.
 
-    controls: of generate(). numbers: of the prompts, which decide over their samples as the seed does; None: 0, 1, ...
-    Raises ValueError for a prompt that encode_prompt() refuses.
+    numbers: of the prompts, which decide over their samples as the seed does; None: 0, 1, ... Raises ValueError for a
+    prompt that encode_prompt() refuses.
     """
-    rows, u = [], []
+    max_new_tokens, num_samples, constraint = sampling.max_new_tokens, sampling.num_samples, sampling.constraint
+    rows, u, stops = [], [], sampling.stops
     for number, prompt in zip(range(len(prompts)) if numbers is None else numbers, prompts, strict=True):
-        rows += [encode_prompt(prompt, tokenizer, model.config.block_size, crop_prompt)] * num_samples
-        u += [uniforms(seed, number, sample, max_new_tokens) for sample in range(num_samples)]
+        rows += [encode_prompt(prompt, tokenizer, model.config.block_size, sampling.crop_prompt)] * num_samples
+        u += [uniforms(sampling.seed, number, sample, max_new_tokens) for sample in range(num_samples)]
     samples = [Sample(finish=None if max_new_tokens else 'length') for _ in rows]
     matchers = None
     if constraint is not None:
@@ -358,8 +380,7 @@ def generate_texts(model, tokenizer, prompts, max_new_tokens, num_samples=1, sto
         matchers = [constraint.matcher() for _ in rows]
     if not max_new_tokens:
         yield samples
-    steps = generate(model, rows, max_new_tokens, vocab_size=tokenizer.vocab_size, u=torch.stack(u), stop_ids=stop_ids,
-                     matchers=matchers, **controls)
+    steps = generate(model, rows, replace(sampling, n_ids=tokenizer.vocab_size), torch.stack(u), matchers)
     for step, (next_id, logprobs, ended) in enumerate(steps, 1):
         for sample, i, logprob, has_ended in zip(samples, next_id[:, 0].tolist(), logprobs[:, 0].tolist(), ended,
                                                  strict=True):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from test_sample_e2e import save
 
 from config.presets import PRESETS
-from flatgpt.generate import sample_next
+from flatgpt.generate import Sampling, sample_next
 from model import GPT, GPTConfig
 from posttrain.tools import SYSTEM, calculate, generate_with_tools, output_of
 from tokenizer import BPETokenizer, ByteTokenizer, chat
@@ -163,7 +163,7 @@ def test_tokens_are_drawn_by_their_place(model):
         ids, mask = [], []
         while len(ids) < 60 and not (ids and ids[-1] in STOP_IDS):
             logits = model(torch.tensor([prompt + ids]))[0][:, -1]
-            ids.append(sample_next(logits, u=u[row, len(ids)][None], **controls).item())
+            ids.append(sample_next(logits, Sampling(**controls), u[row, len(ids)][None]).item())
             mask.append(1)
             if ids[-1] == TOKENIZER.special_tokens[PYTHON_END]:
                 told = output_of(ids, TOKENIZER)

@@ -4,7 +4,7 @@ models of 100M parameters and more.
 
     $ python data/chat/prepare.py --input=talks.jsonl --tokenizer=FOLDER
     $ python train.py config/sft.py --init_from=FOLDER --dataset=talks
-    $ python sample.py --out_dir=out-sft --chat
+    $ python -m posttrain.chat --out_dir=out-sft
 """
 
 out_dir = 'out-sft'

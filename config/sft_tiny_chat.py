@@ -6,7 +6,7 @@ an AMD EPYC: 0.19 to 0.3 s a step, 2 to 4 minutes.
     $ python train.py config/sft_tiny_chat.py
     $ python eval.py --out_dir=out-sft-tiny-chat --task=tiny_chat
     $ python eval.py --out_dir=out-sft-tiny-chat --task=tiny_chat --kinds=addition,subtraction --tools=True
-    $ python sample.py --out_dir=out-sft-tiny-chat --chat
+    $ python -m posttrain.chat --out_dir=out-sft-tiny-chat
 """
 
 out_dir = 'out-sft-tiny-chat'

@@ -8,6 +8,15 @@ from configurator import UserError
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the errors of a disk, a quota and a file that are full
 
 
+def read_text(path):
+    """Read a UTF-8 file -> text. Raises UserError."""
+    try:
+        with open(path, encoding='utf-8') as file:
+            return file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f'{path} cannot be read: {error}') from error
+
+
 def write_synced(path, content):
     with open(path, 'wb') as file:
         file.write(content)

@@ -10,20 +10,10 @@ from hypothesis import strategies as st
 from test_model import OPTIONS, sharpened, tiny
 
 from flatgpt import quantize
+from flatgpt.cache import KVCache
 from flatgpt.constrain import Constraint
-from flatgpt.generate import (
-    KVCache,
-    Sample,
-    Sampling,
-    encode_prompt,
-    generate,
-    generate_texts,
-    likeliest,
-    majority,
-    penalized,
-    sample_next,
-    uniforms,
-)
+from flatgpt.generate import Sample, encode_prompt, generate, generate_texts
+from flatgpt.sampling import Sampling, likeliest, majority, penalize, sample_next, uniforms
 from model import GPT, GPTConfig
 from tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
 
@@ -348,7 +338,7 @@ def test_prompts(gpt):
         first('')
     with pytest.raises(ValueError, match=r"'é' \(U\+00E9\)"):
         first('caf\u00e9')
-    with pytest.raises(ValueError, match='25 tokens, the context of the model 12.*--crop_prompt=True'):
+    with pytest.raises(ValueError, match='25 tokens: expected at most 12, the context.*--crop_prompt=True'):
         first('hello there, this is long')
     *_, samples = texts(gpt, CHARS, ['hello there, this is long'], 25, num_samples=3, temperature=0, crop_prompt=True)
     assert [len(sample.text) for sample in samples] == [25] * 3 and len({sample.text for sample in samples}) == 1
@@ -387,7 +377,8 @@ def test_one_long_prompt_does_not_pad_the_others():
     next(steps)
     assert sum(B * T for B, T in sizes) <= 16 * 50 + 32 * 2 and sum(B for B, _ in sizes) == 48
     hook.remove()
-    cache = KVCache(model.config, 48, max_length=64, padding=torch.tensor([0] + [48] * 47))
+    cache = KVCache(model.config, 48, max_length=64)
+    cache.restart(torch.tensor([0] + [48] * 47))
     model(torch.zeros(48, 50, dtype=torch.long), cache=cache)
     expected = model(torch.full((48, 1), 5), cache=copy.deepcopy(cache))[0]
     cache.keep(torch.arange(1, 48))
@@ -437,7 +428,7 @@ def test_special_tokens_of_a_prompt():
 def test_repetition_penalty(gpt):
     logits = torch.tensor([[2.0, -2.0, 1.0, -1.0]])
     seen = torch.tensor([[True, True, False, False]])
-    assert penalized(logits, seen, 2.0).tolist() == [[1.0, -4.0, 1.0, -1.0]]
+    assert penalize(logits, seen, 2.0).tolist() == [[1.0, -4.0, 1.0, -1.0]]
     # of prompt and answer alike, and not of the padding, id 0
     prompts = [[1, 2, 3], [4]]
     positive = sharpened(GPT(GPTConfig(block_size=40, vocab_size=20, n_layer=1, n_head=1, n_embd=8))).eval()
@@ -512,7 +503,7 @@ def test_weights_that_are_not_numbers(gpt):
     with torch.no_grad():
         broken.lm_head.weight[0, 0] = float('nan')
     for controls in ({}, {'top_k': 5}, {'top_p': 0.5}, {'temperature': 0}):
-        with pytest.raises(ValueError, match='logits are not numbers'):
+        with pytest.raises(ValueError, match='logits are NaN'):
             collect(broken, [[1, 2]], 2, **controls)
 
 

@@ -38,7 +38,7 @@ from data import datasets
 from data.device import open_splits
 from data.tokens import Batches, cut_step, eval_windows, sum_losses
 from flatgpt import checkpoint, flops, lora, optim, parallel, pretrained, runtime
-from flatgpt.generate import generate_texts
+from flatgpt.generate import Sampling, generate_texts
 from model import GPT, GPTConfig, padded_vocab_size
 
 # print each line as it comes, also into a file or a pipe, and '?' for what a terminal cannot show
@@ -390,7 +390,7 @@ if world.is_main and is_complete:
         torch.compiler.set_stance('force_eager')
         try:
             *_, samples = generate_texts(model, tokenizer.from_dict(text_tokenizer), [sample_prompt],
-                                         sample_tokens, crop_prompt=True, temperature=0.8, top_k=200)
+                                         Sampling(sample_tokens, 0.8, top_k=200, crop_prompt=True))
             print(f'---------------\n{sample_prompt}{samples[0].text}\n---------------')
         except UserError as error:  # the run is done and saved; a wrong prompt must not fail it
             print(f'no sample: {error}')

@@ -25,7 +25,7 @@ import torch
 from bench import common
 from configurator import override
 from flatgpt import quantize, runtime
-from flatgpt.generate import generate
+from flatgpt.generate import Sampling, generate
 from model import GPT, GPTConfig
 
 # settings ------------------------------------------------------------------------------------------------------------
@@ -58,7 +58,7 @@ def ours(dtype, compile):
     model = quantize.for_decoding(GPT(gpt_config).eval().to(device), dtype, compile)
 
     def answer(idx, n):
-        for ids, _, _ in generate(model, idx.to(device), n, temperature=0.8, top_k=200):
+        for ids, _, _ in generate(model, idx.to(device), Sampling(n, 0.8, top_k=200)):
             yield ids[0].item()
 
     return answer

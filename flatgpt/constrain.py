@@ -396,6 +396,22 @@ class Matcher:
         self.refused = []
         return True
 
+    def draw(self, logits: torch.Tensor, remaining: int, sample) -> torch.Tensor | None:
+        """
+        Append a token drawn by sample(logits (1, V)) -> (1, 1), and return it.
+
+        None: the text ends, since it is complete and the model continues with what may not follow.
+        """
+        while True:
+            allowed = self.allowed(remaining).to(logits.device)
+            if self.may_end and not allowed.any():
+                return None
+            next_id = sample(logits if self.may_end else logits.masked_fill(~allowed, -torch.inf))
+            if self.accept(next_id.item(), remaining):
+                return next_id
+            if self.may_end:
+                return None
+
     def after(self, i: int, remaining: int, texts: int):
         """-> (matcher of symbols, ending) after token i, or None when it can't follow or no ending is found."""
         symbols, state = self.vocabulary.spell(i), self.search_state.deep_copy()

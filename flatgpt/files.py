@@ -10,6 +10,15 @@ from configurator import UserError
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, quota or file
 
 
+def read_text(path):
+    """Read a UTF-8 file -> text. Raises UserError."""
+    try:
+        with open(path, encoding='utf-8') as file:
+            return file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f'{path} cannot be read: {error}') from error
+
+
 def write_synced(path, content):
     """Write bytes to a file and wait until the disk has them."""
     with open(path, 'wb') as file:

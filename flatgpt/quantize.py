@@ -1,14 +1,15 @@
 """
-Weights for decoding: a token costs reading all of them once, so half the bytes are nearly twice the speed.
+Make a model decode fast: weights of fewer bits, and a compiled step of one token.
 
-    quantize.for_decoding(model, torch.bfloat16)                    # or torch.int8
-    quantize.for_decoding(model, torch.bfloat16, compile=True)      # many tokens to come: seconds now, fewer later
+    for_decoding(model, torch.bfloat16)
+    for_decoding(model, torch.int8, compile=True)
 
-The residual stream and norms stay in fp32. int8 is weight-only: each row of a matrix, the weights of one output, is
-rounded to 255 steps of its own size, absmax / 127 ("LLM.int8()", Dettmers et al. 2022, whose activations stay as they
-are here); what is not compiled multiplies in bf16.
+A token costs reading all weights once, so half the bytes are nearly twice the speed. The residual
+stream and the norms stay in fp32. int8 rounds weights only, each row of a matrix to 255 steps of
+its own, absmax / 127 ("LLM.int8()", Dettmers et al. 2022); what is not compiled multiplies in bf16.
 """
 
+import itertools
 import mmap
 from contextlib import suppress
 
@@ -17,115 +18,148 @@ import torch._inductor.config
 from torch import nn
 from torch.nn import functional as F
 
-# of inductor: to write what a product reads over and over to memory, instead of computing it anew for every row of the
-# matrix, which it would do with norms and activations. An older torch lacks some, and is slower then
+# inductor writes what a product reads repeatedly to memory, else it computes norms and activations
+# anew for each row of the matrix. An older torch lacks some options and is slower
 COMPILE_OPTIONS = {name: value for name, value in {
     'deterministic': True, 'realize_reads_threshold': 1, 'size_asserts': False}.items()
     if hasattr(torch._inductor.config, name)}
 
 
 def has_bf16_products():
-    """Whether this torch multiplies bf16 matrices on this CPU by its own instructions."""
+    """Return whether torch multiplies bf16 matrices by instructions of this CPU."""
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class DecodeLinear(nn.Module):
     """
-    nn.Linear for inference. weight: (N, K) in fp32, bf16, fp16 or int8, then with scale: (N,), of its rows.
+    Multiply like nn.Linear, for inference.
 
-    The product of one position is a matrix times a vector, which torch's libraries read at 40 to 70% of a CPU's memory
-    bandwidth; multiply and sum, compiled, at 85% (bench/results). More positions go to the libraries: on the CPU in
-    bf16 with weights packed beforehand, unless the step of one position is compiled.
+    weight: (N, K) in fp32, bf16, fp16 or int8; scale: (N,), the step of each int8 row, or None.
+    A library reads the weights at 40 to 70% of a CPU's memory bandwidth for one position; compiled,
+    multiply and sum reaches 85% (bench/results). More positions go to the library, on the CPU in
+    bf16 with weights packed beforehand.
     """
 
     def __init__(self, linear, dtype, is_packed):
         super().__init__()
-        self.dtype = dtype
-        weight, scale = linear.weight.detach(), None
+        self.dtype, weight, scale = dtype, linear.weight.detach(), None
         if dtype == torch.int8:
             weight, scale = quantize_rows(weight.float())
         self.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
         self.register_buffer('scale', scale)
         bias_dtype = torch.float32 if dtype == torch.int8 else dtype
-        self.register_buffer('bias', None if linear.bias is None else linear.bias.detach().to(bias_dtype))
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.data, 16) if is_packed else None
+        bias = None if linear.bias is None else linear.bias.detach().to(bias_dtype)
+        self.register_buffer('bias', bias)
+        self.packed = None
+        if is_packed:
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.data, 16)
 
     def forward(self, x):
         shape, x = x.shape[:-1], x.flatten(0, -2)  # (positions, K)
-        n = len(x)
+        n, scale, bias = len(x), self.scale, self.bias
         if n == 1 and x.device.type == 'cpu' and torch.compiler.is_compiling():
             y = (x.float() * self.weight.float()).sum(-1)
-            y = y if self.scale is None else y * self.scale
-            y = y if self.bias is None else y + self.bias
         elif self.packed is not None:
-            rows = F.pad(x, (0, 0, 0, 4 - n)) if n < 4 else x  # of 4 rows and less, 4 are the fastest
-            y = torch.ops.mkldnn._linear_pointwise(rows.to(self.dtype), self.packed, None, 'none', [], '')[:n]
-            y = y if self.bias is None else y + self.bias
-        elif self.scale is None:
-            y = F.linear(x.to(self.dtype), self.weight, self.bias)
+            rows = F.pad(x, (0, 0, 0, 4 - n)) if n < 4 else x  # 4 rows are faster than fewer
+            y = torch.ops.mkldnn._linear_pointwise(
+                rows.to(self.dtype), self.packed, None, 'none', [], '')[:n]
+        elif scale is None:
+            y, bias = F.linear(x.to(self.dtype), self.weight, bias), None
         else:
-            y = F.linear(x.bfloat16(), self.weight.bfloat16()) * self.scale
-            y = y if self.bias is None else y + self.bias
+            y = F.linear(x.bfloat16(), self.weight.bfloat16())
+        y = y if scale is None else y * scale
+        y = y if bias is None else y + bias
         return y.view(*shape, -1)
 
 
 def quantize_rows(weight):
-    """weight: (N, K) -> (N, K) of int8 and (N,), the size of a step, so that their product is nearly the weight."""
+    """Round (N, K) to int8; -> (N, K) of int8 and (N,), the steps; their product is the weight."""
     scale = weight.abs().amax(1).clamp(min=1e-12) / 127
     return (weight / scale[:, None]).round().to(torch.int8), scale
 
 
 def move_together(weights):
     """
-    The weights of a CPU into one block of memory, in the order in which a step reads them, of pages of 2 MB where Linux
-    grants them: with those of 4 KB a processor stops at each to look up the next, which costs a quarter of a token.
+    Move a CPU's weights into one block of memory, in the order in which a step reads them.
+
+    Linux is asked for pages of 2 MB: the look-ups of 4 KB pages cost a quarter of a token's time.
     """
     if not hasattr(mmap, 'MADV_HUGEPAGE'):
         return
     sizes = [-(-weight.numel() * weight.element_size() // 64) * 64 for weight in weights]
     block = mmap.mmap(-1, sum(sizes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a kernel without them
+    with suppress(OSError):  # a kernel without huge pages
         block.madvise(mmap.MADV_HUGEPAGE)
-    start = 0
-    for weight, size in zip(weights, sizes, strict=True):
-        moved = torch.frombuffer(block, dtype=weight.dtype, count=weight.numel(), offset=start).view_as(weight)
-        weight.data = moved.copy_(weight)
-        start += size
+    offsets = itertools.accumulate(sizes, initial=0)
+    for weight, offset in zip(weights, offsets, strict=False):
+        moved = torch.frombuffer(block, dtype=weight.dtype, count=weight.numel(), offset=offset)
+        weight.data = moved.view_as(weight).copy_(weight)
 
 
 @torch.no_grad()
 def for_decoding(model, dtype, compile=False):
     """
-    Make a GPT, in place, one that only decodes: its matrices in dtype (fp32, bf16, fp16 or int8), everything else in
-    fp32, and with compile=True its steps of a single position compiled.
+    Convert a GPT in place to one that only decodes; -> the model.
 
-    Compiling takes seconds, the less the oftener it was done on this machine, and brings on the CPU nearly half the
-    time of a token in bf16; int8 without it is slower than bf16.
+    dtype: of the matrices, fp32, bf16, fp16 or int8; everything else is in fp32. compile: compile
+    the step of one position. That takes seconds, fewer when torch has compiled it before, and saves
+    nearly half of a bf16 token's time on the CPU. int8 is slower than bf16 without it.
     """
-    device = model.lm_head.weight.device
-    is_packed = device.type == 'cpu' and dtype == torch.bfloat16 and not compile and has_bf16_products()
+    device, blocks = model.lm_head.weight.device, model.transformer.h
+    is_packed = (device.type == 'cpu' and dtype == torch.bfloat16 and not compile
+                 and has_bf16_products())
     model.float().requires_grad_(False)
-    tables = [model.transformer.wte, *(model.transformer['vte'].values() if 'vte' in model.transformer else ())]
+    value_tables = model.transformer['vte'].values() if 'vte' in model.transformer else ()
     model.lm_head = DecodeLinear(model.lm_head, dtype, is_packed)
-    for table in tables:  # rows are looked up, not multiplied
+    for table in (model.transformer.wte, *value_tables):  # rows are looked up, not multiplied
         table.weight.data = table.weight.data.to(torch.bfloat16 if dtype == torch.int8 else dtype)
     weights = []
-    for block in model.transformer.h:
-        for part, name in ((block.attn, 'c_attn'), (block.attn, 'c_proj'), (block.mlp, 'c_fc'), (block.mlp, 'c_proj')):
+    for block in blocks:
+        for part, name in ((block.attn, 'c_attn'), (block.attn, 'c_proj'),
+                           (block.mlp, 'c_fc'), (block.mlp, 'c_proj')):
             linear = DecodeLinear(getattr(part, name), dtype, is_packed)
             setattr(part, name, linear)
             weights.append(linear.weight)
             if is_packed:
-                linear.weight = None  # the packed one is all that is read
+                linear.weight = None  # a second copy that nothing reads
     if compile:
         if device.type == 'cpu':
             move_together([*weights, model.lm_head.weight])
-        # each kind of block, windows or not and so on, is compiled for each size of the cache
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
-        options = COMPILE_OPTIONS if device.type == 'cpu' else None
-        for module in (*model.transformer.h, model.lm_head):
-            module.compile(options=options)
+        # each kind of block is compiled for each size of the cache
+        limit = torch._dynamo.config.recompile_limit
+        torch._dynamo.config.recompile_limit = max(limit, 256)
+        for module in (*blocks, model.lm_head):
+            module.compile(options=COMPILE_OPTIONS if device.type == 'cpu' else None)
     if model.config.tie_embeddings and dtype != torch.int8:
         model.transformer.wte.weight = model.lm_head.weight
     model.has_compiled_step = compile
     return model
+
+
+class GraphStep:
+    """
+    Replay the step of one token as a CUDA graph: logits (B, V) after ids (B, 1).
+
+    The GPU launches all of its hundreds of kernels at once; launches one by one take longer than
+    the kernels do.
+    """
+
+    def __init__(self, model, cache, ids):
+        self.cache, self.input, length = cache, ids.clone(), cache.length
+        stream = torch.cuda.Stream()  # a capture needs a warm-up in a stream of its own
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                model(self.input, cache=cache)
+                cache.go_back_to(length)
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.output = model(self.input, cache=cache)[0][:, -1]
+        cache.go_back_to(length)
+
+    def __call__(self, ids):
+        self.input.copy_(ids)
+        self.graph.replay()
+        self.cache.length += 1  # the graph advances cache.next_slot, on the device
+        return self.output

@@ -29,7 +29,7 @@ from configurator import explain_errors, override
 from data.datasets import folder_of, load_meta, prepare_if_missing
 from data.tokens import gather, open_tokens, train_windows, whole_windows
 from flatgpt import optim
-from flatgpt.generate import sample_next, uniforms
+from flatgpt.generate import Sampling, sample_next, uniforms
 from lab import common
 from model import GPT, GPTConfig
 
@@ -172,7 +172,7 @@ def sample(model, letters):
     """sample_chars characters that follow a line end, drawn one by one, line ends shown as \\n."""
     ids = torch.tensor([letters.encode('\n')])
     for u in uniforms(seed, 0, 0, sample_chars):
-        ids = torch.cat([ids, sample_next(model(ids[:, -block_size:])[0][:, -1], u=u[None])], dim=1)
+        ids = torch.cat([ids, sample_next(model(ids[:, -block_size:])[0][:, -1], Sampling(), u[None])], dim=1)
     return letters.decode(ids[0, 1:].tolist()).replace('\n', '\\n')
 
 

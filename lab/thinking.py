@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from bench.common import table
 from config.presets import PRESETS
 from configurator import explain_errors, override
-from flatgpt.generate import generate, majority
+from flatgpt.generate import Sampling, generate, majority
 from lab import common
 from model import GPT, GPTConfig
 
@@ -94,7 +94,8 @@ def sample(model, prompts, n, max_new_tokens, temperature, rng):
     """-> ids (N, n, max_new_tokens) that go on with the prompts (N, L), and the log-probabilities (N, n) of each row"""
     rows = prompts.repeat_interleave(n, 0)
     u = torch.from_numpy(rng.random((len(rows), max_new_tokens), dtype=np.float32))
-    drawn = [(ids, logprobs) for ids, logprobs, _ in generate(model, rows, max_new_tokens, temperature, u=u)]
+    drawn = [(ids, logprobs) for ids, logprobs, _ in generate(
+        model, rows, Sampling(max_new_tokens, temperature), u)]
     ids, logprobs = (torch.cat(tokens, 1).view(-1, n, max_new_tokens) for tokens in zip(*drawn, strict=True))
     return ids, logprobs.sum(2)
 

@@ -1,29 +1,138 @@
+"""
+Talk to a model at the terminal.
+
+    $ python -m posttrain.chat --out_dir=out-sft
+    $ python -m posttrain.chat --init_from=FOLDER --system="Be brief."
+    $ python -m posttrain.chat --out_dir=out-grpo-tiny-chat --tools=True
+
+A model with a chat template answers in its format; any other continues a transcript.
+"""
+
 import contextlib
 import re
 import signal
 import sys
+from dataclasses import replace
+from typing import Literal
 
-from configurator import UserError
-from tokenizer.chat import render
+from configurator import (
+    Count,
+    Natural,
+    NonNegative,
+    Positive,
+    Probability,
+    Seed,
+    Share,
+    UserError,
+    override,
+)
+from flatgpt import decoding
+from flatgpt.generate import generate_texts
+from flatgpt.pretrained import open_model
+from flatgpt.sampling import Sampling
+from posttrain.tools import PYTHON_END, SYSTEM, check_tokenizer, output_of
+from tokenizer.chat import find_endings, render
+
+sys.stdout.reconfigure(errors='replace')  # a terminal that lacks a character prints the others
+
+# settings -----------------------------------------------------------------------------------------
+init_from = 'resume'  # 'resume': out_dir; or a Hugging Face folder, a hub id, 'gpt2' to 'gpt2-xl'
+out_dir = 'out'  # folder of ckpt.pt and best.pt
+which: Literal['best', 'last'] = 'best'  # 'best': best.pt, else ckpt.pt; 'last': ckpt.pt
+system = ''  # the system message: who the assistant is, and what it should do
+tools = False  # True: the model may call a calculator; adds a sentence to the system message
+max_new_tokens: Count = 500  # tokens in each answer
+slide: Count = 1  # tokens that a full context drops at once; 1 is exact, more are faster
+# choice of the next token
+temperature: NonNegative = 0.8  # 1: the model's own; lower: less random; 0: the likeliest
+top_k: Natural | None = 200  # only the k likeliest tokens; None or 0: all
+top_p: Share | None = None  # only the likeliest tokens that together have this probability
+min_p: Probability | None = None  # only tokens with this share of the largest probability
+repetition_penalty: Positive = 1.0  # above 1: earlier tokens become less likely
+seed: Seed = 1337  # with the number of an answer it fixes that answer
+# machine
+device = 'auto'  # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps', ...
+dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'
+quantize: Literal['', 'int8'] = ''  # 'int8': 8-bit weights, on a CPU the fastest
+compile: bool | Literal['auto'] = 'auto'  # compile the step of one token
+config = override(globals())
+# --------------------------------------------------------------------------------------------------
 
 HELP = """\
-/reset  forget the conversation         /help   this
-/retry  another answer to the same      Ctrl-C  stops an answer; here, leaves
-A line that ends with \\ goes on in the next one."""
+/reset  forget the conversation       /help   print this
+/retry  another answer to the same    Ctrl-C  stop the answer, or leave
+A line that ends with \\ continues in the next one."""
 
 
-def converse(answer, template, tokenizer, most, system=''):
+def main():
+    # open the model, and find what ends its answers
+    model, tokenizer, template, line = open_model(init_from, out_dir, which)
+    block_size, system_message = model.config.block_size, system
+    if slide > block_size:
+        raise UserError(f'slide={slide}: expected 1 to {block_size}, the context of the model')
+    stop_ids, stops = find_endings(template, tokenizer)
+    if tools:
+        if template is None:
+            raise UserError('tools=True: expected a chat model, trained on conversations')
+        check_tokenizer(tokenizer)
+        system_message = f'{system} {SYSTEM}'.strip()
+    sampling = Sampling(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty,
+                        stop_ids=stop_ids, slide=slide, stops=stops, seed=seed)
+
+    # choose device, precision and compilation
+    decoding.prepare(model, config)
+    print(line, flush=True)
+    print('a chat model: it answers in its format' if template else
+          'a model without a chat format: it continues a transcript')
+    messages = [*beginning_of(system_message), {'role': 'user', 'content': 'Hello'}]
+    ids = render(messages, template, tokenizer)[-block_size:]
+    decoding.warm_up(model, generate_texts(model, tokenizer, [ids], sampling))
+
+    def answer(ids, number):
+        """Yield the growing text of an answer; continue it behind the value of each call."""
+        text, n_left, n_calls = '', max_new_tokens, 0
+        while n_left > 0:
+            is_call = False
+            for [sample] in generate_texts(
+                    model, tokenizer, [ids[-block_size:]], replace(sampling, max_new_tokens=n_left),
+                    [number + n_calls * 2**16]):  # new random numbers after a call
+                yield text + sample.shown(stops)
+                is_call = tools and sample.ids[-1:] == [tokenizer.special_tokens[PYTHON_END]]
+                if is_call:
+                    break
+            if not is_call:
+                return
+            output = output_of(sample.ids, tokenizer)
+            n_left, n_calls = n_left - len(sample.ids) - len(output), n_calls + 1
+            ids, text = ids + sample.ids + output, text + sample.text + tokenizer.decode(output)
+            yield text
+
+    # talk
+    room = block_size - min(max_new_tokens, block_size // 2)
+    converse(answer, template, tokenizer, room, system_message)
+
+
+def beginning_of(system):
+    """Return the messages before the user's first."""
+    return [{'role': 'system', 'content': system}] if system else []
+
+
+def converse(answer, template, tokenizer, room, system=''):
     """
-    Talk until Ctrl-D, or Ctrl-C at the prompt. answer(ids, number) yields the text of an answer as it grows; number
-    counts them. most: tokens that a conversation may have; of a longer one the oldest turns are forgotten.
+    Talk until Ctrl-D, or Ctrl-C at the prompt.
+
+    answer(ids, number) yields the text of an answer as it grows; number counts the answers.
+    room: tokens of a conversation; a longer one loses its oldest turns.
+    Raises UserError for a system message that leaves no room.
     """
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  (lets input() edit lines)
-    beginning = [{'role': 'system', 'content': system}] if system else []
-    if len(ids := render([*beginning, {'role': 'user', 'content': ''}], template, tokenizer)) >= most:
-        raise UserError(f'the system message and the format of the chat take {len(ids):,} tokens, and beside an '
-                         f'answer there is room for {most:,}; shorten --system, or answers with --max_new_tokens')
-    messages, number, was_told = list(beginning), 0, False
+        import readline  # noqa: F401  (edits the lines of input())
+    beginning = beginning_of(system)
+    ids = render([*beginning, {'role': 'user', 'content': ''}], template, tokenizer)
+    if len(ids) >= room:
+        raise UserError(f'the system message and the format take {len(ids):,} tokens: expected '
+                        f'fewer than {room:,}; shorten --system, or lower --max_new_tokens')
+    messages, number, has_warned = list(beginning), 0, False
     print('/help for help, Ctrl-D to leave')
     while True:
         try:
@@ -31,6 +140,8 @@ def converse(answer, template, tokenizer, most, system=''):
         except (EOFError, KeyboardInterrupt):
             print()
             return
+
+        # a command, or the next message
         if text == '/reset':
             messages = list(beginning)
             print('(forgotten)')
@@ -47,68 +158,73 @@ def converse(answer, template, tokenizer, most, system=''):
             messages.append({'role': 'user', 'content': text})
         else:
             continue
-        said = ''
+
+        # the answer
+        reply = ''
         try:
-            kept, ids = shorten(messages, template, tokenizer, most)
-            if len(kept) < len(messages) and not was_told:
-                print(f'(a conversation has room for {most:,} tokens; from now on the oldest turns are forgotten)')
-                was_told = True
+            kept, ids = shorten(messages, template, tokenizer, room)
+            if len(kept) < len(messages) and not has_warned:
+                print(f'(the oldest turns are forgotten, to keep to {room:,} tokens)')
+                has_warned = True
             messages = kept
-            said = stream(answer(ids, number))
-        except ValueError as error:  # what this tokenizer or this template can't do; another message may go
+            reply = stream(answer(ids, number))
+        except UserError as error:  # another message may be possible
             print(f'error: {error}')
         number += 1
-        if said:
-            messages.append({'role': 'assistant', 'content': said})
+        if reply:
+            messages.append({'role': 'assistant', 'content': reply})
         else:
-            messages.pop()  # not as if it had been answered
-
-
-def for_terminal(text):
-    """The text; at a terminal without what would move its cursor or change its colours."""
-    if not sys.stdout.isatty():
-        return text
-    return re.sub(r'[\x00-\x08\x0b-\x1f\x7f-\x9f]', lambda char: f'\\x{ord(char[0]):02x}', text)
+            messages.pop()  # the message counts as unsent
 
 
 def read_message():
+    """Read a message from the terminal, of several lines where they end with a backslash."""
     text = input('> ')
     while text.endswith('\\'):
         text = text[:-1] + '\n' + input('. ')
     return text
 
 
-def shorten(messages, template, tokenizer, most):
-    """-> (messages without as many of the oldest turns as it takes, their ids). ValueError if the last is too long."""
+def shorten(messages, template, tokenizer, room):
+    """
+    Drop the oldest turns until a conversation fits; -> (messages, their ids).
+
+    Raises UserError if the last message alone does not fit.
+    """
     n_first = int(messages[0]['role'] == 'system')
-    while len(ids := render(messages, template, tokenizer)) > most:
+    while len(ids := render(messages, template, tokenizer)) > room:
         if len(messages) <= n_first + 1:
-            raise UserError(f'this takes {len(ids):,} tokens, and the context of the model has room for {most:,} '
-                             f'beside an answer; say it shorter')
+            raise UserError(f'the message takes {len(ids):,} tokens: expected at most {room:,}, '
+                            f'the context of the model without an answer; shorten it')
         messages = messages[:n_first] + messages[n_first + 2 :]  # a message and its answer
     return messages, ids
 
 
 def stream(texts):
     """
-    Print the text that grows, until it ends or Ctrl-C is pressed; -> what was said. A second Ctrl-C, of somebody who
-    does not want to wait for the token that is being computed, stops everything.
+    Print a growing text until it ends or Ctrl-C is pressed; -> the text.
+
+    A second Ctrl-C raises KeyboardInterrupt at once, also while a token is computed.
     """
-    presses, said = [], ''
+    presses, text = [], ''
 
     def press(*_):
         if presses:
             raise KeyboardInterrupt
         presses.append(True)
 
-    usual = signal.signal(signal.SIGINT, press)
+    previous = signal.signal(signal.SIGINT, press)
     try:
-        for text in texts:
-            printed, said = len(said), text.lstrip()
-            print(for_terminal(said[printed:]), end='', flush=True)
+        for grown in texts:
+            n_printed, text = len(text), grown.lstrip()
+            print(decoding.for_terminal(text[n_printed:]), end='', flush=True)
             if presses:
                 break
     finally:
-        signal.signal(signal.SIGINT, usual)
+        signal.signal(signal.SIGINT, previous)
         print()
-    return said.strip()
+    return text.strip()
+
+
+if __name__ == '__main__':
+    main()

@@ -3,7 +3,7 @@ import math
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from flatgpt.generate import generate
+from flatgpt.generate import Sampling, generate
 from posttrain import losses
 from posttrain.pairs import ending_of
 from tokenizer import chat
@@ -33,8 +33,8 @@ def draw_answers(model, prompts, max_new_tokens, stop_ids, n_ids, temperature, u
     generate.uniforms(). -> lists of ids, each up to and with one of stop_ids, or of max_new_tokens
     """
     answers, is_done = [[] for _ in prompts], [False] * len(prompts)
-    for ids, _, ended in generate(model, list(prompts), max_new_tokens, temperature, vocab_size=n_ids, u=u,
-                                  stop_ids=stop_ids):
+    sampling = Sampling(max_new_tokens, temperature, n_ids=n_ids, stop_ids=stop_ids)
+    for ids, _, ended in generate(model, list(prompts), sampling, u):
         for answer, i, was_done in zip(answers, ids[:, 0].tolist(), is_done, strict=True):
             if not was_done:
                 answer.append(i)

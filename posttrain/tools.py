@@ -16,7 +16,7 @@ from fractions import Fraction
 import torch
 
 from configurator import UserError
-from flatgpt.generate import generate
+from flatgpt.generate import Sampling, generate
 from tokenizer.chat import OUTPUT, OUTPUT_END, PYTHON, PYTHON_END
 
 # said to a model that has one, so that it calls it then and not otherwise
@@ -138,7 +138,7 @@ def generate_with_tools(model, tokenizer, prompts, max_new_tokens, stop_ids=(), 
     -> (answers, masks), lists of ids and of 0 or 1 for each prompt. An answer ends with the one of stop_ids that ended
     it, or after max_new_tokens, those that it was told included. Its mask is 0 for what it was told, from OUTPUT to
     OUTPUT_END, and 1 for what the model drew, which alone can be to its credit, or its fault. u: (B, max_new_tokens)
-    of [0, 1), which decide over the tokens at these places of the answers; None: random ones. controls: of generate().
+    of [0, 1), which decide over the tokens at these places of the answers; None: random ones. controls: of generate.Sampling.
     Raises ValueError if the tokenizer has no tokens to call with.
     """
     check_tokenizer(tokenizer)
@@ -150,9 +150,9 @@ def generate_with_tools(model, tokenizer, prompts, max_new_tokens, stop_ids=(), 
         # of each row the numbers from its next place on; those behind its last are never used
         rolled = torch.stack([u[row].roll(-len(answers[row])) for row in going])
         most, ended, calls = max_new_tokens - min(len(answers[row]) for row in going), [False] * len(going), []
+        sampling = Sampling(most, stop_ids={*stop_ids, called}, n_ids=tokenizer.vocab_size, **controls)
         for next_id, _, now_ended in generate(
-                model, [prompts[row] + answers[row] for row in going], most, u=rolled,
-                stop_ids={*stop_ids, called}, vocab_size=tokenizer.vocab_size, **controls):
+                model, [prompts[row] + answers[row] for row in going], sampling, rolled):
             for i, row in enumerate(going):
                 if ended[i]:
                     continue

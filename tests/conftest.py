@@ -27,6 +27,9 @@ import tokenizer
 ROOT = Path(__file__).resolve().parent.parent
 if (ROOT.parent / 'shared' / 'tiktoken').is_dir():
     os.environ.setdefault('TIKTOKEN_CACHE_DIR', str(ROOT.parent / 'shared' / 'tiktoken'))
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # a shell's & and nohup let pytest ignore Ctrl-C; processes that it starts would inherit that
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile('shared machine', deadline=None)  # an example that waited for a core is no failure
 settings.load_profile('shared machine')
 # threads cost more than they bring with tensors this small, and very much more where others use the same cores
@@ -60,7 +63,14 @@ if context.get_start_method() == 'forkserver':
 
 
 def execute(script, argv, cwd, env, output):
-    """In the child: become `python script argv`, or `python -m script argv`; what it prints goes to the file `output`."""
+    """
+    Become `python script argv`, or `python -m script argv`, in the child.
+
+    It prints to the file `output` and reads the file of that name with '.in' behind, if there is one.
+    """
+    if os.path.exists(f'{output}.in'):
+        os.dup2(os.open(f'{output}.in', os.O_RDONLY), 0)
+        sys.stdin = open(0, closefd=False)
     fd = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(fd, 1)
     os.dup2(fd, 2)
@@ -85,9 +95,11 @@ def execute(script, argv, cwd, env, output):
 class Run:
     """A script that runs in its own process. `out` is all it has printed so far, `code` its exit code once it ended."""
 
-    def __init__(self, script, settings, files, cwd, env=None):
+    def __init__(self, script, settings, files, cwd, env=None, typed=None):
         self.argv = [*map(str, files), *(f'--{key}={value}' for key, value in settings.items())]
         self.path = Path(cwd) / f'.output-{time.monotonic_ns()}'
+        if typed is not None:
+            Path(f'{self.path}.in').write_text(typed, encoding='utf-8')
         self.script = str(ROOT / script) if script.endswith('.py') else script
         self.process = context.Process(
             target=execute, args=(self.script, self.argv, str(cwd), env or {}, str(self.path)),
@@ -166,8 +178,9 @@ class Folder:
     def __init__(self, path):
         self.path = Path(path)
 
-    def start(self, script, *files, env=None, **settings):
-        return Run(script, settings, files, self.path, env)
+    def start(self, script, *files, env=None, typed=None, **settings):
+        """Start a script with config files and settings. typed: its standard input."""
+        return Run(script, settings, files, self.path, env, typed)
 
     def train(self, *files, env=None, **changes):
         """train.py with the TINY settings under `changes`, to its end. A change to None leaves the setting out."""
@@ -193,6 +206,10 @@ class Folder:
     def sample(self, **settings):
         """sample.py to its end."""
         return self.start('sample.py', **{'device': 'cpu', 'out_dir': 'out', **settings}).wait()
+
+    def batch(self, **settings):
+        """Run flatgpt.batch to its end."""
+        return self.start('flatgpt.batch', **{'device': 'cpu', 'out_dir': 'out', **settings}).wait()
 
     def checkpoint(self, out_dir='out', name='ckpt.pt'):
         return torch.load(self.path / out_dir / name, weights_only=True)
@@ -303,7 +320,7 @@ def finished(shared):
 
 
 @pytest.fixture
-def trained(finished, folder):
+def tiny_run(finished, folder):
     """A folder of the test's own in which that run has happened."""
     shutil.copytree(finished[0].path / 'out', folder.path / 'out')
     return folder
@@ -315,3 +332,13 @@ def losses(run):
     evals = {int(n): (float(a), float(b))
              for n, a, b in re.findall(r'^step (\d+): train loss (\S+), val loss (\S+)$', run.out, re.M)}
     return steps, evals
+
+
+@pytest.fixture(scope='session')
+def trained(tmp_path_factory):
+    """A folder with a model trained until it writes words. Tests must not change it."""
+    path = tmp_path_factory.mktemp('sample')
+    write_dataset(path / 'data' / 'tiny', encode(make_text(3000)), encode(make_text(333, seed=1)))
+    folder = Folder(path)
+    folder.train(max_iters=200, lr_decay_iters=200, eval_interval=100, n_embd=32).ok()
+    return folder

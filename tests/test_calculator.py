@@ -1,17 +1,13 @@
 """calculator.py: what it computes and refuses, and a model that calls it. Run: pytest tests/test_calculator.py"""
 
-import subprocess
-import sys
-
 import pytest
 import torch
-from conftest import ROOT
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from test_sample_e2e import save
 
 from config.presets import PRESETS
-from flatgpt.generate import sample_next
+from flatgpt.generate import Sampling, sample_next
 from model import GPT, GPTConfig
 from posttrain.tools import SYSTEM, calculate, generate_with_tools, output_of
 from tokenizer import BPETokenizer, ByteTokenizer, chat
@@ -163,7 +159,7 @@ def test_tokens_are_drawn_by_their_place(model):
         ids, mask = [], []
         while len(ids) < 60 and not (ids and ids[-1] in STOP_IDS):
             logits = model(torch.tensor([prompt + ids]))[0][:, -1]
-            ids.append(sample_next(logits, u=u[row, len(ids)][None], **controls).item())
+            ids.append(sample_next(logits, Sampling(**controls), u[row, len(ids)][None]).item())
             mask.append(1)
             if ids[-1] == TOKENIZER.special_tokens[PYTHON_END]:
                 told = output_of(ids, TOKENIZER)
@@ -174,22 +170,19 @@ def test_tokens_are_drawn_by_their_place(model):
 
 
 def test_in_a_chat(model, folder):
-    """sample.py shows the calls, and what they were told; a second call is made with the first in the context."""
+    """posttrain.chat shows the calls, and what they were told; a second call is made with the first in the context."""
     save(folder, model, tokenizer=TOKENIZER.to_dict(), chat_template=chat.TEMPLATE)
     said = {}
     for tools in (True, False):
-        run = subprocess.run([sys.executable, ROOT / 'sample.py', '--chat', f'--tools={tools}', '--compile=False',
-                              '--temperature=0', '--max_new_tokens=30', '--device=cpu'], input='e\n/reset\nf\n',
-                             cwd=folder.path, capture_output=True, text=True)
-        assert run.returncode == 0, run.stderr
-        said[tools] = [line.removeprefix('> ') for line in run.stdout.splitlines()[-4:-1]]
+        run = folder.start('posttrain.chat', typed='e\n/reset\nf\n', tools=tools, compile=False, temperature=0,
+                           max_new_tokens=30, device='cpu').ok()
+        said[tools] = [line.removeprefix('> ') for line in run.out.splitlines()[-4:-1]]
     assert said[True] == [TALKS[-2][-1]['content'], '(forgotten)', TALKS[-1][-1]['content']]
     assert said[False][0] != said[True][0]
-    folder.start('sample.py', tools=True).refused('tools=True: expected a chat, with --chat')
     save(folder, model, tokenizer={'kind': 'byte'}, chat_template=chat.TEMPLATE)
-    folder.start('sample.py', tools=True, chat=True).refused('has no <|python|>')
+    folder.start('posttrain.chat', tools=True).refused('has no <|python|>')
     save(folder, model, tokenizer=TOKENIZER.to_dict())
-    folder.start('sample.py', tools=True, chat=True).refused('tools=True: expected a chat model')
+    folder.start('posttrain.chat', tools=True).refused('tools=True: expected a chat model')
 
 
 def test_a_tokenizer_without_calls(model):

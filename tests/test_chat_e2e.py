@@ -1,4 +1,4 @@
-"""python sample.py --chat, at a terminal and in a pipe. Run: pytest tests/test_chat_e2e.py"""
+"""Run posttrain.chat at a terminal and in a pipe. Run: pytest tests/test_chat_e2e.py"""
 
 import os
 import re
@@ -8,7 +8,6 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT
 from test_sample_e2e import save
 
 from model import GPT, GPTConfig
@@ -25,17 +24,16 @@ def says(text, **config):
 
 
 def command(**settings):
-    return [sys.executable, str(ROOT / 'sample.py'), '--chat', '--compile=False', '--device=cpu',
+    return [sys.executable, '-m', 'posttrain.chat', '--compile=False', '--device=cpu',
             *(f'--{key}={value}' for key, value in settings.items())]
 
 
 def test_in_a_pipe(folder):
     save(folder, says('a'), tokenizer={'kind': 'byte'})
-    done = subprocess.run(command(max_new_tokens=5, system='B.'), input='Hi\n/reset\nHo\n', cwd=folder.path,
-                          capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert re.sub('> ', '', done.stdout).splitlines()[-6:] == [
-        'it has no chat format, so it continues a transcript of one', '/help for help, Ctrl-D to leave', 'aaaaa',
+    run = folder.start('posttrain.chat', typed='Hi\n/reset\nHo\n', max_new_tokens=5, system='B.',
+                       compile=False, device='cpu').ok()
+    assert re.sub('> ', '', run.out).splitlines()[-6:] == [
+        'a model without a chat format: it continues a transcript', '/help for help, Ctrl-D to leave', 'aaaaa',
         '(forgotten)', 'aaaaa', '']
 
 
@@ -43,10 +41,10 @@ def test_in_the_chat_format(folder):
     """The model hears the template's ids, and ends where the template ends an answer."""
     template = "{% for m in messages %}{{ m.role[0] + m.content + 'z' }}{% endfor %}"
     save(folder, says('z'), tokenizer={'kind': 'byte'}, chat_template=template)
-    run = folder.start('sample.py', chat=True, compile=False, device='cpu').ok()
-    assert 'it was trained on chats' in run.out
+    run = folder.start('posttrain.chat', typed='', compile=False, device='cpu').ok()
+    assert 'a chat model' in run.out
     save(folder, says('z'), tokenizer={'kind': 'byte'}, chat_template='{{ raise_exception("not today") }}')
-    folder.start('sample.py', chat=True, device='cpu').refused('not today')
+    folder.start('posttrain.chat', device='cpu').refused('not today')
 
 
 def test_ctrl_c_at_a_terminal(folder):

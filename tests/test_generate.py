@@ -10,19 +10,10 @@ from hypothesis import strategies as st
 from test_model import OPTIONS, sharpened, tiny
 
 from flatgpt import quantize
+from flatgpt.cache import KVCache
 from flatgpt.constrain import Constraint
-from flatgpt.generate import (
-    KVCache,
-    Sample,
-    encode_prompt,
-    generate,
-    generate_texts,
-    likeliest,
-    majority,
-    penalized,
-    sample_next,
-    uniforms,
-)
+from flatgpt.generate import Sample, encode_prompt, generate, generate_texts
+from flatgpt.sampling import Sampling, likeliest, majority, penalize, sample_next, uniforms
 from model import GPT, GPTConfig
 from tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
 
@@ -39,8 +30,8 @@ def gpt():
     return model.eval()
 
 
-def collect(*args, **controls):
-    return torch.cat([ids for ids, _, _ in generate(*args, **controls)], dim=1)
+def collect(model, prompts, n, u=None, **controls):
+    return torch.cat([ids for ids, _, _ in generate(model, prompts, Sampling(n, **controls), u)], dim=1)
 
 
 # against the plain definition -----------------------------------------------------------------------------------------
@@ -55,7 +46,7 @@ def test_options_greedy_equals_uncached(options, lengths, seed, prefill_rows):
     source = torch.Generator().manual_seed(seed)
     prompts = [torch.randint(40, (length,), generator=source).tolist() for length in lengths]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr('generate.PREFILL_ROWS', {'cpu': prefill_rows})
+        patch.setattr('flatgpt.generate.PREFILL_ROWS', {'cpu': prefill_rows})
         together = collect(model, prompts, 12, temperature=0)
     for row, prompt in enumerate(prompts):
         alone = model.generate(torch.tensor([prompt]), 12, temperature=0)[0, len(prompt) :]
@@ -71,8 +62,8 @@ def test_logprobs(options, seed):
     """Of a ragged batch, whatever the controls: those of log_softmax over the whole context, the model's own."""
     model = sharpened(tiny(**options)).eval()
     prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
-    steps = list(generate(model, prompts, 8, temperature=0.7, top_k=20, repetition_penalty=1.3,
-                          u=torch.rand(3, 8, generator=torch.Generator().manual_seed(seed))))
+    steps = list(generate(model, prompts, Sampling(8, temperature=0.7, top_k=20, repetition_penalty=1.3),
+                          torch.rand(3, 8, generator=torch.Generator().manual_seed(seed))))
     new, logprobs = (torch.cat([step[i] for step in steps], dim=1) for i in (0, 1))
     for row, prompt in enumerate(prompts):
         idx = torch.tensor([prompt + new[row].tolist()])
@@ -129,7 +120,7 @@ def test_for_decoding(options, dtype):
         logits = [model(idx[:, :n])[0] for n in range(1, 7)]
         for got, want in zip(logits, expected, strict=True):
             assert (got - want).abs().max() < tolerance * spread
-        steps = list(generate(model, idx[:, :3], 20, temperature=0, cache_dtype=torch.float32))
+        steps = list(generate(model, idx[:, :3], Sampling(20, 0, cache_dtype=torch.float32)))
         whole = torch.cat((idx[:, :3], *(ids for ids, _, _ in steps)), dim=1)
         for n, (ids, logprob, _) in enumerate(steps):
             want = model(whole[:, max(0, 3 + n - 16) : 3 + n])[0][0, -1].log_softmax(-1)[ids[0, 0]]
@@ -186,7 +177,7 @@ def test_bf16_cache(gpt):
 
 def frequencies(logits, n=40_000, **controls):
     generator = torch.Generator().manual_seed(0)
-    ids = sample_next(torch.tensor(logits).expand(n, -1), u=torch.rand(n, generator=generator), **controls)
+    ids = sample_next(torch.tensor(logits).expand(n, -1), Sampling(**controls), torch.rand(n, generator=generator))
     assert ids.shape == (n, 1)
     return torch.bincount(ids[:, 0], minlength=len(logits)) / n
 
@@ -223,7 +214,7 @@ def test_sample_next(controls, expected):
 @settings(max_examples=200)
 def test_sample_next_keeps_to_its_set(logits, top_k, top_p, temperature):
     """What is drawn is always among the top_k, and among the likeliest that hold top_p."""
-    drawn = sample_next(torch.tensor([logits]), temperature, top_k, top_p).item()
+    drawn = sample_next(torch.tensor([logits]), Sampling(1, temperature, top_k, top_p)).item()
     likelier = [x > logits[drawn] for x in logits]
     assert sum(likelier) < (top_k or len(logits))
     if temperature:
@@ -235,7 +226,7 @@ def test_sample_next_keeps_to_its_set(logits, top_k, top_p, temperature):
 
 
 def test_padding_is_never_drawn(gpt):
-    """Ids past vocab_size, even those of huge logits, are never drawn, greedily or not."""
+    """Ids from n_ids on, even those of huge logits, are never drawn, greedily or not."""
     model = GPT(GPTConfig(block_size=12, vocab_size=32, n_layer=1, n_head=2, n_embd=16)).eval()
     with torch.no_grad():
         model.transformer.ln_f.weight.zero_()
@@ -244,7 +235,7 @@ def test_padding_is_never_drawn(gpt):
     idx = torch.zeros(4, 1, dtype=torch.long)
     assert collect(model, idx, 30, temperature=0).min() >= 20  # unless told
     for temperature in (0, 1.0, 100.0):
-        assert collect(model, idx, 30, temperature=temperature, vocab_size=20).max() < 20
+        assert collect(model, idx, 30, temperature=temperature, n_ids=20).max() < 20
 
 
 def test_seeds_and_rows(gpt):
@@ -271,7 +262,7 @@ def test_uniforms():
 
 
 def test_no_tokens(gpt):
-    assert list(generate(gpt, torch.zeros(1, 3, dtype=torch.long), 0)) == []
+    assert list(generate(gpt, torch.zeros(1, 3, dtype=torch.long), Sampling(0))) == []
 
 
 # texts ----------------------------------------------------------------------------------------------------------------
@@ -299,10 +290,14 @@ class Script:
         return logits, None
 
 
+def texts(model, tokenizer, prompts, n, numbers=None, **controls):
+    return generate_texts(model, tokenizer, prompts, Sampling(n, **controls), numbers)
+
+
 def texts_of(text, stops=(), num_samples=1, max_new_tokens=None):
     """-> what there is after every token when a byte model says `text`: [(text, finish) of each sample]."""
     ids = list(text if isinstance(text, bytes) else text.encode())
-    steps = generate_texts(Script(ids), ByteTokenizer(), ['x'], max_new_tokens or len(ids), num_samples, stops)
+    steps = texts(Script(ids), ByteTokenizer(), ['x'], max_new_tokens or len(ids), num_samples=num_samples, stops=stops)
     return [[(sample.text, sample.finish) for sample in samples] for samples in steps]
 
 
@@ -336,38 +331,38 @@ def test_shown():
 
 def test_prompts(gpt):
     def first(prompt, **controls):
-        return [sample.text for sample in next(generate_texts(gpt, CHARS, [prompt], 1, 2, **controls))]
+        return [sample.text for sample in next(texts(gpt, CHARS, [prompt], 1, num_samples=2, **controls))]
 
     assert [len(text) for text in first('hello')] == [1, 1]
     with pytest.raises(ValueError, match='prompt is empty.*--start="The"'):
         first('')
     with pytest.raises(ValueError, match=r"'é' \(U\+00E9\)"):
         first('caf\u00e9')
-    with pytest.raises(ValueError, match='25 tokens, the context of the model 12.*--crop_prompt=True'):
+    with pytest.raises(ValueError, match='25 tokens: expected at most 12, the context.*--crop_prompt=True'):
         first('hello there, this is long')
-    *_, samples = generate_texts(gpt, CHARS, ['hello there, this is long'], 25, 3, temperature=0, crop_prompt=True)
+    *_, samples = texts(gpt, CHARS, ['hello there, this is long'], 25, num_samples=3, temperature=0, crop_prompt=True)
     assert [len(sample.text) for sample in samples] == [25] * 3 and len({sample.text for sample in samples}) == 1
     assert {sample.finish for sample in samples} == {'length'}
-    *_, cropped = generate_texts(gpt, CHARS, ['hello there, this is long'[-12:]], 25, 1, temperature=0)
+    *_, cropped = texts(gpt, CHARS, ['hello there, this is long'[-12:]], 25, temperature=0)
     assert cropped[0].text == samples[0].text
 
 
 def test_a_sample_depends_on_nothing_but_its_seed_and_numbers(gpt):
-    def texts(prompts, n, **controls):
-        *_, samples = generate_texts(gpt, CHARS, prompts, 10, n, **controls)
+    def drawn(prompts, n, **controls):
+        *_, samples = texts(gpt, CHARS, prompts, 10, num_samples=n, **controls)
         return [(sample.text, sample.ids) for sample in samples]
 
-    both = texts(['ab', 'hello'], 3)
-    assert both[:3] == texts(['ab'], 3) and both[:2] == texts(['ab'], 2)
-    assert both[3:] == texts(['hello'], 3, numbers=[1])
-    assert texts(['hello', 'ab'], 3, numbers=[1, 0]) == both[3:] + both[:3]
-    assert both != texts(['ab', 'hello'], 3, seed=4) and len(set(map(str, both))) == 6
+    both = drawn(['ab', 'hello'], 3)
+    assert both[:3] == drawn(['ab'], 3) and both[:2] == drawn(['ab'], 2)
+    assert both[3:] == drawn(['hello'], 3, numbers=[1])
+    assert drawn(['hello', 'ab'], 3, numbers=[1, 0]) == both[3:] + both[:3]
+    assert both != drawn(['ab', 'hello'], 3, seed=4) and len(set(map(str, both))) == 6
 
 
 def test_stop_ids(gpt):
     """A row ends at such an id, and the text does not have it; the others go on."""
     ids = [5, 6, 7, 8]
-    *_, samples = generate_texts(Script(ids), ByteTokenizer(), ['x', 'y'], 4, stop_ids={7})
+    *_, samples = texts(Script(ids), ByteTokenizer(), ['x', 'y'], 4, stop_ids={7})
     assert [(sample.ids, sample.finish) for sample in samples] == [([5, 6], 'stop')] * 2
 
 
@@ -378,11 +373,12 @@ def test_one_long_prompt_does_not_pad_the_others():
     model, sizes = GPT(GPTConfig(block_size=64, vocab_size=32, n_layer=1, n_head=1, n_embd=8, pos='rope')).eval(), []
     hook = model.register_forward_hook(lambda module, args, out: sizes.append(args[0].shape))
     prompts = [[1] * 50, *([[2, 3]] * 47)]
-    steps = generate(model, prompts, 3, temperature=0)
+    steps = generate(model, prompts, Sampling(3, 0))
     next(steps)
     assert sum(B * T for B, T in sizes) <= 16 * 50 + 32 * 2 and sum(B for B, _ in sizes) == 48
     hook.remove()
-    cache = KVCache(model.config, 48, max_length=64, padding=torch.tensor([0] + [48] * 47))
+    cache = KVCache(model.config, 48, max_length=64)
+    cache.restart(torch.tensor([0] + [48] * 47))
     model(torch.zeros(48, 50, dtype=torch.long), cache=cache)
     expected = model(torch.full((48, 1), 5), cache=copy.deepcopy(cache))[0]
     cache.keep(torch.arange(1, 48))
@@ -401,7 +397,7 @@ def test_rows_that_have_ended_are_not_computed(gpt, controls):
     def until_ended(prompts, u):
         texts = [[] for _ in prompts]
         was_ended = [False] * len(prompts)
-        for ids, logprobs, ended in generate(gpt, prompts, 30, u=u, stop_ids={4, 5, 6}, **controls):
+        for ids, logprobs, ended in generate(gpt, prompts, Sampling(30, stop_ids={4, 5, 6}, **controls), u):
             assert ids.shape == logprobs.shape == (len(prompts), 1)
             for text, pair, was in zip(texts, zip(ids.tolist(), logprobs.tolist(), strict=True), was_ended,
                                        strict=True):
@@ -425,14 +421,14 @@ def test_special_tokens_of_a_prompt():
     """What the model is given is the one id of <|endoftext|>, not the ids of its characters."""
     tokenizer = BPETokenizer.train(['hello hello'] * 3, vocab_size=260, special_tokens=['<|endoftext|>'])
     model = Script([0], tokenizer.vocab_size)
-    next(generate_texts(model, tokenizer, ['hi<|endoftext|>'], 1, 2))
+    next(texts(model, tokenizer, ['hi<|endoftext|>'], 1, num_samples=2))
     assert model.heard.tolist() == [[*tokenizer.encode('hi'), tokenizer.eot]] * 2
 
 
 def test_repetition_penalty(gpt):
     logits = torch.tensor([[2.0, -2.0, 1.0, -1.0]])
     seen = torch.tensor([[True, True, False, False]])
-    assert penalized(logits, seen, 2.0).tolist() == [[1.0, -4.0, 1.0, -1.0]]
+    assert penalize(logits, seen, 2.0).tolist() == [[1.0, -4.0, 1.0, -1.0]]
     # of prompt and answer alike, and not of the padding, id 0
     prompts = [[1, 2, 3], [4]]
     positive = sharpened(GPT(GPTConfig(block_size=40, vocab_size=20, n_layer=1, n_head=1, n_embd=8))).eval()
@@ -445,10 +441,10 @@ def test_repetition_penalty(gpt):
 def test_best_and_majority():
     samples = [Sample('a', [1, 2], [-1.0, -3.0]), Sample('b', [1], [-1.9]), Sample('c', [1, 2, 3], [-2.0, -2.0, -2.0])]
     assert likeliest([Sample(finish='stop'), *samples]).text == 'b' and likeliest([Sample()]).text == ''
-    texts = ['so it is 12', 'I think 7, no, 12.', 'it is 7', 'nothing', '12']
-    assert majority(texts, r'\d+') == [('12', 3), ('7', 1)]
-    assert majority(texts, r'is (\d+)') == [('12', 1), ('7', 1)] and majority(texts, 'x') == []
-    assert majority(texts, r'(7)?') == [] and majority(['7 or', 'b'], r'(\d) or|b') == [('7', 1)]
+    said = ['so it is 12', 'I think 7, no, 12.', 'it is 7', 'nothing', '12']
+    assert majority(said, r'\d+') == [('12', 3), ('7', 1)]
+    assert majority(said, r'is (\d+)') == [('12', 1), ('7', 1)] and majority(said, 'x') == []
+    assert majority(said, r'(7)?') == [] and majority(['7 or', 'b'], r'(\d) or|b') == [('7', 1)]
 
 
 @pytest.mark.parametrize('controls', [{'top_p': 0.6}, {'min_p': 0.02}, {'top_p': 0.9999},
@@ -460,7 +456,7 @@ def test_large_vocabularies(controls):
         p, ids = row.double().softmax(0).sort(descending=True)
         kept = (p.cumsum(0) - p < controls.get('top_p', 2)) & (p >= controls.get('min_p', 0) * p[0])
         u = torch.linspace(0, 1, 300)[:-1]
-        drawn = sample_next(row.expand(len(u), -1), u=u, **controls)[:, 0]
+        drawn = sample_next(row.expand(len(u), -1), Sampling(**controls), u)[:, 0]
         assert set(drawn.tolist()) <= set(ids[kept].tolist())
         edges = torch.cat((torch.zeros(1).double(), p[kept].cumsum(0) / p[kept].sum()))
         place = {i: n for n, i in enumerate(ids.tolist())}
@@ -477,21 +473,20 @@ def test_constraint(gpt, kind, value, controls):
     constraint = Constraint(CHARS, **{kind: value})
     least = {'choices': 2, 'regex': len('aa, so') if 'so' in value else 5}[kind]
     for n in (least, least + 3, 30):
-        *_, samples = generate_texts(gpt, CHARS, ['what ', 'a'], n, 5, constraint=constraint, **controls)
+        *_, samples = texts(gpt, CHARS, ['what ', 'a'], n, num_samples=5, constraint=constraint, **controls)
         for sample in samples:
             assert sample.text in value if kind == 'choices' else re.fullmatch(value, sample.text), sample
             assert CHARS.decode(sample.ids) == sample.text and len(sample.logprobs) == len(sample.ids)
             assert sample.finish == 'complete'
     with pytest.raises(ValueError, match=str(least)):
-        next(generate_texts(gpt, CHARS, ['a'], least - 1, constraint=constraint))
+        next(texts(gpt, CHARS, ['a'], least - 1, constraint=constraint))
 
 
 def test_a_complete_text_ends_where_the_model_would_go_on_with_something_else():
     """Without an end-of-text token: '12' of any digits is complete, and the model wants a letter."""
     pytest.importorskip('llguidance')
     constraint = Constraint(ByteTokenizer(), regex=r'\d+')
-    *_, samples = generate_texts(Script(list(b'12 apples')), ByteTokenizer(), ['x'], 9, constraint=constraint,
-                                 temperature=0)
+    *_, samples = texts(Script(list(b'12 apples')), ByteTokenizer(), ['x'], 9, constraint=constraint, temperature=0)
     assert (samples[0].text, samples[0].finish) == ('12', 'complete')
 
 
@@ -499,7 +494,7 @@ def test_the_end_of_a_constraint_is_no_stop_id():
     """A row that has ended has no id, whatever the stop ids are."""
     pytest.importorskip('llguidance')
     constraint = Constraint(ByteTokenizer(), choices=['12'])
-    *_, samples = generate_texts(Script(list(b'12')), ByteTokenizer(), ['x'], 9, constraint=constraint, stop_ids={0})
+    *_, samples = texts(Script(list(b'12')), ByteTokenizer(), ['x'], 9, constraint=constraint, stop_ids={0})
     assert (samples[0].text, samples[0].finish) == ('12', 'complete')
 
 
@@ -508,7 +503,7 @@ def test_weights_that_are_not_numbers(gpt):
     with torch.no_grad():
         broken.lm_head.weight[0, 0] = float('nan')
     for controls in ({}, {'top_k': 5}, {'top_p': 0.5}, {'temperature': 0}):
-        with pytest.raises(ValueError, match='logits are not numbers'):
+        with pytest.raises(ValueError, match='logits are NaN'):
             collect(broken, [[1, 2]], 2, **controls)
 
 

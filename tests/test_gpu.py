@@ -10,7 +10,7 @@ from config.presets import PRESETS
 from data import datasets
 from data import tokens as dataloader
 from flatgpt import quantize
-from flatgpt.generate import generate
+from flatgpt.generate import Sampling, generate
 from model import GPT, GPTConfig
 
 DEVICE = torch.device('cuda', 0)
@@ -92,5 +92,5 @@ def test_decoding_as_a_cuda_graph(preset, options):
     prompts = [[1, 2, 3], [4] * 20, [5, 6]]
     expected = [model.generate(torch.tensor([prompt]), 40, temperature=0)[0, len(prompt) :] for prompt in prompts]
     quantize.for_decoding(model.to(DEVICE), torch.float32, compile=True)
-    got = torch.cat([ids for ids, _, _ in generate(model, prompts, 40, temperature=0)], dim=1).cpu()
+    got = torch.cat([ids for ids, _, _ in generate(model, prompts, Sampling(40, 0))], dim=1).cpu()
     assert torch.equal(got, torch.stack(expected))

@@ -59,7 +59,8 @@ def test_parameters_are_the_models(config):
 
 @each_config
 def test_kv_cache_is_the_models(config):
-    cache = KVCache(config, 3, dtype=torch.bfloat16, is_static=True)
+    cache = KVCache(config, 3, dtype=torch.bfloat16)
+    cache.make_room(3, config.block_size)
     assert costs.kv_cache(config, 3, 96) == cache.k.nbytes + cache.v.nbytes
 
 

@@ -170,7 +170,7 @@ def test_cached_logits_equal_uncached(cuts):
 
 
 def test_cache_shapes():
-    """Grows with the tokens, up to max_length; a static one is there at once."""
+    """Grows with the tokens, up to max_length; or at once, as a compiled step needs it."""
     config = GPTConfig(block_size=300, vocab_size=7, n_layer=3, n_head=2, n_embd=10)
     cache = KVCache(config, 4, dtype=torch.bfloat16)
     assert cache.k.shape == cache.v.shape == (3, 4, 2, 0, 5) and cache.k.dtype == torch.bfloat16 and cache.length == 0
@@ -179,8 +179,9 @@ def test_cache_shapes():
         with torch.no_grad():
             model(torch.zeros(4, length - cache.length, dtype=torch.long), cache=cache)
         assert cache.length == cache.next_slot.item() == length and cache.k.shape == (3, 4, 2, slots, 5)
-    assert KVCache(config, 4, is_static=True).k.size(3) == 300
-    assert KVCache(config, 4, is_static=True, max_length=17).k.size(3) == 17
+    cache = KVCache(config, 4, max_length=17)
+    cache.make_room(4, 17)
+    assert cache.k.size(3) == 17 and cache.length == 0
 
 
 def test_a_cache_of_another_size():

@@ -1,21 +1,18 @@
-"""sample.py as its users run it. Run: pytest tests/test_sample_e2e.py"""
+"""Run sample.py as its users do. Run: pytest tests/test_sample_e2e.py"""
 
-import ast
 import json
 import math
 import os
 import re
-import signal
 import subprocess
 import sys
 from dataclasses import asdict
 
 import pytest
 import torch
-from conftest import CHARS, ROOT, Folder, encode, make_text, write_dataset
+from conftest import CHARS, ROOT, encode, make_text, write_dataset
 
 from model import GPT, GPTConfig
-from tokenizer import BPETokenizer
 
 VOCAB = len(CHARS)
 
@@ -26,16 +23,6 @@ def save(folder, model, out_dir='out', name='ckpt.pt', **changes):
     torch.save({'version': 1, 'model': model.state_dict(), 'model_args': asdict(model.config), 'iter_num': 7,
                 'best_val_loss': 1.25, 'config': {'dataset': 'tiny'},
                 'tokenizer': {'kind': 'char', 'chars': ''.join(CHARS)}, **changes}, folder.path / out_dir / name)
-
-
-@pytest.fixture(scope='module')
-def trained(tmp_path_factory):
-    """A folder with a model trained until it writes words. No test changes it."""
-    path = tmp_path_factory.mktemp('sample')
-    write_dataset(path / 'data' / 'tiny', encode(make_text(3000)), encode(make_text(333, seed=1)))
-    folder = Folder(path)
-    folder.train(max_iters=200, lr_decay_iters=200, eval_interval=100, n_embd=32).ok()
-    return folder
 
 
 def samples(run):
@@ -83,7 +70,7 @@ def test_greedy(trained, controls):
 def test_prompt_longer_than_the_context(trained):
     prompt = make_text(100)
     kw = {'start': prompt, 'num_samples': 1, 'max_new_tokens': 30, 'temperature': 0}
-    trained.sample(**kw).refused('the prompt has 100 tokens, the context of the model 16', '--crop_prompt=True')
+    trained.sample(**kw).refused('the prompt has 100 tokens: expected at most 16', '--crop_prompt=True')
     text, = samples(trained.sample(**kw, crop_prompt=True))
     end, = samples(trained.sample(**{**kw, 'start': prompt[-16:]}))
     assert text == prompt[:-16] + end and len(text) == 130
@@ -105,16 +92,15 @@ def test_prompt_from_a_file(trained, tmp_path):
     ({'top_k': -1}, ['top_k=-1']), ({'top_p': 0}, ['top_p=0.0']), ({'top_p': 1.5}, ['top_p=1.5']),
     ({'max_new_tokens': -1}, ['max_new_tokens=-1']), ({'which': 'worst'}, ["which='worst': expected 'best' or 'last'"]),
     ({'init_from': 'gpt5'}, ["'gpt5' is neither a folder nor one of gpt2"]), ({'dtype': 'int4'}, ["dtype='int4'"]),
-    ({'min_p': 1.5}, ['min_p=1.5']), ({'repetition_penalty': 0}, ['repetition_penalty=0.0: expected 0.01 to 100']),
-    ({'seed': -1}, ['seed=-1']), ({'best_of': -1}, ['best_of=-1']), ({'slide': 0}, ['slide=0']),
+    ({'min_p': 1.5}, ['min_p=1.5']), ({'repetition_penalty': 0}, ['repetition_penalty=0.0: expected above 0']),
+    ({'seed': -1}, ['seed=-1']), ({'slide': 0}, ['slide=0']),
     ({'slide': 17}, ['slide=17: expected 1 to 16']), ({'quantize': 'int4'}, ["quantize='int4'"]),
     ({'quantize': 'int8', 'dtype': 'bfloat16'}, ["dtype='bfloat16': expected 'auto' with --quantize=int8"]),
-    ({'compile': 'yes'}, ["compile='yes': expected True, False or 'auto'"]), ({'batch_size': 0}, ['batch_size=0']),
-    ({'vote': '(a'}, ["vote='(a' is no regular expression"]), ({'system': 'You are'}, ['expected a chat, with --chat']),
-    ({'chat': True, 'vote': 'a'}, ['chat=True', 'vote']), ({'regex': 'a', 'choices': 'b'}, ['only one of']),
-    ({'stop': '["a", 1]'}, ['begins as a JSON list']), ({'stop': '[INST]'}, ["stop='[INST]' begins as a JSON list"]),
-    ({'prompts': 'a.jsonl'}, ['--out=FILE.jsonl']), ({'out': 'a.jsonl'}, ['--prompts=FILE.jsonl']),
-    ({'json_schema': 'none.json'}, ["json_schema='none.json'", 'No such file']), ({'number': 3}, ['unknown setting'])])
+    ({'compile': 'yes'}, ["compile='yes': expected bool or 'auto'"]),
+    ({'regex': 'a', 'choices': 'b'}, ['choices and regex are set: expected only one of']),
+    ({'stop': '["a", 1]'}, ['begins like a JSON list']),
+    ({'stop': '[INST]'}, ["stop='[INST]' begins like a JSON list"]),
+    ({'json_schema': 'none.json'}, ['none.json cannot be read', 'No such file']), ({'number': 3}, ['unknown setting'])])
 def test_refused(trained, settings, said):
     run = trained.sample(**settings).refused(*said)
     assert '---------------' not in run.out
@@ -188,178 +174,9 @@ def test_without_a_compiler(trained, tmp_path):
         'torch._inductor.config.force_disable_caches = True\n')
     kw = {'start': 'the', 'num_samples': 1, 'max_new_tokens': 30, 'temperature': 0}
     run = trained.start('sample.py', tmp_path / 'config.py', **kw, device='cpu', out_dir='out', compile=True).ok()
-    assert re.search(r'WARNING: torch.compile failed \(.*\); going on without it, slower', run.out)
+    assert re.search(r'WARNING: torch.compile failed \(.*\); continuing without it, slower', run.out)
     text, = samples(trained.sample(**kw))
     assert run.out.endswith(f'\n{text}\n---------------\n')
-
-
-def test_logprobs_best_of_and_votes(trained, tmp_path):
-    """The log-probabilities are those of the whole model; the best of 4 is the one with the largest mean of them."""
-    kw = {'start': 'the cat', 'max_new_tokens': 8, 'temperature': 1.5}
-    state = trained.checkpoint(name='best.pt')
-    model = GPT(GPTConfig(**state['model_args']))
-    model.load_state_dict(state['model'])
-    out = re.split(r'^---------------\n', trained.sample(**kw, num_samples=4, logprobs=True).ok().out, flags=re.M)
-    means = {}
-    for part in out[:4]:
-        lines = re.findall(r'^ +(-?\d+\.\d{4})  (.+)$', part, flags=re.M)
-        text = ''.join(ast.literal_eval(token) for _, token in lines)
-        assert f'the cat{text}\n' in part and len(text) == 8
-        ids = torch.from_numpy(encode('the cat' + text))[None]
-        logprobs = model.eval()(ids[:, :-1], ids[:, 1:])[0].log_softmax(-1)[0].gather(1, ids[0, 1:, None])[6:, 0]
-        assert [float(logprob) for logprob, _ in lines] == pytest.approx(logprobs.tolist(), abs=1e-3)
-        means['the cat' + text] = logprobs.mean().item()
-    assert samples(trained.sample(**kw, num_samples=1, best_of=4)) == [max(means, key=means.get)]
-
-    run = trained.sample(**kw, num_samples=4, vote=r'\w')
-    letters = [found[-1] for text in means if (found := re.findall(r'\w', text.removeprefix('the cat')))]
-    assert len(letters) == 4
-    by_count = sorted(dict.fromkeys(letters), key=lambda letter: -letters.count(letter))
-    assert [line.split() for line in run.ok().out.rpartition('---------------\n')[2].splitlines()] == [
-        [str(letters.count(letter)), letter] for letter in by_count]
-    run = trained.sample(**kw, num_samples=4, vote='(@)')
-    assert run.ok().out.endswith('---------------\nno sample has an answer: (@)\n')
-
-
-# many prompts --------------------------------------------------------------------------------------------------------
-
-def write_lines(path, values):
-    path.write_text(''.join(json.dumps(value) + '\n' for value in values), encoding='utf-8')
-
-
-def read_lines(path):
-    return [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines()]
-
-
-WHOLE = make_text(200)
-ASKED = [{'id': i, 'prompt': WHOLE[i : i + 1 + i * 7 % 16]} for i in range(9)]
-
-
-def test_prompts(trained, tmp_path):
-    """The same samples in whatever batches, in the order of the lines, and those of each prompt alone."""
-    write_lines(tmp_path / 'in.jsonl', ASKED)
-    kw = {'prompts': tmp_path / 'in.jsonl', 'num_samples': 2, 'max_new_tokens': 12}
-    for temperature in (0, 1.0):
-        results = []
-        for batch_size in (1, 6, 100):
-            out = tmp_path / f'{temperature}-{batch_size}.jsonl'
-            run = trained.sample(**kw, out=out, batch_size=batch_size, temperature=temperature).ok()
-            assert f'{out}: 9 prompts, 216 tokens' in run.out
-            results.append(read_lines(out))
-        assert results[0] == results[1] == results[2]
-        assert [{'id': value['id'], 'prompt': value['prompt']} for value in results[0]] == ASKED
-        assert {sample['finish'] for value in results[0] for sample in value['samples']} == {'length'}
-        texts = [[sample['text'] for sample in value['samples']] for value in results[0]]
-        assert all((one == other) == (temperature == 0) for one, other in texts)
-    alone = samples(trained.sample(start=ASKED[4]['prompt'], num_samples=1, max_new_tokens=12, temperature=0))
-    greedy = read_lines(tmp_path / '0-1.jsonl')[4]
-    assert alone == [ASKED[4]['prompt'] + greedy['samples'][0]['text']]
-
-
-def test_prompts_killed_and_resumed(trained, tmp_path):
-    """What a killed run had is kept as it is, and the rest comes to what it would have been."""
-    write_lines(tmp_path / 'in.jsonl', ASKED * 2)
-    kw = {'prompts': tmp_path / 'in.jsonl', 'num_samples': 1, 'max_new_tokens': 80, 'batch_size': 1, 'device': 'cpu',
-          'logprobs': True}
-    part, out = tmp_path / 'out.jsonl.part', tmp_path / 'out.jsonl'
-    trained.start('sample.py', **kw, out=tmp_path / 'whole.jsonl').ok()
-    for number in (signal.SIGKILL, signal.SIGINT):
-        run = trained.start('sample.py', **kw, out=out)
-        before = part.read_bytes().count(b'\n') if part.exists() else 0
-        while not part.exists() or part.read_bytes().count(b'\n') < before + 3:
-            assert run.process.is_alive(), run.out
-        run.kill(number).wait()
-        assert not out.exists() and part.read_bytes().count(b'\n') < 19
-    assert f'the results so far are in {part}, and the same command goes on' in run.out and 'Traceback' not in run.out
-    trained.start('sample.py', **{**kw, 'seed': 3}, out=out).refused('out.jsonl.part has results of other', 'settings')
-    write_lines(tmp_path / 'other.jsonl', ASKED)
-    trained.start('sample.py', **{**kw, 'prompts': tmp_path / 'other.jsonl'}, out=out).refused('other prompts')
-    whole = read_lines(tmp_path / 'whole.jsonl')
-    lines = read_lines(part)
-    lines[1]['result'] = {'samples': 'as they were'}
-    write_lines(part, lines)
-    trained.start('sample.py', **{**kw, 'batch_size': 7}, out=out).ok()
-    result = read_lines(out)
-    assert result[lines[1]['line'] - 1].pop('samples') == 'as they were'
-    del whole[lines[1]['line'] - 1]['samples']
-    for a, b in zip(result, whole, strict=True):
-        for one, other in zip(a.get('samples', []), b.get('samples', []), strict=True):
-            assert one['text'] == other['text'] and one['tokens'] == other['tokens']
-            assert one['logprobs'] == pytest.approx(other['logprobs'], abs=1e-4)
-    assert not part.exists()
-    trained.start('sample.py', **kw, out=out).refused('out.jsonl exists already')
-
-
-@pytest.mark.parametrize('lines, said', [
-    (['{"prompt": "the"}', '{"prompt": "the"'], ['line 2: not JSON', 'at character 17']),
-    (['["the"]'], ['line 1: ["the"] is not an object']), ([''], ['in.jsonl has no prompts']),
-    (['{"prompt": "the"}', '', '{"promt": "the"}'], ['line 3: expected either "prompt" or "ids" or "messages"']),
-    (['{"prompt": "the"}', '{"ids": [1]}'], ['line 2: expected either']),
-    (['{"prompt": "a", "ids": [1]}'], ['line 1: expected either']), (['{"a": "the"}'], ['line 1: expected either']),
-    (['{"prompt": "a"}', '{"prompt": 3}'], ['line 2: "prompt" is a text']),
-    (['{"prompt": ""}'], ['line 1: "prompt" is empty']), (['{"ids": []}'], ['line 1: "ids" is empty']),
-    (['{"ids": [1, 99]}'], ['line 1: "ids" are a list of whole numbers from 0 to']),
-    (['{"ids": 3}'], ['line 1: "ids" are a list']), (['{"ids": [true]}'], ['line 1: "ids" are a list']),
-    (['{"messages": []}'], ['line 1: messages are a list']), (['{"prompt": "é"}'], ['line 1: ', "'é' (U+00E9)"]),
-    (['{"prompt": "a", "samples": 1}'], ["line 1: the result has a 'samples' of its own"]),
-    ([json.dumps({'prompt': WHOLE})], ['line 1: the prompt has 200 tokens', '--crop_prompt=True'])])
-def test_prompts_refused(trained, tmp_path, lines, said):
-    (tmp_path / 'in.jsonl').write_text('\n'.join(lines), encoding='utf-8')
-    trained.sample(prompts=tmp_path / 'in.jsonl', out=tmp_path / 'out.jsonl').refused(*said)
-    assert [path.name for path in tmp_path.iterdir()] == ['in.jsonl']
-
-
-def test_results_that_can_not_be_written(trained, tmp_path):
-    write_lines(tmp_path / 'in.jsonl', ASKED)
-    kw = {'prompts': tmp_path / 'in.jsonl', 'out': tmp_path / 'nowhere' / 'out.jsonl'}
-    trained.sample(**kw).refused('nowhere/out.jsonl can not be written', 'No such file', 'another --out')
-
-
-def test_prompts_of_ids_with_votes(trained, tmp_path):
-    """Ids are the prompt that they spell."""
-    kw = {'num_samples': 3, 'max_new_tokens': 20, 'vote': r'\w+', 'best_of': 2, 'stop': ' '}
-    answers = []
-    for i, value in enumerate(({'prompt': 'the '}, {'ids': encode('the ').tolist()})):
-        write_lines(tmp_path / f'{i}.jsonl', [value])
-        trained.sample(prompts=tmp_path / f'{i}.jsonl', out=tmp_path / f'{i}.out', **kw).ok()
-        answers.append({key: part for key, part in read_lines(tmp_path / f'{i}.out')[0].items() if key not in value})
-    assert answers[0] == answers[1]
-    found = [re.findall(r'\w+', sample['text'])[-1:] for sample in answers[0]['samples']]
-    words = [word for words in found for word in words]
-    assert len(found) == 3 and {sample['finish'] for sample in answers[0]['samples']} <= {'stop', 'length'}
-    assert dict(answers[0]['votes']) == {word: words.count(word) for word in words}
-    assert answers[0]['answer'] == answers[0]['votes'][0][0]
-
-
-def test_prompts_of_messages(folder):
-    """What the model hears is the template's; it ends where the template ends an answer."""
-    bpe = BPETokenizer.train(['a conversation'] * 3, 260, special_tokens=['<|im_start|>', '<|im_end|>'])
-    template = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
-                "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
-    torch.manual_seed(1)
-    model = GPT(GPTConfig(block_size=64, vocab_size=bpe.vocab_size, n_layer=1, n_head=1, n_embd=16))
-    im_start, im_end = bpe.special_tokens.values()
-    as_text = [bpe.encode(text, allowed_special='none') for text in ('user\nHi <|im_end|>', '\n', 'assistant\n')]
-    ids = [im_start, *as_text[0], im_end, *as_text[1], im_start, *as_text[2]]
-    values = {'messages': [{'messages': [{'role': 'user', 'content': 'Hi <|im_end|>'}]}], 'ids': [{'ids': ids}]}
-    kw = {'max_new_tokens': 5, 'num_samples': 1, 'temperature': 0, 'logprobs': True}
-    for end in (False, True):
-        if end:  # says nothing but this
-            with torch.no_grad():
-                model.transformer.ln_f.weight.zero_()
-                model.transformer.ln_f.bias.fill_(1.0)
-                model.lm_head.weight[im_end] = 5.0
-        save(folder, model, tokenizer=bpe.to_dict(), chat_template=template)
-        result = {}
-        for name, lines in values.items():
-            write_lines(folder.path / f'{name}.jsonl', lines)
-            folder.sample(**kw, prompts=f'{name}.jsonl', out=f'{name}-{end}').ok()
-            result[name], = read_lines(folder.path / f'{name}-{end}')[0]['samples']
-        if end:
-            assert result['messages'] == {'text': '', 'finish': 'stop', 'tokens': [], 'logprobs': []}
-            assert result['ids']['text'] == '<|im_end|>' * 5  # to a prompt it is a token like others
-        else:
-            assert result['messages'] == result['ids'] and len(result['ids']['tokens']) == 5
 
 
 # constrained output --------------------------------------------------------------------------------------------------
@@ -385,7 +202,7 @@ def test_json(folder, tmp_path):
         value = json.loads(text.removeprefix('Who?'))
         assert set(value) == {'name', 'age'} and type(value['age']) is int and len(value['name']) <= 5
     folder.sample(json_schema='{"type": "object"').refused('json_schema')
-    folder.sample(json_schema=json.dumps(schema), stop=',').refused('stop', 'choices, regex or json_schema')
+    folder.sample(json_schema=json.dumps(schema), stop=',').refused('json_schema and stop are set', 'no stop')
     folder.sample(json_schema=json.dumps(schema), max_new_tokens=5).refused('max_new_tokens=5')
 
 
@@ -440,13 +257,13 @@ def test_bad_checkpoint(trained, folder):
     whole = (trained.path / 'out' / 'best.pt').read_bytes()
     (folder.path / 'out').mkdir()
     (folder.path / 'out' / 'best.pt').write_bytes(whole[:5000])
-    folder.sample().refused('out/best.pt can not be read')
+    folder.sample().refused('out/best.pt is damaged')
     (folder.path / 'out' / 'best.pt').write_bytes(b'not a checkpoint')
-    folder.sample().refused('out/best.pt can not be read')
+    folder.sample().refused('out/best.pt is damaged')
     state = trained.checkpoint(name='best.pt')
     del state['model']['transformer.ln_f.weight'], state['iter_num']
     torch.save(state, folder.path / 'out' / 'best.pt')
-    folder.sample().refused('out/best.pt holds no checkpoint', 'it has no iter_num')
+    folder.sample().refused('out/best.pt is no checkpoint', 'it has no iter_num')
     torch.save({**state, 'iter_num': 5}, folder.path / 'out' / 'best.pt')
     folder.sample().refused('out/best.pt', '"transformer.ln_f.weight"')
 

@@ -328,19 +328,19 @@ def test_torchrun_brings_a_run_back(folder):
     same_state(folder.checkpoint(), folder.checkpoint('whole'))
 
 
-def test_full_disk(trained):
+def test_full_disk(tiny_run):
     """Saving fails: training goes on and ends with an error, and the checkpoint that was there is untouched."""
-    (trained.path / 'config.py').write_text(
+    (tiny_run.path / 'config.py').write_text(
         'import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n')
-    before = (trained.path / 'out' / 'ckpt.pt').read_bytes()
+    before = (tiny_run.path / 'out' / 'ckpt.pt').read_bytes()
     assert len(before) > 40000
-    run = trained.train('config.py', init_from='resume', max_iters=30, eval_interval=5).refused(
+    run = tiny_run.train('config.py', init_from='resume', max_iters=30, eval_interval=5).refused(
         'WARNING: out/ckpt.pt could not be saved at step 25', 'untouched', 'free some space', 'File too large',
         'the state of step 30 could not be saved; out/ckpt.pt is older')
     assert list(losses(run)[0]) == list(range(20, 30))
     assert run.out.count('could not be saved at step 30') == 1  # tried once
-    assert (trained.path / 'out' / 'ckpt.pt').read_bytes() == before
-    assert sorted(os.listdir(trained.path / 'out')) == ['best.pt', 'ckpt.pt', 'config.json', 'log.jsonl']
+    assert (tiny_run.path / 'out' / 'ckpt.pt').read_bytes() == before
+    assert sorted(os.listdir(tiny_run.path / 'out')) == ['best.pt', 'ckpt.pt', 'config.json', 'log.jsonl']
 
 
 # losses that are no numbers -------------------------------------------------------------------------------------------
@@ -353,24 +353,24 @@ def poison(folder, value):
     return (folder.path / 'out' / 'ckpt.pt').read_bytes()
 
 
-def test_non_finite_loss_stops_before_the_update(trained):
-    before = poison(trained, math.nan)
-    run = trained.train(init_from='resume', max_iters=30).refused(
+def test_non_finite_loss_stops_before_the_update(tiny_run):
+    before = poison(tiny_run, math.nan)
+    run = tiny_run.train(init_from='resume', max_iters=30).refused(
         'step 20: loss is nan', 'Stopped without saving; out/ckpt.pt is of step 20', '--learning_rate')
     assert 'iter 20' not in run.out
-    assert (trained.path / 'out' / 'ckpt.pt').read_bytes() == before
+    assert (tiny_run.path / 'out' / 'ckpt.pt').read_bytes() == before
 
 
-def test_divergence_does_not_overwrite_the_checkpoint(trained):
+def test_divergence_does_not_overwrite_the_checkpoint(tiny_run):
     """A ruinous update is seen by the next loss, whether a step or an evaluation computes it."""
-    before = (trained.path / 'out' / 'ckpt.pt').read_bytes()
-    best = (trained.path / 'out' / 'best.pt').read_bytes()
+    before = (tiny_run.path / 'out' / 'ckpt.pt').read_bytes()
+    best = (tiny_run.path / 'out' / 'best.pt').read_bytes()
     for eval_interval in (1000, 1):
-        run = trained.train(init_from='resume', max_iters=40, learning_rate=1e30, min_lr=1e30, decay_lr=False,
+        run = tiny_run.train(init_from='resume', max_iters=40, learning_rate=1e30, min_lr=1e30, decay_lr=False,
                             eval_interval=eval_interval).refused('step 21: ', 'nan')
         assert 'out/ckpt.pt is of step 20' in run.out and 'saved' not in run.out
-        assert (trained.path / 'out' / 'ckpt.pt').read_bytes() == before
-        assert (trained.path / 'out' / 'best.pt').read_bytes() == best
+        assert (tiny_run.path / 'out' / 'ckpt.pt').read_bytes() == before
+        assert (tiny_run.path / 'out' / 'best.pt').read_bytes() == best
 
 
 def test_non_finite_loss_before_any_checkpoint(folder):
@@ -380,17 +380,17 @@ def test_non_finite_loss_before_any_checkpoint(folder):
 
 # settings that steer a run --------------------------------------------------------------------------------------------
 
-def test_eval_only(trained):
-    before = {f.name: f.read_bytes() for f in (trained.path / 'out').iterdir()}
-    run = trained.train(eval_only=True, init_from='resume').ok()
+def test_eval_only(tiny_run):
+    before = {f.name: f.read_bytes() for f in (tiny_run.path / 'out').iterdir()}
+    run = tiny_run.train(eval_only=True, init_from='resume').ok()
     assert losses(run) == ({}, {20: losses(run)[1][20]}) and 'saved' not in run.out
     assert 'M parameters\n' in run.out and 'epochs' not in run.out and 'a step of' not in run.out
-    assert losses(run)[1][20][1] == pytest.approx(trained.checkpoint()['best_val_loss'], abs=1e-4)
-    assert {f.name: f.read_bytes() for f in (trained.path / 'out').iterdir()} == before
-    run = trained.train(eval_only=True, init_from='resume', eval_interval=7).ok()  # step 20 is no multiple of it
+    assert losses(run)[1][20][1] == pytest.approx(tiny_run.checkpoint()['best_val_loss'], abs=1e-4)
+    assert {f.name: f.read_bytes() for f in (tiny_run.path / 'out').iterdir()} == before
+    run = tiny_run.train(eval_only=True, init_from='resume', eval_interval=7).ok()  # step 20 is no multiple of it
     assert list(losses(run)[0]) == [] and list(losses(run)[1]) == [20]
-    run = trained.train(eval_only=True, out_dir='new').ok()
-    assert list(losses(run)[1]) == [0] and not (trained.path / 'new').exists()
+    run = tiny_run.train(eval_only=True, out_dir='new').ok()
+    assert list(losses(run)[1]) == [0] and not (tiny_run.path / 'new').exists()
 
 
 def test_no_steps(folder):
@@ -434,14 +434,14 @@ def test_always_save_checkpoint(folder):
     assert re.findall(r'saved b/ckpt.pt at step (\d+)', run.out) == ['5', '10', '15', '20', '23']
 
 
-def test_an_earlier_run_is_moved(trained):
-    before = {f.name: f.read_bytes() for f in (trained.path / 'out').iterdir()}
-    run = trained.train(max_iters=2).ok()
+def test_an_earlier_run_is_moved(tiny_run):
+    before = {f.name: f.read_bytes() for f in (tiny_run.path / 'out').iterdir()}
+    run = tiny_run.train(max_iters=2).ok()
     assert 'out held an earlier run; it is now in out/previous-1' in run.out
-    assert {f.name: f.read_bytes() for f in (trained.path / 'out' / 'previous-1').iterdir()} == before
-    assert trained.checkpoint()['iter_num'] == 2 and len(trained.log()) == 4
-    trained.train(max_iters=3, init_from='auto').ok()  # resumes, so there is nothing to move
-    assert not (trained.path / 'out' / 'previous-2').exists() and trained.checkpoint()['iter_num'] == 3
+    assert {f.name: f.read_bytes() for f in (tiny_run.path / 'out' / 'previous-1').iterdir()} == before
+    assert tiny_run.checkpoint()['iter_num'] == 2 and len(tiny_run.log()) == 4
+    tiny_run.train(max_iters=3, init_from='auto').ok()  # resumes, so there is nothing to move
+    assert not (tiny_run.path / 'out' / 'previous-2').exists() and tiny_run.checkpoint()['iter_num'] == 3
 
 
 def test_two_runs_in_one_folder(folder):

@@ -77,16 +77,16 @@ def test_out_dir_that_can_not_be_written(folder):
         folder.train(out_dir='locked').refused("out_dir='locked' cannot be written")
 
 
-def test_architecture_of_a_resumed_run(trained):
-    before = (trained.path / 'out' / 'ckpt.pt').read_bytes()
+def test_architecture_of_a_resumed_run(tiny_run):
+    before = (tiny_run.path / 'out' / 'ckpt.pt').read_bytes()
     for key, value in (('n_layer', 3), ('n_head', 4), ('n_embd', 32), ('bias', True)):
-        trained.train(init_from='resume', **{key: value}).refused(f'{key}={value}, but out/ckpt.pt has {key}=')
-    trained.train(init_from='resume', block_size=32).refused(
+        tiny_run.train(init_from='resume', **{key: value}).refused(f'{key}={value}, but out/ckpt.pt has {key}=')
+    tiny_run.train(init_from='resume', block_size=32).refused(
         'block_size=32: expected at most 16, the positions of the model of --init_from=resume')
-    assert (trained.path / 'out' / 'ckpt.pt').read_bytes() == before
+    assert (tiny_run.path / 'out' / 'ckpt.pt').read_bytes() == before
     left_out = {'n_layer': None, 'n_head': None, 'n_embd': None, 'block_size': None}  # then the checkpoint's apply
-    trained.train(init_from='resume', max_iters=22, **left_out).ok()
-    assert trained.checkpoint()['model_args']['n_layer'] == 2 and trained.checkpoint()['iter_num'] == 22
+    tiny_run.train(init_from='resume', max_iters=22, **left_out).ok()
+    assert tiny_run.checkpoint()['model_args']['n_layer'] == 2 and tiny_run.checkpoint()['iter_num'] == 22
 
 
 def test_preset(folder):
@@ -162,26 +162,26 @@ def test_large_vocabularies_are_padded(folder):
     folder.train(init_from='resume', max_iters=4).ok()
 
 
-def test_smaller_block_size_crops(trained):
-    before = trained.checkpoint()
-    run = trained.train(init_from='resume', block_size=8, max_iters=24, eval_interval=2).ok()
-    after = trained.checkpoint()
+def test_smaller_block_size_crops(tiny_run):
+    before = tiny_run.checkpoint()
+    run = tiny_run.train(init_from='resume', block_size=8, max_iters=24, eval_interval=2).ok()
+    after = tiny_run.checkpoint()
     assert list(losses(run)[0]) == [20, 21, 22, 23] and after['model_args']['block_size'] == 8
     moved = (after['model']['transformer.wpe.weight'] - before['model']['transformer.wpe.weight'][:8]).abs().max()
     assert after['model']['transformer.wpe.weight'].shape == (8, 16) and 0 < moved < 0.1
     assert after['optimizer']['state'][1]['exp_avg'].shape == (8, 16) and after['optimizer']['state'][1]['step'] == 24
-    trained.train(init_from='resume', block_size=8, max_iters=26).ok()
+    tiny_run.train(init_from='resume', block_size=8, max_iters=26).ok()
 
 
-def test_bad_checkpoints(trained):
-    path = trained.path / 'out' / 'ckpt.pt'
+def test_bad_checkpoints(tiny_run):
+    path = tiny_run.path / 'out' / 'ckpt.pt'
     whole = path.read_bytes()
     path.write_bytes(whole[:-1000])
-    trained.train(init_from='resume').refused('out/ckpt.pt is damaged or truncated', 'best.pt')
-    trained.train(init_from='auto').refused('out/ckpt.pt is damaged or truncated')
+    tiny_run.train(init_from='resume').refused('out/ckpt.pt is damaged or truncated', 'best.pt')
+    tiny_run.train(init_from='auto').refused('out/ckpt.pt is damaged or truncated')
     assert path.read_bytes() == whole[:-1000]
-    shutil.copy(trained.path / 'out' / 'best.pt', path)  # what the message says
-    state = trained.checkpoint()
+    shutil.copy(tiny_run.path / 'out' / 'best.pt', path)  # what the message says
+    state = tiny_run.checkpoint()
     for change, said in (
             (lambda s: s.pop('iter_num'), 'out/ckpt.pt is no checkpoint'),
             (lambda s: s['model'].pop('transformer.ln_f.weight'), 'transformer.ln_f.weight is missing'),
@@ -191,14 +191,14 @@ def test_bad_checkpoints(trained):
         changed = {**state, 'model': dict(state['model']), 'model_args': dict(state['model_args'])}
         change(changed)
         torch.save(changed, path)
-        trained.train(init_from='resume', max_iters=21).refused('out/ckpt.pt', said)
+        tiny_run.train(init_from='resume', max_iters=21).refused('out/ckpt.pt', said)
     torch.save(state, path)
-    trained.train(init_from='resume', max_iters=21).ok()
+    tiny_run.train(init_from='resume', max_iters=21).ok()
 
 
-def test_other_tokenizer(trained):
-    write_dataset(trained.path / 'data' / 'other', encode(make_text(500)), encode(make_text(100)), chars=CHARS[::-1])
-    trained.train(init_from='resume', dataset='other').refused('another tokenizer', '--dataset=tiny')
+def test_other_tokenizer(tiny_run):
+    write_dataset(tiny_run.path / 'data' / 'other', encode(make_text(500)), encode(make_text(100)), chars=CHARS[::-1])
+    tiny_run.train(init_from='resume', dataset='other').refused('another tokenizer', '--dataset=tiny')
 
 
 # data -----------------------------------------------------------------------------------------------------------------

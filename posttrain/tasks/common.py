@@ -41,7 +41,7 @@ from configurator import UserError
 from data.documents import text_hash
 from data.tokens import to_device
 from flatgpt import jsonl
-from flatgpt.generate import generate_texts, uniforms
+from flatgpt.generate import Sampling, generate_texts, uniforms
 from posttrain import tasks
 from posttrain.tools import SYSTEM, generate_with_tools
 from tokenizer.chat import bos_ids, find_endings, render
@@ -238,7 +238,7 @@ def answer(model, tokenizer, prompts, max_new_tokens, template=None, num_samples
     """
     -> texts, num_samples for each of the prompts, lists of ids, those of the first prompt first. template: of the
     chat, whose endings end an answer; None: plain text, where a blank line or another question does. tools: the model
-    may call the calculator. progress: called with the number of prompts done. controls: of generate.generate().
+    may call the calculator. progress: called with the number of prompts done. controls: of generate.Sampling.
     """
     stop_ids, stops = find_endings(template, tokenizer)
     if template is None:
@@ -256,8 +256,8 @@ def answer(model, tokenizer, prompts, max_new_tokens, template=None, num_samples
                 text = tokenizer.decode(ids[:-1] if ids[-1] in stop_ids else ids)
                 texts.append(text[: min((text.find(stop) for stop in stops if stop in text), default=None)])
         else:
-            *_, samples = generate_texts(model, tokenizer, batch, max_new_tokens, num_samples, stops, seed, numbers,
-                                         stop_ids=stop_ids, **controls)
+            *_, samples = generate_texts(model, tokenizer, batch, Sampling(
+                max_new_tokens, stops=stops, stop_ids=stop_ids, num_samples=num_samples, seed=seed, **controls), numbers)
             texts += [sample.text for sample in samples]
         progress(len(batch))
     return texts

@@ -1,0 +1,127 @@
+"""
+Set up sample.py, flatgpt.batch and posttrain.chat: the machine, constraints, the terminal.
+
+    dtype = prepare(model, config, rows=10, n_tokens=500)
+    constraint = constraint_of(config, tokenizer)
+    warm_up(model, generate_texts(model, tokenizer, prompts, sampling))
+"""
+
+import itertools
+import json
+import math
+import re
+import sys
+import textwrap
+from contextlib import contextmanager
+
+import torch
+
+from configurator import UserError
+from flatgpt import runtime
+from flatgpt.constrain import Constraint
+from flatgpt.files import read_text
+from flatgpt.quantize import for_decoding, has_bf16_products
+
+
+def prepare(model, config, rows=1, n_tokens=math.inf):
+    """
+    Move a model to its device, in the precision and compiled as the settings ask; -> the dtype.
+
+    config: the settings device, dtype, quantize and compile. rows: samples at once. n_tokens: of
+    each. Prints the choices to stderr. Raises UserError for a setting that cannot be met.
+    """
+    device, dtype = runtime.choose_device(config['device']), config['dtype']
+    runtime.use_cores()
+    if device.type == 'cpu':
+        runtime.keep_freed_memory()
+    if config['quantize'] and dtype != 'auto':
+        raise UserError(f'dtype={dtype!r}: expected \'auto\' with --quantize={config["quantize"]}, '
+                        f'which is a precision')
+    if config['quantize']:
+        dtype, dtype_reason = config['quantize'], 'as set'
+    elif dtype == 'auto' and device.type == 'cpu':
+        # a token costs reading the weights, unless they are few and stay in the CPU's cache
+        is_large = model.get_num_params() > 30e6 and has_bf16_products()
+        dtype, dtype_reason = (('bfloat16', 'half as much to read') if is_large else
+                               ('float32', 'small, or no bf16 here'))
+    else:
+        dtype, dtype_reason = runtime.choose_dtype(dtype, device)
+    is_long = config['quantize'] or device.type == 'cuda' or rows == 1 and n_tokens >= 1000
+    compile, compile_reason = runtime.choose_compile(
+        config['compile'], device, math.inf if is_long else 0)
+    threads = f' (threads: {torch.get_num_threads()})' if device.type == 'cpu' else ''
+    choices = (f'device {device}{threads}, dtype {dtype} ({dtype_reason}), '
+               f'compile {compile} ({compile_reason})')
+    print(textwrap.fill(choices, 80, subsequent_indent='  '), file=sys.stderr, flush=True)
+    torch_dtype = torch.int8 if dtype == 'int8' else runtime.DTYPES[dtype]
+    for_decoding(model.to(device), torch_dtype, compile)
+    # on a CPU only single rows are compiled, see generate.Decoder
+    model.has_compiled_step = compile and (device.type != 'cpu' or rows == 1)
+    return dtype
+
+
+def warm_up(model, steps):
+    """Compile the step of one token, if prepare() chose to, by the first of generate()'s steps."""
+    if model.has_compiled_step:
+        print('compiling the step of one token (--compile=False starts at once)', file=sys.stderr,
+              flush=True)
+        model.has_compiled_step = runtime.compile_or_eager(
+            lambda: list(itertools.islice(steps, 3)))
+
+
+@contextmanager
+def explain_out_of_memory(remedy):
+    """Exit with a remedy, and without a traceback, where memory runs out."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not runtime.out_of_memory(error):
+            raise
+        raise SystemExit(f'out of memory; {remedy}') from None
+
+
+def constraint_of(config, tokenizer):
+    """
+    Build the Constraint of the settings choices, regex and json_schema; None where all are ''.
+
+    Raises UserError for more than one of them, for a stop text beside one, and if the shortest text
+    that satisfies it takes more than max_new_tokens.
+    """
+    given = [name for name in ('choices', 'regex', 'json_schema') if config[name]]
+    if not given:
+        return None
+    name, value = given[0], config[given[0]]
+    if len(given) > 1 or config['stop']:
+        given += ['stop'] * bool(config['stop'])
+        raise UserError(f'{" and ".join(given)} are set: expected only one of choices, regex and '
+                        f'json_schema, which say where the text ends, and no stop')
+    if name == 'choices':
+        value = split_texts(name, value, separator=',')
+    elif name == 'json_schema' and not value.lstrip().startswith(('{', '[')):
+        value = read_text(value)
+    constraint = Constraint(tokenizer, **{name: value})
+    constraint.check_length(config['max_new_tokens'])
+    return constraint
+
+
+def split_texts(name, value, separator=None):
+    """Split a setting, a JSON list of texts or texts between separators; '' -> []."""
+    if not value.startswith('['):
+        if separator is None:
+            return [value] if value else []
+        return [text.strip() for text in value.split(separator)]
+    try:
+        texts = json.loads(value)
+    except ValueError:
+        texts = None
+    is_list = isinstance(texts, list) and texts
+    if not is_list or not all(isinstance(text, str) and text for text in texts):
+        raise UserError(f'{name}={value!r} begins like a JSON list: expected texts, ["a", "b"]')
+    return texts
+
+
+def for_terminal(text):
+    """Escape what would move a terminal's cursor or change its colours; in a pipe nothing."""
+    if not sys.stdout.isatty():
+        return text
+    return re.sub(r'[\x00-\x08\x0b-\x1f\x7f-\x9f]', lambda char: f'\\x{ord(char[0]):02x}', text)

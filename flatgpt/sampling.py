@@ -1,0 +1,106 @@
+"""
+Draw the next token from logits, and choose among finished samples.
+
+    next_id = sample_next(logits, Sampling(temperature=0.8, top_k=200))  # (B, V) -> (B, 1)
+"""
+
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to continue prompts. top_k, top_p and min_p, in this order, each drop unlikely ids."""
+
+    max_new_tokens: int = 100  # of each sample
+    temperature: float = 1.0  # divides the logits; 0: always the likeliest id
+    top_k: int | None = None  # keep the k likeliest ids; None or 0: all
+    top_p: float | None = None  # keep the fewest ids of this probability (Holtzman et al. 2020)
+    min_p: float | None = None  # keep ids with this share of the largest (Nguyen et al. 2024)
+    repetition_penalty: float = 1.0  # above 1: earlier ids become less likely (Keskar et al. 2019)
+    n_ids: int | None = None  # ids from here on are never drawn; None: draw from all
+    stop_ids: tuple | set = ()  # ids that end a sample
+    slide: int = 1  # tokens that a full context drops at once, see Decoder
+    stops: tuple | list = ()  # texts that end a sample
+    num_samples: int = 1  # samples of each prompt of generate_texts()
+    seed: int = 1337  # fixes the samples of generate_texts(), see uniforms()
+    crop_prompt: bool = False  # keep the end of a prompt that exceeds the context
+    constraint: object = None  # a constrain.Constraint that each sample satisfies
+    cache_dtype: torch.dtype | None = None  # of the KV cache; None: that of the weights
+
+
+def sample_next(logits, sampling, u=None):
+    """
+    Draw one id for each row: logits (B, V) -> (B, 1). A logit of -inf excludes its id.
+
+    u: (B,) of [0, 1), the quantiles to draw; None: random ones.
+    """
+    logits, ids = logits.float(), None
+    top_p, min_p = 1.0 if sampling.top_p is None else sampling.top_p, sampling.min_p or 0.0
+    if sampling.temperature < 1e-30:  # a quotient of it overflows float32
+        return logits.argmax(-1, keepdim=True)
+    logits = logits / sampling.temperature
+    if sampling.top_k and sampling.top_k < logits.size(-1):
+        logits, ids = logits.topk(sampling.top_k)
+    log_total = logits.logsumexp(-1, keepdim=True)
+    if ids is None and (top_p < 1 or min_p):
+        logits, ids = sort_logits(logits, log_total, top_p, min_p)
+    p = (logits - log_total).exp()
+    if top_p < 1:  # drop an id when the likelier ones reach top_p without it
+        p = p.masked_fill(p.cumsum(-1, dtype=torch.double) - p >= top_p, 0.0)
+    if min_p:
+        p = p.masked_fill(p < min_p * p[:, :1], 0.0)
+    u = torch.rand(len(p), device=p.device) if u is None else u
+    cumulative = p.cumsum(-1, dtype=torch.double)
+    drawn = torch.searchsorted(cumulative, u.double()[:, None] * cumulative[:, -1:], right=True)
+    drawn = drawn.clamp(max=p.size(-1) - 1)  # generate() reports logits of NaN
+    return drawn if ids is None else ids.gather(1, drawn)
+
+
+def sort_logits(logits, log_total, top_p, min_p):
+    """Sort (B, V) by falling value; -> (logits, ids), on a CPU only 1024 where these suffice."""
+    if logits.device.type == 'cpu' and logits.size(-1) > 1024:  # a full sort takes 1/3 of a step
+        largest, ids = logits.topk(1024)
+        p = (largest - log_total).exp()
+        if (p.sum(-1) > top_p).all() or (p[:, -1] < min_p * p[:, 0]).all():
+            return largest, ids
+    return logits.sort(descending=True)
+
+
+def penalize(logits, seen, penalty):
+    """Make the ids in seen, (B, V) of bool, less likely (B, V): "CTRL", Keskar et al. 2019."""
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def uniforms(seed, prompt, sample, n):
+    """Return n numbers of [0, 1) for a sample; a sample is then the same in every batch."""
+    key = np.array([seed, prompt << 32 | sample], dtype=np.uint64)
+    random = np.random.Generator(np.random.Philox(key=key))
+    return torch.from_numpy(random.random(n, dtype=np.float32))
+
+
+# Choosing among samples ---------------------------------------------------------------------------
+
+
+def likeliest(samples):
+    """Return the generate.Sample of the highest mean log-probability; an empty one comes last."""
+    return max(samples, key=lambda sample: sum(sample.logprobs) / len(sample.logprobs)
+               if sample.ids else -math.inf)
+
+
+def majority(texts, pattern):
+    """
+    Count the answers of texts: the last match of a regular expression, its first group if any.
+
+    -> [(answer, count), ...], the most frequent first, then the earliest. Source:
+    "Self-Consistency Improves Chain of Thought Reasoning", Wang et al. 2023.
+    """
+    answers = []
+    for match in (matches[-1] for text in texts if (matches := list(re.finditer(pattern, text)))):
+        answers.append(match.group(1 if match.re.groups else 0))
+    return Counter(answer for answer in answers if answer is not None).most_common()

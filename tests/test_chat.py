@@ -94,7 +94,7 @@ def expected(theirs, messages, tokenize):
 @pytest.mark.parametrize('messages', [CHAT, CHAT[:1], [{'role': 'system', 'content': ' Be short. '}, *CHAT]])
 def test_ids_are_those_of_transformers(bpe, theirs, name, messages):
     if name == 'brackets' and messages[0]['role'] == 'system':
-        with pytest.raises(ValueError, match='chat template can not render.*Roles have to alternate!'):
+        with pytest.raises(ValueError, match='chat template cannot render.*Roles have to alternate!'):
             render(messages, TEMPLATES[name], bpe)
     else:
         assert render(messages, TEMPLATES[name], bpe) == expected(theirs[name], messages, True)
@@ -289,7 +289,7 @@ def test_nothing_to_learn_from(bpe, messages, said):
 @pytest.mark.parametrize('template, said', [('{% if %}', 'Expected an expression'), ('{{ 1 + "a" }}', 'unsupported'),
                                             ("{{ ''.__class__.__mro__ }}", 'unsafe')])
 def test_templates_that_fail(bpe, template, said):
-    with pytest.raises(ValueError, match=f'chat template can not render this conversation.*{said}'):
+    with pytest.raises(ValueError, match=f'chat template cannot render this conversation.*{said}'):
         render(CHAT, template, bpe)
 
 

@@ -75,9 +75,9 @@ def test_colors_only_on_request(folder):
 
 
 @pytest.mark.parametrize('arguments, error', [
-    (['trian'], 'did you mean train'),
-    (['--text=a', '--tokenizer=gtp2'], 'did you mean gpt2'),
-    (['--text=a', '--tokenizer=gpt4'], 'did you mean cl100k_base'),
+    (['trian'], "did you mean 'train'"),
+    (['--text=a', '--tokenizer=gtp2'], "did you mean 'gpt2'"),
+    (['--text=a', '--tokenizer=gpt4'], "did you mean 'cl100k_base'"),
     (['--text=a', '--input=text.txt'], 'both --text and --input'),
     (['--text=a', '--tokenizer=char'], 'takes its vocabulary from a text'),
     (['train', '--input=text.txt'], '--vocab_size=N'),
@@ -120,6 +120,6 @@ def test_output_that_nobody_reads_to_the_end(folder):
 
 def test_training_keeps_to_its_kind(folder):
     run('train', '--kind=char', '--input=text.txt', '--pattern=gpt2', cwd=folder, error='--pattern is for bpe')
-    run('train', '--input=text.txt', '--vocab_size=300', '--pattern=gtp4', cwd=folder, error='did you mean gpt4')
+    run('train', '--input=text.txt', '--vocab_size=300', '--pattern=gtp4', cwd=folder, error="did you mean 'gpt4'")
     run('train', '--input=text.txt', '--vocab_size=300', '--out=.', cwd=folder, error='is a folder')
     run('train', '--input=text.txt', '--vocab_size=300', '--num_proc=-1', cwd=folder, error="'-1' is not a whole")

@@ -1,4 +1,5 @@
-"""tokenizer/formats.py: round trips, patterns, refusals. Run: pytest tests/test_formats_refusals.py"""
+"""tokenizer/formats.py: round trips, patterns, refusals. Run: pytest
+tests/test_formats_refusals.py"""
 
 import json
 import os
@@ -32,7 +33,8 @@ def small():
 # Round trips --------------------------------------------------------------------------------------
 
 def test_round_trips(small, tmp_path):
-    values = {**small, 'special_tokens': {'<|b|>': 600, '<|endoftext|>': 700, '<|a|>': 1000}}  # ids with gaps
+    # ids with gaps
+    values = {**small, 'special_tokens': {'<|b|>': 600, '<|endoftext|>': 700, '<|a|>': 1000}}
     formats.write_tokenizer_json(values, tmp_path / 'a.json')
     assert formats.read(tmp_path / 'a.json') == values
     hf = tokenizers.Tokenizer.from_file(str(tmp_path / 'a.json'))
@@ -61,18 +63,22 @@ def test_no_endoftext(small, tmp_path):
 
 
 def test_gpt2s_files_from_a_folder(small, tmp_path):
-    vocab = {patterns.printable(token): i for token, i in vocabulary.tokens_of(small)[0].items()} | {'<|endoftext|>': 600}
-    for vocab_name, merges_name, end in [('vocab.json', 'merges.txt', '\n'), ('encoder.json', 'vocab.bpe', '\r\n')]:
+    vocab = {patterns.printable(token): i
+             for token, i in vocabulary.tokens_of(small)[0].items()} | {'<|endoftext|>': 600}
+    for vocab_name, merges_name, end in [('vocab.json', 'merges.txt', '\n'),
+                                         ('encoder.json', 'vocab.bpe', '\r\n')]:
         folder = tmp_path / vocab_name
         folder.mkdir()
         (folder / vocab_name).write_text(json.dumps(vocab))
         lines = ['#version: 0.2', *small['merges'], '']
         (folder / merges_name).write_bytes(end.join(lines).encode())
-        expected = {**small, 'pattern': patterns.PATTERNS['gpt2'], 'special_tokens': {'<|endoftext|>': 600}}
+        expected = {**small, 'pattern': patterns.PATTERNS['gpt2'],
+                    'special_tokens': {'<|endoftext|>': 600}}
         for path in (folder, folder / vocab_name, folder / merges_name):
             assert formats.read(path) == expected
     (folder / 'vocab.bpe').unlink()
-    for path, message in [(folder, 'holds no vocabulary'), (folder / 'encoder.json', 'vocab.bpe, is missing')]:
+    for path, message in [(folder, 'holds no vocabulary'),
+                          (folder / 'encoder.json', 'vocab.bpe, is missing')]:
         with pytest.raises(ValueError, match=message):
             formats.read(path)
 
@@ -102,8 +108,10 @@ def test_writing_is_all_or_nothing(small, tmp_path, monkeypatch):
 # Patterns -----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('pattern', [
-    *patterns.PATTERNS.values(), r'\d|[^\d\s]+|\s++', r'\p{Lu}\p{Ll}*|\P{Lu}', r'[a-zà-ÿ\p{M}]+?|(?:\p{P}|\p{S}){2}|\(|\)',
-    r'(?=[A-Z])(?:[A-Z][a-z]*)|[\r\n\t]', r'(?>a|ab)c|.', r'(?i:[sdmt]|ll|ve|re)', r'[^\S\n]+|\S+', r'(a)(b)*',
+    *patterns.PATTERNS.values(), r'\d|[^\d\s]+|\s++', r'\p{Lu}\p{Ll}*|\P{Lu}',
+    r'[a-zà-ÿ\p{M}]+?|(?:\p{P}|\p{S}){2}|\(|\)',
+    r'(?=[A-Z])(?:[A-Z][a-z]*)|[\r\n\t]', r'(?>a|ab)c|.', r'(?i:[sdmt]|ll|ve|re)', r'[^\S\n]+|\S+',
+    r'(a)(b)*',
 ])
 def test_a_portable_pattern_cuts_alike(pattern, tmp_path):
     tokenizer_json.check_portable('x', pattern)
@@ -116,19 +124,23 @@ def test_a_portable_pattern_cuts_alike(pattern, tmp_path):
     same()
     everything = ''.join(map(chr, [*range(0xd800), *range(0xe000, 0x110000)]))
     if pattern in patterns.PATTERNS.values():
-        assert patterns.split(everything, pattern) == [piece for piece, _ in split.pre_tokenize_str(everything)]
+        assert (patterns.split(everything, pattern)
+                == [piece for piece, _ in split.pre_tokenize_str(everything)])
 
 
 @pytest.mark.parametrize('pattern', [
-    r'\p{N}{1,3}+', r'a$', r'^a', r'\w+', r'\h', r'\bx', r'(?i:ss)', r'(?i:\p{Lu})', r'(?i)a', r'(?m)a', r'[a-z&&[^b]]',
-    r'[[:alpha:]]', r'\p{Han}+', r'(?<=a)b', r'(?P<n>a)(?P=n)', r'\s*', r'\s*(?=a)', r'b(a?(?=c))*', r'\X', r'a\K',
+    r'\p{N}{1,3}+', r'a$', r'^a', r'\w+', r'\h', r'\bx', r'(?i:ss)', r'(?i:\p{Lu})', r'(?i)a',
+    r'(?m)a', r'[a-z&&[^b]]',
+    r'[[:alpha:]]', r'\p{Han}+', r'(?<=a)b', r'(?P<n>a)(?P=n)', r'\s*', r'\s*(?=a)', r'b(a?(?=c))*',
+    r'\X', r'a\K',
 ])
 def test_other_patterns_are_refused(pattern, small, tmp_path):
     with pytest.raises(ValueError, match='split pattern'):
         formats.write_tokenizer_json({**small, 'pattern': pattern}, tmp_path / 'tokenizer.json')
     assert os.listdir(tmp_path) == []
     file = byte_level_file(['a b'])
-    split = {'type': 'Split', 'pattern': {'Regex': pattern}, 'behavior': 'Isolated', 'invert': False}
+    split = {'type': 'Split', 'pattern': {'Regex': pattern}, 'behavior': 'Isolated',
+             'invert': False}
     file['pre_tokenizer'] = {'type': 'Sequence', 'pretokenizers': [split, file['pre_tokenizer']]}
     with pytest.raises(ValueError, match='tokenizer.json.*split pattern'):
         read_file(tmp_path, file)
@@ -148,11 +160,13 @@ def with_part(**parts):
 
 
 def added(**fields):
-    return [{'id': 258, 'content': '<x>', 'single_word': False, 'lstrip': False, 'rstrip': False, 'normalized': False,
+    return [{'id': 258, 'content': '<x>', 'single_word': False, 'lstrip': False, 'rstrip': False,
+             'normalized': False,
              'special': True, **fields}]
 
 
-BYTE_LEVEL = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': True}
+BYTE_LEVEL = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True,
+              'use_regex': True}
 SPLIT = {'type': 'Split', 'pattern': {'Regex': r'\s+|\S+'}, 'behavior': 'Isolated', 'invert': False}
 
 
@@ -170,16 +184,21 @@ SPLIT = {'type': 'Split', 'pattern': {'Regex': r'\s+|\S+'}, 'behavior': 'Isolate
     (byte_level_file(['a b'], vocab={'a': '1'}), 'vocab is {"a": "1"}'),
     (byte_level_file(['a b'], merges='a b'), 'merges are "a b"'),
     (with_part(normalizer={'type': 'NFKC'}), 'normalizer is {"type": "NFKC"}.*"normalizer": null'),
-    (with_part(normalizer={'type': 'NFC'}, added_tokens=added(normalized=True)), "'<x>' is looked for in normalized"),
+    (with_part(normalizer={'type': 'NFC'}, added_tokens=added(normalized=True)),
+     "'<x>' is looked for in normalized"),
     (with_part(decoder={'type': 'Metaspace'}), 'decoder is .*Metaspace'),
     (with_part(pre_tokenizer=None), 'pre_tokenizer is null'),
-    (with_part(pre_tokenizer={'type': 'Metaspace'}), 'pre_tokenizer is .*Metaspace.*expected ByteLevel'),
-    (with_part(pre_tokenizer={'type': 'Sequence', 'pretokenizers': [{'type': 'Digits'}, BYTE_LEVEL]}), 'Digits'),
+    (with_part(pre_tokenizer={'type': 'Metaspace'}),
+     'pre_tokenizer is .*Metaspace.*expected ByteLevel'),
+    (with_part(pre_tokenizer={'type': 'Sequence',
+                              'pretokenizers': [{'type': 'Digits'}, BYTE_LEVEL]}), 'Digits'),
     (with_part(pre_tokenizer={'type': 'Sequence', 'pretokenizers': 3}), 'pre_tokenizer is'),
     (with_part(pre_tokenizer={**BYTE_LEVEL, 'add_prefix_space': True}), 'add_prefix_space'),
-    (with_part(pre_tokenizer={'type': 'Sequence', 'pretokenizers': [SPLIT, BYTE_LEVEL]}), 'pre_tokenizer is'),
+    (with_part(pre_tokenizer={'type': 'Sequence', 'pretokenizers': [SPLIT, BYTE_LEVEL]}),
+     'pre_tokenizer is'),
     (with_part(pre_tokenizer={'type': 'Sequence', 'pretokenizers': [
-        {**SPLIT, 'behavior': 'Removed', 'invert': True}, {**BYTE_LEVEL, 'use_regex': False}]}), 'pre_tokenizer is'),
+        {**SPLIT, 'behavior': 'Removed', 'invert': True}, {**BYTE_LEVEL, 'use_regex': False}]}),
+        'pre_tokenizer is'),
     (with_part(added_tokens={}), None),
     (with_part(added_tokens=3), 'added_tokens is 3'),
     (with_part(added_tokens=['<x>']), r'added_tokens\[0\] is "<x>"'),
@@ -193,9 +212,12 @@ SPLIT = {'type': 'Split', 'pattern': {'Regex': r'\s+|\S+'}, 'behavior': 'Isolate
     (byte_level_file(['a b'], ['abc']), "no merges lead to the token 'abc'"),
     (byte_level_file(['a b'], merges=['a b', 'a']), r'merges\[1\]: \["a"\] is no merge'),
     (byte_level_file(['a b'], merges=[['a', 1]]), r'merges\[0\]: \["a", 1\] is no merge'),
-    (byte_level_file(['a b'], merges=['a b', 'ab c']), r"merges\[1\]: the merge 'ab c' needs the token 'abc'"),
-    (byte_level_file(['a b'], merges=['a b', 'x y']), r"merges\[1\]: the merge 'x y' needs the token 'xy'"),
-    (byte_level_file([], vocab={'a': 0, 'b': 1}), '254 of the 256 bytes are no tokens .0x00, .*and 244 more'),
+    (byte_level_file(['a b'], merges=['a b', 'ab c']),
+     r"merges\[1\]: the merge 'ab c' needs the token 'abc'"),
+    (byte_level_file(['a b'], merges=['a b', 'x y']),
+     r"merges\[1\]: the merge 'x y' needs the token 'xy'"),
+    (byte_level_file([], vocab={'a': 0, 'b': 1}),
+     '254 of the 256 bytes are no tokens .0x00, .*and 244 more'),
 ])
 def test_what_a_tokenizer_json_is_refused_for(content, message, tmp_path):
     if message is None:
@@ -225,7 +247,8 @@ def test_a_key_twice_and_truncation(small, tmp_path):
         formats.read(path)
     for size in (1, 100, len(text) // 2, len(text) - 3):
         path.write_text(text[:size], encoding='utf-8')
-        with pytest.raises(ValueError, match='tokenizer.json is damaged or truncated.*fetch it again'):
+        with pytest.raises(ValueError,
+                           match='tokenizer.json is damaged or truncated.*fetch it again'):
             formats.read(path)
     path.write_bytes(b'{"a": "\xff"}')
     with pytest.raises(ValueError, match='byte 7 is not UTF-8 .0xff'):
@@ -236,9 +259,11 @@ def test_a_key_twice_and_truncation(small, tmp_path):
 
 
 def test_truncated_merges(small, tmp_path):
-    vocab = {patterns.printable(token): i for token, i in vocabulary.tokens_of(small)[0].items()} | {'<s>': 600}
+    vocab = {patterns.printable(token): i
+             for token, i in vocabulary.tokens_of(small)[0].items()} | {'<s>': 600}
     (tmp_path / 'vocab.json').write_text(json.dumps(vocab))
-    for kept, message in [(small['merges'][:200], 'no merges lead to'), ([*small['merges'][:-1], 'Ġ'], 'line 345')]:
+    for kept, message in [(small['merges'][:200], 'no merges lead to'),
+                          ([*small['merges'][:-1], 'Ġ'], 'line 345')]:
         (tmp_path / 'merges.txt').write_text('\n'.join(['#version: 0.2', *kept]), encoding='utf-8')
         with pytest.raises(ValueError, match=f'merges.txt.*{message}'):
             formats.read(tmp_path)
@@ -249,7 +274,8 @@ def test_truncated_merges(small, tmp_path):
     (lambda lines: [*lines[:300], 'YQ== 1 2', *lines[301:]], "line 301: b'YQ== 1 2'"),
     (lambda lines: [*lines[:300], 'Y!== 300', *lines[301:]], "line 301: b'Y!== 300'"),
     (lambda lines: [*lines[:300], 'YWI= -3', *lines[301:]], "line 301: b'YWI= -3'"),
-    (lambda lines: [*lines[:300], 'YQ== 300', *lines[301:]], "line 301: the token b'a' has rank 300.* already .* 97"),
+    (lambda lines: [*lines[:300], 'YQ== 300', *lines[301:]],
+     "line 301: the token b'a' has rank 300.* already .* 97"),
     (lambda lines: [*lines[:-1], lines[-1][:-1]], 'have the same id 59'),
     (lambda lines: lines[1:], r'1 of the 256 bytes are no tokens \(0x00\)'),
     (lambda lines: lines[:100], r'156 of the 256 bytes'),
@@ -266,7 +292,7 @@ def test_damaged_tiktoken(damage, message, small, tmp_path):
 def test_damaged_published_file(small, tmp_path):
     path = tmp_path / 'cl100k_base.tiktoken'
     formats.write_tiktoken(small, path)
-    with pytest.raises(ValueError, match='not the published cl100k_base: its SHA-256 is .{64}, expected 223921b'):
+    with pytest.raises(ValueError, match='not the published cl100k_base.* .{64}, expected 223921b'):
         formats.read(path)
 
 
@@ -296,8 +322,10 @@ def test_what_tiktoken_cannot_do(tmp_path):
 
 
 def test_a_special_token_that_reads_like_another(small, tmp_path):
-    with pytest.raises(ValueError, match="special token 'a' .id 600. has the name of the token b'a' .id 97"):
-        formats.write_tokenizer_json({**small, 'special_tokens': {'a': 600}}, tmp_path / 'tokenizer.json')
+    with pytest.raises(ValueError,
+                       match="special token 'a' .id 600. has the name of the token b'a' .id 97"):
+        formats.write_tokenizer_json({**small, 'special_tokens': {'a': 600}},
+                                     tmp_path / 'tokenizer.json')
 
 
 @pytest.mark.parametrize('name, content, message', [

@@ -1,4 +1,5 @@
-"""tokenizer/: round trips, tiktoken's ids, compiled code, streams. Run: pytest tests/test_tokenizer.py"""
+"""tokenizer/: round trips, tiktoken's ids, compiled code, streams. Run: pytest
+tests/test_tokenizer.py"""
 
 import io
 import itertools
@@ -58,11 +59,11 @@ def test_char_round_trip(text):
     same_everywhere(tok, text)
 
 
-@settings(many, max_examples=1200)
+@settings(many, max_examples=600)
 @given(text=texts)
 @example(text='a\ud800b\ud83d\ude00')
 def test_round_trip_of_every_sort(gpt2, trained, text):
-    """Above 10,000 round trips: 1,200 texts, nine tokenizers."""
+    """Above 5,000 round trips: 600 texts, nine tokenizers."""
     for tok in (gpt2, *trained.values()):
         same_everywhere(tok, text)
 
@@ -157,13 +158,15 @@ def test_published_vocabularies_are_what_tiktoken_says(published):
     tokens = encoding.token_byte_values()
     ids = [encoding.encode_single_token(token) for token in tokens]
     assert [ours.decode_bytes([i]) for i in ids] == tokens
-    for unused in sorted(set(range(ours.vocab_size)).difference(ids, ours.special_tokens.values()))[:3]:
+    unused_ids = set(range(ours.vocab_size)).difference(ids, ours.special_tokens.values())
+    for unused in sorted(unused_ids)[:3]:
         with pytest.raises(ValueError, match=f'id {unused}: this vocabulary does not use'):
             ours.decode([unused])
 
 
 def test_more_blanks_than_tiktoken_can_take(monkeypatch, gpt2):
-    """Its regular expressions run out of stack, and it panics; one piece at a time it can encode them."""
+    """Its regular expressions run out of stack, and it panics; one piece at a time it can encode
+    them."""
     n = 1_500_000
     monkeypatch.setattr(fast, 'has_gigatoken', lambda: False)
     alone = tokenizer.load('gpt2')
@@ -197,7 +200,8 @@ def test_fast_ways_give_the_same_ids(monkeypatch, trained, accelerator):
         for batch in (TEXTS, older, ['x'], ['']):
             if accelerator == 'gigatoken in batches':
                 tok._fast.chars = 50_000_000  # so much text has gone before
-            same_arrays(tok.encode_batch(batch, workers=2), slow, {text: expected[text] for text in batch})
+            same_arrays(tok.encode_batch(batch, workers=2), slow,
+                        {text: expected[text] for text in batch})
         assert tok.encode_batch([], workers=2) == []
         same_arrays(map(tok.encode_array, expected), slow, expected)
         if tok.is_fast and tok.pattern:  # so it went the way that this is about
@@ -208,21 +212,25 @@ def test_tiktokens_vocabularies_go_the_same_ways(monkeypatch, published):
     slow, encoding = published
     expected = {text: encoding.encode_ordinary(text) for text in TEXTS}
     for has_gigatoken in (fast.has_gigatoken(), False):
-        monkeypatch.setattr(fast, 'has_gigatoken', lambda has_gigatoken=has_gigatoken: has_gigatoken)
+        monkeypatch.setattr(fast, 'has_gigatoken',
+                            lambda has_gigatoken=has_gigatoken: has_gigatoken)
         same_arrays(tokenizer.load(encoding.name).encode_batch(TEXTS), slow, expected)
         same_arrays(map(tokenizer.load(encoding.name).encode_array, TEXTS), slow, expected)
         same_arrays(map(tokenizer.from_dict(slow.to_dict()).encode_array, TEXTS), slow, expected)
 
 
 def test_merges_that_tiktoken_would_do_otherwise():
-    """By these merges bc is joined before ab, so abc is never made; tiktoken would take it as a whole piece."""
+    """By these merges bc is joined before ab, so abc is never made; tiktoken would take it as a
+    whole piece."""
     tok = BPETokenizer([(b'b', b'c'), (b'a', b'b'), (b'ab', b'c')], 'gpt2')
     text, ids = 'abc abcab', [97, 256, 32, 97, 256, 257]
-    assert tok.encode(text) == tok.encode_array(text).tolist() == tok.encode_batch([text])[0].tolist() == ids
+    assert tok.encode(text) == tok.encode_array(text).tolist() == ids
+    assert tok.encode_batch([text])[0].tolist() == ids
 
 
 def test_batches_in_processes(trained):
-    texts = ['the cat sat on the mat ' * 4000, '', 'short', *HARD] * 20  # above 2 MB, from where on there are processes
+    # above 2 MB, from where on there are processes
+    texts = ['the cat sat on the mat ' * 4000, '', 'short', *HARD] * 20
     for tok in (trained['own pattern'], WordTokenizer.train(HARD, 100)):
         one = {text: tok.encode_array(text).tolist() for text in set(texts)}
         arrays = tok.encode_batch(texts, workers=2)
@@ -261,7 +269,8 @@ def test_streams_give_the_same_ids(cut_wherever_possible, gpt2, trained, text, r
 
 
 @pytest.mark.parametrize('text', ['a\ud83d\ude00b', 'x\n\ud83d\ude00', ' \ud83d\ude00 \ud83d'])
-def test_streams_keep_the_halves_of_a_character_together(cut_wherever_possible, gpt2, trained, text):
+def test_streams_keep_the_halves_of_a_character_together(cut_wherever_possible, gpt2, trained,
+                                                         text):
     for tok in (gpt2, tokenizer.ByteTokenizer(), *trained.values()):
         assert list(tok.encode_iterable(text)) == tok.encode(text)
 
@@ -269,10 +278,12 @@ def test_streams_keep_the_halves_of_a_character_together(cut_wherever_possible, 
 @pytest.mark.parametrize('chars', [1, 1000, base.STREAM_CHARS])
 def test_streams_of_lines_blocks_and_files(monkeypatch, tmp_path, gpt2, trained, chars):
     monkeypatch.setattr(base, 'STREAM_CHARS', chars)
-    text = (CODE[:15_000].replace('\n\n', EOT + '\r\n') + 'ſ日本 ' * 99) * (6 if chars > 9999 else 1)
+    text = (CODE[:15_000].replace('\n\n', EOT + '\r\n') + 'ſ日本 ' * 99) * (6 if chars > 9999
+                                                                          else 1)
     path = tmp_path / 'text'
     path.write_bytes(text.encode())
-    for tok in (gpt2, tokenizer.CharTokenizer.from_text(text), *itertools.islice(trained.values(), 5)):
+    for tok in (gpt2, tokenizer.CharTokenizer.from_text(text),
+                *itertools.islice(trained.values(), 5)):
         expected = tok.encode(text, 'all')
         with open(path, encoding='utf-8', newline='') as file:
             assert list(tok.encode_iterable(file, 'all')) == expected
@@ -283,7 +294,8 @@ def test_streams_of_lines_blocks_and_files(monkeypatch, tmp_path, gpt2, trained,
 
 def test_streams_refuse_what_encode_refuses(cut_wherever_possible, trained):
     for tok in (trained['gpt4'], trained[None], trained['own pattern']):
-        for parts in (['well <|user', ' says|>'], ['well <|user says|>'], 'a <|user says|> b', ['<|user ', 'says|>']):
+        for parts in (['well <|user', ' says|>'], ['well <|user says|>'], 'a <|user says|> b',
+                      ['<|user ', 'says|>']):
             with pytest.raises(ValueError, match=r"special token '<\|user says\|>'"):
                 list(tok.encode_iterable(parts))
             with pytest.raises(ValueError, match=r"special token '<\|user says\|>'"):

@@ -1,4 +1,5 @@
-"""tokenizer/: saved files, refusals, nanoGPT's meta.pkl. Run: pytest tests/test_tokenizer_files.py"""
+"""tokenizer/: saved files, refusals, nanoGPT's meta.pkl. Run: pytest
+tests/test_tokenizer_files.py"""
 
 import hashlib
 import json
@@ -45,14 +46,17 @@ def test_saved_tokenizers_are_the_same(tmp_path, gpt2, trained):
         path = tmp_path / f'{i}.json'
         tok.save(path)
         tok.save(path)  # over what there is
-        for copy in (tokenizer.load(path), tokenizer.load(str(path)), tokenizer.from_dict(tok.to_dict()),
+        for copy in (tokenizer.load(path), tokenizer.load(str(path)),
+                     tokenizer.from_dict(tok.to_dict()),
                      tokenizer.from_dict(json.loads(json.dumps(tok.to_dict())))):
             assert type(copy) is type(tok) and copy.to_dict() == tok.to_dict()
-            assert (copy.vocab_size, copy.eot, copy.special_tokens) == (tok.vocab_size, tok.eot, tok.special_tokens)
+            assert ((copy.vocab_size, copy.eot, copy.special_tokens)
+                    == (tok.vocab_size, tok.eot, tok.special_tokens))
             assert copy.pattern == tok.pattern
         if not isinstance(tok, tokenizer.CharTokenizer):
             assert copy.encode(MIXED, 'all') == tok.encode(MIXED, 'all')
-    assert sorted(os.listdir(tmp_path)) == sorted(f'{n}.json' for n in range(i + 1))  # nothing temporary is left
+    # nothing temporary is left
+    assert sorted(os.listdir(tmp_path)) == sorted(f'{n}.json' for n in range(i + 1))
 
 
 def test_a_pattern_of_ones_own_is_saved(tmp_path):
@@ -64,7 +68,8 @@ def test_a_pattern_of_ones_own_is_saved(tmp_path):
 
 
 def small_ones():
-    return [tokenizer.CharTokenizer('ab\n"é'), tokenizer.ByteTokenizer(), WordTokenizer(['the', ' cat', ',']),
+    return [tokenizer.CharTokenizer('ab\n"é'), tokenizer.ByteTokenizer(),
+            WordTokenizer(['the', ' cat', ',']),
             BPETokenizer.train('the cat, the hat', 262, 'gpt4', [EOT, USER])]
 
 
@@ -115,7 +120,7 @@ def test_a_file_of_another_kind(tmp_path):
     values = {'kind': 'syllable', 'words': []}
     (tmp_path / 'my.json').write_text(json.dumps(
         {'format': base.FILE_FORMAT, 'version': 1, 'sha256': tokenizer.digest(values), **values}))
-    with pytest.raises(ValueError, match="my.json: unknown kind of tokenizer 'syllable'; expected one of .*newer"):
+    with pytest.raises(ValueError, match="my.json: unknown kind .* 'syllable'; expected .*newer"):
         tokenizer.load(tmp_path / 'my.json')
 
 
@@ -127,7 +132,7 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError(28, 'No space left on device')
 
     monkeypatch.setattr(os, 'fsync', disk_full)
-    with pytest.raises(ValueError, match='my.json could not be written .No space left on device.*free some space'):
+    with pytest.raises(ValueError, match='my.json could not .* .No space left .*free some space'):
         tokenizer.CharTokenizer('ab').save(path)
     assert tokenizer.load(path).kind == 'byte'
 
@@ -136,7 +141,8 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
 
 def test_unknown_characters_are_named():
     tok = tokenizer.CharTokenizer('abc')
-    with pytest.raises(ValueError, match=r"'d' \(U\+0064\), 'é' \(U\+00E9\), '🙂' \(U\+1F642\)") as error:
+    with pytest.raises(ValueError,
+                       match=r"'d' \(U\+0064\), 'é' \(U\+00E9\), '🙂' \(U\+1F642\)") as error:
         tok.encode('a🙂bdéd')
     assert '--tokenizer=byte' in str(error.value)
     with pytest.raises(ValueError, match='and 16 more'):
@@ -166,15 +172,17 @@ def test_bad_vocabularies(chars):
 
 def test_load_names():
     assert tokenizer.load('byte').vocab_size == 256
-    for name, near in (('gtp2', 'gpt2'), ('gpt-4', 'cl100k_base'), ('o200k', 'o200k_base'), ('bytes', 'byte')):
-        with pytest.raises(ValueError, match=f"unknown tokenizer '{name}'; expected .*did you mean '{near}'"):
+    for name, near in (('gtp2', 'gpt2'), ('gpt-4', 'cl100k_base'), ('o200k', 'o200k_base'),
+                       ('bytes', 'byte')):
+        with pytest.raises(ValueError,
+                           match=f"unknown tokenizer '{name}'; expected .*did you mean '{near}'"):
             tokenizer.load(name)
 
 
 def test_load_names_that_need_a_text(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)  # where no char.json lies
     for name in ('char', 'word', 'bpe'):
-        with pytest.raises(ValueError, match=rf'takes its vocabulary from a text: python -m tokenizer train .*{name}'):
+        with pytest.raises(ValueError, match=rf'a text: python -m tokenizer train --kind={name} '):
             tokenizer.load(name)
     tokenizer.ByteTokenizer().save('mine.json')
     with pytest.raises(ValueError, match="did you mean 'mine.json'"):
@@ -193,16 +201,20 @@ def test_load_names_that_need_a_text(monkeypatch, tmp_path):
     ({'kind': 'word', 'words': ['the cat']}, "'the cat'"),
     ({'kind': 'bpe', 'merges': [], 'pattern': None}, "lacks 'special_tokens'"),
     ({'kind': 'bpe', 'merges': 5, 'pattern': None, 'special_tokens': {}}, 'merges'),
-    ({'kind': 'bpe', 'merges': ['ab'], 'pattern': None, 'special_tokens': {}}, "merge 0 is 'ab'; expected two tokens"),
-    ({'kind': 'bpe', 'merges': ['a b', 'a 日'], 'pattern': None, 'special_tokens': {}}, "merge 1 is 'a 日'"),
+    ({'kind': 'bpe', 'merges': ['ab'], 'pattern': None, 'special_tokens': {}},
+     "merge 0 is 'ab'; expected two tokens"),
+    ({'kind': 'bpe', 'merges': ['a b', 'a 日'], 'pattern': None, 'special_tokens': {}},
+     "merge 1 is 'a 日'"),
     ({'kind': 'bpe', 'merges': ['a b c'], 'pattern': None, 'special_tokens': {}}, "'a b c'"),
     ({'kind': 'bpe', 'merges': [7], 'pattern': None, 'special_tokens': {}}, 'merge 0 is 7'),
-    ({'kind': 'bpe', 'merges': ['ab c'], 'pattern': None, 'special_tokens': {}}, "joins b'ab' and b'c'"),
+    ({'kind': 'bpe', 'merges': ['ab c'], 'pattern': None, 'special_tokens': {}},
+     "joins b'ab' and b'c'"),
     ({'kind': 'bpe', 'merges': [], 'pattern': 5, 'special_tokens': {}}, 'pattern'),
     ({'kind': 'bpe', 'merges': [], 'pattern': '(', 'special_tokens': {}}, 'pattern'),
     ({'kind': 'bpe', 'merges': [], 'pattern': None, 'special_tokens': [EOT]}, 'special'),
     ({'kind': 'bpe', 'merges': [], 'pattern': None, 'special_tokens': {EOT: 'x'}}, 'special'),
-    ({'kind': 'bpe', 'merges': [], 'pattern': None, 'special_tokens': {}, 'byte_ids': 5}, 'byte_ids'),
+    ({'kind': 'bpe', 'merges': [], 'pattern': None, 'special_tokens': {}, 'byte_ids': 5},
+     'byte_ids'),
 ], ids=str)
 def test_from_dict_refuses(values, message):
     with pytest.raises(ValueError, match=message):
@@ -211,12 +223,15 @@ def test_from_dict_refuses(values, message):
 
 def test_no_network_says_what_to_do(tmp_path):
     # A proxy that nobody listens at makes every machine one without a network.
-    environment = {**os.environ, 'TIKTOKEN_CACHE_DIR': str(tmp_path), 'https_proxy': 'http://127.0.0.1:9',
+    environment = {**os.environ, 'TIKTOKEN_CACHE_DIR': str(tmp_path),
+                   'https_proxy': 'http://127.0.0.1:9',
                    'HTTPS_PROXY': 'http://127.0.0.1:9', 'no_proxy': '', 'NO_PROXY': ''}
     code = 'import tokenizer\ntry: tokenizer.load("gpt2")\nexcept ValueError as error: print(error)'
-    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, env=environment,
+                          capture_output=True, text=True)
     said = done.stdout
-    for part in ('TIKTOKEN_CACHE_DIR', 'vocab.bpe', 'encoder.json', '--tokenizer=byte', str(tmp_path)):
+    for part in ('TIKTOKEN_CACHE_DIR', 'vocab.bpe', 'encoder.json', '--tokenizer=byte',
+                 str(tmp_path)):
         assert part in said
     for url in bytepair.TIKTOKEN_FILES['gpt2']:
         assert hashlib.sha1(url.encode()).hexdigest() in said
@@ -251,7 +266,8 @@ class Harm:
 def test_meta_pkl_runs_no_code(tmp_path):
     victim = tmp_path / 'victim'
     path = tmp_path / 'meta.pkl'
-    path.write_bytes(pickle.dumps({'vocab_size': 1, 'stoi': {'a': 0}, 'itos': {0: 'a'}, 'x': Harm(str(victim))}))
+    path.write_bytes(pickle.dumps({'vocab_size': 1, 'stoi': {'a': 0}, 'itos': {0: 'a'},
+                                   'x': Harm(str(victim))}))
     with pytest.raises(ValueError, match='refused.*prepare.py'):
         tokenizer.from_meta_pkl(path)
     assert not victim.exists()
@@ -262,7 +278,8 @@ def test_meta_pkl_runs_no_code(tmp_path):
 @pytest.mark.parametrize('changes', [
     {'itos': None}, {'vocab_size': 4}, {'vocab_size': True}, {'vocab_size': '3'},
     {'stoi': {'b': 0, 'a': 1, 'c': 1}}, {'stoi': {'b': 0, 'a': 1, 2: 2}},
-    {'itos': {0: 'a', 1: 'b', 2: '\n'}}, {'stoi': ['a', 'b', 'c']}, {'stoi': {'b': 0, 'a': 1, '\n': '2'}},
+    {'itos': {0: 'a', 1: 'b', 2: '\n'}}, {'stoi': ['a', 'b', 'c']},
+    {'stoi': {'b': 0, 'a': 1, '\n': '2'}},
 ], ids=str)
 def test_meta_pkl_contradictions(tmp_path, changes):
     with pytest.raises(UserError, match='expected vocab_size, stoi'):
@@ -271,7 +288,8 @@ def test_meta_pkl_contradictions(tmp_path, changes):
 
 def test_meta_pkl_of_words(tmp_path):
     words = {'stoi': {'b': 0, 'a': 1, 'the': 2}, 'itos': {0: 'b', 1: 'a', 2: 'the'}}
-    with pytest.raises(UserError, match="refused: a char vocabulary holds single characters, got 'the'"):
+    with pytest.raises(UserError,
+                       match="refused: a char vocabulary holds single characters, got 'the'"):
         tokenizer.from_meta_pkl(meta_pkl(tmp_path / 'meta.pkl', **words))
 
 

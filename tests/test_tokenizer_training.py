@@ -44,11 +44,14 @@ def test_special_tokens_have_the_last_ids(chat):
     assert chat.special_tokens == {EOT: 259, USER: 260, '[END]': 261}
     assert (chat.vocab_size, chat.eot) == (262, 259)
     assert chat.decode([259, 260, 261]) == EOT + USER + '[END]'
-    assert BPETokenizer.train('the cat', 258, special_tokens='<|x|>').special_tokens == {'<|x|>': 257}
+    assert (BPETokenizer.train('the cat', 258, special_tokens='<|x|>').special_tokens
+            == {'<|x|>': 257})
 
 
-@pytest.mark.parametrize('everything', ['all', {EOT, USER, '[END]'}, frozenset([EOT, USER, '[END]']),
-                                        [EOT, USER, '[END]'], (USER, '[END]', EOT)], ids=['all', 'set', 'frozenset', 'list', 'tuple'])
+@pytest.mark.parametrize('everything', ['all', {EOT, USER, '[END]'},
+                                        frozenset([EOT, USER, '[END]']),
+                                        [EOT, USER, '[END]'], (USER, '[END]', EOT)],
+                                        ids=['all', 'set', 'frozenset', 'list', 'tuple'])
 def test_allowed_special_tokens_become_ids(chat, everything):
     text = f'{EOT}{EOT}a{USER} [END]\n<|user says |>'
     ids = chat.encode(text, everything)
@@ -62,7 +65,8 @@ def test_special_tokens_as_ordinary_text(chat):
 
 @pytest.mark.parametrize('allowed', ['none_raise', set(), [], {USER}, {'[END]', USER}], ids=str)
 def test_special_tokens_not_allowed_are_refused(chat, allowed):
-    with pytest.raises(ValueError, match=r"special token '<\|endoftext\|>' \(after 'well '\)") as error:
+    with pytest.raises(ValueError,
+                       match=r"special token '<\|endoftext\|>' \(after 'well '\)") as error:
         chat.encode('well ' + EOT, allowed)
     for remedy in ("allowed_special={'<|endoftext|>'}", "'all'", "allowed_special='none'"):
         assert remedy in str(error.value)
@@ -72,7 +76,8 @@ def test_special_tokens_not_allowed_are_refused(chat, allowed):
 
 
 @pytest.mark.parametrize('allowed, message', [
-    ({'<|endofttext|>'}, r"'<\|endofttext\|>'.*it has: <\|endoftext\|>, .*did you mean '<\|endoftext\|>'"),
+    ({'<|endofttext|>'},
+     r"'<\|endofttext\|>'.*it has: <\|endoftext\|>, .*did you mean '<\|endoftext\|>'"),
     (['x'], "'x', which is no special token"),
     ('some', "'some'; expected 'all', 'none', 'none_raise' or a set"),
     (EOT, "expected 'all'"),
@@ -266,7 +271,8 @@ def test_many_special_tokens():
 
 
 @pytest.mark.parametrize('described', [
-    {'merge_ids': [2**31]}, {'byte_ids': [*range(255), 2**33]}, {'special_tokens': {'<|x|>': 2**31}}])
+    {'merge_ids': [2**31]}, {'byte_ids': [*range(255), 2**33]},
+    {'special_tokens': {'<|x|>': 2**31}}])
 def test_ids_beyond_what_files_hold_are_refused(described):
     values = {'kind': 'bpe', 'pattern': None, 'special_tokens': {}, 'merges': ['a b'], **described}
     with pytest.raises(ValueError, match='2,147,483,647'):
@@ -278,7 +284,8 @@ def test_special_token_that_is_no_text():
         tokenizer.BPETokenizer([], None, {'\ud800': 256})
 
 
-@pytest.mark.parametrize('ids, named', [([1.5], '1.5'), ('12', "'12'"), ([2**70], str(2**70)), ([256], '256')])
+@pytest.mark.parametrize('ids, named', [([1.5], '1.5'), ('12', "'12'"), ([2**70], str(2**70)),
+                                        ([256], '256')])
 def test_what_is_no_id_is_not_decoded(ids, named):
     with pytest.raises(ValueError, match='cannot decode') as error:
         tokenizer.ByteTokenizer().decode(ids)

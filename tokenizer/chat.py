@@ -225,7 +225,7 @@ def check_conversation(messages):
     for i, message in enumerate(messages, 1):
         if message.get('weight') not in (None, 0, 1):
             raise UserError(f'message {i} has a weight of {json.dumps(message["weight"])[:20]}; '
-                            f'expected 1, or 0 for no loss')
+                            f'expected 0, not to be learnt, or 1')
         if message['role'] != 'assistant':
             continue
         content = message['content']

@@ -15,8 +15,10 @@ TEXT = 'Who is there? Nay, answer me: stand, and unfold yourself. Long live the 
 
 
 def run(*arguments, cwd, error=None):
-    """Standard output of python tokenizer.py; with error, which has to be in what it says when it fails."""
-    result = subprocess.run([sys.executable, '-m', 'tokenizer', *arguments], cwd=cwd, capture_output=True,
+    """Standard output of python tokenizer.py; with error, which has to be in what it says when it
+    fails."""
+    result = subprocess.run([sys.executable, '-m', 'tokenizer', *arguments], cwd=cwd,
+                            capture_output=True,
                             text=True, encoding='utf-8', stdin=subprocess.DEVNULL)
     assert 'Traceback' not in result.stderr
     if error is not None:
@@ -58,11 +60,13 @@ def test_train_look_compare_export(folder):
 
 
 def test_words_and_chars(folder):
-    run('train', '--kind=word', '--input=text.txt', '--vocab_size=12', '--out=words.json', cwd=folder)
+    run('train', '--kind=word', '--input=text.txt', '--vocab_size=12', '--out=words.json',
+        cwd=folder)
     words = tokenizer.load(folder / 'words.json')
     assert words.vocab_size == 12 and words.kind == 'word'
     run('train', '--kind=char', '--input=text.txt', '--out=chars.json', cwd=folder)
-    assert tokenizer.load(folder / 'chars.json').decode(tokenizer.load(folder / 'chars.json').encode(TEXT)) == TEXT
+    chars = tokenizer.load(folder / 'chars.json')
+    assert chars.decode(chars.encode(TEXT)) == TEXT
     out = run('--compare=chars.json,byte', cwd=folder)
     korean = next(line for line in out.splitlines() if line.startswith('Korean'))
     assert korean.split()[2:5] == ['-', '-', '-']  # characters that the vocabulary does not have
@@ -75,19 +79,21 @@ def test_colors_only_on_request(folder):
 
 
 @pytest.mark.parametrize('arguments, error', [
-    (['trian'], 'did you mean train'),
-    (['--text=a', '--tokenizer=gtp2'], 'did you mean gpt2'),
-    (['--text=a', '--tokenizer=gpt4'], 'did you mean cl100k_base'),
+    (['trian'], "did you mean 'train'"),
+    (['--text=a', '--tokenizer=gtp2'], "did you mean 'gpt2'"),
+    (['--text=a', '--tokenizer=gpt4'], "did you mean 'cl100k_base'"),
     (['--text=a', '--input=text.txt'], 'both --text and --input'),
     (['--text=a', '--tokenizer=char'], 'takes its vocabulary from a text'),
     (['train', '--input=text.txt'], '--vocab_size=N'),
     (['train', '--input=text.txt', '--vocab_size=256'], 'expected at least 257'),
     (['train', '--input=text.txt', '--vocab_size=9999'], 'vocab_size at most'),
     (['train', '--input=nothing.txt', '--vocab_size=300'], 'nothing.txt does not exist'),
-    (['train', '--input=text.txt', '--vocab_size=300', '--pattern=('], 'is not a regular expression'),
+    (['train', '--input=text.txt', '--vocab_size=300', '--pattern=('],
+     'is not a regular expression'),
     (['train', '--input=text.txt', '--vocab_size=300', '--special_tokens=<|a|>,<|a|>b'], 'overlap'),
     (['train', '--input=text.txt', '--vocab_size=300', '--out=no/mine.json'], 'mkdir -p no'),
-    (['train', '--kind=char', '--input=text.txt', '--vocab_size=300'], '--vocab_size is for bpe and word'),
+    (['train', '--kind=char', '--input=text.txt', '--vocab_size=300'],
+     '--vocab_size is for bpe and word'),
     (['export', '--tokenizer=byte', '--out=tokenizer.json'], 'hold byte pair encoding only'),
 ])
 def test_errors(folder, arguments, error):
@@ -111,7 +117,8 @@ def test_samples_and_views_cover_odd_tokens():
 
 def test_output_that_nobody_reads_to_the_end(folder):
     (folder / 'long.txt').write_text('many words ' * 20_000)
-    process = subprocess.Popen([sys.executable, '-m', 'tokenizer', '--input=long.txt', '--tokenizer=byte'],
+    process = subprocess.Popen([sys.executable, '-m', 'tokenizer', '--input=long.txt',
+                                '--tokenizer=byte'],
                                cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.readline()
     process.stdout.close()  # as head does
@@ -119,7 +126,10 @@ def test_output_that_nobody_reads_to_the_end(folder):
 
 
 def test_training_keeps_to_its_kind(folder):
-    run('train', '--kind=char', '--input=text.txt', '--pattern=gpt2', cwd=folder, error='--pattern is for bpe')
-    run('train', '--input=text.txt', '--vocab_size=300', '--pattern=gtp4', cwd=folder, error='did you mean gpt4')
+    run('train', '--kind=char', '--input=text.txt', '--pattern=gpt2', cwd=folder,
+        error='--pattern is for bpe')
+    run('train', '--input=text.txt', '--vocab_size=300', '--pattern=gtp4', cwd=folder,
+        error="did you mean 'gpt4'")
     run('train', '--input=text.txt', '--vocab_size=300', '--out=.', cwd=folder, error='is a folder')
-    run('train', '--input=text.txt', '--vocab_size=300', '--num_proc=-1', cwd=folder, error="'-1' is not a whole")
+    run('train', '--input=text.txt', '--vocab_size=300', '--num_proc=-1', cwd=folder,
+        error="'-1' is not a whole")

@@ -36,19 +36,22 @@ def add(number):
     return number + added
 
 
-@pytest.mark.parametrize('text, cores', [('150000 100000', 1), ('50000 100000', 1), ('99900000 100000', None),
+@pytest.mark.parametrize('text, cores', [('150000 100000', 1), ('50000 100000', 1),
+                                         ('99900000 100000', None),
                                          ('max 100000', None), ('', None), (None, None)])
 def test_cores_that_a_container_allows(text, cores, tmp_path):
     """cpu.max as cgroups v2 write it: microseconds of a period, or no limit."""
     if text is not None:
         (tmp_path / 'cpu.max').write_text(text)
-    everything = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    everything = (len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity')
+                  else os.cpu_count())
     assert core_count(str(tmp_path / 'cpu.max')) == (cores or everything)
 
 
 def test_results_come_in_order():
     with Workers(2) as workers:
-        assert list(workers.map(square, range(20))) == [(number, number * number) for number in range(20)]
+        assert (list(workers.map(square, range(20)))
+                == [(number, number * number) for number in range(20)])
         assert list(workers.map(square, [])) == []
         assert list(workers.map(square, [3])) == [(3, 9)]  # the same processes again
 
@@ -93,7 +96,8 @@ def test_processes_end_with_the_main_one(tmp_path, sent):
                       '    with Workers(2) as workers:\n'
                       f'        list(workers.map(work, [{str(tmp_path / "pids")!r}] * 1000))\n')
     (tmp_path / 'pids').mkdir()
-    process = subprocess.Popen([sys.executable, str(script)], stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen([sys.executable, str(script)], stderr=subprocess.PIPE, text=True,
+                               start_new_session=True)
     deadline = time.monotonic() + 60
     while len(os.listdir(tmp_path / 'pids')) < 2:
         assert time.monotonic() < deadline and process.poll() is None

@@ -1,7 +1,10 @@
-"""The command line of tokenizer.py: see tokens, compare vocabularies, train and export them.
+"""
+See the tokens of a text, compare tokenizers, train one, export one.
 
-    show(name, tokenizer, text)       the text with its tokens in colours, then a line for each: id, bytes, text
-    compare(tokenizers, texts)        a table of counts, bytes per token and compression, a row for each text
+    python -m tokenizer --text='Hello, 안녕!' --tokenizer=gpt2
+    python -m tokenizer --compare=gpt2,cl100k_base,byte
+    python -m tokenizer train --input=FILE --vocab_size=8192 --out=my.json
+    python -m tokenizer export --tokenizer=my.json --out=tokenizer.json
 """
 
 import argparse
@@ -12,65 +15,71 @@ import time
 import unicodedata
 
 import tokenizer as tokenizers
-from configurator import UserError
+from configurator import UserError, nearest
 from data.documents import read_documents, read_text
 from data.encode import positive, run
-from tokenizer import formats
-from tokenizer.base import ENDOFTEXT, id_dtype, nearest
-from tokenizer.basic import CharTokenizer, WordTokenizer
-from tokenizer.bytepair import BPETokenizer
+from tokenizer import BPETokenizer, CharTokenizer, WordTokenizer, formats
+from tokenizer.base import ENDOFTEXT, id_dtype
 from tokenizer.patterns import to_utf8
 
 BACKGROUNDS = [153, 157, 223, 218, 189]  # of the terminal's 256 colours: light, for black letters
 COLUMNS_PER_TABLE = 3                    # tokenizers side by side in 80 columns
+TOKENIZER_HELP = 'byte, gpt2, cl100k_base, o200k_base, or a file'
 
-# One text in several languages, article 1 of the Universal Declaration of Human Rights, so that the counts of tokens
-# can be compared from row to row; then code, sums and emoji.
+# Article 1 of the Universal Declaration of Human Rights in several languages, so that counts can be
+# compared; then code, sums and emoji.
 SAMPLES = {
-    'English': 'All human beings are born free and equal in dignity and rights. They are endowed with reason '
-               'and conscience and should act towards one another in a spirit of brotherhood.',
-    'German': 'Alle Menschen sind frei und gleich an Würde und Rechten geboren. Sie sind mit Vernunft und '
-              'Gewissen begabt und sollen einander im Geist der Brüderlichkeit begegnen.',
-    'Spanish': 'Todos los seres humanos nacen libres e iguales en dignidad y derechos y, dotados como están '
-               'de razón y conciencia, deben comportarse fraternalmente los unos con los otros.',
-    'Russian': 'Все люди рождаются свободными и равными в своем достоинстве и правах. Они наделены разумом и '
-               'совестью и должны поступать в отношении друг друга в духе братства.',
-    'Greek': 'Όλοι οι άνθρωποι γεννιούνται ελεύθεροι και ίσοι στην αξιοπρέπεια και τα δικαιώματα. Είναι '
-             'προικισμένοι με λογική και συνείδηση, και οφείλουν να συμπεριφέρονται μεταξύ τους με πνεύμα '
-             'αδελφοσύνης.',
-    'Arabic': 'يولد جميع الناس أحرارا متساوين في الكرامة والحقوق. وقد وهبوا عقلا وضميرا وعليهم أن يعامل بعضهم '
-              'بعضا بروح الإخاء.',
-    'Hindi': 'सभी मनुष्यों को गौरव और अधिकारों के मामले में जन्मजात स्वतन्त्रता और समानता प्राप्त है। उन्हें बुद्धि और अन्तरात्मा '
-             'की देन प्राप्त है और परस्पर उन्हें भाईचारे के भाव से बर्ताव करना चाहिए।',
-    'Chinese': '人人生而自由，在尊严和权利上一律平等。他们赋有理性和良心，并应以兄弟关系的精神相对待。',
-    'Japanese': 'すべての人間は、生れながらにして自由であり、かつ、尊厳と権利とについて平等である。人間は、理'
-                '性と良心とを授けられており、互いに同胞の精神をもって行動しなければならない。',
-    'Korean': '모든 인간은 태어날 때부터 자유로우며 그 존엄과 권리에 있어 동등하다. 인간은 천부적으로 이성과 '
-              '양심을 부여받았으며 서로 형제애의 정신으로 행동하여야 한다.',
-    'Python': 'def fizzbuzz(n):\n    for i in range(1, n + 1):\n        if i % 15 == 0:\n'
-              '            print("FizzBuzz")\n        elif i % 5 == 0:\n            print("Buzz")\n'
-              '        else:\n            print(i)\n',
-    'C': '#include <stdio.h>\n\nint main(void)\n{\n\tfor (int i = 0; i < 10; i++)\n'
-         '\t\tprintf("%d\\n", i * i);\n\treturn 0;\n}\n',
-    'sums': '127 + 677 = 804\n1234 + 4321 = 5555\n99999 * 10001 = 1000089999\n3.14159 / 2.71828 = 1.15573\n',
-    'emoji': '😀 😃 😄 👍🏽 👩‍👩‍👧‍👦 🇰🇷 🚀✨ ¯\\_(ツ)_/¯',
+    'English': ('All human beings are born free and equal in dignity and rights. They are '
+        'endowed with reason and conscience and should act towards one another in a spirit '
+        'of brotherhood.'),
+    'German': ('Alle Menschen sind frei und gleich an Würde und Rechten geboren. Sie sind mit '
+        'Vernunft und Gewissen begabt und sollen einander im Geist der Brüderlichkeit '
+        'begegnen.'),
+    'Spanish': ('Todos los seres humanos nacen libres e iguales en dignidad y derechos y, '
+        'dotados como están de razón y conciencia, deben comportarse fraternalmente los '
+        'unos con los otros.'),
+    'Russian': ('Все люди рождаются свободными и равными в своем достоинстве и правах. Они '
+        'наделены разумом и совестью и должны поступать в отношении друг друга в духе '
+        'братства.'),
+    'Greek': ('Όλοι οι άνθρωποι γεννιούνται ελεύθεροι και ίσοι στην αξιοπρέπεια και τα '
+        'δικαιώματα. Είναι προικισμένοι με λογική και συνείδηση, και οφείλουν να '
+        'συμπεριφέρονται μεταξύ τους με πνεύμα αδελφοσύνης.'),
+    'Arabic': ('يولد جميع الناس أحرارا متساوين في الكرامة والحقوق. وقد وهبوا عقلا وضميرا '
+        'وعليهم أن يعامل بعضهم بعضا بروح الإخاء.'),
+    'Hindi': ('सभी मनुष्यों को गौरव और अधिकारों के मामले में जन्मजात स्वतन्त्रता और समानता '
+        'प्राप्त है। उन्हें बुद्धि और अन्तरात्मा की देन प्राप्त है और परस्पर उन्हें भाईचारे '
+        'के भाव से बर्ताव करना चाहिए।'),
+    'Chinese': ('人人生而自由，在尊严和权利上一律平等。他们赋有理性和良心，并应以兄弟关系的精'
+        '神相对待。'),
+    'Japanese': ('すべての人間は、生れながらにして自由であり、かつ、尊厳と権利とについて平等で'
+        'ある。人間は、理性と良心とを授けられており、互いに同胞の精神をもって行動しなけれ'
+        'ばならない。'),
+    'Korean': ('모든 인간은 태어날 때부터 자유로우며 그 존엄과 권리에 있어 동등하다. 인간은 '
+        '천부적으로 이성과 양심을 부여받았으며 서로 형제애의 정신으로 행동하여야 한다.'),
+    'Python': ('def fizzbuzz(n):\n    for i in range(1, n + 1):\n        if i % 15 == 0:\n'
+        '            print("FizzBuzz")\n        elif i % 5 == 0:\n'
+        '            print("Buzz")\n        else:\n            print(i)\n'),
+    'C': ('#include <stdio.h>\n\nint main(void)\n{\n\tfor (int i = 0; i < 10; i++)\n'
+        '\t\tprintf("%d\\n", i * i);\n\treturn 0;\n}\n'),
+    'sums': ('127 + 677 = 804\n1234 + 4321 = 5555\n99999 * 10001 = 1000089999\n'
+        '3.14159 / 2.71828 = 1.15573\n'),
+    'emoji': '😀 😃 😄 👍🏽 👩\u200d👩\u200d👧\u200d👦 🇰🇷 🚀✨ ¯\\_(ツ)_/¯',
 }
 
 
-def has_color(stream) -> bool:
-    """Whether to print colours: on a terminal, unless the environment says NO_COLOR (no-color.org)."""
-    return stream.isatty() and not os.environ.get('NO_COLOR')
+# Views --------------------------------------------------------------------------------------------
 
 
 def visible(token: bytes, line_ends: bool = False) -> str:
-    """A token's text; bytes that are no whole character, and control characters, as \\xNN or \\n."""
+    """Write a token as text; parts of characters and control characters as \\xNN or \\n."""
     text = token.decode('utf-8', 'backslashreplace')
     return ''.join(char if unicodedata.category(char)[0] != 'C' or char == '\u200d' else
-                   repr(char)[1:-1] + ('\n' if line_ends and char == '\n' else '') for char in text)
+                   repr(char)[1:-1] + ('\n' if line_ends and char == '\n' else '')
+                   for char in text)
 
 
 def show(name: str, tokenizer, text: str, color: bool):
-    """Print the tokens of text: in colours (without them, each between bars), then one by one."""
+    """Print the tokens of text, in colours or between bars; then each one's id, bytes, text."""
     ids = tokenizer.encode(text, 'all')
     tokens = [tokenizer.decode_bytes([i]) for i in ids]
     size = len(to_utf8(text))
@@ -80,7 +89,8 @@ def show(name: str, tokenizer, text: str, color: bool):
         for i, token in enumerate(tokens):
             background = f'\033[30;48;5;{BACKGROUNDS[i % len(BACKGROUNDS)]}m'
             # the colour ends before a line end: else the terminal paints the rest of the line
-            print(background + visible(token, True).replace('\n', f'\033[0m\n{background}') + '\033[0m', end='')
+            shown = visible(token, True).replace('\n', f'\033[0m\n{background}')
+            print(f'{background}{shown}\033[0m', end='')
         print('\n')
     else:
         print('|' + '|'.join(visible(token, True) for token in tokens) + '|\n')
@@ -89,97 +99,101 @@ def show(name: str, tokenizer, text: str, color: bool):
         print(f'{i:>8}  {token.hex(" "):32}  "{visible(token)}"')
 
 
-def compare(named: dict, texts: dict[str, str]):
-    """Print, for each text and tokenizer: tokens, bytes per token, and bytes of text per byte of a .bin file.
+def count_tokens(tokenizer, text: str) -> int | None:
+    """Count the ids of text; None where a char vocabulary lacks characters."""
+    try:
+        return len(tokenizer.encode_array(text))
+    except UserError:
+        return None
 
-    named: {name: tokenizer}, texts: {name: text}.
+
+def compare(named: dict, texts: dict[str, str]):
     """
-    names = list(named)
+    Print a row for each text: for each tokenizer its tokens, bytes per token, and compression.
+
+    named: {name: tokenizer}, texts: {name: text}. Compression is bytes of text per byte of .bin.
+    """
     width = max(len(row) for row in [*texts, 'all'])
-    for first in range(0, len(names), COLUMNS_PER_TABLE):
-        group = names[first:first + COLUMNS_PER_TABLE]
+    sizes = {row: len(to_utf8(text)) for row, text in texts.items()}
+    for first in range(0, len(named), COLUMNS_PER_TABLE):
+        group = list(named)[first:first + COLUMNS_PER_TABLE]
+        counts = {row: [count_tokens(named[name], text) for name in group]
+                  for row, text in texts.items()}
+        if len(texts) > 1:
+            columns = zip(*counts.values(), strict=True)
+            counts['all'] = [None if None in column else sum(column) for column in columns]
         print(f'{"":{width}} {"":>9}' + ''.join(f' {name[-19:]:>19}' for name in group))
         print(f'{"":{width}} {"bytes":>9}' + f' {"tokens":>7}{"B/tok":>6}{"compr":>6}' * len(group))
-        total = {name: 0 for name in group}
-        total_bytes = 0
-        for row, text in texts.items():
-            size = len(to_utf8(text))
-            counts = {}
-            for name in group:
-                try:
-                    counts[name] = len(named[name].encode_array(text))
-                except ValueError:  # a char vocabulary without some of the characters
-                    counts[name] = None
-                total[name] = None if counts[name] is None or total[name] is None else total[name] + counts[name]
-            total_bytes += size
-            print(f'{row:{width}} {size:>9,}' + ''.join(cells(named[name], size, counts[name]) for name in group))
-        if len(texts) > 1:
-            print(f'{"all":{width}} {total_bytes:>9,}' +
-                  ''.join(cells(named[name], total_bytes, total[name]) for name in group))
+        for row, row_counts in counts.items():
+            size = sizes.get(row, sum(sizes.values()))
+            print(f'{row:{width}} {size:>9,}' + ''.join(
+                cells(named[name], size, count)
+                for name, count in zip(group, row_counts, strict=True)))
         print()
     print('B/tok: bytes of text per token. compr: bytes of text per byte of .bin, where\n'
           'an id takes 2 bytes (4 in vocabularies over 65,536). -: it lacks characters.')
 
 
 def cells(tokenizer, size: int, count: int | None) -> str:
-    """One tokenizer's part of a row."""
+    """Write the cells of one tokenizer in a row."""
     if not count:
         return f' {"-":>7}{"-":>6}{"-":>6}'
     on_disk = count * id_dtype(tokenizer.vocab_size).itemsize
     return f' {count:>7,}{size / count:>6.2f}{size / on_disk:>5.2f}x'
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# the command line
+# The command line ---------------------------------------------------------------------------------
+
 
 def main():
+    """Run the command that the arguments name."""
     arguments = sys.argv[1:]
     commands = {'train': main_train, 'export': main_export}
-    if arguments and not arguments[0].startswith('-'):
-        if arguments[0] not in commands:
-            raise UserError(f'unknown command {arguments[0]!r}; expected train, export, or options'
-                             + nearest(arguments[0], commands) + '. See python -m tokenizer --help')
+    if not arguments or arguments[0].startswith('-'):
+        main_view(arguments)
+    elif arguments[0] in commands:
         commands[arguments[0]](arguments[1:])
     else:
-        main_view(arguments)
+        raise UserError(f'unknown command {arguments[0]!r}; expected train, export, or options'
+                        f'{nearest(arguments[0], commands)}. See python -m tokenizer --help')
 
 
 def parser_for(description: str, usage: str) -> argparse.ArgumentParser:
+    """Make the parser of a command."""
     return argparse.ArgumentParser(description=description, usage=usage, allow_abbrev=False,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
-TOKENIZER_HELP = 'byte, gpt2, cl100k_base, o200k_base, or a file'
-
-
 def main_view(arguments):
-    """See the tokens of a text, or compare tokenizers."""
+    """Show the tokens of a text, or compare tokenizers."""
     parser = parser_for('See the tokens of a text, or compare tokenizers. Commands: train, export\n'
-                        '(python -m tokenizer train --help).', 'python -m tokenizer [--text=...] [--tokenizer=...]')
+                        '(python -m tokenizer train --help).',
+                        'python -m tokenizer [--text=...] [--tokenizer=...]')
     parser.add_argument('--text', help='the text')
     parser.add_argument('--input', help='or a text file')
     parser.add_argument('--tokenizer', default='gpt2', help=f'{TOKENIZER_HELP} (gpt2)')
-    parser.add_argument('--compare', help='several, with commas: a table of counts; without a text, of\n'
-                                          'samples in several languages and code')
-    parser.add_argument('--color', choices=['auto', 'always', 'never'], default='auto', help='(auto)')
+    parser.add_argument('--compare', help='several, with commas: a table of counts; without a '
+                                          'text, of\nsamples in several languages and code')
+    parser.add_argument('--color', choices=['auto', 'always', 'never'], default='auto',
+                        help='(auto)')
     args = parser.parse_args(arguments)
     if args.text is not None and args.input:
         raise UserError('got both --text and --input; expected one of them')
-    text = args.text
-    if args.input:
-        text = ''.join(read_text(args.input))
+    text = ''.join(read_text(args.input)) if args.input else args.text
     if args.compare:
         named = {name: tokenizers.load(name) for name in args.compare.split(',')}
         compare(named, {os.path.basename(args.input or 'text')[:16]: text} if text else SAMPLES)
     elif text is None:
         parser.print_help()
     else:
-        color = has_color(sys.stdout) if args.color == 'auto' else args.color == 'always'
+        # NO_COLOR: no-color.org
+        on_terminal = sys.stdout.isatty() and not os.environ.get('NO_COLOR')
+        color = on_terminal if args.color == 'auto' else args.color == 'always'
         show(args.tokenizer, tokenizers.load(args.tokenizer), text, color)
 
 
 def check_folder(path):
-    """ValueError when the folder that path would be written to does not exist."""
+    """Raise UserError when the folder to write path to does not exist."""
     folder = os.path.dirname(path) or '.'
     if not os.path.isdir(folder):
         raise UserError(f'there is no folder {folder} to write {path} to: mkdir -p {folder}')
@@ -189,18 +203,22 @@ def main_train(arguments):
     """Train a tokenizer and save it."""
     parser = parser_for('Train a tokenizer on text: a file, a folder, .jsonl, .csv or .parquet.',
                         'python -m tokenizer train --input=FILE --vocab_size=N [--out=FILE]')
-    parser.add_argument('--input', required=True, help='a text file, a folder, or a .jsonl, .csv, .tsv, .parquet file')
+    parser.add_argument('--input', required=True,
+                        help='a text file, a folder, or a .jsonl, .csv, .tsv, .parquet file')
     parser.add_argument('--kind', choices=['bpe', 'word', 'char'], default='bpe', help='(bpe)')
-    parser.add_argument('--vocab_size', type=positive, help='number of ids, special tokens included (bpe, word)')
-    parser.add_argument('--pattern', help='bpe: how text is cut before merging: gpt2, gpt4, o200k, none, or a regular '
-                                          'expression (gpt4)')
+    parser.add_argument('--vocab_size', type=positive,
+                        help='number of ids, special tokens included (bpe, word)')
+    parser.add_argument('--pattern', help='bpe: how text is cut before merging: gpt2, gpt4, '
+                                          'o200k, none, or a regular expression (gpt4)')
     parser.add_argument('--special_tokens', help=f'bpe: with commas ({ENDOFTEXT})')
-    parser.add_argument('--text_key', default='text', help='field of the rows that holds the text (text)')
+    parser.add_argument('--text_key', default='text',
+                        help='field of the rows that holds the text (text)')
     parser.add_argument('--num_proc', type=positive, help='processes (one per core)')
     parser.add_argument('--out', default='tokenizer.json', help='file to write (tokenizer.json)')
     args = parser.parse_args(arguments)
     if args.kind == 'char' and args.vocab_size is not None:
-        raise UserError('--vocab_size is for bpe and word; a char vocabulary has every character of the text')
+        raise UserError('--vocab_size is for bpe and word; a char vocabulary has every character '
+                        'of the text')
     for option in ('pattern', 'special_tokens'):
         if args.kind != 'bpe' and getattr(args, option) is not None:
             raise UserError(f'--{option} is for bpe; a {args.kind} vocabulary has none to choose')
@@ -208,7 +226,8 @@ def main_train(arguments):
         raise UserError(f'--kind={args.kind} needs --vocab_size=N, such as --vocab_size=8192')
     check_folder(args.out)
     if os.path.isdir(args.out):
-        raise UserError(f'{args.out} is a folder; expected a file to write, such as --out={args.out}/tokenizer.json')
+        raise UserError(f'{args.out} is a folder; expected a file to write, such as '
+                        f'--out={args.out}/tokenizer.json')
 
     started = time.time()
     texts = read_documents(args.input, args.text_key)
@@ -217,45 +236,51 @@ def main_train(arguments):
     elif args.kind == 'word':
         trained = WordTokenizer.train(texts, args.vocab_size, args.num_proc)
     else:
-        given = ENDOFTEXT if args.special_tokens is None else args.special_tokens
-        special_tokens = [token for token in given.split(',') if token]
+        names = ENDOFTEXT if args.special_tokens is None else args.special_tokens
+        special_tokens = [token for token in names.split(',') if token]
         pattern = None if args.pattern == 'none' else args.pattern or 'gpt4'
-        trained = BPETokenizer.train(texts, args.vocab_size, pattern, special_tokens, args.num_proc)
+        trained = BPETokenizer.train(texts, args.vocab_size, pattern, special_tokens,
+                                     args.num_proc)
     trained.save(args.out)
-    print(f'wrote {args.out}: {args.kind}, {trained.vocab_size:,} ids, in {time.time() - started:.1f} s')
+    print(f'wrote {args.out}: {args.kind}, {trained.vocab_size:,} ids, in '
+          f'{time.time() - started:.1f} s')
     out = shlex.quote(args.out)
     print(f"next:  python -m tokenizer --text='...' --tokenizer={out}\n"
           f'       python -m tokenizer --compare=gpt2,{out}\n'
-          f'       python data/text/prepare.py --tokenizer={out} \\\n           --input={shlex.quote(args.input)}')
+          f'       python data/text/prepare.py --tokenizer={out} \\\n'
+          f'           --input={shlex.quote(args.input)}')
 
 
 def main_export(arguments):
     """Write a tokenizer in another program's format."""
     parser = parser_for('Write a tokenizer in another format: --out=NAME.tiktoken for tiktoken,\n'
-                        'tokenizer.json or a folder for Hugging Face, another .json for this program.',
-                        'python -m tokenizer export --tokenizer=... --out=...')
+                        'tokenizer.json or a folder for Hugging Face, another .json for this '
+                        'program.', 'python -m tokenizer export --tokenizer=... --out=...')
     parser.add_argument('--tokenizer', required=True, help=TOKENIZER_HELP)
-    parser.add_argument('--out', required=True, help='NAME.tiktoken, tokenizer.json, FOLDER, or NAME.json')
+    parser.add_argument('--out', required=True,
+                        help='NAME.tiktoken, tokenizer.json, FOLDER, or NAME.json')
     args = parser.parse_args(arguments)
     check_folder(args.out)
     exported = tokenizers.load(args.tokenizer)
     exported = exported.bpe if exported.kind == 'tiktoken' else exported
     to_folder = os.path.isdir(args.out) or not os.path.splitext(args.out)[1]
-    to_others = to_folder or args.out.endswith('.tiktoken') or os.path.basename(args.out) == 'tokenizer.json'
-    if to_others and exported.kind != 'bpe':
-        raise UserError(f'{args.tokenizer} is a {exported.kind} tokenizer; the formats of tiktoken and Hugging Face '
-                         f'here hold byte pair encoding only. Expected --out=NAME.json, which this program reads')
-    if args.out.endswith('.tiktoken'):
+    to_tiktoken = args.out.endswith('.tiktoken')
+    to_json = os.path.basename(args.out) == 'tokenizer.json'
+    if (to_folder or to_tiktoken or to_json) and exported.kind != 'bpe':
+        raise UserError(f'{args.tokenizer} is a {exported.kind} tokenizer; the formats of tiktoken '
+                        f'and Hugging Face here hold byte pair encoding only. Expected '
+                        f'--out=NAME.json, which this program reads')
+    if to_tiktoken:
         formats.write_tiktoken(exported.to_dict(), args.out)
-        print(f'wrote {args.out}. Such a file has no pattern and no special tokens; tiktoken needs to be told:\n'
+        print(f'wrote {args.out}. It has no pattern and no special tokens; for tiktoken:\n'
               f"    import tiktoken, tiktoken.load\n"
               f"    tiktoken.Encoding('mine', pat_str={exported.pattern!r},\n"
-              f"                      mergeable_ranks=tiktoken.load.load_tiktoken_bpe({args.out!r}),\n"
-              f'                      special_tokens={exported.special_tokens})')
+              f"        mergeable_ranks=tiktoken.load.load_tiktoken_bpe({args.out!r}),\n"
+              f'        special_tokens={exported.special_tokens})')
     elif to_folder:
         formats.write_hf_folder(exported.to_dict(), args.out)
         print(f"wrote {args.out}: transformers.AutoTokenizer.from_pretrained('{args.out}')")
-    elif to_others:
+    elif to_json:
         formats.write_tokenizer_json(exported.to_dict(), args.out)
         print(f"wrote {args.out}: tokenizers.Tokenizer.from_file('{args.out}')")
     else:

@@ -1,266 +1,266 @@
+"""
+Tokenizers by byte pair encoding: BPETokenizer has its own merges, TiktokenTokenizer OpenAI's.
+
+bpe.py is the algorithm, fast.py the same in compiled code.
+"""
+
 import functools
 import hashlib
 import itertools
 import os
 import tempfile
+from dataclasses import dataclass
 
 import numpy as np
 
-from configurator import UserError
-from tokenizer import fast, formats
-from tokenizer.base import (
-    MAX_ID,
-    Tokenizer,
-    check_ids,
-    check_specials,
-    encode_in_processes,
-    id_dtype,
-    nearest,
-    read_texts,
-)
+from configurator import UserError, nearest
+from tokenizer import fast
+from tokenizer.base import MAX_ID, Tokenizer, check_ids, check_specials, id_dtype, read_texts
 from tokenizer.bpe import Merges, count_pieces, in_bytes, learn, recover_merges
-from tokenizer.fast import FastEncoder
-from tokenizer.patterns import PATTERNS, find_pattern, from_printable, normalize, printable, split, to_utf8
+from tokenizer.patterns import PATTERNS, find_pattern, from_printable, normalize, printable, split
+from tokenizer.vocabulary import Vocabulary
+from tokenizer.workers import encode_in_processes
 
-# What tiktoken downloads for each vocabulary, so that the error message of a machine without a network can say it.
-TIKTOKEN_URL = 'https://openaipublic.blob.core.windows.net'
+# OpenAI's vocabularies: the pattern, and the files that tiktoken downloads.
+URL = 'https://openaipublic.blob.core.windows.net'
+TIKTOKEN_PATTERNS = {'gpt2': 'gpt2', 'cl100k_base': 'gpt4', 'o200k_base': 'o200k'}
 TIKTOKEN_FILES = {
-    'gpt2': [f'{TIKTOKEN_URL}/gpt-2/encodings/main/vocab.bpe', f'{TIKTOKEN_URL}/gpt-2/encodings/main/encoder.json'],
-    'cl100k_base': [f'{TIKTOKEN_URL}/encodings/cl100k_base.tiktoken'],
-    'o200k_base': [f'{TIKTOKEN_URL}/encodings/o200k_base.tiktoken'],
+    'gpt2': [f'{URL}/gpt-2/encodings/main/vocab.bpe', f'{URL}/gpt-2/encodings/main/encoder.json'],
+    'cl100k_base': [f'{URL}/encodings/cl100k_base.tiktoken'],
+    'o200k_base': [f'{URL}/encodings/o200k_base.tiktoken'],
 }
-TIKTOKEN_PATTERNS = {'gpt2': 'gpt2', 'cl100k_base': 'gpt4', 'o200k_base': 'o200k'}  # names in bpe.PATTERNS
+KNOWN_PIECES = 1 << 18  # pieces whose ids are kept; words come back
 
 
+@dataclass(eq=False, repr=False)
 class BPETokenizer(Tokenizer):
-    """Byte pair encoding with merges of its own; bpe.py is the algorithm.
-
-    merges: pairs of bytes, in the order they were learnt: token = left + right. pattern: a regular expression of the
-    package regex that cuts text into pieces, one of bpe.PATTERNS' names, or None. special_tokens: {text: id}.
-    byte_ids, merge_ids: ids of the 256 bytes and of the merges' tokens (default: the byte's value, and 256 + i).
-    ignore_merges: a piece that is a token is taken as it is, even if no merges lead there (Llama 3). normalizer: 'NFC',
-    the form in which text is encoded, special tokens aside, so that decode(encode(text)) is NFC of text (Qwen).
-    bos_token, visible_tokens: of the special tokens, the one that Hugging Face's libraries put in front of a text, and
-    those that they show in decoded text even when told to skip special ones; encode() and decode() depend on neither.
     """
+    Byte pair encoding with merges of its own.
+
+    merges: pairs of bytes, in the order they were learnt; token = left + right
+    pattern: a name in PATTERNS, a regular expression that cuts text into pieces, or None
+    special_tokens: {text: id}
+    byte_ids, merge_ids: ids of the 256 bytes and of the merges (None: 0 to 255 and 256 + i)
+    ignore_merges: a piece that is a token becomes its id, even if no merges lead there (Llama 3)
+    normalizer: 'NFC' encodes text in that form (Qwen); decode(encode(text)) is then NFC of text
+    bos_token: the special token that Hugging Face's libraries put before every text
+    visible_tokens: special tokens that they keep in decoded text, such as <think>
+
+    encode() and decode() depend on neither of the last two.
+    """
+
+    merges: list
+    pattern: str | None = None
+    special_tokens: dict[str, int] | None = None
+    byte_ids: list[int] | None = None
+    merge_ids: list[int] | None = None
+    ignore_merges: bool = False
+    normalizer: str | None = None
+    bos_token: str | None = None
+    visible_tokens: list[str] = ()
 
     kind = 'bpe'
 
-    def __init__(self, merges, pattern: str | None = None, special_tokens: dict[str, int] | None = None, byte_ids=None,
-                 merge_ids=None, ignore_merges: bool = False, normalizer: str | None = None,
-                 bos_token: str | None = None, visible_tokens=()):
-        self.merges = [(bytes(left), bytes(right)) for left, right in merges]
-        self.pattern = find_pattern(pattern)
-        self.special_tokens = dict(special_tokens or {})
-        self.ignore_merges, self.normalizer = ignore_merges, normalizer
-        self.bos_token, self.visible_tokens = bos_token, list(visible_tokens)
-        if normalizer not in (None, 'NFC'):
-            raise UserError(f"normalizer is {normalizer!r}; expected 'NFC' or None")
-        for token in [*self.visible_tokens, *([] if bos_token is None else [bos_token])]:
+    def __post_init__(self):
+        self.merges = [(bytes(left), bytes(right)) for left, right in self.merges]
+        self.pattern = find_pattern(self.pattern)
+        self.special_tokens = dict(self.special_tokens or {})
+        self.visible_tokens = list(self.visible_tokens or ())
+        check_specials(self.special_tokens)
+        if self.normalizer not in (None, 'NFC'):
+            raise UserError(f"normalizer is {self.normalizer!r}; expected 'NFC' or None")
+        for token in [*self.visible_tokens, *([] if self.bos_token is None else [self.bos_token])]:
             if not isinstance(token, str) or token not in self.special_tokens:
-                raise UserError(f'{token!r} is among bos_token and visible_tokens, and no special token; expected one '
-                                 f'of {", ".join(self.special_tokens) or "none"}')
-        place = {bytes([byte]): byte for byte in range(256)}  # of a token among the 256 bytes and then the merges
+                raise UserError(f'bos_token or visible_tokens has {token!r}, which is no special '
+                                f'token; expected {", ".join(self.special_tokens) or "none"}')
+        # The rank of a token is its place among the 256 bytes and then the merges.
+        rank = {bytes([byte]): byte for byte in range(256)}
         pairs = []
         for i, (left, right) in enumerate(self.merges):
-            if left not in place or right not in place:
-                raise UserError(f'merge {i} joins {left!r} and {right!r}, which are not both bytes or earlier merges')
-            if left + right in place:
-                raise UserError(f'merge {i} makes the token {left + right!r}, which there is already')
-            pairs.append((place[left], place[right]))
-            place[left + right] = 256 + i
+            if left not in rank or right not in rank:
+                raise UserError(f'merge {i} joins {left!r} and {right!r}, which are not both bytes '
+                                f'or earlier merges')
+            if left + right in rank:
+                raise UserError(f'merge {i} makes the token {left + right!r}, which there is '
+                                f'already')
+            pairs.append((rank[left], rank[right]))
+            rank[left + right] = 256 + i
         self._merges = Merges(pairs)
-        self._tokens = list(place)  # bytes of each place
-        self.byte_ids, self.merge_ids = byte_ids, merge_ids
-        ids = []
-        for name, given, usual in (('byte_ids', byte_ids, range(256)),
-                                   ('merge_ids', merge_ids, range(256, 256 + len(pairs)))):
-            given = usual if given is None else given
-            if len(given) != len(usual) or any(type(i) is not int or not 0 <= i <= MAX_ID for i in given):
-                raise UserError(f'{name} has {len(given)} ids; expected {len(usual)}, from 0 to {MAX_ID:,}')
-            ids += given
-        check_specials(self.special_tokens)
+        self._tokens = list(rank)
+        ids = [*self._checked_ids('byte_ids', range(256)),
+               *self._checked_ids('merge_ids', range(256, len(rank)))]
         self._token_of = dict(zip(ids, self._tokens, strict=True))
         self._token_of |= {i: token.encode('utf-8') for token, i in self.special_tokens.items()}
         if len(self._token_of) < len(ids) + len(self.special_tokens):
             raise UserError('two tokens have the same id')
         self.vocab_size = max(self._token_of) + 1
-        # places to ids; None where they are the same
-        self._ids = None if ids == list(range(len(ids))) else np.array(ids)
-        self._place = place if ignore_merges else {}
-        self._known = {}  # pieces met before: words come back
+        self._ids = None if ids == list(range(len(ids))) else np.array(ids)  # by rank
+        self._whole_pieces = rank if self.ignore_merges else {}
+        self._known = {}  # ids of pieces
+
+    def _checked_ids(self, name: str, default: range):
+        """Return byte_ids or merge_ids, or their default. Raises UserError."""
+        ids = getattr(self, name)
+        if ids is None:
+            return default
+        valid = all(type(i) is int and 0 <= i <= MAX_ID for i in ids)
+        if len(ids) != len(default) or not valid:
+            raise UserError(f'{name} has {len(ids)} ids; expected {len(default)}, from 0 to '
+                            f'{MAX_ID:,}')
+        return ids
 
     @classmethod
-    def train(cls, texts, vocab_size: int, pattern: str | None = 'gpt4', special_tokens=(), workers: int | None = None,
-              accelerate: bool | None = None) -> 'BPETokenizer':
-        """Learn vocab_size - 256 - len(special_tokens) merges from texts; special tokens get the last ids.
+    def train(cls, texts, vocab_size: int, pattern: str | None = 'gpt4', special_tokens=(),
+              workers: int | None = None) -> 'BPETokenizer':
+        """
+        Learn vocab_size - 256 - len(special_tokens) merges from texts.
 
-        texts: strings, Paths of files (each a document, or rows of documents), or one of either. pattern: 'gpt2',
-        'gpt4', 'o200k', a regular expression, or None. No merge crosses the end of a text or a special token. Of pairs
-        that occur equally often the one with the smaller left id wins, then the smaller right id: the result depends on
-        nothing but the counts. accelerate: by the package gigatoken, with the same result; it has GPT-2's pattern only
-        (default: where it can). workers: processes that count, otherwise (default: one per core).
+        texts: one string, or an iterable of strings; no merge crosses the end of one. Special
+        tokens get the last ids. workers: processes that count (None: one per core). With GPT-2's
+        pattern the package gigatoken, where installed, learns the same merges. Raises UserError.
         """
         pattern = find_pattern(pattern)
-        special_tokens = [special_tokens] if isinstance(special_tokens, str) else list(special_tokens)
-        check_specials({token: i for i, token in enumerate(special_tokens)})
-        if len(set(special_tokens)) < len(special_tokens):
-            raise UserError(f'a special token is given twice: {special_tokens}')
-        least = 256 + len(special_tokens)
+        specials = [special_tokens] if isinstance(special_tokens, str) else list(special_tokens)
+        check_specials({token: i for i, token in enumerate(specials)})
+        if len(set(specials)) < len(specials):
+            raise UserError(f'a special token is given twice: {specials}')
+        least = 256 + len(specials)
         if type(vocab_size) is not int or vocab_size < least:
             raise UserError(f'vocab_size is {vocab_size}; expected at least {least}: 256 bytes and '
-                             f'{len(special_tokens)} special token(s)')
+                            f'{len(specials)} special token(s)')
         texts = (text for text in read_texts(texts) if text)
         if (first := next(texts, None)) is None:
-            raise UserError(f'the text to train on is empty, so vocab_size is at most {least}; give it some text')
-        texts = itertools.chain([first], texts)
-        can = pattern == PATTERNS['gpt2'] and fast.has_gigatoken()
-        if accelerate and not can:
-            raise UserError("accelerate=True needs the package gigatoken (pip install gigatoken) and pattern='gpt2'")
-        if can and accelerate is not False:
-            merges = fast.learn_with_gigatoken(texts, vocab_size - least, special_tokens)
+            raise UserError(f'the text to train on is empty, so vocab_size is at most {least}; '
+                            f'give more text')
+        texts, n_merges = itertools.chain([first], texts), vocab_size - least
+        if pattern == PATTERNS['gpt2'] and fast.has_gigatoken():
+            merges = fast.learn_with_gigatoken(texts, n_merges, specials)
         else:
-            counts = count_pieces(texts, pattern, special_tokens, workers)
-            merges = in_bytes(learn(counts, vocab_size - least))
-        if len(merges) < vocab_size - least:
-            raise UserError(f'the text has {len(merges):,} pairs to join, and vocab_size {vocab_size:,} asks for '
-                             f'{vocab_size - least:,}: train on more text, or with vocab_size at most '
-                             f'{least + len(merges):,}')
-        return cls(merges, pattern, {token: 256 + len(merges) + i for i, token in enumerate(special_tokens)})
+            merges = in_bytes(learn(count_pieces(texts, pattern, specials, workers), n_merges))
+        if len(merges) < n_merges:
+            raise UserError(f'the text has {len(merges):,} pairs to join, and vocab_size '
+                            f'{vocab_size:,} needs {n_merges:,}: train on more text, or with '
+                            f'vocab_size at most {least + len(merges):,}')
+        first_id = 256 + len(merges)
+        return cls(merges, pattern, {token: first_id + i for i, token in enumerate(specials)})
 
     @classmethod
     def from_tiktoken(cls, name: str) -> 'BPETokenizer':
-        """The vocabulary 'gpt2', 'cl100k_base' or 'o200k_base', with its merges recovered from the ranks."""
+        """Recover the merges of 'gpt2', 'cl100k_base' or 'o200k_base' from tiktoken's ranks."""
         encoding = open_tiktoken(name)
         ranks = encoding._mergeable_ranks
         merges = recover_merges(ranks)
-        pattern = PATTERNS[TIKTOKEN_PATTERNS[name]]
-        return cls.from_values(formats.describe(name, ranks, merges, pattern, encoding._special_tokens,
-                                                ignore_merges=len(merges) < len(ranks) - 256))
+        vocabulary = Vocabulary(name, ranks, merges, PATTERNS[TIKTOKEN_PATTERNS[name]],
+                                encoding._special_tokens, len(merges) < len(ranks) - 256)
+        return cls.from_values(vocabulary.describe())
 
     @classmethod
     def from_values(cls, values: dict) -> 'BPETokenizer':
-        """The tokenizer that to_dict() described."""
+        """Make the tokenizer that to_dict() described."""
         merges = []
         for i, merge in enumerate(values['merges']):
             try:
                 left, right = merge.split(' ')
                 merges.append((from_printable(left), from_printable(right)))
             except (AttributeError, ValueError, KeyError):
-                raise UserError(f"merge {i} is {merge!r}; expected two tokens in GPT-2's byte alphabet with a space "
-                                 f"between, such as 'Ġ t'") from None
-        return cls(merges, values['pattern'], values['special_tokens'], values.get('byte_ids'),
-                   values.get('merge_ids'), values.get('ignore_merges', False), values.get('normalizer'),
-                   values.get('bos_token'), values.get('visible_tokens') or ())
-
-    def normalized(self, text: str) -> str:
-        """text as it is cut into pieces: without halves of surrogate pairs, in the tokenizer's normal form."""
-        return normalize(to_utf8(text).decode('utf-8'), self.normalizer)
+                raise UserError(f"merge {i} is {merge!r}; expected two tokens in GPT-2's byte "
+                                f"alphabet with a space between, such as 'Ġ t'") from None
+        return cls(merges, **{key: value for key, value in values.items()
+                              if key in cls.__dataclass_fields__ and key != 'merges'})
 
     def encode_ordinary(self, text: str) -> list[int]:
         ids = []
-        for piece in split(self.normalized(text), self.pattern):
-            known = self._known.get(piece)
-            if known is None:
-                known = self.encode_piece(piece.encode('utf-8'))
-                if len(self._known) >= 1 << 18:
+        for piece in split(normalize(text, self.normalizer), self.pattern):
+            piece_ids = self._known.get(piece)
+            if piece_ids is None:
+                piece_ids = self.encode_piece(piece.encode('utf-8'))
+                if len(self._known) >= KNOWN_PIECES:
                     self._known.clear()
                 if len(piece) <= 64:  # longer ones hardly come back
-                    self._known[piece] = known
-            ids += known
+                    self._known[piece] = piece_ids
+            ids += piece_ids
         return ids
 
     def encode_piece(self, piece: bytes) -> list[int]:
-        """ids of one piece, whatever pattern cut it out."""
-        if piece in self._place:
-            places = [self._place[piece]]
-        else:
-            places = self._merges.join(piece)
-        return places if self._ids is None else self._ids[places].tolist()
-
-    def encode_invalid(self, data: bytes, valid: int) -> list[int]:
-        """As tiktoken does it: the last piece of the valid part goes on to the end of data. So do the tokens of white
-        space before it, when it begins with one: what follows could have been of their piece too."""
-        text = self.normalized(data[:valid].decode('utf-8'))
-        data = text.encode('utf-8') + data[valid:]
-        pieces = split(text, self.pattern)
-        ids = [self.encode_piece(piece.encode('utf-8')) for piece in pieces]
-        last = len(ids[-1]) if ids else 0
-        ids = list(itertools.chain.from_iterable(ids))
-
-        def is_blank(i):
-            return not self._token_of[i].strip(b' \n\t')
-
-        if last and is_blank(ids[-last]):
-            while last < len(ids) and is_blank(ids[-last - 1]):
-                last += 1
-        stable = ids[:len(ids) - last]
-        return stable + self.encode_piece(data[len(self.decode_bytes(stable)):])
+        """Encode one piece, whatever pattern cut it out."""
+        whole = self._whole_pieces.get(piece)
+        ranks = self._merges.join(piece) if whole is None else [whole]
+        return ranks if self._ids is None else self._ids[ranks].tolist()
 
     @functools.cached_property
     def _fast(self):
-        return FastEncoder(self._tokens, self.pattern, self._places_of)
+        return fast.FastEncoder(self._tokens, self.pattern, self._ranks_of)
 
-    def _places_of(self, text: str) -> list[int]:
-        """encode_ordinary(), before places become ids."""
-        return [i for piece in split(text, self.pattern) for i in self._merges.join(piece.encode('utf-8'))]
+    def _ranks_of(self, text: str) -> list[int]:
+        return [rank for piece in split(text, self.pattern)
+                for rank in self._merges.join(piece.encode('utf-8'))]
 
     @functools.cached_property
     def is_fast(self) -> bool:
-        """True when compiled code encodes the same: it has the pattern, and it joins, as these merges do, any two
-        neighbours that together are a token. With merges that were learnt it is so; those of other files may differ."""
-        return ((self.pattern is None or self.pattern in PATTERNS.values()) and not self.ignore_merges
-                and recover_merges({token: place for place, token in enumerate(self._tokens)}) == self.merges)
+        """
+        Whether compiled code encodes to the same ids.
 
-    def _array(self, places) -> np.ndarray:
-        return (places if self._ids is None else self._ids[places]).astype(id_dtype(self.vocab_size))
+        It must have the pattern. It joins any two neighbours that together are a token; learnt
+        merges do so too, those of other files may differ.
+        """
+        ranks = {token: rank for rank, token in enumerate(self._tokens)}
+        return ((self.pattern is None or self.pattern in PATTERNS.values())
+                and not self.ignore_merges and recover_merges(ranks) == self.merges)
+
+    def _array(self, ranks) -> np.ndarray:
+        return (ranks if self._ids is None else self._ids[ranks]).astype(id_dtype(self.vocab_size))
 
     def encode_array(self, text: str) -> np.ndarray:
         if self.is_fast:
-            return self._array(self._fast.encode(self.normalized(text) if self.normalizer else text))
+            return self._array(self._fast.encode(normalize(text, self.normalizer)))
         return np.array(self.encode_ordinary(text), dtype=id_dtype(self.vocab_size))
 
     def encode_batch(self, texts: list[str], workers: int | None = None) -> list[np.ndarray]:
         if self.is_fast:
-            texts = list(map(self.normalized, texts)) if self.normalizer else texts
-            return [self._array(places) for places in self._fast.encode_batch(texts, workers)]
+            texts = [normalize(text, self.normalizer) for text in texts]
+            return [self._array(ranks) for ranks in self._fast.encode_batch(texts, workers)]
         return encode_in_processes(self, texts, workers)
 
     def cuts(self, text: str):
         if self.pattern is None:
             for i in range(len(text) - 1, 0, -1):
-                if self.normalizer and not text[i - 1:i + 1].isascii():  # the two may compose
-                    continue
+                if self.normalizer and not text[i - 1:i + 1].isascii():
+                    continue  # the two may compose
                 left, right = (char.encode('utf-8', 'replace') for char in text[i - 1:i + 1])
-                if left[-1:] + right[:1] not in self._side_by_side:
+                if left[-1:] + right[:1] not in self._inner_pairs:
                     yield i
         elif self.pattern in PATTERNS.values():
             yield from super().cuts(text)
 
     @functools.cached_property
-    def _side_by_side(self) -> set[bytes]:
-        """All pairs of bytes within tokens: between any other two, no merge can reach."""
+    def _inner_pairs(self) -> set[bytes]:
+        """All pairs of bytes inside tokens; no merge joins another pair."""
         return {token[i:i + 2] for token in self._tokens for i in range(len(token) - 1)}
 
     def decode_bytes(self, ids) -> bytes:
         try:
-            return b''.join(map(self._token_of.__getitem__, check_ids(ids, self.vocab_size).tolist()))
+            return b''.join(map(self._token_of.__getitem__,
+                                check_ids(ids, self.vocab_size).tolist()))
         except KeyError as error:
-            raise UserError(f'cannot decode token id {error}: this vocabulary does not use this id') from None
+            raise UserError(f'cannot decode token id {error}: this vocabulary does not use this '
+                            f'id') from None
 
     def to_dict(self) -> dict:
-        # what few have is left out where it is not so, and thus compares as it did before there was such a thing
-        rare = {'normalizer': self.normalizer, 'bos_token': self.bos_token, 'visible_tokens': self.visible_tokens}
+        # rare fields are left out, so that older descriptions compare equal
+        rare = {'normalizer': self.normalizer, 'bos_token': self.bos_token,
+                'visible_tokens': self.visible_tokens}
         return {'kind': 'bpe', 'pattern': self.pattern, 'special_tokens': dict(self.special_tokens),
-                'byte_ids': self.byte_ids, 'merge_ids': self.merge_ids, 'ignore_merges': self.ignore_merges,
+                'byte_ids': self.byte_ids, 'merge_ids': self.merge_ids,
+                'ignore_merges': self.ignore_merges,
                 **{key: value for key, value in rare.items() if value},
                 'merges': [f'{printable(left)} {printable(right)}' for left, right in self.merges]}
 
 
 class TiktokenTokenizer(Tokenizer):
-    """One of OpenAI's vocabularies: 'gpt2' (50,257 ids), 'cl100k_base' (GPT-4), 'o200k_base' (GPT-4o).
+    """
+    OpenAI's vocabulary 'gpt2' (50,257 ids), 'cl100k_base' (GPT-4) or 'o200k_base' (GPT-4o).
 
-    ValueError when the vocabulary is neither in tiktoken's cache nor to be had from the network.
+    Raises UserError when tiktoken neither has the vocabulary in its cache nor can download it.
     """
 
     kind = 'tiktoken'
@@ -274,28 +274,27 @@ class TiktokenTokenizer(Tokenizer):
 
     @functools.cached_property
     def bpe(self) -> BPETokenizer:
-        """The same encoding in Python."""
+        """The same vocabulary as merges, in Python."""
         return BPETokenizer.from_tiktoken(self.name)
 
     @functools.cached_property
     def _fast(self):
-        ranks = self._encoding._mergeable_ranks
-        return FastEncoder(sorted(ranks, key=ranks.get), self.pattern, self._slow, self._encoding)
+        ranks = self._encoding._mergeable_ranks  # they are the ids too
+
+        def slow(text):
+            return self.bpe.encode_ordinary(text)
+
+        return fast.FastEncoder(sorted(ranks, key=ranks.get), self.pattern, slow, self._encoding)
 
     def encode_ordinary(self, text: str) -> list[int]:
-        return self._fast.encode_by_tiktoken(text).tolist()  # a prompt is not worth making a gigatoken for
-
-    def _slow(self, text):
-        return self.bpe.encode_ordinary(text)  # ranks without gaps are places
+        return self._fast.encode_by_tiktoken(text).tolist()  # a prompt does not pay for gigatoken
 
     def encode_array(self, text: str) -> np.ndarray:
         return self._fast.encode(text).astype(id_dtype(self.vocab_size))
 
     def encode_batch(self, texts: list[str], workers: int | None = None) -> list[np.ndarray]:
-        return [ids.astype(id_dtype(self.vocab_size)) for ids in self._fast.encode_batch(texts, workers)]
-
-    def encode_invalid(self, data: bytes, valid: int) -> list[int]:
-        return self.bpe.encode_invalid(data, valid)
+        dtype = id_dtype(self.vocab_size)
+        return [ids.astype(dtype) for ids in self._fast.encode_batch(texts, workers)]
 
     def decode_bytes(self, ids) -> bytes:
         ids = check_ids(ids, self.vocab_size).tolist()
@@ -304,34 +303,37 @@ class TiktokenTokenizer(Tokenizer):
         except KeyError:  # cl100k_base and o200k_base have unused ids below vocab_size
             used = {*self._encoding._mergeable_ranks.values(), *self.special_tokens.values()}
             unused = next(i for i in ids if i not in used)
-            raise UserError(f'cannot decode token id {unused}: {self.name} does not use this id') from None
+            raise UserError(f'cannot decode token id {unused}: {self.name} does not use this '
+                            f'id') from None
 
     def to_dict(self) -> dict:
         return {'kind': 'tiktoken', 'name': self.name}
 
 
 def open_tiktoken(name: str):
-    """tiktoken's encoding of that name; ValueError when there is none, or no way to get it."""
+    """Return tiktoken's encoding of that name. Raises UserError where it cannot be had."""
     if name not in TIKTOKEN_FILES:
-        raise UserError(f'unknown tiktoken vocabulary {name!r}; expected one of {", ".join(TIKTOKEN_FILES)}'
-                         + nearest(name, TIKTOKEN_FILES))
+        raise UserError(f'unknown tiktoken vocabulary {name!r}; expected one of '
+                        f'{", ".join(TIKTOKEN_FILES)}{nearest(name, TIKTOKEN_FILES)}')
     try:
         import tiktoken
     except ImportError:
-        raise UserError(f'the tokenizer {name!r} needs the package tiktoken: pip install tiktoken') from None
+        raise UserError(f'the tokenizer {name!r} needs the package tiktoken: '
+                        f'pip install tiktoken') from None
     try:
         return tiktoken.get_encoding(name)
-    except Exception as error:  # whatever requests, the file system or a damaged file can raise
+    except Exception as error:  # requests, the file system and damaged files raise nearly anything
         raise UserError(no_vocabulary(name, error)) from error
 
 
 def no_vocabulary(name: str, error: Exception) -> str:
-    """What to say when tiktoken cannot get the vocabulary `name`."""
-    folder = os.environ.get('TIKTOKEN_CACHE_DIR') or os.path.join(tempfile.gettempdir(), 'data-gym-cache')
-    lines = [f'cannot get the vocabulary {name!r} of tiktoken ({type(error).__name__}); not in {folder}, '
-             f'and the download failed. On a machine with a network, fetch and name as shown:']
-    for url in TIKTOKEN_FILES[name]:
-        lines.append(f'    curl -o {hashlib.sha1(url.encode()).hexdigest()} {url}')
-    lines.append('  put the files into a folder here and set TIKTOKEN_CACHE_DIR=that folder (the names are the SHA-1 '
-                 'of the URLs).\n  The tokenizers byte and char (--tokenizer=byte, --tokenizer=char) need no network.')
-    return '\n'.join(lines)
+    """Write the message for a vocabulary that tiktoken cannot get."""
+    folder = (os.environ.get('TIKTOKEN_CACHE_DIR')
+              or os.path.join(tempfile.gettempdir(), 'data-gym-cache'))
+    commands = '\n'.join(f'    curl -o {hashlib.sha1(url.encode()).hexdigest()} {url}'
+                         for url in TIKTOKEN_FILES[name])
+    return (f"cannot get tiktoken's vocabulary {name!r} ({type(error).__name__}): it is not in "
+            f'{folder}, and the download failed. On a machine with a network:\n{commands}\n'
+            f'Copy the files to a folder here (their names are the SHA-1 of the URLs) and set '
+            f'TIKTOKEN_CACHE_DIR to it.\nThe tokenizers byte and char need no network: '
+            f'--tokenizer=byte, --tokenizer=char')

@@ -1,3 +1,10 @@
+"""
+Byte pair encoding in compiled code: by gigatoken where it is installed, else by tiktoken.
+
+On one core with GPT-4's vocabulary (bench/results): bpe.py encodes 5 to 10 MB/s, tiktoken 14,
+gigatoken 170 to 380. The ids and merges are those of bpe.py.
+"""
+
 import base64
 import contextlib
 import functools
@@ -16,25 +23,36 @@ from tokenizer.bpe import count_pieces, in_bytes, learn
 from tokenizer.patterns import PATTERNS, batches, has_newer, split, split_specials, to_utf8
 from tokenizer.workers import core_count
 
+GIGATOKENS = ('gpt2', 'gpt4', 'o200k', 'qwen2')  # the patterns that gigatoken has, by its names
+FORGET_CHARS = 64_000_000  # words of at most 0.5 GB; a new gigatoken costs 0.1 s
+ONE_CORE_CHARS = 50_000_000  # awkward, gigatoken's package for threads, takes 0.2 s to import
+BLANKS = 200_000  # characters; tiktoken's regular expressions overflow at about a million blanks
+
 
 def has_gigatoken() -> bool:
-    """True where the package gigatoken, the accelerator of training and encoding, is installed."""
+    """Return whether the package gigatoken is installed."""
     return importlib.util.find_spec('gigatoken') is not None
 
 
-def learn_with_gigatoken(texts, n_merges: int, special_tokens=()) -> list[tuple[bytes, bytes]]:
-    """count_pieces() with GPT-2's pattern, the only one gigatoken trains with, and learn(), in Rust: the same merges.
+# Training -----------------------------------------------------------------------------------------
 
-    texts go through a file in the folder for temporary ones (the variable TMPDIR), so that memory stays small. Where
-    gigatoken (0.10) would find other merges, it is not asked: it is at Unicode 17; and when all pieces have become one
-    id each, it goes on with pairs that occur nowhere, which cannot happen with more distinct pieces than merges and
-    bytes.
+
+def learn_with_gigatoken(texts, n_merges: int, special_tokens=()) -> list[tuple[bytes, bytes]]:
+    """
+    Learn the merges of bpe.learn(), as bytes, with GPT-2's pattern, the only one gigatoken trains.
+
+    The texts go through a temporary file (in TMPDIR), which keeps memory small. Two cases take
+    bpe.learn(), as gigatoken 0.10 would learn other merges. It is at Unicode 17. And when every
+    piece has become one id, it goes on with pairs that occur nowhere; that cannot happen with more
+    distinct pieces than merges and bytes.
     """
     import gigatoken
     separator = b'\xff'  # in no UTF-8 text
     pieces, enough, newer = set(), n_merges + 256, False
-    bar = tqdm(desc='reading', unit='char', unit_scale=True, disable=None, leave=False, dynamic_ncols=True)
-    with tempfile.TemporaryDirectory() as folder, open(os.path.join(folder, 'texts'), 'w+b') as file, bar:
+    bar = tqdm(desc='reading', unit='char', unit_scale=True, disable=None, leave=False,
+               dynamic_ncols=True)
+    with (tempfile.TemporaryDirectory() as folder,
+          open(os.path.join(folder, 'texts'), 'w+b') as file, bar):
         try:
             for text in texts:
                 for part in split_specials(text, special_tokens)[::2]:
@@ -45,19 +63,21 @@ def learn_with_gigatoken(texts, n_merges: int, special_tokens=()) -> list[tuple[
                 bar.update(len(text))
             file.flush()
         except OSError as error:
-            raise UserError(f'the text to train on could not be written to {folder} ({error.strerror}); set TMPDIR to '
-                             f'a folder on a larger disk') from None
+            raise UserError(f'the text to train on could not be written to {folder} '
+                            f'({error.strerror}); set TMPDIR to a folder with more room') from None
         if newer or len(pieces) <= enough:
             file.seek(0)
-            return in_bytes(learn(count_pieces(read_separated(file, separator), PATTERNS['gpt2']), n_merges))
+            counts = count_pieces(read_separated(file, separator), PATTERNS['gpt2'])
+            return in_bytes(learn(counts, n_merges))
         with silenced():
             source = gigatoken.TextFileSource([file.name], separator=separator)
-            _, merges = gigatoken.train_bpe(source, 256 + n_merges, [], tie_breaking='raw_token_ids')
+            _, merges = gigatoken.train_bpe(source, 256 + n_merges, [],
+                                            tie_breaking='raw_token_ids')
     return merges
 
 
 def read_separated(file, separator: bytes):
-    """Yield the texts of a file, each of which ends with the separator."""
+    """Yield the texts of a file in which the separator ends each."""
     rest = b''
     while block := file.read(1 << 20):
         *texts, rest = (rest + block).split(separator)
@@ -67,35 +87,32 @@ def read_separated(file, separator: bytes):
 
 @contextlib.contextmanager
 def silenced():
-    """Nothing from C or Rust reaches the terminal meanwhile; gigatoken tells what it does on stdout."""
+    """Send what C and Rust code prints to nowhere; gigatoken reports its progress on stdout."""
     sys.stdout.flush()
     sys.stderr.flush()
-    kept = os.dup(1), os.dup(2)
+    terminal = os.dup(1), os.dup(2)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(nowhere, 1)
         os.dup2(nowhere, 2)
         yield
     finally:
-        os.dup2(kept[0], 1)
-        os.dup2(kept[1], 2)
-        for descriptor in (*kept, nowhere):
+        os.dup2(terminal[0], 1)
+        os.dup2(terminal[1], 2)
+        for descriptor in (*terminal, nowhere):
             os.close(descriptor)
 
 
-"""Byte pair encoding in compiled code: what bpe.py does, by gigatoken where it is installed, else by tiktoken.
-
-On one core with GPT-4's vocabulary (bench/results): bpe.py 5 to 10 MB/s, tiktoken 14, gigatoken 170 to 380.
-"""
-
-
-GIGATOKENS = ('gpt2', 'gpt4', 'o200k', 'qwen2')  # patterns that gigatoken has too, under the same names
-FORGET_CHARS = 64_000_000  # 0.5 GB of words, at worst; to begin anew takes 0.1 s
+# Encoding -----------------------------------------------------------------------------------------
 
 
 class FastEncoder:
-    """tokens: the bytes of all tokens, in the order of the merges. pattern: one of bpe.PATTERNS, or None. slow(text):
-    the same encoding in Python, for what neither library can do. encoding: the tiktoken.Encoding, where there is one.
+    """
+    Encode text to ranks, which are places in `tokens`.
+
+    tokens: the bytes of all tokens, in the order of their merges. pattern: one of PATTERNS, or
+    None. slow(text): the same in Python, for text that neither library can encode. encoding: the
+    tiktoken.Encoding, where there is one.
     """
 
     def __init__(self, tokens: list[bytes], pattern: str | None, slow, encoding=None):
@@ -104,10 +121,11 @@ class FastEncoder:
             self.tiktoken = encoding
         schemes = {PATTERNS[name]: name for name in GIGATOKENS} if has_gigatoken() else {}
         self.scheme = schemes.get(pattern)
-        self.chars = 0  # encoded by gigatoken so far
+        self.chars = 0  # characters that gigatoken has encoded
 
     @functools.cached_property
     def gigatoken(self):
+        """gigatoken's tokenizer for these tokens."""
         import gigatoken
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / 'ranks.tiktoken'
@@ -115,46 +133,51 @@ class FastEncoder:
                                       for rank, token in enumerate(self.tokens)))
             return gigatoken.Tokenizer.from_tiktoken(path, self.scheme, {})
 
-    def forget(self, chars: int):
-        """Count characters; every FORGET_CHARS of them make gigatoken anew, which keeps each word it ever met."""
+    @functools.cached_property
+    def tiktoken(self):
+        """tiktoken's encoding for these tokens."""
+        import tiktoken
+        ranks = {token: rank for rank, token in enumerate(self.tokens)}
+        return tiktoken.Encoding('flatgpt', pat_str=self.pattern or r'(?s:.+)', special_tokens={},
+                                 mergeable_ranks=ranks)
+
+    def count(self, chars: int):
+        """Count characters; make gigatoken anew every FORGET_CHARS, as it keeps every word."""
         self.chars += chars
         if self.chars // FORGET_CHARS > (self.chars - chars) // FORGET_CHARS:
             self.__dict__.pop('gigatoken', None)
 
-    @functools.cached_property
-    def tiktoken(self):
-        import tiktoken
-        return tiktoken.Encoding('flatgpt', pat_str=self.pattern or r'(?s:.+)', special_tokens={},
-                                 mergeable_ranks={token: rank for rank, token in enumerate(self.tokens)})
-
     def encode(self, text: str) -> np.ndarray:
-        """The places of the ids in `tokens`, as an array of integers."""
+        """Encode text to an array of ranks."""
         if self.scheme and not has_newer(text):  # gigatoken is at Unicode 17
-            self.forget(len(text))
+            self.count(len(text))
             return self.gigatoken.encode(to_utf8(text))
         return self.encode_by_tiktoken(text)
 
     def encode_by_tiktoken(self, text: str) -> np.ndarray:
-        """encode() without gigatoken."""
+        """Encode text to an array of ranks without gigatoken."""
         text = to_utf8(text).decode('utf-8')
-        # tiktoken's regular expressions run out of stack in about a million blanks; every run of 400,000 covers a whole
-        # block of 200,000.
-        if any(text[i:i + 200_000].isspace() for i in range(0, len(text) - 199_999, 200_000)):
+        # a run of 2 * BLANKS covers a whole block
+        if any(text[i:i + BLANKS].isspace() for i in range(0, len(text) - BLANKS + 1, BLANKS)):
             return np.array(self.slow(text))
         return self.tiktoken.encode_to_numpy(text, disallowed_special=())
 
     def encode_batch(self, texts: list[str], workers: int | None) -> list[np.ndarray]:
-        """encode() of each text. tiktoken uses so many threads (default: one per core); gigatoken uses one for the
-        first 50 MB, and then all cores, or one if workers is 1."""
+        """
+        Apply encode() to each text.
+
+        tiktoken uses `workers` threads (None: one per core). gigatoken uses one core for its first
+        ONE_CORE_CHARS and then all, or one if workers is 1.
+        """
         workers = workers or core_count()
         if self.scheme is None:
-            groups = list(batches(texts, 1 << 16))  # one task each: a task costs more than a short text
+            groups = batches(texts, 1 << 16)  # one task each: a task costs more than a short text
             with ThreadPoolExecutor(workers) as pool:
-                return [ids for group in pool.map(lambda group: [self.encode(text) for text in group], groups)
-                        for ids in group]
-        # the results of several threads come in a package (awkward) that takes 0.2 s to import: 50 MB on one core
-        if not texts or workers == 1 or self.chars < 50_000_000 or any(map(has_newer, texts)):
+                encoded = pool.map(lambda group: [self.encode(text) for text in group], groups)
+                return [ids for group in encoded for ids in group]
+        one_core = workers == 1 or self.chars < ONE_CORE_CHARS
+        if not texts or one_core or any(map(has_newer, texts)):
             return [self.encode(text) for text in texts]
-        self.forget(sum(map(len, texts)))
+        self.count(sum(map(len, texts)))
         rows = self.gigatoken.encode_batch([to_utf8(text) for text in texts]).layout
         return np.split(rows.content.data, rows.offsets.data[1:-1])

@@ -1,12 +1,11 @@
-"""Work shared out to processes, its results in order.
+"""
+Share work among processes; results come in order. For Python code, which threads do not speed up.
 
-    workers = Workers(4)
-    for item, result in workers.map(function, items):
-        ...
-    workers.close()
+    with Workers(4) as workers:
+        for item, result in workers.map(function, items):
+            ...
 
-For work in Python, which threads would not make faster. Ctrl-C ends the main process alone, and the others with it; so
-does its being killed.
+Ctrl-C interrupts the main process alone. The others end with it, however it ends.
 """
 
 import multiprocessing
@@ -19,32 +18,39 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 
-from configurator import UserError
+import numpy as np
 
-# fork costs nothing, and a script may use it without `if __name__ == '__main__'`; elsewhere it is unsafe or missing
+from configurator import UserError
+from tokenizer.patterns import batches
+
+# fork costs nothing and needs no `if __name__ == '__main__'`; elsewhere it is unsafe or missing
 START_METHOD = 'fork' if sys.platform == 'linux' else 'spawn'
 
 
 def core_count(limit: str = '/sys/fs/cgroup/cpu.max') -> int:
-    """Cores that this process may use: those it may run on, and no more than a container allows it the time of."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-    with suppress(OSError, ValueError), open(limit) as f:  # '200000 100000': two cores; 'max 100000': all
+    """Count the cores that this process may use, by its affinity and its container's limit."""
+    cores = (len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity')
+             else os.cpu_count() or 1)
+    with suppress(OSError, ValueError), open(limit) as f:  # '200000 100000': 2 cores; 'max': all
         quota, period = map(int, f.read().split())
         cores = min(cores, max(1, quota // period))
     return cores
 
 
 class Workers:
-    """`count` processes. Each calls start(*arguments), if there is one, before its first work."""
+    """`count` processes. Each calls start(*arguments), if given, before its first work."""
 
     def __init__(self, count: int, start=None, *arguments):
         self.count = count
-        self.pool = ProcessPoolExecutor(count, multiprocessing.get_context(START_METHOD), begin, (start, *arguments))
+        self.pool = ProcessPoolExecutor(count, multiprocessing.get_context(START_METHOD), begin,
+                                        (start, *arguments))
 
     def map(self, function, items):
-        """Yield (item, function(item)) for every item, in order; of the items, no more are taken than keep all busy.
+        """
+        Yield (item, function(item)) for every item, in order.
 
-        function and each item are sent to the processes, so both have to be picklable. ValueError when one dies.
+        Takes no more items in advance than keep all processes busy. function and items must be
+        picklable. Raises UserError when a process is killed.
         """
         waiting = deque()
         try:
@@ -57,14 +63,14 @@ class Workers:
                 item, future = waiting.popleft()
                 yield item, future.result()
         except BrokenProcessPool:
-            raise UserError('a worker process was ended from outside, perhaps because memory ran out; '
-                             'try again with fewer: --num_proc=1') from None
+            raise UserError('a worker process was killed, perhaps because memory ran out; use '
+                            'fewer: --num_proc=1') from None
         finally:
             for _, future in waiting:
                 future.cancel()
 
     def close(self):
-        """End the processes, after the work they are at."""
+        """End the processes once their present work is done."""
         self.pool.shutdown(cancel_futures=True)
 
     def __enter__(self):
@@ -75,31 +81,59 @@ class Workers:
 
 
 def submit(pool, *task):
-    """pool.submit, which starts processes when there are too few."""
+    """Call pool.submit(*task), which may start processes, so that they ignore Ctrl-C."""
     if os.name != 'posix' or threading.current_thread() is not threading.main_thread():
         return pool.submit(*task)
-    # Ctrl-C reaches all processes, and the main one is to end the others. Blocked here, it is blocked for good in those
-    # that start now. In this one another thread may still take it: remembered until the pool knows what it has started.
-    came = []
-    handler = signal.signal(signal.SIGINT, lambda *_: came.append(True))
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    # A terminal sends Ctrl-C to all processes. Processes that start now inherit the blocked signal.
+    # Another thread of this process may still receive it; it is raised again after pool.submit().
+    received = []
+    handler = signal.signal(signal.SIGINT, lambda *_: received.append(True))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         return pool.submit(*task)
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         signal.signal(signal.SIGINT, signal.SIG_DFL if handler is None else handler)
-        if came:
+        if received:
             signal.raise_signal(signal.SIGINT)
 
 
 def begin(start, *arguments):
-    """What each process does first."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Windows, where `submit` cannot hold it back
+    """Prepare a worker process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # for Windows, where submit() blocks nothing
     threading.Thread(target=end_with_parent, daemon=True).start()
     if start is not None:
         start(*arguments)
 
 
 def end_with_parent():
+    """End this process when the main process is gone, even killed."""
     multiprocessing.parent_process().join()
-    os._exit(1)  # the main process was killed: nothing else would end this one
+    os._exit(1)
+
+
+# Encoding, for tokenizers in Python ---------------------------------------------------------------
+
+worker_tokenizer = None  # in a worker process: its tokenizer
+
+
+def start_worker(tokenizer):
+    """Keep the tokenizer in a worker process."""
+    global worker_tokenizer
+    worker_tokenizer = tokenizer
+
+
+def encode_in_worker(texts: list[str]) -> list[np.ndarray]:
+    """Encode texts in a worker process."""
+    return [worker_tokenizer.encode_array(text) for text in texts]
+
+
+def encode_in_processes(tokenizer, texts: list[str], count: int | None) -> list[np.ndarray]:
+    """Apply encode_array() to each text, in `count` processes (None: one per core)."""
+    count = count or core_count()
+    if count == 1 or sum(map(len, texts)) < 1 << 21:
+        return [tokenizer.encode_array(text) for text in texts]
+    if tokenizer.workers is None or tokenizer.workers.count != count:
+        tokenizer.workers = Workers(count, start_worker, tokenizer)
+    groups = tokenizer.workers.map(encode_in_worker, batches(texts, 1 << 18))
+    return [ids for _, group in groups for ids in group]

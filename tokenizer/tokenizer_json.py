@@ -1,0 +1,329 @@
+"""
+Hugging Face's tokenizer.json: read and write it, so that tokenizers and transformers give our ids.
+
+Not kept are truncation, padding and what a post-processor adds, except one token before a text.
+"""
+
+import os
+
+import regex
+
+from configurator import UserError
+from tokenizer.base import ENDOFTEXT, write_file
+from tokenizer.basic import WORD_SPECIALS
+from tokenizer.patterns import PATTERNS, compile_pattern, from_printable, printable
+from tokenizer.vocabulary import (
+    Vocabulary,
+    from_alphabet,
+    is_vocab,
+    read_json,
+    short,
+    to_json,
+    tokens_of,
+)
+
+DOCUMENT_ENDS = (ENDOFTEXT, '<|end_of_text|>')  # GPT-2's and Llama 3's
+# a byte tokenizer, as the description of a BPE tokenizer without merges
+BYTES = {'kind': 'bpe', 'pattern': None, 'special_tokens': {}, 'merges': [], 'byte_ids': None,
+         'merge_ids': None, 'ignore_merges': False}
+LLAMA_3 = PATTERNS['qwen2'].replace(r'|\p{N}|', r'|\p{N}{1,3}|')  # cuts as PATTERNS['gpt4'] does
+# The pattern of a word tokenizer, with \w as a class of characters: Oniguruma's \w is another.
+WORD = (r'\p{L}\p{M}\p{Nd}\p{Nl}\p{Pc}'
+        '\u200c\u200d\u24b6-\u24e9\U0001f130-\U0001f149\U0001f150-\U0001f169\U0001f170-\U0001f189')
+WORDS = rf' ?[{WORD}]+|[^{WORD}\s]|\s'
+# The names of special tokens, where a file does not mark them: <s>, <|im_end|>, [PAD].
+SPECIAL = regex.compile(r'<.*\p{L}.*>|\[.*\p{L}.*\]', regex.DOTALL)
+
+# The regular expressions that the package regex and Hugging Face's Oniguruma read alike. Left out,
+# for example: $, which Oniguruma also matches before line ends; {1,3}+, there a repetition of a
+# repetition; \w and \h, there other characters; case-insensitive ss, there also ß.
+PORTABLE = regex.compile(r'''(?x: (?:
+      \(\?i: (?: (?!(?i:ss|st|ff|fi|fl)) [A-Za-z'|] | \[[A-Za-z]+\] )+ \)   # no groups inside
+    | \( (?: \?[:=!>] | (?!\?) )  |  \)  |  \|                      # groups, look-ahead, or
+    | (?: (?<escape> \\[sSdDrntf] | \\[pP]\{[CLMNPSZ][a-z]?\} | \\[!-/:-@\[-`{-~] )
+        | \[ \^? (?: (?&escape) | (?!&&|--|\|\||~~)[^\\\[\]] )+ \]  # [...]
+        | [^\\\[\](){}*+?|^$]                                       # any other character
+      )
+    | (?: [*+?][+?]? | \{\d+(?:,\d*)?\} ) (?![*+?{])                # how often
+    )+ )''')
+INSIDE = r'(?<inside>(?:\\.|\[(?:\\.|[^\]])*\]|\((?&inside)\)|[^()\\\[])*)'  # of a group
+LOOK_AHEAD = regex.compile(rf'\(\?[=!]{INSIDE}\)', regex.DOTALL)
+REPEATED = regex.compile(rf'(?<!\\)(?<group>\({INSIDE}\))[*+{{]', regex.DOTALL)
+
+
+def unsupported(path, key, value, expected) -> UserError:
+    """Make the error for a part of a file that would give other ids here."""
+    return UserError(f'{path}: {key} is {short(value)}, which this program cannot do; '
+                     f'expected {expected}')
+
+
+# Reading ------------------------------------------------------------------------------------------
+
+
+def read_tokenizer_json(path) -> dict:
+    """
+    Read a tokenizer.json: byte-level BPE, or characters and words as hf_words() writes them.
+
+    Returns the description. Raises UserError, naming the part of the file, where ids could differ.
+    """
+    file = read_json(path)
+    model = file.get('model') if isinstance(file, dict) else None
+    if not isinstance(model, dict):
+        raise UserError(f"{path} is no tokenizer.json: expected an object with the key 'model', "
+                        f'got {short(file)}')
+    kind = model.get('type', 'BPE' if 'merges' in model else None)  # old files have no type
+    if kind == 'WordLevel' and is_vocab(model.get('vocab')):
+        tokens = sorted(model['vocab'], key=model['vocab'].get)
+        for values in ({'kind': 'char', 'chars': ''.join(tokens)},
+                       {'kind': 'word', 'words': tokens[2:]}):
+            if hf_words(values) == file:
+                return values
+    check_model(path, kind, model, file)
+    added_tokens = file.get('added_tokens') or []
+    special_tokens = read_added_tokens(path, added_tokens, model['vocab'])
+    pattern = read_pattern(path, file.get('pre_tokenizer'))
+    pairs = [(f'merges[{i}]', merge.split(' ') if isinstance(merge, str) else merge)
+             for i, merge in enumerate(model['merges'])]
+    ids, merges = from_alphabet(path, model['vocab'], pairs, special_tokens)
+    values = Vocabulary(path, ids, merges, pattern, special_tokens,
+                        bool(model.get('ignore_merges'))).describe()
+    if file.get('normalizer'):
+        values['normalizer'] = 'NFC'
+        if late := [token['content'] for token in added_tokens if token.get('normalized')]:
+            raise UserError(f'{path}: the added token {late[0]!r} is looked for in normalized '
+                            f'text, where a mark after it can hide it; expected "normalized": '
+                            f'false. Set that in a copy of the file')
+    if (bos_token := read_bos_token(file.get('post_processor'))) in special_tokens:
+        values['bos_token'] = bos_token
+    if visible := [token['content'] for token in added_tokens if not token.get('special')]:
+        values['visible_tokens'] = visible
+    return values
+
+
+def check_model(path, kind, model: dict, file: dict):
+    """Raise UserError for a model, normalizer or decoder that is not byte-level BPE."""
+    if kind != 'BPE':
+        raise unsupported(path, "model's type", kind, "'BPE' (other models have no merges)")
+    # unk_token and fuse_unk do not matter: with all 256 bytes as tokens nothing is unknown
+    for key in ('dropout', 'continuing_subword_prefix', 'end_of_word_suffix', 'byte_fallback'):
+        if model.get(key):
+            raise unsupported(path, f"model's {key}", model[key], 'none')
+    normalizer, decoder = file.get('normalizer'), file.get('decoder')
+    if normalizer not in (None, {'type': 'NFC'}):
+        raise unsupported(path, 'normalizer', normalizer, 'NFC or none. If your text is in that '
+                          'form already, set "normalizer": null in a copy of the file')
+    if decoder and (not isinstance(decoder, dict) or decoder.get('type') != 'ByteLevel'):
+        raise unsupported(path, 'decoder', decoder, 'ByteLevel')
+    vocab, merges = model.get('vocab'), model.get('merges')
+    if not is_vocab(vocab):
+        raise UserError(f"{path}: the model's vocab is {short(vocab)}; expected an object "
+                        f'{{token: id}}')
+    if not isinstance(merges, list):
+        raise UserError(f"{path}: the model's merges are {short(merges)}; expected a list")
+
+
+def read_bos_token(post_processor) -> str | None:
+    """Return the token that a post_processor puts before a text, where it adds nothing else."""
+    steps = (post_processor.get('processors', [post_processor])
+             if isinstance(post_processor, dict) else [])
+    for step in steps if isinstance(steps, list) else []:
+        match step:
+            case {'type': 'TemplateProcessing',
+                  'single': [{'SpecialToken': {'id': str() as token}}, {'Sequence': _}]}:
+                return token
+    return None
+
+
+def read_added_tokens(path, added_tokens, vocab: dict) -> dict[str, int]:
+    """Return {text: id} of added_tokens. Raises UserError for those that are no special tokens."""
+    if not isinstance(added_tokens, list):
+        raise UserError(f'{path}: added_tokens is {short(added_tokens)}; expected a list')
+    special_tokens, following = {}, len(vocab)
+    for n, token in enumerate(added_tokens):
+        place = f'{path}: added_tokens[{n}]'
+        text = token.get('content') if isinstance(token, dict) else None
+        if not isinstance(text, str) or not text:
+            raise UserError(f'{place} is {short(token)}; expected an object with content and id')
+        for key in ('single_word', 'lstrip', 'rstrip'):
+            if token.get(key):
+                raise UserError(f'{place} ({text!r}) has {key}, so it depends on the text around '
+                                f'it, which this program cannot do; expected false')
+        if not token.get('special') and not SPECIAL.fullmatch(text):
+            raise UserError(f'{place} ({text!r}) is not special: it is found in ordinary text '
+                            f'before the merges, which this program cannot do; expected special '
+                            f'tokens only')
+        # tokenizers ignores the id: a token outside the vocab gets the id after the last one
+        expected = vocab.get(text, following)
+        if token.get('id') != expected:
+            raise UserError(f'{place} ({text!r}) has the id {token.get("id")!r}, but tokenizers '
+                            f'gives it {expected}; expected that id, or the token with its id in '
+                            f'vocab as well')
+        following = max(following, expected + 1)
+        special_tokens[text] = expected
+    return special_tokens
+
+
+def read_pattern(path, pre_tokenizer) -> str | None:
+    """Return the pattern of a pre_tokenizer: ByteLevel, alone or after one Split or Digits."""
+    refused = unsupported(
+        path, 'pre_tokenizer', pre_tokenizer,
+        'ByteLevel, or a Sequence of one Split (Regex, Isolated) and ByteLevel with use_regex '
+        'false, or of Digits (individual_digits) and ByteLevel, with add_prefix_space false (with '
+        'it, decoded text begins with a space that the text had not)')
+    steps = [pre_tokenizer]
+    if isinstance(pre_tokenizer, dict) and pre_tokenizer.get('type') == 'Sequence':
+        steps = pre_tokenizer.get('pretokenizers')
+    types = ([step.get('type') if isinstance(step, dict) else step for step in steps]
+             if isinstance(steps, list) else [])
+    if types not in (['ByteLevel'], ['Split', 'ByteLevel'], ['Digits', 'ByteLevel']):
+        raise refused
+    if steps[-1].get('add_prefix_space', True):
+        raise refused
+    use_regex = steps[-1].get('use_regex', True)
+    if len(steps) == 1:
+        return PATTERNS['gpt2'] if use_regex else None
+    first = steps[0]
+    if types[0] == 'Digits' and first.get('individual_digits') and use_regex:
+        return PATTERNS['smollm2']  # but for 13 numbers new in Unicode 17, which only Digits has
+    pattern = first.get('pattern')
+    pattern = pattern.get('Regex') if isinstance(pattern, dict) else None
+    isolated = first.get('behavior') == 'Isolated' and not first.get('invert')
+    if use_regex or not isinstance(pattern, str) or not isolated:
+        raise refused
+    check_portable(path, pattern)
+    return PATTERNS['gpt4'] if pattern == LLAMA_3 else pattern
+
+
+def check_portable(path, pattern: str):
+    """Raise UserError unless Hugging Face's libraries cut every text alike with this pattern."""
+    compile_pattern(pattern)
+    match = PORTABLE.match(pattern)
+    end = match.end() if match else 0
+    # After an empty match the two go on differently, also within a repetition. Look-ahead matches
+    # nothing itself, and is left out.
+    bare = LOOK_AHEAD.sub('(?:)', pattern)
+    repeated = [match['group'] for match in REPEATED.finditer(bare, overlapped=True)]
+    matches_nothing = any(compile_pattern(part).match('') for part in (bare, *repeated))
+    if end < len(pattern) or matches_nothing:
+        reason = (f'from {pattern[end:end + 20]!r} on' if end < len(pattern) else
+                  'as it, or a part that it repeats, can match without any character')
+        raise UserError(f"{path}: the split pattern {pattern!r} may mean something else to Hugging "
+                        f"Face's libraries than to this program, {reason}. Expected \\p{{..}}, "
+                        f'\\s, \\d, classes without sets, groups, look-ahead, and * + ? {{m,n}}; '
+                        f'see PORTABLE in tokenizer/tokenizer_json.py')
+
+
+# Writing ------------------------------------------------------------------------------------------
+
+
+def write_tokenizer_json(values: dict, path):
+    """
+    Write a description as a tokenizer.json for tokenizers (0.19 or newer) and transformers.
+
+    Raises UserError for a pattern that they may read differently, and for a special token with the
+    name of another token.
+    """
+    write_file(path, to_json(hf_tokenizer(values, path)))
+
+
+def document_ends(values: dict) -> list[str]:
+    """Return the special tokens of a description that end a document, the usual one first."""
+    specials = WORD_SPECIALS if values['kind'] == 'word' else values.get('special_tokens', {})
+    return [token for token in DOCUMENT_ENDS if token in specials]
+
+
+def write_hf_folder(values: dict, folder, more: dict | None = None):
+    """
+    Write tokenizer.json and tokenizer_config.json for AutoTokenizer.from_pretrained(folder).
+
+    more: further entries of tokenizer_config.json, such as the chat_template.
+    """
+    tokenizer = hf_tokenizer(values, os.path.join(folder, 'tokenizer.json'))
+    config = {'tokenizer_class': 'PreTrainedTokenizerFast', 'clean_up_tokenization_spaces': False}
+    if ends := document_ends(values):
+        config |= {'bos_token': ends[0], 'eos_token': ends[0], 'unk_token': ends[0]}
+    if 'bos_token' in values:
+        config['bos_token'] = values['bos_token']
+    if values['kind'] == 'word':
+        config['unk_token'] = '<|unk|>'
+    os.makedirs(folder, exist_ok=True)
+    write_file(os.path.join(folder, 'tokenizer.json'), to_json(tokenizer))
+    write_file(os.path.join(folder, 'tokenizer_config.json'), to_json(config | (more or {})))
+
+
+def hf_tokenizer(values: dict, path) -> dict:
+    """Return the content of the tokenizer.json for a description. path: for error messages."""
+    if values['kind'] in ('char', 'word'):
+        return hf_words(values)
+    values = BYTES if values['kind'] == 'byte' else values
+    ids, _ = tokens_of(values)
+    vocab = {printable(token): i for token, i in ids.items()}
+    for text, i in values['special_tokens'].items():
+        if text in vocab:
+            raise UserError(f'{path} cannot be written: the special token {text!r} (id {i}) has '
+                            f'the name of the token {from_printable(text)!r} (id {vocab[text]}) '
+                            f'there; give it another name, as <|name|>')
+        # added tokens stand in the vocabulary too: otherwise tokenizers would number them itself
+        vocab[text] = i
+    byte_level = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True,
+                  'use_regex': False}
+    steps = [byte_level]
+    if values['pattern'] is not None:
+        check_portable(path, values['pattern'])
+        steps = [split_by(values['pattern']), byte_level]
+    model = {'type': 'BPE', 'dropout': None, 'unk_token': None, 'continuing_subword_prefix': None,
+             'end_of_word_suffix': None, 'fuse_unk': False, 'byte_fallback': False,
+             'ignore_merges': values['ignore_merges'],
+             'vocab': dict(sorted(vocab.items(), key=lambda item: item[1])),
+             'merges': values['merges']}
+    file = hf_file(model, values['special_tokens'],
+                   {'type': 'Sequence', 'pretokenizers': steps}, byte_level)
+    for token in file['added_tokens']:
+        token['special'] = token['content'] not in values.get('visible_tokens', ())
+    if 'normalizer' in values:
+        file['normalizer'] = {'type': values['normalizer']}
+    if bos_token := values.get('bos_token'):
+        bos, text = ([{'SpecialToken': {'id': bos_token, 'type_id': 0}}],
+                     [{'Sequence': {'id': 'A', 'type_id': 0}}])
+        second = [{'SpecialToken': {'id': bos_token, 'type_id': 1}},
+                  {'Sequence': {'id': 'B', 'type_id': 1}}]
+        token = {'id': bos_token, 'ids': [values['special_tokens'][bos_token]],
+                 'tokens': [bos_token]}
+        file['post_processor'] = {'type': 'TemplateProcessing', 'single': bos + text,
+                                  'pair': bos + text + second,
+                                  'special_tokens': {bos_token: token}}
+    return file
+
+
+def hf_words(values: dict) -> dict:
+    """
+    Return the content of the tokenizer.json of a char or word tokenizer.
+
+    A char vocabulary has no unknown token, so that unknown characters are an error there too.
+    """
+    if values['kind'] == 'char':
+        specials, tokens, pattern, unknown = {}, values['chars'], r'[\s\S]', ''
+    else:
+        specials, tokens = WORD_SPECIALS, [*WORD_SPECIALS, *values['words']]
+        pattern, unknown = WORDS, '<|unk|>'
+    model = {'type': 'WordLevel', 'vocab': {token: i for i, token in enumerate(tokens)},
+             'unk_token': unknown}
+    return hf_file(model, specials, split_by(pattern), {'type': 'Fuse'})
+
+
+def hf_file(model: dict, special_tokens: dict[str, int], pre_tokenizer, decoder) -> dict:
+    """Return the content of a tokenizer.json around its model."""
+    return {
+        'version': '1.0', 'truncation': None, 'padding': None,
+        'added_tokens': [{'id': i, 'content': text, 'single_word': False, 'lstrip': False,
+                          'rstrip': False, 'normalized': False, 'special': True}
+                         for text, i in special_tokens.items()],
+        'normalizer': None, 'pre_tokenizer': pre_tokenizer, 'post_processor': None,
+        'decoder': decoder, 'model': model,
+    }
+
+
+def split_by(pattern: str) -> dict:
+    """Return the pre_tokenizer that cuts text by a pattern."""
+    return {'type': 'Split', 'pattern': {'Regex': pattern}, 'behavior': 'Isolated',
+            'invert': False}

@@ -150,7 +150,7 @@ def test_units_first_wins(folder):
     ({'dataset': 'tiny'}, 'expected sums such as 123+456=0579'), ({'dataset': 'none'}, 'no dataset in data'),
     ({'dataset': 'turned'}, 'python data/addition/prepare.py, and leave out --dataset'),
     ({'dataset': 'plain', 'n_train': 1000}, 'n_train=1000: expected 1 to 90'),
-    ({'steps': 0}, 'steps=0: expected 1 or more'), ({'seed': -1}, 'seed=-1: expected 0 or more'),
+    ({'steps': 0}, 'steps=0: expected 1 or more'), ({'seed': -1}, 'seed=-1: expected at least 0'),
     ({'dataset': 'plain', 'n_embd': 30}, 'n_embd=30 is not divisible by n_head=4'),
 ])
 def test_refuses(folder, setting, said):

@@ -218,6 +218,7 @@ def measure(folder, script, *files, **settings):
     return out, json.loads(out.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_time_to_loss_of_a_run(peer):
     flags = [*SHAPE.split(), '--preset=gpt2', '--learning_rate=1e-3', '--warmup_iters=0', '--decay_lr=False',
              '--dtype=float32', '--max_iters=8', '--eval_interval=1', '--sample_tokens=0']
@@ -244,6 +245,7 @@ def test_time_to_loss_of_a_run(peer):
     assert len(table) == 18 and max(map(len, table)) <= 80
 
 
+@pytest.mark.slow
 def test_time_to_loss_that_is_not_reached(peer):
     out, record = measure(peer, 'time_to_loss', case='char', peer='peer', rounds=1, full=False,
                           peer_steps=2, sprint_char='--max_iters=4 --eval_interval=2', extra=SHAPE,
@@ -301,6 +303,7 @@ def test_ablation_of_finished_runs_does_none_again(folder):
     folder.start('bench.ablation', config_file='a.py', steps=7, seeds='1').refused('another config file')
 
 
+@pytest.mark.slow
 def test_ablation_runs_what_is_missing(folder):
     config = folder.path / 'small.py'
     config.write_text("preset = 'modern'\ndataset = 'tiny'\nn_layer = 1\nn_head = 1\nn_embd = 16\nblock_size = 16\n"

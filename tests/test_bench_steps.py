@@ -10,7 +10,6 @@ import pytest
 import torch
 from conftest import ROOT
 
-import ops
 from bench import bare, gpu
 from configurator import UserError
 from model import GPT, GPTConfig
@@ -95,6 +94,7 @@ def test_peak_memory_is_that_of_the_process():
     assert before is None or bare.peak_memory(torch.device('cpu')) >= tensor.numel()
 
 
+@pytest.mark.slow
 def test_a_process_of_its_own():
     s = bare.settings('modern', **SIZE)
     figures = bare.in_own_process(s, seconds=0.05, product_seconds=0.01)
@@ -121,6 +121,7 @@ def test_exponent_of_a_sum_lies_between():
 # the scripts ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_scaling_along_the_batch(folder):
     out = folder.start('bench.scaling', axes='batch', batches='2,4', base='1x32x8x2', compile=False, seconds=0.05,
                        device='cpu', preset='gpt2').ok().out
@@ -148,6 +149,7 @@ def test_scripts_say_what_is_wrong(folder, script, changes, said):
     folder.start(f'bench.{script}', **changes).refused(said)
 
 
+@pytest.mark.slow
 def test_train_step_takes_the_step_apart(folder):
     """The 124M case cut down to nothing: its random tokens, the settings train.py resolved, the table."""
     out = folder.start('bench.train_step', cases='gpt2', rounds=1, steps=2, extra='--n_layer=1 --n_head=1 '
@@ -169,6 +171,7 @@ def test_scripts_explain_themselves(folder, name):
     assert f'$ python -m bench.{name}' in out and 'config = ' not in out
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings('ignore')
 def test_generate(folder):
     """Every run has a rate, the comparisons are ratios of them, and the table fits a terminal."""
@@ -202,6 +205,7 @@ def test_first_evaluation_below_a_target():
     assert gpu.first_below(EVALUATIONS, 3.0)['step'] == 100 and gpu.first_below(EVALUATIONS, 1.0) is None
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != 'linux', reason='needs bash and timeout')
 def test_gpu_sh_runs_parts_one_by_one(tmp_path):
     """A part that fails does not stop the next, and the summary says which is which."""

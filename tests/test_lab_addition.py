@@ -134,6 +134,7 @@ def test_right_digits_are_those_of_greedy_decoding(folder, order):
     assert order == 'plain' or right[:, 0].tolist() == units.tolist()
 
 
+@pytest.mark.slow
 def test_units_first_wins(folder):
     prepare(folder, 'addition_2', digits=2)
     run = folder.start('lab.addition', dataset='addition_2', steps=150, batch_size=128, n_embd=24, seeds=1).ok()

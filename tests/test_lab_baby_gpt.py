@@ -71,6 +71,7 @@ def test_parameters_and_published_figures():
     assert p[0, 1] == pytest.approx(0.73, abs=0.02)
 
 
+@pytest.mark.slow
 def test_over_seeds():
     """What holds for more than one seed: the means, to 5 points, of 101 -> 011 and of the smaller side of 111's split.
     Of one seed they are off by 4 and 5 points (standard deviation)."""
@@ -114,6 +115,7 @@ def test_run(folder):
         assert picture.size == (900, 450)
 
 
+@pytest.mark.slow
 def test_other_tokens(folder):
     folder.start('lab.baby_gpt', sequence='abababab', context=1, steps=1, vocab_size=3, gif=True).ok()
     got = json.loads((folder.path / 'out-lab' / 'baby_gpt.json').read_text())

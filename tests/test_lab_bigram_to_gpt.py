@@ -90,6 +90,7 @@ def test_bigram_learns_the_counts_of_the_pairs(ids):
     torch.testing.assert_close(torch.where(n > 0, p, 0), counts / n.clamp(min=1), atol=0.02, rtol=0)
 
 
+@pytest.mark.slow
 def test_the_ladder_descends(folder):
     run = folder.start('lab.bigram_to_gpt', dataset='tiny', steps=200, batch_size=4, block_size=16, n_embd=32,
                        out='out').ok()

@@ -50,6 +50,7 @@ def test_widest_gap():
     assert lab.risen([0.0, 0.0]) == [0.0, 0.0]
 
 
+@pytest.mark.slow
 def test_whole_answers_jump_and_their_likelihood_does_not(folder):
     run = folder.start('lab.emergence', widths='3,4,6,8,12', length=12, seeds=1, steps=200, batch_size=64,
                        n_test=500).ok()

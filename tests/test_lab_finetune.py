@@ -28,6 +28,7 @@ def texts(folder):
     return folder
 
 
+@pytest.mark.slow
 def test_the_pretrained_start_wins(texts):
     run = texts.start('lab.finetune', **TINY).ok()
     figures = json.loads((texts.path / 'out' / 'finetune.json').read_text())

@@ -116,6 +116,7 @@ def test_the_script_shows_what_grows(folder):
     assert max(map(len, run.out.splitlines())) <= 80
 
 
+@pytest.mark.slow
 def test_a_step_takes_what_was_predicted():
     parts, measured, _ = load_lab('flops').check_step(rounds=1)
     assert 0.75 < sum(parts.values()) / measured < 1.25
@@ -125,6 +126,7 @@ def test_a_step_takes_what_was_predicted():
 @pytest.mark.parametrize('changes, said', [
     ({'size': '125M'}, "size='125M': expected '124M' or '350M'"),
     ({'preset': 'gpt4'}, "'gpt2' or 'llama' or 'modern'"), ({'optimizer': 'sgd'}, "'adamw' or 'muon'"),
-    ({'batch_size': 0}, 'expected 1 or more'), ({'utilisation': 40.0}, 'above 0 and at most 1'), ({'n_head': 7}, 'n_embd=768 is not divisible by n_head=7')])
+    ({'batch_size': 0}, 'expected 1 or more'), ({'utilisation': 40.0}, 'above 0 and at most 1'),
+    ({'n_head': 7}, 'n_embd=768 is not divisible by n_head=7')])
 def test_settings_that_can_not_be(folder, changes, said):
     folder.start('lab.flops', measure=False, out='out', **changes).refused(said)

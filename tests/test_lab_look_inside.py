@@ -133,6 +133,7 @@ def test_page():
     assert len(title) == 5 + 5 and title[5].startswith(f'{p.max():.1%} ')
 
 
+@pytest.mark.slow
 def test_run_and_evaluate(folder):
     """The losses of the page are those that evaluate.py sums; a text longer than the context is cut, and said to be."""
     folder.train(preset='modern').ok()

@@ -98,6 +98,7 @@ GRID = {'dataset': 'tiny', 'n_layer': 1, 'block_size': 8, 'batch_size': 4, 'widt
         'budgets': '1e7,4e7', 'ratios': '1e-4,1000', 'bootstraps': 20, 'larger': 3.0, 'out': 'out'}
 
 
+@pytest.mark.slow
 def test_a_grid_that_was_killed_goes_on(folder):
     runs_file = folder.path / 'out' / 'scaling_laws.jsonl'
     first = folder.start('lab.scaling_laws', processes=1, **GRID)

@@ -13,6 +13,7 @@ from flatgpt import checkpoint
 TINY = {'share': 0.01, 'n': 14, 'num_samples': 2, 'n_layer': 1, 'n_embd': 16, 'out': 'out'}
 
 
+@pytest.mark.slow
 def test_all_stages(folder):
     """
     They end in a table, a picture and numbers; a second time nothing is left to do but these. Stopped on the way, it

@@ -119,6 +119,7 @@ def test_vote():
     assert lab.vote(torch.tensor(answers)).tolist() == [total + 7, total + 1, -1]  # the first of equals; none
 
 
+@pytest.mark.slow
 def test_steps_beat_more_answers_and_votes_beat_one_chain(folder):
     folder.start('lab.thinking', length=4, modulus=11, n_embd=32, max_iters=250, batch_size=128, questions=100).ok()
     measured = json.loads((folder.path / 'out-lab' / 'thinking.json').read_text())

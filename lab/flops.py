@@ -226,10 +226,10 @@ def print_devices(config):
         rows.append([name, f'{short(room)}B', 'yes' if total <= room else 'no',
                      f'{max(0, room - fixed) // per_sequence:,.0f} sequences',
                      f'{1e3 * seconds:,.0f} ms', f'{tokens / seconds:,.0f}'])
+    parts = ', '.join(f'{part} {short(value)}B' for part, value in need.items())
     print(f'\nthe same trained by {optimizer} on {batch_size} sequences a step, in bf16 by '
-          + 'autocast:\n, '.join(f'{part} {short(value)}B' for part, value in need.items())
-          + f',\ntogether {short(total)}B; products at {utilisation:.0%} of the peak\n\n'
-          + table(rows))
+          f'autocast:\n{parts},\ntogether {short(total)}B; products at {utilisation:.0%} of the '
+          f'peak\n\n{table(rows)}')
     return {'memory': need, 'step_seconds': figures}
 
 

@@ -181,12 +181,11 @@ def test_last_line_is_json(capsys):
     assert record['bench'] == 'x' and record['ms']['median'] == 1.0 and f'{os.cpu_count()} cores' in record['hardware']
 
 
-@pytest.mark.parametrize('name', ['start', 'kill', 'tokenizer', 'prepare', 'round_trip', 'time_to_loss',
-                                  'ablation'])
-def test_scripts_explain_themselves(name):
-    done = subprocess.run([sys.executable, '-m', f'bench.{name}', '--help'], text=True, capture_output=True)
-    assert done.returncode == 0, done.stderr
-    assert f'$ python -m bench.{name}' in done.stdout and 'config = ' not in done.stdout
+@pytest.mark.parametrize('name', sorted(
+    path.stem for path in (ROOT / 'bench').glob('*.py') if path.stem not in ('__init__', 'bare', 'common')))
+def test_scripts_explain_themselves(folder, name):
+    out = folder.start(f'bench.{name}', '--help').ok().out
+    assert f'$ python -m bench.{name}' in out and 'config = ' not in out
 
 
 # time_to_loss.py -----------------------------------------------------------------------------------------------------

@@ -165,12 +165,6 @@ def test_train_step_takes_the_step_apart(folder):
     assert 'bare step: optimizer' in out and 'forward + backward: products' in out
 
 
-@pytest.mark.parametrize('name', ['train_step', 'scaling', 'attention', 'generate', 'gpu'])
-def test_scripts_explain_themselves(folder, name):
-    out = folder.start(f'bench.{name}', '--help').ok().out
-    assert f'$ python -m bench.{name}' in out and 'config = ' not in out
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings('ignore')
 def test_generate(folder):

@@ -1,57 +1,51 @@
 """
-The options of a recipe one by one, at a fixed budget and with several seeds:
-what each brings in loss and in time.
+Measure a recipe's options one by one, at a fixed budget and with several seeds.
 
     $ python -m bench.ablation --table=ablation.md    # all: an hour
     $ python -m bench.ablation --variants='no qk_norm,adamw' --seeds=1,2
-    $ python -m bench.ablation --jobs=4          # each on cores of its own
     $ python -m bench.ablation --config_file=config/train_shakespeare_char.py
 
-The base is the config file as it is, for `steps` steps; its preset should be
-'modern', of which the first variants each take one thing away. Every variant
-and seed is a run of train.py in a process of its own, evaluated once, at its
-end, over the whole val split. Under one seed all variants see the same batches,
-so differences are taken seed by seed; and the runs go seed by seed over all
-variants, so that a machine that slows down does so for each of them.
+The base is the config file for `steps` steps; its preset should be 'modern',
+since the first variants take one thing away from it. Each variant and seed is a
+run of train.py in its own process, evaluated once, at its end, on the whole val
+split. All variants of a seed read the same batches, so differences are taken
+seed by seed. The runs go seed by seed over all variants, so that a machine that
+slows down affects all of them.
 
-Prints a Markdown table, the lowest loss first: val loss and its difference to
-the base's, means over the seeds with their standard errors, and the time of a
-step over the base's (medians of a run, without its first tenth). Then a JSON
-line. A variant that fails, as one that diverges does, is shown as such.
-Finished runs are kept in `out`, and starting again does what is missing.
+Prints a Markdown table, the lowest loss first: the val loss and its difference
+to the base, means over the seeds with standard errors; and the time of a step
+over the base's (medians of a run, without its first tenth). Then a JSON line. A
+variant that fails, for example by diverging, is listed as failed. Finished runs
+are kept in `out`; the next start runs only what is missing.
 """
 
 import json
 import os
-import queue
-import re
 import shlex
 import shutil
 import statistics
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor, as_completed
 
 from bench import common, plot
-from configurator import explain_errors, override
+from configurator import Count, UserError, override
 from data.download import file_sha256
 from flatgpt.files import lock_folder, replace_file
 
-# settings ------------------------------------------------------------------------------------------------------------
+# Settings -----------------------------------------------------------------------------------------
 config_file = 'config/shakespeare_cpu.py'  # the base
-steps = 250  # of the base's tokens: one epoch of Shakespeare
+steps: Count = 250  # with the base's batch: one epoch of Shakespeare
 seeds = '1,2,3'
-variants = ''  # names, with commas between them; '': all. The base always runs
+variants = ''  # names, separated by commas; '': all. The base always runs
 extra = ''  # flags for all runs, such as --device=cuda
-jobs = 1  # runs at a time; on Linux each has its share of the cores to itself
-out = 'out-ablation/runs.jsonl'  # the finished runs, one a line
+out = 'out-ablation/runs.jsonl'  # the finished runs
 table = ''  # a file that the table is also written to
 config = override(globals())
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 # AdamW at the rates, betas and decay that suit it, under the schedule of preset modern
-ADAMW = ('--optimizer=adamw --learning_rate=3e-3 --min_lr=0 --beta1=0.9 --beta2=0.99 --weight_decay=0.1 '
-         '--warmup_iters=20 --lr_schedule=wsd --decay_fraction=0.6')
+ADAMW = ('--optimizer=adamw --learning_rate=3e-3 --min_lr=0 --beta1=0.9 --beta2=0.99 '
+         '--weight_decay=0.1 --warmup_iters=20 --lr_schedule=wsd --decay_fraction=0.6')
 VARIANTS = {
     'base': '',
     # one thing taken away
@@ -72,18 +66,20 @@ VARIANTS = {
     'value_embeddings': '--value_embeddings=True',
     'dropout 0.1': '--dropout=0.1',
     'weight_decay 0.1': '--weight_decay=0.1',
-    'average_decay 0.99': '--average_decay=0.99',
     'biases': '--bias=True',
     # other recipes as a whole: nanoGPT's, and Llama's architecture
-    'preset gpt2': '--preset=gpt2 --learning_rate=1e-3 --min_lr=1e-4 --beta2=0.99 --warmup_iters=20',
+    'preset gpt2': '--preset=gpt2 --learning_rate=1e-3 --min_lr=1e-4 --beta2=0.99 '
+                   '--warmup_iters=20',
     'preset llama': f'--preset=llama {ADAMW}',
 }
 
 
 def read_runs(path):
     """
-    -> the finished runs in a file, a list of dicts. Half a line at its end, from a run that was cut off, is removed.
-    SystemExit for a line that is damaged otherwise.
+    Return the finished runs of a file.
+
+    Removes half a line at its end, which a killed run leaves. Raises UserError for any other
+    damaged line.
     """
     if not os.path.exists(path):
         return []
@@ -96,59 +92,48 @@ def read_runs(path):
     for number, line in enumerate(whole.splitlines(), start=1):
         try:
             run = json.loads(line)
-            key_of(run), run['val_loss'] + run['ms']  # has what is needed of it
+            key_of(run), run['val_loss'] + run['ms']
         except (ValueError, KeyError, TypeError) as error:
-            raise SystemExit(f'{path}, line {number} is damaged ({type(error).__name__}: {error}): {line[:60]!r}. '
-                             f'Remove that line, and its run is done again') from None
+            raise UserError(f'{path}, line {number} is damaged ({type(error).__name__}: {error}): '
+                            f'{line[:60]!r}. Remove the line to repeat its run') from None
         runs.append(run)
     return runs
 
 
 def key_of(run):
-    """What makes two runs the same measurement; not the commit, of which each run keeps its own."""
+    """Return what makes two runs the same measurement; each run keeps its own commit."""
     return run['config'], run['sha256'], run['flags'], run['steps'], run['seed']
 
 
-def to_do(name, seed):
-    """What will be known of a run before it starts."""
+def describe(name, seed):
+    """Return what a run is known by before it starts."""
     flags = shlex.join([*shlex.split(VARIANTS[name]), *shlex.split(extra)])
-    return {'config': config_file, 'sha256': config_hash, 'flags': flags, 'steps': steps, 'seed': seed}
+    return {'config': config_file, 'sha256': file_sha256(config_file)[:16], 'flags': flags,
+            'steps': steps, 'seed': seed}
 
 
 def train(name, seed, folder):
-    """Do a run -> what is kept of it. SystemExit if it fails."""
-    run = {**to_do(name, seed), 'variant': name, 'commit': common.commit(), 'torch': common.torch_version()}
+    """Run a variant; return its record. Raises UserError if it fails."""
+    run = {**describe(name, seed), 'variant': name, 'commit': common.commit(),
+           'torch': common.torch_version()}
     out_dir = os.path.join(folder, f'{name}-{seed}'.replace(' ', '-'))
     common.run(common.train_command([
-        config_file, *shlex.split(run['flags']), f'--seed={seed}', f'--max_iters={steps}', '--lr_decay_iters=None',
-        f'--eval_interval={steps}', '--eval_first=False', '--eval_iters=1', '--log_interval=1', '--sample_tokens=0',
-        f'--out_dir={out_dir}'], script=os.path.join(common.ROOT, 'train.py')), cwd=None, **threads)
+        config_file, *shlex.split(run['flags']), f'--seed={seed}', f'--max_iters={steps}',
+        '--lr_decay_iters=None', f'--eval_interval={steps}', '--eval_first=False',
+        '--eval_iters=1', '--log_interval=1', '--sample_tokens=0', f'--out_dir={out_dir}'],
+        script=os.path.join(common.ROOT, 'train.py')), cwd=None)
     records, evaluations = plot.read_log(out_dir)
     if not evaluations or evaluations[-1]['step'] != steps:
-        raise SystemExit(f'stopped after step {records[-1]["step"]} of {steps}')
+        raise UserError(f'stopped after step {records[-1]["step"]} of {steps}')
     times = [record['ms'] for record in records]
     shutil.rmtree(out_dir)
-    return {**run, 'val_loss': evaluations[-1]['val_loss'], 'ms': statistics.median(times[len(times) // 10 :]),
+    return {**run, 'val_loss': evaluations[-1]['val_loss'],
+            'ms': statistics.median(times[len(times) // 10 :]),
             'train_time': records[-1]['train_time']}
 
 
-def core_of(cpu):
-    """The first of the processors that share a core with this one, so that hyperthreads sort beside each other."""
-    try:
-        with open(f'/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list', encoding='utf-8') as f:
-            return int(re.match(r'\d+', f.read())[0])
-    except OSError:
-        return cpu
-
-
-def take_cores():
-    """Keep this thread, and the runs it starts, which inherit that, on a share of the cores of its own."""
-    if hasattr(os, 'sched_setaffinity'):
-        os.sched_setaffinity(0, shares.get())
-
-
 def mean_and_error(values):
-    """-> (mean, its standard error or None if there is but one value)."""
+    """Return the mean and its standard error, None for a single value."""
     error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
     return statistics.mean(values), error
 
@@ -158,58 +143,58 @@ def with_error(mean, error, form):
 
 
 def markdown(rows):
-    """Rows of cells, the first of them the header -> a Markdown table, the first column to the left."""
+    """Return rows of cells as a Markdown table, the header first."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ['| ' + ' | '.join(cell.rjust(width) if i else cell.ljust(width)
-                               for i, (cell, width) in enumerate(zip(row, widths, strict=True))) + ' |' for row in rows]
-    rule = '|' + '|'.join('-' * (width + 1) + (':' if i else '-') for i, width in enumerate(widths)) + '|'
-    return '\n'.join([lines[0], rule, *lines[1:]])
+    lines = ['| ' + ' | '.join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width)
+                               in enumerate(zip(row, widths, strict=True))) + ' |' for row in rows]
+    rule = '|'.join('-' * (width + 1) + (':' if i else '-') for i, width in enumerate(widths))
+    return '\n'.join([lines[0], f'|{rule}|', *lines[1:]])
 
 
-sys.excepthook = explain_errors
-names = [name.strip() for name in variants.split(',')] if variants else list(VARIANTS)
-for name in names:
-    if name not in VARIANTS:
-        raise SystemExit(f'variants={variants!r}: {name!r} is none of {", ".join(VARIANTS)}')
-names = list(dict.fromkeys(['base', *names]))
-try:
-    seed_list = list(dict.fromkeys(int(seed) for seed in seeds.split(',')))
-except ValueError:
-    raise SystemExit(f'seeds={seeds!r}: expected whole numbers with commas between them, such as 1,2,3') from None
-if steps < 1:
-    raise SystemExit(f'steps={steps}: expected 1 or more')
-cpus = sorted(os.sched_getaffinity(0) if hasattr(os, 'sched_getaffinity') else range(os.cpu_count()),
-              key=lambda cpu: (core_of(cpu), cpu))
-if not 1 <= jobs <= len(cpus):
-    raise SystemExit(f'jobs={jobs}: expected 1 to {len(cpus)}, the processors that may be used')
-n_cpus = len(cpus) // jobs
-shares = queue.SimpleQueue()
-for i in range(jobs):
-    shares.put(cpus[i * n_cpus : (i + 1) * n_cpus])
-threads = {'OMP_NUM_THREADS': str(n_cpus)} if jobs > 1 else {}
+def figures_of(runs, base):
+    """Compare a variant's runs with the base's, seed by seed; None if one failed."""
+    if None in runs:
+        return None
+    pairs = list(zip(runs, base, strict=True))
+    loss, error = mean_and_error([run['val_loss'] for run in runs])
+    difference, difference_error = mean_and_error([a['val_loss'] - b['val_loss'] for a, b in pairs])
+    return {'val_loss': loss, 'error': error, 'difference': difference,
+            'difference_error': difference_error,
+            'ms': statistics.mean(run['ms'] for run in runs),
+            'time': statistics.mean(a['ms'] / b['ms'] for a, b in pairs)}
 
-if not os.path.isfile(config_file):
-    raise SystemExit(f'config_file={config_file!r}: there is no such file here')
-config_hash = file_sha256(config_file)[:16]
-os.makedirs(os.path.dirname(out) or '.', exist_ok=True)
-lock_folder(os.path.dirname(out) or '.', 'measuring into')
-done = {key_of(run): run for run in read_runs(out)}
-wanted = [(name, seed) for seed in seed_list for name in names]
-missing = [(name, seed) for name, seed in wanted if key_of(to_do(name, seed)) not in done]
-if len(missing) < len(wanted):
-    commits = sorted({done[key_of(to_do(*one))]['commit'] for one in wanted if one not in missing})
-    print(f'{len(wanted) - len(missing)} of {len(wanted)} runs are in {out} already, done at commit '
-          f'{", ".join(commits)}', file=sys.stderr)
-with tempfile.TemporaryDirectory() as folder:
-    pool = ThreadPoolExecutor(jobs, initializer=take_cores if jobs > 1 else None)
+
+def main():
+    # read the settings
+    names = [name.strip() for name in variants.split(',')] if variants else list(VARIANTS)
+    for name in names:
+        if name not in VARIANTS:
+            raise UserError(f'variants={variants!r}: {name!r} is none of {", ".join(VARIANTS)}')
+    names = list(dict.fromkeys(['base', *names]))
     try:
-        futures = {pool.submit(train, name, seed, folder): (name, seed) for name, seed in missing}
-        for number, future in enumerate(as_completed(futures), start=1):
-            name, seed = futures[future]
+        seed_list = list(dict.fromkeys(int(seed) for seed in seeds.split(',')))
+    except ValueError:
+        raise UserError(f'seeds={seeds!r}: expected whole numbers with commas between them, '
+                        f'such as 1,2,3') from None
+    if not os.path.isfile(config_file):
+        raise UserError(f'config_file={config_file!r}: there is no such file here')
+
+    # run what is missing
+    os.makedirs(os.path.dirname(out) or '.', exist_ok=True)
+    lock_folder(os.path.dirname(out) or '.', 'measuring into')
+    done = {key_of(run): run for run in read_runs(out)}
+    wanted = {(name, seed): key_of(describe(name, seed)) for seed in seed_list for name in names}
+    missing = [pair for pair, key in wanted.items() if key not in done]
+    if len(missing) < len(wanted):
+        commits = sorted({done[key]['commit'] for key in wanted.values() if key in done})
+        print(f'{len(wanted) - len(missing)} of {len(wanted)} runs are in {out} already, done at '
+              f'commit {", ".join(commits)}', file=sys.stderr)
+    with tempfile.TemporaryDirectory() as folder:
+        for number, (name, seed) in enumerate(missing, start=1):
             where = f'{name}, seed {seed} ({number} of {len(missing)})'
             try:
-                run = future.result()
-            except SystemExit as error:
+                run = train(name, seed, folder)
+            except UserError as error:
                 if name == 'base':  # nothing to compare with
                     raise
                 print(f'{where} failed: {error}', file=sys.stderr)
@@ -217,37 +202,31 @@ with tempfile.TemporaryDirectory() as folder:
             with open(out, 'a', encoding='utf-8') as f:
                 f.write(json.dumps(run) + '\n')
             done[key_of(run)] = run
-            print(f'{where}: val loss {run["val_loss"]:.4f}, {run["ms"]:.1f} ms a step', file=sys.stderr)
-    finally:
-        pool.shutdown(cancel_futures=True)
+            print(f'{where}: val loss {run["val_loss"]:.4f}, {run["ms"]:.1f} ms a step',
+                  file=sys.stderr)
 
-results = {name: [done.get(key_of(to_do(name, seed))) for seed in seed_list] for name in names}
-base = results['base']
-figures = {}
-for name, runs in results.items():
-    if None in runs:
-        figures[name] = None
-        continue
-    loss, error = mean_and_error([run['val_loss'] for run in runs])
-    difference, difference_error = mean_and_error([a['val_loss'] - b['val_loss']
-                                                   for a, b in zip(runs, base, strict=True)])
-    figures[name] = {'val_loss': loss, 'error': error, 'difference': difference, 'difference_error': difference_error,
-                     'ms': statistics.mean(run['ms'] for run in runs),
-                     'time': statistics.mean(a['ms'] / b['ms'] for a, b in zip(runs, base, strict=True))}
-rows = [['variant', 'val loss', 'difference to base', 'time of a step']]
-for name in sorted(names, key=lambda name: figures[name]['val_loss'] if figures[name] else float('inf')):
-    f = figures[name]
-    if f is None:
-        rows.append([name, 'failed', '', ''])
-        continue
-    rows.append([name, with_error(f['val_loss'], f['error'], '{:.4f}'),
-                 '' if name == 'base' else with_error(f['difference'], f['difference_error'], '{:+.4f}'),
-                 f'{f["time"]:.2f}'])
-text = markdown(rows)
-print(common.heading('ablation') + f'{config_file}, {steps} steps, seeds {", ".join(map(str, seed_list))}\n')
-print(text)
-if table:
-    replace_file(table, (text + '\n').encode())
-rounded = {name: f and {key: value if value is None else round(value, 5) for key, value in f.items()}
-           for name, f in figures.items()}
-common.finish('ablation', len(seed_list), config=config_file, steps=steps, extra=extra, variants=rounded)
+    # report
+    results = {name: [done.get(wanted[name, seed]) for seed in seed_list] for name in names}
+    figures = {name: figures_of(runs, results['base']) for name, runs in results.items()}
+    rows = [['variant', 'val loss', 'difference to base', 'time of a step']]
+    for name in sorted(names, key=lambda name: figures[name]['val_loss'] if figures[name] else 1e9):
+        f = figures[name]
+        if f is None:
+            rows.append([name, 'failed', '', ''])
+            continue
+        difference = with_error(f['difference'], f['difference_error'], '{:+.4f}')
+        rows.append([name, with_error(f['val_loss'], f['error'], '{:.4f}'),
+                     '' if name == 'base' else difference, f'{f["time"]:.2f}'])
+    text = markdown(rows)
+    print(common.heading('ablation')
+          + f'{config_file}, {steps} steps, seeds {", ".join(map(str, seed_list))}\n\n{text}')
+    if table:
+        replace_file(table, (text + '\n').encode())
+    rounded = {name: f and {key: value and round(value, 5) for key, value in f.items()}
+               for name, f in figures.items()}
+    common.finish('ablation', len(seed_list), config=config_file, steps=steps, extra=extra,
+                  variants=rounded)
+
+
+if __name__ == '__main__':
+    main()

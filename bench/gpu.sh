@@ -1,36 +1,37 @@
 #!/usr/bin/env bash
-# Everything that is measured on one GPU, in under 9 minutes: a line of figures for each part in out-gpu/PART.json, all
-# of them in out-gpu/summary.json, the text in out-gpu/log.txt.
+# Run all measurements of one GPU in under 9 minutes.
 #
 #     bash bench/gpu.sh
 #     PEER=../nanoGPT SHAKESPEARE=input.txt bash bench/gpu.sh
 #     PARTS=speed bash bench/gpu.sh       # all of the time for one part
-#     DRY=1 bash bench/gpu.sh             # tiny sizes on the CPU, a few minutes: does all of it run?
+#     DRY=1 bash bench/gpu.sh             # tiny sizes on the CPU: does everything run?
 #
-# Parts, in this order:
+# Writes the figures of each part to out-gpu/PART.json, all of them to out-gpu/summary.json, and the
+# text to out-gpu/log.txt. The parts, in order:
 #     machine     the GPU, its driver, torch
-#     check       does the GPU compute what the CPU does?
+#     check       tests/test_gpu.py: does the GPU compute the same as the CPU?
 #     char        time to val 1.4697 on shakespeare_char
 #     recipe      tokens to a loss, 124M: GPT-2's recipe and ours
 #     attention   torch's kernels, forward and backward
-#     decode      tokens/s of sampling from 124M, against transformers (and nanoGPT) and the memory's bandwidth
+#     decode      tokens/s from 124M, against transformers, nanoGPT and the memory's bandwidth
 #     decode_xl   the same for 1.5B, alone
 #     peer        train.py's step against nanoGPT's, compiled, 124M
 #     speed       tokens/s and MFU of 124M, 350M, 1.5B
 #
-# Needs no network. Each part has a limit, its share of the time that is left, so what one does not use the next ones
-# have; one that fails or runs out of time does not stop the others, and keeps the figures it had.
+# Needs no network. Each part gets a share of the remaining time, so later parts get the time that
+# earlier ones leave. A part that fails or runs out of time does not stop the others and keeps its
+# figures so far.
 #
 # BUDGET       seconds in all (530)
-# PEER         a checkout of nanoGPT; without it that part is left out
-# SHAKESPEARE  the text of tiny Shakespeare, where data/shakespeare_char is not prepared
-# CORPUS       name of a dataset for 'recipe' (Python's standard library, 8,192 ids)
+# PEER         a checkout of nanoGPT; without it the part 'peer' is left out
+# SHAKESPEARE  the text of tiny Shakespeare, if data/shakespeare_char is not prepared
+# CORPUS       a dataset for 'recipe' (default: Python's standard library, 8,192 ids)
 # CHAR_FLAGS   more flags for train.py in 'char'
 # PYTHON       the interpreter (python)
 # OUT          the folder (out-gpu)
 set -uo pipefail
 started=$SECONDS
-for name in PEER SHAKESPEARE OUT; do  # as they are seen from here
+for name in PEER SHAKESPEARE OUT; do  # relative to the current folder
     path=${!name:-}
     if [[ -n $path && $path != /* ]]; then printf -v "$name" '%s' "$PWD/$path"; fi
 done
@@ -49,7 +50,7 @@ elif ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'
     exit 1
 fi
 
-weight_of() {  # of a part; of the time that is left it gets weight / (weights of those to come)
+weight_of() {  # a part gets weight / (weights of the parts to come) of the remaining time
     case $1 in
         machine) echo 2 ;;
         check) echo 12 ;;
@@ -79,22 +80,23 @@ command_of() {  # part limit -> the array `command`
     local part=$1 limit=$2
     case $part in
         machine) command=(bash -c "$(declare -f machine); machine") ;;
+        check) command=("$PYTHON" -m pytest -q tests/test_gpu.py) ;;
         attention)
-            command=("$PYTHON" bench/attention.py)
+            command=("$PYTHON" -m bench.attention)
             if [[ -n $DRY ]]; then command+=(--shapes=1x2x64x16 --dropouts=0.0 --n=2 --kept=False); fi ;;
         decode)
-            command=("$PYTHON" bench/generate.py --rounds=2 ${PEER:+"--peer=$PEER"})
+            command=("$PYTHON" -m bench.generate --rounds=2 ${PEER:+"--peer=$PEER"})
             if [[ -n $DRY ]]; then command+=(--n_layer=2 --n_embd=96 --vocab_size=512 --new_tokens=8); fi ;;
         decode_xl)
-            command=("$PYTHON" bench/generate.py --rounds=2 --n_layer=48 --n_head=25 --n_embd=1600 --transformers=False)
+            command=("$PYTHON" -m bench.generate --rounds=2 --n_layer=48 --n_head=25 --n_embd=1600 --transformers=False)
             if [[ -n $DRY ]]; then command+=(--n_layer=2 --n_embd=100 --vocab_size=512 --new_tokens=8); fi ;;
         peer)
-            command=("$PYTHON" bench/train_step.py --cases=gpt2 --rounds=2 "--peer=$PEER")
+            command=("$PYTHON" -m bench.train_step --cases=gpt2 --rounds=2 "--peer=$PEER")
             if [[ -n $DRY ]]; then
                 command+=(--steps=3 '--extra=--n_layer=2 --n_head=2 --n_embd=32 --batch_size=2 --block_size=32')
             fi ;;
-        *)  # a little less than `timeout` gives it, so that it ends by itself
-            command=("$PYTHON" bench/gpu.py "$part" "--limit=$((limit - 3))" "--out=$OUT" ${dry[@]+"${dry[@]}"})
+        *)  # a little less than the limit of `timeout`, so that it ends by itself
+            command=("$PYTHON" -m bench.gpu "$part" "--limit=$((limit - 3))" "--out=$OUT" ${dry[@]+"${dry[@]}"})
             if [[ $part == char ]]; then command+=("--shakespeare=${SHAKESPEARE:-}" "--flags=${CHAR_FLAGS:-}"); fi
             if [[ $part == recipe ]]; then command+=("--corpus=${CORPUS:-}"); fi ;;
     esac
@@ -110,12 +112,12 @@ for part in $PARTS; do
     fi
 done
 mkdir -p "$OUT" && : > "$OUT/log.txt" && : > "$OUT/parts.txt" || exit 1
-export DRY PYTHON  # for machine()
+export DRY PYTHON  # machine() reads them
 for part in $PARTS; do
     weight=$(weight_of "$part")
-    limit=$(((BUDGET - 8 - (SECONDS - started)) * weight / weights))  # the summary takes some seconds, too
+    limit=$(((BUDGET - 8 - (SECONDS - started)) * weight / weights))  # 8 s for the summary
     weights=$((weights - weight))
-    limit=$((limit > 15 ? limit : 15))  # python alone takes some to start
+    limit=$((limit > 15 ? limit : 15))  # the start of python takes some
     begun=$SECONDS
     rm -f "$OUT/$part.json"
     command_of "$part" "$limit"
@@ -133,5 +135,5 @@ for part in $PARTS; do
     rm -f "$OUT/$part.txt" "$OUT/$part.json.tmp"
     echo "$part $status $((SECONDS - begun)) $limit" >> "$OUT/parts.txt"
 done
-"$PYTHON" bench/gpu.py summary "--out=$OUT" ${dry[@]+"${dry[@]}"} 2>&1 | tee -a "$OUT/log.txt"
+"$PYTHON" -m bench.gpu summary "--out=$OUT" ${dry[@]+"${dry[@]}"} 2>&1 | tee -a "$OUT/log.txt"
 exit "${PIPESTATUS[0]}"

@@ -1,18 +1,21 @@
 """
-Is anything lost? Kill training again and again, and fill its disk.
+Kill training again and again, and fill its disk, to check that nothing is lost.
 
     $ python -m bench.kill               # 100 kills, 8 minutes or more
     $ python -m bench.kill --runs=10     # a quick look
 
-A tiny model trains with --init_from=auto, saving after every step, and is killed with SIGKILL at a moment drawn at
-random: of ten times, five while it trains, three in the milliseconds in which it saves, two from its start on. Then
-  - ckpt.pt must exist if train.py ever said that it saved one, load, and be of the last step reported or a later one;
-  - best.pt likewise; the next run must go on at exactly the step of ckpt.pt, and at the end log.jsonl must hold every
-    step once.
-Then a disk without room for the next checkpoint or the next line of the log, in two ways: the size of the process's
-files is limited (RLIMIT_FSIZE), and out_dir is on a small tmpfs (where user namespaces let us mount one). The old
-ckpt.pt must stay as it was, training must go on and say so, and with room again it must resume. Not covered: power
-cuts, which a process can't cause.
+A tiny model trains with --init_from=auto, saves after every step, and is killed
+with SIGKILL at a random moment: five times in ten while it trains, three in the
+milliseconds of a save, two during its start. Then
+  - ckpt.pt must exist if train.py ever reported it, must load, and must be of
+    the last reported step or a later one; the same holds for best.pt;
+  - the next run must continue at the step of ckpt.pt, and in the end log.jsonl
+    must hold every step once.
+Then the disk has no room for the next checkpoint or the next line of the log, in
+two ways: by a limit on file sizes (RLIMIT_FSIZE), and by a small tmpfs (where
+user namespaces can mount one). The old ckpt.pt must not change, training must
+continue with a warning, and it must resume once there is room. Power cuts are
+not covered.
 
 Prints a table, then a JSON line; exit status 1 if anything failed.
 """
@@ -31,35 +34,36 @@ import time
 import numpy as np
 
 from bench import common
-from configurator import override
+from configurator import Count, Positive, Seed, UserError, override
 from flatgpt import checkpoint
 
-# settings ------------------------------------------------------------------------------------------------------------
-runs = 100  # kills
-longest = 1.0  # seconds; a kill during training comes at most so long after the first step
-seed = 0
+# Settings -----------------------------------------------------------------------------------------
+runs: Count = 100  # kills
+longest: Positive = 1.0  # most seconds from the first step to a kill during training
+seed: Seed = 0
 config = override(globals())
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
-TRAIN = [sys.executable, os.path.join(common.ROOT, 'train.py'), '--dataset=tiny', '--device=cpu', '--dtype=float32',
-         '--compile=False', '--n_layer=1', '--n_head=1', '--n_embd=32', '--block_size=16', '--batch_size=2',
-         '--gradient_accumulation_steps=1', '--eval_interval=1', '--eval_iters=1', '--warmup_iters=0',
-         '--learning_rate=1e-3']
+TRAIN = [sys.executable, os.path.join(common.ROOT, 'train.py'), '--dataset=tiny', '--device=cpu',
+         '--dtype=float32', '--compile=False', '--n_layer=1', '--n_head=1', '--n_embd=32',
+         '--block_size=16', '--batch_size=2', '--gradient_accumulation_steps=1',
+         '--eval_interval=1', '--eval_iters=1', '--warmup_iters=0', '--learning_rate=1e-3']
 
 
 def make_dataset(folder):
-    """A byte dataset of random text, with a val split so short that evaluations take no time."""
+    """Write a byte dataset of random text, with a short val split."""
     os.makedirs(f'{folder}/data/tiny')
     generator = np.random.default_rng(seed)
     tokens = {'train': 10_000, 'val': 40}
     for split, count in tokens.items():
         generator.integers(97, 123, count).astype('<u2').tofile(f'{folder}/data/tiny/{split}.bin')
     with open(f'{folder}/data/tiny/meta.json', 'w', encoding='utf-8') as f:
-        json.dump({'dtype': 'uint16', 'vocab_size': 256, 'tokens': tokens, 'tokenizer': {'kind': 'byte'}}, f)
+        json.dump({'dtype': 'uint16', 'vocab_size': 256, 'tokens': tokens,
+                   'tokenizer': {'kind': 'byte'}}, f)
 
 
 def logged_steps(out_dir):
-    """The steps in log.jsonl, in its order; half a line at its end does not count."""
+    """Return the steps in log.jsonl, in its order, without half a line at its end."""
     with open(f'{out_dir}/log.jsonl', encoding='utf-8') as f:
         records = [json.loads(line) for line in f if line.endswith('\n')]
     return [record['step'] for record in records if 'loss' in record]
@@ -67,50 +71,54 @@ def logged_steps(out_dir):
 
 def run_and_kill(folder, moment, delay):
     """
-    Start train.py and kill it `delay` seconds after its 'start', the first 'step' or the beginning of a 'save'.
-    -> (first step it trained or None, last step it reported as saved or None, everything it printed).
+    Kill train.py `delay` seconds after its 'start', first 'step' or next 'save'.
+
+    Returns the first step it trained or None, the last step it reported as saved or None, and its
+    output.
     """
-    process = subprocess.Popen([*TRAIN, '--init_from=auto'], cwd=folder, env=common.environment(), text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = subprocess.Popen([*TRAIN, '--init_from=auto'], cwd=folder, env=common.environment(),
+                               text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     killer = threading.Timer(delay, process.kill)
     if moment == 'start':
         killer.start()
     first, reported, lines = None, None, []
-    for line in process.stdout:  # to its end, which the kill makes
+    for line in process.stdout:
         lines.append(line)
         if match := common.ITER.match(line):
             first = int(match[1]) if first is None else first
         elif match := common.SAVED.match(line):
             reported = int(match[2])
-        # the evaluation's line precedes a save at once; the first is left alone, so that there is progress
-        if not killer.is_alive() and (moment == 'step' and first is not None or
-                                      moment == 'save' and reported is not None and line.startswith('step ')):
+        # an evaluation's line comes right before a save; the first save is spared, for progress
+        is_saving = reported is not None and line.startswith('step ')
+        if (moment == 'step' and first is not None) or (moment == 'save' and is_saving):
             moment = 'over'
             killer.start()
     if process.wait() != -9:
-        raise SystemExit(f'train.py ended by itself:\n{"".join(lines)[-2000:]}')
+        raise UserError(f'train.py ended by itself:\n{"".join(lines)[-2000:]}')
     return first, reported, ''.join(lines)
 
 
 def kill_runs(folder):
-    """-> the counts of all the kills, and a list of what went wrong."""
+    """Return the counts of all kills, and a list of failures."""
     chance = random.Random(seed)
     out_dir = f'{folder}/out'
-    counts = {'kills': runs, 'before the first step': 0, 'with a half-written file': 0, 'saves reported': 0}
+    counts = {'kills': runs, 'before the first step': 0, 'with a half-written file': 0,
+              'saves reported': 0}
+    moments = ['step', 'step', 'save', 'step', 'start', 'save', 'step', 'save', 'step', 'start']
     failures, on_disk, longest_start = [], 0, 4.0
     for kill in range(runs):
-        moment = ['step', 'step', 'save', 'step', 'start', 'save', 'step', 'save', 'step', 'start'][kill % 10]
-        delay = chance.uniform(0, {'start': longest_start, 'step': longest, 'save': 0.01}[moment])
+        moment = moments[kill % 10]
+        most = {'start': longest_start, 'step': longest, 'save': 0.01}[moment]
         t0 = time.perf_counter()
-        first, reported, text = run_and_kill(folder, moment, delay)
+        first, reported, text = run_and_kill(folder, moment, chance.uniform(0, most))
         if moment == 'step':
-            longest_start = time.perf_counter() - t0  # a start that long reaches the training
+            longest_start = time.perf_counter() - t0  # reaches the training
         counts['before the first step'] += first is None
         counts['saves reported'] += text.count('\nsaved ')
-        if os.path.isdir(out_dir):
-            counts['with a half-written file'] += os.path.exists(f'{out_dir}/ckpt.pt.tmp')
+        counts['with a half-written file'] += os.path.exists(f'{out_dir}/ckpt.pt.tmp')
         if first is not None and first != on_disk:
-            failures.append(f'kill {kill}: the run began at step {first}, ckpt.pt was of step {on_disk}')
+            failures.append(f'kill {kill}: the run began at step {first}, ckpt.pt was of step '
+                            f'{on_disk}')
         expected = on_disk if reported is None else reported
         if expected == 0 and not os.path.exists(f'{out_dir}/ckpt.pt'):
             continue
@@ -122,9 +130,11 @@ def kill_runs(folder):
                 continue
             if name == 'ckpt.pt':
                 if step < expected:
-                    failures.append(f'kill {kill}: ckpt.pt is of step {step}, {expected} was reported as saved')
+                    failures.append(f'kill {kill}: ckpt.pt is of step {step}, but {expected} was '
+                                    f'reported as saved')
                 on_disk = step
-        print(f'kill {kill + 1} of {runs}: step {on_disk}, {len(failures)} failures', file=sys.stderr)
+        print(f'kill {kill + 1} of {runs}: step {on_disk}, {len(failures)} failures',
+              file=sys.stderr)
     counts['steps in the end'] = on_disk
     if logged_steps(out_dir)[:on_disk] != list(range(on_disk)):
         failures.append('log.jsonl does not hold every step once')
@@ -136,30 +146,43 @@ def digest(path):
         return hashlib.sha256(f.read()).hexdigest()
 
 
+# in a mount namespace of its own: moves out_dir to a tmpfs with room for a few lines of the log
+ON_TMPFS = '''out=$1; kb=$2; shift 2
+mkdir full && mount -t tmpfs -o size=${kb}k tmpfs full && cp "$out"/* full/ || exit 99
+"$@" --out_dir=full; status=$?
+rm -r "$out"/*; cp -r full/. "$out"; exit $status'''
+
+
 def full_disk(folder, tmpfs):
     """
-    Train 10 steps, then resume where neither the next checkpoint nor the next line of the log fits, then once more with
-    room. -> None, or what went wrong.
+    Train 10 steps, resume on a full disk, and resume with room.
+
+    Returns None, or what failed.
     """
     out_dir = f'{folder}/{"tmpfs" if tmpfs else "limit"}'
     train = [*TRAIN, '--init_from=auto', f'--out_dir={out_dir}']
+
+    def start(command, limit=None):
+        return subprocess.run(command, cwd=folder, env=common.environment(), text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, preexec_fn=limit)
+
+    # 10 steps with room
     common.run([*train, '--max_iters=10'], cwd=folder)
-    before, room = digest(f'{out_dir}/ckpt.pt'), os.path.getsize(f'{out_dir}/log.jsonl')
+    before, log_size = digest(f'{out_dir}/ckpt.pt'), os.path.getsize(f'{out_dir}/log.jsonl')
+
+    # 3 steps without
     more, limit = [*train, '--max_iters=13'], None
-    if tmpfs:  # in a mount namespace of its own: out_dir moves onto a tmpfs that has room for a few lines of the log
-        script = ('out=$1; kb=$2; shift 2; mkdir full && mount -t tmpfs -o size=${kb}k tmpfs full && cp "$out"/* full/ '
-                  '|| exit 99; "$@" --out_dir=full; status=$?; rm -r "$out"/*; cp -r full/. "$out"; exit $status')
-        kilobytes = sum(-(-os.path.getsize(f'{out_dir}/{name}') // 4096) * 4 for name in os.listdir(out_dir))
-        kilobytes += 8  # while the log is rewritten at the start there are two of it
-        more = ['unshare', '-rm', 'sh', '-c', script, 'sh', out_dir, str(kilobytes), *more]
+    if tmpfs:
+        sizes = [os.path.getsize(f'{out_dir}/{name}') for name in os.listdir(out_dir)]
+        kilobytes = sum(-(-size // 4096) * 4 for size in sizes) + 8  # the start copies the log
+        more = ['unshare', '-rm', 'sh', '-c', ON_TMPFS, 'sh', out_dir, str(kilobytes), *more]
     else:
         import resource
 
-        def limit():  # the size of any one file: the log ends in the middle of a line
-            resource.setrlimit(resource.RLIMIT_FSIZE, (room + 100, room + 100))
+        def limit():  # of any one file: the log ends in the middle of a line
+            resource.setrlimit(resource.RLIMIT_FSIZE, (log_size + 100, log_size + 100))
 
-    done = subprocess.run(more, cwd=folder, env=common.environment(), text=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, preexec_fn=limit)
+    done = start(more, limit)
     if tmpfs and (done.returncode == 99 or 'unshare' in done.stdout):
         return f'could not be tried: {done.stdout.strip()}'
     if done.stdout.count('ckpt.pt could not be saved') < 3 or 'iter 12: ' not in done.stdout:
@@ -170,8 +193,9 @@ def full_disk(folder, tmpfs):
         return f'half-written files stay: {left}'
     if done.returncode == 0:
         return 'the state of the last step was not saved, but the exit status is 0'
-    done = subprocess.run([*train, '--max_iters=13'], cwd=folder, env=common.environment(), text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+    # 3 steps with room
+    done = start([*train, '--max_iters=13'])
     if done.returncode != 0 or 'iter 10: ' not in done.stdout:
         return f'with room again it does not resume:\n{done.stdout[-600:]}'
     if logged_steps(out_dir) != list(range(13)):
@@ -179,23 +203,25 @@ def full_disk(folder, tmpfs):
     return None
 
 
+# kill, then fill the disk
 if sys.platform == 'win32':
-    raise SystemExit('bench/kill.py needs SIGKILL and RLIMIT_FSIZE; run it on Linux or macOS')
-folder = tempfile.mkdtemp()
-try:
+    raise UserError('bench.kill needs SIGKILL and RLIMIT_FSIZE; run it on Linux or macOS')
+with tempfile.TemporaryDirectory() as folder:
     make_dataset(folder)
     counts, failures = kill_runs(folder)
     disks = {'RLIMIT_FSIZE': full_disk(folder, tmpfs=False)}
-    disks['tmpfs'] = full_disk(folder, tmpfs=True) if shutil.which('unshare') else 'could not be tried: no unshare'
-finally:
-    shutil.rmtree(folder)
+    disks['tmpfs'] = 'could not be tried: no unshare'
+    if shutil.which('unshare'):
+        disks['tmpfs'] = full_disk(folder, tmpfs=True)
 
+# report
 print(common.heading('kill'))
 print(common.table([['', 'count'], *counts.items(), ['failures', len(failures)]]))
 print(*failures, sep='\n')
 for name, problem in disks.items():
-    print(f'full disk, {name}: {problem or "old checkpoint untouched, training went on"}')
-failed = bool(failures) or any(problem and 'could not be tried' not in problem for problem in disks.values())
-common.finish('kill', runs, **{key.replace(' ', '_').replace('-', '_'): v for key, v in counts.items()},
-              failures=failures, full_disk={name: problem or 'ok' for name, problem in disks.items()})
-raise SystemExit(failed)
+    print(f'full disk, {name}: {problem or "old checkpoint unchanged, training continued"}')
+has_failed = any(problem and 'could not be tried' not in problem for problem in disks.values())
+common.finish('kill', runs, failures=failures,
+              **{key.replace(' ', '_').replace('-', '_'): value for key, value in counts.items()},
+              full_disk={name: problem or 'ok' for name, problem in disks.items()})
+raise SystemExit(bool(failures) or has_failed)

@@ -1,12 +1,13 @@
 """
-Encode and decode, 10,000 texts and 10,000 byte strings, with every tokenizer: how many come back otherwise?
+Encode and decode 10,000 texts and 10,000 byte strings with every tokenizer.
 
     $ python -m bench.round_trip             # a minute or two
     $ python -m bench.round_trip --n=100000
 
-The texts and bytes are drawn by hypothesis, which likes the odd ones: surrogates apart, any character. Each tokenizer
-that takes any text meets all of them; char and word vocabularies are made of each text. OpenAI's vocabularies are left
-out where tiktoken cannot get them. Prints a table, then a JSON line; any failure ends with status 1.
+hypothesis draws the texts and bytes, among them odd ones such as single
+surrogates. Char and word vocabularies are made from each text. OpenAI's
+vocabularies are left out where tiktoken cannot get them. Prints a table of
+failures, then a JSON line; any failure gives exit status 1.
 """
 
 import os
@@ -17,30 +18,31 @@ from hypothesis import strategies as st
 
 import tokenizer
 from bench import common
-from configurator import override
+from configurator import Count, override
 from tokenizer.bytepair import TIKTOKEN_FILES
 from tokenizer.patterns import split
 
-# settings ------------------------------------------------------------------------------------------------------------
-n = 10_000  # texts, and byte strings
+# Settings -----------------------------------------------------------------------------------------
+n: Count = 10_000  # texts, and byte strings
 config = override(globals())
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def tokenizers():
-    """{name: tokenizer} of all that take any text."""
-    with open(os.path.join(common.ROOT, 'corpus.py'), encoding='utf-8') as file:
+    """Return {name: tokenizer} of all that accept any text."""
+    with open(os.path.join(common.ROOT, 'train.py'), encoding='utf-8') as file:
         source = file.read()
-    found = {'byte': tokenizer.ByteTokenizer()}
+    known = {'byte': tokenizer.ByteTokenizer()}
     for pattern in ('gpt2', 'gpt4', 'o200k', None):
-        found[f'bpe, pattern {pattern}'] = tokenizer.BPETokenizer.train(source, 700, pattern, ['<|endoftext|>'])
+        known[f'bpe, pattern {pattern}'] = tokenizer.BPETokenizer.train(source, 700, pattern,
+                                                                        ['<|endoftext|>'])
     for name in TIKTOKEN_FILES:
         try:
-            found[name] = tokenizer.load(name)
-            found[f'{name} in Python'] = tokenizer.BPETokenizer.from_tiktoken(name)
+            known[name] = tokenizer.load(name)
+            known[f'{name} in Python'] = tokenizer.BPETokenizer.from_tiktoken(name)
         except ValueError as error:
             print(str(error).splitlines()[0], file=sys.stderr)
-    return found
+    return known
 
 
 tested = tokenizers()
@@ -53,29 +55,31 @@ often = settings(max_examples=n, database=None, deadline=None, phases=[Phase.gen
 
 @often
 @given(st.text())
-def texts(text):
+def check_text(text):
     counts['texts'] += 1
-    own = {'char, of each text': tokenizer.CharTokenizer.from_text([text]),
-           'word, of each text': tokenizer.WordTokenizer(
-               sorted(set(split(text, tokenizer.WordTokenizer.pattern))))} if text else {}
-    for name, tok in {**tested, **own}.items():
+    of_text = {}
+    if text:
+        words = sorted(set(split(text, tokenizer.WordTokenizer.pattern)))
+        of_text = {'char, of each text': tokenizer.CharTokenizer.from_text([text]),
+                   'word, of each text': tokenizer.WordTokenizer(words)}
+    for name, tok in {**tested, **of_text}.items():
         ways = {tuple(tok.encode(text, 'none')), tuple(tok.encode_array(text).tolist())}
-        failures[name]['texts'] += any(tok.decode(ids) != text for ids in ways) or len(ways) > 1
+        failures[name]['texts'] += len(ways) > 1 or any(tok.decode(ids) != text for ids in ways)
 
 
 @often
 @given(st.binary())
-def byte_strings(data):
+def check_bytes(data):
     counts['bytes'] += 1
     for name, tok in tested.items():
         failures[name]['bytes'] += tok.decode_bytes(tok.encode(data, 'none')) != data
 
 
-texts()
-byte_strings()
-print(f'{"tokenizer":24} {"texts":>8} {"failed":>7} {"bytes":>8} {"failed":>7}')
-for name in names:
-    of_bytes = (counts['bytes'], failures[name]['bytes']) if name in tested else ('-', '-')
-    print(f'{name:24} {counts["texts"]:>8} {failures[name]["texts"]:>7} {of_bytes[0]:>8} {of_bytes[1]:>7}')
+check_text()
+check_bytes()
+print(common.table([['tokenizer', 'texts', 'failed', 'bytes', 'failed'], *(
+    [name, counts['texts'], failures[name]['texts'],
+     *((counts['bytes'], failures[name]['bytes']) if name in tested else ('-', '-'))]
+    for name in names)]))
 common.finish('round_trip', n, **counts, failures=failures)
 sys.exit(any(sum(failed.values()) for failed in failures.values()))

@@ -1,5 +1,5 @@
 """
-Wall time to a validation loss: ours against nanoGPT's, alternating in one run.
+Compare the wall time to a validation loss, ours and nanoGPT's, in turns.
 
     $ python -m bench.time_to_loss --peer=../nanoGPT
     $ python -m bench.time_to_loss --rounds=1                # ours alone
@@ -9,38 +9,36 @@ Wall time to a validation loss: ours against nanoGPT's, alternating in one run.
     $ python -m bench.time_to_loss --peer=../nanoGPT --extra=--device=cuda \\
         --peer_flags=                                        # both on a GPU
 
---peer is a checkout of nanoGPT whose data/shakespeare_char is prepared.
+--peer is a checkout of nanoGPT with data/shakespeare_char prepared.
 
-Cases: 'small' is the CPU command of nanoGPT's README (0.8M parameters, 2000
-steps) against config/shakespeare_cpu.py, about four minutes a round; 'char' its
-config/train_shakespeare_char.py (10.65M) against ours of that name, up to 40
-minutes. Ours runs twice a round: a 'sprint', the same with other flags, which
-wants the target as early as it can; and the 'full' run, the config file as it
-is, for the lowest loss. Each round has another --seed, except for nanoGPT,
-whose seed is fixed.
+Cases: 'small' compares the CPU command of nanoGPT's README (0.8M parameters,
+2000 steps) with config/shakespeare_cpu.py, in about four minutes a round; 'char'
+compares its config/train_shakespeare_char.py (10.65M) with ours of that name, in
+up to 40 minutes. Ours runs twice a round: a 'sprint' with flags for an early
+target, and the 'full' run of the config file for the lowest loss. Each round has
+another --seed, except for nanoGPT, which has a fixed seed.
 
-The target is nanoGPT's loss in that round, or else 1.8857 and 1.4697, which it
-is known for. Every loss is that of a checkpoint over the whole val split,
-evaluated here in fp32; the target is reached at the first evaluation whose
-checkpoint is at or below it. What our log has for that checkpoint, in the dtype
-of the run, is shown too.
+The target is nanoGPT's loss in the round; without --peer it is nanoGPT's known
+loss, 1.8857 or 1.4697. Every loss is that of a checkpoint over the whole val
+split, computed here in fp32. The target is reached at the first evaluation whose
+checkpoint is at or below it. The logged loss of that checkpoint, in the dtype of
+the run, is printed too.
 
-Time is taken twice. Without evaluations: the sum of the steps, as each program
-measures them, without compiling too. (nanoGPT's time of a step includes an
-evaluation before it; such a step counts as its median one.) With them: by the
-clock, from the start of the process to the line of the evaluation, or to the
-end of the process where whole runs are compared. Compiled code is cached by a
-start that isn't timed, unless --cold=True.
+Time is measured twice. Without evaluations: the sum of the steps as each program
+prints them, without compilation. (nanoGPT's time of a step includes an
+evaluation before it; such a step counts as its median step.) With evaluations:
+wall time from the start of the process to the line of the evaluation, or to the
+end of the process where whole runs are compared. An untimed start caches the
+compiled code, unless --cold=True.
 
-nanoGPT's 5000 steps of 'char' take hours on a CPU. So only some of its steps
-are timed, and its time is estimated as that of 1750: its lowest loss comes
-between steps 1000 and 2500.
+nanoGPT's 5000 steps of 'char' take hours on a CPU. So only some steps are timed,
+and the time is estimated as that of 1750 steps: the lowest loss comes between
+steps 1000 and 2500.
 
 The bars, on two AMX cores: 'small' in 1/6 of nanoGPT's time (aim: 1/10), and a
 loss of 1.60 (1.52) within nanoGPT's time; 'char' in 180 s (90 s), and 1.42
-(1.38) within 1800 s. Prints a table of medians over the rounds, with their
-range, then a JSON line, in which a time to the target is null if any round
-missed it.
+(1.38) within 1800 s. Prints a table of medians over the rounds with their range,
+then a JSON line; a time to the target is null there if any round missed it.
 """
 
 import filecmp
@@ -50,49 +48,54 @@ import statistics
 import sys
 import tempfile
 import time
+from typing import Literal
 
 from bench import common, plot
-from configurator import check, explain_errors, override
+from configurator import Count, NonNegative, UserError, override
 from data.datasets import prepare_if_missing
 
-# settings ------------------------------------------------------------------------------------------------------------
-case = 'small'  # or 'char'
+# Settings -----------------------------------------------------------------------------------------
+case: Literal['small', 'char'] = 'small'
 peer = ''  # path of a nanoGPT checkout; '': without the comparison
-rounds = 3
-target: float | None = None  # nats a character; None: nanoGPT's loss of the round, or what it is known for
+rounds: Count = 3
+target: float | None = None  # nats per character; None: nanoGPT's loss of the round, or known loss
 # small: flags of the sprint, a schedule as short as the target allows
-sprint = ('--batch_size=24 --max_iters=115 --eval_interval=115 --compile=True --muon_lr=0.03 --embedding_lr=0.03 '
-          '--learning_rate=0.006 --momentum=0.85 --sample_tokens=0')
-sprint_char = ''  # char: flags of the sprint; '': the full run itself, up to where it reaches the target
-full = True  # also the full run; with 'char' it takes up to 30 minutes
+sprint = ('--batch_size=24 --max_iters=115 --eval_interval=115 --compile=True --muon_lr=0.03 '
+          '--embedding_lr=0.03 --learning_rate=0.006 --momentum=0.85 --sample_tokens=0')
+sprint_char = ''  # char: flags of the sprint; '': the full run until it reaches the target
+full = True  # also the full run, up to 30 minutes with 'char'
 extra = ''  # flags for all of our runs, such as --device=cuda
 peer_flags = '--device=cpu --compile=False'  # flags for nanoGPT
-peer_steps = 3  # char: how many of nanoGPT's steps to time, after a first that isn't
+peer_steps: Count = 3  # char: nanoGPT's steps to time, after an untimed first
 cold = False  # True: each of our runs begins with an empty cache of compiled code
-wait = 0  # seconds to wait before each run, at most, until other processes leave the machine alone
+wait: NonNegative = 0  # most seconds to wait for a quiet machine before each run
 config = override(globals())
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 CASES = {  # nanoGPT's command and known loss, our config file, bars and aims
     'small': {'theirs': common.SMALL, 'known_loss': 1.8857, 'ours': 'config/shakespeare_cpu.py',
               'share': ('1/6', '1/10'), 'seconds': ('', ''), 'best': ('1.60', '1.52'), 'limit': ''},
-    'char': {'theirs': common.CHAR, 'known_loss': 1.4697, 'ours': 'config/train_shakespeare_char.py',
-             'share': ('', ''), 'seconds': ('180', '90'), 'best': ('1.42', '1.38'), 'limit': '1800'}}
-ESTIMATED_STEPS = 1750  # char: the middle of where nanoGPT's lowest loss comes
-SLACK = 0.01  # nats by which an evaluation in bf16 could differ from that in fp32, amply
+    'char': {'theirs': common.CHAR, 'known_loss': 1.4697,
+             'ours': 'config/train_shakespeare_char.py', 'share': ('', ''),
+             'seconds': ('180', '90'), 'best': ('1.42', '1.38'), 'limit': '1800'}}
+ESTIMATED_STEPS = 1750  # char: the middle of the range of nanoGPT's lowest loss
+SLACK = 0.01  # nats, more than evaluations in bf16 and fp32 differ
+this = CASES[case]
 
 
 def run_peer(folder):
-    """-> {'val_loss', 'train_s', 'wall_s', 'step_ms', 'steps'} of nanoGPT: of its whole run, or as estimated."""
-    command = [*common.train_command(this['theirs'], auto=True), *shlex.split(peer_flags), f'--out_dir={folder}']
+    """Run nanoGPT; return its val_loss, train_s, wall_s, step_ms and steps."""
+    command = [*common.train_command(this['theirs'], auto=True), *shlex.split(peer_flags),
+               f'--out_dir={folder}']
     if case == 'char':
         times = common.step_times([*command, '--eval_iters=1'], 1 + peer_steps, cwd=peer)[1:]
         ms = statistics.median(times)
         seconds = ms * ESTIMATED_STEPS / 1e3
-        return {'val_loss': this['known_loss'], 'train_s': seconds, 'wall_s': seconds, 'step_ms': ms,
-                'steps': ESTIMATED_STEPS}
+        return {'val_loss': this['known_loss'], 'train_s': seconds, 'wall_s': seconds,
+                'step_ms': ms, 'steps': ESTIMATED_STEPS}
     t0 = time.perf_counter()
-    text = common.run([*command, '--always_save_checkpoint=True'], cwd=peer)  # so that ckpt.pt is of the last step
+    # ckpt.pt is then of the last step
+    text = common.run([*command, '--always_save_checkpoint=True'], cwd=peer)
     wall_s = time.perf_counter() - t0
     times, after_evaluation = [], set()
     for line in text.splitlines():
@@ -101,85 +104,91 @@ def run_peer(folder):
         elif match := common.ITER.match(line):
             times.append(float(match[3]))
     ms = statistics.median(times)
-    train_s = sum(ms if i in after_evaluation else times[i] for i in range(len(times))) / 1e3
+    train_s = sum(ms if i in after_evaluation else t for i, t in enumerate(times)) / 1e3
     loss, step = common.val_loss(os.path.join(folder, 'ckpt.pt'), data_dir)
     return {'val_loss': loss, 'train_s': train_s, 'wall_s': wall_s, 'step_ms': ms, 'steps': step}
 
 
 def our_command(flags):
-    return common.train_command([os.path.join(common.ROOT, this['ours']), *flags, *shlex.split(extra)],
-                                script=os.path.join(common.ROOT, 'train.py'))
+    return common.train_command(
+        [os.path.join(common.ROOT, this['ours']), *flags, *shlex.split(extra)],
+        script=os.path.join(common.ROOT, 'train.py'))
 
 
 def run_ours(flags, seed, goal, folder):
     """
-    One run to its end. -> 'best_val', in fp32, and 'best_val_logged', 'train_s' and 'wall_s' of the whole run; and, of
-    the first checkpoint at or below `goal`, 'reached_step', 'reached_val', 'reached_val_logged', 'reached_train_s' and
-    'reached_wall_s', which are None if there is none.
+    Run our training to its end.
+
+    Returns 'best_val' in fp32, 'best_val_logged', 'train_s' and 'wall_s' of the whole run. And of
+    the first checkpoint at or below `goal`: 'reached_step', 'reached_val', 'reached_val_logged',
+    'reached_train_s' and 'reached_wall_s', or None.
     """
     walls, kept, is_sure = {}, [], False
     cache = {'TORCHINDUCTOR_CACHE_DIR': f'{folder}-cache'} if cold else {}
+    command = [*our_command(flags), f'--seed={seed}', f'--out_dir={folder}']
     t0 = time.perf_counter()
-    for line in common.follow([*our_command(flags), f'--seed={seed}', f'--out_dir={folder}'], cwd=None, **cache):
+    for line in common.follow(command, cwd=None, **cache):
         now = time.perf_counter() - t0
         if match := common.EVALUATED.match(line):
             walls[int(match[1])], logged = now, float(match[3])
-        elif common.SAVED.match(line) and 'best so far' in line and logged <= goal + SLACK and not is_sure:
-            kept.append(f'{folder}-{len(kept)}.pt')  # what fp32 says of it has to wait until the clock has stopped
-            os.link(os.path.join(folder, 'best.pt'), kept[-1])
-            is_sure = logged <= goal - SLACK
-    result = {'wall_s': time.perf_counter() - t0}
+        elif common.SAVED.match(line) and 'best so far' in line and logged <= goal + SLACK:
+            if not is_sure:  # the losses in fp32 are computed after the run
+                kept.append(f'{folder}-{len(kept)}.pt')
+                os.link(os.path.join(folder, 'best.pt'), kept[-1])
+                is_sure = logged <= goal - SLACK
+    wall_s = time.perf_counter() - t0
     steps, evaluations = plot.read_log(folder)
     evaluations = {record['step']: record for record in evaluations}
-    result['train_s'] = steps[-1]['train_time']
-    result['best_val'], step = common.val_loss(os.path.join(folder, 'best.pt'), data_dir)
-    result['best_val_logged'] = evaluations[step]['val_loss']
-    result.update(dict.fromkeys(['reached_step', 'reached_val', 'reached_val_logged', 'reached_train_s',
-                                 'reached_wall_s']))
+    best_val, step = common.val_loss(os.path.join(folder, 'best.pt'), data_dir)
+    result = {'wall_s': wall_s, 'train_s': steps[-1]['train_time'], 'best_val': best_val,
+              'best_val_logged': evaluations[step]['val_loss'],
+              **dict.fromkeys(['reached_step', 'reached_val', 'reached_val_logged',
+                               'reached_train_s', 'reached_wall_s'])}
     for path in kept:
         loss, step = common.val_loss(path, data_dir)
         if loss <= goal:
-            result.update(reached_step=step, reached_val=loss, reached_val_logged=evaluations[step]['val_loss'],
-                          reached_train_s=evaluations[step]['train_time'], reached_wall_s=walls[step])
-            break
+            record = evaluations[step]
+            return result | {
+                'reached_step': step, 'reached_val': loss,
+                'reached_val_logged': record['val_loss'], 'reached_train_s': record['train_time'],
+                'reached_wall_s': walls[step]}
     return result
 
 
 def spread(values, digits=3):
-    """common.spread, or None if one of the values is."""
+    """Return common.spread, or None if one of the values is None."""
     return None if None in values else common.spread(values, digits)
 
 
-def ratios(ours, theirs):
-    """Ours over theirs, round by round; None where ours is."""
-    return [None if a is None else a / b for a, b in zip(ours, theirs, strict=True)]
+def shares(ours, theirs, key, their_key):
+    """Return the spread of ours over theirs, round by round, or None."""
+    return spread([None if a[key] is None else a[key] / b[their_key]
+                   for a, b in zip(ours, theirs, strict=True)])
 
 
-sys.excepthook = explain_errors
-check(config, (
-    ('case', lambda value: value in CASES, ' or '.join(map(repr, CASES))),
-    ('rounds peer_steps', lambda value: value >= 1, '1 or more'),
-))
-this = CASES[case]
-data_dir = os.path.join('data', 'shakespeare_char')  # here or, as train.py finds it, in the repository
+# prepare
+data_dir = os.path.join('data', 'shakespeare_char')  # here or in the repository, as in train.py
 if not os.path.isdir(data_dir):
     data_dir = os.path.join(common.ROOT, data_dir)
 prepare_if_missing(data_dir, is_first=True)
 if peer:
     common.check_peer(peer)
+    our_val = os.path.join(data_dir, 'val.bin')
     their_val = os.path.join(peer, 'data', 'shakespeare_char', 'val.bin')
-    if not filecmp.cmp(their_val, os.path.join(data_dir, 'val.bin'), shallow=False):
-        raise SystemExit(f'{their_val} is not {os.path.join(data_dir, "val.bin")}: the losses could not be compared; '
-                         f'prepare both from the same text')
+    if not filecmp.cmp(their_val, our_val, shallow=False):
+        raise UserError(f'{their_val} differs from {our_val}, so losses cannot be compared; '
+                        f'prepare both from the same text')
 sprint_flags = shlex.split(sprint if case == 'small' else sprint_char)
-runs = {'sprint': sprint_flags, 'full': []} if full and sprint_flags else {'sprint': sprint_flags}
+runs = {'sprint': sprint_flags, **({'full': []} if full and sprint_flags else {})}
 
+# take turns
 theirs, goals, ours = [], [], {name: [] for name in runs}
 with tempfile.TemporaryDirectory() as folder:
     for name, flags in runs.items():
-        if not cold:  # the first line of a step comes after compiling; the runs that follow find it done
+        if not cold:  # compiles before the timed runs
             print(f'{name}: compiling', file=sys.stderr)
-            common.step_times([*our_command(flags), f'--out_dir={folder}/compile-{name}'], 1, cwd=None)
+            command = [*our_command(flags), f'--out_dir={folder}/compile-{name}']
+            common.step_times(command, 1, cwd=None)
     for turn in range(rounds):
         print(f'round {turn + 1} of {rounds}', file=sys.stderr)
         common.wait_for_quiet(wait)
@@ -189,32 +198,32 @@ with tempfile.TemporaryDirectory() as folder:
         goals.append(known_loss if target is None else target)
         for name, flags in runs.items():
             common.wait_for_quiet(wait)
-            ours[name].append(run_ours(flags, 1337 + turn, goals[-1], os.path.join(folder, f'{name}-{turn}')))
+            out_dir = os.path.join(folder, f'{name}-{turn}')
+            ours[name].append(run_ours(flags, 1337 + turn, goals[-1], out_dir))
 if full and not sprint_flags:
     ours['full'] = ours['sprint']
 
-# per quantity, over the rounds
+# compute figures over the rounds
 figures = {'target': common.spread(goals, 4)}
 if peer:
-    figures['peer'] = {key: common.spread([run[key] for run in theirs], 4 if key == 'val_loss' else 3)
-                       for key in ('val_loss', 'train_s', 'wall_s', 'step_ms', 'steps')}
+    figures['peer'] = {
+        key: common.spread([run[key] for run in theirs], 4 if key == 'val_loss' else 3)
+        for key in theirs[0]}
     figures['peer']['estimated'] = case == 'char'
 for name, results in ours.items():
-    figures[name] = {'flags': shlex.join(runs.get(name, []))}
+    f = figures[name] = {'flags': shlex.join(runs.get(name, []))}
     for key in results[0]:
-        figures[name][key] = spread([run[key] for run in results], 4 if '_val' in key else 3)
-    figures[name]['rounds_reached'] = sum(run['reached_step'] is not None for run in results)
-    figures[name]['reached_wall_s_by_round'] = [run['reached_wall_s'] and round(run['reached_wall_s'], 3)
-                                                for run in results]
+        f[key] = spread([run[key] for run in results], 4 if '_val' in key else 3)
+    f['rounds_reached'] = sum(run['reached_step'] is not None for run in results)
+    f['reached_wall_s_by_round'] = [run['reached_wall_s'] and round(run['reached_wall_s'], 3)
+                                    for run in results]
     for kind in ('train_s', 'wall_s') if peer else ():
-        their_times = [run[kind] for run in theirs]
-        figures[name][f'reached_{kind}_of_peer'] = spread(
-            ratios([run[f'reached_{kind}'] for run in results], their_times))
-        figures[name][f'{kind}_of_peer'] = spread(ratios([run[kind] for run in results], their_times))
-        figures[name][f'rounds_within_peer_{kind}'] = sum(a[kind] <= b[kind]
-                                                          for a, b in zip(results, theirs, strict=True))
+        f[f'reached_{kind}_of_peer'] = shares(results, theirs, f'reached_{kind}', kind)
+        f[f'{kind}_of_peer'] = shares(results, theirs, kind, kind)
+        f[f'rounds_within_peer_{kind}'] = sum(a[kind] <= b[kind]
+                                              for a, b in zip(results, theirs, strict=True))
 
-print(common.heading(f'time_to_loss, {case}'))
+# report
 rows = [['', 'measured', 'bar', 'aim']]
 
 
@@ -224,7 +233,9 @@ def row(label, value, form='{:,.1f}', bars=('', '')):
 
 if peer:
     p = figures['peer']
-    row('nanoGPT: val loss', f'{this["known_loss"]}, documented' if case == 'char' else p['val_loss'], '{:.4f}')
+    is_known = case == 'char'
+    row('nanoGPT: val loss', f'{this["known_loss"]}, documented' if is_known else p['val_loss'],
+        '{:.4f}')
     row('  a step, ms', p['step_ms'])
     if case == 'char':
         row(f'  {ESTIMATED_STEPS} steps, estimated, s', p['train_s'])
@@ -242,17 +253,19 @@ else:
     row('  with evaluations, start, s', s['reached_wall_s'], bars=this['seconds'])
     if peer:
         row("  steps, of nanoGPT's time", s['reached_train_s_of_peer'], '{:.3f}', this['share'])
-        row("  with evaluations, of nanoGPT's", s['reached_wall_s_of_peer'], '{:.3f}', this['share'])
+        row("  with evaluations, of nanoGPT's", s['reached_wall_s_of_peer'], '{:.3f}',
+            this['share'])
     row('  val loss there', s['reached_val'], '{:.4f}')
-    row('  as the log has it', s['reached_val_logged'], '{:.4f}')
+    row('  val loss in the log', s['reached_val_logged'], '{:.4f}')
 if full:
     f = figures['full']
     row('full run: lowest val loss', f['best_val'], '{:.4f}', this['best'])
-    row('  as the log has it', f['best_val_logged'], '{:.4f}')
+    row('  val loss in the log', f['best_val_logged'], '{:.4f}')
     row('  its steps, s', f['train_s'])
     row('  with evaluations, start, s', f['wall_s'], bars=(this['limit'], ''))
     if peer:
         row("  steps within nanoGPT's time", f'{f["rounds_within_peer_train_s"]} of {rounds}')
         row('  with evaluations, as well', f'{f["rounds_within_peer_wall_s"]} of {rounds}')
+print(common.heading(f'time_to_loss, {case}'))
 print(common.table(rows))
 common.finish('time_to_loss', rounds, case=case, cold=cold, **figures)

@@ -1,78 +1,85 @@
 """
-Where a transformer's FLOPs and memory go, part by part, and how long a step must take.
+Count a transformer's FLOPs and memory by part, and predict a step's time.
 
     $ python -m lab.flops                                        # 25 seconds
     $ python -m lab.flops --size=175B --batch_size=1 --measure=False
-    $ python -m lab.flops --preset=llama --n_layer=32 --n_head=32 --n_kv_head=8 --n_embd=4096 --block_size=8192
+    $ python -m lab.flops --preset=llama --n_layer=32 --n_head=32 --n_kv_head=8 --n_embd=4096 \\
+        --block_size=8192
 
-Counts what a token costs in the projections of attention, in its scores (each position with all others), in the MLP and
-in the head, forward and backward, and what each part holds in memory; and has torch count the same. As models grow from
-GPT-2 to GPT-3, the MLP takes most (40% of the FLOPs in 124M, 66% in 175B) and the head nothing; as the context grows,
-scores take all (95% in 124M at 128k tokens). Then how long a step must take on a few GPUs, and whether it fits; and the
-same prediction for a small model on one core of this CPU, made of measured products and memory bandwidth, beside the
-step itself: 0.92 to 0.99 of it on an AMD EPYC, in eight measurements.
+Counts the FLOPs of a token in the projections of attention, the attention scores, the MLP and the
+head, and the memory of each part. torch's own counter checks the result. From GPT-2 to GPT-3 the
+MLP takes over (40% of the FLOPs in 124M, 66% in 175B) and the head vanishes. In long contexts the
+scores take over (95% in 124M at 128k tokens).
 
-Source: the sizes are those of "Language Models are Unsupervised Multitask Learners" (GPT-2, Radford et al. 2019) and
-"Language Models are Few-Shot Learners" (GPT-3, Brown et al. 2020, table 2.1); counting what is kept for the backward
-pass, of "Reducing Activation Recomputation in Large Transformer Models" (Korthikanti et al. 2022). Needs '.[lab]'.
+Then it predicts the time of a step on four GPUs, and whether the step fits into their memory. The
+same prediction for a small model on one core of this CPU, from measured speeds of products and of
+memory, is compared with the step itself: 0.92 to 0.99 of it on an AMD EPYC, in eight measurements.
+
+Source: the sizes of "Language Models are Unsupervised Multitask Learners" (GPT-2, Radford et al.
+2019) and "Language Models are Few-Shot Learners" (GPT-3, Brown et al. 2020, table 2.1);
+activations after "Reducing Activation Recomputation in Large Transformer Models" (Korthikanti et
+al. 2022). Needs '.[lab]'.
 """
 
-import sys
 import time
+from typing import Literal
 
 import torch
 from torch.nn import functional as F
 
 from bench import bare
 from bench.common import table
-from config.presets import PRESETS
-from configurator import explain_errors, override
+from configurator import Count, Seed, Share, override
 from flatgpt.flops import PEAK_FLOPS
 from lab import common, costs
-from model import GPTConfig
 
-# settings ------------------------------------------------------------------------------------------------------------
-seed = 1337
+# Settings -----------------------------------------------------------------------------------------
+seed: Seed = 1337
 out = 'out-lab'  # folder of the pictures and the numbers
-size = '124M'  # of GPT-2: 124M, 350M, 774M, 1.5B; of GPT-3: 2.7B, 6.7B, 13B, 175B
-preset = 'gpt2'  # or llama, modern: the architecture
-n_layer: int | None = None  # these, where given, instead of the size's
-n_head: int | None = None
-n_kv_head: int | None = None
-n_embd: int | None = None
-mlp: str | None = None
-vocab_size = 50304
-block_size = 1024  # context, tokens
-batch_size = 8  # sequences of a step
-optimizer = 'adamw'  # or muon
-utilisation = 0.4  # share of its peak that a device is assumed to reach over a step; 0.3 to 0.5 are usual
-measure = True  # calibrate this machine, predict a step of a small model, and take it
+size: Literal['124M', '350M', '774M', '1.5B', '2.7B', '6.7B', '13B', '175B'] = '124M'
+preset: Literal['gpt2', 'llama', 'modern'] = 'gpt2'  # the architecture
+n_layer: Count | None = None  # these five replace the values of `size` and `preset`
+n_head: Count | None = None
+n_kv_head: Count | None = None
+n_embd: Count | None = None
+mlp: Literal['gelu', 'gelu_erf', 'swiglu', 'relu2'] | None = None
+vocab_size: Count = 50304
+block_size: Count = 1024  # context, tokens
+batch_size: Count = 8  # sequences per step
+optimizer: Literal['adamw', 'muon'] = 'adamw'
+utilisation: Share = 0.4  # assumed share of a device's peak FLOP/s; 0.3 to 0.5 are usual
+measure = True  # predict a step of a small model on this machine, and take it
 config = override(globals())
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
-SIZES = {'124M': (12, 12, 768), '350M': (24, 16, 1024), '774M': (36, 20, 1280), '1.5B': (48, 25, 1600),
-         '2.7B': (32, 32, 2560), '6.7B': (32, 32, 4096), '13B': (40, 40, 5120),  # printed as 5140: 40 heads of 128
+SIZES = {'124M': (12, 12, 768), '350M': (24, 16, 1024), '774M': (36, 20, 1280),
+         '1.5B': (48, 25, 1600), '2.7B': (32, 32, 2560), '6.7B': (32, 32, 4096),
+         '13B': (40, 40, 5120),  # the paper prints 5140; 40 heads of 128 are 5120
          '175B': (96, 96, 12288)}  # layers, heads, channels
-# of the datasheets: memory in bytes, and what can be read of it a second
-DEVICES = {'RTX 4090': (24e9, 1.01e12), 'A100': (80e9, 2.04e12), 'H100': (80e9, 3.35e12), 'H200': (141e9, 4.8e12)}
+# from the datasheets: bytes of memory, and bytes per second
+DEVICES = {'RTX 4090': (24e9, 1.01e12), 'A100': (80e9, 2.04e12), 'H100': (80e9, 3.35e12),
+           'H200': (141e9, 4.8e12)}
 CONTEXTS = [2**i for i in range(7, 18)]
-CHECKED = {'n_layer': 4, 'n_head': 6, 'n_embd': 384, 'block_size': 256, 'vocab_size': 4096, 'batch_size': 4}
+CHECKED = {'n_layer': 4, 'n_head': 6, 'n_embd': 384, 'block_size': 256, 'vocab_size': 4096,
+           'batch_size': 4}
 
 
-# a step on a device ---------------------------------------------------------------------------------------------------
+# A step on a device -------------------------------------------------------------------------------
+
+
+def step_flops(config, tokens):
+    """Return the FLOPs of a training step on so many tokens."""
+    return 3 * sum(costs.flops(config, config.block_size).values()) * tokens
 
 
 def step_time(config, tokens, peak, bytes_per_s):
-    """-> seconds of a step: products at `utilisation` of the peak FLOP/s, then AdamW reads and writes its tensors."""
-    products = 3 * sum(costs.flops(config, config.block_size).values()) * tokens
-    return products / (utilisation * peak) + costs.adamw(config) / bytes_per_s
+    """Return the seconds of a step: products at `utilisation`, then AdamW's memory."""
+    return (step_flops(config, tokens) / (utilisation * peak)
+            + costs.adamw(config) / bytes_per_s)
 
 
 def fastest(f, least=5, seconds=0.1):
-    """
-    -> seconds of CPU time that f() takes, the least of several. On one thread and with nobody else there that is its
-    time; what other processes do meanwhile counts little, unlike on a clock.
-    """
+    """Return the least CPU time of several calls; other processes affect it little."""
     times = []
     while len(times) < least or sum(times) < seconds:
         start = time.process_time()
@@ -82,26 +89,28 @@ def fastest(f, least=5, seconds=0.1):
 
 
 def bandwidth(n=2**23):
-    """-> bytes a second of c = a + b, arrays of n numbers in fp32: 96 MB, as a step's tensors are seldom in a cache."""
+    """Return the bytes per second of c = a + b, arrays of 32 MB, beyond the caches."""
     a, b, c = torch.ones(3, n)
     return 12 * n / fastest(lambda: torch.add(a, b, out=c))
 
 
 def product_time(rows, n_in, n_out):
-    """-> seconds of a linear layer's three products, forward and backward."""
-    x, w, dy = (torch.randn(shape, requires_grad=True) for shape in ((rows, n_in), (n_out, n_in), (rows, n_out)))
+    """Return the seconds of a linear layer's three products, forward and backward."""
+    shapes = ((rows, n_in), (n_out, n_in), (rows, n_out))
+    x, w, dy = (torch.randn(shape, requires_grad=True) for shape in shapes)
     return fastest(lambda: torch.autograd.grad(F.linear(x, w), (x, w), dy))
 
 
 def attention_time(config, B, T):
-    """-> seconds of a layer's attention kernel, forward and backward."""
+    """Return the seconds of one layer's attention kernel, forward and backward."""
     q, dy = torch.randn(2, B, config.n_head, T, config.head_size)
     k, v = torch.randn(2, B, config.kv_heads, T, config.head_size)
     for x in (q, k, v):
         x.requires_grad_()
 
     def attend():
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=config.kv_heads < config.n_head)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True,
+                                           enable_gqa=config.kv_heads < config.n_head)
         torch.autograd.grad(y, (q, k, v), dy)
 
     return fastest(attend)
@@ -109,15 +118,20 @@ def attention_time(config, B, T):
 
 def check_step(rounds=4):
     """
-    -> {part: seconds} predicted of a step of AdamW in fp32 on one core of this CPU, the seconds it takes, its FLOP/s.
-    Predicted from what products of its shapes, the attention kernel and a sum of two arrays take by themselves. All are
-    measured in turns, and the fastest of each counts.
+    Predict and measure a step of AdamW in fp32 on one core of this CPU.
+
+    Returns {part: predicted seconds}, the measured seconds, and the FLOP/s. The prediction adds up
+    the times of the step's products, of the attention kernel and of memory traffic, each measured
+    alone. All take turns, and the fastest of each counts.
     """
-    step = bare.Step(bare.settings('gpt2', device='cpu', dtype='float32', compile=False, seed=seed, **CHECKED))
+    step = bare.Step(bare.settings('gpt2', device='cpu', dtype='float32', compile=False, seed=seed,
+                                   **CHECKED))
     torch.set_num_threads(1)
-    config, tokens, B, T = step.model.config, step.tokens, CHECKED['batch_size'], CHECKED['block_size']
-    layers = [(m.in_features, m.out_features) for m in step.model.modules() if isinstance(m, torch.nn.Linear)]
-    step(), step()  # the second meets the state of the optimizer as the others do
+    config, tokens = step.model.config, step.tokens
+    B, T = CHECKED['batch_size'], CHECKED['block_size']
+    layers = [(m.in_features, m.out_features) for m in step.model.modules()
+              if isinstance(m, torch.nn.Linear)]
+    step(), step()  # the second has the optimizer's state, as the later ones have
     alone, steps = [], []
     for i in range(rounds):
         print(f'round {i + 1} of {rounds}', flush=True)
@@ -125,122 +139,146 @@ def check_step(rounds=4):
                       'attention': attention_time(config, B, T), 'byte': 1 / bandwidth()})
         steps.append(fastest(step, least=3))
     best = {name: min(times[name] for times in alone) for name in alone[0]}
-    parts = {'products': sum(best[shape] for shape in layers), 'attention': config.n_layer * best['attention'],
+    parts = {'products': sum(best[shape] for shape in layers),
+             'attention': config.n_layer * best['attention'],
              'element-wise': costs.element_wise(config) * tokens * best['byte'],
              'AdamW': costs.adamw(config) * best['byte']}
-    return parts, min(steps), 3 * sum(costs.flops(config, T).values()) * tokens / min(steps)
+    return parts, min(steps), step_flops(config, tokens) / min(steps)
 
 
-# tables ---------------------------------------------------------------------------------------------------------------
+# Tables -------------------------------------------------------------------------------------------
 
 
 def config_of(name, **changes):
-    """GPTConfig of a size under the chosen architecture."""
+    """Return the GPTConfig of a size with the architecture of the settings."""
     layers, heads, channels = SIZES[name]
-    return GPTConfig(**{**PRESETS[preset], 'n_layer': layers, 'n_head': heads, 'n_embd': channels,
-                        'vocab_size': vocab_size, 'block_size': block_size, **changes})
+    return common.gpt_config(preset, **{
+        'n_layer': layers, 'n_head': heads, 'n_embd': channels, 'vocab_size': vocab_size,
+        'block_size': block_size, **changes})
 
 
 def shares(config, T):
-    """-> {part: percent of the FLOPs}"""
+    """Return {part: percent of the FLOPs}."""
     f = costs.flops(config, T)
     return {part: 100 * f[part] / sum(f.values()) for part in f}
 
 
 def short(n, digits=3):
-    """124439808 -> '124M'"""
+    """Format 124439808 as '124M'."""
     exponent = max(0, (len(f'{n:.0f}') - 1) // 3)
     n /= 1000**exponent
     return f'{n:.{max(digits, len(f"{n:.0f}"))}g}{["", "k", "M", "G", "T", "P"][exponent]}'
 
 
 def thousands(T):
-    """2048 -> '2k'"""
+    """Format 2048 as '2k'."""
     return f'{T // 1024}k' if T >= 1024 else str(T)
 
 
 def print_parts(config):
-    """Parameters and FLOPs of the chosen model part by part, and what torch counts; -> its figures."""
+    """Print the model's parameters and FLOPs, and torch's count; return figures."""
     T, f, n = config.block_size, costs.flops(config, config.block_size), costs.parameters(config)
+    total, n_total = sum(f.values()), sum(n.values())
     rows = [['', 'parameters', 'share', 'forward', 'a layer', 'backward', 'share']]
     for part in n:
         forward = f.get(part, 0)
-        rows.append([part, f'{n[part]:,}', f'{n[part] / sum(n.values()):.1%}', short(forward),
-                     short(forward / config.n_layer) if part in costs.PARTS[:3] else '-', short(2 * forward),
-                     f'{forward / sum(f.values()):.1%}'])
-    total = sum(f.values())
-    rows.append(['all', f'{sum(n.values()):,}', '', short(total), '', short(2 * total), ''])
+        per_layer = short(forward / config.n_layer) if part in costs.PARTS[:3] else '-'
+        rows.append([part, f'{n[part]:,}', f'{n[part] / n_total:.1%}', short(forward), per_layer,
+                     short(2 * forward), f'{forward / total:.1%}'])
+    rows.append(['all', f'{n_total:,}', '', short(total), '', short(2 * total), ''])
     print(f'\n{preset}, {config.n_layer} layers, {config.n_head} heads, {config.n_embd} channels;\n'
           f'FLOPs of a token in a context of {T:,}\n\n{table(rows)}')
-    counted = dict(zip(('forward', 'backward'), costs.counted(config, 1, T), strict=True))
-    print(f"\ntorch's counter beside these: forward {counted['forward'] / total / T - 1:+.2%}, backward "
-          f'{counted["backward"] / 2 / total / T - 1:+.2%}')
-    return {'parameters': n, 'forward_flops_of_a_token': f, 'counted': counted}
+    forward, backward = costs.counted(config, 1, T)
+    print(f"\nby torch's counter: forward {forward / total / T - 1:+.2%}, "
+          f'backward {backward / 2 / total / T - 1:+.2%}')
+    return {'parameters': n, 'forward_flops_of_a_token': f,
+            'counted': {'forward': forward, 'backward': backward}}
 
 
 def print_sizes():
-    """FLOPs and memory of the published sizes."""
-    rows = [['', 'FLOPs', 'attention', 'MLP', 'head', 'weights', 'AdamW', 'Muon', 'kept', 'KV cache']]
+    """Print FLOPs and memory of the published sizes."""
+    rows = [['', 'FLOPs', 'attention', 'MLP', 'head', 'weights', 'AdamW', 'Muon', 'kept',
+             'KV cache']]
     for name in SIZES:
         config = config_of(name)
         share, n = shares(config, block_size), costs.memory(config, 1, block_size)
-        rows.append([name, short(3 * sum(costs.flops(config, block_size).values())),
-                     f'{share["projections"] + share["scores"]:.0f}%', f'{share["MLP"]:.0f}%', f'{share["head"]:.0f}%',
-                     *map(short, (n['weights'] + n['gradients'], n['moments'],
-                                  costs.memory(config, 1, block_size, 'muon')['moments'], n['activations'],
-                                  costs.kv_cache(config, 1, block_size)))])
-    print(f'\nsizes of GPT-2 and GPT-3 as {preset} with a context of {block_size:,}: FLOPs to train on\na token; bytes '
-          'of the weights with their gradients, of the optimizer, of what a\nsequence keeps for the backward pass, and '
-          f'of its KV cache\n\n{table(rows)}')
+        in_bytes = (n['weights'] + n['gradients'], n['moments'],
+                    costs.memory(config, 1, block_size, 'muon')['moments'], n['activations'],
+                    costs.kv_cache(config, 1, block_size))
+        rows.append([name, short(step_flops(config, 1)),
+                     f'{share["projections"] + share["scores"]:.0f}%', f'{share["MLP"]:.0f}%',
+                     f'{share["head"]:.0f}%', *map(short, in_bytes)])
+    print(f'\nsizes of GPT-2 and GPT-3 as {preset} with a context of {block_size:,}: training\n'
+          f'FLOPs per token; bytes of the weights with their gradients, of the moments, of\n'
+          f'the activations kept for a sequence, and of its KV cache\n\n{table(rows)}')
 
 
 def print_devices(config):
-    """How long a step of the chosen model takes where, and whether it fits; -> figures."""
+    """Print a step's time on each device, and whether it fits; return figures."""
     tokens = batch_size * config.block_size
-    need, one = (costs.memory(config, B, config.block_size, optimizer) for B in (batch_size, 1))
-    fixed = sum(need.values()) - need['activations']
+    need = costs.memory(config, batch_size, config.block_size, optimizer)
+    per_sequence = costs.memory(config, 1, config.block_size, optimizer)['activations']
+    total = sum(need.values())
+    fixed = total - need['activations']
     rows, figures = [['', 'memory', 'fits', 'at most', 'AdamW step', 'tokens a second']], {}
     for name, (room, bytes_per_s) in DEVICES.items():
         seconds = figures[name] = step_time(config, tokens, PEAK_FLOPS[name], bytes_per_s)
-        rows.append([name, f'{short(room)}B', 'yes' if sum(need.values()) <= room else 'no',
-                     f'{max(0, room - fixed) // one["activations"]:,.0f} sequences', f'{1e3 * seconds:,.0f} ms',
-                     f'{tokens / seconds:,.0f}'])
-    print(f'\nthe same trained by {optimizer} on {batch_size} sequences a step, in bf16 by autocast:\n'
-          + ', '.join(f'{part} {short(value)}B' for part, value in need.items())
-          + f',\ntogether {short(sum(need.values()))}B; products at {utilisation:.0%} of the peak\n\n{table(rows)}')
+        rows.append([name, f'{short(room)}B', 'yes' if total <= room else 'no',
+                     f'{max(0, room - fixed) // per_sequence:,.0f} sequences',
+                     f'{1e3 * seconds:,.0f} ms', f'{tokens / seconds:,.0f}'])
+    parts = ', '.join(f'{part} {short(value)}B' for part, value in need.items())
+    print(f'\nthe same trained by {optimizer} on {batch_size} sequences a step, in bf16 by '
+          f'autocast:\n{parts},\ntogether {short(total)}B; products at {utilisation:.0%} of the '
+          f'peak\n\n{table(rows)}')
     return {'memory': need, 'step_seconds': figures}
 
 
-# pictures -------------------------------------------------------------------------------------------------------------
+def print_step(chosen):
+    """Print the predicted and the measured step on this CPU; return the figures."""
+    print('\na step of {n_layer} layers, {n_embd} channels, {batch_size} x {block_size} tokens, in '
+          'fp32 on one core of this CPU:'.format(**CHECKED))
+    parts, measured, speed = check_step()
+    predicted = sum(parts.values())
+    rows = [['', 'ms'], *([part, f'{1e3 * seconds:.1f}'] for part, seconds in parts.items()),
+            ['predicted', f'{1e3 * predicted:.1f}'], ['measured', f'{1e3 * measured:.1f}']]
+    seconds = step_flops(chosen, batch_size * block_size) / speed
+    print(f'\n{table(rows)}\n\npredicted / measured: {predicted / measured:.2f}\nat these '
+          f'{short(speed)}FLOP/s a step of the chosen model would take {seconds:,.0f} s')
+    return {'parts': parts, 'predicted': predicted, 'measured': measured, 'flops_per_s': speed}
+
+
+# Pictures -----------------------------------------------------------------------------------------
 
 
 def draw_shares(plt, by_size, by_context):
-    """Who does the arithmetic, as the model grows and as the context grows: {column: {part: percent}}."""
+    """Draw shares of the FLOPs, {column: {part: percent}}, by size and context."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.8), sharey=True)
     colors = (common.ORANGE, common.RED, common.BLUE, common.PURPLE)
+    names = ('attention projections', 'attention scores', 'MLP', 'head')
     for ax, columns in ((left, by_size), (right, by_context)):
-        heights = [[shares[part] for shares in columns.values()] for part in costs.PARTS]
+        heights = [[column[part] for column in columns.values()] for part in costs.PARTS]
         ax.stackplot(range(len(columns)), heights, colors=colors, alpha=0.8)
         ax.set_xticks(range(len(columns)), columns)
         ax.margins(0)
         ax.grid(False)
         bottom = [0] * len(columns)
-        for name, row in zip(('attention projections', 'attention scores', 'MLP', 'head'), heights, strict=True):
-            widest = max(range(2, len(row) - 2), key=lambda k, row=row: row[k])  # where there is room for its name
+        for name, row in zip(names, heights, strict=True):
+            widest = max(range(2, len(row) - 2), key=row.__getitem__)  # has room for the name
             ax.text(widest, bottom[widest] + row[widest] / 2, name, ha='center', va='center')
             bottom = [b + h for b, h in zip(bottom, row, strict=True)]
-    left.set(title=f'Larger models: the MLP grows (context {block_size:,})', xlabel='parameters of GPT-2 and GPT-3',
-             ylabel='share of the FLOPs, %')
+    left.set(title=f'Larger models: the MLP grows (context {block_size:,})',
+             xlabel='parameters of GPT-2 and GPT-3', ylabel='share of the FLOPs, %')
     right.set(title='Longer contexts: the scores of attention grow', xlabel='context, tokens')
     common.save(figure, out, 'flops')
 
 
 def draw_memory(plt):
-    """What training needs, part by part, and what generating needs beside the weights."""
+    """Draw the memory of training by part, and the KV cache against the context."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.8))
     needs = [costs.memory(config_of(name), batch_size, block_size, optimizer) for name in SIZES]
     bottom = [0] * len(SIZES)
-    for part, color in zip(needs[0], (common.BLUE, common.SKY, common.ORANGE, common.RED), strict=True):
+    colors = (common.BLUE, common.SKY, common.ORANGE, common.RED)
+    for part, color in zip(needs[0], colors, strict=True):
         heights = [100 * need[part] / sum(need.values()) for need in needs]
         left.bar(range(len(SIZES)), heights, bottom=bottom, color=color, alpha=0.8)
         left.text(len(SIZES) - 0.5, bottom[-1] + heights[-1] / 2, part, va='center')
@@ -250,38 +288,28 @@ def draw_memory(plt):
     left.set_xlim(-0.6, len(SIZES) + 1.4)
     left.set_xticks(range(len(SIZES)), SIZES, fontsize=8)
     left.grid(False)
-    left.set(title=f'Training on {batch_size} x {block_size:,} tokens', xlabel='parameters of GPT-2 and GPT-3',
-             ylabel='share of the memory, %', ylim=(0, 108))
+    left.set(title=f'Training on {batch_size} x {block_size:,} tokens', ylim=(0, 108),
+             xlabel='parameters of GPT-2 and GPT-3', ylabel='share of the memory, %')
     for name, color in zip(('124M', '1.5B', '13B', '175B'), common.COLORS, strict=False):
         gigabytes = [costs.kv_cache(config_of(name), 1, T) / 1e9 for T in CONTEXTS]
         right.plot(CONTEXTS, gigabytes, color=color)
-        right.annotate(name, (CONTEXTS[-1], gigabytes[-1]), (4, -3), textcoords='offset points', color=color)
+        right.annotate(name, (CONTEXTS[-1], gigabytes[-1]), (4, -3), textcoords='offset points',
+                       color=color)
     right.axhline(80, color='0.5', linestyle='--')
     right.text(CONTEXTS[0], 90, 'all the memory of an H100', color='0.4')
     right.set_xscale('log', base=2)
     right.set_xticks(CONTEXTS[::2], [thousands(T) for T in CONTEXTS[::2]])
     right.margins(x=0.1)
-    right.set(yscale='log', title='KV cache of one sequence, in bf16', xlabel='context, tokens', ylabel='GB')
+    right.set(yscale='log', title='KV cache of one sequence, in bf16', xlabel='context, tokens',
+              ylabel='GB')
     common.save(figure, out, 'flops_memory')
 
 
-def check_settings():
-    """SystemExit for a setting that can't be."""
-    for name, choices in (('size', SIZES), ('preset', PRESETS), ('optimizer', ('adamw', 'muon'))):
-        if config[name] not in choices:
-            raise SystemExit(f'--{name}={config[name]}: expected one of {", ".join(choices)}')
-    if batch_size < 1:
-        raise SystemExit(f'--batch_size={batch_size}: expected 1 or more')
-    if not 0 < utilisation <= 1:
-        raise SystemExit(f'--utilisation={utilisation}: expected a share, above 0 and at most 1')
-
-
 def main():
-    check_settings()
-    common.start(out, seed)
+    common.start(out)
     plt = common.pyplot()
     changes = {name: config[name] for name in ('n_layer', 'n_head', 'n_kv_head', 'n_embd', 'mlp')}
-    chosen = config_of(size, **{name: value for name, value in changes.items() if value is not None})
+    chosen = config_of(size, **{key: value for key, value in changes.items() if value is not None})
     figures = {**print_parts(chosen), **print_devices(chosen),
                'shares_by_size': {name: shares(config_of(name), block_size) for name in SIZES},
                'shares_by_context': {thousands(T): shares(chosen, T) for T in CONTEXTS}}
@@ -289,19 +317,9 @@ def main():
     draw_shares(plt, figures['shares_by_size'], figures['shares_by_context'])
     draw_memory(plt)
     if measure:
-        print('\na step of {n_layer} layers, {n_embd} channels, {batch_size} x {block_size} tokens, in fp32 on one '
-              'core of this CPU:'.format(**CHECKED))
-        parts, measured, speed = check_step()
-        predicted = sum(parts.values())
-        rows = [['', 'ms'], *([part, f'{1e3 * seconds:.1f}'] for part, seconds in parts.items()),
-                ['predicted', f'{1e3 * predicted:.1f}'], ['measured', f'{1e3 * measured:.1f}']]
-        here = 3 * sum(costs.flops(chosen, block_size).values()) * batch_size * block_size / speed
-        print(f'\n{table(rows)}\n\npredicted / measured: {predicted / measured:.2f}\nat these {short(speed)}FLOP/s a '
-              f'step of the chosen model would take {here:,.0f} s')
-        figures['step'] = {'parts': parts, 'predicted': predicted, 'measured': measured, 'flops_per_s': speed}
+        figures['step'] = print_step(chosen)
     common.record(out, 'flops', **figures)
 
 
 if __name__ == '__main__':
-    sys.excepthook = explain_errors
     main()

@@ -1,4 +1,4 @@
-"""bench/: the plot on made-up logs, and what the measuring scripts share. Run: pytest tests/test_bench.py"""
+"""Test bench/: the plot, the shared functions, time_to_loss and ablation."""
 
 import hashlib
 import json
@@ -10,12 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import encode, make_text, write_dataset
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from conftest import ROOT, encode, make_text, write_dataset
 
 from bench import common, plot
+from configurator import UserError
 
 
 def write_log(folder, steps=50, offset=0.0, tail=''):
@@ -73,19 +71,19 @@ def test_plot_command(tmp_path):
 
 
 def test_plot_says_what_is_wrong_with_a_log(tmp_path):
-    with pytest.raises(SystemExit, match=r'nowhere.log\.jsonl does not exist; expected the out_dir'):
+    with pytest.raises(UserError, match=r'nowhere.log\.jsonl does not exist; expected the out_dir'):
         plot.read_log(str(tmp_path / 'nowhere'))
     damaged = write_log(tmp_path / 'damaged', tail='{"step": 50, "lo{"step": 51}\n')
-    with pytest.raises(SystemExit, match=r'line 57 is damaged \(JSONDecodeError'):
+    with pytest.raises(UserError, match=r'line 57 is damaged \(JSONDecodeError'):
         plot.read_log(damaged)
     for number, line in enumerate(['[1, 2]', '{"step": 3}', '{"step": 3, "loss": "high"}', 'null', '\0\0']):
         folder = write_log(tmp_path / f'line-{number}', steps=0, tail=line + '\n')
-        with pytest.raises(SystemExit, match='line 2 is damaged'):
+        with pytest.raises(UserError, match='line 2 is damaged'):
             plot.read_log(folder)
     empty = tmp_path / 'empty'
     empty.mkdir()
     (empty / 'log.jsonl').write_text('')
-    with pytest.raises(SystemExit, match='holds no losses yet'):
+    with pytest.raises(UserError, match='holds no losses yet'):
         plot.read_log(str(empty))
 
 
@@ -93,7 +91,7 @@ def test_plot_says_what_is_wrong_with_the_picture(tmp_path):
     pytest.importorskip('matplotlib')
     folder = write_log(tmp_path / 'out')
     for out in (tmp_path / 'no' / 'folder.png', tmp_path / 'loss.nosuffix'):
-        with pytest.raises(SystemExit, match='--out='):
+        with pytest.raises(UserError, match='--out='):
             plot.draw([folder], str(out))
 
 
@@ -119,13 +117,16 @@ def test_step_times_stops_the_run_it_measures(tmp_path):
                       '    print(f"iter {i}: loss 4.2, time {i + 0.5:.2f}ms, mfu n/a")\n    time.sleep(0.01)\n')
     assert common.step_times([sys.executable, str(script)], 3) == [0.5, 1.5, 2.5]
     script.write_text('print("iter 0: loss 4.2, time 1.00ms, mfu 1%"); raise SystemExit("it broke")')
-    with pytest.raises(SystemExit, match='ended after 1 of 3 steps:\n(.|\n)*it broke'):
+    with pytest.raises(UserError, match='exit status 1:\n(.|\n)*it broke'):
+        common.step_times([sys.executable, str(script)], 3)
+    script.write_text('print("iter 0: loss 4.2, time 1.00ms, mfu 1%")')
+    with pytest.raises(UserError, match='ended after 1 of 3 steps'):
         common.step_times([sys.executable, str(script)], 3)
 
 
 def test_run_shows_why_a_command_failed():
     assert common.run([sys.executable, '-c', 'import os; print(os.environ["X"])'], X='1') == '1\n'
-    with pytest.raises(SystemExit, match='exit status 3:\nreason'):
+    with pytest.raises(UserError, match='exit status 3:\nreason'):
         common.run([sys.executable, '-c', 'print("reason"); raise SystemExit(3)'])
 
 
@@ -134,7 +135,7 @@ def test_follow_yields_lines_and_says_why_a_command_failed():
     assert list(common.follow([*python, 'import os; print("a"); print(os.environ["X"])'], X='1')) == ['a\n', '1\n']
     lines = common.follow([*python, 'print("reason"); raise SystemExit(3)'])
     assert next(lines) == 'reason\n'
-    with pytest.raises(SystemExit, match='exit status 3:\nreason'):
+    with pytest.raises(UserError, match='exit status 3:\nreason'):
         next(lines)
     lines = common.follow([*python, 'import os, time; print(os.getpid()); time.sleep(600)'])
     pid = int(next(lines))
@@ -152,16 +153,16 @@ def test_patterns_read_the_lines_of_training():
 
 
 def test_train_command_leaves_the_machine_to_auto():
-    assert common.train_command(['a.py', '--device=cpu', '--compile=False', '--dropout=0.0'], auto=True, python='p') \
-        == ['p', 'train.py', 'a.py', '--dropout=0.0']
+    arguments = ['a.py', '--device=cpu', '--compile=False', '--dropout=0.0']
+    assert common.train_command(arguments, auto=True) == [sys.executable, 'train.py', 'a.py', '--dropout=0.0']
     assert '--device=cpu' in common.train_command(common.SMALL)
 
 
 def test_check_peer(tmp_path):
-    with pytest.raises(SystemExit, match='no train.py'):
+    with pytest.raises(UserError, match='no train.py'):
         common.check_peer(str(tmp_path))
     (tmp_path / 'train.py').touch()
-    with pytest.raises(SystemExit, match=r'python data/shakespeare_char/prepare\.py'):
+    with pytest.raises(UserError, match=r'python data/shakespeare_char/prepare\.py'):
         common.check_peer(str(tmp_path))
 
 
@@ -180,12 +181,11 @@ def test_last_line_is_json(capsys):
     assert record['bench'] == 'x' and record['ms']['median'] == 1.0 and f'{os.cpu_count()} cores' in record['hardware']
 
 
-@pytest.mark.parametrize('name', ['start', 'kill', 'tokenizer', 'prepare', 'round_trip', 'time_to_loss',
-                                  'ablation'])
-def test_scripts_explain_themselves(name):
-    done = subprocess.run([sys.executable, '-m', f'bench.{name}', '--help'], text=True, capture_output=True)
-    assert done.returncode == 0, done.stderr
-    assert f'$ python bench/{name}.py' in done.stdout and 'config = ' not in done.stdout
+@pytest.mark.parametrize('name', sorted(
+    path.stem for path in (ROOT / 'bench').glob('*.py') if path.stem not in ('__init__', 'bare', 'common')))
+def test_scripts_explain_themselves(folder, name):
+    out = folder.start(f'bench.{name}', '--help').ok().out
+    assert f'$ python -m bench.{name}' in out and 'config = ' not in out
 
 
 # time_to_loss.py -----------------------------------------------------------------------------------------------------
@@ -213,10 +213,11 @@ def peer(folder):
 
 def measure(folder, script, *files, **settings):
     """A script of bench/ in the folder -> (what it printed, its JSON line)."""
-    out = folder.start(f'bench/{script}.py', *files, **settings).wait(300).ok().out
+    out = folder.start(f'bench.{script}', *files, **settings).wait(300).ok().out
     return out, json.loads(out.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_time_to_loss_of_a_run(peer):
     flags = [*SHAPE.split(), '--preset=gpt2', '--learning_rate=1e-3', '--warmup_iters=0', '--decay_lr=False',
              '--dtype=float32', '--max_iters=8', '--eval_interval=1', '--sample_tokens=0']
@@ -243,6 +244,7 @@ def test_time_to_loss_of_a_run(peer):
     assert len(table) == 18 and max(map(len, table)) <= 80
 
 
+@pytest.mark.slow
 def test_time_to_loss_that_is_not_reached(peer):
     out, record = measure(peer, 'time_to_loss', case='char', peer='peer', rounds=1, full=False,
                           peer_steps=2, sprint_char='--max_iters=4 --eval_interval=2', extra=SHAPE,
@@ -300,15 +302,15 @@ def test_ablation_of_finished_runs_does_none_again(folder):
     folder.start('bench.ablation', config_file='a.py', steps=7, seeds='1').refused('another config file')
 
 
+@pytest.mark.slow
 def test_ablation_runs_what_is_missing(folder):
     config = folder.path / 'small.py'
     config.write_text("preset = 'modern'\ndataset = 'tiny'\nn_layer = 1\nn_head = 1\nn_embd = 16\nblock_size = 16\n"
                       "batch_size = 4\ngradient_accumulation_steps = 1\ndtype = 'float32'\ncompile = False\n")
     runs = folder.path / 'runs' / 'a.jsonl'
     finished_runs(runs, 'small.py', 4, {('--mlp=gelu --device=cpu', 1): (9.0, 1.0)})
-    n_cpus = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     out, record = measure(folder, 'ablation', config_file='small.py', steps=4, seeds='1', out='runs/a.jsonl',
-                          extra='--device=cpu', variants='gelu,n_kv_head 2,tied head', jobs=min(2, n_cpus))
+                          extra='--device=cpu', variants='gelu,n_kv_head 2,tied head')
     assert '1 of 4 runs are in runs/a.jsonl already' in out
     assert 'n_kv_head=2: expected a divisor of n_head=1' in out and record['variants']['n_kv_head 2'] is None
     assert [cell.strip() for cell in out.splitlines()[-2].split('|')][1:3] == ['n_kv_head 2', 'failed']
@@ -326,7 +328,6 @@ def test_ablation_says_what_is_wrong(folder):
     for settings, text in (({'variants': 'gelu,relu'}, "'relu' is none of base, learned positions, "),
                            ({'seeds': '1;2'}, "seeds='1;2': expected whole numbers"),
                            ({'steps': 0}, 'steps=0: expected 1 or more'),
-                           ({'jobs': 0}, 'jobs=0: expected 1 to '),
                            ({'config_file': 'nowhere.py'}, "config_file='nowhere.py': there is no such file")):
         folder.start('bench.ablation', **settings).refused(text)
     runs = folder.path / 'runs.jsonl'

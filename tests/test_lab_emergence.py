@@ -44,12 +44,13 @@ def test_largest_step():
 
 def test_widest_gap():
     lab = load_lab('emergence')
-    found = {'log_likelihood': [-3.0, -2.0, -1.0, 0.0, 0.0], 'exact': [0.0, 0.0, 0.1, 0.7, 0.8]}
-    assert lab.risen(found['log_likelihood']) == pytest.approx([0, 1 / 3, 2 / 3, 1, 1])
-    assert lab.widest_gap(found) == 2
+    measured = {'log_likelihood': [-3.0, -2.0, -1.0, 0.0, 0.0], 'exact': [0.0, 0.0, 0.1, 0.7, 0.8]}
+    assert lab.risen(measured['log_likelihood']) == pytest.approx([0, 1 / 3, 2 / 3, 1, 1])
+    assert lab.widest_gap(measured) == 2
     assert lab.risen([0.0, 0.0]) == [0.0, 0.0]
 
 
+@pytest.mark.slow
 def test_whole_answers_jump_and_their_likelihood_does_not(folder):
     run = folder.start('lab.emergence', widths='3,4,6,8,12', length=12, seeds=1, steps=200, batch_size=64,
                        n_test=500).ok()

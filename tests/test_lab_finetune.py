@@ -28,6 +28,7 @@ def texts(folder):
     return folder
 
 
+@pytest.mark.slow
 def test_the_pretrained_start_wins(texts):
     run = texts.start('lab.finetune', **TINY).ok()
     figures = json.loads((texts.path / 'out' / 'finetune.json').read_text())
@@ -73,7 +74,7 @@ def test_both_starts_see_the_same_data_for_as_many_steps(texts, monkeypatch):
 
 
 @pytest.mark.parametrize('changes, said', [
-    ({'steps': 0}, 'steps=0: expected more than 0'), ({'part': 1.5}, 'part=1.5: expected a fraction'),
+    ({'steps': 0}, 'steps=0: expected 1 or more'), ({'part': 1.5}, 'part=1.5: expected above 0 and at most 1'),
     ({'part': 0.001}, 'has 2 bytes, expected more than block_size=16'), ({'finetune_rate': 0.0}, 'finetune_rate=0.0'),
     ({'corpus': 'tiny'}, "tokens of kind 'char', expected bytes"), ({'input': 'nothing.txt'}, 'nothing.txt'),
     ({'corpus': 'nothing'}, 'no dataset in data/nothing'), ({'n_embd': 33}, 'n_embd=33 is not divisible')])

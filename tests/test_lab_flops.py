@@ -7,10 +7,9 @@ import pytest
 import torch
 from conftest import load_lab
 
-from config.presets import PRESETS
-from flatgpt import optim, parallel
+from flatgpt import optim
 from flatgpt.generate import KVCache
-from lab import costs
+from lab import common, costs
 from model import GPT, GPTConfig
 from ops import CHUNK
 
@@ -18,11 +17,11 @@ SMALL = {'n_layer': 3, 'n_head': 4, 'n_embd': 128, 'block_size': 96, 'vocab_size
 CONFIGS = {
     'gpt2': GPTConfig(**SMALL),
     'gpt2 without biases': GPTConfig(**SMALL, bias=False, mlp='gelu_erf'),
-    'llama': GPTConfig(**{**PRESETS['llama'], **SMALL, 'n_kv_head': 2}),
-    'modern': GPTConfig(**{**PRESETS['modern'], **SMALL, 'n_kv_head': 1}),
-    'relu2': GPTConfig(**{**PRESETS['modern'], **SMALL, 'mlp': 'relu2', 'head_dim': 16}),
-    'Qwen': GPTConfig(**{**PRESETS['llama'], **SMALL, 'qkv_bias': True, 'qk_norm': True, 'qk_norm_weight': True,
-                         'value_embeddings': True, 'residual_lambdas': True, 'n_inner': 200}),
+    'llama': common.gpt_config('llama', **SMALL, n_kv_head=2),
+    'modern': common.gpt_config(**SMALL, n_kv_head=1),
+    'relu2': common.gpt_config(**SMALL, mlp='relu2', head_dim=16),
+    'Qwen': common.gpt_config('llama', **SMALL, qkv_bias=True, qk_norm=True, qk_norm_weight=True,
+                              value_embeddings=True, residual_lambdas=True, n_inner=200),
 }
 each_config = pytest.mark.parametrize('config', CONFIGS.values(), ids=CONFIGS)
 
@@ -42,7 +41,7 @@ def test_flops_are_those_of_the_model(config):
 
 
 def test_flops_of_a_window():
-    near, far = (GPTConfig(**{**PRESETS['llama'], **SMALL, 'window': window, 'window_pattern': 'SL'})
+    near, far = (common.gpt_config('llama', **SMALL, window=window, window_pattern='SL')
                  for window in (16, 0))
     missing = costs.flops(far, 96)['scores'] - costs.flops(near, 96)['scores']
     assert missing == 4 * 128 * (96 - 16)  # the first layer alone is S, the last always L
@@ -67,7 +66,8 @@ def test_kv_cache_is_the_models(config):
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=['fp32', 'bf16'])
 @pytest.mark.parametrize('config', list(CONFIGS.values())[:-1], ids=list(CONFIGS)[:-1])
 def test_activations_are_what_autograd_keeps(config, dtype, monkeypatch):
-    monkeypatch.setattr('ops.SHORT', 0)  # bf16 throughout, as on a GPU
+    for module in ('ops', 'model'):
+        monkeypatch.setattr(f'{module}.SHORT', 0, raising=False)  # bf16 throughout, as on a GPU
     model, (x, y) = GPT(config), torch.randint(config.vocab_size, (2, 3, 70))
     weights = {tuple(sorted(p.shape)) for p in model.parameters()}  # no activations, nor are autocast's copies
     kept = []
@@ -94,8 +94,7 @@ def test_moments_are_the_optimizers(config, kind):
     if kind == 'adamw':
         optimizer = optim.adamw(model, 0.1, 1e-3, (0.9, 0.95))
     else:
-        optimizer = optim.muon(model, 0.0, 1e-3, 0.02, 0.02, (0.9, 0.95), 0.95, torch.float32,
-                               parallel.World(0, 0, 1))
+        optimizer = common.muon(model)
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     optimizer.step()
@@ -118,6 +117,7 @@ def test_the_script_shows_what_grows(folder):
     assert max(map(len, run.out.splitlines())) <= 80
 
 
+@pytest.mark.slow
 def test_a_step_takes_what_was_predicted():
     parts, measured, _ = load_lab('flops').check_step(rounds=1)
     assert 0.75 < sum(parts.values()) / measured < 1.25
@@ -125,8 +125,9 @@ def test_a_step_takes_what_was_predicted():
 
 
 @pytest.mark.parametrize('changes, said', [
-    ({'size': '125M'}, "--size=125M: expected one of 124M, 350M"), ({'preset': 'gpt4'}, 'gpt2, llama, modern'),
-    ({'optimizer': 'sgd'}, 'adamw, muon'), ({'batch_size': 0}, 'expected 1 or more'),
-    ({'utilisation': 40.0}, 'above 0 and at most 1'), ({'n_head': 7}, 'n_embd=768 is not divisible by n_head=7')])
+    ({'size': '125M'}, "size='125M': expected '124M' or '350M'"),
+    ({'preset': 'gpt4'}, "'gpt2' or 'llama' or 'modern'"), ({'optimizer': 'sgd'}, "'adamw' or 'muon'"),
+    ({'batch_size': 0}, 'expected 1 or more'), ({'utilisation': 40.0}, 'above 0 and at most 1'),
+    ({'n_head': 7}, 'n_embd=768 is not divisible by n_head=7')])
 def test_settings_that_can_not_be(folder, changes, said):
     folder.start('lab.flops', measure=False, out='out', **changes).refused(said)

@@ -9,24 +9,23 @@ import torch
 from conftest import load_lab
 from torch.nn import functional as F
 
-import model as model_module
 import tokenizer
-from config.presets import PRESETS
-from model import GPT, GPTConfig
+from lab import common
+from model import GPT
 
 lab = load_lab('look_inside')
 T = 12
 SMALL = {'n_layer': 3, 'n_head': 4, 'n_embd': 32, 'vocab_size': 40, 'block_size': T}
-KINDS = {'gpt2': {}, 'llama': PRESETS['llama'], 'modern': PRESETS['modern'],
-         'window': {**PRESETS['modern'], 'n_kv_head': 2, 'window': 5, 'window_pattern': 'SL'},
-         'extras': {**PRESETS['llama'], 'value_embeddings': True, 'residual_lambdas': True, 'qk_norm': True,
+KINDS = {'gpt2': {'preset': 'gpt2'}, 'llama': {'preset': 'llama'}, 'modern': {},
+         'window': {'n_kv_head': 2, 'window': 5, 'window_pattern': 'SL'},
+         'extras': {'preset': 'llama', 'value_embeddings': True, 'residual_lambdas': True, 'qk_norm': True,
                     'qk_norm_weight': True, 'n_kv_head': 1, 'head_dim': 16}}
 
 
 def random_model(**changes):
     """Untrained, its matrices large enough that no head looks everywhere alike."""
     torch.manual_seed(0)
-    model = GPT(GPTConfig(**{**SMALL, **changes})).eval()
+    model = GPT(common.gpt_config(**{**SMALL, **changes})).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p), alpha=0.2)
@@ -34,21 +33,24 @@ def random_model(**changes):
 
 
 @pytest.mark.parametrize('kind', KINDS)
-def test_look(kind, monkeypatch):
+def test_look(kind):
     model = random_model(**KINDS[kind])
     ids = torch.randint(40, (T + 1,)).tolist()
-    attended, attend = [], model_module.CausalSelfAttention.attend
+    # what torch's scaled_dot_product_attention computes in each layer, q, k, v and the result
+    sdpa, attended = F.scaled_dot_product_attention, []
 
-    def recording(self, q, k, v, mask=None):
-        attended.append((v, attend(self, q, k, v, mask)))
-        return attended[-1][1]
+    def recording(q, k, v, **options):
+        attended.append((q, k, v, sdpa(q, k, v, **options)))
+        return attended[-1][-1]
 
-    monkeypatch.setattr(model_module.CausalSelfAttention, 'attend', recording)
-    weights, streams, own = lab.look(model, ids)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, 'scaled_dot_product_attention', recording)
+        weights, streams, own = lab.look(model, ids)
+    assert len(attended) == 3
     best, p, loss = lab.logit_lens(model, streams, ids)
     assert weights.shape == (3, 4, T, T) and best.shape == p.shape == loss.shape == (4, T)
     torch.testing.assert_close(weights.sum(-1), torch.ones(3, 4, T))
-    for layer, (v, y) in enumerate(attended):
+    for layer, (_, _, v, y) in enumerate(attended):
         window = model.config.window_of(layer) or T
         behind = torch.arange(T)[:, None] - torch.arange(T)
         assert (weights[layer][:, (behind < 0) | (behind >= window)] == 0).all()
@@ -56,7 +58,6 @@ def test_look(kind, monkeypatch):
         torch.testing.assert_close(weights[layer] @ v[0].repeat_interleave(4 // v.size(1), dim=0), y[0])
 
     x, y = torch.tensor([ids[:-1]]), torch.tensor([ids[1:]])
-    assert not any('attend' in vars(block.attn) for block in model.transformer.h)  # it is as it was
     with torch.no_grad():
         logits, mean = model(x, y)
         torch.testing.assert_close(own, logits[0])
@@ -119,7 +120,7 @@ def test_page():
     model = random_model(vocab_size=256, block_size=len(ids))
     _, _, logits = lab.look(model, ids)
     loss = F.cross_entropy(logits, torch.tensor(ids[1:]), reduction='none')
-    page = Page(lab.page('a <title>', 'summary', ids, byte, logits, loss))
+    page = Page(lab.page('a <title>', 'summary', lab.Text(ids, byte), logits, loss))
     assert ''.join(text for _, text in page.tokens) == text
     assert len(page.tokens) == len(ids)
     costs = [float(title.split('loss ')[1].split(' nats')[0]) for title, _ in page.tokens[1:]]
@@ -132,6 +133,7 @@ def test_page():
     assert len(title) == 5 + 5 and title[5].startswith(f'{p.max():.1%} ')
 
 
+@pytest.mark.slow
 def test_run_and_evaluate(folder):
     """The losses of the page are those that evaluate.py sums; a text longer than the context is cut, and said to be."""
     folder.train(preset='modern').ok()

@@ -7,11 +7,13 @@ import signal
 import pytest
 from conftest import load_lab
 
+from configurator import UserError
 from flatgpt import checkpoint
 
 TINY = {'share': 0.01, 'n': 14, 'num_samples': 2, 'n_layer': 1, 'n_embd': 16, 'out': 'out'}
 
 
+@pytest.mark.slow
 def test_all_stages(folder):
     """
     They end in a table, a picture and numbers; a second time nothing is left to do but these. Stopped on the way, it
@@ -50,7 +52,7 @@ def test_all_stages(folder):
 
 @pytest.mark.parametrize('settings, said', [
     ({'n': 3}, 'n=3: expected 7 or more'), ({'num_samples': 1}, 'num_samples=1: expected 2 or more'),
-    ({'share': 0.0}, 'share=0.0: expected more than 0'), ({'seed': -1}, 'seed=-1: expected 0')])
+    ({'share': 0.0}, 'share=0.0: expected above 0'), ({'seed': -1}, 'seed=-1: expected at least 0')])
 def test_refused(folder, settings, said):
     folder.start('lab.state_of_gpt', out='out', **settings).refused(said)
     assert not os.path.exists(folder.path / 'out' / 'state_of_gpt' / 'stages.json')
@@ -74,7 +76,7 @@ def test_another_setting_runs_what_depends_on_it(tmp_path, monkeypatch):
         recipes.append(os.path.basename(path))
         return recipes[-1] in changed
 
-    monkeypatch.setattr('download.file_sha256', recipe)
+    monkeypatch.setattr('data.download.file_sha256', recipe)
     first = run_all()
     assert recipes == [*['prepare.py', 'tiny_chat.py'] * 2, 'tiny_web.py', 'sft_tiny_chat.py', 'reward_tiny_chat.py',
                        'ppo_tiny_chat.py', 'grpo_tiny_chat.py']
@@ -102,7 +104,7 @@ def test_another_setting_runs_what_depends_on_it(tmp_path, monkeypatch):
         (tmp_path / 'out' / 'sft' / 'ckpt.pt').touch()
     (tmp_path / 'out' / 'stages.json').write_text(json.dumps(stages))
     is_whole = False
-    with pytest.raises(SystemExit, match="'sft' was stopped; the same command goes on"):
+    with pytest.raises(UserError, match="'sft' was stopped; the same command goes on"):
         run_all(num_samples=4, n=70, n_layer=2)
     assert [name for name, _ in ran] == ['sft']
     is_whole = True

@@ -8,8 +8,8 @@ import pytest
 import torch
 from conftest import load_lab
 
-from config.presets import PRESETS
-from model import GPT, GPTConfig
+from lab import common
+from model import GPT
 
 lab = load_lab('thinking', '--length=4', '--modulus=13')
 
@@ -61,10 +61,9 @@ def test_held_out_questions_are_never_trained_on(k):
 
 def test_sample_gives_the_log_probability_of_what_it_drew():
     torch.manual_seed(0)
-    model = GPT(GPTConfig(**{**PRESETS['modern'], 'n_layer': 1, 'n_head': 2, 'n_embd': 16, 'vocab_size': len(lab.VOCAB),
-                             'block_size': 12})).eval()
+    model = GPT(common.gpt_config(n_layer=1, n_head=2, n_embd=16, vocab_size=len(lab.VOCAB), block_size=12)).eval()
     prompts = torch.tensor([[1, 2, lab.IN_STEPS], [3, 4, lab.IN_STEPS]])
-    ids, logprobs = lab.sample(model, prompts, 3, 4, 1.0, np.random.default_rng(5))
+    ids, logprobs = lab.sample(model, prompts, (3, 4), 1.0, np.random.default_rng(5))
     assert ids.shape == (2, 3, 4) and logprobs.shape == (2, 3)
     assert len({tuple(row) for row in ids.flatten(0, 1).tolist()}) == 6
     whole = torch.cat((prompts[:, None].expand(-1, 3, -1), ids), 2).flatten(0, 1)
@@ -72,8 +71,8 @@ def test_sample_gives_the_log_probability_of_what_it_drew():
         logits = model(whole[:, :-1], torch.zeros_like(whole[:, 1:]))[0]
     expected = logits.log_softmax(-1).gather(2, whole[:, 1:, None])[:, 2:, 0].sum(1).view(2, 3)
     torch.testing.assert_close(logprobs, expected, atol=1e-4, rtol=1e-4)
-    greedy = lab.sample(model, prompts, 1, 4, 0.0, np.random.default_rng(6))[0]
-    assert torch.equal(greedy, lab.sample(model, prompts, 1, 4, 0.0, np.random.default_rng(7))[0])
+    greedy = lab.sample(model, prompts, (1, 4), 0.0, np.random.default_rng(6))[0]
+    assert torch.equal(greedy, lab.sample(model, prompts, (1, 4), 0.0, np.random.default_rng(7))[0])
 
 
 def toy(chains, k=3):
@@ -120,6 +119,7 @@ def test_vote():
     assert lab.vote(torch.tensor(answers)).tolist() == [total + 7, total + 1, -1]  # the first of equals; none
 
 
+@pytest.mark.slow
 def test_steps_beat_more_answers_and_votes_beat_one_chain(folder):
     folder.start('lab.thinking', length=4, modulus=11, n_embd=32, max_iters=250, batch_size=128, questions=100).ok()
     measured = json.loads((folder.path / 'out-lab' / 'thinking.json').read_text())
@@ -135,5 +135,4 @@ def test_steps_beat_more_answers_and_votes_beat_one_chain(folder):
 @pytest.mark.parametrize('name, value', [('length', 1), ('modulus', 12), ('temperature', 0),
                                          ('questions', 1), ('direct_share', 2)])
 def test_settings_that_can_not_be_are_refused(folder, name, value):
-    folder.start('lab.thinking', **{name: value}).refused(f'--{name}={value:.1f}' if name in (
-        'temperature', 'direct_share') else f'--{name}={value}: expected', 'expected')
+    folder.start('lab.thinking', **{name: value}).refused(f'{name}={value}', ': expected')

@@ -25,6 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 from bench import common
 from config.presets import PRESETS
 from configurator import UserError
+from flatgpt import flops as flops_table
 from flatgpt import optim, parallel, runtime
 from model import GPT, GPTConfig
 
@@ -238,7 +239,7 @@ def measure(s, seconds=2.0, product_seconds=0.7):
     speed, by_shape = product_speed(s, step.model, product_seconds)
     median = statistics.median(ms)
     flops = step.model.flops_per_token() * step.tokens
-    achieved, peak = flops / median * 1e3, runtime.peak_flops(device)
+    achieved, peak = flops / median * 1e3, flops_table.peak_flops(device)
     return {'parameters': step.model.get_num_params(), 'tokens_per_step': step.tokens,
             'ms': common.spread(ms), 'tokens_per_s': round(1e3 * step.tokens / median),
             'step_flops': flops, 'gflops': round(achieved / 1e9, 1),

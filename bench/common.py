@@ -115,7 +115,8 @@ def val_loss(path, data_dir):
     block_size = model.config.block_size
     tokens = data.open_tokens(data_dir, 'val', datasets.load_meta(data_dir), block_size)
     starts = data.whole_windows(len(tokens), block_size)
-    total, count = data.loss_sum(model, tokens, starts, block_size, 256)
+    cut = data.Cut(len(starts), block_size, batch_size=256)
+    total, count = data.sum_losses(model, tokens, starts, cut, model.config.vocab_size)
     return total / count, state['iter_num']
 
 

@@ -34,6 +34,7 @@ from bench import common
 from configurator import Count, Natural, NonNegative, UserError, override
 from data.documents import read_documents, split_documents
 from data.encode import Corpus, read_batches, write_dataset
+from data.python_stdlib.prepare import find_sources, read_sources
 from flatgpt.files import write_synced
 
 # Settings -----------------------------------------------------------------------------------------

@@ -287,7 +287,7 @@ def test_kills_lose_nothing(folder):
     rng, kills, reported = random.Random(0), 0, 0
     while kills < 8:
         run = folder.start_train(init_from='auto', **changes)
-        run.wait_for(r'(saved [^\n]*\n[\s\S]*?){%d}' % rng.randint(1, 6))
+        run.wait_for(r'(saved [^\n]*\n[\s\S]*?)' + f'{{{rng.randint(1, 6)}}}')
         time.sleep(rng.uniform(0, 0.02))  # somewhere in a step, an evaluation or a save
         run.kill(signal.SIGKILL).wait()
         kills += run.code == -signal.SIGKILL

@@ -106,7 +106,8 @@ def check_peer(peer, dataset='shakespeare_char'):
 
 def val_loss(path, data_dir):
     """Return a checkpoint's val loss in nats per token, in fp32, and its step."""
-    from data import tokens as data  # torch comes with these
+    from data import datasets  # torch comes with these
+    from data import tokens as data
     from flatgpt import checkpoint
     from flatgpt.pretrained import model_of
 

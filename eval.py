@@ -76,8 +76,7 @@ from data.tokens import (
 from flatgpt import checkpoint, huggingface, runtime
 from flatgpt.pretrained import open_model
 from flatgpt.quantize import for_decoding
-from posttrain.reward_model import open_reward_model
-from posttrain.rollouts import ratings_of
+from posttrain.reward_model import open_reward_model, ratings_of
 from posttrain.tasks import common as tasks
 from tokenizer.chat import bos_ids
 
@@ -157,7 +156,7 @@ if not 1 <= stride <= block_size:
 if task:
     split, wanted = split or ('all' if input else 'test'), tasks.kinds_of(kinds)
     asked_from = f'{input}, {split}' if input else split
-    examples = tasks.examples_of(questions, split, n, seed, input, wanted)
+    examples = tasks.examples_of(questions, tasks.Questions(split, n, seed, input, wanted))
     if not examples:
         raise UserError(f'{input or task} has no question for --split={split}')
     for name in sorted(config.given & of_answers if 'choices' in examples[0] else ()):
@@ -178,16 +177,16 @@ if task:
         judge.to(device)
 
         def rate(example, texts):
-            return ratings_of(judge, tasks.asked_of(example, tools), texts, template, text_tokenizer)
+            return ratings_of(judge, tasks.chat_messages(example, tools), texts, template, text_tokenizer)
     # solved ones are of another split, or else others of the same file
     pool_split = 'all' if split == 'all' else 'train'
-    pool = tasks.examples_of(questions, pool_split, 1000, seed, input, wanted) if shots else ()
+    pool = tasks.examples_of(questions, tasks.Questions(pool_split, 1000, seed, input, wanted)) if shots else ()
     started = time.perf_counter()
     bar = tqdm(total=len(examples), unit='question', disable=None, leave=False, dynamic_ncols=True)
     try:
-        found = tasks.measure(questions, examples, model, text_tokenizer, template, pool, shots, max_new_tokens,
-                              num_samples, tools, seed, batch_size or 64, bar.update, rate,
-                              temperature=temperature)
+        answering = tasks.Answering(template, tools, shots, pool, max_new_tokens, temperature, num_samples, seed,
+                                    batch_size or 64, rate, bar.update)
+        found = tasks.measure(questions, examples, model, text_tokenizer, answering)
     except RuntimeError as error:
         if not runtime.out_of_memory(error):
             raise

@@ -19,7 +19,7 @@ from configurator import explain_errors, override
 from flatgpt import runtime
 from flatgpt.generate import uniforms
 from flatgpt.pretrained import open_model
-from posttrain.rollouts import draw_answers
+from posttrain.rollouts import Sampling, draw_answers
 from posttrain.tasks import common as tasks
 from tokenizer.chat import find_endings
 
@@ -57,12 +57,13 @@ def main():
     model.to(device)
     print(line)
     stop_ids, _ = find_endings(template, tokenizer)
+    sampling = Sampling(max_new_tokens, n_ids=tokenizer.vocab_size, stop_ids=stop_ids)
     prompts = [tasks.chat_prompt(example, template, tokenizer, model.config.block_size - max_new_tokens)
                for example in tasks.load(task).examples('test', n, 0)]
 
     def draw(first, last):
         u = torch.stack([uniforms(0, i, 0, max_new_tokens) for i in range(first, last)])
-        return draw_answers(model, prompts[first:last], max_new_tokens, stop_ids, tokenizer.vocab_size, 1.0, u)
+        return draw_answers(model, prompts[first:last], sampling, u)
 
     draw(0, 8)  # warm up
     speeds, ratios, floors, same = {'one': [], 'batch': []}, [], [], 0

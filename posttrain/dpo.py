@@ -1,10 +1,10 @@
 """
 Direct preference optimization: a chat model learns from pairs of answers.
 
-    $ python -m posttrain.dpo --init_from=out-sft --pairs=data/tiny_chat/pairs.jsonl
-    $ python -m posttrain.dpo --init_from=out-sft --pairs=data/tiny_chat/pairs.jsonl \\
-        --task=tiny_chat --out_dir=out-dpo
-    $ python -m posttrain.dpo --init_from=resume --pairs=data/tiny_chat/pairs.jsonl
+    $ python -m posttrain.dpo --init_from=out-sft --pairs=pairs.jsonl
+    $ python -m posttrain.dpo --init_from=out-sft --pairs=pairs.jsonl \\
+        --task=tiny_chat --max_new_tokens=128
+    $ python -m posttrain.dpo --init_from=resume --pairs=pairs.jsonl
 
 No answers are drawn and no reward model is needed: the model makes the chosen
 answer of a pair likelier and the rejected one less likely, relative to the model
@@ -65,7 +65,7 @@ minibatch_size: Count = 128  # pairs per update
 micro_batch_size: Count = 32  # pairs at once, as many as fit; does not change the mathematics
 # the loss
 beta: Positive = 0.1  # implicit rewards are beta * log(policy / reference)
-label_smoothing: Annotated[float, Range(least=0, below=0.5)] = 0.0  # share of pairs with swapped labels
+label_smoothing: Annotated[float, Range(least=0, below=0.5)] = 0.0  # share of wrong pairs
 # measuring
 task = ''  # tiny_chat, gsm8k, or a file tasks/NAME.py of your own; '': the loss alone
 input = ''  # the file of questions, for a task that reads one
@@ -124,16 +124,16 @@ print(fit(f'device {torch_device}, dtype {precision} ({precision_reason}), '
           f'{policy.model.get_num_params() / 1e6:.2f}M parameters; {max_iters} steps of '
           f'{prompts_per_step} pairs', indent='  '))
 run = checkpoint.Run(out_dir, resolved, state or None)
-run.explain_out_of_memory({'micro_batch_size': micro_batch_size // 2} if micro_batch_size > 1 else {},
-                          'Not even one pair fits: leave out long ones')
+smaller = {'micro_batch_size': micro_batch_size // 2} if micro_batch_size > 1 else {}
+run.explain_out_of_memory(smaller, 'Not even one pair fits: leave out long ones')
 state = None  # the loaded tensors are no longer needed
 
 
 def loss_of(idx, mask):
     """
-    Return the losses of n pairs (n,), the margins of their implicit rewards (n,), and the entropy.
+    Return losses and margins of implicit rewards, (n,) each, and the mean entropy.
 
-    idx, mask: (2n, T), see pair_rows().
+    idx, mask: the rows of n pairs, (2n, T), see pair_rows().
     """
     logprobs, entropies = policy.logprobs(policy.model, idx, mask)
     with torch.no_grad():
@@ -146,7 +146,7 @@ def loss_of(idx, mask):
 @torch.no_grad()
 def evaluate():
     """
-    Measure held-out pairs, and answers to held-out questions; -> (record, line to print).
+    Measure held-out pairs and answers to held-out questions; -> (record, line).
 
     val_loss, which chooses the best checkpoint, is the share of wrong answers, or without a task
     the loss.
@@ -202,7 +202,7 @@ while True:
         n_tokens = actions[torch.cat((minibatch, minibatch + prompts_per_step))].sum()
         sums = collections.Counter()  # of the micro-batches' metrics, weighted
         for part, T in micro_batches(minibatch, lengths, micro_batch_size):
-            rows = torch.cat((part, part + prompts_per_step))  # the chosen, then the rejected answers
+            rows = torch.cat((part, part + prompts_per_step))  # chosen, then rejected answers
             share = len(part) / len(minibatch)
             pair_losses, margins, entropy = loss_of(idx[rows, :T], mask[rows, :T])
             loss = pair_losses.mean()
@@ -210,7 +210,8 @@ while True:
             sums.update(loss=share * loss.item(), margin=share * margins.mean().item(),
                         preferred=share * losses.preferred(margins).mean().item(),
                         entropy=(actions[rows].sum() / n_tokens).item() * entropy.item())
-        norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), grad_clip or math.inf).item()
+        params = policy.model.parameters()
+        norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf).item()
         if not (math.isfinite(sums['loss']) and math.isfinite(norm)):
             run.stop_not_finite(f'loss is {sums["loss"]}, norm of the gradient {norm}')
         opt.step()

@@ -11,8 +11,6 @@ from torch.nn import functional as F
 
 from configurator import UserError
 
-# Log-probabilities --------------------------------------------------------------------------------
-
 
 def token_logprobs(logits, ids):
     """Return log softmax(logits) at `ids`, in fp32. logits: (..., V); ids: (...)."""
@@ -21,7 +19,7 @@ def token_logprobs(logits, ids):
 
 
 def entropy(logits):
-    """Return the entropy of softmax(logits) in nats, fp32: (..., V) -> (...). -inf is allowed."""
+    """Return the entropy of softmax(logits) in nats, in fp32: (..., V) -> (...)."""
     log_p = F.log_softmax(logits.float(), dim=-1)
     return -(log_p.exp() * log_p.clamp(min=torch.finfo(torch.float32).min)).sum(-1)
 
@@ -42,7 +40,7 @@ def kl_estimates(logprobs, reference_logprobs):
 
 
 def masked_mean(x, mask, dim=None):
-    """Return the mean of x where the mask is 1, overall or over `dim`; 0 where the mask is empty."""
+    """Return the mean of x over the mask, overall or along `dim`; 0 if it is empty."""
     counts = mask.to(x.dtype)
     x = torch.where(mask.bool(), x, 0.0)  # not x * mask: x may be infinite outside the mask
     total, n = (x.sum(), counts.sum()) if dim is None else (x.sum(dim), counts.sum(dim))
@@ -50,12 +48,12 @@ def masked_mean(x, mask, dim=None):
 
 
 def sequence_mean(x, mask):
-    """Return the mean over sequences of each one's mean; sequences with an empty mask are left out."""
+    """Return the mean of the sequences' means. A sequence without actions is left out."""
     return masked_mean(masked_mean(x, mask, dim=1), mask.bool().any(dim=1))
 
 
 def whiten(x, mask, eps=1e-8):
-    """Return (x - mean) / sqrt(variance + eps), both over the mask (variance by n); 0 outside it."""
+    """Return (x - mean) / sqrt(variance + eps), both over the mask; 0 elsewhere."""
     centred = x - masked_mean(x, mask)
     scale = (masked_mean(centred.square(), mask) + eps).rsqrt()
     return torch.where(mask.bool(), centred * scale, 0.0)
@@ -66,7 +64,7 @@ def whiten(x, mask, eps=1e-8):
 
 def bradley_terry_loss(chosen, rejected):
     """
-    Return -log sigmoid(chosen - rejected), the scores of two answers to each prompt, (B,) each.
+    Return -log sigmoid(chosen - rejected), of the scores (B,) of two answers.
 
     The model is Bradley & Terry's (1952); for language models see "Learning to Summarize from Human
     Feedback", Stiennon et al. 2020.
@@ -76,7 +74,7 @@ def bradley_terry_loss(chosen, rejected):
 
 def dpo_loss(policy, reference, beta, label_smoothing=0.0):
     """
-    Return DPO's losses, and its implicit rewards of the chosen and the rejected answers.
+    Return DPO's losses and the implicit rewards of chosen and rejected answers.
 
     policy, reference: (chosen, rejected), log-probabilities (B,) of whole answers. The implicit
     reward of an answer is beta * log(policy / reference), and the loss is Bradley-Terry's ("Direct
@@ -90,7 +88,7 @@ def dpo_loss(policy, reference, beta, label_smoothing=0.0):
 
 
 def preferred(margins):
-    """Return 1 where the chosen answer's score is the higher one, 1/2 at a tie, else 0."""
+    """Return 1 where the chosen answer has the higher score, 1/2 at a tie, else 0."""
     return (margins.sign() + 1) / 2
 
 
@@ -99,7 +97,7 @@ def preferred(margins):
 
 def gae(rewards, values, mask, gamma, lam):
     """
-    Return generalized advantage estimates and returns, (B, T) each, 0 outside the mask.
+    Return generalized advantage estimates and returns, (B, T), 0 outside the mask.
 
     A_t = d_t + gamma lam A_t+1 with d_t = r_t + gamma V_t+1 - V_t, from one action to the next
     ("High-Dimensional Continuous Control Using Generalized Advantage Estimation", Schulman et al.
@@ -120,15 +118,15 @@ def gae(rewards, values, mask, gamma, lam):
 
 def group_advantages(rewards, group_size, eps=1e-6):
     """
-    Return GRPO's advantages: each reward minus its group's mean, over the group's deviation + eps.
+    Return GRPO's advantages, (reward - mean) / (deviation + eps) of each group.
 
     rewards: (N,), the group_size answers to a prompt side by side. The deviation divides by n - 1
     ("DeepSeekMath", Shao et al. 2024). A group of equal rewards gets exactly 0. Raises UserError
     unless the groups are whole and of 2 answers or more.
     """
     if group_size < 2 or len(rewards) % group_size:
-        raise UserError(f'group_size={group_size} for {len(rewards)} rewards: expected whole groups '
-                        f'of 2 or more')
+        raise UserError(f'group_size={group_size} for {len(rewards)} rewards: expected whole '
+                        f'groups of 2 or more')
     groups = rewards.reshape(-1, group_size)
     groups = groups if groups.is_floating_point() else groups.float()  # 0 or 1 of a checker
     groups = groups - groups[:, :1]  # equal rewards become exactly 0, and so does their mean
@@ -138,7 +136,7 @@ def group_advantages(rewards, group_size, eps=1e-6):
 
 def clipped_policy_loss(logprobs, old_logprobs, advantages, mask, clip):
     """
-    Return PPO's loss of each token, -min(r A, clip(r, 1 - clip, 1 + clip) A) with r = p / p_old.
+    Return PPO's loss of each token, -min(r A, clip(r, 1 +- clip) A), r = p / p_old.
 
     It has no gradient where r has left the clip range in the direction of A ("Proximal Policy
     Optimization Algorithms", Schulman et al. 2017). old_logprobs: of the policy that drew the
@@ -156,10 +154,10 @@ def is_clipped(logprobs, old_logprobs, advantages, clip):
 
 def clipped_value_loss(values, old_values, returns, mask, clip):
     """
-    Return PPO's loss of the value function, max((V - R)^2, (clip(V, V_old +- clip) - R)^2) / 2.
+    Return PPO's loss of values, max((V - R)^2, (clip(V, V_old +- clip) - R)^2) / 2.
 
-    The mean is over the mask. It has no gradient where V has left the clip range in the direction of
-    R. All arguments but clip: (B, T).
+    It has no gradient where V has left the clip range in the direction of R. All but clip: (B, T).
     """
     clipped = old_values + (values - old_values).clamp(-clip, clip)
-    return masked_mean(torch.maximum((values - returns).square(), (clipped - returns).square()) / 2, mask)
+    errors = torch.maximum((values - returns).square(), (clipped - returns).square())
+    return masked_mean(errors / 2, mask)

@@ -3,7 +3,7 @@ Preference pairs: two answers to a conversation, as rows of ids with masks.
 
     {"messages": [{"role": "user", "content": "2+2?"}], "chosen": "4", "rejected": "5"}
 
-    pairs, n_too_long = read_pairs('pairs.jsonl', template, tokenizer, block_size=256, val_fraction=0.1)
+    pairs, n_too_long = read_pairs('pairs.jsonl', template, tokenizer, 256, val_fraction=0.1)
     idx, mask = pair_rows([pairs['train'][i] for i in (3, 1, 4)], device)
 """
 
@@ -16,14 +16,17 @@ from flatgpt import jsonl
 from posttrain.rollouts import to_rows
 from tokenizer import chat
 
+EXAMPLE = '{"messages": [{"role": "user", "content": "2+2?"}], "chosen": "4", "rejected": "5"}'
+
 
 def read_pairs(path, template, tokenizer, block_size, val_fraction):
     """
-    Read pairs; -> ({'train': pairs, 'val': pairs}, number of pairs longer than block_size).
+    Read pairs; -> ({'train': pairs, 'val': pairs}, number of pairs left out).
 
-    A pair is (chosen, rejected), each (ids, mask) of render_answer(). A hash of the conversation
-    picks the split, so all pairs of a conversation are on one side. "group", if given, replaces the
-    conversation. Raises UserError naming the line of a bad pair, or if a split is empty.
+    A pair is (chosen, rejected), each (ids, mask) of render_answer(); one longer than block_size is
+    left out. A hash of the conversation picks the split, so all pairs of a conversation are on one
+    side. "group", if given, replaces the conversation. Raises UserError naming the line of a bad
+    pair, or if a split is empty.
     """
     pairs, n_too_long = {'train': [], 'val': []}, 0
     for number, record in jsonl.read_objects(path).items():
@@ -37,12 +40,12 @@ def read_pairs(path, template, tokenizer, block_size, val_fraction):
         turns = [(message['role'], message['content']) for message in record['messages']]
         group = json.dumps(turns if record.get('group') is None else record['group'])
         pairs['val' if text_hash(group) < val_fraction else 'train'].append(pair)
-    n_fitting = sum(map(len, pairs.values()))
+    n_pairs = n_too_long + sum(map(len, pairs.values()))
     for split in pairs:
         if not pairs[split]:
-            raise UserError(f'{path}: of {n_fitting + n_too_long:,} pairs {n_too_long:,} are longer than '
-                            f'the context of {block_size} tokens, and none of the others is in {split}; '
-                            f'add pairs, take a model with a longer context, or set another --val_fraction')
+            raise UserError(f'{path}: of {n_pairs:,} pairs {n_too_long:,} are longer than the '
+                            f'context of {block_size} tokens, and none of the others is in '
+                            f'{split}; add pairs, or set another --val_fraction')
     return pairs, n_too_long
 
 
@@ -56,34 +59,35 @@ def check_pairs(path, val_fraction, state, ckpt_path):
     pairs = {'sha256': download.file_sha256(path), 'val_fraction': val_fraction}
     before = state.get('pairs', pairs)
     if before['val_fraction'] != val_fraction:
-        raise UserError(f'val_fraction={val_fraction}, but {ckpt_path} held out {before["val_fraction"]}, '
-                        f'so its train pairs would now be held out, or the other way round; resume with '
-                        f'--val_fraction={before["val_fraction"]}, or start a new run in another --out_dir')
+        raise UserError(f'val_fraction={val_fraction}, but {ckpt_path} held out '
+                        f'{before["val_fraction"]}; resume with --val_fraction='
+                        f'{before["val_fraction"]}, or start a new run in another --out_dir')
     if before['sha256'] != pairs['sha256']:
-        raise UserError(f'{path} is not the file of pairs that {ckpt_path} learned from; resume with that '
-                        f'file, or start a new run in another --out_dir')
+        raise UserError(f'{path} is not the file of pairs that {ckpt_path} learned from; resume '
+                        f'with that file, or start a new run in another --out_dir')
     return pairs
 
 
 def describe(pairs, n_too_long, block_size):
     """Return the line to print about pairs that were read."""
-    left_out = f'; {n_too_long:,} are longer than {block_size} tokens, left out' if n_too_long else ''
-    return f'{len(pairs["train"]):,} pairs to learn from, {len(pairs["val"]):,} held out{left_out}'
+    line = f'{len(pairs["train"]):,} pairs to learn from, {len(pairs["val"]):,} held out'
+    skipped = f'; {n_too_long:,} are longer than {block_size} tokens, left out'
+    return line + skipped * (n_too_long > 0)
 
 
 def render_pair(record, template, tokenizer):
-    """Render a JSON pair; -> (chosen, rejected), see read_pairs(). Raises UserError for a bad one."""
+    """Render a pair of read_pairs() from JSON. Raises UserError for a bad one."""
     for key, kind in (('messages', list), ('chosen', str), ('rejected', str)):
         if not isinstance(record.get(key), kind):
-            raise UserError(f'{key} is {json.dumps(record.get(key))[:40]}; expected {{"messages": '
-                            f'[{{"role": "user", "content": "2+2?"}}], "chosen": "4", "rejected": "5"}}')
+            raise UserError(f'{key} is {json.dumps(record.get(key))[:40]}; expected {EXAMPLE}')
     for key in ('chosen', 'rejected'):
         if not record[key].strip():
             raise UserError(f'{key} is empty; expected an answer')
     chosen, rejected = (render_answer(record['messages'], record[key], template, tokenizer)
                         for key in ('chosen', 'rejected'))
     if chosen == rejected:  # in the template, which may strip white space
-        raise UserError(f'chosen equals rejected, {json.dumps(record["chosen"])[:40]}; expected two answers')
+        raise UserError(f'chosen equals rejected, {json.dumps(record["chosen"])[:40]}; expected '
+                        f'two different answers')
     return chosen, rejected
 
 
@@ -95,16 +99,17 @@ def render_answer(messages, answer, template, tokenizer):
     one. Raises UserError where the template does not show where the answer begins or ends.
     """
     prompt = chat.render(messages, template, tokenizer)
-    ids, mask = chat.render_conversation([*messages, {'role': 'assistant', 'content': answer}],
-                                         template, tokenizer)
+    whole = [*messages, {'role': 'assistant', 'content': answer}]
+    ids, mask = chat.render_conversation(whole, template, tokenizer)
     if ids[: len(prompt)] != prompt:
-        raise UserError('the chat template renders the conversation differently once it is answered, or the '
-                        'tokenizer joins an answer with the text around it, so the start of the answer is '
-                        'unknown; put special tokens around answers in the template')
+        raise UserError('the chat template renders the conversation differently once it is '
+                        'answered, or the tokenizer joins an answer with the text around it, so '
+                        'the start of the answer is unknown; put special tokens around answers')
     ends = [i for i, is_learned in enumerate(mask, 1) if is_learned and i > len(prompt)]
     if not ends:
-        raise UserError(f'the chat template masks out every token of the answer {json.dumps(answer)[:40]}; '
-                        f'expected {{% generation %}} around all answers, or in no place')
+        raise UserError(f'the chat template masks out every token of the answer '
+                        f'{json.dumps(answer)[:40]}; expected {{% generation %}} around all '
+                        f'answers, or around none')
     # the last special token of the template: a line break may follow it
     in_contents = (*chat.TOOL_TOKENS, *chat.THOUGHTS)
     specials = {i for token, i in tokenizer.special_tokens.items() if token not in in_contents}
@@ -113,15 +118,15 @@ def render_answer(messages, answer, template, tokenizer):
 
 
 def ending_of(template, tokenizer):
-    """Return the id that ends an answer in a chat template. Raises UserError if it is not special."""
+    """Return the id that ends an answer. Raises UserError if it is no special token."""
     ids, _ = render_answer([{'role': 'user', 'content': '?'}], '!', template, tokenizer)
     if ids[-1] not in tokenizer.special_tokens.values():
-        raise UserError('the chat template ends an answer without a special token that carries loss, so there '
-                        'is no token to score an answer at; expected one, inside {% generation %} if the '
-                        'template has that')
+        raise UserError('the chat template ends an answer without a special token that carries '
+                        'loss, so there is no token to score an answer at; expected one, inside '
+                        '{% generation %} if the template has that')
     return ids[-1]
 
 
 def pair_rows(pairs, device):
-    """Stack n pairs into ids and masks, (2n, T) each: the chosen answers, then the rejected ones."""
+    """Stack n pairs into ids and masks (2n, T): the chosen, then the rejected answers."""
     return to_rows([chosen for chosen, _ in pairs] + [rejected for _, rejected in pairs], device)

@@ -1,8 +1,8 @@
 """
-The chat model that rl and dpo train: opening it, its prompts, its answers, its log-probabilities.
+The chat model that rl and dpo train: how it is opened, answers, and resumes.
 
     policy = open_policy(init_from, state, ckpt_path, device, autocast)
-    prompts = policy.prompts_of(task, Questions('val', 200), room)
+    prompts = policy.prompts_of(task, Questions('val', 200), max_new_tokens, block_size)
     n_right = policy.count_right(task, prompts, sampling)
 """
 
@@ -25,79 +25,77 @@ from posttrain.tasks import common as tasks
 from posttrain.tools import generate_with_tools
 from tokenizer import chat
 
-# settings that a run keeps when it resumes: best.pt is chosen by these questions and answers
+# a run keeps these settings when it resumes: best.pt is chosen by their questions and answers
 KEPT = ('algorithm', 'task', 'input', 'kinds', 'eval_examples', 'tools', 'max_new_tokens', 'seed')
 
 
 @dataclass
 class Policy:
-    """
-    A chat model that learns, and the reference, which is the model that it began as.
-
-    digest: of the reference's weights. stop_ids: ids that end an answer.
-    """
+    """A chat model that learns, and the reference, a copy of what it began as."""
 
     model: GPT
     reference: GPT
-    digest: str
+    digest: str  # of the reference's weights
     tokenizer: object
     template: str
-    stop_ids: set
+    stop_ids: set  # ids that end an answer
     autocast: AbstractContextManager
 
     def prompts_of(self, task, questions, max_new_tokens, context, tools=False):
         """
         Return [(example, prompt ids), ...] of a task, for answers of max_new_tokens.
 
-        context: tokens that a prompt and its answer may take. Prompts that leave an answer too little
-        room are left out, with a printed line. Raises UserError if none is left.
+        context: tokens that a prompt and its answer may take. Longer prompts are left out, and
+        their number is printed. Raises UserError if no prompt is left.
         """
-        name = task.__name__.rpartition('.')[2]
-        examples = tasks.examples_of(task, questions, ('examples', 'evaluate', 'reward'), ('messages',))
-        of_kinds = f' of kinds={", ".join(questions.kinds)!r}' if questions.kinds else ''
-        if not examples:
-            raise UserError(f'task={name}: there is no {questions.split} question{of_kinds}; a tenth of a '
-                            f'file is val, so it may need more questions')
-        prompts = [(example, tasks.chat_prompt(example, self.template, self.tokenizer, math.inf, tools))
-                   for example in examples]
-        room = context - max_new_tokens
+        name, split, room = task.__name__.split('.')[-1], questions.split, context - max_new_tokens
+        functions, keys = ('examples', 'evaluate', 'reward'), ('messages',)
+        how = self.template, self.tokenizer, math.inf, tools
+        prompts = [(example, tasks.chat_prompt(example, *how))
+                   for example in tasks.examples_of(task, questions, functions, keys)]
+        if not prompts:
+            kinds = f' of kinds={", ".join(questions.kinds)!r}' if questions.kinds else ''
+            raise UserError(f'task={name}: there is no {split} question{kinds}; a tenth of a file '
+                            f'is val, so it may need more questions')
         fitting = [prompt for prompt in prompts if len(prompt[1]) <= room]
         if len(fitting) < len(prompts):
-            print(f'{len(prompts) - len(fitting):,} of {len(prompts):,} {questions.split} prompts are longer '
+            print(f'{len(prompts) - len(fitting):,} of {len(prompts):,} {split} prompts are longer '
                   f'than the {room} tokens that an answer leaves, left out')
         if not fitting:
-            raise UserError(f'task={name}: no {questions.split} prompt has room in a context of {context} tokens '
-                            f'with max_new_tokens={max_new_tokens}; lower that, or take a model with a longer context')
+            raise UserError(f'task={name}: no {split} prompt has room in a context of {context} '
+                            f'tokens with max_new_tokens={max_new_tokens}; lower that, or take a '
+                            f'model with a longer context')
         return fitting
 
-    def answer(self, prompts, sampling, u, tools=False, batch_size=None):
+    def answer(self, prompts, sampling, u, tools=False, batch_size=256):
         """
         Answer prompts, lists of ids, in batches; -> (answers, masks, texts).
 
-        masks: 1 for ids that the policy drew, 0 for outputs of a tool. texts: without the ending. u:
-        see draw_answers().
+        masks: 1 for ids that the policy drew, 0 for outputs of a tool. texts: without the ending.
+        u: fixes the draws, see draw_answers().
         """
-        answers, masks, batch_size = [], [], batch_size or len(prompts)
+        model, tokenizer, answers, masks = self.model, self.tokenizer, [], []
         for i in range(0, len(prompts), batch_size):
-            batch, batch_u = prompts[i : i + batch_size], u[i : i + batch_size]
+            batch = prompts[i : i + batch_size], sampling, u[i : i + batch_size]
             with self.autocast:
                 if tools:
-                    drawn, drawn_masks = generate_with_tools(self.model, self.tokenizer, batch, sampling, batch_u)
+                    drawn, drawn_masks = generate_with_tools(model, tokenizer, *batch)
                 else:
-                    drawn = draw_answers(self.model, batch, sampling, batch_u)
+                    drawn = draw_answers(model, *batch)
                     drawn_masks = [[1] * len(answer) for answer in drawn]
             answers, masks = answers + drawn, masks + drawn_masks
-        texts = [self.tokenizer.decode([i for i in answer if i not in self.stop_ids]) for answer in answers]
+        texts = [tokenizer.decode([i for i in ids if i not in self.stop_ids]) for ids in answers]
         return answers, masks, texts
 
-    def count_right(self, task, prompts, sampling, tools=False, batch_size=None):
-        """Answer the prompts of prompts_of(); -> number of right answers. sampling: greedy."""
+    def count_right(self, task, prompts, sampling, tools=False, batch_size=256):
+        """Answer prompts of prompts_of(); -> how many are right. sampling: greedy."""
         u = torch.zeros(len(prompts), sampling.max_new_tokens)
         _, _, texts = self.answer([ids for _, ids in prompts], sampling, u, tools, batch_size)
-        return sum(bool(task.evaluate(example, text)) for (example, _), text in zip(prompts, texts, strict=True))
+        return sum(bool(task.evaluate(example, text))
+                   for (example, _), text in zip(prompts, texts, strict=True))
 
     def logprobs(self, model, idx, mask, temperature=1.0):
-        """Return logprobs_of() of self.model or self.reference, in the run's precision."""
+        """Return logprobs_of() the model or the reference, in the run's precision."""
         with self.autocast:
             return logprobs_of(model, idx, mask, self.tokenizer.vocab_size, temperature)
 
@@ -110,10 +108,10 @@ class Policy:
 
 def open_chat_model(init_from):
     """
-    Open the model of a run, or of Hugging Face; -> (model, tokenizer, chat template, line to print).
+    Open a model of a run or of Hugging Face; -> (model, tokenizer, template, line).
 
-    A model without a chat template gets chat.TEMPLATE. Raises UserError if its tokenizer lacks the
-    tokens for that.
+    The line describes it. A model without a chat template gets chat.TEMPLATE. Raises UserError if
+    its tokenizer lacks the tokens for that.
     """
     is_run = os.path.exists(checkpoint.path_in(init_from))
     model, tokenizer, template, line = open_model('resume' if is_run else init_from, init_from)
@@ -125,21 +123,22 @@ def open_chat_model(init_from):
 
 def open_policy(init_from, state, path, device, autocast):
     """
-    Open the reference `init_from` and the policy: its copy, or the model of the checkpoint `state`.
+    Open the reference, and as policy its copy or the checkpoint's model.
 
-    state: of the run that resumes, read from `path`, or {}. Raises UserError if the reference has
-    other weights than the run began with, or if its chat template ends answers without a token.
+    state: the checkpoint that was loaded from `path` to resume, or {}. Raises UserError if the
+    reference has other weights than the run began with, or if its chat template ends answers
+    without a token.
     """
     reference, tokenizer, template, line = open_chat_model(init_from)
     print(f'reference: {line}')
     digest = lora.digest(reference)
     if state and state['reference'] != digest:
-        raise UserError(f'{path} began with the model that was in {init_from}, which now has other weights; '
-                        f'restore that model, or start a new run in another --out_dir')
+        raise UserError(f'{path} began with the model that was in {init_from}, which now has other '
+                        f'weights; restore that model, or start a new run in another --out_dir')
     stop_ids, _ = chat.find_endings(template, tokenizer)
     if not stop_ids:
-        raise UserError(f'the chat template of {init_from} ends an answer with no special token, so a model '
-                        f'cannot learn when to stop; expected one, such as <|im_end|>')
+        raise UserError(f'the chat template of {init_from} ends an answer with no special token, '
+                        f'so a model cannot learn when to stop; expected one, such as <|im_end|>')
     model = model_of(state, path, dropout=0.0).eval() if state else copy.deepcopy(reference)
     reference.to(device).requires_grad_(False)
     return Policy(model.to(device), reference, digest, tokenizer, template, stop_ids, autocast)
@@ -149,25 +148,27 @@ def resume(path, config):
     """
     Load the checkpoint at `path` to continue its run.
 
-    Raises UserError if it is no run of posttrain.rl or posttrain.dpo, or if a setting in KEPT differs.
+    Raises UserError if posttrain.rl or posttrain.dpo did not write it, or if a setting in KEPT
+    differs.
     """
     state = checkpoint.load(path)
     if 'reference' not in state:
         kind = 'a reward model' if state.get('reward_model') else 'a language model of train.py'
-        raise UserError(f'{path} is {kind}, not a run that this command can resume; to begin with a language '
-                        f'model: --init_from=ITS_FOLDER and another --out_dir')
+        raise UserError(f'{path} is {kind}, which this command cannot resume; to begin with a '
+                        f'language model: --init_from=ITS_FOLDER and another --out_dir')
     for name in KEPT if config['task'] else KEPT[:2]:
         before = state['config'].get(name, config.get(name))
         if before != config.get(name):
-            raise UserError(f'{name}={config.get(name)!r}, but {path} is of a run with {name}={before!r}; '
-                            f'resume with that, or start a new run in another --out_dir')
+            raise UserError(f'{name}={config.get(name)!r}, but {path} is of a run with '
+                            f'{name}={before!r}; resume with that, or start a new run in another '
+                            f'--out_dir')
     return state
 
 
 def check_out_dir(out_dir, init_from):
     """Raise UserError if a run would overwrite the model that it begins with."""
     if os.path.abspath(out_dir) == os.path.abspath(init_from):
-        raise UserError(f'out_dir={out_dir!r}: expected another folder than --init_from={init_from}')
+        raise UserError(f'out_dir={out_dir!r}: expected another folder than --init_from')
 
 
 @contextmanager

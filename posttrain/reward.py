@@ -1,10 +1,10 @@
 """
 Train a reward model: which of two answers to a conversation is better?
 
-    $ python -m posttrain.reward --init_from=out-sft --data=data/tiny_chat/pairs.jsonl
-    $ python -m posttrain.reward --init_from=resume --data=data/tiny_chat/pairs.jsonl
-    $ python -m posttrain.rl --init_from=out-sft --algorithm=ppo --task=tiny_chat \\
-        --reward_model=out-reward
+    $ python -m posttrain.reward --init_from=out-sft --data=pairs.jsonl
+    $ python -m posttrain.reward --init_from=resume --data=pairs.jsonl
+    $ python -m posttrain.rl --init_from=out-sft --algorithm=ppo \\
+        --task=tiny_chat --reward_model=out-reward
 
 Each line of the data is a pair, {"messages": [{"role": "user", "content":
 "2+2?"}], "chosen": "4", "rejected": "5"}. Pairs with the same "group" are held
@@ -27,7 +27,17 @@ from typing import Literal
 
 import torch
 
-from configurator import Count, Fraction, Natural, NonNegative, Seed, Share, UserError, fit, override
+from configurator import (
+    Count,
+    Fraction,
+    Natural,
+    NonNegative,
+    Seed,
+    Share,
+    UserError,
+    fit,
+    override,
+)
 from data.tokens import train_windows
 from flatgpt import checkpoint, optim, parallel, runtime
 from flatgpt.pretrained import tokenizer_of
@@ -46,11 +56,11 @@ out_dir = 'out-reward'
 init_from = 'out-sft'  # a finetuned model: an out_dir, a Hugging Face folder or hub id; 'resume'
 data = ''  # the pairs: FILE.jsonl
 val_fraction: Share = 0.1  # of the conversations, held out
-eval_interval: Count = 50  # steps between evaluations on all held-out pairs; each is followed by a checkpoint
+eval_interval: Count = 50  # steps between evaluations; each is followed by a checkpoint
 log_interval: Count = 10  # steps between log lines
 max_iters: Count = 500  # steps in all
 batch_size: Count = 32  # pairs per step
-micro_batch_size: Natural = 0  # pairs at once, as many as fit; 0: all; does not change the mathematics
+micro_batch_size: Natural = 0  # pairs at once; 0: all; does not change the mathematics
 dropout: Fraction = 0.0
 # optimizer
 optimizer: Literal['adamw', 'muon'] = 'adamw'  # muon for a model that was pretrained with it
@@ -76,7 +86,8 @@ if not data:
 if optimizer == 'muon' and learning_rate == 0:
     raise UserError('learning_rate=0: expected above 0 with optimizer=muon')
 if min_lr > learning_rate:
-    raise UserError(f'min_lr={min_lr}: expected at most learning_rate={learning_rate}, usually a tenth of it')
+    raise UserError(f'min_lr={min_lr}: expected at most learning_rate={learning_rate}, usually a '
+                    f'tenth of it')
 check_out_dir(out_dir, init_from)
 
 # the machine
@@ -114,8 +125,9 @@ print(describe(pairs, n_too_long, block_size))
 # the folder of the run
 resolved = {**config, 'init_from': init_from, 'device': str(torch_device), 'dtype': precision}
 epochs = max_iters * batch_size / len(pairs['train'])
-print(fit(f'device {torch_device}, dtype {precision} ({precision_reason}), {model.get_num_params() / 1e6:.2f}M '
-          f'parameters; {max_iters} steps of {batch_size} pairs, {epochs:.2f} epochs', indent='  '))
+print(fit(f'device {torch_device}, dtype {precision} ({precision_reason}), '
+          f'{model.get_num_params() / 1e6:.2f}M parameters; {max_iters} steps of {batch_size} '
+          f'pairs, {epochs:.2f} epochs', indent='  '))
 run = checkpoint.Run(out_dir, resolved, state or None)
 at_once = micro_batch_size or batch_size
 run.explain_out_of_memory({'micro_batch_size': at_once // 2} if at_once > 1 else {},
@@ -137,7 +149,7 @@ def score(pairs):
 
 @torch.no_grad()
 def evaluate():
-    """Return the mean loss of the held-out pairs, and how many are right. A tie is half right."""
+    """Return the held-out pairs' mean loss, and how many are right; a tie counts half."""
     model.eval()
     total, n_right = 0.0, 0.0
     held_out = sorted(pairs['val'], key=longest)
@@ -163,9 +175,11 @@ while True:
     if run.is_due(eval_interval, max_iters):
         val_loss, n_right = evaluate()
         accuracy, (low, high) = n_right / len(pairs['val']), wilson(n_right, len(pairs['val']))
-        print(f'step {run.step}: val loss {val_loss:.4f}, accuracy {accuracy:.1%} ({low:.1%} to {high:.1%})')
+        print(f'step {run.step}: val loss {val_loss:.4f}, accuracy {accuracy:.1%} ({low:.1%} to '
+              f'{high:.1%})')
         if math.isfinite(val_loss):
-            run.log(step=run.step, val_loss=val_loss, val_accuracy=accuracy, train_time=round(run.train_time, 3))
+            run.log(step=run.step, val_loss=val_loss, val_accuracy=accuracy,
+                    train_time=round(run.train_time, 3))
         run.evaluated(val_loss, state_of_run)
     if run.step >= max_iters or run.stop_reason:
         break
@@ -182,7 +196,8 @@ while True:
         chosen, rejected = score(batch[i : i + at_once])
         micro_loss = bradley_terry_loss(chosen, rejected).sum() / batch_size
         micro_loss.backward()
-        loss, n_right = loss + micro_loss.item(), n_right + preferred(chosen - rejected).sum().item()
+        loss += micro_loss.item()
+        n_right += preferred(chosen - rejected).sum().item()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf).item()
     if not (math.isfinite(loss) and math.isfinite(norm)):
         run.stop_not_finite(f'loss is {loss}, norm of the gradient {norm}')
@@ -200,13 +215,15 @@ while True:
     # report
     step = run.step - 1
     if step % log_interval == 0 or run.step == max_iters:
-        print(f'iter {step}: loss {loss:.4f}, accuracy {n_right / batch_size:.1%}, norm {norm:.2f}, '
+        accuracy = n_right / batch_size
+        print(f'iter {step}: loss {loss:.4f}, accuracy {accuracy:.1%}, norm {norm:.2f}, '
               f'time {dt * 1e3:.0f}ms')
-        run.log(step=step, loss=loss, accuracy=n_right / batch_size, grad_norm=norm, lr=lr, ms=round(dt * 1e3, 3))
+        run.log(step=step, loss=loss, accuracy=accuracy, grad_norm=norm, lr=lr,
+                ms=round(dt * 1e3, 3))
 
 # the end ------------------------------------------------------------------------------------------
 if run.finish(state_of_run):
-    print(f'{run.step} steps, {run.train_time:.1f} s of training; best val loss {run.best_val_loss:.4f}\n'
-          f'learn from it:\n  python -m posttrain.rl --init_from={init_from} --algorithm=ppo \\\n'
-          f'    --task=NAME --reward_model={out_dir}')
+    print(f'{run.step} steps, {run.train_time:.1f} s of training; best val loss '
+          f'{run.best_val_loss:.4f}\nlearn from it:\n  python -m posttrain.rl '
+          f'--init_from={init_from} --algorithm=ppo \\\n    --task=NAME --reward_model={out_dir}')
 run.check_saved()

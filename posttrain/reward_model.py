@@ -24,7 +24,7 @@ from posttrain.pairs import ending_of
 from posttrain.rollouts import to_rows
 from tokenizer import chat
 
-TRAIN_ONE = 'python -m posttrain.reward --init_from=FOLDER --data=PAIRS.jsonl'
+TRAIN_ONE = 'train one: python -m posttrain.reward --init_from=FOLDER --data=PAIRS.jsonl'
 
 
 class Critic(GPT):
@@ -41,12 +41,12 @@ class Critic(GPT):
     def from_gpt(cls, model, dropout=0.0):
         """Make a Critic with a copy of a GPT's trunk, on the same device."""
         critic = cls(GPTConfig(**{**vars(model.config), 'dropout': dropout}))
-        weights = {name: weight for name, weight in model.state_dict().items() if name != 'lm_head.weight'}
-        critic.load_state_dict({**critic.state_dict(), **weights})
+        trunk = {name: w for name, w in model.state_dict().items() if name != 'lm_head.weight'}
+        critic.load_state_dict({**critic.state_dict(), **trunk})
         return critic.to(next(model.parameters()).device)
 
     def head(self, hidden):
-        """Apply the head, (..., C) -> (...). Always in fp32: bf16 scores near 5 are 0.03 apart."""
+        """Apply the head in fp32, (..., C) -> (...): bf16 scores near 5 are 0.03 apart."""
         return (hidden.float() * self.value_head.weight[0]).sum(dim=-1) + self.value_head.bias
 
     def forward(self, idx):
@@ -55,8 +55,8 @@ class Critic(GPT):
 
     def scores(self, idx, lengths):
         """Return the score (B,) at each row's last token. idx: (B, T), padded at the end."""
-        last = self.hidden(idx)[torch.arange(len(idx), device=idx.device), lengths - 1]  # (B, C)
-        return self.head(last)
+        rows = torch.arange(len(idx), device=idx.device)
+        return self.head(self.hidden(idx)[rows, lengths - 1])  # (B, C) -> (B,)
 
 
 @torch.no_grad()
@@ -84,7 +84,7 @@ def ratings_of(critic, messages, texts, template, tokenizer):
     answers = {i: tokenizer.encode(text, allowed_special='all') for i, text in enumerate(texts)
                if text.strip()}
     answers = {i: ids for i, ids in answers.items()
-               if len(prompt) + len(ids) < critic.config.block_size}  # and the ending
+               if len(prompt) + len(ids) < critic.config.block_size}  # room for the ending
     if answers:
         stop_ids, _ = chat.find_endings(template, tokenizer)
         scores = scores_of(critic, [prompt] * len(answers), answers.values(), stop_ids,
@@ -96,38 +96,38 @@ def ratings_of(critic, messages, texts, template, tokenizer):
 
 def critic_of(state, path, dropout=0.0):
     """
-    Build the reward model of a checkpoint, the `state` that checkpoint.load(path) returned.
+    Build the reward model of the checkpoint `state`, which was loaded from `path`.
 
     It is on the CPU. Raises UserError for a language model, or for other weights than expected.
     """
     if not state.get('reward_model'):
-        raise UserError(f'{path} is a language model; expected a reward model. Train one:\n  '
-                        + TRAIN_ONE.replace('FOLDER', os.path.dirname(path) or '.'))
+        raise UserError(f'{path} is a language model; expected a reward model, {TRAIN_ONE}')
     try:
         critic = Critic(GPTConfig(**{**state['model_args'], 'dropout': dropout}))
         critic.load_state_dict(state['model'])
     except (TypeError, RuntimeError) as error:
-        raise UserError(f'{path} holds a reward model of another version of flatgpt: {error}') from error
+        raise UserError(f'{path} has a reward model of another version: {error}') from error
     return critic
 
 
 def open_reward_model(out_dir, tokenizer, template):
     """
-    Open the reward model in out_dir to score a chat model's answers; -> (Critic, line to print).
+    Open a reward model to score a chat model's answers; -> (Critic, line to print).
 
-    The Critic is on the CPU, in eval mode. Raises UserError if out_dir has none, or if its tokenizer
-    or chat template differs from the chat model's.
+    The Critic is on the CPU, in eval mode. Raises UserError if out_dir has none, or if its
+    tokenizer or chat template differs from the chat model's.
     """
     path = checkpoint.path_in(out_dir)
     if not os.path.exists(path):
-        raise UserError(f'there is no reward model in {out_dir}; train one: {TRAIN_ONE} --out_dir={out_dir}')
+        raise UserError(f'there is no reward model in {out_dir}; {TRAIN_ONE} --out_dir={out_dir}')
     state = checkpoint.load(path)
-    critic = critic_of(state, path)
-    is_same = {'tokenizer': huggingface.same_tokenizer(tokenizer_of(state).to_dict(), tokenizer.to_dict()),
+    critic, saved = critic_of(state, path), tokenizer_of(state).to_dict()
+    is_same = {'tokenizer': huggingface.same_tokenizer(saved, tokenizer.to_dict()),
                'chat template': state['chat_template'] == template}
     for name, same in is_same.items():
         if not same:
-            raise UserError(f'the reward model in {out_dir} has another {name} than the chat model; train '
-                            f'one from the chat model: {TRAIN_ONE}')
-    line = f'{path}: step {state["iter_num"]}, lowest val loss so far {float(state["best_val_loss"]):.4f}'
+            raise UserError(f'the reward model in {out_dir} has another {name} than the chat '
+                            f'model; from that model {TRAIN_ONE}')
+    best_loss = float(state['best_val_loss'])
+    line = f'{path}: step {state["iter_num"]}, lowest val loss so far {best_loss:.4f}'
     return critic.eval(), line

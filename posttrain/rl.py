@@ -1,9 +1,9 @@
 """
-Reinforcement learning: a chat model answers, and rewarded answers become likelier.
+Reinforcement learning: rewarded answers of a chat model become likelier.
 
-    $ python -m posttrain.rl --init_from=out-sft --task=tiny_chat --out_dir=out-grpo
-    $ python -m posttrain.rl --init_from=out-sft --task=tiny_chat --algorithm=ppo \\
-        --reward_model=out-reward --out_dir=out-ppo
+    $ python -m posttrain.rl --init_from=out-sft --task=tiny_chat
+    $ python -m posttrain.rl --init_from=out-sft --task=tiny_chat \\
+        --algorithm=ppo --reward_model=out-reward --out_dir=out-ppo
 
 grpo: several answers to each prompt, each compared with the others of its group.
 ppo: a value function predicts the reward at every token, and each token is
@@ -24,6 +24,7 @@ import math
 import os
 import sys
 import time
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -68,7 +69,7 @@ tools = False  # True: the model may call the calculator
 reward_model = ''  # out_dir of posttrain.reward: its score is the reward; '': the task's
 train_examples: Count = 5_000  # questions that prompts are drawn from
 eval_examples: Count = 200  # held-out questions, answered greedily in each evaluation
-# a step: prompts_per_step * group_size answers, then an update for each minibatch of them
+# a step: prompts_per_step * group_size answers, an update for each minibatch
 prompts_per_step: Count = 32
 group_size: Count = 8  # answers to each prompt; grpo compares them
 max_new_tokens: Count = 64  # of an answer
@@ -76,11 +77,11 @@ temperature: Positive = 1.0  # of the distribution that answers are drawn from a
 epochs: Count = 1  # passes over the answers of a step
 minibatch_size: Count = 128  # answers per update
 micro_batch_size: Count = 32  # answers at once, as many as fit; does not change the mathematics
-rollout_batch_size: Natural = 0  # answers drawn at once; 0: all of a step; does not change the mathematics
+rollout_batch_size: Natural = 0  # answers drawn at once; 0: all of a step
 # losses
-kl_coef: NonNegative = 0.02  # of the KL from the reference: grpo in the loss, ppo in each token's reward
-clip: Fraction = 0.2  # how far, as a factor, a step can move the probability of a token
-skip_equal = False  # grpo: learn from no group of equal rewards, which only kl_coef would move (DAPO)
+kl_coef: NonNegative = 0.02  # of the KL: grpo in the loss, ppo in each token's reward
+clip: Fraction = 0.2  # how far, as a factor, a step can move a token's probability
+skip_equal = False  # grpo: learn from no group of equal rewards (DAPO)
 lam: Probability = 0.95  # ppo: of GAE; lower trusts the value function more
 value_clip: NonNegative = 0.0  # ppo: how far a step can move a value; 0: no limit
 critic_warmup: Natural = 5  # ppo: first steps, in which only the value function learns
@@ -102,9 +103,10 @@ config = override(globals())
 
 # rules between settings
 if not task:
-    raise UserError("task='': expected the name of a task: --task=tiny_chat, or NAME of a tasks/NAME.py")
+    raise UserError("task='': expected the name of a task, such as --task=tiny_chat")
 if algorithm == 'grpo' and group_size < 2:
-    raise UserError(f'group_size={group_size}: expected 2 or more for grpo, which compares answers to a prompt')
+    raise UserError(f'group_size={group_size}: expected 2 or more for grpo, which compares the '
+                    f'answers to a prompt')
 if algorithm == 'ppo' and skip_equal:
     raise UserError('skip_equal=True: expected --algorithm=grpo')
 check_out_dir(out_dir, init_from)
@@ -132,8 +134,9 @@ if reward_model:
 if state and state.get('judge') != judge_digest:
     before = state['config']['reward_model']
     before = f'the reward model that was in {before}' if before else 'its task'
-    raise UserError(f'{ckpt_path} was rewarded by {before}, not by reward_model={reward_model!r} with its present '
-                    f'weights; resume with the former, or start a new run in another --out_dir')
+    raise UserError(f'{ckpt_path} was rewarded by {before}, not by reward_model={reward_model!r} '
+                    f'with its present weights; resume with the former, or start a new run in '
+                    f'another --out_dir')
 if algorithm == 'ppo':
     value_model = Critic.from_gpt(policy.model)
     value_opt = optim.adamw(value_model, weight_decay, critic_lr, (beta1, beta2))
@@ -161,11 +164,13 @@ train_prompts, val_prompts = (
 # the folder of the run
 n_answers = prompts_per_step * group_size
 draw_size = rollout_batch_size or n_answers
-sampling = Sampling(max_new_tokens, temperature, n_ids=policy.tokenizer.vocab_size, stop_ids=policy.stop_ids)
-greedy = Sampling(max_new_tokens, 0.0, n_ids=policy.tokenizer.vocab_size, stop_ids=policy.stop_ids)
+sampling = Sampling(max_new_tokens, temperature, n_ids=policy.tokenizer.vocab_size,
+                    stop_ids=policy.stop_ids)
+greedy = replace(sampling, temperature=0.0)
 resolved = {**config, 'init_from': init_from, 'device': str(torch_device), 'dtype': precision}
-print(fit(f'device {torch_device}, dtype {precision} ({precision_reason}), {policy.model.get_num_params() / 1e6:.2f}M '
-          f'parameters; {max_iters} steps of {prompts_per_step} x {group_size} answers', indent='  '))
+print(fit(f'device {torch_device}, dtype {precision} ({precision_reason}), '
+          f'{policy.model.get_num_params() / 1e6:.2f}M parameters; {max_iters} steps of '
+          f'{prompts_per_step} x {group_size} answers', indent='  '))
 run = checkpoint.Run(out_dir, resolved, state or None)
 at_once = {'micro_batch_size': micro_batch_size, 'rollout_batch_size': draw_size}
 run.explain_out_of_memory({name: n // 2 for name, n in at_once.items() if n > 1},
@@ -174,17 +179,19 @@ state = None  # the loaded tensors are no longer needed
 
 
 def values_of(idx):
-    """Return the values of the states before all ids but the first: (B, T) -> (B, T - 1)."""
+    """Return the values of the states before all ids but the first, (B, T - 1)."""
     with autocast:
         return value_model(idx[:, :-1])
 
 
 def rewards_of(examples, prompts, answers, texts):
-    """Return the rewards of answers, (n,), from the reward model or the task; they may be infinite."""
+    """Return the rewards of answers, (n,), of the reward model or of the task."""
     if not judge:
-        rewards = [float(questions.reward(example, text)) for example, text in zip(examples, texts, strict=True)]
-        return torch.tensor(rewards, device=torch_device)
-    lengths = torch.tensor([len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)])
+        return torch.tensor([float(questions.reward(example, text))
+                             for example, text in zip(examples, texts, strict=True)],
+                            device=torch_device)
+    lengths = torch.tensor([len(prompt) + len(answer)
+                            for prompt, answer in zip(prompts, answers, strict=True)])
     rewards = torch.zeros(len(prompts), device=torch_device)
     for part, _ in micro_batches(torch.arange(len(prompts)), lengths, micro_batch_size):
         rows = part.tolist()
@@ -195,7 +202,7 @@ def rewards_of(examples, prompts, answers, texts):
 
 
 def update(optimizer, model, lr):
-    """Take one step of an optimizer; -> the norm of the gradient. Stops the run at a bad norm."""
+    """Take a step of an optimizer; -> the gradient's norm, which must be finite."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf).item()
     if not math.isfinite(norm):
         run.stop_not_finite(f'the norm of the gradient is {norm}')
@@ -208,9 +215,11 @@ def update(optimizer, model, lr):
 
 def state_of_run():
     """Return what a checkpoint holds beside the numbers of the run."""
-    of_values = {} if value_model is None else {'value_model': value_model.state_dict(),
-                                                'value_optimizer': value_opt.state_dict()}
-    return policy.state(optimizer=opt.state_dict(), judge=judge_digest, measure='share of wrong answers', **of_values)
+    state = policy.state(optimizer=opt.state_dict(), judge=judge_digest,
+                         measure='share of wrong answers')
+    if algorithm == 'ppo':
+        state.update(value_model=value_model.state_dict(), value_optimizer=value_opt.state_dict())
+    return state
 
 
 # the loop -----------------------------------------------------------------------------------------
@@ -221,7 +230,8 @@ while True:
             n_right = policy.count_right(questions, val_prompts, greedy, tools, draw_size)
         accuracy, (low, high) = n_right / len(val_prompts), tasks.wilson(n_right, len(val_prompts))
         print(f'step {run.step}: held out: accuracy {accuracy:.1%} ({low:.1%} to {high:.1%})')
-        run.log(step=run.step, val_loss=1 - accuracy, val_accuracy=accuracy, train_time=round(run.train_time, 3))
+        run.log(step=run.step, val_loss=1 - accuracy, val_accuracy=accuracy,
+                train_time=round(run.train_time, 3))
         run.evaluated(1 - accuracy, state_of_run)
     if run.step >= max_iters or run.stop_reason:
         break
@@ -232,14 +242,15 @@ while True:
     lr = learning_rate * policy_schedule.cosine(max(0, run.step - wait))
     value_lr = critic_lr * value_schedule.cosine(run.step)
     numbers = train_windows(run.step, prompts_per_step, len(train_prompts), 1, seed, row=1)
-    examples, prompts = zip(*(train_prompts[i] for i in numbers for _ in range(group_size)), strict=True)
+    drawn = (train_prompts[i] for i in numbers for _ in range(group_size))
+    examples, prompts = zip(*drawn, strict=True)
     u = torch.stack([uniforms(seed, run.step * prompts_per_step + prompt, sample, max_new_tokens)
                      for prompt in range(prompts_per_step) for sample in range(group_size)])
     with stop_if_broken(run):
-        answers, chosen, texts = policy.answer(prompts, sampling, u, tools, draw_size)
-    idx, mask = to_rows([(prompt + answer, [0] * len(prompt) + answer_mask) for prompt, answer, answer_mask
-                         in zip(prompts, answers, chosen, strict=True)], torch_device)  # (N, T)
-    lengths, actions = lengths_of(mask), mask[:, 1:]  # actions: (N, T - 1), as logprobs and values
+        answers, masks, texts = policy.answer(prompts, sampling, u, tools, draw_size)
+    idx, mask = to_rows([(prompt + answer, [0] * len(prompt) + answer_mask) for prompt, answer,
+                         answer_mask in zip(prompts, answers, masks, strict=True)], torch_device)
+    lengths, actions = lengths_of(mask), mask[:, 1:]  # mask: (N, T); actions: (N, T - 1)
 
     # reward them
     rewards = rewards_of(examples, prompts, answers, texts)
@@ -247,13 +258,14 @@ while True:
         if run.saved_step < run.step:  # what the policy has learned is sound
             run.save(state_of_run)
         source = f'the reward model in {reward_model}' if judge else f'reward() of tasks/{task}.py'
-        remedy = f'; correct it, and continue:\n  {run.command(init_from="resume")}' if run.step else ''
-        raise SystemExit(f'step {run.step}: {source} returned {rewards[~rewards.isfinite()][0]} for an answer, '
-                         f'expected a finite number{remedy}')
+        bad, command = rewards[~rewards.isfinite()][0], run.command(init_from='resume')
+        raise SystemExit(f'step {run.step}: {source} returned {bad} for an answer, expected a '
+                         f'finite number' + f'; correct it, and continue:\n  {command}' * (run.step > 0))
 
     # log-probabilities and values before the update
     rows = torch.arange(n_answers, device=torch_device)
-    old_logprobs, entropies, reference_logprobs, old_values = torch.zeros(4, *actions.shape, device=torch_device)
+    zeros = torch.zeros(4, *actions.shape, device=torch_device)
+    old_logprobs, entropies, reference_logprobs, old_values = zeros
     with torch.no_grad():
         for part, T in micro_batches(rows, lengths, micro_batch_size):
             batch, where = (idx[part, :T], mask[part, :T], temperature), (part, slice(T - 1))
@@ -272,7 +284,8 @@ while True:
         token_rewards = (-kl_coef * k1).scatter_add(1, lengths[:, None] - 2, rewards[:, None])
         advantages, returns = losses.gae(token_rewards, old_values, actions, gamma=1.0, lam=lam)
         advantages = losses.whiten(advantages, actions)  # (N, T - 1)
-    n_right = sum(bool(questions.evaluate(example, text)) for example, text in zip(examples, texts, strict=True))
+    n_right = sum(bool(questions.evaluate(example, text))
+                  for example, text in zip(examples, texts, strict=True))
     record = {'reward': rewards.mean().item(), 'accuracy': n_right / n_answers,
               'kl': losses.masked_mean(k3, actions).item(),
               'entropy': losses.masked_mean(entropies, actions).item(),
@@ -293,11 +306,12 @@ while True:
             metrics = {'clipped': (token_share, losses.masked_mean(is_clipped.float(), acts))}
             if algorithm == 'grpo':  # every answer counts the same
                 _, kl = losses.kl_estimates(logprobs, reference_logprobs[part, : T - 1])
-                loss = losses.sequence_mean(token_losses, acts) + kl_coef * losses.sequence_mean(kl, acts)
-                share = answer_share
+                loss, share = losses.sequence_mean(token_losses, acts), answer_share
+                loss = loss + kl_coef * losses.sequence_mean(kl, acts)
             else:  # every token counts the same
-                value_loss = losses.clipped_value_loss(values_of(idx[part, :T]), old_values[part, : T - 1],
-                                                       returns[part, : T - 1], acts, value_clip or math.inf)
+                value_loss = losses.clipped_value_loss(
+                    values_of(idx[part, :T]), old_values[part, : T - 1], returns[part, : T - 1],
+                    acts, value_clip or math.inf)
                 (token_share * value_loss).backward()
                 metrics['value_loss'] = token_share, value_loss
                 loss, share = losses.masked_mean(token_losses, acts), token_share
@@ -321,7 +335,8 @@ while True:
     # report
     step = run.step - 1
     if step % log_interval == 0 or run.step == max_iters:
-        shown = ', '.join(f'{name} {record[name]:.3f}' for name in ('reward', 'accuracy', 'kl', 'entropy'))
+        shown = ', '.join(f'{name} {record[name]:.3f}'
+                          for name in ('reward', 'accuracy', 'kl', 'entropy'))
         print(f'iter {step}: {shown}, length {record["length"]:.1f}')
         run.log(step=step, **record, lr=lr, ms=round(dt * 1e3, 3))
 

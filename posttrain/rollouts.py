@@ -1,5 +1,5 @@
 """
-Answers drawn from a model, as rows of ids with masks, and their log-probabilities.
+Answers drawn from a model, as rows of ids, and their log-probabilities.
 
     answers = draw_answers(model, prompts, Sampling(64, n_ids=n_ids, stop_ids=stop_ids), u)
     idx, mask = to_rows([(ids, mask), ...], device)
@@ -17,26 +17,25 @@ from posttrain import losses
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn. n_ids: ids at or above are never drawn. stop_ids: ids that end an answer."""
+    """How to draw tokens."""
 
     max_new_tokens: int
     temperature: float = 1.0  # 0: the likeliest id
     top_k: int | None = None
-    n_ids: int | None = None
-    stop_ids: tuple | set = ()
+    n_ids: int | None = None  # ids at or above are never drawn
+    stop_ids: tuple | set = ()  # these end an answer
 
 
 def draw_answers(model, prompts, sampling, u):
     """
-    Draw one answer to each prompt, all as one batch; a prompt may occur several times.
+    Draw one answer to each prompt, all as one batch. A prompt may occur repeatedly.
 
-    u: (n, max_new_tokens) in [0, 1), fixes the draws, see generate.uniforms(). -> lists of ids, each
-    up to and including one of stop_ids, or of max_new_tokens ids.
+    u: (n, max_new_tokens) in [0, 1), fixes the draws, see generate.uniforms(). -> lists of ids,
+    each up to and including one of stop_ids, or of max_new_tokens ids.
     """
-    answers, is_done = [[] for _ in prompts], [False] * len(prompts)
-    for ids, _, ended in generate(model, list(prompts), sampling.max_new_tokens, sampling.temperature,
-                                  sampling.top_k, vocab_size=sampling.n_ids, u=u,
-                                  stop_ids=sampling.stop_ids):
+    answers, is_done, how = [[] for _ in prompts], [False] * len(prompts), sampling
+    for ids, _, ended in generate(model, list(prompts), how.max_new_tokens, how.temperature,
+                                  how.top_k, vocab_size=how.n_ids, u=u, stop_ids=how.stop_ids):
         for answer, next_id, was_done in zip(answers, ids[:, 0].tolist(), is_done, strict=True):
             if not was_done:
                 answer.append(next_id)
@@ -45,7 +44,7 @@ def draw_answers(model, prompts, sampling, u):
 
 
 def to_rows(sequences, device):
-    """Stack [(ids, mask), ...] into ids (B, T) and bool masks (B, T), padded at the end with 0."""
+    """Stack [(ids, mask), ...] into ids and bool masks (B, T), padded at the end."""
     idx, mask = (pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
                  for rows in zip(*sequences, strict=True))
     return idx.to(device), mask.bool().to(device)
@@ -58,9 +57,9 @@ def lengths_of(mask):
 
 def micro_batches(rows, lengths, size):
     """
-    Split row numbers into parts of at most `size` rows of similar lengths: little padding.
+    Split rows into parts of at most `size` and of similar lengths: little padding.
 
-    rows: (n,); lengths: of all rows. -> [(row numbers, their longest length), ...]
+    rows: row numbers (n,); lengths: of all rows. -> [(row numbers, longest length), ...]
     """
     parts = rows[lengths[rows].argsort()].split(size)
     return [(part, int(lengths[part].max())) for part in parts]
@@ -68,7 +67,7 @@ def micro_batches(rows, lengths, size):
 
 def logprobs_of(model, idx, mask, n_ids, temperature=1.0):
     """
-    Return the log-probabilities of masked-in ids, and the entropies of their distributions.
+    Return log-probabilities of masked-in ids, and their distributions' entropies.
 
     Both are (B, T - 1), for all ids but the first, and 0 outside the mask. The distributions are
     those that draw_answers() draws from. idx, mask: (B, T), padded at the end.

@@ -1,11 +1,12 @@
 """
 A calculator, and drawing answers of a model that may call it.
 
-The model writes an expression between chat.PYTHON and chat.PYTHON_END. The value is inserted between
-chat.OUTPUT and chat.OUTPUT_END, and the answer continues ("Toolformer", Schick et al. 2023).
+The model writes an expression between chat.PYTHON and chat.PYTHON_END. The value is inserted
+between chat.OUTPUT and chat.OUTPUT_END, and the answer continues ("Toolformer", Schick et al.
+2023).
 
-    calculate('(2 + 3) * 1.5')                                             # -> '7.5'
-    answers, masks = generate_with_tools(model, tokenizer, prompts, Sampling(100, stop_ids=stop_ids))
+    calculate('(2 + 3) * 1.5')  # -> '7.5'
+    answers, masks = generate_with_tools(model, tokenizer, prompts, Sampling(100))
 """
 
 import ast
@@ -26,13 +27,14 @@ MAX_LENGTH = 200  # characters of an expression
 MAX_DEPTH = 100  # nested operators; a sum of 100 numbers is as deep
 MAX_BITS = 128  # of a numerator or denominator: numbers of up to 38 digits
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
-             ast.Div: operator.truediv, ast.FloorDiv: lambda a, b: Fraction(a // b), ast.Mod: operator.mod}
+             ast.Div: operator.truediv, ast.FloorDiv: lambda a, b: Fraction(a // b),
+             ast.Mod: operator.mod, ast.Pow: lambda a, b: power(a, b)}
 EXPECTED = 'expected integers, decimals, + - * / // % ** and parentheses, such as (2 + 3) * 1.5'
 
 
 def calculate(expression):
     """
-    Evaluate an arithmetic expression; -> text such as '5', '2.5' or '0.333333333333'.
+    Evaluate an arithmetic expression; -> text such as '5' or '0.333333333333'.
 
     Numbers are exact fractions until they are written: 0.1 + 0.2 is 0.3. They may have commas
     between thousands, and leading zeros. Nothing is executed: Python's parser reads the expression,
@@ -40,7 +42,8 @@ def calculate(expression):
     without a value, and for one that is too long, too deep or too large.
     """
     if len(expression) > MAX_LENGTH:
-        raise UserError(f'the expression has {len(expression):,} characters; expected at most {MAX_LENGTH}')
+        raise UserError(f'the expression has {len(expression):,} characters; expected at most '
+                        f'{MAX_LENGTH}')
     if not re.fullmatch(r'[0-9.,+*/%() -]+', expression):
         raise UserError(f'{expression!r} is no calculation; {EXPECTED}')
     thousands = r'(?<![0-9.,])[0-9]{1,3}(,[0-9]{3})+(?![0-9,])'
@@ -54,7 +57,7 @@ def calculate(expression):
 
 
 def value_of(node, expression, depth):
-    """Evaluate a node of the expression's syntax tree; -> Fraction. depth: levels that may follow."""
+    """Evaluate a node of a syntax tree; -> Fraction. depth: levels that may follow."""
     if depth == 0:
         raise UserError(f'{expression!r} is nested too deeply; expected at most {MAX_DEPTH} levels')
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
@@ -63,10 +66,10 @@ def value_of(node, expression, depth):
     elif isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.UAdd)):
         value = value_of(node.operand, expression, depth - 1)
         value = -value if isinstance(node.op, ast.USub) else value
-    elif isinstance(node, ast.BinOp) and isinstance(node.op, (*OPERATORS, ast.Pow)):
+    elif isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
         left, right = (value_of(side, expression, depth - 1) for side in (node.left, node.right))
         try:
-            value = power(left, right) if isinstance(node.op, ast.Pow) else OPERATORS[type(node.op)](left, right)
+            value = OPERATORS[type(node.op)](left, right)
         except ZeroDivisionError:
             raise UserError(f'{expression!r} divides by zero') from None
     else:
@@ -77,9 +80,9 @@ def value_of(node, expression, depth):
 
 
 def power(base, exponent):
-    """Return base ** exponent as a Fraction. A result that is too large is refused before it is computed."""
+    """Return base ** exponent as a Fraction, unless it would be too large to compute."""
     if exponent.denominator != 1:
-        raise UserError(f'the power {written(exponent)} is no whole number; expected one, such as 2 ** 3')
+        raise UserError(f'the power {written(exponent)} is no whole number; expected 2 ** 3')
     if (bits(base) - 1) * abs(exponent) > MAX_BITS:
         raise UserError('a power has a value of too many digits; expected at most 38')
     return base ** int(exponent)
@@ -91,7 +94,7 @@ def bits(value):
 
 
 def written(value):
-    """Write a Fraction: the whole part and 12 decimals, or below 1 12 digits; no trailing zeros."""
+    """Write a Fraction: whole part and 12 decimals, below 1 12 digits; no end zeros."""
     if value.denominator == 1:
         return str(value.numerator)
     whole = abs(value) // 1
@@ -107,7 +110,7 @@ def output_of(ids, tokenizer):
     """
     Return the ids that follow a call: OUTPUT, the value, OUTPUT_END.
 
-    ids: the answer so far, up to PYTHON_END. The value is 'error' for a call that calculate() refuses.
+    ids: the answer up to PYTHON_END. The value is 'error' for a call that calculate() refuses.
     """
     call = re.split(re.escape(PYTHON), tokenizer.decode(ids).removesuffix(PYTHON_END))[-1]
     try:
@@ -123,32 +126,33 @@ def check_tokenizer(tokenizer):
     missing = [token for token in (PYTHON, PYTHON_END, OUTPUT, OUTPUT_END)
                if token not in tokenizer.special_tokens]
     if missing:
-        raise UserError(f'the tokenizer has no {", ".join(missing)}, with which a model calls the calculator; '
-                        f'train one with the special tokens of tokenizer/chat.py')
+        raise UserError(f'the tokenizer has no {", ".join(missing)}, with which a model calls the '
+                        f'calculator; train one with the special tokens of tokenizer/chat.py')
 
 
 def generate_with_tools(model, tokenizer, prompts, sampling, u=None):
     """
-    Draw an answer to each prompt from a model that may call the calculator; -> (answers, masks).
+    Draw an answer to each prompt from a model that may call the calculator.
 
-    Both are lists of lists, one for each prompt. An answer ends with one of sampling.stop_ids, or
+    -> (answers, masks), a list for each prompt. An answer ends with one of sampling.stop_ids, or
     after max_new_tokens ids, outputs included. The mask is 0 from OUTPUT to OUTPUT_END and 1 for
-    ids that the model drew. u: (B, max_new_tokens) in [0, 1), fixes the draw at each position of the
-    answers; None: random. After a call, its rows are computed again from the prompt.
+    ids that the model drew. u: (B, max_new_tokens) in [0, 1), fixes the draw at each position of
+    the answers; None: random. Rows that have called are computed again from the prompt.
     """
     check_tokenizer(tokenizer)
     most = sampling.max_new_tokens
     u = torch.rand(len(prompts), most) if u is None else u
     call_end = tokenizer.special_tokens[PYTHON_END]
-    until_call = replace(sampling, stop_ids={*sampling.stop_ids, call_end}, n_ids=tokenizer.vocab_size)
+    stop_ids, n_ids = {*sampling.stop_ids, call_end}, tokenizer.vocab_size
     answers, masks = [[] for _ in prompts], [[] for _ in prompts]
     going = list(range(len(prompts))) if most else []
     while going:
         # each row's numbers from its next position on
         rolled = torch.stack([u[row].roll(-len(answers[row])) for row in going])
         longest = most - min(len(answers[row]) for row in going)
-        parts = draw_answers(model, [prompts[row] + answers[row] for row in going],
-                             replace(until_call, max_new_tokens=longest), rolled)
+        until_call = replace(sampling, max_new_tokens=longest, stop_ids=stop_ids, n_ids=n_ids)
+        contexts = [prompts[row] + answers[row] for row in going]
+        parts = draw_answers(model, contexts, until_call, rolled)
         calls = []
         for row, part in zip(going, parts, strict=True):
             part = part[: most - len(answers[row])]

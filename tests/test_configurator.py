@@ -224,7 +224,8 @@ def test_check():
             configurator.check(config, rules)
 
 
-@pytest.mark.parametrize('script', ['train.py', 'sample.py', 'eval.py', 'flatgpt/export.py', 'posttrain/reward.py', 'posttrain/rl.py'])
+@pytest.mark.parametrize('script', ['train.py', 'sample.py', 'eval.py', 'flatgpt/export.py', 'posttrain/reward.py',
+                                    'posttrain/rl.py', 'posttrain/dpo.py'])
 def test_help_fits_a_terminal(script):
     """No line is wider than 80 columns, and breaking them loses no word."""
     source = (ROOT / script).read_text(encoding='utf-8')

@@ -30,7 +30,8 @@ def steps_of(folder, out_dir='out'):
     return [record for record in folder.log(out_dir) if 'loss' in record]
 
 
-@pytest.mark.parametrize('changes', [{'algorithm': 'grpo'}, {'algorithm': 'ppo'}, {'minibatch_size': 64}])
+@pytest.mark.parametrize('changes', [{'algorithm': 'grpo'}, {'algorithm': 'ppo'},
+                                     pytest.param({'minibatch_size': 64}, marks=pytest.mark.slow)])
 def test_what_is_rewarded_becomes_likelier(chats, changes):
     """From 5 of 26 letters to most, away from the reference, with less doubt; greedy answers come out right."""
     run = start(chats, **changes).ok()
@@ -51,6 +52,7 @@ def test_what_is_rewarded_becomes_likelier(chats, changes):
     assert ', share of wrong answers 0.' in shown and 'val loss' not in shown
 
 
+@pytest.mark.slow
 def test_learned_reward(chats):
     """Pairs -> reward model -> PPO: the true checker finds more of the answers right, too."""
     chats.start('posttrain.reward', **{**SMALL_REWARD, 'out_dir': 'judge', 'max_iters': 40, 'batch_size': 16}).ok()

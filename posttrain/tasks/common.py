@@ -1,5 +1,5 @@
 """
-Tasks: questions whose answers a program can check, and the accuracy of a model on them.
+Tasks: questions whose answers a program checks, and a model's accuracy on them.
 
     task = load('tiny_chat')
     examples = examples_of(task, Questions('test', 500))
@@ -43,6 +43,7 @@ from data.tokens import to_device
 from flatgpt import jsonl
 from flatgpt.generate import generate_texts, majority, uniforms
 from posttrain import tasks
+from posttrain.losses import token_logprobs
 from posttrain.rollouts import Sampling
 from posttrain.tools import SYSTEM, generate_with_tools
 from tokenizer.chat import bos_ids, find_endings, render
@@ -74,7 +75,8 @@ def load(name):
     path = os.path.join('tasks', f'{name}.py')
     if not os.path.isfile(path):
         raise UserError(f'there is no task {name!r}; expected one of '
-                        f'{", ".join(sorted(built_in))}, or a file {path} of your own (posttrain/README.md)')
+                        f'{", ".join(sorted(built_in))}, or a file {path} of your own '
+                        f'(posttrain/README.md)')
     spec = importlib.util.spec_from_file_location(f'tasks.{name}', path)
     task = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(task)
@@ -82,7 +84,7 @@ def load(name):
 
 
 def examples_of(task, questions, functions=FUNCTIONS, keys=KEYS):
-    """Return a task's examples. Raises UserError if the task lacks a function, or an example a key."""
+    """Return a task's examples. Raises UserError for a missing function or key."""
     if missing := [name for name in functions if not hasattr(task, name)]:
         raise UserError(f'{task.__file__} has no {", ".join(missing)}; expected the functions that '
                         f'posttrain/tasks/common.py lists')
@@ -91,23 +93,24 @@ def examples_of(task, questions, functions=FUNCTIONS, keys=KEYS):
     for example in examples:
         if missing := [key for key in keys if key not in example]:
             raise UserError(f'{task.__file__}: an example has no {", ".join(missing)}, it is '
-                            f'{str(example)[:60]}; expected the keys that posttrain/tasks/common.py lists')
+                            f'{str(example)[:60]}; expected the keys in posttrain/tasks/common.py')
     return examples
 
 
 def split_of(content):
-    """Return the split of a question: 'val' and 'test' a tenth each, by a hash of its content."""
+    """Return a question's split, by a hash of its content: val and test get a tenth."""
     place = text_hash(content)
     return 'test' if place < 0.1 else 'val' if place < 0.2 else 'train'
 
 
 def check_split(split, splits=SPLITS):
+    """Raise UserError for a split that is not among `splits`."""
     if split not in splits:
         raise UserError(f'split={split!r}: expected one of {", ".join(splits)}')
 
 
 def kinds_of(text):
-    """Parse a setting: 'addition, spelling' -> ('addition', 'spelling'); '' -> (), all kinds."""
+    """Parse a setting: 'addition, spelling' -> ('addition', 'spelling'); '' -> ()."""
     return tuple(kind.strip() for kind in text.split(',') if kind.strip())
 
 
@@ -125,33 +128,34 @@ def read_rows(path, columns=None):
     columns: of a .csv whose first line names no column 'question'. Raises UserError for a file that
     cannot be read or has no rows.
     """
-    kind = os.path.splitext(path)[1]
+    kind, rows = os.path.splitext(path)[1], []
     if kind == '.jsonl':
-        rows = [(f'{path}, line {number}', row) for number, row in jsonl.read_objects(path).items()]
+        rows = [(f'{path}, line {n}', row) for n, row in jsonl.read_objects(path).items()]
     elif kind == '.csv':
         try:
             with open(path, encoding='utf-8-sig', newline='') as file:
                 reader = csv.reader(file)
-                lines = [(reader.line_num, line) for line in reader if line]
+                lines = [(f'{path}, line {reader.line_num}', line) for line in reader if line]
         except (OSError, UnicodeDecodeError, csv.Error) as error:
             raise UserError(f'{path} cannot be read as CSV: {error}') from None
         if lines and (columns is None or 'question' in lines[0][1]):
             columns, lines = lines[0][1], lines[1:]
-        for number, line in lines:
+        for where, line in lines:
             if len(line) != len(columns):
-                raise UserError(f'{path}, line {number}: {len(line)} fields; expected {len(columns)}: '
+                raise UserError(f'{where}: {len(line)} fields; expected {len(columns)}: '
                                 f'{", ".join(columns)}')
-        rows = [(f'{path}, line {number}', dict(zip(columns, line, strict=True))) for number, line in lines]
+            rows.append((where, dict(zip(columns, line, strict=True))))
     elif kind == '.parquet':
         try:
             import pyarrow as pa
             import pyarrow.parquet as pq
         except ImportError:
-            raise UserError(f"{path} is Parquet, which needs pyarrow: pip install -e '.[data]'") from None
+            raise UserError(f"{path}: Parquet needs pyarrow; pip install -e '.[data]'") from None
         try:
-            rows = [(f'{path}, row {i}', row) for i, row in enumerate(pq.read_table(path).to_pylist(), 1)]
+            table = pq.read_table(path).to_pylist()
         except (pa.ArrowException, OSError) as error:
             raise UserError(f'{path} cannot be read as Parquet: {error}') from None
+        rows = [(f'{path}, row {n}', row) for n, row in enumerate(table, 1)]
     else:
         raise UserError(f'input={path!r}: expected a .jsonl, .csv or .parquet file')
     if not rows:
@@ -163,12 +167,13 @@ def from_file(questions, expected, example_of, columns=None):
     """
     Return the examples of a file, in an order that the seed fixes.
 
-    expected: the rows' shape, in words. example_of: function from a row to an example; an error that
-    it raises becomes a UserError naming the line. columns: see read_rows().
+    expected: the shape of a row, in words. example_of: function from a row to an example; its
+    errors become a UserError that names the line. columns: see read_rows().
     """
     check_split(questions.split, (*SPLITS, 'all'))
     if not questions.input:
-        raise UserError(f'this task has no questions of its own; name a file, --input=FILE, with {expected}')
+        raise UserError(f'this task has no questions of its own; name a file, --input=FILE, with '
+                        f'{expected}')
     examples = []
     for where, row in read_rows(questions.input, columns):
         try:
@@ -184,32 +189,97 @@ def from_file(questions, expected, example_of, columns=None):
     return examples[: questions.n]
 
 
+# Multiple choice ----------------------------------------------------------------------------------
+
+
 def choice_example(question, context, choices, label, kind):
     """Make an example of multiple choice. Raises UserError for impossible choices."""
-    if not 2 <= len(choices) <= len(LETTERS) or not all(isinstance(c, str) and c for c in choices):
+    if (not 2 <= len(choices) <= len(LETTERS)
+            or not all(isinstance(choice, str) and choice for choice in choices)):
         raise UserError(f'choices={choices!r} are not 2 to {len(LETTERS)} texts')
     if not 0 <= label < len(choices):
         raise UserError(f'the right choice is number {label} of {len(choices)}')
     if not isinstance(kind, str):
         raise UserError(f'the kind of the question is {kind!r}, not a text')
-    listed = ''.join(f'\n{letter}. {choice}' for letter, choice in zip(LETTERS, choices, strict=False))
-    return {'messages': [{'role': 'user', 'content': f'{question}{listed}\nAnswer with the letter alone.'}],
-            'context': context, 'solution': choices[label], 'answer': LETTERS[label], 'kind': kind,
-            'choices': choices, 'label': label}
+    options = zip(LETTERS, choices, strict=False)
+    content = '\n'.join([question, *(f'{letter}. {choice}' for letter, choice in options),
+                         'Answer with the letter alone.'])
+    return {'messages': [{'role': 'user', 'content': content}], 'context': context,
+            'solution': choices[label], 'answer': LETTERS[label], 'kind': kind, 'choices': choices,
+            'label': label}
 
 
 def extract_letter(text):
-    """Return the letter of an answer such as 'B', 'B.' or 'B. a choice'; None for any other text."""
+    """Return the letter of an answer such as 'B', 'B.' or 'B. a choice', or None."""
     text = text.strip()
-    return text[0] if text and text[0] in LETTERS and text[1:2] in ('', '.', ')', '\n') else None
+    is_letter = text and text[0] in LETTERS and text[1:2] in ('', '.', ')', '\n')
+    return text[0] if is_letter else None
 
 
-# Prompts ------------------------------------------------------------------------------------------
+def evaluate_letter(example, text):
+    """Return whether the text is the letter of the right choice."""
+    return extract_letter(text) == example['answer']
+
+
+def reward_letter(example, text):
+    """Return 1 for the right letter, else 0."""
+    return float(evaluate_letter(example, text))
+
+
+def choice_prompts(example, context, context_ids, tokenizer):
+    """
+    Return [(context ids, continuation ids), ...], one for each choice.
+
+    The continuation is ' ' and the choice, encoded together with the text `context` of
+    few_shot_prompt(). With context=None, after chat_prompt(), it is the choice's letter.
+    """
+    if context is None:
+        return [(context_ids, tokenizer.encode(letter, allowed_special='none'))
+                for letter in LETTERS[: len(example['choices'])]]
+    wholes = [bos_ids(tokenizer) + tokenizer.encode(f'{context} {choice}', allowed_special='none')
+              for choice in example['choices']]
+    return [(ids[: len(context_ids)], ids[len(context_ids) :]) for ids in wholes]
+
+
+@torch.no_grad()
+def loglikelihoods(model, pairs, batch_size=64):
+    """
+    Return the log-probability in nats of each continuation after its context.
+
+    pairs: [(context ids, continuation ids), ...]. The last block_size + 1 tokens of both count.
+    Raises UserError for a continuation of no tokens or of more than block_size.
+    """
+    block_size, device = model.config.block_size, model.lm_head.weight.device
+    for _, continuation in pairs:
+        if not 1 <= len(continuation) <= block_size:
+            raise UserError(f'a choice has {len(continuation):,} tokens; expected 1 to '
+                            f'{block_size:,}, the context')
+    logprobs = [0.0] * len(pairs)
+    order = sorted(range(len(pairs)), key=lambda i: sum(map(len, pairs[i])))  # little padding
+    while order:
+        T = min(block_size, sum(map(len, pairs[order[-1]])) - 1)
+        size = max(1, min(batch_size, 2**26 // (T * model.config.vocab_size)))  # logits of 256 MB
+        rows, order = order[-size:], order[:-size]
+        x, y = torch.zeros(len(rows), T, dtype=torch.long), torch.full((len(rows), T), -1)
+        for row, (context, continuation) in enumerate(pairs[i] for i in rows):
+            ids = torch.tensor((context + continuation)[-block_size - 1 :])
+            end, start = len(ids) - 1, len(ids) - 1 - len(continuation)
+            x[row, :end], y[row, start:end] = ids[:-1], ids[start + 1 :]
+        x, y = to_device((x, y), device)
+        logits = model(x, y)[0].float()  # (B, T, V)
+        sums = token_logprobs(logits, y.clamp(min=0)).double().masked_fill(y < 0, 0.0).sum(-1)
+        for i, total in zip(rows, sums.tolist(), strict=True):
+            logprobs[i] = total
+    return logprobs
+
+
+# Prompts and answers ------------------------------------------------------------------------------
 
 
 def few_shot(example, shots):
     """Return a text to continue: the solved examples `shots`, then the question."""
-    return '\n\n'.join([f'{shot["context"]} {shot["solution"]}' for shot in shots] + [example['context']])
+    solved = [f'{shot["context"]} {shot["solution"]}' for shot in shots]
+    return '\n\n'.join([*solved, example['context']])
 
 
 def few_shot_prompt(example, pool, shots, tokenizer, room):
@@ -231,12 +301,12 @@ def few_shot_prompt(example, pool, shots, tokenizer, room):
 
 
 def chat_messages(example, tools):
-    """Return the messages of a question. tools: the system message permits the calculator."""
+    """Return a question's messages. tools: a system message permits the calculator."""
     return [{'role': 'system', 'content': SYSTEM}] * tools + example['messages']
 
 
 def chat_prompt(example, template, tokenizer, room, tools=False):
-    """Return the ids that an assistant answers. Raises UserError for more than `room` of them."""
+    """Return the ids that an assistant answers. Raises UserError beyond `room` ids."""
     ids = render(chat_messages(example, tools), template, tokenizer)
     if len(ids) > room:
         raise too_long(example, ids, room)
@@ -244,151 +314,97 @@ def chat_prompt(example, template, tokenizer, room, tools=False):
 
 
 def too_long(example, ids, room):
-    return UserError(f'a question has {len(ids):,} tokens, and the context has room for {room:,} beside the '
-                     f'answer: {example["context"][:60]!r}; lower --max_new_tokens')
-
-
-def choice_prompts(example, context, context_ids, tokenizer):
-    """
-    Return [(context ids, continuation ids), ...], one for each choice.
-
-    The continuation is ' ' and the choice, encoded together with the text `context` of
-    few_shot_prompt(). With context=None, after chat_prompt(), it is the choice's letter.
-    """
-    if context is None:
-        letters = LETTERS[: len(example['choices'])]
-        return [(context_ids, tokenizer.encode(letter, allowed_special='none')) for letter in letters]
-    pairs = []
-    for choice in example['choices']:
-        ids = bos_ids(tokenizer) + tokenizer.encode(f'{context} {choice}', allowed_special='none')
-        pairs.append((ids[: len(context_ids)], ids[len(context_ids) :]))
-    return pairs
-
-
-# Answers and accuracies ---------------------------------------------------------------------------
+    """Return the UserError for a question that leaves its answer too little room."""
+    return UserError(f'a question has {len(ids):,} tokens, and the context has room for {room:,} '
+                     f'beside the answer: {example["context"][:60]!r}; lower --max_new_tokens')
 
 
 @dataclass(frozen=True)
 class Answering:
-    """
-    How a model answers the questions of a task.
+    """How a model answers the questions of a task."""
 
-    template: of the chat; None, or shots above 0: plain text after that many solved examples of
-    `pool`. rate: function (example, texts) -> scores, whose best answer counts (best of n); None: the
-    most frequent answer counts. progress: called with the number of questions done.
-    """
-
-    template: str | None = None
+    template: str | None = None  # of the chat; None: plain text
     tools: bool = False  # the model may call the calculator
-    shots: int = 0
+    shots: int = 0  # solved examples of `pool` before the question, as plain text
     pool: tuple | list = ()
     max_new_tokens: int = 128
     temperature: float = 1.0
-    num_samples: int = 1  # answers to each question
+    num_samples: int = 1  # answers to each question, of which the most frequent counts
     seed: int = 1337
     batch_size: int = 64  # answers at once
-    rate: Callable | None = None
-    progress: Callable = lambda n: None
+    rate: Callable | None = None  # (example, texts) -> scores: the best answer counts instead
+    progress: Callable = lambda n: None  # called with the number of questions done
 
 
-def answer(model, tokenizer, prompts, answering):
+def answer(model, tokenizer, prompts, how):
     """
-    Answer prompts, lists of ids; -> texts, num_samples for each prompt, the first prompt's first.
+    Answer prompts, lists of ids; -> texts, `num_samples` in a row for each prompt.
 
     In a chat the template's endings end an answer; in plain text a blank line or a new question.
     """
-    how = answering
     stop_ids, stops = find_endings(how.template, tokenizer)
     if how.template is None:
         stops = ['\n\n', '\nQ:', '\nQuestion:']
     texts, at_once = [], max(1, how.batch_size // how.num_samples)
     for first in range(0, len(prompts), at_once):
         batch = prompts[first : first + at_once]
-        numbers = range(first, first + len(batch))
+        numbers, samples = range(first, first + len(batch)), range(how.num_samples)
         if how.tools:
-            u = torch.stack([uniforms(how.seed, number, sample, how.max_new_tokens) for number in numbers
-                             for sample in range(how.num_samples)])
-            sampling = Sampling(how.max_new_tokens, temperature=how.temperature, stop_ids=stop_ids)
-            repeated = [ids for ids in batch for _ in range(how.num_samples)]
+            u = torch.stack([uniforms(how.seed, number, sample, how.max_new_tokens)
+                             for number in numbers for sample in samples])
+            sampling = Sampling(how.max_new_tokens, how.temperature, stop_ids=stop_ids)
+            repeated = [ids for ids in batch for _ in samples]
             for ids in generate_with_tools(model, tokenizer, repeated, sampling, u)[0]:
                 text = tokenizer.decode(ids[:-1] if ids[-1] in stop_ids else ids)
-                texts.append(text[: min((text.find(stop) for stop in stops if stop in text), default=None)])
+                ends = [text.find(stop) for stop in stops if stop in text]
+                texts.append(text[: min(ends, default=None)])
         else:
-            *_, samples = generate_texts(model, tokenizer, batch, how.max_new_tokens, how.num_samples, stops,
-                                         how.seed, numbers, stop_ids=stop_ids, temperature=how.temperature)
-            texts += [sample.text for sample in samples]
+            *_, drawn = generate_texts(model, tokenizer, batch, how.max_new_tokens, how.num_samples,
+                                       stops, how.seed, numbers, stop_ids=stop_ids,
+                                       temperature=how.temperature)
+            texts += [sample.text for sample in drawn]
         how.progress(len(batch))
     return texts
 
 
-@torch.no_grad()
-def loglikelihoods(model, pairs, batch_size=64):
-    """
-    Return the log-probability in nats of each continuation after its context.
-
-    pairs: [(context ids, continuation ids), ...]. The last block_size + 1 tokens of both count.
-    Raises UserError for a continuation of no tokens or of more than block_size.
-    """
-    block_size, device = model.config.block_size, model.lm_head.weight.device
-    for _, continuation in pairs:
-        if not 1 <= len(continuation) <= block_size:
-            raise UserError(f'a choice has {len(continuation):,} tokens; expected 1 to {block_size:,}, the context')
-    logprobs = [0.0] * len(pairs)
-    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))  # little padding
-    while order:
-        T = min(block_size, len(pairs[order[-1]][0]) + len(pairs[order[-1]][1]) - 1)
-        size = max(1, min(batch_size, 2**26 // (T * model.config.vocab_size)))  # logits of 256 MB
-        rows, order = order[-size:], order[:-size]
-        sequences = [(pairs[i][0] + pairs[i][1])[-block_size - 1 :] for i in rows]
-        x = torch.tensor([ids[:-1] + [0] * (T + 1 - len(ids)) for ids in sequences])
-        y = torch.tensor([[-1] * (len(ids) - 1 - len(pairs[i][1])) + ids[-len(pairs[i][1]) :]
-                          + [-1] * (T + 1 - len(ids)) for i, ids in zip(rows, sequences, strict=True)])
-        x, y = to_device((x, y), device)
-        logits = model(x, y)[0].float()  # (B, T, V)
-        token_logprobs = logits.gather(-1, y.clamp(min=0)[..., None])[..., 0] - logits.logsumexp(-1)  # (B, T)
-        sums = token_logprobs.double().masked_fill(y < 0, 0.0).sum(-1).tolist()
-        for i, total in zip(rows, sums, strict=True):
-            logprobs[i] = total
-    return logprobs
+# Accuracies ---------------------------------------------------------------------------------------
 
 
-def measure(task, examples, model, tokenizer, answering):
+def measure(task, examples, model, tokenizer, how):
     """
-    Measure the accuracy of a model on examples of a task.
+    Measure a model's accuracy on examples of a task. how: Answering.
 
     Multiple choice is decided by likelihood, all else by answer(). -> {'kinds': of accuracies(),
-    'shots': mean number of solved examples, 'others': {name: accuracy}}. The others are, of multiple
-    choice, 'accuracy_norm', by log-probability per character; of several samples, 'accuracy_of_one',
-    their mean, and 'accuracy_of_any', of questions with at least one right answer; with rate,
-    'accuracy_of_majority'.
+    'shots': mean number of solved examples, 'others': {name: accuracy}}. The others are, of
+    multiple choice, 'accuracy_norm', by log-probability per character; of several samples,
+    'accuracy_of_one', their mean, and 'accuracy_of_any', of questions with at least one right
+    answer; with rate, 'accuracy_of_majority'.
     """
     block_size, is_choice = model.config.block_size, 'choices' in examples[0]
-    room = block_size if is_choice else max(1, block_size - answering.max_new_tokens)
-    if answering.shots:
-        answering = replace(answering, template=None)
-    if answering.template:
-        asked = [(None, chat_prompt(example, answering.template, tokenizer, room, answering.tools), 0)
+    room = block_size if is_choice else max(1, block_size - how.max_new_tokens)
+    how = replace(how, template=None) if how.shots else how
+    if how.template:
+        asked = [(None, chat_prompt(example, how.template, tokenizer, room, how.tools), 0)
                  for example in examples]
     else:
-        asked = [few_shot_prompt(example, answering.pool, answering.shots, tokenizer, room)
+        asked = [few_shot_prompt(example, how.pool, how.shots, tokenizer, room)
                  for example in examples]
     contexts, prompts, n_shots = zip(*asked, strict=True)
     if is_choice:
         pairs = [pair for each in zip(examples, contexts, prompts, strict=True)
                  for pair in choice_prompts(*each, tokenizer)]
-        logprobs = iter(loglikelihoods(model, pairs, answering.batch_size))
-        rights, others = choose(examples, logprobs, by_letter=bool(answering.template))
-        answering.progress(len(examples))
+        logprobs = iter(loglikelihoods(model, pairs, how.batch_size))
+        rights, others = choose(examples, logprobs, by_letter=bool(how.template))
+        how.progress(len(examples))
     else:
-        texts = answer(model, tokenizer, prompts, answering)
-        rights, others = vote(task, examples, texts, answering)
+        rights, others = vote(task, examples, answer(model, tokenizer, prompts, how), how)
     return {'kinds': accuracies([example['kind'] for example in examples], rights),
             'shots': sum(n_shots) / len(examples), 'others': others}
 
 
 def choose(examples, logprobs, by_letter):
     """
-    Compare the likeliest choices to the labels; -> (list of bools, other accuracies).
+    Compare the likeliest choices with the labels; -> (bools, other accuracies).
 
     logprobs: iterator over those of all choices. by_letter: the continuations were letters, which
     are equally long.
@@ -397,34 +413,34 @@ def choose(examples, logprobs, by_letter):
     for example in examples:
         scores = list(itertools.islice(logprobs, len(example['choices'])))
         lengths = [1 if by_letter else len(choice) for choice in example['choices']]
-        per_character = [score / length for score, length in zip(scores, lengths, strict=True)]
+        means = [score / length for score, length in zip(scores, lengths, strict=True)]
         rights.append(scores.index(max(scores)) == example['label'])
-        norms.append(per_character.index(max(per_character)) == example['label'])
+        norms.append(means.index(max(means)) == example['label'])
     return rights, {'accuracy_norm': sum(norms) / len(norms)}
 
 
-def vote(task, examples, texts, answering):
-    """Evaluate the answer of each question that counts; -> (list of bools, other accuracies)."""
-    n, rate = answering.num_samples, answering.rate
-    rights, others = [], {}
-    n_right = n_any = n_majority = 0
+def vote(task, examples, texts, how):
+    """Evaluate the answer that counts for each question; -> (bools, other accuracies)."""
+    rights, of_samples, of_majority, n = [], [], [], how.num_samples
     for i, example in enumerate(examples):
         samples = texts[i * n : (i + 1) * n]
-        each = [task.evaluate(example, text) for text in samples]
-        by_majority = task.evaluate(example, majority_text(task, samples))
-        n_right, n_any, n_majority = n_right + sum(each), n_any + any(each), n_majority + by_majority
-        scores = rate(example, samples) if rate else []
-        rights.append(each[scores.index(max(scores))] if rate else by_majority)
+        of_samples.append([bool(task.evaluate(example, text)) for text in samples])
+        of_majority.append(task.evaluate(example, majority_text(task, samples)))
+        scores = how.rate(example, samples) if how.rate else []
+        best = of_samples[-1][scores.index(max(scores))] if how.rate else of_majority[-1]
+        rights.append(best)
+    others = {}
     if n > 1:
-        others = {'accuracy_of_one': n_right / len(texts), 'accuracy_of_any': n_any / len(examples)}
-    if rate:
-        others['accuracy_of_majority'] = n_majority / len(examples)
+        others = {'accuracy_of_one': sum(map(sum, of_samples)) / len(texts),
+                  'accuracy_of_any': sum(map(any, of_samples)) / len(examples)}
+    if how.rate:
+        others['accuracy_of_majority'] = sum(of_majority) / len(examples)
     return rights, others
 
 
 def majority_text(task, texts):
     """
-    Return the first text with the most frequent answer; see flatgpt.generate.majority.
+    Return the first text whose answer is the most frequent one.
 
     Texts without an answer do not vote; if none has one, the first text is returned.
     """
@@ -449,13 +465,14 @@ def wilson(n_right, n, z=1.959964):
 
 def accuracies(kinds, rights):
     """
-    Return {kind: {'n', 'right', 'accuracy', 'low', 'high'}}, sorted by kind, and 'all' last.
+    Return {kind: {'n', 'right', 'accuracy', 'low', 'high'}}, and 'all' last.
 
     kinds, rights: of each question.
     """
-    by_kind = {kind: [r for k, r in zip(kinds, rights, strict=True) if k == kind] for kind in sorted(set(kinds))}
-    report = {}
-    for kind, group in {**by_kind, 'all': rights}.items():
+    groups, report = {kind: [] for kind in sorted(set(kinds))}, {}
+    for kind, right in zip(kinds, rights, strict=True):
+        groups[kind].append(right)
+    for kind, group in {**groups, 'all': rights}.items():
         low, high = wilson(sum(group), len(group))
         report[kind] = {'n': len(group), 'right': sum(group), 'accuracy': sum(group) / len(group),
                         'low': low, 'high': high}

@@ -1,5 +1,5 @@
 """
-GSM8K: word problems, read from a file of its lines, with calls of the calculator.
+GSM8K: word problems from a file of its lines, with calls of the calculator.
 
     {"question": "...", "answer": "He eats 3*2 = <<3*2=6>>6 eggs ...\\n#### 6"}
 
@@ -38,7 +38,7 @@ def example_of(row):
 
 
 def as_call(match):
-    """Turn <<48/2=24>> into a call of the calculator, or '' if the calculator's value differs."""
+    """Turn <<48/2=24>> into a call, or into '' if the calculator's value differs."""
     expression, annotated = match.groups()
     try:
         value = calculate(expression)
@@ -49,7 +49,7 @@ def as_call(match):
 
 
 def plain(number):
-    """Normalize a number for comparison: '1,080' -> '1080', '18.00' -> '18', '.5' -> '0.5'."""
+    """Normalize a number: '1,080' -> '1080', '18.00' -> '18', '.5' -> '0.5'."""
     number = number.strip().replace(',', '')
     sign, digits = ('-', number[1:]) if number.startswith('-') else ('', number)
     whole, _, decimals = digits.partition('.')
@@ -58,7 +58,7 @@ def plain(number):
 
 
 def extract(text):
-    """Return the number after the last ####: '1080' of '#### $1,080.00'; None for 5/6, 1e3, or none."""
+    """Return the number after the last ####, or None, also for 5/6 and 1e3."""
     numbers = re.findall(rf'####\s*(-?)\$?({NUMBER})(?![0-9,.]*[/eE][0-9])', text)
     return plain(''.join(numbers[-1])) if numbers else None
 

@@ -1,5 +1,5 @@
 """
-HellaSwag: how does a scene continue? Multiple choice, read from a file of its lines.
+HellaSwag: how does a scene continue? Multiple choice from a file of its lines.
 
     {"ctx_a": "...", "ctx_b": "...", "activity_label": "...", "endings": ["...", ...], "label": 2}
 
@@ -11,14 +11,14 @@ posttrain/tasks/common.py describes what a task is.
 import re
 
 from configurator import UserError
-from posttrain.tasks.common import Questions, choice_example, extract_letter, from_file
+from posttrain.tasks import common
 
 EXPECTED = '"ctx", or "ctx_a" and "ctx_b", "endings" and a "label"'
 
 
 def examples(split, n, seed=0, input='', kinds=()):
     """Return at most n examples of the file `input`."""
-    return from_file(Questions(split, n, seed, input, kinds), EXPECTED, example_of)
+    return common.from_file(common.Questions(split, n, seed, input, kinds), EXPECTED, example_of)
 
 
 def example_of(row):
@@ -30,8 +30,9 @@ def example_of(row):
     context = cleaned(f'{activity}: {context}' if activity else context)
     if not context:
         raise UserError('the context is empty')
-    return choice_example(f'How does this go on?\n{context}', context,
-                          [cleaned(text) for text in row['endings']], int(label), activity or 'hellaswag')
+    endings = [cleaned(text) for text in row['endings']]
+    return common.choice_example(f'How does this go on?\n{context}', context, endings, int(label),
+                                 activity or 'hellaswag')
 
 
 def cleaned(text):
@@ -40,14 +41,4 @@ def cleaned(text):
     return text.replace('  ', ' ')
 
 
-extract = extract_letter
-
-
-def evaluate(example, text):
-    """Return whether the text is the letter of the right ending."""
-    return extract(text) == example['answer']
-
-
-def reward(example, text):
-    """Return 1 for the right letter, else 0."""
-    return float(evaluate(example, text))
+extract, evaluate, reward = common.extract_letter, common.evaluate_letter, common.reward_letter

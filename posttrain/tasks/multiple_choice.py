@@ -1,5 +1,5 @@
 """
-Multiple choice from a .jsonl, .csv or .parquet file, in the shape of ARC or MMLU.
+Multiple choice from a .jsonl, .csv or .parquet file in ARC's or MMLU's shape.
 
     {"question": "...", "choices": {"text": ["...", ...], "label": ["A", ...]}, "answerKey": "B"}
     {"question": {"stem": "...", "choices": [{"text": "...", "label": "A"}, ...]}, "answerKey": "B"}
@@ -12,7 +12,7 @@ posttrain/tasks/common.py describes what a task is.
 """
 
 from configurator import UserError
-from posttrain.tasks.common import LETTERS, Questions, choice_example, extract_letter, from_file
+from posttrain.tasks import common
 
 EXPECTED = 'a "question", "choices" and an "answerKey" or "answer"'
 COLUMNS = ['question', 'A', 'B', 'C', 'D', 'answer']
@@ -20,7 +20,8 @@ COLUMNS = ['question', 'A', 'B', 'C', 'D', 'answer']
 
 def examples(split, n, seed=0, input='', kinds=()):
     """Return at most n examples of the file `input`."""
-    return from_file(Questions(split, n, seed, input, kinds), EXPECTED, example_of, COLUMNS)
+    questions = common.Questions(split, n, seed, input, kinds)
+    return common.from_file(questions, EXPECTED, example_of, COLUMNS)
 
 
 def example_of(row):
@@ -29,7 +30,7 @@ def example_of(row):
     if isinstance(question, dict):
         question, choices = question['stem'], question['choices']
     if choices is None:
-        choices = [row[letter] for letter in LETTERS if letter in row]
+        choices = [row[letter] for letter in common.LETTERS if letter in row]
     if not isinstance(choices, (list, dict)) or not choices:
         raise UserError(f'the choices are {choices!r}')
     labels = None  # of a plain list: the answer is a letter, or an index from 0
@@ -41,7 +42,7 @@ def example_of(row):
             or len(labels or choices) != len(choices)):
         raise UserError(f'{choices!r} and {labels!r} are no list of choices with a label for each')
     answer = row['answerKey'] if 'answerKey' in row else row['answer']
-    names = [str(label).strip() for label in labels or LETTERS[: len(choices)]]
+    names = [str(label).strip() for label in labels or common.LETTERS[: len(choices)]]
     is_index = type(answer) is int and labels is None
     if not is_index and (type(answer) not in (int, str) or str(answer).strip() not in names):
         raise UserError(f'the answer is {answer!r}, and the choices are {", ".join(names)}')
@@ -49,18 +50,8 @@ def example_of(row):
     question = question.strip()
     if not question:
         raise UserError('the question is empty')
-    return choice_example(question, f'Question: {question}\nAnswer:', list(choices), label,
-                          row.get('subject') or 'multiple_choice')
+    return common.choice_example(question, f'Question: {question}\nAnswer:', list(choices), label,
+                                 row.get('subject') or 'multiple_choice')
 
 
-extract = extract_letter
-
-
-def evaluate(example, text):
-    """Return whether the text is the letter of the right choice."""
-    return extract(text) == example['answer']
-
-
-def reward(example, text):
-    """Return 1 for the right letter, else 0."""
-    return float(evaluate(example, text))
+extract, evaluate, reward = common.extract_letter, common.evaluate_letter, common.reward_letter

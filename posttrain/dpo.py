@@ -12,9 +12,7 @@ that it began as, the reference. The pairs are those of posttrain.reward. Expect
 a loss of ln 2 at first. A --task only measures: its val questions are answered
 in each evaluation, and their accuracy chooses best.pt in place of the loss.
 
-Writes to out_dir: ckpt.pt (the last state, to resume from), best.pt, log.jsonl,
-config.json. Ctrl-C or SIGTERM finishes the step, saves and prints the command
-that continues.
+Writes to out_dir what train.py does.
 """
 
 import collections
@@ -22,28 +20,15 @@ import math
 import os
 import sys
 import time
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 
-from configurator import (
-    Count,
-    Fraction,
-    Natural,
-    NonNegative,
-    Positive,
-    Probability,
-    Range,
-    Seed,
-    Share,
-    UserError,
-    fit,
-    override,
-)
+from configurator import Count, Fraction, Natural, NonNegative, Share, UserError, fit, override
 from data.tokens import train_windows
 from flatgpt import checkpoint, optim, runtime
 from posttrain import losses
-from posttrain.pairs import check_pairs, describe, pair_rows, read_pairs
+from posttrain.pairs import check_pairs, pair_rows, read_pairs
 from posttrain.policy import check_out_dir, open_policy, resume, stop_if_broken
 from posttrain.rollouts import Sampling, lengths_of, micro_batches
 from posttrain.tasks import common as tasks
@@ -64,8 +49,8 @@ prompts_per_step: Count = 32  # pairs
 minibatch_size: Count = 128  # pairs per update
 micro_batch_size: Count = 32  # pairs at once, as many as fit; does not change the mathematics
 # the loss
-beta: Positive = 0.1  # implicit rewards are beta * log(policy / reference)
-label_smoothing: Annotated[float, Range(least=0, below=0.5)] = 0.0  # share of wrong pairs
+beta: NonNegative = 0.1  # implicit rewards are beta * log(policy / reference)
+label_smoothing: Fraction = 0.0  # assumed share of swapped pairs, below 0.5
 # measuring
 task = ''  # tiny_chat, gsm8k, or a file tasks/NAME.py of your own; '': the loss alone
 input = ''  # the file of questions, for a task that reads one
@@ -74,13 +59,13 @@ max_new_tokens: Count = 64  # of an answer
 # optimizer
 learning_rate: NonNegative = 1e-4  # the highest; for a large model 1e-6
 warmup_iters: Natural = 5
-final_share: Probability = 1.0  # of the rate, at max_iters after half a cosine; 1: constant
+final_share: NonNegative = 1.0  # of the rate, at max_iters after half a cosine; 1: constant
 weight_decay: NonNegative = 0.0
 beta1: Fraction = 0.9
 beta2: Fraction = 0.95
 grad_clip: NonNegative = 1.0  # largest norm of the gradient; 0: no clipping
 # machine
-seed: Seed = 1337  # of pairs and minibatches
+seed = 1337  # of pairs and minibatches
 device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps', ...
 dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'
 config = override(globals())
@@ -89,6 +74,8 @@ config = override(globals())
 # rules between settings
 if not pairs:
     raise UserError("pairs='': expected a file of pairs: --pairs=FILE.jsonl")
+if label_smoothing >= 0.5:
+    raise UserError(f'label_smoothing={label_smoothing}: expected below 0.5')
 check_out_dir(out_dir, init_from)
 resolved = {**config, 'algorithm': 'dpo'}
 
@@ -110,9 +97,8 @@ schedule = optim.Schedule(1.0, warmup_iters, max_iters, final_share)
 
 # the pairs, and the questions
 block_size = policy.model.config.block_size
-splits, n_too_long = read_pairs(pairs, policy.template, policy.tokenizer, block_size, val_fraction)
+splits = read_pairs(pairs, policy.template, policy.tokenizer, block_size, val_fraction)
 pairs_id = check_pairs(pairs, val_fraction, state, ckpt_path)
-print(describe(splits, n_too_long, block_size))
 questions = tasks.load(task) if task else None
 val_prompts = policy.prompts_of(questions, tasks.Questions('val', eval_examples, seed, input),
                                 max_new_tokens, block_size) if task else []

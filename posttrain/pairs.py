@@ -3,7 +3,7 @@ Preference pairs: two answers to a conversation, as rows of ids with masks.
 
     {"messages": [{"role": "user", "content": "2+2?"}], "chosen": "4", "rejected": "5"}
 
-    pairs, n_too_long = read_pairs('pairs.jsonl', template, tokenizer, 256, val_fraction=0.1)
+    pairs = read_pairs('pairs.jsonl', template, tokenizer, 256, val_fraction=0.1)
     idx, mask = pair_rows([pairs['train'][i] for i in (3, 1, 4)], device)
 """
 
@@ -21,7 +21,7 @@ EXAMPLE = '{"messages": [{"role": "user", "content": "2+2?"}], "chosen": "4", "r
 
 def read_pairs(path, template, tokenizer, block_size, val_fraction):
     """
-    Read pairs; -> ({'train': pairs, 'val': pairs}, number of pairs left out).
+    Read pairs and print their number; -> {'train': pairs, 'val': pairs}.
 
     A pair is (chosen, rejected), each (ids, mask) of render_answer(); one longer than block_size is
     left out. A hash of the conversation picks the split, so all pairs of a conversation are on one
@@ -46,7 +46,9 @@ def read_pairs(path, template, tokenizer, block_size, val_fraction):
             raise UserError(f'{path}: of {n_pairs:,} pairs {n_too_long:,} are longer than the '
                             f'context of {block_size} tokens, and none of the others is in '
                             f'{split}; add pairs, or set another --val_fraction')
-    return pairs, n_too_long
+    print(f'{len(pairs["train"]):,} pairs to learn from, {len(pairs["val"]):,} held out'
+          + f'; {n_too_long:,} are longer than {block_size} tokens, left out' * (n_too_long > 0))
+    return pairs
 
 
 def check_pairs(path, val_fraction, state, ckpt_path):
@@ -66,13 +68,6 @@ def check_pairs(path, val_fraction, state, ckpt_path):
         raise UserError(f'{path} is not the file of pairs that {ckpt_path} learned from; resume '
                         f'with that file, or start a new run in another --out_dir')
     return pairs
-
-
-def describe(pairs, n_too_long, block_size):
-    """Return the line to print about pairs that were read."""
-    line = f'{len(pairs["train"]):,} pairs to learn from, {len(pairs["val"]):,} held out'
-    skipped = f'; {n_too_long:,} are longer than {block_size} tokens, left out'
-    return line + skipped * (n_too_long > 0)
 
 
 def render_pair(record, template, tokenizer):

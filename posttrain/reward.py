@@ -13,9 +13,8 @@ own. Its score at the token that ends an answer is trained by Bradley-Terry's
 loss, -log sigmoid(score of the chosen - score of the rejected). Expect a loss
 of ln 2 and half of the held-out pairs right at first.
 
-Writes to out_dir: ckpt.pt (the last state, to resume from), best.pt (lowest
-loss on held-out pairs), log.jsonl, config.json. Ctrl-C or SIGTERM finishes the
-step, saves and prints the command that continues.
+Writes to out_dir what train.py does; best.pt has the lowest loss on held-out
+pairs.
 """
 
 import math
@@ -27,22 +26,12 @@ from typing import Literal
 
 import torch
 
-from configurator import (
-    Count,
-    Fraction,
-    Natural,
-    NonNegative,
-    Seed,
-    Share,
-    UserError,
-    fit,
-    override,
-)
+from configurator import Count, Fraction, Natural, NonNegative, Share, UserError, fit, override
 from data.tokens import train_windows
 from flatgpt import checkpoint, optim, parallel, runtime
 from flatgpt.pretrained import tokenizer_of
 from posttrain.losses import bradley_terry_loss, preferred
-from posttrain.pairs import check_pairs, describe, ending_of, pair_rows, read_pairs
+from posttrain.pairs import check_pairs, ending_of, pair_rows, read_pairs
 from posttrain.policy import check_out_dir, open_chat_model
 from posttrain.reward_model import Critic, critic_of
 from posttrain.rollouts import lengths_of
@@ -74,7 +63,7 @@ beta1: Fraction = 0.9
 beta2: Fraction = 0.95
 grad_clip: NonNegative = 1.0  # largest norm of the gradient; 0: no clipping
 # machine
-seed: Seed = 1337  # of batches and dropout
+seed = 1337  # of batches and dropout
 device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps', ...
 dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'
 config = override(globals())
@@ -118,9 +107,8 @@ schedule = optim.Schedule(learning_rate, warmup_iters, max_iters, min_lr)
 
 # the pairs
 block_size = model.config.block_size
-pairs, n_too_long = read_pairs(data, template, tokenizer, block_size, val_fraction)
+pairs = read_pairs(data, template, tokenizer, block_size, val_fraction)
 pairs_id = check_pairs(data, val_fraction, state, ckpt_path)
-print(describe(pairs, n_too_long, block_size))
 
 # the folder of the run
 resolved = {**config, 'init_from': init_from, 'device': str(torch_device), 'dtype': precision}

@@ -95,18 +95,11 @@ def ratings_of(critic, messages, texts, template, tokenizer):
 
 
 def critic_of(state, path, dropout=0.0):
-    """
-    Build the reward model of the checkpoint `state`, which was loaded from `path`.
-
-    It is on the CPU. Raises UserError for a language model, or for other weights than expected.
-    """
+    """Build a checkpoint's reward model, on the CPU. Raises UserError if it has none."""
     if not state.get('reward_model'):
         raise UserError(f'{path} is a language model; expected a reward model, {TRAIN_ONE}')
-    try:
-        critic = Critic(GPTConfig(**{**state['model_args'], 'dropout': dropout}))
-        critic.load_state_dict(state['model'])
-    except (TypeError, RuntimeError) as error:
-        raise UserError(f'{path} has a reward model of another version: {error}') from error
+    critic = Critic(GPTConfig(**{**state['model_args'], 'dropout': dropout}))
+    critic.load_state_dict(state['model'])
     return critic
 
 

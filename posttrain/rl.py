@@ -14,9 +14,7 @@ best.pt, so those of test stay unseen. With --reward_model that model's score is
 the reward. kl_coef keeps the policy near the model that it began as, the
 reference.
 
-Writes to out_dir: ckpt.pt (the last state, to resume from with --init_from=
-resume), best.pt (most held-out answers right), log.jsonl, config.json. Ctrl-C or
-SIGTERM finishes the step, saves and prints the command that continues.
+Writes to out_dir what train.py does. Resume with --init_from=resume.
 """
 
 import collections
@@ -259,8 +257,9 @@ while True:
             run.save(state_of_run)
         source = f'the reward model in {reward_model}' if judge else f'reward() of tasks/{task}.py'
         bad, command = rewards[~rewards.isfinite()][0], run.command(init_from='resume')
+        remedy = f'; correct it, and continue:\n  {command}' if run.step else ''
         raise SystemExit(f'step {run.step}: {source} returned {bad} for an answer, expected a '
-                         f'finite number' + f'; correct it, and continue:\n  {command}' * (run.step > 0))
+                         f'finite number{remedy}')
 
     # log-probabilities and values before the update
     rows = torch.arange(n_answers, device=torch_device)

@@ -52,17 +52,18 @@ def test_an_answer_of_which_nothing_counts():
             render_answer(asked, 'd', template, TOKENIZER)
 
 
-def test_splits(tmp_path):
+def test_splits(tmp_path, capsys):
     """All pairs of a conversation are on one side; half of the conversations are held out; long ones are counted."""
     values = [{**PAIR, 'messages': [{'role': 'user', 'content': str(i % 100)}], 'chosen': f'n{i}'} for i in range(400)]
     too_long = [{**PAIR, 'chosen': 'x' * 40}, {**PAIR, 'rejected': 'x' * 40}]
-    pairs, n_too_long = read(write_pairs(tmp_path / 'pairs.jsonl', values + too_long))
-    assert n_too_long == 2 and len(pairs['train']) + len(pairs['val']) == 400 and len(pairs['val']) % 4 == 0
+    pairs = read(write_pairs(tmp_path / 'pairs.jsonl', values + too_long))
+    assert '2 are longer than 32 tokens' in capsys.readouterr().out
+    assert len(pairs['train']) + len(pairs['val']) == 400 and len(pairs['val']) % 4 == 0
     assert 120 < len(pairs['val']) < 280
     prompts = [{tuple(ids[: ids.index(ASSISTANT)]) for (ids, _), _ in pairs[split]} for split in pairs]
     assert len(prompts[0] | prompts[1]) == 100 and not prompts[0] & prompts[1]
     groups = [{**value, 'group': str(i % 5)} for i, value in enumerate(values)]
-    pairs, _ = read(write_pairs(tmp_path / 'pairs.jsonl', groups))
+    pairs = read(write_pairs(tmp_path / 'pairs.jsonl', groups))
     assert len(pairs['train']) % 80 == len(pairs['val']) % 80 == 0 < len(pairs['val'])  # five groups of 80
     none = [{**value, 'group': None} for value in values]  # as a table writes what a row does not have
     assert read(write_pairs(tmp_path / 'pairs.jsonl', none)) == read(write_pairs(tmp_path / 'pairs.jsonl', values))

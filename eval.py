@@ -40,8 +40,7 @@ from data.tokens import to_device
 from flatgpt import runtime
 from flatgpt.pretrained import dataset_of, open_model
 from flatgpt.quantize import for_decoding
-from posttrain.reward_model import open_reward_model
-from posttrain.rollouts import ratings_of
+from posttrain.reward_model import open_reward_model, ratings_of
 from posttrain.tasks import common as tasks
 
 sys.stdout.reconfigure(errors='replace')  # '?' for what a terminal cannot show
@@ -110,7 +109,7 @@ def accuracy():
     """Print the accuracy on the task; -> what the JSON line has."""
     # the questions
     source, wanted = split or ('all' if input else 'test'), tasks.kinds_of(kinds)
-    examples = tasks.examples_of(questions, source, n, seed, input, wanted)
+    examples = tasks.examples_of(questions, tasks.Questions(source, n, seed, input, wanted))
     if not examples:
         raise UserError(f'{input or task} has no question for --split={source}')
     for name in sorted(config.given & OF_ANSWERS if 'choices' in examples[0] else ()):
@@ -127,18 +126,20 @@ def accuracy():
         judge.to(torch_device)
 
         def rate(example, texts):
-            messages = tasks.asked_of(example, tools)
+            messages = tasks.chat_messages(example, tools)
             return ratings_of(judge, messages, texts, template, text_tokenizer)
 
     # solved examples of another split, or of the same file
     pool_split = 'all' if source == 'all' else 'train'
-    pool = tasks.examples_of(questions, pool_split, 1000, seed, input, wanted) if n_shots else ()
+    pool = ()
+    if n_shots:
+        pool = tasks.examples_of(questions, tasks.Questions(pool_split, 1000, seed, input, wanted))
     # the answers
     started = time.perf_counter()
     with tqdm(total=len(examples), unit='question', disable=None, leave=False) as bar:
-        result = tasks.measure(questions, examples, model, text_tokenizer, template, pool, n_shots,
-                               max_new_tokens, num_samples, tools, seed, batch_size or 64,
-                               bar.update, rate, temperature=temperature)
+        answering = tasks.Answering(template, tools, n_shots, pool, max_new_tokens, temperature,
+                                    num_samples, seed, batch_size or 64, rate, bar.update)
+        result = tasks.measure(questions, examples, model, text_tokenizer, answering)
     asked = 'chat' if is_chat else 'few-shot' if n_shots else 'plain text'
     asked_from = f'{input}, {source}' if input else source
     print(f'{task}, {asked_from}: {len(examples):,} questions, {asked}, {quantize or dtype}, on '

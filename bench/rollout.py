@@ -19,7 +19,7 @@ from configurator import Count, override
 from flatgpt import runtime
 from flatgpt.generate import uniforms
 from flatgpt.pretrained import open_model
-from posttrain.rollouts import draw_answers
+from posttrain.rollouts import Sampling, draw_answers
 from posttrain.tasks import common as tasks
 from tokenizer.chat import find_endings
 
@@ -57,14 +57,14 @@ def main():
     model.to(torch_device)
     print(line)
     stop_ids, _ = find_endings(template, tokenizer)
+    sampling = Sampling(max_new_tokens, n_ids=tokenizer.vocab_size, stop_ids=stop_ids)
     room = model.config.block_size - max_new_tokens
     prompts = [tasks.chat_prompt(example, template, tokenizer, room)
                for example in tasks.load(task).examples('test', n, 0)]
 
     def draw(first, last):
         u = torch.stack([uniforms(0, i, 0, max_new_tokens) for i in range(first, last)])
-        return draw_answers(model, prompts[first:last], max_new_tokens, stop_ids,
-                            tokenizer.vocab_size, 1.0, u)
+        return draw_answers(model, prompts[first:last], sampling, u)
 
     # take turns
     draw(0, 8)  # warms up

@@ -1,139 +1,127 @@
 """
-Answers to conversations: read from preference pairs or drawn from a model, as rows of ids with a mask; how likely a
-model finds them, and how good a reward model.
+Preference pairs: two answers to a conversation, as rows of ids with masks.
 
     {"messages": [{"role": "user", "content": "2+2?"}], "chosen": "4", "rejected": "5"}
 
-    model, tokenizer, template, line = open_chat_model('out-sft')
-    pairs, n_too_long = read_pairs('pairs.jsonl', template, tokenizer, block_size=256, val_fraction=0.1)
-    idx, mask = to_rows([pairs['train'][i] for i in (3, 1, 4)], device)
-
-    answers = draw_answers(model, prompts, max_new_tokens, stop_ids, n_ids, temperature=1.0, u=u)
-    logprobs, entropies = logprobs_of(model, idx, mask, n_ids)
+    pairs = read_pairs('pairs.jsonl', template, tokenizer, 256, val_fraction=0.1)
+    idx, mask = pair_rows([pairs['train'][i] for i in (3, 1, 4)], device)
 """
 
 import json
-import os
 
 from configurator import UserError
-from data import conversations, download
-from data.documents import check_fraction, text_hash
-from flatgpt import checkpoint, jsonl
-from flatgpt.pretrained import open_model
+from data import download
+from data.documents import text_hash
+from flatgpt import jsonl
+from posttrain.rollouts import to_rows
 from tokenizer import chat
 
-
-def open_chat_model(init_from):
-    """
-    The model that is to learn from answers, of a run or of Hugging Face's: what checkpoint.open_model() gives, with
-    chat.TEMPLATE where the model has no format of its own. ValueError if its tokenizer can't write that.
-    """
-    is_run = os.path.exists(checkpoint.path_in(init_from))
-    model, tokenizer, template, line = open_model('resume' if is_run else init_from, init_from)
-    if template is None:
-        template = chat.TEMPLATE
-        conversations.check_tokenizer(tokenizer, f'the tokenizer of {init_from}')
-    return model, tokenizer, template, line
-
-
-# Pairs ---------------------------------------------------------------------------------------------------------------
+EXAMPLE = '{"messages": [{"role": "user", "content": "2+2?"}], "chosen": "4", "rejected": "5"}'
 
 
 def read_pairs(path, template, tokenizer, block_size, val_fraction):
     """
-    -> ({'train': pairs, 'val': pairs}, how many were left out because they do not fit into block_size). A pair is
-    (chosen, rejected), each of them (ids, mask) of render_answer(). All pairs of a conversation are in the same split,
-    chosen by its content; or all with the same "group", where they have one. Raises ValueError naming the line that is
-    no pair, and if a split is empty.
+    Read pairs and print their number; -> {'train': pairs, 'val': pairs}.
+
+    A pair is (chosen, rejected), each (ids, mask) of render_answer(); one longer than block_size is
+    left out. A hash of the conversation picks the split, so all pairs of a conversation are on one
+    side. "group", if given, replaces the conversation. Raises UserError naming the line of a bad
+    pair, or if a split is empty.
     """
-    check_fraction(val_fraction)
     pairs, n_too_long = {'train': [], 'val': []}, 0
-    for number, value in jsonl.read_objects(path).items():
+    for number, record in jsonl.read_objects(path).items():
         try:
-            pair = render_pair(value, template, tokenizer)
+            pair = render_pair(record, template, tokenizer)
         except ValueError as error:
             raise UserError(f'{path}, line {number}: {error}') from None
         if max(len(ids) for ids, _ in pair) > block_size:
             n_too_long += 1
             continue
-        asked = [(message['role'], message['content']) for message in value['messages']]
-        group = json.dumps(asked if value.get('group') is None else value['group'])
-        split = 'val' if text_hash(group) < val_fraction else 'train'
-        pairs[split].append(pair)
-    for split, found in pairs.items():
-        if not found:
-            n = sum(map(len, pairs.values()))
-            raise UserError(f'of {n + n_too_long:,} pairs in {path} {n_too_long:,} are longer than the context of '
-                             f'{block_size} tokens, and of the others none is in {split}; give more of them, a model '
-                             f'with a longer context, or another --val_fraction')
-    return pairs, n_too_long
+        turns = [(message['role'], message['content']) for message in record['messages']]
+        group = json.dumps(turns if record.get('group') is None else record['group'])
+        pairs['val' if text_hash(group) < val_fraction else 'train'].append(pair)
+    n_pairs = n_too_long + sum(map(len, pairs.values()))
+    for split in pairs:
+        if not pairs[split]:
+            raise UserError(f'{path}: of {n_pairs:,} pairs {n_too_long:,} are longer than the '
+                            f'context of {block_size} tokens, and none of the others is in '
+                            f'{split}; add pairs, or set another --val_fraction')
+    print(f'{len(pairs["train"]):,} pairs to learn from, {len(pairs["val"]):,} held out'
+          + f'; {n_too_long:,} are longer than {block_size} tokens, left out' * (n_too_long > 0))
+    return pairs
 
 
 def check_pairs(path, val_fraction, state, ckpt_path):
     """
-    What a checkpoint says of the pairs, {'sha256', 'val_fraction'}. state: of a run that goes on, or None. Raises
-    ValueError if that had others, or held out others: it has learnt from what would be held out now.
+    Return {'sha256', 'val_fraction'} of the pairs, for the checkpoint.
+
+    state: the checkpoint that a run resumes, or {}. Raises UserError if that run learned from other
+    pairs or held out another share: it may have learned from what would now be held out.
     """
     pairs = {'sha256': download.file_sha256(path), 'val_fraction': val_fraction}
-    before = state.get('pairs', pairs) if state else pairs
+    before = state.get('pairs', pairs)
     if before['val_fraction'] != val_fraction:
-        raise UserError(f'val_fraction={val_fraction}, but {ckpt_path} held out {before["val_fraction"]}, so that it '
-                         f'has learnt from pairs that would be held out now, or the other way round; resume with '
-                         f'--val_fraction={before["val_fraction"]}, or begin anew in another --out_dir')
+        raise UserError(f'val_fraction={val_fraction}, but {ckpt_path} held out '
+                        f'{before["val_fraction"]}; resume with --val_fraction='
+                        f'{before["val_fraction"]}, or start a new run in another --out_dir')
     if before['sha256'] != pairs['sha256']:
-        raise UserError(f'{path} is not the file of pairs that {ckpt_path} has learnt from, some of which may be held '
-                         f'out now; resume with that file as it was, or begin anew in another --out_dir')
+        raise UserError(f'{path} is not the file of pairs that {ckpt_path} learned from; resume '
+                        f'with that file, or start a new run in another --out_dir')
     return pairs
 
 
-def render_pair(value, template, tokenizer):
-    """A pair as JSON has it -> (chosen, rejected), see read_pairs(). Raises ValueError for what is none."""
+def render_pair(record, template, tokenizer):
+    """Render a pair of read_pairs() from JSON. Raises UserError for a bad one."""
     for key, kind in (('messages', list), ('chosen', str), ('rejected', str)):
-        if not isinstance(value.get(key), kind):
-            raise UserError(f'{key} is {json.dumps(value.get(key))[:40]}; expected {{"messages": [{{"role": "user", '
-                             f'"content": "2+2?"}}], "chosen": "4", "rejected": "5"}}')
+        if not isinstance(record.get(key), kind):
+            raise UserError(f'{key} is {json.dumps(record.get(key))[:40]}; expected {EXAMPLE}')
     for key in ('chosen', 'rejected'):
-        if not value[key].strip():
+        if not record[key].strip():
             raise UserError(f'{key} is empty; expected an answer')
-    pair = tuple(render_answer(value['messages'], value[key], template, tokenizer) for key in ('chosen', 'rejected'))
-    if pair[0] == pair[1]:  # or does so in the template, which may strip them
-        raise UserError(f'chosen equals rejected, {json.dumps(value["chosen"])[:40]}; there is nothing to prefer')
-    return pair
+    chosen, rejected = (render_answer(record['messages'], record[key], template, tokenizer)
+                        for key in ('chosen', 'rejected'))
+    if chosen == rejected:  # in the template, which may strip white space
+        raise UserError(f'chosen equals rejected, {json.dumps(record["chosen"])[:40]}; expected '
+                        f'two different answers')
+    return chosen, rejected
 
 
 def render_answer(messages, answer, template, tokenizer):
     """
-    A conversation, its last message not the assistant's, and an answer -> (ids, mask): all up to the token that ends
-    the answer, and 1 for the answer's own tokens, that one included. Raises ValueError where there is none of either.
+    Render a conversation that awaits an answer, and the answer; -> (ids, mask).
+
+    ids end with the token that ends the answer; the mask is 1 for the answer's own tokens and that
+    one. Raises UserError where the template does not show where the answer begins or ends.
     """
     prompt = chat.render(messages, template, tokenizer)
-    ids, mask = chat.render_conversation([*messages, {'role': 'assistant', 'content': answer}], template, tokenizer)
+    whole = [*messages, {'role': 'assistant', 'content': answer}]
+    ids, mask = chat.render_conversation(whole, template, tokenizer)
     if ids[: len(prompt)] != prompt:
-        raise UserError('the chat template writes the conversation in another way once it is answered, or the '
-                         'tokenizer joins an earlier answer with what stands around it, so that where this answer '
-                         'begins can not be told; put special tokens around answers in the template')
-    counted = [i for i, counts in enumerate(mask, 1) if counts and i > len(prompt)]
-    if not counted:
-        raise UserError(f'of the answer {json.dumps(answer)[:40]} the chat template leaves no token to learn from; '
-                         f'expected {{% generation %}} around what the assistant says, or none in the template')
-    # the last special token that is none of the content's own: behind it a template may have a line break
-    own = (*chat.TOOL_TOKENS, *chat.THOUGHTS)
-    specials = {i for token, i in tokenizer.special_tokens.items() if token not in own}
-    end = max((i for i in counted if ids[i - 1] in specials), default=counted[-1])
+        raise UserError('the chat template renders the conversation differently once it is '
+                        'answered, or the tokenizer joins an answer with the text around it, so '
+                        'the start of the answer is unknown; put special tokens around answers')
+    ends = [i for i, is_learned in enumerate(mask, 1) if is_learned and i > len(prompt)]
+    if not ends:
+        raise UserError(f'the chat template masks out every token of the answer '
+                        f'{json.dumps(answer)[:40]}; expected {{% generation %}} around all '
+                        f'answers, or around none')
+    # the last special token of the template: a line break may follow it
+    in_contents = (*chat.TOOL_TOKENS, *chat.THOUGHTS)
+    specials = {i for token, i in tokenizer.special_tokens.items() if token not in in_contents}
+    end = max((i for i in ends if ids[i - 1] in specials), default=ends[-1])
     return ids[:end], [0] * len(prompt) + mask[len(prompt) : end]
 
 
-# Rows ----------------------------------------------------------------------------------------------------------------
-
-
-# Of a model ----------------------------------------------------------------------------------------------------------
-
-
 def ending_of(template, tokenizer):
-    """The id that ends an answer in this chat template. ValueError if that is no special token."""
+    """Return the id that ends an answer. Raises UserError if it is no special token."""
     ids, _ = render_answer([{'role': 'user', 'content': '?'}], '!', template, tokenizer)
     if ids[-1] not in tokenizer.special_tokens.values():
-        raise UserError('the chat template ends an answer with no special token that is learnt with it, so that there '
-                         'is none at which an answer could be judged; expected one, and inside of {% generation %} if '
-                         'the template has that')
+        raise UserError('the chat template ends an answer without a special token that carries '
+                        'loss, so there is no token to score an answer at; expected one, inside '
+                        '{% generation %} if the template has that')
     return ids[-1]
+
+
+def pair_rows(pairs, device):
+    """Stack n pairs into ids and masks (2n, T): the chosen, then the rejected answers."""
+    return to_rows([chosen for chosen, _ in pairs] + [rejected for _, rejected in pairs], device)

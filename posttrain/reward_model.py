@@ -1,13 +1,16 @@
 """
-A GPT that gives numbers in place of words: as reward model the score of an answer, at the token that ends it; as PPO's
-value function, at every token, the reward to be expected.
+A GPT with a scalar head: a reward model, or PPO's value function.
 
-    critic = Critic.from_gpt(model)                   # its trunk, and a head that says 0 to everything
+As reward model it scores an answer at the token that ends it. As value function it predicts, at
+every token, the reward to come.
+
+    critic = Critic.from_gpt(model)                   # a copy of its trunk, and a head of zeros
     values = critic(idx)                              # (B, T)
     scores = critic.scores(idx, lengths)              # (B,)
-    critic, line = open_reward_model('out-reward', tokenizer, template)   # what reward.py trained
+    critic, line = open_reward_model('out-reward', tokenizer, template)
 """
 
+import math
 import os
 
 import torch
@@ -17,72 +20,107 @@ from configurator import UserError
 from flatgpt import checkpoint, huggingface
 from flatgpt.pretrained import tokenizer_of
 from model import GPT, GPTConfig
+from posttrain.pairs import ending_of
+from posttrain.rollouts import to_rows
+from tokenizer import chat
+
+TRAIN_ONE = 'train one: python -m posttrain.reward --init_from=FOLDER --data=PAIRS.jsonl'
 
 
 class Critic(GPT):
-    """The trunk of a GPT, under the same names, and value_head where the head was."""
+    """The trunk of a GPT, under the same names, with value_head in place of lm_head."""
 
     def __init__(self, config):
         super().__init__(config)
-        del self.lm_head  # one tied to the embedding leaves its weight there
+        del self.lm_head  # a tied one leaves its weight in the embedding
         self.value_head = nn.Linear(config.n_embd, 1)
-        nn.init.zeros_(self.value_head.weight)  # expects nothing before it has learnt: a first loss of ln 2
+        nn.init.zeros_(self.value_head.weight)  # the first loss is ln 2
         nn.init.zeros_(self.value_head.bias)
 
     @classmethod
     def from_gpt(cls, model, dropout=0.0):
-        """-> a Critic with a copy of the GPT's trunk."""
+        """Make a Critic with a copy of a GPT's trunk, on the same device."""
         critic = cls(GPTConfig(**{**vars(model.config), 'dropout': dropout}))
-        weights = {name: weight for name, weight in model.state_dict().items() if name != 'lm_head.weight'}
-        critic.load_state_dict({**critic.state_dict(), **weights})
+        trunk = {name: w for name, w in model.state_dict().items() if name != 'lm_head.weight'}
+        critic.load_state_dict({**critic.state_dict(), **trunk})
         return critic.to(next(model.parameters()).device)
 
     def head(self, hidden):
-        """(..., C) -> (...), in fp32 also under autocast: in the 8 bits of bf16 scores of 5 are 0.03 apart."""
+        """Apply the head in fp32, (..., C) -> (...): bf16 scores near 5 are 0.03 apart."""
         return (hidden.float() * self.value_head.weight[0]).sum(dim=-1) + self.value_head.bias
 
     def forward(self, idx):
-        """ids (B, T) -> values (B, T) in fp32, each of the text up to that token."""
+        """Return the value of the text up to each token, in fp32: ids (B, T) -> (B, T)."""
         return self.head(self.hidden(idx))
 
     def scores(self, idx, lengths):
-        """ids (B, T), padded behind, of which lengths (B,) are a conversation -> the score (B,) at its last token."""
-        last = self.hidden(idx)[torch.arange(len(idx), device=idx.device), lengths - 1]  # (B, C)
-        return self.head(last)
+        """Return the score (B,) at each row's last token. idx: (B, T), padded at the end."""
+        rows = torch.arange(len(idx), device=idx.device)
+        return self.head(self.hidden(idx)[rows, lengths - 1])  # (B, C) -> (B,)
+
+
+@torch.no_grad()
+def scores_of(critic, prompts, answers, stop_ids, ending):
+    """
+    Score drawn answers, lists of ids; -> (n,).
+
+    Each is scored at the id `ending`, the only place that the reward model learned. It replaces any
+    other of stop_ids and completes an answer that was cut off.
+    """
+    rows = [prompt + [i for i in answer if i not in stop_ids] + [ending]
+            for prompt, answer in zip(prompts, answers, strict=True)]
+    idx, _ = to_rows([(ids, ids) for ids in rows], critic.value_head.weight.device)
+    return critic.scores(idx, torch.tensor([len(ids) for ids in rows], device=idx.device))
+
+
+def ratings_of(critic, messages, texts, template, tokenizer):
+    """
+    Score answers given as texts to one conversation; -> list of floats.
+
+    An empty answer, or one longer than the critic's context, gets -inf. Any other text is scored,
+    unfinished calls of a tool included.
+    """
+    prompt, ratings = chat.render(messages, template, tokenizer), [-math.inf] * len(texts)
+    answers = {i: tokenizer.encode(text, allowed_special='all') for i, text in enumerate(texts)
+               if text.strip()}
+    answers = {i: ids for i, ids in answers.items()
+               if len(prompt) + len(ids) < critic.config.block_size}  # room for the ending
+    if answers:
+        stop_ids, _ = chat.find_endings(template, tokenizer)
+        scores = scores_of(critic, [prompt] * len(answers), answers.values(), stop_ids,
+                           ending_of(template, tokenizer))
+        for i, score in zip(answers, scores.tolist(), strict=True):
+            ratings[i] = score
+    return ratings
 
 
 def critic_of(state, path, dropout=0.0):
-    """
-    The reward model inside a checkpoint, of checkpoint.load(path), on the CPU. Raises ValueError for that of a language
-    model, or one that another version wrote.
-    """
+    """Build a checkpoint's reward model, on the CPU. Raises UserError if it has none."""
     if not state.get('reward_model'):
-        raise UserError(f'{path} is a language model; expected a reward model, which reward.py trains:\n'
-                         f'  python -m posttrain.reward --init_from={os.path.dirname(path)} --data=PAIRS.jsonl')
-    try:
-        critic = Critic(GPTConfig(**{**state['model_args'], 'dropout': dropout}))
-        critic.load_state_dict(state['model'])
-    except (TypeError, RuntimeError) as error:
-        raise UserError(f'{path} holds a reward model of another version of this repository: {error}') from error
+        raise UserError(f'{path} is a language model; expected a reward model, {TRAIN_ONE}')
+    critic = Critic(GPTConfig(**{**state['model_args'], 'dropout': dropout}))
+    critic.load_state_dict(state['model'])
     return critic
 
 
 def open_reward_model(out_dir, tokenizer, template):
     """
-    The reward model in out_dir, to judge what a model with this tokenizer and chat template says: -> (Critic, on the
-    CPU and in eval mode, a line that says which it is). Raises ValueError for what is none, or reads other ids.
+    Open a reward model to score a chat model's answers; -> (Critic, line to print).
+
+    The Critic is on the CPU, in eval mode. Raises UserError if out_dir has none, or if its
+    tokenizer or chat template differs from the chat model's.
     """
     path = checkpoint.path_in(out_dir)
     if not os.path.exists(path):
-        raise UserError(f'there is no reward model in {out_dir}; train one: python -m posttrain.reward --init_from=FOLDER '
-                         f'--data=PAIRS.jsonl --out_dir={out_dir}')
+        raise UserError(f'there is no reward model in {out_dir}; {TRAIN_ONE} --out_dir={out_dir}')
     state = checkpoint.load(path)
-    critic = critic_of(state, path)
-    is_same = {'tokenizer': huggingface.same_tokenizer(tokenizer_of(state).to_dict(), tokenizer.to_dict()),
+    critic, saved = critic_of(state, path), tokenizer_of(state).to_dict()
+    is_same = {'tokenizer': huggingface.same_tokenizer(saved, tokenizer.to_dict()),
                'chat template': state['chat_template'] == template}
-    for what, same in is_same.items():
+    for name, same in is_same.items():
         if not same:
-            raise UserError(f'the reward model in {out_dir} has another {what} than the model that it is to judge; '
-                             f'train one that begins with that: python -m posttrain.reward --init_from=FOLDER --data=PAIRS.jsonl')
-    line = f'{path}: step {state["iter_num"]}, lowest val loss so far {float(state["best_val_loss"]):.4f}'
+            raise UserError(f'the reward model in {out_dir} has another {name} than the chat '
+                            f'model; from that model {TRAIN_ONE}')
+    best_loss = float(state['best_val_loss'])
+    line = f'{path}: step {state["iter_num"]}, lowest val loss so far {best_loss:.4f}'
     return critic.eval(), line

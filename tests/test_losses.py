@@ -1,4 +1,4 @@
-"""losses.py: values worked by hand, brute force, properties of gradients. Run: pytest tests/test_losses.py"""
+"""Losses: values worked by hand, brute force, gradients. Run: pytest tests/test_losses.py"""
 
 import math
 
@@ -43,9 +43,8 @@ def test_entropy():
 
 
 def test_kl_estimates():
-    k1, k2, k3 = losses.kl_estimates(torch.tensor(0.5).log(), torch.tensor(0.25).log())
+    k1, k3 = losses.kl_estimates(torch.tensor(0.5).log(), torch.tensor(0.25).log())
     close(k1, math.log(2))
-    close(k2, math.log(2) ** 2 / 2)
     close(k3, 0.5 - 1 + math.log(2))
 
 
@@ -53,13 +52,13 @@ def test_kl_estimates_are_of_the_kl():
     """The expectation over what p draws: k1 and k3 have exactly that of KL(p || q); k3 is never negative."""
     torch.manual_seed(0)
     log_p, log_q = (torch.randn(6).double().log_softmax(0) for _ in range(2))
-    k1, k2, k3 = losses.kl_estimates(log_p, log_q)
+    k1, k3 = losses.kl_estimates(log_p, log_q)
     kl = F.kl_div(log_q, log_p, log_target=True, reduction='sum')
     close((log_p.exp() * k1).sum(), kl)
     close((log_p.exp() * k3).sum(), kl)
-    assert (k1 < 0).any() and (k3 >= 0).all() and (k2 >= 0).all()
+    assert (k1 < 0).any() and (k3 >= 0).all()
     # where the two are equal nothing pulls
-    close(gradient(lambda x: losses.kl_estimates(x, torch.tensor([-1.0, -2.0]))[2].sum(), [-1.0, -2.0]), [0.0, 0.0])
+    close(gradient(lambda x: losses.kl_estimates(x, torch.tensor([-1.0, -2.0]))[1].sum(), [-1.0, -2.0]), [0.0, 0.0])
 
 
 # averages -------------------------------------------------------------------------------------------------------------
@@ -80,7 +79,7 @@ def test_what_does_not_count_may_be_anything():
         close(f(broken, MASK), f(X, MASK))
     old = torch.where(MASK.bool(), 0.0, -1000.0)  # a ratio of infinity
     x = torch.zeros(2, 3, requires_grad=True)
-    losses.clipped_policy_loss(x, old, X, MASK).backward()
+    losses.masked_mean(losses.clipped_policy_loss(x, old, X, MASK, 0.2), MASK).backward()
     close(x.grad, -X * MASK / 3)
 
 
@@ -91,17 +90,10 @@ def test_whiten():
     close(losses.whiten(torch.full((2, 3), 5.0), MASK), torch.zeros(2, 3))
 
 
-@pytest.mark.parametrize('reduction, expected', [
-    ('token-mean', (1 + 2 + 4) / 3), ('sequence-mean', (1.5 + 4) / 2), ('none', [[1, 2, 0], [4, 0, 0]])])
-def test_reduced(reduction, expected):
-    close(losses.reduced(X, MASK, reduction), expected)
-    if reduction != 'none':  # a sequence without tokens is no sequence
-        close(losses.reduced(torch.cat((X, X)), torch.cat((MASK, 0 * MASK)), reduction), expected)
-
-
-def test_unknown_reduction():
-    with pytest.raises(ValueError, match="reduction='mean': expected 'token-mean', 'sequence-mean', 'none'"):
-        losses.reduced(X, MASK, 'mean')
+def test_sequence_mean():
+    """Each sequence counts the same; one without tokens is no sequence."""
+    close(losses.sequence_mean(X, MASK), (1.5 + 4) / 2)
+    close(losses.sequence_mean(torch.cat((X, X)), torch.cat((MASK, 0 * MASK))), (1.5 + 4) / 2)
 
 
 # preferences ----------------------------------------------------------------------------------------------------------
@@ -111,8 +103,6 @@ def test_bradley_terry():
     chosen, rejected = torch.tensor([3.0, 1.0, -2.0]), torch.tensor([1.0, 1.0, 0.0])
     odds = [math.exp(2), 1.0, math.exp(-2)]  # P(chosen wins) = odds / (1 + odds)
     close(losses.bradley_terry_loss(chosen, rejected), [-math.log(o / (1 + o)) for o in odds])
-    close(losses.bradley_terry_loss(chosen, rejected, margin=2.0)[0], math.log(2))
-    close(losses.bradley_terry_loss(chosen, rejected, margin=torch.tensor([2.0, 0.0, -2.0])), [math.log(2)] * 3)
     # the gradient is that of a probability that was too low
     close(gradient(lambda x: losses.bradley_terry_loss(x, rejected).sum(), chosen.tolist()),
           [o / (1 + o) - 1 for o in odds])
@@ -125,7 +115,7 @@ def test_a_tie_is_half_preferred():
 
 def test_dpo_by_hand():
     """Against the reference the policy finds the chosen e^2 times, the rejected e^-1 times as likely; beta 0.5."""
-    loss, chosen, rejected = losses.dpo_loss(*torch.tensor([[-3.0], [-6.0], [-5.0], [-5.0]]), beta=0.5)
+    loss, chosen, rejected = losses.dpo_loss(torch.tensor([[-3.0], [-6.0]]), torch.tensor([[-5.0], [-5.0]]), beta=0.5)
     close(loss, [-math.log(1 / (1 + math.exp(-1.5)))])
     close(chosen, [1.0])
     close(rejected, [-0.5])
@@ -134,13 +124,13 @@ def test_dpo_by_hand():
 def test_dpo():
     torch.manual_seed(0)
     four = torch.randn(4, 9)
-    loss, chosen, rejected = losses.dpo_loss(*four, beta=0.3)
+    loss, chosen, rejected = losses.dpo_loss(four[:2], four[2:], beta=0.3)
     close(loss, -torch.sigmoid(0.3 * ((four[0] - four[1]) - (four[2] - four[3]))).log())
     close(loss, losses.bradley_terry_loss(chosen, rejected))
-    close(losses.dpo_loss(*four[:2], *four[:2], beta=0.3)[0], [math.log(2)] * 9)  # the policy is the reference
+    close(losses.dpo_loss(four[:2], four[:2], beta=0.3)[0], [math.log(2)] * 9)  # the policy is the reference
     # gradient: beta times how wrong the implicit rewards are, up for the chosen and as much down for the rejected
     policy = four[:2].clone().requires_grad_(True)
-    loss, chosen, rejected = losses.dpo_loss(*policy, *four[2:], beta=0.3)
+    loss, chosen, rejected = losses.dpo_loss(policy, four[2:], beta=0.3)
     assert not chosen.requires_grad and not rejected.requires_grad
     loss.sum().backward()
     close(policy.grad[0], -0.3 * torch.sigmoid(rejected - chosen))
@@ -149,15 +139,18 @@ def test_dpo():
 
 def test_dpo_label_smoothing():
     """Half of the pairs the wrong way round: nothing to learn where the two are equal, and the best is not infinite."""
-    pairs = torch.zeros(4, 1)
-    plain, swapped = losses.dpo_loss(*torch.tensor([[2.0], [0.0], [0.0], [0.0]]), 1.0)[0], losses.dpo_loss(
-        *torch.tensor([[0.0], [2.0], [0.0], [0.0]]), 1.0)[0]
-    close(losses.dpo_loss(*torch.tensor([[2.0], [0.0], [0.0], [0.0]]), 1.0, label_smoothing=0.1)[0],
-          0.9 * plain + 0.1 * swapped)
-    close(gradient(lambda x: losses.dpo_loss(x, *pairs[1:], 1.0, label_smoothing=0.5)[0].sum(), [0.0]), [0.0])
-    at_best = math.log(9)  # odds of 9 to 1 are what a tenth of wrong labels ask for
-    close(gradient(lambda x: losses.dpo_loss(x, *pairs[1:], 1.0, label_smoothing=0.1)[0].sum(), [at_best]), [0.0],
-          atol=1e-6, rtol=0)
+    zeros = torch.zeros(2, 1)
+    policy = torch.tensor([[2.0], [0.0]])
+    plain, swapped = (losses.dpo_loss(pair, zeros, 1.0)[0] for pair in (policy, policy.flip(0)))
+    close(losses.dpo_loss(policy, zeros, 1.0, label_smoothing=0.1)[0], 0.9 * plain + 0.1 * swapped)
+
+    def slope(chosen, label_smoothing):
+        return gradient(lambda x: losses.dpo_loss((x, zeros[1]), zeros, 1.0, label_smoothing)[0].sum(),
+                        [chosen])
+
+    close(slope(0.0, 0.5), [0.0])
+    # odds of 9 to 1 are what a tenth of wrong labels asks for
+    close(slope(math.log(9), 0.1), [0.0], atol=1e-6, rtol=0)
 
 
 # generalized advantage estimates --------------------------------------------------------------------------------------
@@ -204,7 +197,6 @@ def test_group_advantages():
     rewards = torch.tensor([0.0, 1.0, 1.0, 1.0, 3.0, 5.0])  # three groups; standard deviations 0.5 sqrt 2, 0, sqrt 2
     half = 0.5**0.5
     close(losses.group_advantages(rewards, 2), [-half, half, 0, 0, -half, half], rtol=1e-5, atol=0)
-    close(losses.group_advantages(rewards, 2, normalize_std=False), [-0.5, 0.5, 0, 0, -1, 1])
     close(losses.group_advantages(torch.tensor([0, 1, 1, 0]), 2), [-half, half, half, -half], rtol=1e-5, atol=0)
     close(losses.group_advantages(torch.tensor([True, False]), 2), [half, -half], rtol=1e-5, atol=0)
     close(losses.group_advantages(rewards.repeat_interleave(2)[::2], 2), losses.group_advantages(rewards, 2))
@@ -212,11 +204,10 @@ def test_group_advantages():
           rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize('normalize_std', [True, False])
-def test_a_group_of_equals_says_nothing(normalize_std):
+def test_a_group_of_equals_gets_zero():
     """Exactly, where 0.1 + 0.1 + 0.1 is not 3 * 0.1, and eps would blow up what rounding leaves."""
     for reward in (0.1, 0.7, -1 / 3, 1e8):
-        assert not losses.group_advantages(torch.full((21,), reward), 7, normalize_std).any()
+        assert not losses.group_advantages(torch.full((21,), reward), 7).any()
 
 
 @pytest.mark.parametrize('n, size', [(6, 4), (6, 1), (3, 0)])
@@ -234,46 +225,40 @@ ALL = torch.ones(2, 3)
 def test_clipped_policy_loss_by_hand():
     old = torch.randn(2, 3)
     expected = torch.tensor([[-1.2, 0.8, -2.2], [1.5, -0.5, 1.8]])
-    close(losses.clipped_policy_loss(old + RATIOS.log(), old, ADVANTAGES, ALL, reduction='none'), expected)
-    close(losses.clipped_policy_loss(old + RATIOS.log(), old, ADVANTAGES, ALL), expected.mean())
-    close(losses.clipped_policy_loss(old + RATIOS.log(), old, ADVANTAGES, MASK), (-1.2 + 0.8 + 1.5) / 3)
-    close(losses.clipped_policy_loss(old + RATIOS.log(), old, ADVANTAGES, MASK, reduction='sequence-mean'),
-          (-0.2 + 1.5) / 2)
-    loss = losses.clipped_policy_loss(old + RATIOS.log(), old, ADVANTAGES, ALL, clip_high=0.4, reduction='none')
-    close(loss, [[-1.4, 0.8, -2.2], [1.5, -0.5, 1.8]])
+    close(losses.clipped_policy_loss(old + RATIOS.log(), old, ADVANTAGES, ALL, 0.2), expected)
 
 
 def test_clipped_policy_gradient():
-    """None where the ratio has gone further than the clip already, to where the advantage wants it; else -ratio A."""
+    """None where the ratio has left the clip range in the advantage's direction; else -ratio A."""
     moved = torch.tensor([[True, True, False], [False, False, False]])
-    found = gradient(lambda x: losses.clipped_policy_loss(x, torch.zeros(2, 3), ADVANTAGES, ALL), RATIOS.log().tolist())
-    close(found, torch.where(moved, 0.0, -RATIOS * ADVANTAGES) / 6)
+    slopes = gradient(lambda x: losses.clipped_policy_loss(x, torch.zeros(2, 3), ADVANTAGES, ALL, 0.2).mean(),
+                      RATIOS.log().tolist())
+    close(slopes, torch.where(moved, 0.0, -RATIOS * ADVANTAGES) / 6)
 
 
 def test_is_clipped_by_hand():
-    """Up with a merit, down with a fault; what moved as far the other way is not clipped, nor what may still move."""
+    """Up with a positive advantage, down with a negative one; moves the other way are not clipped."""
     old = torch.randn(2, 3)
-    found = losses.is_clipped(old + RATIOS.log(), old, ADVANTAGES)
-    assert found.tolist() == [[True, True, False], [False, False, False]]
-    found = losses.is_clipped(old + RATIOS.log(), old, ADVANTAGES, clip_high=0.6)
-    assert found.tolist() == [[False, True, False], [False, False, False]]
-    found = losses.is_clipped(old + RATIOS.log(), old, torch.tensor([[1.0], [0.0]]), clip=0.05)  # one for a sequence
-    assert found.tolist() == [[True, False, True], [False, False, False]]
+    clipped = losses.is_clipped(old + RATIOS.log(), old, ADVANTAGES, 0.2)
+    assert clipped.tolist() == [[True, True, False], [False, False, False]]
+    clipped = losses.is_clipped(old + RATIOS.log(), old, torch.tensor([[1.0], [0.0]]), 0.05)  # per sequence
+    assert clipped.tolist() == [[True, False, True], [False, False, False]]
 
 
 def test_policy_gradient_before_the_first_update():
-    """Where the policy is the one that drew the tokens, it is REINFORCE's: -A grad log p; and one A for a sequence."""
-    found = gradient(lambda x: losses.clipped_policy_loss(x, x.detach(), torch.tensor([[2.0], [-1.0]]), MASK,
-                                                          reduction='sequence-mean'), [[-1.0] * 3, [-2.0] * 3])
-    close(found, [[-0.5, -0.5, 0.0], [0.5, 0.0, 0.0]])  # half for each of two sequences, shared by their tokens
+    """Of the policy that drew the tokens it is REINFORCE's, -A grad log p; and one A per sequence."""
+    advantages = torch.tensor([[2.0], [-1.0]])
+    slopes = gradient(lambda x: losses.sequence_mean(
+        losses.clipped_policy_loss(x, x.detach(), advantages, MASK, 0.2), MASK), [[-1.0] * 3, [-2.0] * 3])
+    close(slopes, [[-0.5, -0.5, 0.0], [0.5, 0.0, 0.0]])  # half for each sequence, shared by its tokens
 
 
 def test_clipped_value_loss():
-    """Old values 0, clip 0.5: 0.8 towards 2 is clipped to 0.5; -0.8 away from 2 is not, nor is what moved little."""
+    """Old values 0, clip 0.5: 0.8 towards 2 is clipped to 0.5; -0.8 away from 2 is not, nor is 0.4."""
     values, returns = [[0.8, -0.8, 0.4]], torch.tensor([[2.0, 2.0, 2.0]])
     old, mask = torch.zeros(1, 3), torch.ones(1, 3)
     loss = losses.clipped_value_loss(torch.tensor(values), old, returns, mask, 0.5)
     close(loss, (1.5**2 + 2.8**2 + 1.6**2) / 2 / 3)
-    found = gradient(lambda x: losses.clipped_value_loss(x, old, returns, mask, 0.5), values)
-    close(found, [[0.0, -2.8 / 3, -1.6 / 3]])
+    slopes = gradient(lambda x: losses.clipped_value_loss(x, old, returns, mask, 0.5), values)
+    close(slopes, [[0.0, -2.8 / 3, -1.6 / 3]])
     close(losses.clipped_value_loss(torch.tensor(values), old, returns, torch.tensor([[0, 0, 1]]), 0.5), 1.6**2 / 2)

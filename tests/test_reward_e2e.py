@@ -1,13 +1,11 @@
-"""python reward.py: learning, resuming, refusing. Run: pytest tests/test_reward_e2e.py"""
+"""python -m posttrain.reward: learning, resuming, refusing. Run: pytest tests/test_reward_e2e.py"""
 
 import json
-import random
-from dataclasses import asdict
 
 import pytest
 import torch
-from conftest import Folder, same_tensors
-from test_answers import TOKENIZER, tiny, write_pairs
+from chat_models import TOKENIZER, make_chats, save_chat_model
+from conftest import same_tensors
 
 from flatgpt import pretrained
 from posttrain import reward_model
@@ -17,41 +15,9 @@ SMALL = {'init_from': 'chat', 'data': 'pairs.jsonl', 'device': 'cpu', 'dtype': '
          'batch_size': 8, 'eval_interval': 10, 'log_interval': 5, 'learning_rate': 3e-3, 'warmup_iters': 2}
 
 
-LETTERS = 'abcdefghijklmnopqrstuvwxyz'
-
-
-def save_chat_model(path, name='chat', block_size=32, words=(), **changes):
-    """
-    A model that answers with letters, each as likely as any other and as the end, and likelier with these special
-    tokens; as train.py would save it.
-    """
-    model = tiny(n_embd=32, tie_embeddings=False, block_size=block_size)
-    with torch.no_grad():  # the first channel is 1 at the head, and speaks against all other tokens
-        model.transformer.ln_f.weight[0], model.transformer.ln_f.bias[0] = 0.0, 1.0
-        model.lm_head.weight[:, 0] = -10.0
-        model.lm_head.weight[[*LETTERS.encode(), 261], 0] = 0.0
-        model.lm_head.weight[[TOKENIZER.special_tokens[word] for word in words], 0] = 2.0
-    (path / name).mkdir()
-    torch.save({'version': 1, 'model': model.state_dict(), 'model_args': asdict(model.config), 'iter_num': 7,
-                'best_val_loss': 1.25, 'config': {'dataset': 'talks'}, 'tokenizer': TOKENIZER.to_dict(),
-                'chat_template': chat.TEMPLATE, **changes}, path / name / 'ckpt.pt')
-
-
-def save_pairs(path, n=200):
-    """Vowels are better than other letters."""
-    rng, values = random.Random(0), []
-    for i in range(n):
-        chosen = ''.join(rng.choices('aeiou', k=rng.randint(1, 6)))
-        rejected = ''.join(rng.choices([letter for letter in LETTERS if letter not in 'aeiou'], k=rng.randint(1, 6)))
-        values.append({'messages': [{'role': 'user', 'content': str(i)}], 'chosen': chosen, 'rejected': rejected})
-    write_pairs(path / 'pairs.jsonl', values)
-
-
 @pytest.fixture
 def chats(tmp_path):
-    save_chat_model(tmp_path)
-    save_pairs(tmp_path)
-    return Folder(tmp_path)
+    return make_chats(tmp_path)
 
 
 def start(folder, **changes):
@@ -81,7 +47,7 @@ def test_learns_and_says_so(chats):
         reward_model.open_reward_model(str(chats.path / 'chat'), TOKENIZER, chat.TEMPLATE)
     for tokenizer, template, what in ((ByteTokenizer(), chat.TEMPLATE, 'tokenizer'),
                                       (TOKENIZER, chat.TEMPLATE + ' ', 'chat template')):
-        with pytest.raises(ValueError, match=f'out has another {what} than the model that it is to judge'):
+        with pytest.raises(ValueError, match=f'out has another {what} than the chat model'):
             reward_model.open_reward_model(str(chats.path / 'out'), tokenizer, template)
 
 
@@ -93,20 +59,17 @@ def state_of(folder, out_dir):
 
 @pytest.mark.parametrize('changes', [{}, {'optimizer': 'muon'}])
 def test_resumes_bit_for_bit(chats, changes):
-    """Stopped by a signal in the middle, gone on with by the command that it prints; with dropout."""
-    changes = {'dropout': 0.1, 'max_iters': 40, **changes}
-    start(chats, out_dir='whole', **changes).ok()
-    run = start(chats, out_dir='a b', log_interval=1, **changes)
-    run.wait_for('iter 5:')
-    stopped, settings = run.stop()
-    assert 5 < stopped < 40 and chats.checkpoint('a b')['iter_num'] == stopped
-    chats.start('posttrain.reward', **settings).ok()
+    """6 steps = 3 + resume 3, with dropout; the rates are constant, so max_iters does not move them."""
+    changes = {'dropout': 0.1, 'min_lr': 3e-3, 'log_interval': 1, 'eval_interval': 3, **changes}
+    start(chats, out_dir='whole', **changes, max_iters=6).ok()
+    start(chats, out_dir='a b', **changes, max_iters=3).ok()
+    start(chats, out_dir='a b', **changes, max_iters=6, init_from='resume').ok()
     (tensors, values), (expected, expected_values) = state_of(chats, 'a b'), state_of(chats, 'whole')
     same_tensors(tensors, expected)
     assert values == expected_values
     assert any('momentum_buffer' in name for name in tensors) == ('optimizer' in changes)
     steps = [record['step'] for record in chats.log('a b') if 'loss' in record]
-    assert steps == list(range(40))
+    assert steps == list(range(6))
     config = json.loads((chats.path / 'a b' / 'config.json').read_text())
     assert config['init_from'] == 'chat'  # where the model is from, resumed or not
 
@@ -118,7 +81,7 @@ def test_goes_on_with_the_same_pairs_and_optimizer(chats):
     start(chats, init_from='resume', val_fraction=0.3).refused('out/ckpt.pt held out 0.1', '--val_fraction=0.1')
     with open(chats.path / 'pairs.jsonl', 'a') as file:
         file.write(json.dumps({'messages': [{'role': 'user', 'content': 'a'}], 'chosen': 'b', 'rejected': 'c'}))
-    start(chats, init_from='resume').refused('pairs.jsonl is not the file of pairs that out/ckpt.pt has learnt from')
+    start(chats, init_from='resume').refused('pairs.jsonl is not the file of pairs that out/ckpt.pt learned from')
 
 
 def test_micro_batches_are_the_same_step(chats):
@@ -135,12 +98,11 @@ def test_micro_batches_are_the_same_step(chats):
     ({'data': ''}, ["data='': expected a file of pairs: --data=FILE.jsonl"]),
     ({'data': 'none.jsonl'}, ['none.jsonl cannot be read']),
     ({'optimizer': 'sgd'}, ["optimizer='sgd': expected 'adamw' or 'muon'"]),
-    ({'batch_size': 0}, ['batch_size=0: expected 1 or more']),
+    ({'optimizer': 'muon', 'learning_rate': 0.0}, ['learning_rate=0: expected above 0']),
     ({'max_iters': 0}, ['max_iters=0: expected 1 or more']),
     ({'learning_rate': 1e-5}, ['min_lr=3e-05: expected at most learning_rate=1e-05']),
-    ({'micro_batch_size': 3}, ['micro_batch_size=3: expected 0, or a divisor of batch_size=8']),
-    ({'val_fraction': 1.0}, ['val_fraction']), ({'seed': -1}, ['seed=-1: expected 0 or more']),
-    ({'dtype': 'float16'}, ["dtype='float16': expected 'auto', 'float32' or 'bfloat16'"]),
+    ({'val_fraction': 1.0}, ['none of the others is in train', '--val_fraction']),
+    ({'dtype': 'float16'}, ["dtype='float16': expected 'auto' or 'float32' or 'bfloat16'"]),
     ({'out_dir': 'chat'}, ["out_dir='chat': expected another folder"]),
     ({'init_from': 'resume'}, ['no checkpoint at out/ckpt.pt']),
     ({'init_from': 'plain'}, ['the tokenizer of plain has no', '<|assistant|>']),

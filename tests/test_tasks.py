@@ -1,5 +1,6 @@
-"""tasks/: questions from files, prompts, likelihoods, intervals. Run: pytest tests/test_tasks.py"""
+"""tasks/: files of questions, prompts, likelihoods, intervals. Run: pytest tests/test_tasks.py"""
 
+import dataclasses
 import json
 import random
 import types
@@ -44,7 +45,6 @@ def test_tasks_are_found_by_name(tmp_path, monkeypatch):
     (tmp_path / 'tasks').mkdir()
     (tmp_path / 'tasks' / 'mine.py').write_text('def evaluate(example, text):\n    return text == "yes"\n')
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr('sys.path', list(common.sys.path))  # load() adds the current folder
     assert common.load('mine').evaluate({}, 'yes')
 
 
@@ -181,7 +181,7 @@ def test_splits_of_a_file(tmp_path):
     (gsm8k, 'a.jsonl', '', 'has no questions'), (gsm8k, 'a.csv', '', 'has no questions'),
     (gsm8k, 'a.jsonl', 'no', 'line 1: not JSON'),
     (gsm8k, 'a.txt', 'no', "a.txt': expected a .jsonl, .csv or .parquet file"),
-    (gsm8k, 'a.parquet', 'no', 'a.parquet can not be read as Parquet'),
+    (gsm8k, 'a.parquet', 'no', 'a.parquet cannot be read as Parquet'),
     (multiple_choice, 'a.csv', 'q,a,b,c,A\n', 'a.csv, line 1: 5 fields; expected 6: question, A, B, C, D, answer'),
     (multiple_choice, 'a.csv', 'q,a,b,c,d,E\n', "line 1: the answer is 'E', and the choices are A, B, C, D; expected"),
     (multiple_choice, 'a.jsonl', '{"question": "q", "choices": ["a", "b"], "answer": 2}', 'is number 2 of 2'),
@@ -198,7 +198,7 @@ def test_splits_of_a_file(tmp_path):
      '"answerKey": 0}', 'the answer is 0, and the choices are 1, 2'),
     (multiple_choice, 'a.jsonl', '{"question": " ", "choices": ["a", "b"], "answer": 0}', 'the question is empty'),
     (multiple_choice, 'a.jsonl', '{"question": "q", "choices": ["a", "b"], "answer": 0, "subject": ["x"]}',
-     "the kind of the question is ['x'], no text"),
+     "the kind of the question is ['x'], not a text"),
     (gsm8k, 'a.jsonl', '{"question": "q", "answer": "<<1=1/0>> #### 5/6"}', 'line 1: "question" or the line with ####'),
     (hellaswag, 'a.jsonl', '{"ctx": "q", "endings": "ab", "label": 0}', '"endings" are no list'),
     (hellaswag, 'a.jsonl', '{"ctx": " ", "endings": ["a", "b"], "label": 0}', 'line 1: the context is empty; expected'),
@@ -213,10 +213,10 @@ def test_no_questions(tmp_path, task, name, content, said):
 
 
 @pytest.mark.parametrize('arguments, said', [
-    ({'split': 'all'}, 'no questions of its own; name a file of them, --input=FILE, with a "question"'),
+    ({'split': 'all'}, 'no questions of its own; name a file, --input=FILE, with a "question"'),
     ({'split': 'dev', 'input': 'a.jsonl'}, "split='dev': expected one of train, val, test, all"),
-    ({'split': 'all', 'input': 'none.jsonl'}, 'none.jsonl cannot be read'),
-    ({'split': 'all', 'input': 'none.csv'}, 'none.csv can not be read as CSV')])
+    ({'split': 'all', 'input': 'none.jsonl'}, 'none.jsonl can'),
+    ({'split': 'all', 'input': 'none.csv'}, 'none.csv cannot be read as CSV')])
 def test_no_file(arguments, said):
     with pytest.raises(ValueError) as error:
         multiple_choice.examples(n=5, **arguments)
@@ -327,14 +327,14 @@ def test_multiple_choice_by_likelihood(tmp_path, tokenizer):
             scores.append(logprob(model, context, ids[len(context) :]))
         best.append(max(range(3), key=lambda k: scores[k]) == example['label'])
         best_by_length.append(max(range(3), key=lambda k: scores[k] / len(example['choices'][k])) == example['label'])
-    found = common.measure(multiple_choice, examples, model, tokenizer)
+    found = common.measure(multiple_choice, examples, model, tokenizer, common.Answering())
     assert found['kinds']['all']['right'] == sum(best)
     assert found['others'] == {'accuracy_norm': sum(best_by_length) / 8}
     if tokenizer is TOKENIZER:
         letters = [tokenizer.encode(letter) for letter in 'ABC']
         right = [max(range(3), key=lambda k: logprob(model, chat.render(  # noqa: B023
             example['messages'], chat.TEMPLATE, tokenizer), letters[k])) == example['label'] for example in examples]
-        found = common.measure(multiple_choice, examples, model, tokenizer, chat.TEMPLATE)
+        found = common.measure(multiple_choice, examples, model, tokenizer, common.Answering(chat.TEMPLATE))
         assert found['kinds']['all']['right'] == sum(right)
 
 
@@ -354,12 +354,13 @@ def test_answers_end_and_do_not_depend_on_their_batch():
     model = tiny(ByteTokenizer(), 64)
     model.lm_head.weight.data[:256] *= 0.3
     prompts = [list(f'Q: {name}?\nA:'.encode()) for name in ('a', 'bb', 'ccc', 'd')]
-    arguments = {'max_new_tokens': 40, 'num_samples': 3, 'temperature': 1.0}
-    together = common.answer(model, ByteTokenizer(), prompts, **arguments)
-    assert together == common.answer(model, ByteTokenizer(), prompts, batch_size=3, **arguments)
+    answering = common.Answering(max_new_tokens=40, num_samples=3)
+    together = common.answer(model, ByteTokenizer(), prompts, answering)
+    assert together == common.answer(model, ByteTokenizer(), prompts, dataclasses.replace(answering, batch_size=3))
     assert len(together) == 12 == len(set(together))
     done = []
-    common.answer(model, ByteTokenizer(), prompts, 5, batch_size=3, progress=done.append, temperature=0)
+    common.answer(model, ByteTokenizer(), prompts, common.Answering(
+        max_new_tokens=5, batch_size=3, progress=done.append, temperature=0))
     assert done == [3, 1]
 
 
@@ -384,10 +385,9 @@ def test_what_lacks_something_is_refused(tmp_path, monkeypatch):
     (tmp_path / 'tasks' / 'half.py').write_text(text)
     (tmp_path / 'tasks' / 'unkind.py').write_text(text + 'def reward(example, text):\n    return 1.0\n')
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr('sys.path', list(common.sys.path))
     for name, said in (('half', 'half.py has no reward'), ('unkind', 'unkind.py: an example has no kind')):
         with pytest.raises(ValueError, match=said):
-            common.examples_of(common.load(name), 'val', 1, 0, '', ())
+            common.examples_of(common.load(name), common.Questions('val', 1))
 
 
 @pytest.mark.parametrize('n_right, n', [(0, 10), (10, 10), (1, 3), (250, 500), (499, 500), (0, 1)])

@@ -201,7 +201,7 @@ def test_examples_are_a_pure_function():
     json.dumps(EXAMPLES['train'][:20])  # plain values
     for refused, said in (({'split': 'dev'}, "split='dev': expected one of train, val, test"),
                           ({'kinds': ('sums',)}, "no 'sums'; expected some of addition"),
-                          ({'input': 'a.jsonl'}, 'makes its own questions')):
+                          ({'input': 'a.jsonl'}, 'generates its questions')):
         with pytest.raises(ValueError, match=said):
             tiny_chat.examples(**{'split': 'test', 'n': 1, **refused})
 

@@ -1,32 +1,30 @@
 """
-What the tasks beside this file share: how one is found, questions from files, prompts, and what a model makes of them.
+Tasks: questions whose answers a program checks, and a model's accuracy on them.
 
     task = load('tiny_chat')
-    examples = task.examples('test', 500, seed=0)
-    texts = answer(model, tokenizer, prompts, max_new_tokens=100)   # prompts: of chat_prompt() or few_shot()
-    n_right = sum(task.evaluate(example, text) for example, text in zip(examples, texts, strict=True))
+    examples = examples_of(task, Questions('test', 500))
+    report = measure(task, examples, model, tokenizer, Answering(template))
 
-A task is a module tasks/NAME.py, here or in the current folder, with
+A task is a module posttrain/tasks/NAME.py, or tasks/NAME.py in the current folder, with
 
-    examples(split, n, seed=0, input='', kinds=()) -> n of its examples, or as many as there are, a pure function of
-        these; split: 'train', 'val', 'test', which have no question in common, or, of a file, also 'all' of it; input:
-        the file, for tasks that are read from one; kinds: only these, () for all
-    extract(text) -> the answer that the assistant's text comes to, or None
-    evaluate(example, text) -> whether that is right
-    reward(example, text) -> 0 to 1, what reinforcement learning is to raise; 1 is right
+    examples(split, n, seed=0, input='', kinds=()) -> at most n examples, a pure function of these.
+        split: 'train', 'val' or 'test', which share no question, or 'all' of a file; input: the
+        file, for a task that reads one; kinds: only these, () for all
+    extract(text) -> the answer in the assistant's text, or None
+    evaluate(example, text) -> whether that answer is right
+    reward(example, text) -> 0 to 1, the reward of reinforcement learning; 1 is right
 
-and an example is a dict of plain values:
+An example is a dict of plain values:
 
-    messages    what the assistant is asked, as chat.py takes it
-    context     the same in plain text, which ' ' + solution continues, for models that know no conversations
+    messages    the question as a conversation, see tokenizer/chat.py
+    context     the question as plain text, which ' ' + solution continues
     solution    a text that evaluate() accepts
-    answer      what extract() finds in it
-    kind        of question, for accuracies of each
-    choices, label    of multiple choice: what ' ' + choice may continue the context; which of them is right, from 0.
-        In messages they have letters, and the answer is one
+    answer      what extract() returns for it
+    kind        of question; accuracies are given per kind
+    choices, label    multiple choice: the texts that may follow the context, and the index of the
+        right one. In messages the choices have letters, and the answer is a letter
 """
 
-import collections
 import csv
 import importlib.util
 import itertools
@@ -34,6 +32,8 @@ import math
 import os
 import pkgutil
 import random
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -41,8 +41,9 @@ from configurator import UserError
 from data.documents import text_hash
 from data.tokens import to_device
 from flatgpt import jsonl
-from flatgpt.generate import Sampling, generate_texts, uniforms
+from flatgpt.generate import Sampling, generate_texts, majority, uniforms
 from posttrain import tasks
+from posttrain.losses import token_logprobs
 from posttrain.tools import SYSTEM, generate_with_tools
 from tokenizer.chat import bos_ids, find_endings, render
 
@@ -51,94 +52,109 @@ SPLITS = ('train', 'val', 'test')
 FUNCTIONS = ('examples', 'extract', 'evaluate', 'reward')  # of a task
 KEYS = ('messages', 'context', 'solution', 'answer', 'kind')  # of an example
 
-# Tasks and their examples ---------------------------------------------------------------------------------------------
+# Tasks and their examples -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Which examples of a task: the arguments of its examples()."""
+
+    split: str
+    n: int
+    seed: int = 0
+    input: str = ''
+    kinds: tuple = ()
 
 
 def load(name):
-    """The module of a task. Raises ValueError naming those there are."""
+    """Import a task by name. Raises UserError with the names of the built-in tasks."""
     built_in = {module.name for module in pkgutil.iter_modules(tasks.__path__)} - {'common'}
     if name in built_in:
         return importlib.import_module(f'posttrain.tasks.{name}')
     path = os.path.join('tasks', f'{name}.py')
     if not os.path.isfile(path):
-        raise UserError(f'there is no task {name!r}; expected one of {", ".join(sorted(built_in))}, or a file {path} '
-                         f'of your own, see posttrain/tasks/common.py')
+        raise UserError(f'there is no task {name!r}; expected one of '
+                        f'{", ".join(sorted(built_in))}, or a file {path} of your own '
+                        f'(posttrain/README.md)')
     spec = importlib.util.spec_from_file_location(f'tasks.{name}', path)
     task = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(task)
     return task
 
 
-def examples_of(task, split, n, seed, input, kinds, functions=FUNCTIONS, keys=KEYS):
-    """task.examples(...). ValueError for a task that lacks one of the functions, or an example one of the keys."""
+def examples_of(task, questions, functions=FUNCTIONS, keys=KEYS):
+    """Return a task's examples. Raises UserError for a missing function or key."""
     if missing := [name for name in functions if not hasattr(task, name)]:
-        raise UserError(f'{task.__file__} has no {", ".join(missing)}; expected what tasks/common.py says of a task')
-    examples = task.examples(split, n, seed, input=input, kinds=kinds)
+        raise UserError(f'{task.__file__} has no {", ".join(missing)}; expected the functions that '
+                        f'posttrain/tasks/common.py lists')
+    q = questions
+    examples = task.examples(q.split, q.n, q.seed, input=q.input, kinds=q.kinds)
     for example in examples:
         if missing := [key for key in keys if key not in example]:
-            raise UserError(f'{task.__file__}: an example has no {", ".join(missing)}; expected what tasks/common.py '
-                             f'says of examples, but it is {str(example)[:60]}')
+            raise UserError(f'{task.__file__}: an example has no {", ".join(missing)}, it is '
+                            f'{str(example)[:60]}; expected the keys in posttrain/tasks/common.py')
     return examples
 
 
 def split_of(content):
-    """
-    'train', 'val' or 'test', the last two a tenth each, by a hash of what is asked, so that the choice depends on
-    nothing else and no other way to ask the same is in another split.
-    """
+    """Return a question's split, by a hash of its content: val and test get a tenth."""
     place = text_hash(content)
     return 'test' if place < 0.1 else 'val' if place < 0.2 else 'train'
 
 
 def check_split(split, splits=SPLITS):
+    """Raise UserError for a split that is not among `splits`."""
     if split not in splits:
         raise UserError(f'split={split!r}: expected one of {", ".join(splits)}')
 
 
 def kinds_of(text):
-    """The kinds that a setting names: 'addition, spelling' -> ('addition', 'spelling'), '' -> (), which is all."""
+    """Parse a setting: 'addition, spelling' -> ('addition', 'spelling'); '' -> ()."""
     return tuple(kind.strip() for kind in text.split(',') if kind.strip())
 
 
-def check_kinds(kinds, there):
-    """ValueError unless all of kinds are among those there are."""
-    unknown = [kind for kind in kinds if kind not in there]
-    if unknown:
-        raise UserError(f'kinds: there is no {unknown[0]!r}; expected some of {", ".join(there)}')
+def check_kinds(kinds, known):
+    """Raise UserError for a kind that is not known."""
+    for kind in kinds:
+        if kind not in known:
+            raise UserError(f'kinds: there is no {kind!r}; expected some of {", ".join(known)}')
 
 
 def read_rows(path, columns=None):
     """
-    [(where, dict), ...] of the rows of a .jsonl, .csv or .parquet file. columns: of a .csv whose first line does not
-    name a column 'question'. Raises ValueError for what can't be read, or has no rows.
+    Read the rows of a .jsonl, .csv or .parquet file; -> [(where, dict), ...].
+
+    columns: of a .csv whose first line names no column 'question'. Raises UserError for a file that
+    cannot be read or has no rows.
     """
-    kind = os.path.splitext(path)[1]
+    kind, rows = os.path.splitext(path)[1], []
     if kind == '.jsonl':
-        rows = [(f'{path}, line {number}', row) for number, row in jsonl.read_objects(path).items()]
+        rows = [(f'{path}, line {n}', row) for n, row in jsonl.read_objects(path).items()]
     elif kind == '.csv':
         try:
             with open(path, encoding='utf-8-sig', newline='') as file:
                 reader = csv.reader(file)
-                lines = [(reader.line_num, line) for line in reader if line]
+                lines = [(f'{path}, line {reader.line_num}', line) for line in reader if line]
         except (OSError, UnicodeDecodeError, csv.Error) as error:
-            raise UserError(f'{path} can not be read as CSV: {error}') from None
+            raise UserError(f'{path} cannot be read as CSV: {error}') from None
         if lines and (columns is None or 'question' in lines[0][1]):
             columns, lines = lines[0][1], lines[1:]
-        for number, line in lines:
+        for where, line in lines:
             if len(line) != len(columns):
-                raise UserError(f'{path}, line {number}: {len(line)} fields; expected {len(columns)}: '
-                                 f'{", ".join(columns)}')
-        rows = [(f'{path}, line {number}', dict(zip(columns, line, strict=True))) for number, line in lines]
+                raise UserError(f'{where}: {len(line)} fields; expected {len(columns)}: '
+                                f'{", ".join(columns)}')
+            rows.append((where, dict(zip(columns, line, strict=True))))
     elif kind == '.parquet':
         try:
             import pyarrow as pa
             import pyarrow.parquet as pq
         except ImportError:
-            raise UserError(f"{path} is Parquet, which needs the package pyarrow: pip install -e '.[data]'") from None
+            raise UserError(f"{path}: Parquet needs pyarrow; pip install -e '.[data]'") from None
         try:
-            rows = [(f'{path}, row {i}', row) for i, row in enumerate(pq.read_table(path).to_pylist(), 1)]
+            table = pq.read_table(path).to_pylist()
         except (pa.ArrowException, OSError) as error:
-            raise UserError(f'{path} can not be read as Parquet: {error}') from None
+            raise UserError(f'{path} cannot be read as Parquet: {error}') from None
+        rows = [(f'{path}, row {n}', row) for n, row in enumerate(table, 1)]
     else:
         raise UserError(f'input={path!r}: expected a .jsonl, .csv or .parquet file')
     if not rows:
@@ -146,64 +162,135 @@ def read_rows(path, columns=None):
     return rows
 
 
-def from_file(input, what, example_of, split, n, seed, kinds, columns=None):
+def from_file(questions, expected, example_of, columns=None):
     """
-    n examples of a file, in an order that the seed decides. example_of(row) -> an example; whatever it raises for a row
-    that is none becomes a ValueError that names the line. what: the rows that are expected, in words.
+    Return the examples of a file, in an order that the seed fixes.
+
+    expected: the shape of a row, in words. example_of: function from a row to an example; its
+    errors become a UserError that names the line. columns: see read_rows().
     """
-    check_split(split, (*SPLITS, 'all'))
-    if not input:
-        raise UserError(f'this task has no questions of its own; name a file of them, --input=FILE, with {what}')
-    found = []
-    for where, row in read_rows(input, columns):
+    check_split(questions.split, (*SPLITS, 'all'))
+    if not questions.input:
+        raise UserError(f'this task has no questions of its own; name a file, --input=FILE, with '
+                        f'{expected}')
+    examples = []
+    for where, row in read_rows(questions.input, columns):
         try:
-            found.append(example_of(row))
+            examples.append(example_of(row))
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             why = f'there is no {error}' if isinstance(error, KeyError) else error
-            raise UserError(f'{where}: {why}; expected {what}') from None
-    check_kinds(kinds, sorted({example['kind'] for example in found}))
-    found = [example for example in found if (not kinds or example['kind'] in kinds)
-             and split in ('all', split_of(example['context']))]
-    random.Random(seed).shuffle(found)
-    return found[:n]
+            raise UserError(f'{where}: {why}; expected {expected}') from None
+    kinds = questions.kinds
+    check_kinds(kinds, sorted({example['kind'] for example in examples}))
+    examples = [example for example in examples if (not kinds or example['kind'] in kinds)
+                and questions.split in ('all', split_of(example['context']))]
+    random.Random(questions.seed).shuffle(examples)
+    return examples[: questions.n]
+
+
+# Multiple choice ----------------------------------------------------------------------------------
 
 
 def choice_example(question, context, choices, label, kind):
-    """An example of multiple choice, see above."""
-    if not 2 <= len(choices) <= len(LETTERS) or not all(isinstance(choice, str) and choice for choice in choices):
+    """Make an example of multiple choice. Raises UserError for impossible choices."""
+    if (not 2 <= len(choices) <= len(LETTERS)
+            or not all(isinstance(choice, str) and choice for choice in choices)):
         raise UserError(f'choices={choices!r} are not 2 to {len(LETTERS)} texts')
     if not 0 <= label < len(choices):
         raise UserError(f'the right choice is number {label} of {len(choices)}')
     if not isinstance(kind, str):
-        raise UserError(f'the kind of the question is {kind!r}, no text')
-    asked = ''.join(f'\n{letter}. {choice}' for letter, choice in zip(LETTERS, choices, strict=False))
-    return {'messages': [{'role': 'user', 'content': f'{question}{asked}\nAnswer with the letter alone.'}],
-            'context': context, 'solution': choices[label], 'answer': LETTERS[label], 'kind': kind, 'choices': choices,
+        raise UserError(f'the kind of the question is {kind!r}, not a text')
+    options = zip(LETTERS, choices, strict=False)
+    content = '\n'.join([question, *(f'{letter}. {choice}' for letter, choice in options),
+                         'Answer with the letter alone.'])
+    return {'messages': [{'role': 'user', 'content': content}], 'context': context,
+            'solution': choices[label], 'answer': LETTERS[label], 'kind': kind, 'choices': choices,
             'label': label}
 
 
 def extract_letter(text):
-    """The letter that an answer is, such as 'B', 'B.' or 'B. a choice'; None for any other."""
+    """Return the letter of an answer such as 'B', 'B.' or 'B. a choice', or None."""
     text = text.strip()
-    return text[0] if text and text[0] in LETTERS and text[1:2] in ('', '.', ')', '\n') else None
+    is_letter = text and text[0] in LETTERS and text[1:2] in ('', '.', ')', '\n')
+    return text[0] if is_letter else None
 
 
-# Prompts --------------------------------------------------------------------------------------------------------------
+def evaluate_letter(example, text):
+    """Return whether the text is the letter of the right choice."""
+    return extract_letter(text) == example['answer']
+
+
+def reward_letter(example, text):
+    """Return 1 for the right letter, else 0."""
+    return float(evaluate_letter(example, text))
+
+
+def choice_prompts(example, context, context_ids, tokenizer):
+    """
+    Return [(context ids, continuation ids), ...], one for each choice.
+
+    The continuation is ' ' and the choice, encoded together with the text `context` of
+    few_shot_prompt(). With context=None, after chat_prompt(), it is the choice's letter.
+    """
+    if context is None:
+        return [(context_ids, tokenizer.encode(letter, allowed_special='none'))
+                for letter in LETTERS[: len(example['choices'])]]
+    wholes = [bos_ids(tokenizer) + tokenizer.encode(f'{context} {choice}', allowed_special='none')
+              for choice in example['choices']]
+    return [(ids[: len(context_ids)], ids[len(context_ids) :]) for ids in wholes]
+
+
+@torch.no_grad()
+def loglikelihoods(model, pairs, batch_size=64):
+    """
+    Return the log-probability in nats of each continuation after its context.
+
+    pairs: [(context ids, continuation ids), ...]. The last block_size + 1 tokens of both count.
+    Raises UserError for a continuation of no tokens or of more than block_size.
+    """
+    block_size, device = model.config.block_size, model.lm_head.weight.device
+    for _, continuation in pairs:
+        if not 1 <= len(continuation) <= block_size:
+            raise UserError(f'a choice has {len(continuation):,} tokens; expected 1 to '
+                            f'{block_size:,}, the context')
+    logprobs = [0.0] * len(pairs)
+    order = sorted(range(len(pairs)), key=lambda i: sum(map(len, pairs[i])))  # little padding
+    while order:
+        T = min(block_size, sum(map(len, pairs[order[-1]])) - 1)
+        size = max(1, min(batch_size, 2**26 // (T * model.config.vocab_size)))  # logits of 256 MB
+        rows, order = order[-size:], order[:-size]
+        x, y = torch.zeros(len(rows), T, dtype=torch.long), torch.full((len(rows), T), -1)
+        for row, (context, continuation) in enumerate(pairs[i] for i in rows):
+            ids = torch.tensor((context + continuation)[-block_size - 1 :])
+            end, start = len(ids) - 1, len(ids) - 1 - len(continuation)
+            x[row, :end], y[row, start:end] = ids[:-1], ids[start + 1 :]
+        x, y = to_device((x, y), device)
+        logits = model(x, y)[0].float()  # (B, T, V)
+        sums = token_logprobs(logits, y.clamp(min=0)).double().masked_fill(y < 0, 0.0).sum(-1)
+        for i, total in zip(rows, sums.tolist(), strict=True):
+            logprobs[i] = total
+    return logprobs
+
+
+# Prompts and answers ------------------------------------------------------------------------------
 
 
 def few_shot(example, shots):
-    """The text that a model continues with an answer: examples that are solved, and then the question."""
-    return '\n\n'.join([f'{shot["context"]} {shot["solution"]}' for shot in shots] + [example['context']])
+    """Return a text to continue: the solved examples `shots`, then the question."""
+    solved = [f'{shot["context"]} {shot["solution"]}' for shot in shots]
+    return '\n\n'.join([*solved, example['context']])
 
 
 def few_shot_prompt(example, pool, shots, tokenizer, room):
     """
-    -> (few_shot() with examples from the pool, its ids, how many). They are of the question's own kind, where there are
-    some, the same for the same question; fewer than `shots` if more would take above `room` tokens.
+    Build a few-shot prompt; -> (text, ids, number of solved examples).
+
+    The solved examples are a sample of the pool that depends on the question alone, of its kind
+    where the pool has some. There are fewer than `shots` if the prompt would exceed `room` tokens.
     """
     others = [other for other in pool if other['context'] != example['context']]
-    same = [other for other in others if other['kind'] == example['kind']] or others
-    chosen = random.Random(example['context']).sample(same, min(shots, len(same)))
+    same_kind = [other for other in others if other['kind'] == example['kind']] or others
+    chosen = random.Random(example['context']).sample(same_kind, min(shots, len(same_kind)))
     for count in range(len(chosen), -1, -1):
         text = few_shot(example, chosen[:count])
         ids = bos_ids(tokenizer) + tokenizer.encode(text, allowed_special='none')
@@ -212,167 +299,162 @@ def few_shot_prompt(example, pool, shots, tokenizer, room):
     raise too_long(example, ids, room)
 
 
-def asked_of(example, tools):
-    """What a chat model is asked, messages; with tools it is told first that it has a calculator."""
+def chat_messages(example, tools):
+    """Return a question's messages. tools: a system message permits the calculator."""
     return [{'role': 'system', 'content': SYSTEM}] * tools + example['messages']
 
 
 def chat_prompt(example, template, tokenizer, room, tools=False):
-    """The ids after which an assistant answers. tools: it is told that it has a calculator."""
-    ids = render(asked_of(example, tools), template, tokenizer)
+    """Return the ids that an assistant answers. Raises UserError beyond `room` ids."""
+    ids = render(chat_messages(example, tools), template, tokenizer)
     if len(ids) > room:
         raise too_long(example, ids, room)
     return ids
 
 
 def too_long(example, ids, room):
-    return UserError(f'a question has {len(ids):,} tokens, and the context has room for {room:,} beside the answer: '
-                      f'{example["context"][:60]!r}; shorter answers leave more, --max_new_tokens')
+    """Return the UserError for a question that leaves its answer too little room."""
+    return UserError(f'a question has {len(ids):,} tokens, and the context has room for {room:,} '
+                     f'beside the answer: {example["context"][:60]!r}; lower --max_new_tokens')
 
 
-# What a model makes of them -------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Answering:
+    """How a model answers the questions of a task."""
+
+    template: str | None = None  # of the chat; None: plain text
+    tools: bool = False  # the model may call the calculator
+    shots: int = 0  # solved examples of `pool` before the question, as plain text
+    pool: tuple | list = ()
+    max_new_tokens: int = 128
+    temperature: float = 1.0
+    num_samples: int = 1  # answers to each question, of which the most frequent counts
+    seed: int = 1337
+    batch_size: int = 64  # answers at once
+    rate: Callable | None = None  # (example, texts) -> scores: the best answer counts instead
+    progress: Callable = lambda n: None  # called with the number of questions done
 
 
-def answer(model, tokenizer, prompts, max_new_tokens, template=None, num_samples=1, tools=False, seed=1337,
-           batch_size=64, progress=lambda n: None, **controls):
+def answer(model, tokenizer, prompts, how):
     """
-    -> texts, num_samples for each of the prompts, lists of ids, those of the first prompt first. template: of the
-    chat, whose endings end an answer; None: plain text, where a blank line or another question does. tools: the model
-    may call the calculator. progress: called with the number of prompts done. controls: of generate.Sampling.
+    Answer prompts, lists of ids; -> texts, `num_samples` in a row for each prompt.
+
+    In a chat the template's endings end an answer; in plain text a blank line or a new question.
     """
-    stop_ids, stops = find_endings(template, tokenizer)
-    if template is None:
+    stop_ids, stops = find_endings(how.template, tokenizer)
+    if how.template is None:
         stops = ['\n\n', '\nQ:', '\nQuestion:']
-    texts, at_once = [], max(1, batch_size // num_samples)
+    texts, at_once = [], max(1, how.batch_size // how.num_samples)
     for first in range(0, len(prompts), at_once):
         batch = prompts[first : first + at_once]
-        numbers = range(first, first + len(batch))
-        if tools:
-            u = torch.stack([uniforms(seed, number, sample, max_new_tokens) for number in numbers
-                             for sample in range(num_samples)])
-            found, _ = generate_with_tools(model, tokenizer, [ids for ids in batch for _ in range(num_samples)],
-                                           max_new_tokens, stop_ids, u, **controls)
-            for ids in found:
+        numbers, samples = range(first, first + len(batch)), range(how.num_samples)
+        if how.tools:
+            u = torch.stack([uniforms(how.seed, number, sample, how.max_new_tokens)
+                             for number in numbers for sample in samples])
+            sampling = Sampling(how.max_new_tokens, how.temperature, stop_ids=stop_ids)
+            repeated = [ids for ids in batch for _ in samples]
+            for ids in generate_with_tools(model, tokenizer, repeated, sampling, u)[0]:
                 text = tokenizer.decode(ids[:-1] if ids[-1] in stop_ids else ids)
-                texts.append(text[: min((text.find(stop) for stop in stops if stop in text), default=None)])
+                ends = [text.find(stop) for stop in stops if stop in text]
+                texts.append(text[: min(ends, default=None)])
         else:
-            *_, samples = generate_texts(model, tokenizer, batch, Sampling(
-                max_new_tokens, stops=stops, stop_ids=stop_ids, num_samples=num_samples, seed=seed, **controls), numbers)
-            texts += [sample.text for sample in samples]
-        progress(len(batch))
+            sampling = Sampling(how.max_new_tokens, how.temperature, stop_ids=stop_ids, stops=stops,
+                                num_samples=how.num_samples, seed=how.seed)
+            *_, drawn = generate_texts(model, tokenizer, batch, sampling, numbers)
+            texts += [sample.text for sample in drawn]
+        how.progress(len(batch))
     return texts
 
 
-def choice_prompts(example, context, context_ids, tokenizer):
-    """
-    [(context, continuation), ...] of ids, one for each choice: ' ' and its text, encoded together with the context,
-    which is that of few_shot_prompt(); or where that is None, after chat_prompt(), the choice's letter.
-    """
-    if context is None:
-        letters = LETTERS[: len(example['choices'])]
-        return [(context_ids, tokenizer.encode(letter, allowed_special='none')) for letter in letters]
-    pairs = []
-    for choice in example['choices']:
-        ids = bos_ids(tokenizer) + tokenizer.encode(f'{context} {choice}', allowed_special='none')
-        pairs.append((ids[: len(context_ids)], ids[len(context_ids) :]))
-    return pairs
+# Accuracies ---------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def loglikelihoods(model, pairs, batch_size=64):
+def measure(task, examples, model, tokenizer, how):
     """
-    The log-probability, in nats, of each continuation after its context, [(context, continuation), ...] of ids. The
-    last block_size + 1 tokens of both count. ValueError for a continuation of no tokens, or more than block_size.
-    """
-    block_size, device = model.config.block_size, model.lm_head.weight.device
-    for _, continuation in pairs:
-        if not 1 <= len(continuation) <= block_size:
-            raise UserError(f'a choice has {len(continuation):,} tokens; expected 1 to {block_size:,}, the context')
-    found = [0.0] * len(pairs)
-    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))  # so that padding is little
-    while order:
-        T = min(block_size, len(pairs[order[-1]][0]) + len(pairs[order[-1]][1]) - 1)
-        size = max(1, min(batch_size, 2**26 // (T * model.config.vocab_size)))  # logits of 256 MB
-        rows, order = order[-size:], order[:-size]
-        whole = [(pairs[i][0] + pairs[i][1])[-block_size - 1 :] for i in rows]
-        x = torch.tensor([ids[:-1] + [0] * (T + 1 - len(ids)) for ids in whole])
-        y = torch.tensor([[-1] * (len(ids) - 1 - len(pairs[i][1])) + ids[-len(pairs[i][1]) :]
-                          + [-1] * (T + 1 - len(ids)) for i, ids in zip(rows, whole, strict=True)])
-        x, y = to_device((x, y), device)
-        logits = model(x, y)[0].float()  # (B, T, V)
-        logprobs = logits.gather(-1, y.clamp(min=0)[..., None])[..., 0] - logits.logsumexp(-1)  # (B, T)
-        for i, total in zip(rows, logprobs.double().masked_fill(y < 0, 0.0).sum(-1).tolist(), strict=True):
-            found[i] = total
-    return found
+    Measure a model's accuracy on examples of a task. how: Answering.
 
-
-def measure(task, examples, model, tokenizer, template=None, pool=(), shots=0, max_new_tokens=128, num_samples=1,
-            tools=False, seed=1337, batch_size=64, progress=lambda n: None, rate=None, **controls):
-    """
-    The accuracy of a model on a task: of a chat, if it has a template and shots is 0, or else of plain text that begins
-    with that many solved examples of the pool. Multiple choice is decided by likelihood, everything else by answer().
-    Of several samples the most frequent answer counts; with rate(example, texts) -> scores, the best (best of n).
-
-    -> {'kinds': of accuracies(), 'shots': how many examples each had on average, 'others': {name: accuracy}}: of
-    multiple choice that by the log-probability of a character of the choices, 'accuracy_norm'; of several samples
-    'accuracy_of_one', the mean of all, 'accuracy_of_any', the share of questions that one of them or more gets right,
-    and with rate 'accuracy_of_majority'.
+    Multiple choice is decided by likelihood, all else by answer(). -> {'kinds': of accuracies(),
+    'shots': mean number of solved examples, 'others': {name: accuracy}}. The others are, of
+    multiple choice, 'accuracy_norm', by log-probability per character; of several samples,
+    'accuracy_of_one', their mean, and 'accuracy_of_any', of questions with at least one right
+    answer; with rate, 'accuracy_of_majority'.
     """
     block_size, is_choice = model.config.block_size, 'choices' in examples[0]
-    room = block_size if is_choice else max(1, block_size - max_new_tokens)
-    template = None if shots else template
-    if template:
-        found = [(None, chat_prompt(example, template, tokenizer, room, tools), 0) for example in examples]
+    room = block_size if is_choice else max(1, block_size - how.max_new_tokens)
+    how = replace(how, template=None) if how.shots else how
+    if how.template:
+        asked = [(None, chat_prompt(example, how.template, tokenizer, room, how.tools), 0)
+                 for example in examples]
     else:
-        found = [few_shot_prompt(example, pool, shots, tokenizer, room) for example in examples]
-    contexts, prompts, n_shots = zip(*found, strict=True)
+        asked = [few_shot_prompt(example, how.pool, how.shots, tokenizer, room)
+                 for example in examples]
+    contexts, prompts, n_shots = zip(*asked, strict=True)
     if is_choice:
         pairs = [pair for each in zip(examples, contexts, prompts, strict=True)
                  for pair in choice_prompts(*each, tokenizer)]
-        logprobs, rights, norms = iter(loglikelihoods(model, pairs, batch_size)), [], []
-        for example in examples:
-            scores = list(itertools.islice(logprobs, len(example['choices'])))
-            lengths = [1 if template else len(choice) for choice in example['choices']]  # letters are equally long
-            by_length = [score / length for score, length in zip(scores, lengths, strict=True)]
-            rights.append(scores.index(max(scores)) == example['label'])
-            norms.append(by_length.index(max(by_length)) == example['label'])
-            progress(1)
-        others = {'accuracy_norm': sum(norms) / len(norms)}
+        logprobs = iter(loglikelihoods(model, pairs, how.batch_size))
+        rights, others = choose(examples, logprobs, by_letter=bool(how.template))
+        how.progress(len(examples))
     else:
-        texts = answer(model, tokenizer, prompts, max_new_tokens, template, num_samples, tools, seed, batch_size,
-                       progress, **controls)
-        rights, others = [], {}
-        n_right = n_any = n_majority = 0
-        for i, example in enumerate(examples):
-            mine = texts[i * num_samples : (i + 1) * num_samples]
-            each = [task.evaluate(example, text) for text in mine]
-            by_majority = task.evaluate(example, majority_text(task, mine))
-            n_right, n_any, n_majority = n_right + sum(each), n_any + any(each), n_majority + by_majority
-            scores = rate(example, mine) if rate else []
-            rights.append(each[scores.index(max(scores))] if rate else by_majority)
-        if num_samples > 1:
-            others = {'accuracy_of_one': n_right / len(texts), 'accuracy_of_any': n_any / len(examples)}
-        if rate:
-            others['accuracy_of_majority'] = n_majority / len(examples)
+        rights, others = vote(task, examples, answer(model, tokenizer, prompts, how), how)
     return {'kinds': accuracies([example['kind'] for example in examples], rights),
             'shots': sum(n_shots) / len(examples), 'others': others}
 
 
+def choose(examples, logprobs, by_letter):
+    """
+    Compare the likeliest choices with the labels; -> (bools, other accuracies).
+
+    logprobs: iterator over those of all choices. by_letter: the continuations were letters, which
+    are equally long.
+    """
+    rights, norms = [], []
+    for example in examples:
+        scores = list(itertools.islice(logprobs, len(example['choices'])))
+        lengths = [1 if by_letter else len(choice) for choice in example['choices']]
+        means = [score / length for score, length in zip(scores, lengths, strict=True)]
+        rights.append(scores.index(max(scores)) == example['label'])
+        norms.append(means.index(max(means)) == example['label'])
+    return rights, {'accuracy_norm': sum(norms) / len(norms)}
+
+
+def vote(task, examples, texts, how):
+    """Evaluate the answer that counts for each question; -> (bools, other accuracies)."""
+    rights, of_samples, of_majority, n = [], [], [], how.num_samples
+    for i, example in enumerate(examples):
+        samples = texts[i * n : (i + 1) * n]
+        of_samples.append([bool(task.evaluate(example, text)) for text in samples])
+        of_majority.append(task.evaluate(example, majority_text(task, samples)))
+        scores = how.rate(example, samples) if how.rate else []
+        best = of_samples[-1][scores.index(max(scores))] if how.rate else of_majority[-1]
+        rights.append(best)
+    others = {}
+    if n > 1:
+        others = {'accuracy_of_one': sum(map(sum, of_samples)) / len(texts),
+                  'accuracy_of_any': sum(map(any, of_samples)) / len(examples)}
+    if how.rate:
+        others['accuracy_of_majority'] = sum(of_majority) / len(examples)
+    return rights, others
+
+
 def majority_text(task, texts):
     """
-    Of texts the first one with the answer that most come to (self-consistency, Wang et al. 2023); of answers that are
-    equally frequent the one that came first counts, of texts without an answer none does unless all are.
+    Return the first text whose answer is the most frequent one.
+
+    Texts without an answer do not vote; if none has one, the first text is returned.
     """
     answers = [task.extract(text) for text in texts]
-    counts = collections.Counter(answer for answer in answers if answer is not None)
-    return texts[answers.index(counts.most_common(1)[0][0])] if counts else texts[0]
+    answers = ['' if extracted is None else str(extracted) for extracted in answers]
+    votes = majority(answers, r'(?s).+')
+    return texts[answers.index(votes[0][0])] if votes else texts[0]
 
 
 def wilson(n_right, n, z=1.959964):
     """
-    (low, high): the interval that holds the true accuracy in 95% of cases (for this z), n_right of n answers being
-    right ("Probable Inference, the Law of Succession, and Statistical Inference", Wilson 1927). Unlike p +- z sd it
-    stays in [0, 1] and has a width where all or none are right.
+    Return Wilson's interval (low, high) of an accuracy, 95% for this z.
+
+    Unlike p +- z sd it stays in [0, 1] and is wide at 0 and 1 ("Probable Inference, the Law of
+    Succession, and Statistical Inference", Wilson 1927).
     """
     p, spread = n_right / n, z * z / n
     centre = (p + spread / 2) / (1 + spread)
@@ -382,13 +464,15 @@ def wilson(n_right, n, z=1.959964):
 
 def accuracies(kinds, rights):
     """
-    {kind: {'n', 'right', 'accuracy', 'low', 'high'}}, sorted, and the same of 'all'. kinds, rights: of each question.
+    Return {kind: {'n', 'right', 'accuracy', 'low', 'high'}}, and 'all' last.
+
+    kinds, rights: of each question.
     """
-    found = {}
-    for kind, group in itertools.groupby(sorted(zip(kinds, rights, strict=True)), key=lambda pair: pair[0]):
-        group = [right for _, right in group]
-        found[kind] = (sum(group), len(group))
-    found['all'] = (sum(rights), len(rights))
-    return {kind: {'n': n, 'right': right, 'accuracy': right / n, **dict(zip(('low', 'high'), wilson(right, n),
-                                                                            strict=True))}
-            for kind, (right, n) in found.items()}
+    groups, report = {kind: [] for kind in sorted(set(kinds))}, {}
+    for kind, right in zip(kinds, rights, strict=True):
+        groups[kind].append(right)
+    for kind, group in {**groups, 'all': rights}.items():
+        low, high = wilson(sum(group), len(group))
+        report[kind] = {'n': len(group), 'right': sum(group), 'accuracy': sum(group) / len(group),
+                        'low': low, 'high': high}
+    return report

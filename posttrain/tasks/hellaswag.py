@@ -1,28 +1,28 @@
 """
-HellaSwag ("HellaSwag: Can a Machine Really Finish Your Sentence?", Zellers et al. 2019): how a scene goes on, from a
-file of its lines,
+HellaSwag: how does a scene continue? Multiple choice from a file of its lines.
 
     {"ctx_a": "...", "ctx_b": "...", "activity_label": "...", "endings": ["...", ...], "label": 2}
 
-or with "ctx" in place of the first two. Its texts are cleaned as lm-evaluation-harness does, so that accuracies can be
-compared. See common.py for what a task is.
+"ctx" may replace the first two. The texts are cleaned as lm-evaluation-harness does, so accuracies
+compare. Source: "HellaSwag: Can a Machine Really Finish Your Sentence?", Zellers et al. 2019.
+posttrain/tasks/common.py describes what a task is.
 """
 
 import re
 
 from configurator import UserError
-from posttrain.tasks.common import choice_example, extract_letter, from_file
+from posttrain.tasks import common
 
-WHAT = '"ctx", or "ctx_a" and "ctx_b", "endings" and a "label"'
+EXPECTED = '"ctx", or "ctx_a" and "ctx_b", "endings" and a "label"'
 
 
 def examples(split, n, seed=0, input='', kinds=()):
-    """n examples of the file `input`."""
-    return from_file(input, WHAT, example_of, split, n, seed, kinds)
+    """Return at most n examples of the file `input`."""
+    return common.from_file(common.Questions(split, n, seed, input, kinds), EXPECTED, example_of)
 
 
 def example_of(row):
-    """A line of the file -> an example; its kind is the activity."""
+    """Make an example of a line of the file. Its kind is the activity."""
     context = f'{row["ctx_a"]} {row["ctx_b"].capitalize()}' if 'ctx_a' in row else row['ctx']
     activity, label = row.get('activity_label', ''), row['label']
     if not isinstance(row['endings'], list) or not re.fullmatch(' *[0-9]+ *', str(label)):
@@ -30,24 +30,15 @@ def example_of(row):
     context = cleaned(f'{activity}: {context}' if activity else context)
     if not context:
         raise UserError('the context is empty')
-    return choice_example(f'How does this go on?\n{context}', context, [cleaned(text) for text in row['endings']],
-                          int(label), activity or 'hellaswag')
+    endings = [cleaned(text) for text in row['endings']]
+    return common.choice_example(f'How does this go on?\n{context}', context, endings, int(label),
+                                 activity or 'hellaswag')
 
 
 def cleaned(text):
-    """Without what is left of WikiHow's markup."""
+    """Remove the rest of WikiHow's markup."""
     text = re.sub(r'\[.*?\]', '', text.strip().replace(' [title]', '. '))
     return text.replace('  ', ' ')
 
 
-extract = extract_letter
-
-
-def evaluate(example, text):
-    """Whether the text is the letter of the right ending."""
-    return extract(text) == example['answer']
-
-
-def reward(example, text):
-    """1 for the right letter, else 0."""
-    return float(evaluate(example, text))
+extract, evaluate, reward = common.extract_letter, common.evaluate_letter, common.reward_letter

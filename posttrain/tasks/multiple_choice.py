@@ -1,64 +1,57 @@
 """
-Multiple choice from a file, in ARC's shape ("Think you have Solved Question Answering? Try ARC", Clark et al. 2018) or
-MMLU's ("Measuring Massive Multitask Language Understanding", Hendrycks et al. 2021):
+Multiple choice from a .jsonl, .csv or .parquet file in ARC's or MMLU's shape.
 
     {"question": "...", "choices": {"text": ["...", ...], "label": ["A", ...]}, "answerKey": "B"}
     {"question": {"stem": "...", "choices": [{"text": "...", "label": "A"}, ...]}, "answerKey": "B"}
     {"question": "...", "choices": ["...", ...], "answer": 1, "subject": "..."}
-    question,A,B,C,D,answer        as .csv, with or without this line; the answer is a letter
+    question,A,B,C,D,answer        # .csv, with or without this line; the answer is a letter
 
-as .jsonl, .csv or .parquet. The kind of a question is its subject. See common.py for what a task is.
+The kind of a question is its subject. Sources: "Think you have Solved Question Answering? Try ARC",
+Clark et al. 2018; "Measuring Massive Multitask Language Understanding", Hendrycks et al. 2021.
+posttrain/tasks/common.py describes what a task is.
 """
 
 from configurator import UserError
-from posttrain.tasks.common import LETTERS, choice_example, extract_letter, from_file
+from posttrain.tasks import common
 
-WHAT = 'a "question", "choices" and an "answerKey" or "answer"'
+EXPECTED = 'a "question", "choices" and an "answerKey" or "answer"'
 COLUMNS = ['question', 'A', 'B', 'C', 'D', 'answer']
 
 
 def examples(split, n, seed=0, input='', kinds=()):
-    """n examples of the file `input`."""
-    return from_file(input, WHAT, example_of, split, n, seed, kinds, COLUMNS)
+    """Return at most n examples of the file `input`."""
+    questions = common.Questions(split, n, seed, input, kinds)
+    return common.from_file(questions, EXPECTED, example_of, COLUMNS)
 
 
 def example_of(row):
-    """A row of the file, in one of the shapes above -> an example."""
+    """Make an example of a row of the file, in one of the shapes above."""
     question, choices = row['question'], row.get('choices')
     if isinstance(question, dict):
         question, choices = question['stem'], question['choices']
     if choices is None:
-        choices = [row[letter] for letter in LETTERS if letter in row]
+        choices = [row[letter] for letter in common.LETTERS if letter in row]
     if not isinstance(choices, (list, dict)) or not choices:
         raise UserError(f'the choices are {choices!r}')
-    labels = None  # a plain list has none: its answer is a letter, or a number from 0
+    labels = None  # of a plain list: the answer is a letter, or an index from 0
     if isinstance(choices, dict):
         choices, labels = choices['text'], choices['label']
     elif isinstance(choices[0], dict):
-        choices, labels = [choice['text'] for choice in choices], [choice['label'] for choice in choices]
-    if not isinstance(choices, list) or not isinstance(labels, list | None) or len(labels or choices) != len(choices):
+        choices, labels = [c['text'] for c in choices], [c['label'] for c in choices]
+    if (not isinstance(choices, list) or not isinstance(labels, list | None)
+            or len(labels or choices) != len(choices)):
         raise UserError(f'{choices!r} and {labels!r} are no list of choices with a label for each')
     answer = row['answerKey'] if 'answerKey' in row else row['answer']
-    names = [str(label).strip() for label in labels or LETTERS[: len(choices)]]
-    is_number = type(answer) is int and labels is None
-    if not is_number and (type(answer) not in (int, str) or str(answer).strip() not in names):
+    names = [str(label).strip() for label in labels or common.LETTERS[: len(choices)]]
+    is_index = type(answer) is int and labels is None
+    if not is_index and (type(answer) not in (int, str) or str(answer).strip() not in names):
         raise UserError(f'the answer is {answer!r}, and the choices are {", ".join(names)}')
-    label = answer if is_number else names.index(str(answer).strip())
+    label = answer if is_index else names.index(str(answer).strip())
     question = question.strip()
     if not question:
         raise UserError('the question is empty')
-    return choice_example(question, f'Question: {question}\nAnswer:', list(choices), label,
-                          row.get('subject') or 'multiple_choice')
+    return common.choice_example(question, f'Question: {question}\nAnswer:', list(choices), label,
+                                 row.get('subject') or 'multiple_choice')
 
 
-extract = extract_letter
-
-
-def evaluate(example, text):
-    """Whether the text is the letter of the right choice."""
-    return extract(text) == example['answer']
-
-
-def reward(example, text):
-    """1 for the right letter, else 0."""
-    return float(evaluate(example, text))
+extract, evaluate, reward = common.extract_letter, common.evaluate_letter, common.reward_letter

@@ -1,0 +1,182 @@
+"""
+The chat model that rl and dpo train: how it is opened, answers, and resumes.
+
+    policy = open_policy(init_from, state, ckpt_path, device, autocast)
+    prompts = policy.prompts_of(task, Questions('val', 200), max_new_tokens, block_size)
+    n_right = policy.count_right(task, prompts, sampling)
+"""
+
+import copy
+import math
+import os
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass
+
+import torch
+
+from configurator import UserError
+from data import conversations
+from flatgpt import checkpoint, lora
+from flatgpt.generate import NotNumbers
+from flatgpt.pretrained import model_of, open_model
+from model import GPT
+from posttrain.rollouts import draw_answers, logprobs_of
+from posttrain.tasks import common as tasks
+from posttrain.tools import generate_with_tools
+from tokenizer import chat
+
+# a run keeps these settings when it resumes: best.pt is chosen by their questions and answers
+KEPT = ('algorithm', 'task', 'input', 'kinds', 'eval_examples', 'tools', 'max_new_tokens', 'seed')
+
+
+@dataclass
+class Policy:
+    """A chat model that learns, and the reference, a copy of what it began as."""
+
+    model: GPT
+    reference: GPT
+    digest: str  # of the reference's weights
+    tokenizer: object
+    template: str
+    stop_ids: set  # ids that end an answer
+    autocast: AbstractContextManager
+
+    def prompts_of(self, task, questions, max_new_tokens, context, tools=False):
+        """
+        Return [(example, prompt ids), ...] of a task, for answers of max_new_tokens.
+
+        context: tokens that a prompt and its answer may take. Longer prompts are left out, and
+        their number is printed. Raises UserError if no prompt is left.
+        """
+        name, split, room = task.__name__.split('.')[-1], questions.split, context - max_new_tokens
+        functions, keys = ('examples', 'evaluate', 'reward'), ('messages',)
+        how = self.template, self.tokenizer, math.inf, tools
+        prompts = [(example, tasks.chat_prompt(example, *how))
+                   for example in tasks.examples_of(task, questions, functions, keys)]
+        if not prompts:
+            kinds = f' of kinds={", ".join(questions.kinds)!r}' if questions.kinds else ''
+            raise UserError(f'task={name}: there is no {split} question{kinds}; a tenth of a file '
+                            f'is val, so it may need more questions')
+        fitting = [prompt for prompt in prompts if len(prompt[1]) <= room]
+        if len(fitting) < len(prompts):
+            print(f'{len(prompts) - len(fitting):,} of {len(prompts):,} {split} prompts are longer '
+                  f'than the {room} tokens that an answer leaves, left out')
+        if not fitting:
+            raise UserError(f'task={name}: no {split} prompt has room in a context of {context} '
+                            f'tokens with max_new_tokens={max_new_tokens}; lower that, or take a '
+                            f'model with a longer context')
+        return fitting
+
+    def answer(self, prompts, sampling, u, tools=False, batch_size=256):
+        """
+        Answer prompts, lists of ids, in batches; -> (answers, masks, texts).
+
+        masks: 1 for ids that the policy drew, 0 for outputs of a tool. texts: without the ending.
+        u: fixes the draws, see draw_answers().
+        """
+        model, tokenizer, answers, masks = self.model, self.tokenizer, [], []
+        for i in range(0, len(prompts), batch_size):
+            batch = prompts[i : i + batch_size], sampling, u[i : i + batch_size]
+            with self.autocast:
+                if tools:
+                    drawn, drawn_masks = generate_with_tools(model, tokenizer, *batch)
+                else:
+                    drawn = draw_answers(model, *batch)
+                    drawn_masks = [[1] * len(answer) for answer in drawn]
+            answers, masks = answers + drawn, masks + drawn_masks
+        texts = [tokenizer.decode([i for i in ids if i not in self.stop_ids]) for ids in answers]
+        return answers, masks, texts
+
+    def count_right(self, task, prompts, sampling, tools=False, batch_size=256):
+        """Answer prompts of prompts_of(); -> how many are right. sampling: greedy."""
+        u = torch.zeros(len(prompts), sampling.max_new_tokens)
+        _, _, texts = self.answer([ids for _, ids in prompts], sampling, u, tools, batch_size)
+        return sum(bool(task.evaluate(example, text))
+                   for (example, _), text in zip(prompts, texts, strict=True))
+
+    def logprobs(self, model, idx, mask, temperature=1.0):
+        """Return logprobs_of() the model or the reference, in the run's precision."""
+        with self.autocast:
+            return logprobs_of(model, idx, mask, self.tokenizer.vocab_size, temperature)
+
+    def state(self, **more):
+        """Return what a checkpoint holds of the policy, and the entries `more`."""
+        return {'model': self.model.state_dict(), 'model_args': asdict(self.model.config),
+                'reference': self.digest, 'tokenizer': self.tokenizer.to_dict(),
+                'chat_template': self.template, **more}
+
+
+def open_chat_model(init_from):
+    """
+    Open a model of a run or of Hugging Face; -> (model, tokenizer, template, line).
+
+    The line describes it. A model without a chat template gets chat.TEMPLATE. Raises UserError if
+    its tokenizer lacks the tokens for that.
+    """
+    is_run = os.path.exists(checkpoint.path_in(init_from))
+    model, tokenizer, template, line = open_model('resume' if is_run else init_from, init_from)
+    if template is None:
+        template = chat.TEMPLATE
+        conversations.check_tokenizer(tokenizer, f'the tokenizer of {init_from}')
+    return model, tokenizer, template, line
+
+
+def open_policy(init_from, state, path, device, autocast):
+    """
+    Open the reference, and as policy its copy or the checkpoint's model.
+
+    state: the checkpoint that was loaded from `path` to resume, or {}. Raises UserError if the
+    reference has other weights than the run began with, or if its chat template ends answers
+    without a token.
+    """
+    reference, tokenizer, template, line = open_chat_model(init_from)
+    print(f'reference: {line}')
+    digest = lora.digest(reference)
+    if state and state['reference'] != digest:
+        raise UserError(f'{path} began with the model that was in {init_from}, which now has other '
+                        f'weights; restore that model, or start a new run in another --out_dir')
+    stop_ids, _ = chat.find_endings(template, tokenizer)
+    if not stop_ids:
+        raise UserError(f'the chat template of {init_from} ends an answer with no special token, '
+                        f'so a model cannot learn when to stop; expected one, such as <|im_end|>')
+    model = model_of(state, path, dropout=0.0).eval() if state else copy.deepcopy(reference)
+    reference.to(device).requires_grad_(False)
+    return Policy(model.to(device), reference, digest, tokenizer, template, stop_ids, autocast)
+
+
+def resume(path, config):
+    """
+    Load the checkpoint at `path` to continue its run.
+
+    Raises UserError if posttrain.rl or posttrain.dpo did not write it, or if a setting in KEPT
+    differs.
+    """
+    state = checkpoint.load(path)
+    if 'reference' not in state:
+        kind = 'a reward model' if state.get('reward_model') else 'a language model of train.py'
+        raise UserError(f'{path} is {kind}, which this command cannot resume; to begin with a '
+                        f'language model: --init_from=ITS_FOLDER and another --out_dir')
+    for name in KEPT if config['task'] else KEPT[:2]:
+        before = state['config'].get(name, config.get(name))
+        if before != config.get(name):
+            raise UserError(f'{name}={config.get(name)!r}, but {path} is of a run with '
+                            f'{name}={before!r}; resume with that, or start a new run in another '
+                            f'--out_dir')
+    return state
+
+
+def check_out_dir(out_dir, init_from):
+    """Raise UserError if a run would overwrite the model that it begins with."""
+    if os.path.abspath(out_dir) == os.path.abspath(init_from):
+        raise UserError(f'out_dir={out_dir!r}: expected another folder than --init_from')
+
+
+@contextmanager
+def stop_if_broken(run):
+    """Stop the run without saving if its policy's logits are no longer numbers."""
+    try:
+        yield
+    except NotNumbers:
+        if run.step == run.start:  # the model was broken before it learned
+            raise
+        run.stop_not_finite('the logits of the policy are not numbers')

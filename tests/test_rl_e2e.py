@@ -205,7 +205,7 @@ def test_broken_weights_are_not_saved(chats):
 
 
 @pytest.mark.parametrize('changes, said', [
-    ({'algorithm': 'trpo'}, "algorithm='trpo': expected 'grpo' or 'ppo'"),
+    ({'algorithm': 'trpo'}, "algorithm=trpo: expected 'grpo' or 'ppo'"),
     ({'task': ''}, "task='': expected the name of a task"),
     ({'task': 'none'}, "there is no task 'none'"),
     ({'algorithm': 'ppo', 'skip_equal': True}, 'skip_equal=True: expected --algorithm=grpo'),

@@ -61,7 +61,7 @@ def test_logprobs_are_those_it_was_drawn_with(preset, temperature):
     logprobs, entropies = rollouts.logprobs_of(model, idx, mask, 266, temperature)
     assert logprobs.shape == entropies.shape == (4, idx.size(1) - 1)
     assert not logprobs[~mask[:, 1:]].any() and not entropies[~mask[:, 1:]].any()
-    steps = list(generate(model, PROMPTS, 12, temperature, vocab_size=266, u=u))
+    steps = list(generate(model, PROMPTS, Sampling(12, temperature, n_ids=266), u))
     if temperature == 1.0:  # it gives those of the model itself
         said = torch.cat([step_logprobs for _, step_logprobs, _ in steps], dim=1)
         for row, (prompt, answer) in enumerate(zip(PROMPTS, drawn, strict=True)):

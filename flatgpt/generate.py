@@ -11,6 +11,7 @@ import math
 import re
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -400,6 +401,24 @@ def majority(texts, pattern):
     return Counter(answer for answer in answers if answer is not None).most_common()
 
 
+class LayerCache(NamedTuple):
+    """
+    Keys and values of one layer, (B, G, S, D), and the slots (T,) that the new tokens take.
+
+    A block gets this view, not the cache and its own number: it would be compiled anew for each number.
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+    slots: torch.Tensor
+
+    def update(self, k, v):
+        """Write (B, G, T, D) of the new tokens; -> those of all tokens, (B, G, S, D)."""
+        self.k.index_copy_(2, self.slots, k.to(self.k.dtype))
+        self.v.index_copy_(2, self.slots, v.to(self.v.dtype))
+        return self.k, self.v
+
+
 class KVCache:
     """
     Keys and values of the tokens seen so far, so that the next token costs one position instead of the whole context.
@@ -455,6 +474,21 @@ class KVCache:
         self.make_room(self.k.size(1), T)
         self.k[:, rows, :, T - part.length : T] = part.k[:, :, :, : part.length]
         self.v[:, rows, :, T - part.length : T] = part.v[:, :, :, : part.length]
+
+    def start(self, B, T):
+        """
+        Make room for T more tokens of B rows; -> their positions, (T,), or (B, T) behind padding.
+
+        Raises UserError if the cache was not made for so many.
+        """
+        self.make_room(B, T)
+        self.slots = self.next_slot + torch.arange(T, device=self.k.device)
+        return self.slots if self.padding is None else (self.slots - self.padding[:, None]).clamp(min=0)
+
+    def layer(self, layer, T):
+        """Return the part of one layer, for the T tokens that start() made room for."""
+        S = self.k.size(3) if T == 1 else self.length + T  # one shape for all steps of a static cache
+        return LayerCache(self.k[layer, :, :, :S], self.v[layer, :, :, :S], self.slots)
 
     def make_room(self, B, T):
         """For T more tokens of B rows. ValueError if the cache was not made for so many."""

@@ -40,7 +40,7 @@ class GPTConfig:
     n_embd: Count = 768
     dropout: Fraction = 0.0
     bias: bool = True  # biases in the linear layers and LayerNorms, as in GPT-2
-    mlp: Literal['gelu', 'gelu_erf', 'swiglu', 'relu2'] = 'gelu'  # GPT-2's by tanh, nanoGPT's exact
+    mlp: Literal['gelu', 'gelu_erf', 'swiglu', 'relu2'] = 'gelu'  # tanh form, as GPT-2; _erf: exact
     n_kv_head: Count | None = None  # G, a divisor of n_head; None: n_head
     head_dim: Count | None = None  # D; None: n_embd / n_head
     n_inner: Count | None = None  # channels between the two layers of an MLP; None: see mlp_width
@@ -48,7 +48,7 @@ class GPTConfig:
     norm_eps: Positive = 1e-5  # added to the variance
     pos: Literal['learned', 'rope'] = 'learned'  # an embedding, or a rotation of queries and keys
     rope_base: Positive = 10000.0  # RoPE's slowest rotation takes about 2 pi rope_base positions
-    rope_scaling: dict | None = None  # slows RoPE down, see GPT.rope_frequencies
+    rope_scaling: dict | None = None  # slows RoPE down for longer contexts, see GPT.rotation
     qk_norm: bool = False  # RMSNorm of queries and keys in each head, which bounds the scores
     qk_norm_weight: bool = False  # a weight per channel in that norm, as in Qwen3
     qkv_bias: bool | None = None  # biases of queries, keys and values, as in Qwen2; None: bias
@@ -64,20 +64,21 @@ class GPTConfig:
         check_fields(self)
         if self.head_dim is None and self.n_embd % self.n_head:
             multiple = max(1, round(self.n_embd / self.n_head)) * self.n_head
-            raise UserError(f'n_embd={self.n_embd}: expected a multiple of n_head={self.n_head}, '
-                            f'such as {multiple}')
+            raise UserError(f'n_embd={self.n_embd} is not divisible by n_head={self.n_head}; '
+                            f'expected, for example, {multiple}')
         if self.n_head % self.kv_heads:
-            raise UserError(f'n_kv_head={self.n_kv_head} does not divide n_head={self.n_head}')
+            raise UserError(f'n_kv_head={self.n_kv_head}: expected a divisor of '
+                            f'n_head={self.n_head}')
         if self.pos == 'rope' and self.head_size % 2:
             raise UserError(f"pos='rope' needs an even number of channels in a head, but n_embd="
                             f'{self.n_embd} and n_head={self.n_head} give {self.head_size}')
         if self.rope_scaling is not None:
-            names = ROPE_SCALINGS.get(str(self.rope_scaling.get('rope_type')), ['rope_type'])
-            numbers = [self.rope_scaling.get(name) for name in names]
-            are_valid = all(isinstance(number, int | float) and number > 0 for number in numbers)
-            if self.pos != 'rope' or not are_valid:
-                raise UserError(f"rope_scaling={self.rope_scaling}: expected, with pos='rope', a "
-                                f'rope_type and its numbers above 0: {ROPE_SCALINGS}')
+            kind = str(self.rope_scaling.get('rope_type'))
+            for name in ROPE_SCALINGS.get(kind, ['rope_type']):
+                value = self.rope_scaling.get(name)
+                if self.pos != 'rope' or not isinstance(value, int | float) or not value > 0:
+                    raise UserError(f'rope_scaling: {name} is {value!r}, expected a number above 0'
+                                    f", beside pos='rope'; known are {ROPE_SCALINGS}")
         if self.qk_norm_weight and not self.qk_norm:
             raise UserError('qk_norm_weight=True: expected qk_norm=True too')
         if not self.window_pattern or set(self.window_pattern) - set('SL'):
@@ -149,7 +150,7 @@ class CausalSelfAttention(nn.Module):
         H, G, D = config.n_head, config.kv_heads, config.head_size
         self.n_head, self.n_kv_head, self.head_size = H, G, D
         qkv_bias = config.bias if config.qkv_bias is None else config.qkv_bias
-        self.c_attn = nn.Linear(config.n_embd, (H + 2 * G) * D, bias=qkv_bias)  # q, k, v in a row
+        self.c_attn = nn.Linear(config.n_embd, (H + 2 * G) * D, bias=qkv_bias)  # q, k, v in one row
         self.c_proj = nn.Linear(H * D, config.n_embd, bias=config.bias)
         self.attn_dropout = ops.Dropout(config.dropout)
         self.resid_dropout = ops.Dropout(config.dropout)
@@ -395,5 +396,5 @@ class GPT(nn.Module):
         from flatgpt import huggingface  # it imports this module
 
         if set(override_args or {}) - {'dropout'}:
-            raise UserError(f'override_args={override_args}: expected dropout alone')
+            raise UserError(f'override_args={override_args}: only dropout can be overridden')
         return huggingface.load_model(huggingface.find(name), **(override_args or {}))

@@ -160,8 +160,8 @@ def check_same(name, saved_config, ckpt_path):
     """Raise UserError unless a checkpoint's run used the optimizer `name`, 'adamw' or 'muon'."""
     saved = saved_config.get('optimizer', 'adamw')
     if name != saved:
-        raise UserError(f'optimizer={name!r}, but {ckpt_path} was trained with {saved!r}; resume '
-                        f'with --optimizer={saved} and its rates (config.json)')
+        raise UserError(f'optimizer={name!r}, but the state in {ckpt_path} is that of {saved!r}; '
+                        f'resume with --optimizer={saved} and its rates (config.json)')
 
 
 def load_optimizer(optimizer, saved):

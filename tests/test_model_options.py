@@ -89,6 +89,7 @@ def test_options_train_and_reload(options):
         f'transformer.h.{i}.{part}.c_proj.weight' for i in range(options['n_layer']) for part in ('attn', 'mlp')}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings('ignore')
 @settings(max_examples=10)
 @given(options=OPTIONS, window=st.sampled_from([0, 1, 50, 70, 200]))

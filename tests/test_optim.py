@@ -296,7 +296,7 @@ def test_create(precision, dtype):
 def test_check_same():
     optim.check_same('muon', {'optimizer': 'muon'}, 'ckpt.pt')
     optim.check_same('adamw', {}, 'ckpt.pt')  # nanoGPT's settings do not name one
-    with pytest.raises(ValueError, match="'adamw', but ckpt.pt was trained with 'muon'"):
+    with pytest.raises(ValueError, match="'adamw', but the state in ckpt.pt is that of 'muon'"):
         optim.check_same('adamw', {'optimizer': 'muon'}, 'ckpt.pt')
 
 

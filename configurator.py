@@ -24,7 +24,7 @@ import os
 import sys
 import textwrap
 import tokenize
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated, Literal, get_args, get_origin
 
 
@@ -203,7 +203,26 @@ def kinds_of(rule):
 
 
 def checked(key, value, rule, where):
-    """Return `value`, an int made a float where one is expected. SystemExit if the rule refuses it."""
+    """Return fitted(value, rule). SystemExit says where a value was set that the rule refuses."""
+    try:
+        return fitted(value, rule)
+    except UserError as error:
+        fact = where if where.startswith(f'--{key}=') else f'{where}: {key}={value!r}'
+        raise SystemExit(f'{fact}: {error}') from None
+
+
+def check_fields(instance):
+    """Raise UserError for the first field of a dataclass whose value its annotation refuses."""
+    for field in fields(instance):
+        value = getattr(instance, field.name)
+        try:
+            setattr(instance, field.name, fitted(value, field.type))
+        except UserError as error:
+            raise UserError(f'{field.name}={value!r}: {error}') from None
+
+
+def fitted(value, rule):
+    """Return `value`, an int as a float if need be. Raises UserError if the rule refuses it."""
     kinds = kinds_of(rule)
     if float in kinds and type(value) is int and int not in kinds:
         value = float(value)
@@ -221,9 +240,7 @@ def checked(key, value, rule, where):
             return value
         expected += choices
     *first, last = expected
-    listed = f'{", ".join(first)} or {last}' if first else last
-    fact = where if where.startswith(f'--{key}=') else f'{where}: {key}={value!r}'
-    raise SystemExit(f'{fact}: expected {listed}')
+    raise UserError('expected ' + (f'{", ".join(first)} or {last}' if first else last))
 
 
 def parse(text, kinds):

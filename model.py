@@ -1,118 +1,88 @@
 """
-The GPT: GPT-2's architecture under GPT-2's parameter names, so that its checkpoints load without renaming; and, each
-by a field of GPTConfig, what later models changed about it.
+Define the GPT: GPT-2's architecture, and one field of GPTConfig for each change of later models.
 
     model = GPT(GPTConfig(n_layer=6, n_head=6, n_embd=384, vocab_size=65, block_size=256))
-    model = GPT(GPTConfig(**{**PRESETS['llama'], 'n_layer': 6, 'n_head': 6, 'n_kv_head': 2, 'n_embd': 384}))
-    logits, loss = model(idx, targets)            # train
-    model = GPT.from_pretrained('gpt2-xl')        # or a folder in Hugging Face's layout
+    logits, loss = model(idx, targets)
+    model = GPT.from_pretrained('gpt2-xl')  # or a folder in Hugging Face's layout, or a hub id
 
-Shapes: B sequences, T positions, C = n_embd channels, H = n_head heads of D = C / H channels, G = n_kv_head heads of
-keys and values, V = vocab_size ids.
+ops.py computes attention, dropout, GELU and cross-entropy, and chooses how by device and precision.
+The parameters have GPT-2's names in every configuration. Sources: "Language Models are Unsupervised
+Multitask Learners" (GPT-2, Radford et al. 2019), github.com/openai/gpt-2, and those beside options.
 
-Sources: "Language Models are Unsupervised Multitask Learners" (GPT-2, Radford et al. 2019) and its released code
-(github.com/openai/gpt-2, src/model.py) for the architecture and the initialisation; an option's is beside it.
+Shapes: B sequences, T positions, S positions with those of a KV cache, C = n_embd channels, H heads
+of D channels, G heads of keys and values, V = vocab_size ids.
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from configurator import UserError
-from ops import CHUNK, GELU, SHORT, ChunkedCrossEntropy, Dropout, softcapped, visible, window_mask
+import ops
+from configurator import Count, Fraction, Natural, NonNegative, Positive, UserError, check_fields
 
 # kinds of GPTConfig.rope_scaling, and the numbers that each needs
-ROPE_SCALINGS = {'linear': ('factor',), 'llama3': ('factor', 'low_freq_factor', 'high_freq_factor',
-                                                   'original_max_position_embeddings')}
+ROPE_SCALINGS = {'linear': ('factor',), 'llama3': (
+    'factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings')}
 
 
 @dataclass
 class GPTConfig:
-    """What the network is. The defaults are GPT-2 (124M). Raises ValueError naming the field that can't be."""
+    """Describe a GPT, by default GPT-2 (124M). Raises UserError for a field outside its rule."""
 
-    block_size: int = 1024  # longest context, tokens
-    vocab_size: int = 50304  # GPT-2's 50257 padded, see padded_vocab_size()
-    n_layer: int = 12
-    n_head: int = 12
-    n_embd: int = 768
-    dropout: float = 0.0
-    bias: bool = True  # biases in the linear layers and LayerNorms, as GPT-2 has them
-    mlp: str = 'gelu'  # 'gelu': tanh approximation, GPT-2's; 'gelu_erf': exact, nanoGPT's; 'swiglu', 'relu2': see below
-    n_kv_head: int | None = None  # heads of keys and values, each shared by n_head / n_kv_head queries; None: n_head
-    head_dim: int | None = None  # channels of a head; None: n_embd / n_head
-    n_inner: int | None = None  # channels between the MLP's two layers; None: see mlp_width
-    norm: str = 'layernorm'  # or 'rmsnorm', which neither centres nor has a bias
-    norm_eps: float = 1e-5  # added to the variance
-    pos: str = 'learned'  # 'learned': an embedding of the position; 'rope': queries and keys are rotated by it
-    rope_base: float = 10000.0  # the slowest of RoPE's rotations takes about 2 pi rope_base positions
-    rope_scaling: dict | None = None  # stretches the rotations to longer contexts, see GPT.rope_frequencies()
-    qk_norm: bool = False  # RMS norm of queries and keys in each head, so that the scores can't grow without bound
-    qk_norm_weight: bool = False  # with a weight for each of its channels, as Qwen3 has it
-    qkv_bias: bool | None = None  # biases of queries, keys and values, which Qwen2 alone has; None: as bias says
+    block_size: Count = 1024  # longest context, tokens
+    vocab_size: Count = 50304  # GPT-2's 50257 padded, see padded_vocab_size
+    n_layer: Count = 12
+    n_head: Count = 12
+    n_embd: Count = 768
+    dropout: Fraction = 0.0
+    bias: bool = True  # biases in the linear layers and LayerNorms, as in GPT-2
+    mlp: Literal['gelu', 'gelu_erf', 'swiglu', 'relu2'] = 'gelu'  # tanh form, as GPT-2; _erf: exact
+    n_kv_head: Count | None = None  # G, a divisor of n_head; None: n_head
+    head_dim: Count | None = None  # D; None: n_embd / n_head
+    n_inner: Count | None = None  # channels between the two layers of an MLP; None: see mlp_width
+    norm: Literal['layernorm', 'rmsnorm'] = 'layernorm'  # rmsnorm: no centring, no bias
+    norm_eps: Positive = 1e-5  # added to the variance
+    pos: Literal['learned', 'rope'] = 'learned'  # an embedding, or a rotation of queries and keys
+    rope_base: Positive = 10000.0  # RoPE's slowest rotation takes about 2 pi rope_base positions
+    rope_scaling: dict | None = None  # slows RoPE down for longer contexts, see GPT.rotation
+    qk_norm: bool = False  # RMSNorm of queries and keys in each head, which bounds the scores
+    qk_norm_weight: bool = False  # a weight per channel in that norm, as in Qwen3
+    qkv_bias: bool | None = None  # biases of queries, keys and values, as in Qwen2; None: bias
     tie_embeddings: bool = True  # the head is the token embedding
-    window: int = 0  # positions that the S layers of window_pattern see, themselves included; 0: all of the context
-    window_pattern: str = 'S'  # S and L (all of the context), repeated over the layers; the last layer is always L
-    logit_softcap: float = 0.0  # c: logits are c tanh(logits / c); 0: as they are
-    zero_init: bool = False  # blocks start as the identity, and an untied head with equal probabilities
-    residual_lambdas: bool = False  # a block reads l0 x + l1 x0, x0 being the embeddings; l0 and l1 are learnt
-    value_embeddings: bool = False  # every other layer adds an embedding of the token to its values
+    window: Natural = 0  # positions that the S layers of window_pattern see; 0: all
+    window_pattern: str = 'S'  # S and L (all positions), repeated; the last layer is always L
+    logit_softcap: NonNegative = 0.0  # c: logits become c tanh(logits / c); 0: unchanged
+    zero_init: bool = False  # blocks start as the identity, an untied head with equal probabilities
+    residual_lambdas: bool = False  # blocks read l0 x + l1 x0 (modded-nanogpt, record 9)
+    value_embeddings: bool = False  # in the values of every other layer (record 14)
 
     def __post_init__(self):
-        for field in fields(self):
-            value, kind = getattr(self, field.name), field.type
-            is_kind = isinstance(value, kind | int if kind is float else kind)
-            if not is_kind or (isinstance(value, bool) and kind not in (bool, bool | None)):
-                raise UserError(f'{field.name}={value!r}: expected {getattr(kind, "__name__", kind)}')
-        for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
-            if getattr(self, name) is None or getattr(self, name) < 1:
-                raise UserError(f'{name}={getattr(self, name)}: expected 1 or more')
+        check_fields(self)
         if self.head_dim is None and self.n_embd % self.n_head:
-            raise UserError(f'n_embd={self.n_embd} is not divisible by n_head={self.n_head}; the nearest n_embd that '
-                             f'is: {max(1, round(self.n_embd / self.n_head)) * self.n_head}')
-        if self.n_kv_head is not None and (self.n_kv_head < 1 or self.n_head % self.n_kv_head):
-            divisors = [n for n in range(1, self.n_head + 1) if self.n_head % n == 0]
-            raise UserError(f'n_kv_head={self.n_kv_head}: expected a divisor of n_head={self.n_head}: '
-                             f'{", ".join(map(str, divisors))}; or None for n_head')
-        for name in ('head_dim', 'n_inner'):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UserError(f'{name}={getattr(self, name)}: expected 1 or more, or None')
-        if not 0.0 <= self.dropout < 1.0:
-            raise UserError(f'dropout={self.dropout}: expected a probability, 0 <= dropout < 1')
-        for name, choices in (('mlp', ('gelu', 'gelu_erf', 'swiglu', 'relu2')), ('norm', ('layernorm', 'rmsnorm')),
-                              ('pos', ('learned', 'rope'))):
-            if getattr(self, name) not in choices:
-                raise UserError(f'{name}={getattr(self, name)!r}: expected {" or ".join(map(repr, choices))}')
+            multiple = max(1, round(self.n_embd / self.n_head)) * self.n_head
+            raise UserError(f'n_embd={self.n_embd} is not divisible by n_head={self.n_head}; '
+                            f'expected, for example, {multiple}')
+        if self.n_head % self.kv_heads:
+            raise UserError(f'n_kv_head={self.n_kv_head}: expected a divisor of '
+                            f'n_head={self.n_head}')
         if self.pos == 'rope' and self.head_size % 2:
-            made_of = f'head_dim={self.head_dim}' if self.head_dim else f'n_embd={self.n_embd} / n_head={self.n_head}'
-            raise UserError(f"pos='rope' rotates pairs of channels, but {made_of} makes heads of {self.head_size}; "
-                             f'expected an even number')
-        if not self.rope_base > 1:
-            raise UserError(f'rope_base={self.rope_base}: expected more than 1, usually 10000')
+            raise UserError(f"pos='rope' needs an even number of channels in a head, but n_embd="
+                            f'{self.n_embd} and n_head={self.n_head} give {self.head_size}')
         if self.rope_scaling is not None:
-            kind = self.rope_scaling.get('rope_type')
-            needed = ROPE_SCALINGS.get(kind) if isinstance(kind, str) else None
-            if self.pos != 'rope' or needed is None:
-                raise UserError(f"rope_scaling={self.rope_scaling}: expected pos='rope', and a rope_type of "
-                                 f'{" or ".join(map(repr, ROPE_SCALINGS))}')
-            for name in needed:
+            kind = str(self.rope_scaling.get('rope_type'))
+            for name in ROPE_SCALINGS.get(kind, ['rope_type']):
                 value = self.rope_scaling.get(name)
-                if not isinstance(value, int | float) or not value > 0:
-                    raise UserError(f'rope_scaling={self.rope_scaling}: {name} is {value!r}, expected a number above '
-                                     f'0; {kind!r} needs {", ".join(needed)}')
-        if not self.norm_eps > 0:
-            raise UserError(f'norm_eps={self.norm_eps}: expected more than 0, usually 1e-5 or 1e-6')
+                if self.pos != 'rope' or not isinstance(value, int | float) or not value > 0:
+                    raise UserError(f'rope_scaling: {name} is {value!r}, expected a number above 0'
+                                    f", beside pos='rope'; known are {ROPE_SCALINGS}")
         if self.qk_norm_weight and not self.qk_norm:
-            raise UserError('qk_norm_weight=True: expected qk_norm=True, whose weights they are')
-        if self.window < 0:
-            raise UserError(f'window={self.window}: expected a number of positions, or 0 for all')
+            raise UserError('qk_norm_weight=True: expected qk_norm=True too')
         if not self.window_pattern or set(self.window_pattern) - set('SL'):
-            raise UserError(f"window_pattern={self.window_pattern!r}: expected letters S and L, such as 'SSSL'")
-        if not 0 <= self.logit_softcap < math.inf:
-            raise UserError(f'logit_softcap={self.logit_softcap}: expected 0 or more')
+            raise UserError(f"window_pattern={self.window_pattern!r}: expected S and L, as 'SSSL'")
 
     @property
     def head_size(self):
@@ -126,204 +96,130 @@ class GPTConfig:
 
     @property
     def mlp_width(self):
-        """
-        Channels between the MLP's two layers. SwiGLU has three matrices where the others have two, so to cost about as
-        much it is 2/3 as wide, rounded to a multiple of 64, which matrix units like.
-        """
-        usual = max(64, round(8 / 3 * self.n_embd / 64) * 64) if self.mlp == 'swiglu' else 4 * self.n_embd
-        return self.n_inner or usual
+        """Channels between the layers of an MLP; 2/3 as many for SwiGLU's three matrices."""
+        swiglu_width = max(64, round(8 / 3 * self.n_embd / 64) * 64)  # 64s suit matrix units
+        return self.n_inner or (swiglu_width if self.mlp == 'swiglu' else 4 * self.n_embd)
 
     def window_of(self, layer):
-        """How many positions a layer sees, the query's own included; 0: all before it."""
-        is_short = self.window_pattern[layer % len(self.window_pattern)] == 'S' and layer < self.n_layer - 1
-        return self.window if is_short else 0
+        """Return the number of positions that a layer sees, the query's own included; 0: all."""
+        is_short = self.window_pattern[layer % len(self.window_pattern)] == 'S'
+        return self.window if is_short and layer < self.n_layer - 1 else 0
 
     def has_value_embedding(self, layer):
-        """Every other layer, counted from the last."""
+        """Return whether a layer has a value embedding: every other one, counted from the last."""
         return self.value_embeddings and (self.n_layer - 1 - layer) % 2 == 0
 
 
 def padded_vocab_size(n_ids):
-    """How many ids a model has for n_ids of a large vocabulary: a multiple of 64, so that the head's product tiles."""
+    """Round a large vocabulary up to a multiple of 64 ids, so that the head's product tiles."""
     return -(-n_ids // 64) * 64 if n_ids >= 1024 else n_ids
+
+
+class Context(NamedTuple):
+    """Hold what a block reads beside the residual stream, None where an option is off."""
+
+    rotation: Tensor | None = None  # (2, T, 1, D/2) or (2, B, T, 1, D/2), RoPE's cos and sin
+    value_embedding: Tensor | None = None  # (B, T, G * D), added to the values
+    x0: Tensor | None = None  # (B, T, C), the embeddings
+    past: tuple | None = None  # keys and values of earlier tokens, flatgpt's LayerCache
+    mask: Tensor | None = None  # (B or 1, 1, T, S), whether a query sees a key; None: causal
 
 
 def rotate(x, rotation):
     """
-    RoPE ("RoFormer", Su et al. 2021): channels i and i + D/2 of x (B, T, heads, D) are a point in the plane, rotated by
-    its position times a frequency of its own; rotation: cos and sin of these angles, (2, T, 1, D/2). The product of a
-    query and a key then depends on their distance alone. The pairing is Llama's in Hugging Face's layout.
+    Rotate queries and keys (B, T, heads, D) by their positions ("RoFormer", Su et al. 2021).
+
+    Channels i and i + D/2 are a point in the plane, as in Hugging Face's Llama. It turns by the
+    position times a frequency, so that query times key depends on their distance alone.
     """
-    cos, sin = rotation
+    cos, sin = rotation  # (T, 1, D/2) each
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
 
 
 class CausalSelfAttention(nn.Module):
     """
-    Multi-head attention of each position to itself and the positions before it. Options: grouped queries ("GQA",
-    Ainslie et al. 2023), a sliding window ("Longformer", Beltagy et al. 2020), QK-norm ("Scaling Vision Transformers to
-    22 Billion Parameters", Dehghani et al. 2023; without weights scores stay within the root of D).
+    Mix values of each position and those before it, weighted by how keys match its query.
+
+    Options: grouped queries ("GQA", Ainslie et al. 2023); window ("Longformer", Beltagy et al.
+    2020); QK-norm ("Scaling Vision Transformers to 22 Billion Parameters", Dehghani et al. 2023).
     """
 
     def __init__(self, config, window=0):
         super().__init__()
-        self.n_head, self.n_kv_head, self.head_size = config.n_head, config.kv_heads, config.head_size
-        n_out = (self.n_head + 2 * self.n_kv_head) * self.head_size
+        H, G, D = config.n_head, config.kv_heads, config.head_size
+        self.n_head, self.n_kv_head, self.head_size = H, G, D
         qkv_bias = config.bias if config.qkv_bias is None else config.qkv_bias
-        self.c_attn = nn.Linear(config.n_embd, n_out, bias=qkv_bias)  # heads of q, of k, of v, side by side
-        self.c_proj = nn.Linear(self.n_head * self.head_size, config.n_embd, bias=config.bias)
-        self.attn_dropout = Dropout(config.dropout)
-        self.resid_dropout = Dropout(config.dropout)
+        self.c_attn = nn.Linear(config.n_embd, (H + 2 * G) * D, bias=qkv_bias)  # q, k, v in one row
+        self.c_proj = nn.Linear(H * D, config.n_embd, bias=config.bias)
+        self.attn_dropout = ops.Dropout(config.dropout)
+        self.resid_dropout = ops.Dropout(config.dropout)
         self.qk_norm = config.qk_norm
-        self.q_norm, self.k_norm = (nn.RMSNorm(self.head_size, eps=config.norm_eps) if config.qk_norm_weight else None
-                                    for _ in range(2))
+        self.q_norm, self.k_norm = (
+            nn.RMSNorm(D, eps=config.norm_eps) if config.qk_norm_weight else None for _ in 'qk')
         self.window = window
 
-    def forward(self, x, past=None, rotation=None, value_embedding=None, window_blocks=None):
-        """
-        x: (B, T, C). past: (k, v, slots, mask), of this layer's cache the slots so far and new, to the T of which given
-        by `slots` the new positions are written; mask: KVCache.mask(). rotation: of the T positions, see rotate().
-        value_embedding: (B, T, G * D), added to the values. window_blocks: GPT's.
-        """
-        B, T, _ = x.shape
-        heads = self.c_attn(x).view(B, T, -1, self.head_size)
-        qk, v = heads.split((self.n_head + self.n_kv_head, self.n_kv_head), dim=2)
+    def forward(self, x, context):
+        B, T, C = x.shape
+        H, G, D = self.n_head, self.n_kv_head, self.head_size
+        qkv = self.c_attn(x).view(B, T, H + 2 * G, D)
+        qk, v = qkv.split((H + G, G), dim=2)  # (B, T, H + G, D), (B, T, G, D)
         if self.q_norm is not None:
-            q, k = qk.split((self.n_head, self.n_kv_head), dim=2)
+            q, k = qk.split((H, G), dim=2)
             qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=2)
         elif self.qk_norm:
-            qk = F.rms_norm(qk, (self.head_size,), eps=1e-6)
-        if rotation is not None:
-            qk = rotate(qk, rotation)
-        if value_embedding is not None:
-            v = v + value_embedding.view(v.shape).to(v.dtype)
-        qk = qk.to(v.dtype)  # norm and rotation may be in fp32
-        q, k = qk.split((self.n_head, self.n_kv_head), dim=2)
-        q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (B, H, T, D), (B, G, T, D), (B, G, T, D)
-        mask = None
-        if past is not None:
-            past_k, past_v, slots, mask = past
-            past_k.index_copy_(2, slots, k.to(past_k.dtype))
-            past_v.index_copy_(2, slots, v.to(past_v.dtype))
-            q, k, v = q.to(past_k.dtype), past_k, past_v  # (B, G, S, D)
-        seen = min(T, self.window or T)
-        in_blocks = past is None and x.device.type == 'cpu' and torch.compiler.is_compiling()
-        if in_blocks and (seen <= 512 or self.attn_dropout.p > 0):
-            y = self.attend_in_blocks(q, k, v)
-        elif seen < T and window_blocks is not None:
-            y = flex_attention(q, k, v, block_mask=window_blocks, enable_gqa=self.n_kv_head < self.n_head)
-        elif past is not None and T == 1 and x.device.type == 'cpu':
-            y = self.attend_once(q, k, v, mask)
-        else:
-            y = self.attend(q, k, v, mask)
-        y = y.to(heads.dtype).transpose(1, 2).reshape(B, T, -1)  # (B, T, H * D), heads side by side again
-        return self.resid_dropout(self.c_proj(y))
-
-    def attend(self, q, k, v, mask=None):
-        """
-        Attention by torch's kernels; -> (B, H, T, D). The queries are at the last T of S positions and see the keys up
-        to their own, from the window on; or what mask (B or 1, 1, T, S) says.
-        """
-        T = q.size(2)
-        if q.device.type == 'cpu' and q.dtype == torch.bfloat16 and T <= SHORT:  # without gradients too: the same
-            with torch.autocast('cpu', enabled=False):
-                return self.attend(q.float(), k.float(), v.float(), mask)
-        if self.window and mask is None:  # what none of the queries sees need not be read
-            k, v = k[:, :, -(T + self.window - 1) :], v[:, :, -(T + self.window - 1) :]
-        S = k.size(2)
-        # is_causal lets query t see the keys up to t: right without a past. Otherwise a mask says what it sees; a
-        # single query sees everything
-        is_causal = mask is None and T == S and (not self.window or T <= self.window)
-        if mask is None and T > 1 and not is_causal:
-            positions = torch.arange(S, device=q.device)
-            mask = visible(positions[-T:, None], positions, self.window)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal,
-                                              dropout_p=self.attn_dropout.p if self.training else 0.0,
-                                              enable_gqa=self.n_kv_head < self.n_head)
-
-    def attend_once(self, q, k, v, mask):
-        """
-        Attention of one query, q (B, H, 1, D), to the slots of mask, written out: what torch has for that on the CPU
-        takes several times as long in bf16 (bench/results). -> (B, H, 1, D)
-        """
-        q = q.unflatten(1, (self.n_kv_head, -1)).squeeze(3)  # (B, G, H / G, D): those that share a head of keys
-        if torch.compiler.is_compiling():  # a pass over the keys and one over the values
-            scores = (q.unsqueeze(3).float() * k.unsqueeze(2).float()).sum(-1)
-        else:
-            scores = (q @ k.transpose(2, 3)).float()  # (B, G, H / G, S)
-        weights = (scores * self.head_size**-0.5).masked_fill(~mask, -math.inf).softmax(dim=-1)
-        if torch.compiler.is_compiling():
-            y = (weights.unsqueeze(4) * v.unsqueeze(2).float()).sum(3)
-        else:
-            y = weights.to(v.dtype) @ v
-        return y.flatten(1, 2).unsqueeze(2)
-
-    def attend_in_blocks(self, q, k, v):
-        """
-        Causal attention written out, for blocks of queries that skip the keys after them, and those before the window.
-        Compiled for the CPU its forward and backward take about half the time of torch's flash kernel there up to 512
-        positions (bench/results), and of what torch has instead with dropout. It keeps half of the (B, H, T, T) weights
-        for the backward pass, which beyond that no longer fit into the cache.
-        """
-        T, D = q.shape[2:]
-        y, start = [], 0
-        for q_block in q.split(max(64, T // 8), dim=2):
-            n = q_block.size(2)
-            first, end = max(0, start - self.window + 1) if self.window else 0, start + n
-            keys, values = k[:, :, first:end], v[:, :, first:end]
-            # the queries that share a head of keys are rows of one product
-            rows = q_block.unflatten(1, (self.n_kv_head, -1)).flatten(2, 3)  # (B, G, H / G * n, D)
-            weights = (rows @ keys.transpose(2, 3)).float().unflatten(2, (-1, n)) * D**-0.5  # (B, G, H / G, n, keys)
-            positions = torch.arange(first, end, device=q.device)
-            hidden = ~visible(positions[-n:, None], positions, self.window)
-            weights = self.attn_dropout(weights.masked_fill(hidden, -math.inf).softmax(dim=-1))
-            mixed = weights.to(v.dtype).flatten(2, 3) @ values
-            y.append(mixed.unflatten(2, (-1, n)).flatten(1, 2))  # (B, H, n, D)
-            start = end
-        return torch.cat(y, dim=2)
+            qk = F.rms_norm(qk, (D,), eps=1e-6)
+        if context.rotation is not None:
+            qk = rotate(qk, context.rotation)
+        if context.value_embedding is not None:
+            v = v + context.value_embedding.view(v.shape).to(v.dtype)
+        q, k = qk.to(v.dtype).split((H, G), dim=2)  # norm and rotation may be in fp32
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or G, T, D)
+        if context.past is not None:
+            k, v = context.past.update(k, v)  # (B, G, S, D)
+        mask = self.window if context.mask is None else context.mask
+        y = ops.attention(q, k, v, mask, self.attn_dropout.p if self.training else 0.0)
+        y = y.transpose(1, 2).reshape(B, T, H * D)  # (B, H, T, D) -> heads side by side
+        return self.resid_dropout(self.c_proj(y))  # (B, T, C)
 
 
-class SwiGLU(nn.Module):
-    """silu(gate) * up, of the two halves of what c_fc gives ("GLU Variants Improve Transformer", Shazeer 2020)."""
-
-    def forward(self, x):
-        gate, up = x.chunk(2, dim=-1)
-        return F.silu(gate) * up
+def swiglu(x):
+    """Gate half of the channels by the rest ("GLU Variants Improve Transformer", Shazeer 2020)."""
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
 
 
-class SquaredReLU(nn.Module):
-    """relu(x)^2: no exponential to compute ("Primer", So et al. 2021)."""
-
-    def forward(self, x):
-        return F.relu(x).square()
+def squared_relu(x):
+    """Compute relu(x)^2, without an exponential ("Primer", So et al. 2021)."""
+    return F.relu(x).square()
 
 
 class MLP(nn.Module):
-    """Two linear layers, wider in between."""
+    """Transform each position by two linear layers, wider in between."""
 
     def __init__(self, config):
         super().__init__()
         n_in = 2 * config.mlp_width if config.mlp == 'swiglu' else config.mlp_width
         self.c_fc = nn.Linear(config.n_embd, n_in, bias=config.bias)
-        self.activation = {'gelu': GELU(approximate='tanh'), 'gelu_erf': GELU(), 'swiglu': SwiGLU(),
-                           'relu2': SquaredReLU()}[config.mlp]
+        self.activation = {'gelu': ops.tanh_gelu, 'gelu_erf': F.gelu, 'swiglu': swiglu,
+                           'relu2': squared_relu}[config.mlp]
         self.c_proj = nn.Linear(config.mlp_width, config.n_embd, bias=config.bias)
-        self.dropout = Dropout(config.dropout)
+        self.dropout = ops.Dropout(config.dropout)
 
     def forward(self, x):
-        return self.dropout(self.c_proj(self.activation(self.c_fc(x))))
+        x = self.activation(self.c_fc(x))  # (B, T, mlp_width)
+        return self.dropout(self.c_proj(x))  # (B, T, C)
 
 
 def norm_of(config):
-    """A norm over the channels. RMSNorm: "Root Mean Square Layer Normalization", Zhang & Sennrich 2019."""
-    if config.norm == 'rmsnorm':
+    """Return a norm over the C channels."""
+    if config.norm == 'rmsnorm':  # "Root Mean Square Layer Normalization", Zhang & Sennrich 2019
         return nn.RMSNorm(config.n_embd, eps=config.norm_eps)
     return nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
 
 
 class Block(nn.Module):
-    """Communicate, then compute; each adds to the residual stream what it reads off its norm."""
+    """Communicate, then compute: attention, then MLP, add to the residual stream."""
 
     def __init__(self, config, layer=0):
         super().__init__()
@@ -331,33 +227,33 @@ class Block(nn.Module):
         self.attn = CausalSelfAttention(config, config.window_of(layer))
         self.ln_2 = norm_of(config)
         self.mlp = MLP(config)
-        # of the stream and of the embeddings, x0 (github.com/KellerJordan/modded-nanogpt, record 9)
-        self.lambdas = nn.Parameter(torch.empty(2)) if config.residual_lambdas else None
+        self.lambdas = nn.Parameter(torch.empty(2)) if config.residual_lambdas else None  # l0, l1
 
-    def forward(self, x, past=None, rotation=None, value_embedding=None, x0=None, window_blocks=None):
+    def forward(self, x, context):
         if self.lambdas is not None:
-            x = self.lambdas[0] * x + self.lambdas[1] * x0
-        x = x + self.attn(self.ln_1(x), past, rotation, value_embedding, window_blocks)
-        x = x + self.mlp(self.ln_2(x))
-        return x
+            x = self.lambdas[0] * x + self.lambdas[1] * context.x0
+        x = x + self.attn(self.ln_1(x), context)
+        return x + self.mlp(self.ln_2(x))
 
 
 class GPT(nn.Module):
-    has_compiled_step = False  # quantize.for_decoding() sets it
+    """Predict the next token at every position."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.has_compiled_step = False  # flatgpt/quantize.py compiles it
+        # in the order of the optimizer's state in nanoGPT's checkpoints
         self.transformer = nn.ModuleDict({'wte': nn.Embedding(config.vocab_size, config.n_embd)})
-        if config.pos == 'learned':  # in GPT-2's order, which is that of the optimizer's state in nanoGPT's checkpoints
+        if config.pos == 'learned':
             self.transformer['wpe'] = nn.Embedding(config.block_size, config.n_embd)
-        self.transformer['drop'] = Dropout(config.dropout)
-        self.transformer['h'] = nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)])
+        self.transformer['drop'] = ops.Dropout(config.dropout)
+        self.transformer['h'] = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.transformer['ln_f'] = norm_of(config)
-        if config.value_embeddings:  # modded-nanogpt, record 14
+        if config.value_embeddings:
             self.transformer['vte'] = nn.ModuleDict({
-                str(layer): nn.Embedding(config.vocab_size, config.kv_heads * config.head_size)
-                for layer in range(config.n_layer) if config.has_value_embedding(layer)})
+                str(i): nn.Embedding(config.vocab_size, config.kv_heads * config.head_size)
+                for i in range(config.n_layer) if config.has_value_embedding(i)})
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_embeddings:  # "Using the Output Embedding", Press & Wolf 2017
             self.transformer.wte.weight = self.lm_head.weight
@@ -365,199 +261,140 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """
-        GPT-2's: matrices and embeddings N(0, 0.02), biases 0, norms 1. Projections back into the residual stream are
-        scaled by 1 / sqrt(2 * n_layer), because that many of them add up there. With zero_init they, and an untied
-        head, are 0.
-        """
+        """Initialise like GPT-2: matrices and embeddings N(0, 0.02), biases 0, norms 1."""
         for name, p in self.named_parameters():
-            if self.config.zero_init and name.endswith(('c_proj.weight', 'lm_head.weight')):
+            is_zero = self.config.zero_init and name.endswith(('c_proj.weight', 'lm_head.weight'))
+            if is_zero or name.endswith('.bias'):
                 nn.init.zeros_(p)
-            elif name.endswith('c_proj.weight'):
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer))
-            elif p.dim() == 2:
-                nn.init.normal_(p, std=0.02)
-            elif name.endswith('.bias'):
-                nn.init.zeros_(p)
+            elif p.dim() == 2:  # 2 n_layer projections add up in the residual stream
+                n_added = 2 * self.config.n_layer if name.endswith('c_proj.weight') else 1
+                nn.init.normal_(p, std=0.02 / math.sqrt(n_added))
             elif '.ln_' in name or name.endswith(('q_norm.weight', 'k_norm.weight')):
                 nn.init.ones_(p)
             elif name.endswith('.lambdas'):
-                p.copy_(torch.tensor([1.0, 0.0]))  # the stream as it comes
+                p.copy_(torch.tensor([1.0, 0.0]))  # x alone
             else:
                 raise AssertionError(f'no initialisation is written for parameter {name}')
 
     def rotation(self, positions):
-        """cos and sin, (2, ..., T, 1, D/2), of RoPE's angles at the positions (..., T)."""
-        angles = positions[..., None, None].float() * self.rope_frequencies(positions.device)
-        return torch.stack((angles.cos(), angles.sin()))
-
-    def rope_frequencies(self, device):
         """
-        By how much a position turns each of a head's D/2 points: rope_base^(-2i/D). rope_scaling slows them down, so
-        that a model of a short context reads a longer one: 'linear' divides all by `factor` ("Extending Context Window
-        of Large Language Models via Position Interpolation", Chen et al. 2023); 'llama3' those whose wavelength is
-        above original_max_position_embeddings / low_freq_factor, leaves those below .../ high_freq_factor, and goes
-        from one to the other in between ("The Llama 3 Herd of Models", 2024, and its released code).
+        Return cos and sin of RoPE's angles: positions (..., T) -> (2, ..., T, 1, D/2).
+
+        rope_scaling divides frequencies by `factor` for longer contexts: 'linear' all of them
+        ("Position Interpolation", Chen et al. 2023), 'llama3' fewer of those that turn often in the
+        original context ("The Llama 3 Herd of Models", 2024, and its code).
         """
         half, scaling = self.config.head_size // 2, self.config.rope_scaling
-        frequencies = self.config.rope_base ** -(torch.arange(half, device=device, dtype=torch.float32) / half)
-        if scaling is None:
-            return frequencies
-        slowed = frequencies / scaling['factor']
-        if scaling['rope_type'] == 'linear':
-            return slowed
-        low, high = scaling['low_freq_factor'], scaling['high_freq_factor']
-        turns = scaling['original_max_position_embeddings'] * frequencies / (2 * math.pi)  # in the original context
-        kept = ((turns - low) / (high - low)).clamp(0, 1)
-        return kept * frequencies + (1 - kept) * slowed
+        steps = torch.arange(half, device=positions.device, dtype=torch.float32) / half
+        frequencies = self.config.rope_base ** -steps  # (D/2,), angles per position
+        if scaling is not None:
+            slow, kept = frequencies / scaling['factor'], 0  # kept: which part is not slowed
+            if scaling['rope_type'] == 'llama3':
+                low, high = scaling['low_freq_factor'], scaling['high_freq_factor']
+                turns = scaling['original_max_position_embeddings'] * frequencies / (2 * math.pi)
+                kept = ((turns - low) / (high - low)).clamp(0, 1)
+            frequencies = kept * frequencies + (1 - kept) * slow
+        angles = positions[..., None, None].float() * frequencies
+        return torch.stack((angles.cos(), angles.sin()))
 
-    def window_blocks(self, T, device):
-        """
-        FlexAttention's map of which blocks of queries see which blocks of keys in the layers with a window, so that its
-        kernel skips the others ("Flex Attention", Dong et al. 2024); a mask of all pairs costs as much as to attend to
-        all. None where there is no such kernel: uncompiled, on the CPU, with dropout, for odd sizes of heads.
-        """
-        c = self.config
-        has_kernel = device.type == 'cuda' and torch.compiler.is_compiling() and c.head_size in (16, 32, 64, 128, 256)
-        if not has_kernel or not 0 < c.window < T or (self.training and c.dropout > 0):
-            return None
-        return create_block_mask(window_mask(c.window), None, None, T, T, device)
-
-    def hidden(self, idx, cache=None, window_blocks=None):
-        """
-        All but the head: ids (B, T) -> what the last norm gives for each, (B, T, C). With a KVCache, idx continues the
-        tokens in it. window_blocks: the method of that name, for T, or None. Raises ValueError when the context would
-        exceed block_size.
-        """
-        B, T = idx.shape
-        start = 0 if cache is None else cache.length
-        if start + T > self.config.block_size:
-            raise UserError(f'a context of {start + T} tokens is longer than block_size={self.config.block_size}')
+    def hidden(self, idx, cache=None):
+        """Compute all but the head: ids (B, T) -> the output of the last norm, (B, T, C)."""
+        (B, T), c = idx.shape, self.config
+        n = T if cache is None else cache.length + T
+        if n > c.block_size:
+            raise UserError(f'a context of {n} tokens is longer than block_size={c.block_size}')
         positions, masks = torch.arange(T, device=idx.device), {}
         if cache is not None:
-            cache.make_room(B, T)
-            slots = positions = cache.next_slot + positions
-            S = cache.k.size(3) if T == 1 else start + T
-            masks = {window: cache.mask(T, window) for window in {self.config.window, 0}}
-            if cache.padding is not None:
-                positions = (slots - cache.padding[:, None]).clamp(min=0)  # (B, T)
-        x, rotation = self.transformer.wte(idx), None  # (B, T, C)
-        if self.config.pos == 'learned':
-            wpe = self.transformer.wpe
-            x = x + (wpe.weight[:T] if cache is None else wpe(positions))
-        else:
-            rotation = self.rotation(positions)
-        x = x.to(self.transformer.ln_f.weight.dtype)  # the residual stream is as precise as the norms
+            positions = cache.start(B, T)  # (T,), or (B, T) behind prompts of different lengths
+            masks = {window: cache.mask(T, window) for window in {c.window, 0}}
+        rotation = self.rotation(positions) if c.pos == 'rope' else None
+        x = self.transformer.wte(idx)  # (B, T, C)
+        if c.pos == 'learned':
+            x = x + self.transformer.wpe(positions)
+        x = x.to(self.transformer.ln_f.weight.dtype)  # embeddings may have fewer bits
         x = self.transformer.drop(x)
-        x0 = x.clone() if self.config.residual_lambdas else None  # aliases would be compiled for separately
+        x0 = x.clone() if c.residual_lambdas else None  # x twice would compile twice
         for layer, block in enumerate(self.transformer.h):
-            past, value_embedding = None, None
-            if cache is not None:
-                past = cache.k[layer, :, :, :S], cache.v[layer, :, :, :S], slots, masks[block.attn.window]
-            if self.config.has_value_embedding(layer):
-                value_embedding = self.transformer.vte[str(layer)](idx)
-            x = block(x, past, rotation, value_embedding, x0, window_blocks)
+            vte = self.transformer.vte[str(layer)](idx) if c.has_value_embedding(layer) else None
+            past = None if cache is None else cache.layer(layer, T)
+            x = block(x, Context(rotation, vte, x0, past, masks.get(block.attn.window)))
         x = self.transformer.ln_f(x)
         if cache is not None:
             cache.advance(T)
         return x
 
+    def logits(self, x):
+        """Apply the head: (B, T, C) -> (B, T, V)."""
+        return ops.softcapped(self.lm_head(x), self.config.logit_softcap)
+
     def forward(self, idx, targets=None, cache=None, return_logits=True):
         """
-        idx: (B, T) ids. -> (logits, loss)
+        Compute (logits, loss) of ids (B, T). Raises UserError for a context beyond block_size.
 
-        With targets (B, T), negative where there is none: logits (B, T, V) and their mean cross-entropy in nats, 0 if
-        all are negative; whoever needs the loss alone says return_logits=False and gets None and the loss, for which
-        all logits need not be in memory at once. Without targets: logits (B, 1, V) of the last position alone, all that
-        sampling needs, and None. With a KVCache, idx continues the tokens in it. Raises ValueError when the context
-        would exceed block_size.
+        With targets (B, T), negative where there is none: logits (B, T, V), or None to save memory
+        with return_logits=False, and the mean cross-entropy in nats, 0 if there is no target.
+        Without targets: logits (B, 1, V) of the last position, and None. With a KVCache of flatgpt,
+        idx continues its tokens.
         """
-        window_blocks = None if targets is None or cache is not None else self.window_blocks(idx.size(1), idx.device)
-        x = self.hidden(idx, cache, window_blocks)
+        x = self.hidden(idx, cache)
         if targets is None:
             return self.logits(x[:, -1:]), None
-        device, weight = x.device.type, self.lm_head.weight
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        n_targets = (targets >= 0).sum().clamp(min=1)
-        is_large = targets.numel() * self.config.vocab_size > CHUNK and type(self.lm_head) is nn.Linear
-        if is_large and not return_logits and dtype != torch.float16:  # a GradScaler's factor would come too late
-            total = ChunkedCrossEntropy.apply(x.flatten(0, 1), weight, targets.flatten(), self.config.logit_softcap,
-                                              dtype, torch.is_grad_enabled(), not weight.requires_grad)
-            return None, total / n_targets
-        logits = self.logits(x)
-        # in fp32: a bf16 log-sum-exp would round the loss itself to three digits
-        total = F.cross_entropy(logits.float().view(-1, logits.size(-1)), targets.reshape(-1).clamp(min=-1),
-                                ignore_index=-1, reduction='sum')
-        return logits if return_logits else None, total / n_targets
-
-    def logits(self, x):
-        """The head, (B, T, C) -> (B, T, V), softly capped if the config says so."""
-        return softcapped(self.lm_head(x), self.config.logit_softcap)
+        if return_logits:
+            logits = self.logits(x)
+            return logits, ops.cross_entropy(logits, targets)
+        return None, ops.head_cross_entropy(x, self.lm_head, targets, self.config.logit_softcap)
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, vocab_size=None):
-        """
-        Continue idx (B, T) by max_new_tokens sampled ids; -> (B, T + max_new_tokens). temperature 0: the likeliest.
-        vocab_size: draw ids below it alone, where the model's vocabulary is padded; None: all.
-
-        The plain definition: the whole context again for every token, its last block_size tokens once it is longer.
-        generate.py gives the same greedy tokens from a cache, and has the other controls. Call model.eval() first.
-        """
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
+        """Sample from ids (B, T) to (B, T + max_new_tokens). temperature 0: the likeliest ids."""
         for _ in range(max_new_tokens):
-            logits = self(idx[:, -self.config.block_size :])[0][:, -1, :vocab_size].float()  # (B, V)
+            logits = self(idx[:, -self.config.block_size :])[0][:, -1].float()  # (B, V)
             if top_k is not None:
-                kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+                kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]  # (B, 1)
                 logits = logits.masked_fill(logits < kth, -math.inf)
             if temperature == 0:
-                next_id = logits.argmax(-1, keepdim=True)
+                next_id = logits.argmax(-1, keepdim=True)  # (B, 1)
             else:
                 next_id = torch.multinomial(F.softmax(logits / temperature, dim=-1), num_samples=1)
             idx = torch.cat((idx, next_id), dim=1)
         return idx
 
     def crop_block_size(self, block_size):
-        """
-        Shorten the context to block_size tokens, forgetting the later positions. The parameter object stays. RoPE has
-        no positions to learn or to forget, so with it the context can also grow.
-        """
-        if block_size < 1 or (block_size > self.config.block_size and self.config.pos == 'learned'):
-            raise UserError(f'block_size={block_size}: expected 1 or more, and of this model, whose positions are '
-                             f'learned, at most {self.config.block_size}' if self.config.pos == 'learned' else
-                             f'block_size={block_size}: expected 1 or more')
+        """Shorten the context, in place. With RoPE it can also grow; UserError if it cannot."""
+        most = self.config.block_size if self.config.pos == 'learned' else math.inf
+        if not 1 <= block_size <= most:
+            raise UserError(f'block_size={block_size}: expected 1 to {most} positions')
         self.config.block_size = block_size
         if self.config.pos == 'learned':
             wpe = self.transformer.wpe
-            wpe.weight.data = wpe.weight.data[:block_size].clone()
+            wpe.weight.data = wpe.weight.data[:block_size].clone()  # the parameter object stays
             wpe.weight.grad = None
             wpe.num_embeddings = block_size
 
     def get_num_params(self, non_embedding=True):
-        """Number of parameters; without the position embeddings unless told. A tied head's count once."""
-        count = sum(p.numel() for p in self.parameters())
-        return count - self.transformer.wpe.weight.numel() if non_embedding and 'wpe' in self.transformer else count
+        """Count the parameters, by default without learned positions. A tied head counts once."""
+        return sum(p.numel() for name, p in self.named_parameters()
+                   if not (non_embedding and name == 'transformer.wpe.weight'))
 
     def flops_per_token(self):
         """
-        FLOPs to train on one token of a full context: 6 for each parameter that is multiplied with it, which a table
-        that is only looked up is not, and 12 H D for each position that a layer sees, attention's two products forward
-        and backward ("PaLM", Chowdhery et al. 2022, appendix B; nothing off for causality, as is customary).
+        Count the FLOPs of training on one token ("PaLM", Chowdhery et al. 2022, appendix B).
+
+        6 for each parameter except embeddings that are only looked up; 12 H D for each position
+        that a layer sees in a full context, without a discount for causality.
         """
         c = self.config
-        looked_up = [name for name in ('wpe', 'vte') if name in self.transformer] + ['wte'] * (not c.tie_embeddings)
-        multiplied = self.get_num_params(non_embedding=False) - sum(
-            p.numel() for name in looked_up for p in self.transformer[name].parameters())
-        seen = sum(min(c.window_of(layer) or c.block_size, c.block_size) for layer in range(c.n_layer))
+        tables = ('wpe', 'vte') if c.tie_embeddings else ('wpe', 'vte', 'wte')
+        multiplied = sum(p.numel() for name, p in self.named_parameters()
+                         if name.split('.')[1] not in tables)
+        seen = sum(min(c.window_of(i) or c.block_size, c.block_size) for i in range(c.n_layer))
         return 6 * multiplied + 12 * c.n_head * c.head_size * seen
 
     @classmethod
-    def from_pretrained(cls, name_or_folder, override_args=None):
-        """
-        A model of Hugging Face's layout, GPT-2's or Llama's: one of GPT-2's names, 'gpt2' to 'gpt2-xl', a folder, or a
-        hub id; see huggingface.py. override_args: {'dropout': p}. ValueError for what can't be read.
-        """
+    def from_pretrained(cls, name, override_args=None):
+        """Load 'gpt2' to 'gpt2-xl', a folder in Hugging Face's layout, or a hub id."""
         from flatgpt import huggingface  # it imports this module
 
-        unknown = set(override_args or {}) - {'dropout'}
-        if unknown:
-            raise UserError(f'{sorted(unknown)}: only dropout can be overridden, the weights fix the rest')
-        return huggingface.load_model(huggingface.find(name_or_folder), **(override_args or {}))
+        if set(override_args or {}) - {'dropout'}:
+            raise UserError(f'override_args={override_args}: only dropout can be overridden')
+        return huggingface.load_model(huggingface.find(name), **(override_args or {}))

@@ -1,95 +1,241 @@
+"""
+Compute what model.py defines, faster: attention, dropout, GELU, cross-entropy.
+
+Each has a plain form, torch's own, and forms that are faster in one situation. The form is chosen
+here, by device, precision, size and compiler. tests/test_ops.py compares values and gradients with
+those of the plain form; bench/results has the times behind each choice. Shapes: as in model.py.
+"""
+
 import math
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+SHORT = 256  # positions up to which CPU attention in fp32 beats bf16, by up to twice
+CACHED = 512  # positions up to which the weights of blocked attention stay in the CPU's cache
+CHUNK = 2**25  # logits that a loss holds at once: 128 MB in fp32
+
+# Attention ----------------------------------------------------------------------------------------
+
+
+def attention(q, k, v, mask=0, dropout=0.0):
+    """
+    Attend causally: each query to the keys at its own position and before; -> (B, H, T, D).
+
+    q: (B, H, T, D), the last T of S positions. k, v: (B, G, S, D), each for H / G query heads.
+    mask: the window, how many positions a query sees, its own included, 0 for all before it; or
+    (B or 1, 1, T, S) of bool, True where a query sees a key. dropout: probability of each weight.
+    """
+    form = plain_attention
+    T, D = q.shape[2:]
+    # compiled, of a whole sequence without a cache
+    is_square = torch.compiler.is_compiling() and not torch.is_tensor(mask) and T == k.size(2)
+    if q.device.type == 'cpu':
+        if is_square and (min(T, mask or T) <= CACHED or dropout):
+            form = blocked_attention
+        elif T == 1 and torch.is_tensor(mask) and not dropout:
+            form = single_query_attention
+    elif q.device.type == 'cuda':
+        if is_square and 0 < mask < T and D in (16, 32, 64, 128, 256) and not dropout:
+            form = flex_attention_in_window
+    return form(q.to(k.dtype), k, v, mask, dropout).to(q.dtype)  # cached keys may have fewer bits
+
+
+def plain_attention(q, k, v, mask, dropout):
+    """Attend by torch's kernels."""
+    T, is_causal = q.size(2), False
+    if q.device.type == 'cpu' and q.dtype == torch.bfloat16 and T <= SHORT:
+        with torch.autocast('cpu', enabled=False):
+            return plain_attention(q.float(), k.float(), v.float(), mask, dropout)
+    if not torch.is_tensor(mask):
+        window, mask = mask, None
+        if window:  # skip the keys that no query sees
+            k, v = k[:, :, -(T + window - 1) :], v[:, :, -(T + window - 1) :]
+        S = k.size(2)
+        is_causal = T == S and (not window or T <= window)
+        if T > 1 and not is_causal:  # a single query sees all keys that are left
+            positions = torch.arange(S, device=q.device)
+            mask = visible(positions[-T:, None], positions, window)  # (T, S)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal,
+                                          dropout_p=dropout, enable_gqa=k.size(1) < q.size(1))
+
+
+def blocked_attention(q, k, v, window, dropout):
+    """
+    Attend by blocks of queries, which skip the keys after them and before the window.
+
+    Compiled for the CPU, forward and backward take half the time of torch's flash kernel up to
+    CACHED positions, and of torch's form with dropout. Half of the (B, H, T, T) weights are kept.
+    """
+    T, D, G = q.size(2), q.size(3), k.size(1)
+    y, start = [], 0
+    for q_block in q.split(max(64, T // 8), dim=2):
+        n = q_block.size(2)
+        first, end = max(0, start - window + 1) if window else 0, start + n
+        keys, values = k[:, :, first:end], v[:, :, first:end]
+        # the queries that share a head of keys are rows of one product
+        rows = q_block.unflatten(1, (G, -1)).flatten(2, 3)  # (B, G, H / G * n, D)
+        scores = (rows @ keys.transpose(2, 3)).float()  # (B, G, H / G * n, keys)
+        scores = scores.unflatten(2, (-1, n)) * D**-0.5  # (B, G, H / G, n, keys)
+        positions = torch.arange(first, end, device=q.device)
+        hidden = ~visible(positions[-n:, None], positions, window)
+        weights = drop(scores.masked_fill(hidden, -math.inf).softmax(dim=-1), dropout)
+        mixed = weights.to(v.dtype).flatten(2, 3) @ values  # (B, G, H / G * n, D)
+        y.append(mixed.unflatten(2, (-1, n)).flatten(1, 2))  # (B, H, n, D)
+        start = end
+    return torch.cat(y, dim=2)
+
+
+def single_query_attention(q, k, v, mask, dropout=0.0):
+    """
+    Attend from one query, q (B, H, 1, D), by products written out, without dropout.
+
+    torch's kernel for the CPU takes several times as long in bf16.
+    """
+    q = q.unflatten(1, (k.size(1), -1)).squeeze(3)  # (B, G, H / G, D)
+    if torch.compiler.is_compiling():  # fused into one pass over the keys, and one over the values
+        scores = (q.unsqueeze(3).float() * k.unsqueeze(2).float()).sum(-1)
+    else:
+        scores = (q @ k.transpose(2, 3)).float()  # (B, G, H / G, S)
+    weights = (scores * q.size(3) ** -0.5).masked_fill(~mask, -math.inf).softmax(dim=-1)
+    if torch.compiler.is_compiling():
+        y = (weights.unsqueeze(4) * v.unsqueeze(2).float()).sum(3)
+    else:
+        y = weights.to(v.dtype) @ v
+    return y.flatten(1, 2).unsqueeze(2)  # (B, H, 1, D)
+
+
+def flex_attention_in_window(q, k, v, window, dropout=0.0):
+    """
+    Attend by FlexAttention, which skips what is outside the window, without dropout.
+
+    A mask of all pairs would cost as much as attention to all ("Flex Attention", Dong et al. 2024).
+    """
+    T = q.size(2)  # the compiler computes the blocks once for all layers
+    blocks = create_block_mask(lambda b, h, i, j: visible(i, j, window), None, None, T, T, q.device)
+    return flex_attention(q, k, v, block_mask=blocks, enable_gqa=k.size(1) < q.size(1))
 
 
 def visible(query, key, window):
-    """
-    Whether a query sees a key, given their positions, tensors that broadcast: it sees its own and those before it, with
-    a window only the window - 1 before it.
-    """
+    """Return whether a query position sees a key's: its own, and all or window - 1 before it."""
     seen = key <= query
     return seen & (key > query - window) if window else seen
 
 
-def window_mask(window):
-    """visible() as FlexAttention asks for it: of a batch, a head, and the indices of a query and a key."""
-    return lambda b, h, query, key: visible(query, key, window)
+# Dropout and GELU ---------------------------------------------------------------------------------
+
+
+def drop(x, p):
+    """
+    Set elements to 0 with probability p, and scale the others by 1 / (1 - p).
+
+    torch compiled for the CPU draws its random numbers one by one, which takes longer than the rest
+    of a training step. There each element's number is a hash of its index and one random key.
+    """
+    if not (p > 0 and x.device.type == 'cpu' and torch.compiler.is_compiling()):
+        return F.dropout(x, p)
+    index = torch.arange(x.numel(), dtype=torch.int32).view(x.shape)
+    h = index ^ torch.randint(2**31 - 1, (), dtype=torch.int32)
+    for _ in range(2):  # multiply and fold the high bits down, as Thomas Mueller's integer hash
+        h = (h ^ ((h >> 16) & 0xFFFF)) * 0x45D9F3B
+    h = (h ^ ((h >> 16) & 0xFFFF)) & 0x7FFFFFFF
+    return torch.where(h >= round(p * 2**31), x / (1 - p), 0.0)
 
 
 class Dropout(nn.Dropout):
-    """
-    nn.Dropout, but cheap in compiled code on the CPU. There torch draws one random number after the other, which would
-    take longer than the rest of a training step; instead each element's number is hashed from its index and a random
-    key, a few vector instructions that fuse with what surrounds them.
-    """
+    """Apply drop() in training."""
 
     def forward(self, x):
-        if not (self.training and self.p > 0 and x.device.type == 'cpu' and torch.compiler.is_compiling()):
-            return super().forward(x)
-        h = torch.arange(x.numel(), dtype=torch.int32).view(x.shape) ^ torch.randint(2**31 - 1, (), dtype=torch.int32)
-        for _ in range(2):  # multiply and fold the high bits down; 0x45D9F3B after Thomas Mueller's integer hash
-            h = (h ^ ((h >> 16) & 0xFFFF)) * 0x45D9F3B
-        h = (h ^ ((h >> 16) & 0xFFFF)) & 0x7FFFFFFF
-        return torch.where(h >= round(self.p * 2**31), x / (1 - self.p), 0.0)
+        return drop(x, self.p) if self.training else x
 
 
-SHORT = 256  # positions up to which torch's attention on the CPU is faster in fp32, by up to twice (bench/results)
-
-
-class GELU(nn.GELU):
+def tanh_gelu(x):
     """
-    GPT-2's GELU, 0.5 x (1 + tanh u) with u = sqrt(2/pi) (x + 0.044715 x^3), which is x sigmoid(2u): compiled for the
-    CPU that form, with its one exp, takes half the time ("Gaussian Error Linear Units", Hendrycks & Gimpel 2016).
-    """
+    Compute GELU's tanh form ("Gaussian Error Linear Units", Hendrycks & Gimpel 2016).
 
-    def forward(self, x):
-        if self.approximate == 'tanh' and x.device.type == 'cpu' and torch.compiler.is_compiling():
-            return x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x * x * x))
-        return super().forward(x)
+    0.5 x (1 + tanh u), u = sqrt(2/pi) (x + 0.044715 x^3), is x sigmoid(2u). Compiled for the CPU
+    that takes half the time: it has one exponential.
+    """
+    if x.device.type == 'cpu' and torch.compiler.is_compiling():
+        return x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x * x * x))
+    return F.gelu(x, approximate='tanh')
+
+
+# Cross-entropy ------------------------------------------------------------------------------------
 
 
 def softcapped(logits, cap):
-    """Logits that stay within +-cap, in fp32 ("Gemma 2", Team Gemma 2024); with cap 0 as they are."""
+    """Return logits within +-cap, in fp32 ("Gemma 2", Team Gemma 2024); with cap 0 as they are."""
     return cap * torch.tanh(logits.float() / cap) if cap else logits
 
 
-CHUNK = 2**25  # logits that a loss needs at once, in fp32 128 MB; more where 16 compiled chunks don't suffice
+def cross_entropy(logits, targets):
+    """Return the mean cross-entropy in nats of logits (B, T, V); targets below 0 do not count."""
+    # in fp32: a bf16 log-sum-exp would round the loss itself to three digits
+    logits, ids = logits.float().view(-1, logits.size(-1)), targets.reshape(-1).clamp(min=-1)
+    total = F.cross_entropy(logits, ids, ignore_index=-1, reduction='sum')
+    return total / n_targets(targets)
+
+
+def head_cross_entropy(x, head, targets, softcap):
+    """
+    Return cross_entropy(softcapped(head(x), softcap), targets), of a large head in chunks.
+
+    x: (B, T, C), the input of the head. head: a module, C -> V channels.
+    """
+    is_large = type(head) is nn.Linear and targets.numel() * head.out_features > CHUNK
+    # in fp16 a GradScaler's factor would come too late for the gradients computed here
+    if not is_large or product_dtype(head.weight) == torch.float16:
+        return cross_entropy(softcapped(head(x), softcap), targets)
+    is_training = torch.is_grad_enabled()
+    needs = is_training, is_training and head.weight.requires_grad  # any gradient, the weight's
+    rows, ids = x.flatten(0, 1), targets.flatten()  # (N, C), (N,)
+    return ChunkedCrossEntropy.apply(rows, head.weight, ids, softcap, needs) / n_targets(targets)
+
+
+def n_targets(targets):
+    """Count the targets, at least 1."""
+    return (targets >= 0).sum().clamp(min=1)
+
+
+def product_dtype(weight):
+    """Return the precision in which a linear layer with this weight multiplies."""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
     """
-    The head and its cross-entropy in one, for a chunk of rows after the other, so that all logits are never there at
-    once: in fp32 those of 64 x 1024 tokens of GPT-2's vocabulary take 13 GB, and their gradient as much again. Each
-    chunk's share of the gradients is computed with its loss; to compute its logits again in the backward pass would
-    cost a third more ("Cut Your Losses", Wijmans et al. 2024; "Liger Kernel", Hsu et al. 2024). Differentiable once.
+    Sum the cross-entropy of N rows in chunks, so that all logits are never held at once.
+
+    The fp32 logits of 64 x 1024 tokens of GPT-2 take 13 GB, and their gradient as much. Gradients
+    are computed with the loss: to compute the logits again in the backward pass would cost a third
+    more ("Cut Your Losses", Wijmans et al. 2024; "Liger Kernel", Hsu et al. 2024).
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, softcap, dtype, needs_gradient, is_frozen):
-        """
-        x: (N, C). weight: (V, C). targets: (N,), negative for none. dtype: of products. is_frozen: the weight needs no
-        gradient. -> sum of losses
-        """
+    def forward(ctx, x, weight, targets, softcap, needs):  # (N, C), (V, C), (N,)
+        dtype, (needs_gradient, needs_dw) = product_dtype(weight), needs
         w, ids = weight.to(dtype), torch.arange(len(weight), device=x.device)
         total = torch.zeros((), device=x.device)
-        dx, dw = [], torch.zeros_like(weight) if needs_gradient and not is_frozen else None
+        dx, dw = [], torch.zeros_like(weight) if needs_dw else None
         n_chunks = -(-len(x) * len(w) // CHUNK)
         if torch.compiler.is_compiling():
-            n_chunks = min(16, n_chunks)  # each is code of its own
-        for rows, target in zip(x.to(dtype).chunk(n_chunks), targets[:, None].chunk(n_chunks), strict=True):
-            logits = softcapped(rows @ w.T, softcap).float()
+            n_chunks = min(16, n_chunks)  # the code of each is compiled for itself
+        chunks = x.to(dtype).chunk(n_chunks), targets[:, None].chunk(n_chunks)
+        for rows, target in zip(*chunks, strict=True):
+            logits = softcapped(rows @ w.T, softcap).float()  # (rows, V)
             log_p, counts = F.log_softmax(logits, dim=-1), target >= 0
             total -= torch.where(counts, log_p.gather(1, target.clamp(min=0)), 0.0).sum()
             if needs_gradient:
                 p = log_p.exp()
-                d = torch.where(ids == target, p - 1, p)  # by the logits; then by what the softcap took
-                d = (d * (1 - (logits / softcap).square()) if softcap else d).to(dtype)
+                d = torch.where(ids == target, p - 1, p)  # by the capped logits, then by the logits
+                d = (d * (1 - (logits / softcap).square()) if softcap else d).to(dtype)  # (rows, V)
                 dx.append((d @ w) * counts)
-                if not is_frozen:
+                if needs_dw:
                     dw += d.T @ (rows * counts)
         if needs_gradient:
             ctx.save_for_backward(torch.cat(dx).to(x.dtype), dw)
@@ -99,4 +245,4 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_total):
         dx, dw = ctx.saved_tensors
-        return d_total * dx, None if dw is None else d_total * dw, None, None, None, None, None
+        return d_total * dx, None if dw is None else d_total * dw, None, None, None

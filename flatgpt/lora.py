@@ -1,13 +1,13 @@
 """
-LoRA: finetune a model by small matrices beside its frozen ones ("LoRA: Low-Rank Adaptation of Large Language Models",
-Hu et al. 2021). In place of W x it computes W x + (alpha / rank) B A x, of which A and B alone are trained.
+Train low-rank adapters beside frozen weights: W x becomes W x + (alpha / rank) B A x.
 
-    lora.add(model, rank=8, alpha=16, targets=['c_attn'])   # everything else is frozen
-    adapters = lora.adapters(model)                         # all that a checkpoint needs beside the model it began with
-    lora.merge(model)                                       # an ordinary model again, with the same logits
+    lora.add(model, rank=8, alpha=16, targets=['c_attn'])  # freezes everything else
+    weights = lora.adapters(model)  # a checkpoint needs these, and the base model
+    lora.merge(model)  # a plain model with the same logits
 
-The optimizer then holds moments of A and B alone. Of the 16 bytes that a parameter takes in full finetuning, 4 are left
-where it is frozen, and 1 where it is kept in int8 ("QLoRA", Dettmers et al. 2023, takes 4 bits).
+Of the 16 bytes that a parameter takes in full finetuning, a frozen one keeps 4 in fp32, and 1 in
+int8 ("QLoRA", Dettmers et al. 2023, keeps half a byte). Source: "LoRA: Low-Rank Adaptation of Large
+Language Models", Hu et al. 2021.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from flatgpt.quantize import quantize_rows
 
 
 class Int8Product(torch.autograd.Function):
-    """x W^T for a frozen W of int8 rows, each with a scale, which is spelt out anew for the backward pass, not kept."""
+    """Multiply x (..., K) by a frozen weight (N, K) of int8 rows, each with a scale (N,)."""
 
     @staticmethod
     def forward(ctx, x, weight, scale):
@@ -34,12 +34,12 @@ class Int8Product(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, d):
-        weight, scale = ctx.saved_tensors
+        weight, scale = ctx.saved_tensors  # the product is formed again, not kept
         return d @ (weight * scale[:, None]).to(d.dtype), None, None
 
 
 class LoRALinear(nn.Linear):
-    """nn.Linear under the same names, its weight (N, K) frozen, with lora_a (rank, K) and lora_b (N, rank)."""
+    """Add adapters lora_a (rank, K) and lora_b (N, rank) to a linear layer, whose names stay."""
 
     def __init__(self, linear, rank, alpha, int8):
         nn.Module.__init__(self)
@@ -51,8 +51,9 @@ class LoRALinear(nn.Linear):
         self.register_buffer('scale', scale)
         like = {'device': linear.weight.device, 'dtype': torch.float32}
         self.lora_a = nn.Parameter(torch.empty(rank, self.in_features, **like))
-        self.lora_b = nn.Parameter(torch.zeros(self.out_features, rank, **like))  # the model starts as it was
-        nn.init.uniform_(self.lora_a, -1 / math.sqrt(self.in_features), 1 / math.sqrt(self.in_features))
+        self.lora_b = nn.Parameter(torch.zeros(self.out_features, rank, **like))  # changes nothing
+        bound = 1 / math.sqrt(self.in_features)
+        nn.init.uniform_(self.lora_a, -bound, bound)
 
     def forward(self, x):
         if self.scale is None:
@@ -66,65 +67,70 @@ class LoRALinear(nn.Linear):
 
     @torch.no_grad()
     def merged(self):
-        """-> an nn.Linear that does the same."""
-        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device='meta')
+        """Return an nn.Linear that computes the same."""
+        has_bias = self.bias is not None
+        linear = nn.Linear(self.in_features, self.out_features, has_bias, device='meta')
         weight = self.weight if self.scale is None else self.weight * self.scale[:, None]
-        linear.weight, linear.bias = nn.Parameter(weight + self.factor * self.lora_b @ self.lora_a), self.bias
+        linear.weight = nn.Parameter(weight + self.factor * self.lora_b @ self.lora_a)
+        linear.bias = self.bias
         return linear
 
 
 def add(model, rank, alpha, targets, int8=False):
     """
-    Freeze a GPT and give the linear layers that `targets` name, such as 'c_attn', 'mlp.c_proj', 'lm_head' or
-    'h.0.attn.c_proj', adapters of `rank`; with int8 the weights of these layers are rounded to it, see quantize.py.
-    Raises ValueError for a rank below 1, or a target that names no layer.
+    Freeze a GPT, and add adapters to the linear layers that `targets` name.
+
+    targets: ends of layer names, such as 'c_attn', 'mlp.c_proj', 'lm_head' or 'h.0.attn.c_proj'.
+    int8: round the weights of these layers to int8. Raises UserError for a target without a layer.
     """
     if rank < 1:
         raise UserError(f'lora_rank={rank}: expected 1 or more')
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    layers = {name: module for name, module in model.named_modules()
+              if isinstance(module, nn.Linear)}
     chosen = set()
     for target in targets:
-        found = {name for name in layers if name == target or name.endswith(f'.{target}')}
-        if not found:
-            short = dict.fromkeys(name.split('.')[-1] for name in layers)
-            raise UserError(f'lora_targets: {target!r} names no linear layer of this model; expected some of '
-                             f'{", ".join(short)}, or longer names such as attn.c_proj')
-        chosen |= found
+        matching = {name for name in layers if f'.{name}'.endswith(f'.{target}')}
+        if not matching:
+            names = dict.fromkeys(name.split('.')[-1] for name in layers)
+            raise UserError(f'lora_targets: {target!r} names no linear layer of this model; '
+                            f'expected some of {", ".join(names)}, or longer: attn.c_proj')
+        chosen |= matching
     if 'lm_head' in chosen and model.config.tie_embeddings:
-        raise UserError('lora_targets: lm_head is the embedding, too (tie_embeddings), which has no adapter; leave it '
-                         'out')
+        raise UserError('lora_targets: lm_head is also the token embedding (tie_embeddings), which '
+                        'takes no adapters; leave it out')
     model.requires_grad_(False)
     for name in sorted(chosen):
-        owner, _, last = name.rpartition('.')
-        setattr(model.get_submodule(owner), last, LoRALinear(layers[name], rank, alpha, int8))
+        parent, _, child = name.rpartition('.')
+        setattr(model.get_submodule(parent), child, LoRALinear(layers[name], rank, alpha, int8))
 
 
 def merge(model):
-    """Put the adapters into the weights: the layers are plain nn.Linear again. -> the model"""
+    """Add the adapters to the weights of plain nn.Linear layers again; -> the model."""
     for name, module in list(model.named_modules()):
         if isinstance(module, LoRALinear):
-            owner, _, last = name.rpartition('.')
-            setattr(model.get_submodule(owner), last, module.merged())
+            parent, _, child = name.rpartition('.')
+            setattr(model.get_submodule(parent), child, module.merged())
     return model.requires_grad_(True)
 
 
 def adapters(model):
-    """-> {name: tensor} of the adapters alone."""
-    return {name: tensor for name, tensor in model.state_dict().items() if name.endswith(('.lora_a', '.lora_b'))}
+    """Return {name: tensor} of the adapters."""
+    return {name: tensor for name, tensor in model.state_dict().items()
+            if name.endswith(('.lora_a', '.lora_b'))}
 
 
 def load_adapters(model, weights):
-    """Put what adapters() gave back. Raises ValueError if they are of another model."""
-    mine = adapters(model)
-    wrong = [name for name in {*mine, *weights} if name not in mine or name not in weights
-             or mine[name].shape != weights[name].shape]
-    if wrong:
-        raise UserError(f'the adapters are of another model: {", ".join(sorted(wrong)[:3])}')
+    """Load what adapters() returned. Raises UserError for the adapters of another model."""
+    expected = {name: tensor.shape for name, tensor in adapters(model).items()}
+    shapes = {name: tensor.shape for name, tensor in weights.items()}
+    if shapes != expected:
+        wrong = sorted({name for name, _ in shapes.items() ^ expected.items()})
+        raise UserError(f'the adapters are of another model: {", ".join(wrong[:3])} differ')
     model.load_state_dict(weights, strict=False)
 
 
 def digest(model):
-    """A number of the weights, by which adapters know the model that they were trained beside: SHA-256, 1 s a GB."""
+    """Return the SHA-256 of the weights, which identifies the base of adapters; 1 s per GB."""
     sha = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         sha.update(name.encode())
@@ -136,43 +142,45 @@ def digest(model):
 
 
 def check_settings(config, init_from, out_dir):
-    """Raise UserError for settings of train.py that cannot go with LoRA, or go with nothing else."""
+    """Raise UserError for settings of train.py that contradict LoRA, or need it."""
     if not config['lora_rank']:
-        alone = {'lora_alpha', 'lora_targets', 'lora_int8'} & config.given
-        if alone and init_from != 'resume':
-            raise UserError(f'{min(alone)} needs --lora_rank, such as --lora_rank=8')
+        unused = {'lora_alpha', 'lora_targets', 'lora_int8'} & config.given
+        if unused and init_from != 'resume':
+            raise UserError(f'{min(unused)} needs --lora_rank, such as --lora_rank=8')
         return
     if init_from in ('scratch', 'auto'):
-        raise UserError(f'lora_rank={config["lora_rank"]} needs a model to adapt, and init_from={init_from!r} has '
-                        f'none; name one: --init_from=FOLDER')
+        raise UserError(f'lora_rank={config["lora_rank"]} needs a model to adapt, but '
+                        f'init_from={init_from!r}; name a model: --init_from=FOLDER')
     if os.path.realpath(init_from) == os.path.realpath(out_dir):
-        raise UserError(f'init_from={init_from!r} is out_dir, whose model the adapters need; name another --out_dir')
+        raise UserError(f'init_from={init_from!r} is out_dir, but adapters need its model later; '
+                        f'name another --out_dir')
     if config['optimizer'] != 'adamw':
-        raise UserError("optimizer='muon' does not go with LoRA: adapters are no maps from channels to channels, whose "
-                        'singular values Muon equalizes. Use --optimizer=adamw')
+        raise UserError("optimizer='muon' does not fit LoRA: Muon is for maps between channels, "
+                        'which adapters are not; use --optimizer=adamw')
 
 
 def start(model, config, out_dir):
-    """Add the adapters of the settings `config` to the model; -> their description for checkpoints."""
+    """Add adapters to the model by the settings `config`; -> their description for checkpoints."""
     targets = [target.strip() for target in config['lora_targets'].split(',')]
-    config['lora_targets'], init_from = ','.join(targets), config['init_from']
-    described = {'init_from': init_from,
-                 'from_here': os.path.relpath(init_from, out_dir) if os.path.isdir(init_from) else None,
-                 'digest': digest(model), 'rank': config['lora_rank'], 'alpha': config['lora_alpha'],
-                 'targets': targets, 'int8': config['lora_int8']}
+    init_from = config['init_from']
+    relative = os.path.relpath(init_from, out_dir) if os.path.isdir(init_from) else None
+    described = {'init_from': init_from, 'from_here': relative, 'digest': digest(model),
+                 'rank': config['lora_rank'], 'alpha': config['lora_alpha'], 'targets': targets,
+                 'int8': config['lora_int8']}
     add(model, described['rank'], described['alpha'], targets, described['int8'])
     return described
 
 
 def check_resumes(described, config, path):
-    """Raise UserError if a LoRA setting that was given contradicts a checkpoint, and take over the others."""
-    used = {'lora_rank': 0}
+    """Take over a checkpoint's LoRA settings. Raises UserError if a given one differs."""
+    saved = {'lora_rank': 0}
     if described:
-        used = {'lora_rank': described['rank'], 'lora_alpha': described['alpha'],
-                'lora_targets': ','.join(described['targets']), 'lora_int8': described['int8']}
-    for name, value in used.items():
+        saved = {'lora_rank': described['rank'], 'lora_alpha': described['alpha'],
+                 'lora_targets': ','.join(described['targets']), 'lora_int8': described['int8']}
+    for name, value in saved.items():
         given = config[name].replace(' ', '') if name == 'lora_targets' else config[name]
         if name in config.given and given != value:
-            raise UserError(f'{name}={config[name]}, but {path} was trained with {name}={value}; resume with that, or '
-                            f'adapt its model in another run: --init_from={os.path.dirname(path)} and another --out_dir')
-    config.update(used)
+            raise UserError(f'{name}={config[name]}, but {path} was trained with {name}={value}; '
+                            f'resume with that, or adapt its model in another run: '
+                            f'--init_from={os.path.dirname(path)} and another --out_dir')
+    config.update(saved)

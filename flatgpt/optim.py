@@ -1,7 +1,7 @@
 """
-Optimizers and learning-rate schedules: AdamW, Muon, which parameters decay, and how the rate moves.
+Build optimizers and learning-rate schedules: AdamW, Muon, cosine, WSD.
 
-In every parameter group, lr_scale says how many times the rate of the schedule the group learns at.
+In every parameter group, lr_scale times the rate of the schedule is the rate of the group.
 """
 
 import math
@@ -14,103 +14,95 @@ from configurator import UserError
 
 
 def create(model, config, precision, world):
-    """
-    Make the optimizer of the settings `config`: AdamW, or Muon with AdamW.
-
-    precision: 'bfloat16' lets Muon orthogonalize in it. world: the processes that share Muon's work.
-    """
-    if config['optimizer'] == 'adamw':
-        return adamw(model, config['weight_decay'], config['learning_rate'], (config['beta1'], config['beta2']))
-    dtype = torch.bfloat16 if precision == 'bfloat16' else torch.float32
-    return muon(model, config, dtype, world)
+    """Build the optimizer of the settings `config`; Muon multiplies in bf16 if the model does."""
+    if config['optimizer'] == 'muon':
+        dtype = torch.bfloat16 if precision == 'bfloat16' else torch.float32
+        return muon(model, config, dtype, world)
+    betas = config['beta1'], config['beta2']
+    return adamw(model, config['weight_decay'], config['learning_rate'], betas)
 
 
 def adamw(model, weight_decay, learning_rate, betas):
     """
-    AdamW ("Decoupled Weight Decay Regularization", Loshchilov & Hutter 2019) in nanoGPT's two groups: tensors of two or
-    more dimensions (matrices, embeddings) decay by weight_decay, the others (biases, norms) don't.
+    Build AdamW ("Decoupled Weight Decay Regularization", Loshchilov & Hutter 2019).
+
+    In nanoGPT's two groups: tensors of two or more dimensions decay, biases and norms do not.
     """
     params = [p for p in model.parameters() if p.requires_grad]
-    groups = [{'params': [p for p in params if p.dim() >= 2], 'weight_decay': weight_decay, 'lr_scale': 1.0},
-              {'params': [p for p in params if p.dim() < 2], 'weight_decay': 0.0, 'lr_scale': 1.0}]
-    groups = [group for group in groups if group['params']]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=can_fuse(params))
+    groups = [{'params': [p for p in params if p.dim() >= 2], 'weight_decay': weight_decay},
+              {'params': [p for p in params if p.dim() < 2], 'weight_decay': 0.0}]
+    groups = [{**group, 'lr_scale': 1.0} for group in groups if group['params']]
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=can_fuse(groups))
 
 
-def can_fuse(params):
-    """Whether AdamW has one kernel for all tensors and one pass over memory; on the CPU it has too."""
-    return params[0].device.type in ('cuda', 'cpu')
+def can_fuse(groups):
+    """Return whether AdamW has a fused kernel for these parameters, which reads memory once."""
+    return groups[0]['params'][0].device.type in ('cuda', 'cpu')
 
 
-# Muon ----------------------------------------------------------------------------------------------------------------
-# Keller Jordan et al. 2024 (kellerjordan.github.io/posts/muon, github.com/KellerJordan/Muon): the momentum of a matrix,
-# all of its singular values brought to about 1, is the step. What the gradient says rarely counts as much as what it
-# says all the time.
-
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # x -> a x + b x^3 + c x^5 on singular values, as steep at 0 as it can be
-FIRST_MOMENTUM, MOMENTUM_WARMUP = 0.85, 300  # the speedruns': early gradients are soon out of date
+# Muon ---------------------------------------------------------------------------------------------
+# Keller Jordan et al. 2024 (kellerjordan.github.io/posts/muon, github.com/KellerJordan/Muon): a
+# step is the momentum of a matrix with all singular values brought to about 1, so that rare
+# directions of the gradient count as much as frequent ones.
 
 
 def muon(model, config, dtype, world):
     """
-    Muon for the matrices of the blocks, at muon_lr and with weight_decay; AdamW without decay for the rest: tables that
-    are looked up at embedding_lr; the head, a tied one too, norms, biases and scalars at learning_rate, above 0.
-    config: these settings, beta1, beta2, and momentum (default 0.95). dtype: in which to orthogonalize; bf16 is enough.
+    Build Muon for the matrices of the blocks, with AdamW without decay for all else.
+
+    Matrices learn at muon_lr, embeddings that are only looked up at embedding_lr, the rest at
+    learning_rate, above 0. weight_decay is that of the matrices. dtype: of the orthogonalization.
     """
-    learning_rate = config['learning_rate']
-    head = {model.lm_head.weight} if hasattr(model, 'lm_head') else set()  # a reward model has another one
+    lr, no_decay = config['learning_rate'], {'weight_decay': 0.0}
+    head = {model.lm_head.weight} if hasattr(model, 'lm_head') else set()  # not in a reward model
     tables = {m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding)} - head
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     matrices = {name: p for name, p in named.items() if '.h.' in name and p.dim() == 2}
-    rest = [p for name, p in named.items() if name not in matrices]
-    groups = [{'params': list(matrices.values()), 'parts': [parts_of(name, model.config) for name in matrices],
+    embeddings = [p for name, p in named.items() if p in tables]
+    rest = [p for name, p in named.items() if name not in matrices and p not in tables]
+    groups = [{'params': list(matrices.values()), 'lr_scale': config['muon_lr'] / lr,
+               'parts': [parts_of(name, model.config) for name in matrices],
                'weight_decay': config['weight_decay'], 'momentum': config.get('momentum', 0.95),
-               'lr_scale': config['muon_lr'] / learning_rate,
-               'fused': False},  # or loading would move the counts of steps to the GPU, and reading them wait for it
-              {'params': [p for p in rest if p in tables], 'weight_decay': 0.0,
-               'lr_scale': config['embedding_lr'] / learning_rate},
-              {'params': [p for p in rest if p not in tables], 'weight_decay': 0.0, 'lr_scale': 1.0}]
+               'fused': False},  # fused, loading would move step counts to the GPU, slow to read
+              {'params': embeddings, 'lr_scale': config['embedding_lr'] / lr, **no_decay},
+              {'params': rest, 'lr_scale': 1.0, **no_decay}]
     groups = [group for group in groups if group['params']]
-    return Muon(groups, learning_rate, (config['beta1'], config['beta2']), dtype, world)
+    return Muon(groups, lr, (config['beta1'], config['beta2']), dtype, world)
 
 
-def parts_of(name, config):
-    """Rows of the matrices that a layer computes side by side, and that mean different things: q, k, v; gate, up."""
-    c = config
+def parts_of(name, c):
+    """Return the rows of each matrix that a layer computes at once: q, k, v; gate, up."""
     if name.endswith('c_attn.weight'):
-        return [c.n_head * c.head_size, c.kv_heads * c.head_size, c.kv_heads * c.head_size]
+        return [heads * c.head_size for heads in (c.n_head, c.kv_heads, c.kv_heads)]
     if name.endswith('c_fc.weight'):
-        return [c.mlp_width, c.mlp_width] if c.mlp == 'swiglu' else [c.mlp_width]
+        return [c.mlp_width] * (2 if c.mlp == 'swiglu' else 1)
     return [c.n_embd]  # c_proj
 
 
 class Muon(torch.optim.AdamW):
     """
-    Muon for the groups that have a 'momentum', AdamW for the others; with one state_dict, in which a matrix has its
-    momentum and its number of steps.
+    Apply Muon to the groups that have a 'momentum', AdamW to the others.
 
-    The matrices of a shape, or of its transpose, are orthogonalized in one batch: several small products at once keep
-    a processor busy that each alone would not. Several processes take a share each and hand it round. A step is scaled
-    by sqrt(rows / columns) for tall matrices, Jordan's rule: then muon_lr hardly depends on the size of the model.
+    Matrices of one shape, or its transpose, are orthogonalized in one batch, shared by processes.
+    Tall matrices take steps of sqrt(rows / columns), so that muon_lr suits models of any size.
     """
 
     def __init__(self, groups, lr, betas, dtype, world):
-        super().__init__(groups, lr=lr, betas=betas, fused=can_fuse(groups[0]['params']))
-        self._step_supports_amp_scaling = False  # a GradScaler has to leave out the steps that overflow; fused could
+        super().__init__(groups, lr=lr, betas=betas, fused=can_fuse(groups))
+        self._step_supports_amp_scaling = False  # a GradScaler must skip steps that overflow itself
         self.dtype, self.world = dtype, world
 
     @torch.no_grad()
     def step(self):
-        """Update all parameters. The gradients of the matrices are spent then: None."""
+        """Update all parameters. The gradients of the matrices become None."""
         for group in self.param_groups:
             if 'momentum' in group:
                 self.step_matrices(group)
-                for p in group['params']:
-                    p.grad = None  # AdamW leaves alone what has none
         super().step()
 
     def step_matrices(self, group):
-        same_shape = {}  # (rows, columns) of the wide form -> [(part of a parameter, its direction)]
+        """Update the matrices of a group."""
+        by_shape = {}  # (rows, columns) of the wide form -> [(part of a parameter, its direction)]
         for p, rows in zip(group['params'], group['parts'], strict=True):
             if p.grad is None:
                 continue
@@ -120,135 +112,120 @@ class Muon(torch.optim.AdamW):
             momentum = momentum_at(int(state['step']), group['momentum'])
             state['step'] += 1
             state['momentum_buffer'].lerp_(p.grad, 1 - momentum)
-            direction = p.grad.lerp(state['momentum_buffer'], momentum)  # Nesterov's: where the momentum will be
+            direction = p.grad.lerp(state['momentum_buffer'], momentum)  # Nesterov's
+            p.grad = None  # AdamW skips p
             p.mul_(1 - group['lr'] * group['weight_decay'])
             for part, part_direction in zip(p.split(rows), direction.split(rows), strict=True):
-                same_shape.setdefault(tuple(sorted(part.shape)), []).append((part, part_direction))
-        for pairs in same_shape.values():
-            steps = self.orthogonalize_together(torch.stack([wide(direction) for _, direction in pairs]))
-            for (part, _), step in zip(pairs, steps, strict=True):
+                by_shape.setdefault(tuple(sorted(part.shape)), []).append((part, part_direction))
+        for pairs in by_shape.values():
+            directions = torch.stack([wide(direction) for _, direction in pairs])  # (K, m, n)
+            for (part, _), step in zip(pairs, self.orthogonalize_shared(directions), strict=True):
                 scale = max(1.0, part.size(0) / part.size(1)) ** 0.5
                 wide(part).sub_(step, alpha=group['lr'] * scale)
 
-    def orthogonalize_together(self, x):
-        """orthogonalize(x), (K, m, n), of which each process does its share."""
+    def orthogonalize_shared(self, x):
+        """Return orthogonalize(x), (K, m, n), of which each process computes a share."""
         if self.world.size == 1:
             return orthogonalize(x, self.dtype)
-        n, share = len(x), -(-len(x) // self.world.size)  # the last may find less to do
-        x = torch.cat((x, x.new_zeros(share * self.world.size - n, *x.shape[1:])))
-        mine = orthogonalize(x[self.world.rank * share :][:share], self.dtype)
-        everyones = mine.new_empty(x.shape)
-        dist.all_gather_into_tensor(everyones, mine)
-        return everyones[:n]
+        n, share = len(x), -(-len(x) // self.world.size)
+        x = torch.cat((x, x.new_zeros(share * self.world.size - n, *x.shape[1:])))  # equal shares
+        local = orthogonalize(x[self.world.rank * share :][:share], self.dtype)
+        gathered = local.new_empty(x.shape)
+        dist.all_gather_into_tensor(gathered, local)
+        return gathered[:n]
 
 
 def wide(x):
-    """A matrix, or the view of its transpose that has more columns than rows."""
+    """Return a matrix, or its transposed view if it has more rows than columns."""
     return x.T if x.size(0) > x.size(1) else x
 
 
 def orthogonalize(x, dtype, steps=5):
-    """
-    x: (K, m, n), m <= n -> for each matrix U S V^T about U V^T, in `dtype`. Newton-Schulz iterations, which need only
-    products, bring singular values above a hundredth of the matrix's norm to between 0.7 and 1.2.
-    """
-    a, b, c = NEWTON_SCHULZ
+    """Map each U S V^T of x (K, m, n), m <= n, to about U V^T: singular values of 0.7 to 1.2."""
+    a, b, c = 3.4445, -4.7750, 2.0315  # x -> a x + b x^3 + c x^5, the steepest at 0
     x = (x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)).to(dtype)
-    for _ in range(steps):
-        gram = x @ x.mT
+    for _ in range(steps):  # of Newton and Schulz
+        gram = x @ x.mT  # (K, m, m)
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x
 
 
 def momentum_at(step, momentum):
-    """Muon's momentum rises in a line to its value at step MOMENTUM_WARMUP."""
-    first = min(FIRST_MOMENTUM, momentum)
-    return first + (momentum - first) * min(1.0, step / MOMENTUM_WARMUP)
+    """Return Muon's momentum, lower in the first 300 steps: early gradients soon go out of date."""
+    first = min(0.85, momentum)
+    return first + (momentum - first) * min(1.0, step / 300)
 
 
 def check_same(name, saved_config, ckpt_path):
-    """ValueError unless the optimizer `name`, 'adamw' or 'muon', is that of the run whose settings were saved."""
-    before = saved_config.get('optimizer', 'adamw')
-    if name != before:
-        raise UserError(f'optimizer={name!r}, but the state in {ckpt_path} is that of {before!r}; resume with '
-                         f'--optimizer={before} and the rates it had (config.json beside it)')
+    """Raise UserError unless a checkpoint's run used the optimizer `name`, 'adamw' or 'muon'."""
+    saved = saved_config.get('optimizer', 'adamw')
+    if name != saved:
+        raise UserError(f'optimizer={name!r}, but the state in {ckpt_path} is that of {saved!r}; '
+                        f'resume with --optimizer={saved} and its rates (config.json)')
 
 
 def load_optimizer(optimizer, saved):
-    """
-    Take the moments from a saved state_dict; the hyperparameters stay those of this run's settings. ValueError if the
-    saved state belongs to other parameters.
-    """
-    groups = optimizer.state_dict()['param_groups']
+    """Load the moments of a saved state_dict. UserError if they are of other parameters."""
+    groups = optimizer.state_dict()['param_groups']  # hyperparameters stay those of this run
     if [g['params'] for g in groups] != [g['params'] for g in saved['param_groups']]:
         raise UserError('the optimizer state in the checkpoint is of another set of parameters')
     optimizer.load_state_dict({'state': saved['state'], 'param_groups': groups})
 
 
 def crop_moments(optimizer, model, n):
-    """Keep the moments of the first n position embeddings: the context of the model was cropped to n."""
+    """Keep the moments of the first n learned positions, after crop_block_size(n)."""
     if model.config.pos == 'learned':
-        moments = optimizer.state.get(model.transformer.wpe.weight, {})  # {} where LoRA leaves it frozen
+        moments = optimizer.state.get(model.transformer.wpe.weight, {})  # {}: frozen by LoRA
         moments.update({name: m[:n].clone() for name, m in moments.items() if m.dim() == 2})
+
+
+# Schedules ----------------------------------------------------------------------------------------
 
 
 def schedule(config):
     """
     Return the learning rate as a function of the step, from the settings of train.py.
 
-    Raises UserError for rates that would rise where they should fall, or never reach their highest.
+    Raises UserError for a rate that would rise where it should fall.
     """
-    learning_rate, min_lr, warmup_iters = (config[name] for name in ('learning_rate', 'min_lr', 'warmup_iters'))
-    if config['optimizer'] == 'muon' and learning_rate == 0:
+    rate, warmup, min_lr = (config[name] for name in ('learning_rate', 'warmup_iters', 'min_lr'))
+    name = 'max_iters' if config['lr_decay_iters'] is None else 'lr_decay_iters'
+    end = config[name]
+    if config['optimizer'] == 'muon' and rate == 0:
         raise UserError('learning_rate=0: expected above 0 with optimizer=muon')
     if not config['decay_lr']:
-        return lambda step: learning_rate
-    end = config['max_iters'] if config['lr_decay_iters'] is None else config['lr_decay_iters']
-    if min_lr > learning_rate:
-        raise UserError(f'min_lr={min_lr}: expected at most learning_rate={learning_rate}, usually a tenth of it')
-    if config['lr_decay_iters'] is not None and end < warmup_iters:
-        raise UserError(f'lr_decay_iters={end}: expected at least warmup_iters={warmup_iters}')
-    if config['lr_decay_iters'] is None and end < warmup_iters and 'warmup_iters' in config.given:
-        raise UserError(f'warmup_iters={warmup_iters}: expected at most max_iters={end}')
-    return getattr(Schedule(learning_rate, warmup_iters, end, min_lr, config['decay_fraction']), config['lr_schedule'])
+        return lambda step: rate
+    if min_lr > rate:
+        raise UserError(f'min_lr={min_lr}: expected at most learning_rate={rate}, usually a tenth')
+    if end < warmup and (name == 'lr_decay_iters' or 'warmup_iters' in config.given):
+        raise UserError(f'{name}={end}: expected at least warmup_iters={warmup}')
+    rates = Schedule(rate, warmup, end, min_lr, config['decay_fraction'])
+    return getattr(rates, config['lr_schedule'])  # cosine or wsd
 
 
 @dataclass
 class Schedule:
-    """
-    Learning rates by step: linear warmup over warmup_iters steps, then a decay to min_lr at `end`.
-
-    decay_fraction: of wsd alone, the part of `end` in which the rate falls.
-    """
+    """Compute learning rates: a linear warmup, then a decay to min_lr at step `end`."""
 
     learning_rate: float
     warmup_iters: int
     end: int
     min_lr: float
-    decay_fraction: float = 0.2
-
-    def warmup(self, step):
-        return self.learning_rate * (step + 1) / (self.warmup_iters + 1)
+    decay_fraction: float = 0.2  # wsd: the part of `end` in which the rate falls
 
     def cosine(self, step):
-        """Return the rate of half a cosine after the warmup ("SGDR", Loshchilov & Hutter 2017)."""
-        if step < self.warmup_iters:
-            return self.warmup(step)
-        if step >= self.end:
-            return self.min_lr
-        progress = (step - self.warmup_iters) / (self.end - self.warmup_iters)  # 0 -> 1
-        return self.min_lr + (self.learning_rate - self.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+        """Return a rate that falls by half a cosine ("SGDR", Loshchilov & Hutter 2017)."""
+        progress = (step - self.warmup_iters) / max(1, self.end - self.warmup_iters)  # 0 -> 1
+        return self.rate(step, 0.5 * (1 + math.cos(math.pi * progress)) * (step < self.end))
 
     def wsd(self, step):
-        """
-        Return the rate of warmup, stable, decay ("MiniCPM", Hu et al. 2024): constant, then linear to min_lr.
+        """Return a constant rate that falls linearly at the end ("MiniCPM", Hu et al. 2024)."""
+        # until the decay it does not depend on `end`, so a run can be prolonged
+        decay = max(1, min(round(self.decay_fraction * self.end), self.end - self.warmup_iters))
+        return self.rate(step, min(1.0, max(0.0, (self.end - step) / decay)))
 
-        The decay takes decay_fraction of `end`, at most what the warmup leaves of it ("Scaling Laws and Compute-Optimal
-        Training Beyond Fixed Training Durations", Haegele et al. 2024). The stable part does not depend on `end`, so a
-        run can be prolonged.
-        """
+    def rate(self, step, share):
+        """Return the rate of the warmup, or after it min_lr plus a share of the rest."""
         if step < self.warmup_iters:
-            return self.warmup(step)
-        decay_iters = max(1, min(round(self.decay_fraction * self.end), self.end - self.warmup_iters))
-        remaining = min(1.0, max(0.0, (self.end - step) / decay_iters))  # 1 until the decay starts, 0 at its end
-        return self.min_lr + (self.learning_rate - self.min_lr) * remaining
+            return self.learning_rate * (step + 1) / (self.warmup_iters + 1)
+        return self.min_lr + (self.learning_rate - self.min_lr) * share

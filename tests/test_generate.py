@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_model import OPTIONS, sharpened, tiny
+from tiny_models import OPTIONS, sharpened, tiny
 
 from flatgpt import quantize
 from flatgpt.cache import KVCache

@@ -1,9 +1,10 @@
-"""What only a GPU runs; without one all of this is skipped. Run: pytest tests/test_gpu.py"""
+"""Test what only a GPU runs. Without a GPU these tests are skipped."""
 
 import math
 
 import pytest
 import torch
+from tiny_models import ARCHITECTURES
 
 import ops
 from config.presets import PRESETS
@@ -21,10 +22,10 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='there is 
                                           'value_embeddings': True}])
 @pytest.mark.parametrize('preset', PRESETS)
 def test_compiled_equals_eager(preset, options, monkeypatch):
-    """One graph, FlexAttention for the windows, the loss in chunks: the loss and gradients of the model on the CPU."""
+    """As one graph, with FlexAttention in the windows and the loss in chunks: loss and gradients of the CPU."""
     torch._dynamo.reset()
     torch.manual_seed(0)
-    here = GPT(GPTConfig(**{**PRESETS[preset], 'n_layer': 3, 'n_head': 4, 'n_embd': 128, 'block_size': 256,
+    here = GPT(GPTConfig(**{**ARCHITECTURES[preset], 'n_layer': 3, 'n_head': 4, 'n_embd': 128, 'block_size': 256,
                             'vocab_size': 320, 'zero_init': False, **options}))
     there = GPT(here.config).to(DEVICE)
     there.load_state_dict(here.state_dict())
@@ -84,7 +85,7 @@ def test_decoding_as_a_cuda_graph(preset, options):
     torch._dynamo.reset()
     torch.set_float32_matmul_precision('highest')
     torch.manual_seed(0)
-    model = GPT(GPTConfig(**{**PRESETS[preset], 'n_layer': 3, 'n_head': 4, 'n_embd': 64, 'block_size': 48,
+    model = GPT(GPTConfig(**{**ARCHITECTURES[preset], 'n_layer': 3, 'n_head': 4, 'n_embd': 64, 'block_size': 48,
                              'vocab_size': 64, 'zero_init': False, **options})).eval()
     with torch.no_grad():
         for p in model.parameters():

@@ -1,4 +1,4 @@
-"""optim.py against update rules and schedules written out by hand. Run: pytest tests/test_optim.py"""
+"""Test optim.py against update rules and schedules written out by hand."""
 
 import copy
 import math
@@ -7,8 +7,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_models import ARCHITECTURES
 
-from config.presets import PRESETS
 from flatgpt import optim
 from flatgpt.parallel import World
 from model import GPT, GPTConfig
@@ -116,7 +116,7 @@ ALONE = World(0, 0, 1)
 def modern(**changes):
     """A model with a kind of everything, all of its weights away from 0."""
     torch.manual_seed(0)
-    model = GPT(GPTConfig(**{**PRESETS['modern'], 'block_size': 8, 'vocab_size': 10, 'n_layer': 2, 'n_head': 4,
+    model = GPT(GPTConfig(**{**ARCHITECTURES['modern'], 'block_size': 8, 'vocab_size': 10, 'n_layer': 2, 'n_head': 4,
                              'n_kv_head': 2, 'n_embd': 16, 'mlp': 'swiglu', 'value_embeddings': True,
                              'residual_lambdas': True, **changes}))
     for p in model.parameters():
@@ -125,7 +125,9 @@ def modern(**changes):
 
 
 def muon(model, weight_decay=0.0, dtype=torch.float32, momentum=0.85, world=ALONE):
-    return optim.muon(model, weight_decay, 1e-3, 2e-2, 5e-3, (0.9, 0.95), momentum, dtype, world)
+    config = {'weight_decay': weight_decay, 'learning_rate': 1e-3, 'muon_lr': 2e-2, 'embedding_lr': 5e-3,
+              'beta1': 0.9, 'beta2': 0.95, 'momentum': momentum}
+    return optim.muon(model, config, dtype, world)
 
 
 def set_rates(optimizer, lr):
@@ -278,23 +280,40 @@ def test_frozen_matrices_stay_out_of_muon():
     assert torch.equal(model.transformer.h[1].attn.c_attn.weight, before)
 
 
-def test_presets_are_of_architectures():
-    assert set(optim.PRESETS) == set(PRESETS)
+@pytest.mark.parametrize('precision, dtype', [('bfloat16', torch.bfloat16), ('float16', torch.float32)])
+def test_create(precision, dtype):
+    """Settings of train.py give the same optimizer as its parts."""
+    config = {'weight_decay': 0.1, 'learning_rate': 1e-3, 'muon_lr': 2e-2, 'embedding_lr': 5e-3, 'beta1': 0.9,
+              'beta2': 0.95}
+    ours = optim.create(modern(), {**config, 'optimizer': 'muon'}, precision, ALONE)
+    assert isinstance(ours, optim.Muon) and ours.dtype == dtype and ours.param_groups[0]['momentum'] == 0.95
+    ours, theirs = optim.create(modern(), {**config, 'optimizer': 'adamw'}, precision, ALONE), optim.adamw(
+        modern(), 0.1, 1e-3, (0.9, 0.95))
+    for a, b in zip(ours.param_groups, theirs.param_groups, strict=True):
+        assert {key: a[key] for key in a if key != 'params'} == {key: b[key] for key in b if key != 'params'}
 
 
-# schedules ------------------------------------------------------------------------------------------------------------
+def test_check_same():
+    optim.check_same('muon', {'optimizer': 'muon'}, 'ckpt.pt')
+    optim.check_same('adamw', {}, 'ckpt.pt')  # nanoGPT's settings do not name one
+    with pytest.raises(ValueError, match="'adamw', but the state in ckpt.pt is that of 'muon'"):
+        optim.check_same('adamw', {'optimizer': 'muon'}, 'ckpt.pt')
+
+
+# schedules --------------------------------------------------------------------------------------------
 
 def test_cosine_by_hand():
-    lr = [optim.cosine(step, 1.0, 4, 12, 0.1) for step in range(15)]
+    lr = [optim.Schedule(1.0, 4, 12, 0.1).cosine(step) for step in range(15)]
     assert lr[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])
     assert lr[4] == 1.0 and lr[12:] == [0.1, 0.1, 0.1]
     assert lr[8] == pytest.approx(0.55)  # half way
     assert lr[6] == pytest.approx(0.1 + 0.9 * (1 + math.sqrt(0.5)) / 2)  # cos 45 degrees
-    assert optim.cosine(0, 1.0, 0, 0, 0.1) == 0.1 and optim.cosine(5, 1.0, 10, 10, 0.1) == pytest.approx(6 / 11)
+    assert optim.Schedule(1.0, 0, 0, 0.1).cosine(0) == 0.1
+    assert optim.Schedule(1.0, 10, 10, 0.1).cosine(5) == pytest.approx(6 / 11)
 
 
 def test_wsd_by_hand():
-    lr = [optim.wsd(step, 1.0, 4, 20, 0.1, 0.25) for step in range(24)]
+    lr = [optim.Schedule(1.0, 4, 20, 0.1, 0.25).wsd(step) for step in range(24)]
     assert lr[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])
     assert lr[4:16] == [1.0] * 12
     assert lr[15:21] == pytest.approx([1.0, 0.82, 0.64, 0.46, 0.28, 0.1])
@@ -303,21 +322,31 @@ def test_wsd_by_hand():
 
 def test_wsd_rises_to_its_end_before_it_falls():
     """Of 10 steps 6 would decay, but 5 warm up."""
-    lr = [optim.wsd(step, 1.0, 5, 10, 0.0, 0.6) for step in range(11)]
+    lr = [optim.Schedule(1.0, 5, 10, 0.0, 0.6).wsd(step) for step in range(11)]
     assert lr == pytest.approx([1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1.0, 0.8, 0.6, 0.4, 0.2, 0.0])
 
 
 def test_wsd_can_be_prolonged():
     """Until a run of 100 steps decays, its rate is that of a run of 1000."""
-    for step in range(80):
-        assert optim.wsd(step, 1.0, 10, 100, 0.1, 0.2) == optim.wsd(step, 1.0, 10, 1000, 0.1, 0.2)
+    short, long = optim.Schedule(1.0, 10, 100, 0.1), optim.Schedule(1.0, 10, 1000, 0.1)
+    assert [short.wsd(step) for step in range(80)] == [long.wsd(step) for step in range(80)]
 
 
 @given(warmup=st.integers(0, 50), decay=st.integers(0, 200), fraction=st.floats(0, 1))
 def test_schedules_are_sane(warmup, decay, fraction):
     decay += warmup
-    for schedule, extra in ((optim.cosine, ()), (optim.wsd, (fraction,))):
-        lr = [schedule(step, 1.0, warmup, decay, 0.1, *extra) for step in range(decay + 5)]
+    rates = optim.Schedule(1.0, warmup, decay, 0.1, fraction)
+    for schedule in (rates.cosine, rates.wsd):
+        lr = [schedule(step) for step in range(decay + 5)]
         assert all(0 < rate <= 1.0 for rate in lr) and lr[-1] == pytest.approx(0.1)
         assert all(a < b for a, b in zip(lr[:warmup], lr[1:warmup], strict=False))  # rises,
         assert all(a >= b for a, b in zip(lr[warmup:], lr[warmup + 1 :], strict=False))  # then never again
+
+
+@pytest.mark.parametrize('changes, step, expected', [
+    ({}, 8, 0.55), ({'lr_decay_iters': None}, 12, 0.55), ({'decay_lr': False}, 8, 1.0),
+    ({'lr_schedule': 'wsd', 'decay_fraction': 0.5}, 9, 0.55)])
+def test_schedule_of_settings(changes, step, expected):
+    config = {'decay_lr': True, 'learning_rate': 1.0, 'warmup_iters': 4, 'lr_decay_iters': 12, 'max_iters': 20,
+              'min_lr': 0.1, 'lr_schedule': 'cosine', 'decay_fraction': 0.2}
+    assert optim.schedule({**config, **changes})(step) == pytest.approx(expected)

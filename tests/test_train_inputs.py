@@ -33,7 +33,7 @@ from model import GPT, GPTConfig
     ({'optimizer': 'sgd'}, ["optimizer=sgd: expected 'adamw' or 'muon'"]), ({'momentum': 1.0}, ['momentum=1.0']),
     ({'optimizer': 'muon', 'learning_rate': 0.0}, ["learning_rate=0: expected above 0 with optimizer=muon"]),
     ({'learning_rate': 1e-4}, ['min_lr=0.001: expected at most learning_rate=0.0001']),
-    ({'muon_lr': -1.0}, ['muon_lr=-1.0']), ({'n_kv_head': 3}, ['n_kv_head=3: expected a divisor of n_head=2: 1, 2']),
+    ({'muon_lr': -1.0}, ['muon_lr=-1.0']), ({'n_kv_head': 3}, ['n_kv_head=3: expected a divisor of n_head=2']),
     ({'window_pattern': 'long'}, ["window_pattern='long'"]), ({'pos': 'sine'}, ["pos=sine: expected 'learned' or"]),
     ({'lr_decay_iters': 1}, ['lr_decay_iters=1: expected at least warmup_iters=2']),
     ({'dtype': 'float8'}, ["dtype=float8: expected 'auto', 'float32', 'bfloat16' or 'float16'"]),

@@ -54,8 +54,7 @@ def load(name):
             return load_file(path)
     if name in TRAINED:
         raise UserError(f'the tokenizer {name!r} takes its vocabulary from a text: python -m '
-                        f'tokenizer train --kind={name} --input=FILE --out=my.json, or a '
-                        f'prepare.py with --tokenizer={name}')
+                        f'tokenizer train --kind={name} --input=FILE --out=my.json')
     files = [path for path in os.listdir() if path.endswith(('.json', '.tiktoken'))]
     near = nearest(ALSO_CALLED.get(name, str(name)), [*TRAINED, *NAMES, *files])
     raise UserError(f'unknown tokenizer {str(name)!r}; expected one of '
@@ -99,8 +98,7 @@ def from_dict(values: dict):
     kind = values['kind']
     if not isinstance(kind, str) or kind not in FIELDS:
         raise UserError(f'unknown kind of tokenizer {kind!r}; expected one of {", ".join(FIELDS)}'
-                        f'{nearest(str(kind), FIELDS)}. The file may come from a newer version of '
-                        f'this program')
+                        f'{nearest(str(kind), FIELDS)}. Is the file from a newer version?')
     lists = dict.fromkeys(['byte_ids', 'merge_ids', 'visible_tokens'], list | None)
     for key, expected in (FIELDS[kind] | lists).items():
         if key not in values and key in FIELDS[kind]:

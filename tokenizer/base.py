@@ -31,14 +31,12 @@ def check_ids(ids, vocab_size: int) -> np.ndarray:
     """Return ids as an int64 array. Raises UserError for the first one that is out of range."""
     ids = np.asarray(ids).reshape(-1)
     if ids.size and ids.dtype.kind not in 'iu':
-        raise UserError(f'cannot decode {str(ids[0])[:40]!r}: expected whole numbers below '
-                        f'{vocab_size}')
+        raise UserError(f'cannot decode {str(ids[0])[:40]!r}; expected ids below {vocab_size}')
     ids = ids.astype(np.int64)
     outside = ids[(ids < 0) | (ids >= vocab_size)]
     if len(outside):
-        raise UserError(f'cannot decode token id {outside[0]}: this tokenizer has the ids 0 to '
-                        f'{vocab_size - 1}. The ids come from another tokenizer, or from a model '
-                        f'with a padded vocabulary')
+        raise UserError(f'cannot decode token id {outside[0]}; this tokenizer has the ids 0 to '
+                        f'{vocab_size - 1}. Is it another one, or the vocabulary padded?')
     return ids
 
 
@@ -71,8 +69,7 @@ class Tokenizer:
                                 f'which is not UTF-8; expected text or UTF-8. To replace such '
                                 f"bytes: data.decode('utf-8', 'replace')") from None
         if not isinstance(text, str):
-            raise UserError(f'encode() takes text or bytes, got {type(text).__name__}: '
-                            f'{str(text)[:40]}')
+            raise UserError(f'expected text or bytes, got {type(text).__name__} {str(text)[:40]}')
         ids = []
         for i, part in enumerate(split_specials(text, self.allowed(text, allowed_special))):
             if i % 2:
@@ -104,10 +101,9 @@ class Tokenizer:
         for token in self.special_tokens:
             if token not in allowed and token in text:
                 before = text[:text.index(token)][-20:]
-                raise UserError(f'the text contains the special token {token!r} (after '
-                                f'{before!r}), which is not allowed. Allow it with '
-                                f"allowed_special={{{token!r}}} or 'all', or encode it as text "
-                                f"with allowed_special='none'")
+                raise UserError(f'the text has the special token {token!r} (after {before!r}). '
+                                f"Allow it: allowed_special={{{token!r}}} or 'all'; or encode it "
+                                f"as text: allowed_special='none'")
         return allowed
 
     def encode_batch(self, texts: list[str], workers: int | None = None) -> list[np.ndarray]:
@@ -131,7 +127,7 @@ class Tokenizer:
         rest, enough = '', STREAM_CHARS
         for text in texts:
             if not isinstance(text, str):
-                raise UserError(f'expected text, got {type(text).__name__}: open the file as text, '
+                raise UserError(f'expected text, got {type(text).__name__}; open the file with '
                                 f"open(path, encoding='utf-8')")
             rest += text
             if len(rest) >= enough:
@@ -186,13 +182,12 @@ def check_specials(special_tokens: dict[str, int]):
             raise UserError(f'special tokens are {{text: id}} with ids from 0 to {MAX_ID:,}, '
                             f'got {token!r}: {i!r}')
         if to_utf8(token) != token.encode('utf-8', 'surrogatepass'):
-            raise UserError(f'the special token {token!r} has half a surrogate pair, which is no '
-                            f'character')
+            raise UserError(f'the special token {token!r} has half a surrogate pair')
     if len(set(special_tokens.values())) < len(special_tokens):
         raise UserError(f'two special tokens have the same id: {special_tokens}')
     if overlap := find_overlap(special_tokens):
-        raise UserError(f'special tokens overlap: {overlap}, so a text could be read in two ways. '
-                        f'Give them other names, such as <|one|> and <|two|>')
+        raise UserError(f'special tokens overlap: {overlap}. Give them other names, such as '
+                        f'<|one|> and <|two|>')
 
 
 def find_overlap(tokens) -> str | None:
@@ -216,8 +211,8 @@ def read_texts(texts):
     """Yield the texts to train on: one string, or an iterable of strings. Raises UserError."""
     for text in [texts] if isinstance(texts, str | os.PathLike) else texts:
         if not isinstance(text, str):
-            raise UserError(f'expected texts to train on as strings, got {type(text).__name__}; to '
-                            f'read files: data.documents.read_documents(path)')
+            raise UserError(f'expected texts to train on as strings, got {type(text).__name__}; '
+                            f'for files: data.documents.read_documents(path)')
         yield to_utf8(text).decode('utf-8')
 
 

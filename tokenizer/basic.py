@@ -31,8 +31,7 @@ class CharTokenizer(ListTokenizer):
         self.chars = self.tokens = list(chars)
         self.vocab_size = len(self.chars)
         if not self.chars:
-            raise UserError('a char tokenizer needs at least one character, got none; is the text '
-                            'empty?')
+            raise UserError('a char tokenizer needs a character, got none; is the text empty?')
         for char in self.chars:
             if not isinstance(char, str) or len(char) != 1 or '\ud800' <= char <= '\udfff':
                 raise UserError(f'a char vocabulary holds single characters, got {char!r}')
@@ -108,8 +107,7 @@ class WordTokenizer(ListTokenizer):
         self._id_of = {}
         for i, word in enumerate(self.words, len(self.special_tokens)):
             if not isinstance(word, str) or split(word, self.pattern) != [word]:
-                raise UserError(f'a word vocabulary holds single words, such as "the", " the" or '
-                                f'",", got {word!r}')
+                raise UserError(f'a word vocabulary holds words, such as " the", got {word!r}')
             if word in self._id_of:
                 raise UserError(f'a word vocabulary holds every word once, got {word!r} twice')
             self._id_of[word] = i
@@ -125,8 +123,8 @@ class WordTokenizer(ListTokenizer):
         """
         least = len(cls.special_tokens) + 1
         if type(vocab_size) is not int or vocab_size < least:
-            raise UserError(f'vocab_size is {vocab_size}; a word vocabulary has at least {least} '
-                            f'ids: {", ".join(cls.special_tokens)} and a word')
+            raise UserError(f'vocab_size is {vocab_size}; expected at least {least}: '
+                            f'{", ".join(cls.special_tokens)} and a word')
         counts = bpe.count_pieces(read_texts(texts), cls.pattern, cls.special_tokens, workers)
         if not counts:
             raise UserError('the text to train on is empty; expected at least one word')

@@ -111,12 +111,11 @@ class FastEncoder:
     Encode text to ranks, which are places in `tokens`.
 
     tokens: the bytes of all tokens, in the order of their merges. pattern: one of PATTERNS, or
-    None. slow(text): the same in Python, for text that neither library can encode. encoding: the
-    tiktoken.Encoding, where there is one.
+    None. encoding: the tiktoken.Encoding, where there is one.
     """
 
-    def __init__(self, tokens: list[bytes], pattern: str | None, slow, encoding=None):
-        self.tokens, self.pattern, self.slow = tokens, pattern, slow
+    def __init__(self, tokens: list[bytes], pattern: str | None, encoding=None):
+        self.tokens, self.pattern = tokens, pattern
         if encoding is not None:
             self.tiktoken = encoding
         schemes = {PATTERNS[name]: name for name in GIGATOKENS} if has_gigatoken() else {}
@@ -159,7 +158,9 @@ class FastEncoder:
         text = to_utf8(text).decode('utf-8')
         # a run of 2 * BLANKS covers a whole block
         if any(text[i:i + BLANKS].isspace() for i in range(0, len(text) - BLANKS + 1, BLANKS)):
-            return np.array(self.slow(text))
+            join = self.tiktoken._core_bpe.encode_single_piece
+            return np.array([rank for piece in split(text, self.pattern)
+                             for rank in join(piece.encode('utf-8'))])
         return self.tiktoken.encode_to_numpy(text, disallowed_special=())
 
     def encode_batch(self, texts: list[str], workers: int | None) -> list[np.ndarray]:

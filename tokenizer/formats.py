@@ -146,11 +146,10 @@ def read_tiktoken(path, pattern: str | None = 'gpt4', special_tokens=None) -> di
                 raise ValueError
         except (ValueError, IndexError, binascii.Error):
             raise UserError(f'{path}, line {number}: {line[:60]!r} is not a token in base64, a '
-                            f"space, and its rank; the file is damaged or not tiktoken's: fetch it "
-                            f'again') from None
+                            f'space, and its rank; fetch the file again') from None
         if token in ids:
             raise UserError(f'{path}, line {number}: the token {token[:40]!r} has rank {rank}, '
-                            f'but already rank {ids[token]}; the file is damaged: fetch it again')
+                            f'but already rank {ids[token]}; fetch the file again')
         ids[token] = rank
     merges = recover_merges(ids)
     return Vocabulary(path, ids, merges, find_pattern(pattern), special_tokens or {},
@@ -176,10 +175,9 @@ def write_tiktoken(values: dict, path):
         differing |= {left + right for left, right in merges} - set(tokens)
     if differing and by_rank != merges:
         token = min(differing, key=ids.get)
-        raise UserError(f'{path} cannot be written: tiktoken joins any two neighbours that are a '
-                        f'token, the lowest id first, and takes a piece whole that is a token; so '
-                        f'it would use {token!r} (id {ids[token]}) in other places. Write '
-                        f'tokenizer.json instead, which keeps these merges')
+        raise UserError(f'{path} cannot be written: tiktoken joins any neighbours that are a '
+                        f'token, the lowest id first, and takes a piece whole that is one. So it '
+                        f'would use {token!r} (id {ids[token]}) elsewhere; write tokenizer.json')
     write_file(path, ''.join(f'{base64.b64encode(token).decode()} {ids[token]}\n'
                              for token in sorted(ids, key=ids.get)))
 
@@ -214,13 +212,12 @@ def beside(path, partners: dict[str, str]):
     """Return the path of the second of GPT-2's two files. Raises UserError where it is missing."""
     name = os.path.basename(path)
     if name not in partners:
-        raise UserError(f"{path} is one of GPT-2's two files, and its name does not say what the "
-                        f'other is called: expected {" or ".join(partners)}; rename it, and the '
-                        f'other to {" or ".join(partners.values())}')
+        raise UserError(f"{path} is one of GPT-2's two files; rename it to "
+                        f'{" or ".join(partners)}, and the other to '
+                        f'{" or ".join(partners.values())}')
     partner = os.path.join(os.path.dirname(path), partners[name])
     if not os.path.exists(partner):
-        raise UserError(f"{path} is one of GPT-2's two files; the other, {partner}, is missing: "
-                        f'copy it there')
+        raise UserError(f"{path} is one of GPT-2's two files; copy the other, {partner}")
     return partner
 
 

@@ -146,18 +146,16 @@ def read_added_tokens(path, added_tokens, vocab: dict) -> dict[str, int]:
             raise UserError(f'{place} is {short(token)}; expected an object with content and id')
         for key in ('single_word', 'lstrip', 'rstrip'):
             if token.get(key):
-                raise UserError(f'{place} ({text!r}) has {key}, so it depends on the text around '
-                                f'it, which this program cannot do; expected false')
+                raise UserError(f'{place} ({text!r}) has {key}, which this program cannot do; '
+                                f'expected false')
         if not token.get('special') and not SPECIAL.fullmatch(text):
-            raise UserError(f'{place} ({text!r}) is not special: it is found in ordinary text '
-                            f'before the merges, which this program cannot do; expected special '
-                            f'tokens only')
+            raise UserError(f'{place} ({text!r}) is not special, so tokenizers finds it in '
+                            f'ordinary text; expected special tokens only')
         # tokenizers ignores the id: a token outside the vocab gets the id after the last one
         expected = vocab.get(text, following)
         if token.get('id') != expected:
             raise UserError(f'{place} ({text!r}) has the id {token.get("id")!r}, but tokenizers '
-                            f'gives it {expected}; expected that id, or the token with its id in '
-                            f'vocab as well')
+                            f'gives it {expected}; expected that id, or the token in vocab')
         following = max(following, expected + 1)
         special_tokens[text] = expected
     return special_tokens
@@ -207,10 +205,8 @@ def check_portable(path, pattern: str):
     if end < len(pattern) or matches_nothing:
         reason = (f'from {pattern[end:end + 20]!r} on' if end < len(pattern) else
                   'as it, or a part that it repeats, can match without any character')
-        raise UserError(f"{path}: the split pattern {pattern!r} may mean something else to Hugging "
-                        f"Face's libraries than to this program, {reason}. Expected \\p{{..}}, "
-                        f'\\s, \\d, classes without sets, groups, look-ahead, and * + ? {{m,n}}; '
-                        f'see PORTABLE in tokenizer/tokenizer_json.py')
+        raise UserError(f'{path}: the split pattern {pattern!r} may cut differently in tokenizers, '
+                        f'{reason}; see PORTABLE in tokenizer/tokenizer_json.py')
 
 
 # Writing ------------------------------------------------------------------------------------------
@@ -260,9 +256,9 @@ def hf_tokenizer(values: dict, path) -> dict:
     vocab = {printable(token): i for token, i in ids.items()}
     for text, i in values['special_tokens'].items():
         if text in vocab:
-            raise UserError(f'{path} cannot be written: the special token {text!r} (id {i}) has '
-                            f'the name of the token {from_printable(text)!r} (id {vocab[text]}) '
-                            f'there; give it another name, as <|name|>')
+            raise UserError(f'{path}: the special token {text!r} (id {i}) has the name of the '
+                            f'token {from_printable(text)!r} (id {vocab[text]}) there; rename it, '
+                            f'as <|name|>')
         # added tokens stand in the vocabulary too: otherwise tokenizers would number them itself
         vocab[text] = i
     byte_level = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True,

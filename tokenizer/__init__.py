@@ -1,5 +1,5 @@
 """
-Text to token ids and back: characters, UTF-8 bytes, words, and byte pair encoding.
+Turn text into token ids and back: characters, bytes, words, byte pairs.
 
     python -m tokenizer --text='Hello, 안녕!' --tokenizer=gpt2          # see the tokens
     python -m tokenizer --compare=gpt2,cl100k_base,byte                 # count them, by language
@@ -41,9 +41,9 @@ FIELDS = {'char': {'chars': str | list}, 'byte': {}, 'word': {'words': list},
 
 def load(name):
     """
-    Return the tokenizer of a name in NAMES, or of a file or folder: ours, or one of formats.py.
+    Return the tokenizer of a name, a file or a folder.
 
-    Raises UserError when there is none, or it is damaged.
+    NAMES has the names; formats.py reads other people's files. Raises UserError.
     """
     if name == 'byte':
         return ByteTokenizer()
@@ -91,7 +91,7 @@ def load_file(path):
 
 
 def from_dict(values: dict):
-    """Return the tokenizer that to_dict() described. Raises UserError for a damaged description."""
+    """Return the tokenizer that to_dict() described. Raises UserError."""
     if not isinstance(values, dict) or 'kind' not in values:
         raise UserError(f"a tokenizer is described by a dict with the key 'kind', got "
                         f'{str(values)[:80]}')

@@ -1,5 +1,5 @@
 """
-The interface of every tokenizer, and what its parts share: ids, special tokens, streams, files.
+Define the interface of every tokenizer: ids, special tokens, streams, files.
 
 A subclass defines `kind`, `vocab_size`, encode_array(), decode_bytes() and to_dict().
 """
@@ -23,12 +23,12 @@ STREAM_CHARS = 1 << 16  # encode_iterable() encodes about so many characters at 
 
 
 def id_dtype(vocab_size: int) -> np.dtype:
-    """Return the dtype of ids on disk, little-endian: uint16 up to 65,536 ids, else uint32."""
+    """Return the dtype of ids on disk: <u2 for at most 65,536 ids, else <u4."""
     return np.dtype('<u2') if vocab_size <= 65536 else np.dtype('<u4')
 
 
 def check_ids(ids, vocab_size: int) -> np.ndarray:
-    """Return ids as an int64 array. Raises UserError for the first one that is out of range."""
+    """Return ids as an int64 array. Raises UserError for one out of range."""
     ids = np.asarray(ids).reshape(-1)
     if ids.size and ids.dtype.kind not in 'iu':
         raise UserError(f'cannot decode {str(ids[0])[:40]!r}; expected ids below {vocab_size}')
@@ -57,9 +57,9 @@ class Tokenizer:
         """
         Encode text, or its UTF-8 bytes, to ids.
 
-        allowed_special: 'all' special tokens in the text become their ids; 'none' does; a set of
-        them does, and any other is refused; 'none_raise' refuses all. Raises UserError for a
-        refused token, and for bytes that are not UTF-8.
+        allowed_special: 'all' makes ids of the special tokens in the text; a set makes ids of
+        these and refuses the others; 'none_raise' refuses all; 'none' encodes them as ordinary
+        text. Raises UserError for a refused token, and for bytes that are not UTF-8.
         """
         if isinstance(text, bytes | bytearray):
             try:
@@ -83,7 +83,7 @@ class Tokenizer:
         return self.encode_array(text).tolist()
 
     def allowed(self, text: str, allowed_special) -> list[str]:
-        """Return the special tokens that become ids. Raises UserError for a refused one in text."""
+        """Return the tokens that become ids. Raises UserError for a refused one."""
         if allowed_special in ('all', 'none'):
             return list(self.special_tokens) if allowed_special == 'all' else []
         if allowed_special == 'none_raise':
@@ -107,7 +107,7 @@ class Tokenizer:
         return allowed
 
     def encode_batch(self, texts: list[str], workers: int | None = None) -> list[np.ndarray]:
-        """Apply encode_array() to each text. workers: threads or processes (None: one per core)."""
+        """Encode each text by encode_array(), with `workers` (None: one per core)."""
         return [self.encode_array(text) for text in texts]
 
     def encode_iterable(self, texts, allowed_special='none_raise'):
@@ -123,7 +123,7 @@ class Tokenizer:
             yield from self.encode(text, allowed_special)
 
     def cut_safely(self, texts):
-        """Yield the joined texts in parts of at least STREAM_CHARS that encode to the same ids."""
+        """Yield the joined texts in parts of STREAM_CHARS or more, with the same ids."""
         rest, enough = '', STREAM_CHARS
         for text in texts:
             if not isinstance(text, str):
@@ -139,7 +139,7 @@ class Tokenizer:
             yield rest
 
     def safe_cut(self, text: str) -> int:
-        """Return the last place whose two sides encode to the ids of the whole text; 0: none."""
+        """Return the last place where a cut leaves the ids as they are; 0: none."""
         for cut in self.cuts(text):
             if regex.search('[\ud800-\udfff]', text[cut - 1:cut + 1]):
                 continue  # half a surrogate pair, whose other half may follow
@@ -153,7 +153,7 @@ class Tokenizer:
         return 0
 
     def cuts(self, text: str):
-        """Yield places, from the last to the first, where a piece ends whatever comes after."""
+        """Yield places, the last one first, where a piece ends whatever follows."""
         # By PATTERNS no piece crosses a blank behind a visible character, nor, before a letter or
         # digit, the end of a line that ends with one.
         for match in regex.finditer(r'(?r)(?<=\S)(?=[ \t])|(?<=\S\n)(?=[\p{L}\p{N}])', text):
@@ -164,7 +164,7 @@ class Tokenizer:
         return self.decode_bytes(ids).decode('utf-8', 'replace')
 
     def save(self, path):
-        """Write to_dict() as JSON for tokenizer.load(path). The file is replaced as a whole."""
+        """Write to_dict() as JSON, for tokenizer.load(path)."""
         values = self.to_dict()
         header = {'format': FILE_FORMAT, 'version': FILE_VERSION, 'sha256': digest(values)}
         write_file(path, json.dumps(header | values, indent=0, ensure_ascii=False) + '\n')
@@ -176,7 +176,7 @@ def digest(values: dict) -> str:
 
 
 def check_specials(special_tokens: dict[str, int]):
-    """Raise UserError for special tokens that are no text, share an id, or can overlap."""
+    """Raise UserError for special tokens that are no text, share an id or overlap."""
     for token, i in special_tokens.items():
         if not isinstance(token, str) or not token or type(i) is not int or not 0 <= i <= MAX_ID:
             raise UserError(f'special tokens are {{text: id}} with ids from 0 to {MAX_ID:,}, '
@@ -208,7 +208,7 @@ def find_overlap(tokens) -> str | None:
 
 
 def read_texts(texts):
-    """Yield the texts to train on: one string, or an iterable of strings. Raises UserError."""
+    """Yield the texts to train on. Raises UserError for what is no string."""
     for text in [texts] if isinstance(texts, str | os.PathLike) else texts:
         if not isinstance(text, str):
             raise UserError(f'expected texts to train on as strings, got {type(text).__name__}; '

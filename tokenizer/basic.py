@@ -13,7 +13,7 @@ WORD_SPECIALS = {'<|unk|>': 0, ENDOFTEXT: 1}  # the first ids of a word tokenize
 
 
 class ListTokenizer(Tokenizer):
-    """A tokenizer whose vocabulary is a list of texts, `tokens`; an id is a place in it."""
+    """Decode by `tokens`, a list of texts; an id is a place in it."""
 
     def decode(self, ids) -> str:
         return ''.join(self.tokens[i] for i in check_ids(ids, self.vocab_size).tolist())
@@ -93,7 +93,7 @@ class ByteTokenizer(Tokenizer):
 
 class WordTokenizer(ListTokenizer):
     """
-    One id per word with the space before it; marks and other white space are words too.
+    One id per word with the space before it; marks and blanks are words too.
 
     Id 0 is <|unk|>, which replaces unknown words; 1 is <|endoftext|>; from 2 on stand `words`.
     """
@@ -117,7 +117,7 @@ class WordTokenizer(ListTokenizer):
     @classmethod
     def train(cls, texts, vocab_size: int, workers: int | None = None) -> 'WordTokenizer':
         """
-        Keep the most frequent words of texts, at most vocab_size ids with the special tokens.
+        Learn the most frequent words of texts, for at most vocab_size ids.
 
         texts: one string, or an iterable of strings. Ties go by code points.
         """

@@ -1,5 +1,5 @@
 """
-Tokenizers by byte pair encoding: BPETokenizer has its own merges, TiktokenTokenizer OpenAI's.
+Encode by byte pairs: BPETokenizer with its own merges, TiktokenTokenizer.
 
 bpe.py is the algorithm, fast.py the same in compiled code.
 """
@@ -156,7 +156,7 @@ class BPETokenizer(MergeTokenizer):
 
     @classmethod
     def from_tiktoken(cls, name: str) -> 'BPETokenizer':
-        """Recover the merges of 'gpt2', 'cl100k_base' or 'o200k_base' from tiktoken's ranks."""
+        """Recover the merges of a name in TIKTOKEN_FILES from tiktoken's ranks."""
         encoding = open_tiktoken(name)
         ranks = encoding._mergeable_ranks
         merges = recover_merges(ranks)
@@ -204,10 +204,10 @@ class BPETokenizer(MergeTokenizer):
     @functools.cached_property
     def is_fast(self) -> bool:
         """
-        Whether compiled code encodes to the same ids.
+        True when compiled code encodes to the same ids.
 
-        It must have the pattern. It joins any two neighbours that together are a token; learnt
-        merges do so too, those of other files may differ.
+        It must have the pattern. It joins any two neighbours that together are a token. Learnt
+        merges do so too; those of other files may differ.
         """
         ranks = {token: rank for rank, token in enumerate(self._tokens)}
         return ((self.pattern is None or self.pattern in PATTERNS.values())
@@ -256,7 +256,7 @@ class BPETokenizer(MergeTokenizer):
 
 class TiktokenTokenizer(MergeTokenizer):
     """
-    OpenAI's vocabulary 'gpt2' (50,257 ids), 'cl100k_base' (GPT-4) or 'o200k_base' (GPT-4o).
+    OpenAI's vocabulary 'gpt2', 'cl100k_base' (GPT-4) or 'o200k_base' (GPT-4o).
 
     Raises UserError when tiktoken neither has the vocabulary in its cache nor can download it.
     """
@@ -300,7 +300,7 @@ class TiktokenTokenizer(MergeTokenizer):
 
 
 def open_tiktoken(name: str):
-    """Return tiktoken's encoding of that name. Raises UserError where it cannot be had."""
+    """Return tiktoken's encoding of that name. Raises UserError."""
     if name not in TIKTOKEN_FILES:
         raise UserError(f'unknown tiktoken vocabulary {name!r}; expected one of '
                         f'{", ".join(TIKTOKEN_FILES)}{nearest(name, TIKTOKEN_FILES)}')

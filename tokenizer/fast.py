@@ -1,5 +1,5 @@
 """
-Byte pair encoding in compiled code: by gigatoken where it is installed, else by tiktoken.
+Encode and train byte pairs in compiled code: by gigatoken, or else tiktoken.
 
 On one core with GPT-4's vocabulary (bench/results): bpe.py encodes 5 to 10 MB/s, tiktoken 14,
 gigatoken 170 to 380. The ids and merges are those of bpe.py.
@@ -39,12 +39,12 @@ def has_gigatoken() -> bool:
 
 def learn_with_gigatoken(texts, n_merges: int, special_tokens=()) -> list[tuple[bytes, bytes]]:
     """
-    Learn the merges of bpe.learn(), as bytes, with GPT-2's pattern, the only one gigatoken trains.
+    Learn the merges of bpe.learn(), as bytes, with GPT-2's pattern.
 
-    The texts go through a temporary file (in TMPDIR), which keeps memory small. Two cases take
-    bpe.learn(), as gigatoken 0.10 would learn other merges. It is at Unicode 17. And when every
-    piece has become one id, it goes on with pairs that occur nowhere; that cannot happen with more
-    distinct pieces than merges and bytes.
+    gigatoken trains with no other pattern. The texts go through a temporary file (in TMPDIR), which
+    keeps memory small. In two cases gigatoken 0.10 would learn other merges, and bpe.learn() takes
+    over. It is at Unicode 17. And when every piece has become one id, it goes on with pairs that
+    occur nowhere; that cannot happen with more distinct pieces than merges and bytes.
     """
     import gigatoken
     separator = b'\xff'  # in no UTF-8 text
@@ -87,7 +87,7 @@ def read_separated(file, separator: bytes):
 
 @contextlib.contextmanager
 def silenced():
-    """Send what C and Rust code prints to nowhere; gigatoken reports its progress on stdout."""
+    """Discard what C and Rust code prints; gigatoken reports progress on stdout."""
     sys.stdout.flush()
     sys.stderr.flush()
     terminal = os.dup(1), os.dup(2)
@@ -141,7 +141,7 @@ class FastEncoder:
                                  mergeable_ranks=ranks)
 
     def count(self, chars: int):
-        """Count characters; make gigatoken anew every FORGET_CHARS, as it keeps every word."""
+        """Count characters; renew gigatoken every FORGET_CHARS, as it keeps all words."""
         self.chars += chars
         if self.chars // FORGET_CHARS > (self.chars - chars) // FORGET_CHARS:
             self.__dict__.pop('gigatoken', None)

@@ -1,5 +1,5 @@
 """
-Tokenizers in other people's files: tiktoken's, Hugging Face's, GPT-2's, nanoGPT's.
+Read and write tiktoken's, Hugging Face's, GPT-2's and nanoGPT's files.
 
     read(path)                       any of them, by content; or a folder that has one
     read_tiktoken(path, pattern)     *.tiktoken: a token in base64 and its rank, line by line
@@ -158,7 +158,7 @@ def read_tiktoken(path, pattern: str | None = 'gpt4', special_tokens=None) -> di
 
 def write_tiktoken(values: dict, path):
     """
-    Write a description as lines 'base64 rank', without its pattern and special tokens.
+    Write a description as lines 'base64 rank', without pattern and specials.
 
     Raises UserError when tiktoken would encode some text differently with these ranks.
     """
@@ -187,10 +187,10 @@ def write_tiktoken(values: dict, path):
 
 def read_gpt2_files(vocab_json, merges_txt) -> dict:
     """
-    Read GPT-2's two files, {token: id} and one merge per line; return the description.
+    Read GPT-2's two files, {token: id} and one merge per line.
 
-    Tokens like <|endoftext|> that no merge makes are special. Raises UserError for files that do
-    not fit together.
+    Returns the description. Tokens like <|endoftext|> that no merge makes are special. Raises
+    UserError for files that do not fit together.
     """
     vocab = read_json(vocab_json)
     if not is_vocab(vocab):
@@ -209,7 +209,7 @@ def read_gpt2_files(vocab_json, merges_txt) -> dict:
 
 
 def beside(path, partners: dict[str, str]):
-    """Return the path of the second of GPT-2's two files. Raises UserError where it is missing."""
+    """Return the path of the second of GPT-2's two files. Raises UserError."""
     name = os.path.basename(path)
     if name not in partners:
         raise UserError(f"{path} is one of GPT-2's two files; rename it to "
@@ -226,7 +226,7 @@ def beside(path, partners: dict[str, str]):
 
 class PlainUnpickler(pickle.Unpickler):
     """
-    Load dicts, lists, strings and numbers, which is all that nanoGPT's meta.pkl holds.
+    Load dicts, lists, strings and numbers alone, as nanoGPT's meta.pkl has.
 
     A pickle runs code only through a class or function that it names; every name is refused.
     """
@@ -236,7 +236,7 @@ class PlainUnpickler(pickle.Unpickler):
 
 
 def from_meta_pkl(path) -> CharTokenizer:
-    """Make the tokenizer of nanoGPT's meta.pkl. Raises UserError; runs no code from the file."""
+    """Make the tokenizer of nanoGPT's meta.pkl; runs no code. Raises UserError."""
     command = f'Make it again: python {os.path.dirname(path) or "."}/prepare.py'
     try:
         with open(path, 'rb') as file:

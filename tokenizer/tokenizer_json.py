@@ -1,7 +1,8 @@
 """
-Hugging Face's tokenizer.json: read and write it, so that tokenizers and transformers give our ids.
+Read and write Hugging Face's tokenizer.json.
 
-Not kept are truncation, padding and what a post-processor adds, except one token before a text.
+tokenizers and transformers give the same ids. Not kept are truncation, padding and what a
+post-processor adds, except one token before a text.
 """
 
 import os
@@ -62,7 +63,7 @@ def unsupported(path, key, value, expected) -> UserError:
 
 def read_tokenizer_json(path) -> dict:
     """
-    Read a tokenizer.json: byte-level BPE, or characters and words as hf_words() writes them.
+    Read a tokenizer.json: byte-level BPE, or what hf_words() writes.
 
     Returns the description. Raises UserError, naming the part of the file, where ids could differ.
     """
@@ -123,7 +124,7 @@ def check_model(path, kind, model: dict, file: dict):
 
 
 def read_bos_token(post_processor) -> str | None:
-    """Return the token that a post_processor puts before a text, where it adds nothing else."""
+    """Return the token that a post_processor adds before a text, or None."""
     steps = (post_processor.get('processors', [post_processor])
              if isinstance(post_processor, dict) else [])
     for step in steps if isinstance(steps, list) else []:
@@ -135,7 +136,7 @@ def read_bos_token(post_processor) -> str | None:
 
 
 def read_added_tokens(path, added_tokens, vocab: dict) -> dict[str, int]:
-    """Return {text: id} of added_tokens. Raises UserError for those that are no special tokens."""
+    """Return {text: id} of added_tokens. Raises UserError for ordinary ones."""
     if not isinstance(added_tokens, list):
         raise UserError(f'{path}: added_tokens is {short(added_tokens)}; expected a list')
     special_tokens, following = {}, len(vocab)
@@ -162,7 +163,7 @@ def read_added_tokens(path, added_tokens, vocab: dict) -> dict[str, int]:
 
 
 def read_pattern(path, pre_tokenizer) -> str | None:
-    """Return the pattern of a pre_tokenizer: ByteLevel, alone or after one Split or Digits."""
+    """Return the pattern of a pre_tokenizer: ByteLevel, maybe after Split or Digits."""
     refused = unsupported(
         path, 'pre_tokenizer', pre_tokenizer,
         'ByteLevel, or a Sequence of one Split (Regex, Isolated) and ByteLevel with use_regex '
@@ -193,7 +194,7 @@ def read_pattern(path, pre_tokenizer) -> str | None:
 
 
 def check_portable(path, pattern: str):
-    """Raise UserError unless Hugging Face's libraries cut every text alike with this pattern."""
+    """Raise UserError unless tokenizers cuts every text alike with this pattern."""
     compile_pattern(pattern)
     match = PORTABLE.match(pattern)
     end = match.end() if match else 0
@@ -214,7 +215,7 @@ def check_portable(path, pattern: str):
 
 def write_tokenizer_json(values: dict, path):
     """
-    Write a description as a tokenizer.json for tokenizers (0.19 or newer) and transformers.
+    Write a description as a tokenizer.json, for tokenizers 0.19 or newer.
 
     Raises UserError for a pattern that they may read differently, and for a special token with the
     name of another token.
@@ -223,14 +224,14 @@ def write_tokenizer_json(values: dict, path):
 
 
 def document_ends(values: dict) -> list[str]:
-    """Return the special tokens of a description that end a document, the usual one first."""
+    """Return the special tokens that end a document, the usual one first."""
     specials = WORD_SPECIALS if values['kind'] == 'word' else values.get('special_tokens', {})
     return [token for token in DOCUMENT_ENDS if token in specials]
 
 
 def write_hf_folder(values: dict, folder, more: dict | None = None):
     """
-    Write tokenizer.json and tokenizer_config.json for AutoTokenizer.from_pretrained(folder).
+    Write the files for transformers.AutoTokenizer.from_pretrained(folder).
 
     more: further entries of tokenizer_config.json, such as the chat_template.
     """
@@ -248,7 +249,7 @@ def write_hf_folder(values: dict, folder, more: dict | None = None):
 
 
 def hf_tokenizer(values: dict, path) -> dict:
-    """Return the content of the tokenizer.json for a description. path: for error messages."""
+    """Return the content of a tokenizer.json. path: for error messages."""
     if values['kind'] in ('char', 'word'):
         return hf_words(values)
     values = BYTES if values['kind'] == 'byte' else values

@@ -1,5 +1,5 @@
 """
-From the tokens and merges in a file to the description of a BPE tokenizer, and back.
+Turn the tokens and merges in a file into a description, and back.
 
 A description is the plain dict that BPETokenizer.to_dict() returns and from_dict() reads:
 
@@ -71,7 +71,7 @@ class Vocabulary:
         }
 
     def check_ids(self):
-        """Raise UserError unless all bytes are tokens, and every token has an id of its own."""
+        """Raise UserError unless all bytes are tokens, and all ids differ."""
         missing = [byte for byte in range(256) if bytes([byte]) not in self.ids]
         if missing:
             names = ', '.join(f'0x{byte:02x}' for byte in missing[:10])
@@ -200,7 +200,7 @@ def read_utf8(path) -> str:
 
 
 def unique(items):
-    """Make a JSON object (json's object_pairs_hook). Raises UserError for a key that is twice."""
+    """Make a JSON object, as object_pairs_hook. Raises UserError for a repeated key."""
     values = dict(items)
     if len(values) < len(items):
         repeated = next(key for key, n in Counter(key for key, _ in items).items() if n > 1)
@@ -209,7 +209,7 @@ def unique(items):
 
 
 def read_json(path):
-    """Read a JSON file. Raises UserError for a damaged one, and for a key that stands twice."""
+    """Read a JSON file. Raises UserError for damage and repeated keys."""
     text = read_utf8(path)
     try:
         return json.loads(text, object_pairs_hook=unique)

@@ -78,7 +78,7 @@ def test_gpt2s_files_from_a_folder(small, tmp_path):
             assert formats.read(path) == expected
     (folder / 'vocab.bpe').unlink()
     for path, message in [(folder, 'holds no vocabulary'),
-                          (folder / 'encoder.json', 'vocab.bpe, is missing')]:
+                          (folder / 'encoder.json', 'copy the other, .*vocab.bpe')]:
         with pytest.raises(ValueError, match=message):
             formats.read(path)
 
@@ -310,7 +310,7 @@ def test_tiktoken_options(small, tmp_path):
 def test_what_tiktoken_cannot_do(tmp_path):
     path = tmp_path / 'a.tiktoken'
     falling = {**read_file(tmp_path, byte_level_file(['a b', 'c d'])), 'merge_ids': [257, 256]}
-    with pytest.raises(ValueError, match=r"would use b'ab' \(id 257\) in other places"):
+    with pytest.raises(ValueError, match=r"would use b'ab' \(id 257\) elsewhere"):
         formats.write_tiktoken(falling, path)
     # abc is b + c first, then a + bc, which is no merge here; tiktoken would join a and bc too
     other = read_file(tmp_path, byte_level_file(['b c', 'a b', 'ab c']))
@@ -333,7 +333,7 @@ def test_a_special_token_that_reads_like_another(small, tmp_path):
     ('x', b'{"a": []}', 'unknown content'), ('tokenizer.pkl', b'\x80\x04\x95', 'a pickle'),
     ('tokenizer.model', b'\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\x02', 'a SentencePiece model'),
     ('own.json', b'{"kind": "bpe", "version": 1}', "own format, of kind \"bpe\""),
-    ('a.json', b'{"a": 1}', "name does not say what the other is called"),
+    ('a.json', b'{"a": 1}', 'rename it to vocab.json or encoder.json'),
 ])
 def test_unknown_content(name, content, message, tmp_path):
     (tmp_path / name).write_bytes(content)

@@ -160,7 +160,7 @@ def test_published_vocabularies_are_what_tiktoken_says(published):
     assert [ours.decode_bytes([i]) for i in ids] == tokens
     unused_ids = set(range(ours.vocab_size)).difference(ids, ours.special_tokens.values())
     for unused in sorted(unused_ids)[:3]:
-        with pytest.raises(ValueError, match=f'id {unused}: this vocabulary does not use'):
+        with pytest.raises(ValueError, match=f'id {unused}: the vocabulary does not use'):
             ours.decode([unused])
 
 

@@ -1,11 +1,15 @@
-"""python tokenizer.py: the commands a person types."""
+"""python -m tokenizer: the commands a person types, and those of its README."""
 
 import json
+import re
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import load_or_skip
 
 import tokenizer
 from tokenizer import __main__ as tokenview
@@ -15,7 +19,7 @@ TEXT = 'Who is there? Nay, answer me: stand, and unfold yourself. Long live the 
 
 
 def run(*arguments, cwd, error=None):
-    """Standard output of python tokenizer.py; with error, which has to be in what it says when it
+    """Standard output of python -m tokenizer; with error, which has to be in what it says when it
     fails."""
     result = subprocess.run([sys.executable, '-m', 'tokenizer', *arguments], cwd=cwd,
                             capture_output=True,
@@ -133,3 +137,22 @@ def test_training_keeps_to_its_kind(folder):
     run('train', '--input=text.txt', '--vocab_size=300', '--out=.', cwd=folder, error='is a folder')
     run('train', '--input=text.txt', '--vocab_size=300', '--num_proc=-1', cwd=folder,
         error="'-1' is not a whole")
+
+
+def test_commands_of_the_readme(folder):
+    for name in ('gpt2', 'cl100k_base'):
+        load_or_skip(name)
+    (folder / 'novels').mkdir()
+    for path in sorted(ROOT.glob('tokenizer/*.py')):
+        shutil.copy(path, folder / 'novels')
+    readme = (ROOT / 'tokenizer' / 'README.md').read_text(encoding='utf-8')
+    commands = [shlex.split(line, comments=True) for line in
+                re.search('```bash\n(.*?)```', readme, re.S)[1].splitlines()]
+    for command in [*commands, ['python', '-m', 'tokenizer', 'export', '--tokenizer=novels.json',
+                                '--out=tokenizer.json']]:
+        assert command[:3] == ['python', '-m', 'tokenizer']
+        run(*command[3:], cwd=folder)
+    assert tokenizer.load(folder / 'novels.json').vocab_size == 4096
+    program = re.search('```python\n(.*?)```', readme, re.S)[1]
+    subprocess.run([sys.executable, '-c', program], cwd=folder, check=True)
+    assert tokenizer.load(folder / 'my.json').vocab_size == 261

@@ -1,5 +1,5 @@
 """
-Text to token ids and back: characters, UTF-8 bytes, words, and byte pair encoding.
+Turn text into token ids and back: characters, bytes, words, byte pairs.
 
     python -m tokenizer --text='Hello, 안녕!' --tokenizer=gpt2          # see the tokens
     python -m tokenizer --compare=gpt2,cl100k_base,byte                 # count them, by language
@@ -41,9 +41,9 @@ FIELDS = {'char': {'chars': str | list}, 'byte': {}, 'word': {'words': list},
 
 def load(name):
     """
-    Return the tokenizer of a name in NAMES, or of a file or folder: ours, or one of formats.py.
+    Return the tokenizer of a name, a file or a folder.
 
-    Raises UserError when there is none, or it is damaged.
+    NAMES has the names; formats.py reads other people's files. Raises UserError.
     """
     if name == 'byte':
         return ByteTokenizer()
@@ -54,8 +54,7 @@ def load(name):
             return load_file(path)
     if name in TRAINED:
         raise UserError(f'the tokenizer {name!r} takes its vocabulary from a text: python -m '
-                        f'tokenizer train --kind={name} --input=FILE --out=my.json, or a '
-                        f'prepare.py with --tokenizer={name}')
+                        f'tokenizer train --kind={name} --input=FILE --out=my.json')
     files = [path for path in os.listdir() if path.endswith(('.json', '.tiktoken'))]
     near = nearest(ALSO_CALLED.get(name, str(name)), [*TRAINED, *NAMES, *files])
     raise UserError(f'unknown tokenizer {str(name)!r}; expected one of '
@@ -92,15 +91,14 @@ def load_file(path):
 
 
 def from_dict(values: dict):
-    """Return the tokenizer that to_dict() described. Raises UserError for a damaged description."""
+    """Return the tokenizer that to_dict() described. Raises UserError."""
     if not isinstance(values, dict) or 'kind' not in values:
         raise UserError(f"a tokenizer is described by a dict with the key 'kind', got "
                         f'{str(values)[:80]}')
     kind = values['kind']
     if not isinstance(kind, str) or kind not in FIELDS:
         raise UserError(f'unknown kind of tokenizer {kind!r}; expected one of {", ".join(FIELDS)}'
-                        f'{nearest(str(kind), FIELDS)}. The file may come from a newer version of '
-                        f'this program')
+                        f'{nearest(str(kind), FIELDS)}. Is the file from a newer version?')
     lists = dict.fromkeys(['byte_ids', 'merge_ids', 'visible_tokens'], list | None)
     for key, expected in (FIELDS[kind] | lists).items():
         if key not in values and key in FIELDS[kind]:

@@ -79,7 +79,7 @@ def visible(token: bytes, line_ends: bool = False) -> str:
 
 
 def show(name: str, tokenizer, text: str, color: bool):
-    """Print the tokens of text, in colours or between bars; then each one's id, bytes, text."""
+    """Print text cut into tokens, then a line per token: id, bytes, text."""
     ids = tokenizer.encode(text, 'all')
     tokens = [tokenizer.decode_bytes([i]) for i in ids]
     size = len(to_utf8(text))
@@ -109,7 +109,7 @@ def count_tokens(tokenizer, text: str) -> int | None:
 
 def compare(named: dict, texts: dict[str, str]):
     """
-    Print a row for each text: for each tokenizer its tokens, bytes per token, and compression.
+    Print a table: for each text and tokenizer tokens, bytes per token, compression.
 
     named: {name: tokenizer}, texts: {name: text}. Compression is bytes of text per byte of .bin.
     """

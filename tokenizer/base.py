@@ -1,5 +1,5 @@
 """
-The interface of every tokenizer, and what its parts share: ids, special tokens, streams, files.
+Define the interface of every tokenizer: ids, special tokens, streams, files.
 
 A subclass defines `kind`, `vocab_size`, encode_array(), decode_bytes() and to_dict().
 """
@@ -23,22 +23,20 @@ STREAM_CHARS = 1 << 16  # encode_iterable() encodes about so many characters at 
 
 
 def id_dtype(vocab_size: int) -> np.dtype:
-    """Return the dtype of ids on disk, little-endian: uint16 up to 65,536 ids, else uint32."""
+    """Return the dtype of ids on disk: <u2 for at most 65,536 ids, else <u4."""
     return np.dtype('<u2') if vocab_size <= 65536 else np.dtype('<u4')
 
 
 def check_ids(ids, vocab_size: int) -> np.ndarray:
-    """Return ids as an int64 array. Raises UserError for the first one that is out of range."""
+    """Return ids as an int64 array. Raises UserError for one out of range."""
     ids = np.asarray(ids).reshape(-1)
     if ids.size and ids.dtype.kind not in 'iu':
-        raise UserError(f'cannot decode {str(ids[0])[:40]!r}: expected whole numbers below '
-                        f'{vocab_size}')
+        raise UserError(f'cannot decode {str(ids[0])[:40]!r}; expected ids below {vocab_size}')
     ids = ids.astype(np.int64)
     outside = ids[(ids < 0) | (ids >= vocab_size)]
     if len(outside):
-        raise UserError(f'cannot decode token id {outside[0]}: this tokenizer has the ids 0 to '
-                        f'{vocab_size - 1}. The ids come from another tokenizer, or from a model '
-                        f'with a padded vocabulary')
+        raise UserError(f'cannot decode token id {outside[0]}; this tokenizer has the ids 0 to '
+                        f'{vocab_size - 1}. Is it another one, or the vocabulary padded?')
     return ids
 
 
@@ -59,9 +57,9 @@ class Tokenizer:
         """
         Encode text, or its UTF-8 bytes, to ids.
 
-        allowed_special: 'all' special tokens in the text become their ids; 'none' does; a set of
-        them does, and any other is refused; 'none_raise' refuses all. Raises UserError for a
-        refused token, and for bytes that are not UTF-8.
+        allowed_special: 'all' makes ids of the special tokens in the text; a set makes ids of
+        these and refuses the others; 'none_raise' refuses all; 'none' encodes them as ordinary
+        text. Raises UserError for a refused token, and for bytes that are not UTF-8.
         """
         if isinstance(text, bytes | bytearray):
             try:
@@ -71,8 +69,7 @@ class Tokenizer:
                                 f'which is not UTF-8; expected text or UTF-8. To replace such '
                                 f"bytes: data.decode('utf-8', 'replace')") from None
         if not isinstance(text, str):
-            raise UserError(f'encode() takes text or bytes, got {type(text).__name__}: '
-                            f'{str(text)[:40]}')
+            raise UserError(f'expected text or bytes, got {type(text).__name__} {str(text)[:40]}')
         ids = []
         for i, part in enumerate(split_specials(text, self.allowed(text, allowed_special))):
             if i % 2:
@@ -86,7 +83,7 @@ class Tokenizer:
         return self.encode_array(text).tolist()
 
     def allowed(self, text: str, allowed_special) -> list[str]:
-        """Return the special tokens that become ids. Raises UserError for a refused one in text."""
+        """Return the tokens that become ids. Raises UserError for a refused one."""
         if allowed_special in ('all', 'none'):
             return list(self.special_tokens) if allowed_special == 'all' else []
         if allowed_special == 'none_raise':
@@ -104,14 +101,13 @@ class Tokenizer:
         for token in self.special_tokens:
             if token not in allowed and token in text:
                 before = text[:text.index(token)][-20:]
-                raise UserError(f'the text contains the special token {token!r} (after '
-                                f'{before!r}), which is not allowed. Allow it with '
-                                f"allowed_special={{{token!r}}} or 'all', or encode it as text "
-                                f"with allowed_special='none'")
+                raise UserError(f'the text has the special token {token!r} (after {before!r}). '
+                                f"Allow it: allowed_special={{{token!r}}} or 'all'; or encode it "
+                                f"as text: allowed_special='none'")
         return allowed
 
     def encode_batch(self, texts: list[str], workers: int | None = None) -> list[np.ndarray]:
-        """Apply encode_array() to each text. workers: threads or processes (None: one per core)."""
+        """Encode each text by encode_array(), with `workers` (None: one per core)."""
         return [self.encode_array(text) for text in texts]
 
     def encode_iterable(self, texts, allowed_special='none_raise'):
@@ -127,11 +123,11 @@ class Tokenizer:
             yield from self.encode(text, allowed_special)
 
     def cut_safely(self, texts):
-        """Yield the joined texts in parts of at least STREAM_CHARS that encode to the same ids."""
+        """Yield the joined texts in parts of STREAM_CHARS or more, with the same ids."""
         rest, enough = '', STREAM_CHARS
         for text in texts:
             if not isinstance(text, str):
-                raise UserError(f'expected text, got {type(text).__name__}: open the file as text, '
+                raise UserError(f'expected text, got {type(text).__name__}; open the file with '
                                 f"open(path, encoding='utf-8')")
             rest += text
             if len(rest) >= enough:
@@ -143,7 +139,7 @@ class Tokenizer:
             yield rest
 
     def safe_cut(self, text: str) -> int:
-        """Return the last place whose two sides encode to the ids of the whole text; 0: none."""
+        """Return the last place where a cut leaves the ids as they are; 0: none."""
         for cut in self.cuts(text):
             if regex.search('[\ud800-\udfff]', text[cut - 1:cut + 1]):
                 continue  # half a surrogate pair, whose other half may follow
@@ -157,7 +153,7 @@ class Tokenizer:
         return 0
 
     def cuts(self, text: str):
-        """Yield places, from the last to the first, where a piece ends whatever comes after."""
+        """Yield places, the last one first, where a piece ends whatever follows."""
         # By PATTERNS no piece crosses a blank behind a visible character, nor, before a letter or
         # digit, the end of a line that ends with one.
         for match in regex.finditer(r'(?r)(?<=\S)(?=[ \t])|(?<=\S\n)(?=[\p{L}\p{N}])', text):
@@ -168,7 +164,7 @@ class Tokenizer:
         return self.decode_bytes(ids).decode('utf-8', 'replace')
 
     def save(self, path):
-        """Write to_dict() as JSON for tokenizer.load(path). The file is replaced as a whole."""
+        """Write to_dict() as JSON, for tokenizer.load(path)."""
         values = self.to_dict()
         header = {'format': FILE_FORMAT, 'version': FILE_VERSION, 'sha256': digest(values)}
         write_file(path, json.dumps(header | values, indent=0, ensure_ascii=False) + '\n')
@@ -180,19 +176,18 @@ def digest(values: dict) -> str:
 
 
 def check_specials(special_tokens: dict[str, int]):
-    """Raise UserError for special tokens that are no text, share an id, or can overlap."""
+    """Raise UserError for special tokens that are no text, share an id or overlap."""
     for token, i in special_tokens.items():
         if not isinstance(token, str) or not token or type(i) is not int or not 0 <= i <= MAX_ID:
             raise UserError(f'special tokens are {{text: id}} with ids from 0 to {MAX_ID:,}, '
                             f'got {token!r}: {i!r}')
         if to_utf8(token) != token.encode('utf-8', 'surrogatepass'):
-            raise UserError(f'the special token {token!r} has half a surrogate pair, which is no '
-                            f'character')
+            raise UserError(f'the special token {token!r} has half a surrogate pair')
     if len(set(special_tokens.values())) < len(special_tokens):
         raise UserError(f'two special tokens have the same id: {special_tokens}')
     if overlap := find_overlap(special_tokens):
-        raise UserError(f'special tokens overlap: {overlap}, so a text could be read in two ways. '
-                        f'Give them other names, such as <|one|> and <|two|>')
+        raise UserError(f'special tokens overlap: {overlap}. Give them other names, such as '
+                        f'<|one|> and <|two|>')
 
 
 def find_overlap(tokens) -> str | None:
@@ -213,11 +208,11 @@ def find_overlap(tokens) -> str | None:
 
 
 def read_texts(texts):
-    """Yield the texts to train on: one string, or an iterable of strings. Raises UserError."""
+    """Yield the texts to train on. Raises UserError for what is no string."""
     for text in [texts] if isinstance(texts, str | os.PathLike) else texts:
         if not isinstance(text, str):
-            raise UserError(f'expected texts to train on as strings, got {type(text).__name__}; to '
-                            f'read files: data.documents.read_documents(path)')
+            raise UserError(f'expected texts to train on as strings, got {type(text).__name__}; '
+                            f'for files: data.documents.read_documents(path)')
         yield to_utf8(text).decode('utf-8')
 
 

@@ -13,7 +13,7 @@ WORD_SPECIALS = {'<|unk|>': 0, ENDOFTEXT: 1}  # the first ids of a word tokenize
 
 
 class ListTokenizer(Tokenizer):
-    """A tokenizer whose vocabulary is a list of texts, `tokens`; an id is a place in it."""
+    """Decode by `tokens`, a list of texts; an id is a place in it."""
 
     def decode(self, ids) -> str:
         return ''.join(self.tokens[i] for i in check_ids(ids, self.vocab_size).tolist())
@@ -31,8 +31,7 @@ class CharTokenizer(ListTokenizer):
         self.chars = self.tokens = list(chars)
         self.vocab_size = len(self.chars)
         if not self.chars:
-            raise UserError('a char tokenizer needs at least one character, got none; is the text '
-                            'empty?')
+            raise UserError('a char tokenizer needs a character, got none; is the text empty?')
         for char in self.chars:
             if not isinstance(char, str) or len(char) != 1 or '\ud800' <= char <= '\udfff':
                 raise UserError(f'a char vocabulary holds single characters, got {char!r}')
@@ -94,7 +93,7 @@ class ByteTokenizer(Tokenizer):
 
 class WordTokenizer(ListTokenizer):
     """
-    One id per word with the space before it; marks and other white space are words too.
+    One id per word with the space before it; marks and blanks are words too.
 
     Id 0 is <|unk|>, which replaces unknown words; 1 is <|endoftext|>; from 2 on stand `words`.
     """
@@ -108,8 +107,7 @@ class WordTokenizer(ListTokenizer):
         self._id_of = {}
         for i, word in enumerate(self.words, len(self.special_tokens)):
             if not isinstance(word, str) or split(word, self.pattern) != [word]:
-                raise UserError(f'a word vocabulary holds single words, such as "the", " the" or '
-                                f'",", got {word!r}')
+                raise UserError(f'a word vocabulary holds words, such as " the", got {word!r}')
             if word in self._id_of:
                 raise UserError(f'a word vocabulary holds every word once, got {word!r} twice')
             self._id_of[word] = i
@@ -119,14 +117,14 @@ class WordTokenizer(ListTokenizer):
     @classmethod
     def train(cls, texts, vocab_size: int, workers: int | None = None) -> 'WordTokenizer':
         """
-        Keep the most frequent words of texts, at most vocab_size ids with the special tokens.
+        Learn the most frequent words of texts, for at most vocab_size ids.
 
         texts: one string, or an iterable of strings. Ties go by code points.
         """
         least = len(cls.special_tokens) + 1
         if type(vocab_size) is not int or vocab_size < least:
-            raise UserError(f'vocab_size is {vocab_size}; a word vocabulary has at least {least} '
-                            f'ids: {", ".join(cls.special_tokens)} and a word')
+            raise UserError(f'vocab_size is {vocab_size}; expected at least {least}: '
+                            f'{", ".join(cls.special_tokens)} and a word')
         counts = bpe.count_pieces(read_texts(texts), cls.pattern, cls.special_tokens, workers)
         if not counts:
             raise UserError('the text to train on is empty; expected at least one word')

@@ -67,7 +67,7 @@ def count_batch(texts: list[str], pattern, special_tokens) -> Counter:
 
 def learn(counts: dict[str, int], n_merges: int) -> list[tuple[int, int]]:
     """
-    Learn at most n_merges merges from {piece: count}; fewer when every piece has become one id.
+    Learn n_merges merges from {piece: count}; fewer when every piece is one id.
 
     Returns pairs (left id, right id); the i-th makes the id 256 + i. Of equally frequent pairs the
     one with the smaller left id is merged first, then the smaller right id.
@@ -251,9 +251,10 @@ def in_bytes(pairs) -> list[tuple[bytes, bytes]]:
 
 def final_parts(token: bytes, rank) -> list[bytes]:
     """
-    Join the bytes of a token until two parts are left, or no join applies; return the parts.
+    Join the bytes of a token until two parts are left; return the parts.
 
-    rank(left, right): the order of joins, the lowest first; math.inf: no such join.
+    rank(left, right): the order of joins, the lowest first; math.inf: no such join. More than two
+    parts are left where no join applies.
     """
     parts = [token[i:i + 1] for i in range(len(token))]
     ranks = [rank(left, right) for left, right in itertools.pairwise(parts)]
@@ -270,7 +271,7 @@ def final_parts(token: bytes, rank) -> list[bytes]:
 
 def recover_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
     """
-    Recover the merges, in their order, of a vocabulary {token: rank} such as tiktoken's.
+    Recover the merges of a vocabulary {token: rank}, such as tiktoken's.
 
     tiktoken joins any two neighbours that together are a token, the lowest rank first. A token's
     merge thus joins the two parts that its own bytes come to. A token whose bytes never come to two

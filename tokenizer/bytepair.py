@@ -1,5 +1,5 @@
 """
-Tokenizers by byte pair encoding: BPETokenizer has its own merges, TiktokenTokenizer OpenAI's.
+Encode by byte pairs: BPETokenizer with its own merges, TiktokenTokenizer.
 
 bpe.py is the algorithm, fast.py the same in compiled code.
 """
@@ -32,8 +32,20 @@ TIKTOKEN_FILES = {
 KNOWN_PIECES = 1 << 18  # pieces whose ids are kept; words come back
 
 
+class MergeTokenizer(Tokenizer):
+    """Decode by `_token_of`, {id: bytes}."""
+
+    def decode_bytes(self, ids) -> bytes:
+        ids = check_ids(ids, self.vocab_size).tolist()
+        try:
+            return b''.join(map(self._token_of.__getitem__, ids))
+        except KeyError as error:  # cl100k_base and o200k_base have such ids
+            raise UserError(f'cannot decode token id {error}: the vocabulary does not use it, '
+                            f'though it is below vocab_size') from None
+
+
 @dataclass(eq=False, repr=False)
-class BPETokenizer(Tokenizer):
+class BPETokenizer(MergeTokenizer):
     """
     Byte pair encoding with merges of its own.
 
@@ -78,11 +90,10 @@ class BPETokenizer(Tokenizer):
         pairs = []
         for i, (left, right) in enumerate(self.merges):
             if left not in rank or right not in rank:
-                raise UserError(f'merge {i} joins {left!r} and {right!r}, which are not both bytes '
-                                f'or earlier merges')
+                raise UserError(f'merge {i} joins {left!r} and {right!r}; expected bytes or '
+                                f'earlier merges')
             if left + right in rank:
-                raise UserError(f'merge {i} makes the token {left + right!r}, which there is '
-                                f'already')
+                raise UserError(f'merge {i} makes the token {left + right!r}, which exists')
             pairs.append((rank[left], rank[right]))
             rank[left + right] = 256 + i
         self._merges = Merges(pairs)
@@ -130,8 +141,7 @@ class BPETokenizer(Tokenizer):
                             f'{len(specials)} special token(s)')
         texts = (text for text in read_texts(texts) if text)
         if (first := next(texts, None)) is None:
-            raise UserError(f'the text to train on is empty, so vocab_size is at most {least}; '
-                            f'give more text')
+            raise UserError('the text to train on is empty; expected some text')
         texts, n_merges = itertools.chain([first], texts), vocab_size - least
         if pattern == PATTERNS['gpt2'] and fast.has_gigatoken():
             merges = fast.learn_with_gigatoken(texts, n_merges, specials)
@@ -146,7 +156,7 @@ class BPETokenizer(Tokenizer):
 
     @classmethod
     def from_tiktoken(cls, name: str) -> 'BPETokenizer':
-        """Recover the merges of 'gpt2', 'cl100k_base' or 'o200k_base' from tiktoken's ranks."""
+        """Recover the merges of a name in TIKTOKEN_FILES from tiktoken's ranks."""
         encoding = open_tiktoken(name)
         ranks = encoding._mergeable_ranks
         merges = recover_merges(ranks)
@@ -189,19 +199,15 @@ class BPETokenizer(Tokenizer):
 
     @functools.cached_property
     def _fast(self):
-        return fast.FastEncoder(self._tokens, self.pattern, self._ranks_of)
-
-    def _ranks_of(self, text: str) -> list[int]:
-        return [rank for piece in split(text, self.pattern)
-                for rank in self._merges.join(piece.encode('utf-8'))]
+        return fast.FastEncoder(self._tokens, self.pattern)
 
     @functools.cached_property
     def is_fast(self) -> bool:
         """
-        Whether compiled code encodes to the same ids.
+        True when compiled code encodes to the same ids.
 
-        It must have the pattern. It joins any two neighbours that together are a token; learnt
-        merges do so too, those of other files may differ.
+        It must have the pattern. It joins any two neighbours that together are a token. Learnt
+        merges do so too; those of other files may differ.
         """
         ranks = {token: rank for rank, token in enumerate(self._tokens)}
         return ((self.pattern is None or self.pattern in PATTERNS.values())
@@ -237,14 +243,6 @@ class BPETokenizer(Tokenizer):
         """All pairs of bytes inside tokens; no merge joins another pair."""
         return {token[i:i + 2] for token in self._tokens for i in range(len(token) - 1)}
 
-    def decode_bytes(self, ids) -> bytes:
-        try:
-            return b''.join(map(self._token_of.__getitem__,
-                                check_ids(ids, self.vocab_size).tolist()))
-        except KeyError as error:
-            raise UserError(f'cannot decode token id {error}: this vocabulary does not use this '
-                            f'id') from None
-
     def to_dict(self) -> dict:
         # rare fields are left out, so that older descriptions compare equal
         rare = {'normalizer': self.normalizer, 'bos_token': self.bos_token,
@@ -256,9 +254,9 @@ class BPETokenizer(Tokenizer):
                 'merges': [f'{printable(left)} {printable(right)}' for left, right in self.merges]}
 
 
-class TiktokenTokenizer(Tokenizer):
+class TiktokenTokenizer(MergeTokenizer):
     """
-    OpenAI's vocabulary 'gpt2' (50,257 ids), 'cl100k_base' (GPT-4) or 'o200k_base' (GPT-4o).
+    OpenAI's vocabulary 'gpt2', 'cl100k_base' (GPT-4) or 'o200k_base' (GPT-4o).
 
     Raises UserError when tiktoken neither has the vocabulary in its cache nor can download it.
     """
@@ -280,11 +278,7 @@ class TiktokenTokenizer(Tokenizer):
     @functools.cached_property
     def _fast(self):
         ranks = self._encoding._mergeable_ranks  # they are the ids too
-
-        def slow(text):
-            return self.bpe.encode_ordinary(text)
-
-        return fast.FastEncoder(sorted(ranks, key=ranks.get), self.pattern, slow, self._encoding)
+        return fast.FastEncoder(sorted(ranks, key=ranks.get), self.pattern, self._encoding)
 
     def encode_ordinary(self, text: str) -> list[int]:
         return self._fast.encode_by_tiktoken(text).tolist()  # a prompt does not pay for gigatoken
@@ -296,22 +290,17 @@ class TiktokenTokenizer(Tokenizer):
         dtype = id_dtype(self.vocab_size)
         return [ids.astype(dtype) for ids in self._fast.encode_batch(texts, workers)]
 
-    def decode_bytes(self, ids) -> bytes:
-        ids = check_ids(ids, self.vocab_size).tolist()
-        try:
-            return self._encoding.decode_bytes(ids)
-        except KeyError:  # cl100k_base and o200k_base have unused ids below vocab_size
-            used = {*self._encoding._mergeable_ranks.values(), *self.special_tokens.values()}
-            unused = next(i for i in ids if i not in used)
-            raise UserError(f'cannot decode token id {unused}: {self.name} does not use this '
-                            f'id') from None
+    @functools.cached_property
+    def _token_of(self) -> dict[int, bytes]:
+        tokens = {i: token for token, i in self._encoding._mergeable_ranks.items()}
+        return tokens | {i: token.encode('utf-8') for token, i in self.special_tokens.items()}
 
     def to_dict(self) -> dict:
         return {'kind': 'tiktoken', 'name': self.name}
 
 
 def open_tiktoken(name: str):
-    """Return tiktoken's encoding of that name. Raises UserError where it cannot be had."""
+    """Return tiktoken's encoding of that name. Raises UserError."""
     if name not in TIKTOKEN_FILES:
         raise UserError(f'unknown tiktoken vocabulary {name!r}; expected one of '
                         f'{", ".join(TIKTOKEN_FILES)}{nearest(name, TIKTOKEN_FILES)}')
@@ -323,17 +312,12 @@ def open_tiktoken(name: str):
     try:
         return tiktoken.get_encoding(name)
     except Exception as error:  # requests, the file system and damaged files raise nearly anything
-        raise UserError(no_vocabulary(name, error)) from error
-
-
-def no_vocabulary(name: str, error: Exception) -> str:
-    """Write the message for a vocabulary that tiktoken cannot get."""
-    folder = (os.environ.get('TIKTOKEN_CACHE_DIR')
-              or os.path.join(tempfile.gettempdir(), 'data-gym-cache'))
-    commands = '\n'.join(f'    curl -o {hashlib.sha1(url.encode()).hexdigest()} {url}'
-                         for url in TIKTOKEN_FILES[name])
-    return (f"cannot get tiktoken's vocabulary {name!r} ({type(error).__name__}): it is not in "
+        folder = (os.environ.get('TIKTOKEN_CACHE_DIR')
+                  or os.path.join(tempfile.gettempdir(), 'data-gym-cache'))
+        commands = '\n'.join(f'    curl -o {hashlib.sha1(url.encode()).hexdigest()} {url}'
+                             for url in TIKTOKEN_FILES[name])
+        raise UserError(
+            f"cannot get tiktoken's vocabulary {name!r} ({type(error).__name__}): it is not in "
             f'{folder}, and the download failed. On a machine with a network:\n{commands}\n'
-            f'Copy the files to a folder here (their names are the SHA-1 of the URLs) and set '
-            f'TIKTOKEN_CACHE_DIR to it.\nThe tokenizers byte and char need no network: '
-            f'--tokenizer=byte, --tokenizer=char')
+            f'Copy the files to a folder here and set TIKTOKEN_CACHE_DIR to it.\n'
+            f'--tokenizer=byte and --tokenizer=char need no network.') from error

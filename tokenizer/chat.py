@@ -1,5 +1,5 @@
 """
-Conversations as ids: a prompt for the assistant's answer, or ids and loss mask to learn from.
+Render conversations to ids: a prompt for an answer, or ids and loss mask.
 
     ids = render([{'role': 'user', 'content': 'Hello'}], template, tokenizer)
     ids, mask = render_conversation([{'role': 'user', 'content': 'Hello'},
@@ -56,7 +56,7 @@ TEMPLATE = """\
 
 
 def bos_ids(tokenizer):
-    """Return the id before every text of such a model, Llama 3 for example, as a list, or []."""
+    """Return [the id before every text], as Llama 3 has one, or []."""
     bos = tokenizer.special_tokens.get(tokenizer.bos_token)
     return [] if bos is None else [bos]
 
@@ -121,9 +121,9 @@ def render_conversation(messages, template, tokenizer):
 
 def find_answers(messages, template, tokenizer):
     """
-    Render a conversation to parts of text; the odd ones are answers, with the token that ends them.
+    Render a conversation to parts of text, of which the odd ones are answers.
 
-    An answer is what it adds to the text of the conversation before it.
+    An answer is what its message adds to the text, up to the token that ends it.
     """
     parts, text, done = [], apply_template(template, tokenizer, messages, False), 0
     ending_ids, _ = find_endings(template, tokenizer)
@@ -180,7 +180,7 @@ def hide_specials(messages, tokenizer):
 
 
 def encode_rendered(text, shown, tokenizer):
-    """Encode a template's text; the characters in `shown` (hide_specials()) are ordinary text."""
+    """Encode a template's text; `shown`: the characters of hide_specials()."""
     ids = []
     for i, part in enumerate(split_specials(text, list(tokenizer.special_tokens))):
         if i % 2:
@@ -205,7 +205,7 @@ def check_messages(messages):
 
 
 def check_conversation(messages):
-    """Raise UserError unless turns alternate and end with an answer that can be learnt."""
+    """Raise UserError unless turns alternate and end with an answer to learn."""
     check_messages(messages)
     roles = [message['role'] for message in messages]
     n_system = roles[0] == 'system'
@@ -251,7 +251,7 @@ def transcript(messages):
 
 
 def ends_of_text(tokenizer):
-    """Return a template's bos_token and eos_token, found by name; '' where there is none."""
+    """Return a template's bos_token and eos_token, found by name, or ''."""
     def first_of(names):
         return next((name for name in names if name in tokenizer.special_tokens), '')
 
@@ -259,7 +259,7 @@ def ends_of_text(tokenizer):
 
 
 def apply_template(template, tokenizer, messages, add_generation_prompt, marks=('', '')):
-    """Render to text; special tokens are spelt out, {% generation %} parts are between marks."""
+    """Render messages to text, with {% generation %} parts between the marks."""
     bos_token, eos_token = ends_of_text(tokenizer)
     try:
         return compiled(template, *marks).render(

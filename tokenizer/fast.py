@@ -1,5 +1,5 @@
 """
-Byte pair encoding in compiled code: by gigatoken where it is installed, else by tiktoken.
+Encode and train byte pairs in compiled code: by gigatoken, or else tiktoken.
 
 On one core with GPT-4's vocabulary (bench/results): bpe.py encodes 5 to 10 MB/s, tiktoken 14,
 gigatoken 170 to 380. The ids and merges are those of bpe.py.
@@ -39,12 +39,12 @@ def has_gigatoken() -> bool:
 
 def learn_with_gigatoken(texts, n_merges: int, special_tokens=()) -> list[tuple[bytes, bytes]]:
     """
-    Learn the merges of bpe.learn(), as bytes, with GPT-2's pattern, the only one gigatoken trains.
+    Learn the merges of bpe.learn(), as bytes, with GPT-2's pattern.
 
-    The texts go through a temporary file (in TMPDIR), which keeps memory small. Two cases take
-    bpe.learn(), as gigatoken 0.10 would learn other merges. It is at Unicode 17. And when every
-    piece has become one id, it goes on with pairs that occur nowhere; that cannot happen with more
-    distinct pieces than merges and bytes.
+    gigatoken trains with no other pattern. The texts go through a temporary file (in TMPDIR), which
+    keeps memory small. In two cases gigatoken 0.10 would learn other merges, and bpe.learn() takes
+    over. It is at Unicode 17. And when every piece has become one id, it goes on with pairs that
+    occur nowhere; that cannot happen with more distinct pieces than merges and bytes.
     """
     import gigatoken
     separator = b'\xff'  # in no UTF-8 text
@@ -87,7 +87,7 @@ def read_separated(file, separator: bytes):
 
 @contextlib.contextmanager
 def silenced():
-    """Send what C and Rust code prints to nowhere; gigatoken reports its progress on stdout."""
+    """Discard what C and Rust code prints; gigatoken reports progress on stdout."""
     sys.stdout.flush()
     sys.stderr.flush()
     terminal = os.dup(1), os.dup(2)
@@ -111,12 +111,11 @@ class FastEncoder:
     Encode text to ranks, which are places in `tokens`.
 
     tokens: the bytes of all tokens, in the order of their merges. pattern: one of PATTERNS, or
-    None. slow(text): the same in Python, for text that neither library can encode. encoding: the
-    tiktoken.Encoding, where there is one.
+    None. encoding: the tiktoken.Encoding, where there is one.
     """
 
-    def __init__(self, tokens: list[bytes], pattern: str | None, slow, encoding=None):
-        self.tokens, self.pattern, self.slow = tokens, pattern, slow
+    def __init__(self, tokens: list[bytes], pattern: str | None, encoding=None):
+        self.tokens, self.pattern = tokens, pattern
         if encoding is not None:
             self.tiktoken = encoding
         schemes = {PATTERNS[name]: name for name in GIGATOKENS} if has_gigatoken() else {}
@@ -142,7 +141,7 @@ class FastEncoder:
                                  mergeable_ranks=ranks)
 
     def count(self, chars: int):
-        """Count characters; make gigatoken anew every FORGET_CHARS, as it keeps every word."""
+        """Count characters; renew gigatoken every FORGET_CHARS, as it keeps all words."""
         self.chars += chars
         if self.chars // FORGET_CHARS > (self.chars - chars) // FORGET_CHARS:
             self.__dict__.pop('gigatoken', None)
@@ -159,7 +158,9 @@ class FastEncoder:
         text = to_utf8(text).decode('utf-8')
         # a run of 2 * BLANKS covers a whole block
         if any(text[i:i + BLANKS].isspace() for i in range(0, len(text) - BLANKS + 1, BLANKS)):
-            return np.array(self.slow(text))
+            join = self.tiktoken._core_bpe.encode_single_piece
+            return np.array([rank for piece in split(text, self.pattern)
+                             for rank in join(piece.encode('utf-8'))])
         return self.tiktoken.encode_to_numpy(text, disallowed_special=())
 
     def encode_batch(self, texts: list[str], workers: int | None) -> list[np.ndarray]:

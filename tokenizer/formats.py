@@ -1,5 +1,5 @@
 """
-Tokenizers in other people's files: tiktoken's, Hugging Face's, GPT-2's, nanoGPT's.
+Read and write tiktoken's, Hugging Face's, GPT-2's and nanoGPT's files.
 
     read(path)                       any of them, by content; or a folder that has one
     read_tiktoken(path, pattern)     *.tiktoken: a token in base64 and its rank, line by line
@@ -146,11 +146,10 @@ def read_tiktoken(path, pattern: str | None = 'gpt4', special_tokens=None) -> di
                 raise ValueError
         except (ValueError, IndexError, binascii.Error):
             raise UserError(f'{path}, line {number}: {line[:60]!r} is not a token in base64, a '
-                            f"space, and its rank; the file is damaged or not tiktoken's: fetch it "
-                            f'again') from None
+                            f'space, and its rank; fetch the file again') from None
         if token in ids:
             raise UserError(f'{path}, line {number}: the token {token[:40]!r} has rank {rank}, '
-                            f'but already rank {ids[token]}; the file is damaged: fetch it again')
+                            f'but already rank {ids[token]}; fetch the file again')
         ids[token] = rank
     merges = recover_merges(ids)
     return Vocabulary(path, ids, merges, find_pattern(pattern), special_tokens or {},
@@ -159,7 +158,7 @@ def read_tiktoken(path, pattern: str | None = 'gpt4', special_tokens=None) -> di
 
 def write_tiktoken(values: dict, path):
     """
-    Write a description as lines 'base64 rank', without its pattern and special tokens.
+    Write a description as lines 'base64 rank', without pattern and specials.
 
     Raises UserError when tiktoken would encode some text differently with these ranks.
     """
@@ -176,10 +175,9 @@ def write_tiktoken(values: dict, path):
         differing |= {left + right for left, right in merges} - set(tokens)
     if differing and by_rank != merges:
         token = min(differing, key=ids.get)
-        raise UserError(f'{path} cannot be written: tiktoken joins any two neighbours that are a '
-                        f'token, the lowest id first, and takes a piece whole that is a token; so '
-                        f'it would use {token!r} (id {ids[token]}) in other places. Write '
-                        f'tokenizer.json instead, which keeps these merges')
+        raise UserError(f'{path} cannot be written: tiktoken joins any neighbours that are a '
+                        f'token, the lowest id first, and takes a piece whole that is one. So it '
+                        f'would use {token!r} (id {ids[token]}) elsewhere; write tokenizer.json')
     write_file(path, ''.join(f'{base64.b64encode(token).decode()} {ids[token]}\n'
                              for token in sorted(ids, key=ids.get)))
 
@@ -189,10 +187,10 @@ def write_tiktoken(values: dict, path):
 
 def read_gpt2_files(vocab_json, merges_txt) -> dict:
     """
-    Read GPT-2's two files, {token: id} and one merge per line; return the description.
+    Read GPT-2's two files, {token: id} and one merge per line.
 
-    Tokens like <|endoftext|> that no merge makes are special. Raises UserError for files that do
-    not fit together.
+    Returns the description. Tokens like <|endoftext|> that no merge makes are special. Raises
+    UserError for files that do not fit together.
     """
     vocab = read_json(vocab_json)
     if not is_vocab(vocab):
@@ -211,16 +209,15 @@ def read_gpt2_files(vocab_json, merges_txt) -> dict:
 
 
 def beside(path, partners: dict[str, str]):
-    """Return the path of the second of GPT-2's two files. Raises UserError where it is missing."""
+    """Return the path of the second of GPT-2's two files. Raises UserError."""
     name = os.path.basename(path)
     if name not in partners:
-        raise UserError(f"{path} is one of GPT-2's two files, and its name does not say what the "
-                        f'other is called: expected {" or ".join(partners)}; rename it, and the '
-                        f'other to {" or ".join(partners.values())}')
+        raise UserError(f"{path} is one of GPT-2's two files; rename it to "
+                        f'{" or ".join(partners)}, and the other to '
+                        f'{" or ".join(partners.values())}')
     partner = os.path.join(os.path.dirname(path), partners[name])
     if not os.path.exists(partner):
-        raise UserError(f"{path} is one of GPT-2's two files; the other, {partner}, is missing: "
-                        f'copy it there')
+        raise UserError(f"{path} is one of GPT-2's two files; copy the other, {partner}")
     return partner
 
 
@@ -229,7 +226,7 @@ def beside(path, partners: dict[str, str]):
 
 class PlainUnpickler(pickle.Unpickler):
     """
-    Load dicts, lists, strings and numbers, which is all that nanoGPT's meta.pkl holds.
+    Load dicts, lists, strings and numbers alone, as nanoGPT's meta.pkl has.
 
     A pickle runs code only through a class or function that it names; every name is refused.
     """
@@ -239,7 +236,7 @@ class PlainUnpickler(pickle.Unpickler):
 
 
 def from_meta_pkl(path) -> CharTokenizer:
-    """Make the tokenizer of nanoGPT's meta.pkl. Raises UserError; runs no code from the file."""
+    """Make the tokenizer of nanoGPT's meta.pkl; runs no code. Raises UserError."""
     command = f'Make it again: python {os.path.dirname(path) or "."}/prepare.py'
     try:
         with open(path, 'rb') as file:

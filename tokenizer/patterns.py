@@ -1,5 +1,5 @@
 """
-Text to pieces: the split patterns, GPT-2's byte alphabet, Unicode versions, special tokens.
+Cut text into pieces: split patterns, Unicode versions, special tokens.
 
     split(text, PATTERNS['gpt4'])      -> pieces that no merge crosses
     split_specials(text, tokens)       -> text, special token, text, ...
@@ -58,7 +58,7 @@ def from_printable(chars: str) -> bytes:
 
 
 def to_utf8(text: str) -> bytes:
-    """Encode text; half a surrogate pair (JSON's "\\ud800") becomes U+FFFD, as in tiktoken."""
+    """Encode text; half a surrogate pair ("\\ud800") becomes U+FFFD, as in tiktoken."""
     try:
         return text.encode('utf-8')
     except UnicodeEncodeError:
@@ -120,7 +120,7 @@ NOT_NORMALIZED = regex.compile(f'([{"".join(map(chr, code_points(SINCE_UNICODE_9
 
 
 def normalize(text: str, form: str | None) -> str:
-    """Return text in the normal form 'NFC' as Hugging Face computes it, or None: as it is."""
+    """Return text in the normal form 'NFC' of Hugging Face, or None: as it is."""
     if text.isascii():
         return text
     text = to_utf8(text).decode('utf-8')
@@ -134,7 +134,7 @@ def normalize(text: str, form: str | None) -> str:
 
 def find_pattern(pattern: str | None) -> str | None:
     """
-    Return the regular expression of a name in PATTERNS, or the given one; None stays None.
+    Return the regular expression of a name in PATTERNS, or the given one, or None.
 
     Raises UserError for an unknown name and for what is not a regular expression.
     """
@@ -150,7 +150,7 @@ def find_pattern(pattern: str | None) -> str | None:
 
 @functools.cache
 def compile_pattern(pattern: str):
-    """Compile a split pattern. Raises UserError for a bad one, and for one that reads backwards."""
+    """Compile a split pattern. Raises UserError."""
     try:
         compiled = regex.compile(pattern)
         fault = 'reads text backwards (flag r)' if compiled.flags & regex.REVERSE else None
@@ -185,7 +185,7 @@ def split(text: str, pattern: str | None) -> list[str]:
 
 def split_specials(text: str, special_tokens) -> list[str]:
     """
-    Cut text at its special tokens: they are the odd elements, the text between the even ones.
+    Cut text at its special tokens, which become the odd elements.
 
     Where two tokens could start at the same place, the longer one is taken.
     """
@@ -196,7 +196,7 @@ def split_specials(text: str, special_tokens) -> list[str]:
 
 
 def batches(items, enough: int, length=len):
-    """Yield lists of consecutive items; each but the last has a total length of `enough`."""
+    """Yield lists of items; each but the last has a total length of `enough`."""
     batch, size = [], 0
     for item in items:
         batch.append(item)

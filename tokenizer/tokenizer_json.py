@@ -1,7 +1,8 @@
 """
-Hugging Face's tokenizer.json: read and write it, so that tokenizers and transformers give our ids.
+Read and write Hugging Face's tokenizer.json.
 
-Not kept are truncation, padding and what a post-processor adds, except one token before a text.
+tokenizers and transformers give the same ids. Not kept are truncation, padding and what a
+post-processor adds, except one token before a text.
 """
 
 import os
@@ -62,7 +63,7 @@ def unsupported(path, key, value, expected) -> UserError:
 
 def read_tokenizer_json(path) -> dict:
     """
-    Read a tokenizer.json: byte-level BPE, or characters and words as hf_words() writes them.
+    Read a tokenizer.json: byte-level BPE, or what hf_words() writes.
 
     Returns the description. Raises UserError, naming the part of the file, where ids could differ.
     """
@@ -123,7 +124,7 @@ def check_model(path, kind, model: dict, file: dict):
 
 
 def read_bos_token(post_processor) -> str | None:
-    """Return the token that a post_processor puts before a text, where it adds nothing else."""
+    """Return the token that a post_processor adds before a text, or None."""
     steps = (post_processor.get('processors', [post_processor])
              if isinstance(post_processor, dict) else [])
     for step in steps if isinstance(steps, list) else []:
@@ -135,7 +136,7 @@ def read_bos_token(post_processor) -> str | None:
 
 
 def read_added_tokens(path, added_tokens, vocab: dict) -> dict[str, int]:
-    """Return {text: id} of added_tokens. Raises UserError for those that are no special tokens."""
+    """Return {text: id} of added_tokens. Raises UserError for ordinary ones."""
     if not isinstance(added_tokens, list):
         raise UserError(f'{path}: added_tokens is {short(added_tokens)}; expected a list')
     special_tokens, following = {}, len(vocab)
@@ -146,25 +147,23 @@ def read_added_tokens(path, added_tokens, vocab: dict) -> dict[str, int]:
             raise UserError(f'{place} is {short(token)}; expected an object with content and id')
         for key in ('single_word', 'lstrip', 'rstrip'):
             if token.get(key):
-                raise UserError(f'{place} ({text!r}) has {key}, so it depends on the text around '
-                                f'it, which this program cannot do; expected false')
+                raise UserError(f'{place} ({text!r}) has {key}, which this program cannot do; '
+                                f'expected false')
         if not token.get('special') and not SPECIAL.fullmatch(text):
-            raise UserError(f'{place} ({text!r}) is not special: it is found in ordinary text '
-                            f'before the merges, which this program cannot do; expected special '
-                            f'tokens only')
+            raise UserError(f'{place} ({text!r}) is not special, so tokenizers finds it in '
+                            f'ordinary text; expected special tokens only')
         # tokenizers ignores the id: a token outside the vocab gets the id after the last one
         expected = vocab.get(text, following)
         if token.get('id') != expected:
             raise UserError(f'{place} ({text!r}) has the id {token.get("id")!r}, but tokenizers '
-                            f'gives it {expected}; expected that id, or the token with its id in '
-                            f'vocab as well')
+                            f'gives it {expected}; expected that id, or the token in vocab')
         following = max(following, expected + 1)
         special_tokens[text] = expected
     return special_tokens
 
 
 def read_pattern(path, pre_tokenizer) -> str | None:
-    """Return the pattern of a pre_tokenizer: ByteLevel, alone or after one Split or Digits."""
+    """Return the pattern of a pre_tokenizer: ByteLevel, maybe after Split or Digits."""
     refused = unsupported(
         path, 'pre_tokenizer', pre_tokenizer,
         'ByteLevel, or a Sequence of one Split (Regex, Isolated) and ByteLevel with use_regex '
@@ -195,7 +194,7 @@ def read_pattern(path, pre_tokenizer) -> str | None:
 
 
 def check_portable(path, pattern: str):
-    """Raise UserError unless Hugging Face's libraries cut every text alike with this pattern."""
+    """Raise UserError unless tokenizers cuts every text alike with this pattern."""
     compile_pattern(pattern)
     match = PORTABLE.match(pattern)
     end = match.end() if match else 0
@@ -207,10 +206,8 @@ def check_portable(path, pattern: str):
     if end < len(pattern) or matches_nothing:
         reason = (f'from {pattern[end:end + 20]!r} on' if end < len(pattern) else
                   'as it, or a part that it repeats, can match without any character')
-        raise UserError(f"{path}: the split pattern {pattern!r} may mean something else to Hugging "
-                        f"Face's libraries than to this program, {reason}. Expected \\p{{..}}, "
-                        f'\\s, \\d, classes without sets, groups, look-ahead, and * + ? {{m,n}}; '
-                        f'see PORTABLE in tokenizer/tokenizer_json.py')
+        raise UserError(f'{path}: the split pattern {pattern!r} may cut differently in tokenizers, '
+                        f'{reason}; see PORTABLE in tokenizer/tokenizer_json.py')
 
 
 # Writing ------------------------------------------------------------------------------------------
@@ -218,7 +215,7 @@ def check_portable(path, pattern: str):
 
 def write_tokenizer_json(values: dict, path):
     """
-    Write a description as a tokenizer.json for tokenizers (0.19 or newer) and transformers.
+    Write a description as a tokenizer.json, for tokenizers 0.19 or newer.
 
     Raises UserError for a pattern that they may read differently, and for a special token with the
     name of another token.
@@ -227,14 +224,14 @@ def write_tokenizer_json(values: dict, path):
 
 
 def document_ends(values: dict) -> list[str]:
-    """Return the special tokens of a description that end a document, the usual one first."""
+    """Return the special tokens that end a document, the usual one first."""
     specials = WORD_SPECIALS if values['kind'] == 'word' else values.get('special_tokens', {})
     return [token for token in DOCUMENT_ENDS if token in specials]
 
 
 def write_hf_folder(values: dict, folder, more: dict | None = None):
     """
-    Write tokenizer.json and tokenizer_config.json for AutoTokenizer.from_pretrained(folder).
+    Write the files for transformers.AutoTokenizer.from_pretrained(folder).
 
     more: further entries of tokenizer_config.json, such as the chat_template.
     """
@@ -252,7 +249,7 @@ def write_hf_folder(values: dict, folder, more: dict | None = None):
 
 
 def hf_tokenizer(values: dict, path) -> dict:
-    """Return the content of the tokenizer.json for a description. path: for error messages."""
+    """Return the content of a tokenizer.json. path: for error messages."""
     if values['kind'] in ('char', 'word'):
         return hf_words(values)
     values = BYTES if values['kind'] == 'byte' else values
@@ -260,9 +257,9 @@ def hf_tokenizer(values: dict, path) -> dict:
     vocab = {printable(token): i for token, i in ids.items()}
     for text, i in values['special_tokens'].items():
         if text in vocab:
-            raise UserError(f'{path} cannot be written: the special token {text!r} (id {i}) has '
-                            f'the name of the token {from_printable(text)!r} (id {vocab[text]}) '
-                            f'there; give it another name, as <|name|>')
+            raise UserError(f'{path}: the special token {text!r} (id {i}) has the name of the '
+                            f'token {from_printable(text)!r} (id {vocab[text]}) there; rename it, '
+                            f'as <|name|>')
         # added tokens stand in the vocabulary too: otherwise tokenizers would number them itself
         vocab[text] = i
     byte_level = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True,

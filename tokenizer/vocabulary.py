@@ -1,5 +1,5 @@
 """
-From the tokens and merges in a file to the description of a BPE tokenizer, and back.
+Turn the tokens and merges in a file into a description, and back.
 
 A description is the plain dict that BPETokenizer.to_dict() returns and from_dict() reads:
 
@@ -71,15 +71,14 @@ class Vocabulary:
         }
 
     def check_ids(self):
-        """Raise UserError unless all bytes are tokens, and every token has an id of its own."""
+        """Raise UserError unless all bytes are tokens, and all ids differ."""
         missing = [byte for byte in range(256) if bytes([byte]) not in self.ids]
         if missing:
             names = ', '.join(f'0x{byte:02x}' for byte in missing[:10])
             more = f' and {len(missing) - 10} more' if len(missing) > 10 else ''
             raise UserError(f'{self.path}: {len(missing)} of the 256 bytes are no tokens '
-                            f'({names}{more}); expected all, so that every text can be encoded. '
-                            f'The file is damaged, or was trained without them (in tokenizers, '
-                            f'train with initial_alphabet=ByteLevel.alphabet())')
+                            f'({names}{more}); expected all. In tokenizers, train with '
+                            f'initial_alphabet=ByteLevel.alphabet()')
         names = {}
         tokens = [*((repr(token), i) for token, i in self.ids.items()),
                   *self.special_tokens.items()]
@@ -89,8 +88,7 @@ class Vocabulary:
                                 f'number from 0 to {MAX_ID:,}')
             if i in names:
                 raise UserError(f'{self.path}: the tokens {names[i]} and {name} have the same id '
-                                f'{i}; the file is damaged, or the special tokens were given ids '
-                                f'that are taken')
+                                f'{i}; expected one id for each')
             names[i] = name
 
     def find_merges(self) -> tuple[list[tuple[bytes, bytes]], bool]:
@@ -124,8 +122,7 @@ class Vocabulary:
             if pair is None or ways[token] == 0 and not self.ignore_merges:
                 raise UserError(f'{self.path}: no merges lead to the token {printable(token)!r} '
                                 f'(id {self.ids[token]}); expected a merge for every token of more '
-                                f'than one byte. The list of merges is damaged, or this vocabulary '
-                                f'does not come from byte pair encoding')
+                                f'than one byte')
             merges.append(pair)
             made.add(token)
         return merges, bool(never_made)
@@ -155,16 +152,15 @@ def from_alphabet(path, vocab: dict[str, int], pairs, special_tokens):
     for place, pair in pairs:
         if (not isinstance(pair, list) or len(pair) != 2
                 or not all(isinstance(part, str) and part for part in pair)):
-            raise UserError(f'{path}, {place}: {short(pair)} is no merge; expected two tokens and '
-                            f'a space between them. The file is damaged: fetch it again')
+            raise UserError(f'{path}, {place}: {short(pair)} is no merge; expected two tokens with '
+                            f'a space between')
         joined = ''.join(pair)
         if joined in special_tokens and joined.isascii():
             continue  # learnt from special tokens in text, which are cut out before merging
         for text in (*pair, joined):
             if text not in tokens:
                 raise UserError(f'{path}, {place}: the merge {" ".join(pair)!r} needs the token '
-                                f'{text!r}; expected it in the vocabulary. The file is damaged, or '
-                                f'belongs to another one: fetch it again')
+                                f'{text!r}; expected it in the vocabulary')
         merges.append((tokens[pair[0]], tokens[pair[1]]))
     return {token: vocab[text] for text, token in tokens.items()}, merges
 
@@ -172,9 +168,8 @@ def from_alphabet(path, vocab: dict[str, int], pairs, special_tokens):
 def tokens_of(values: dict) -> tuple[dict[bytes, int], list[tuple[bytes, bytes]]]:
     """Return the tokens {bytes: id} and the merges of a description."""
     if values.get('kind') != 'bpe':
-        raise UserError(f'only BPE tokenizers can be written in this format, and this one is of '
-                        f'kind {values.get("kind")!r}; prepare the data and train with '
-                        f'--tokenizer=bpe')
+        raise UserError(f'this format is for BPE tokenizers, and this one is of kind '
+                        f'{values.get("kind")!r}; prepare the data with --tokenizer=bpe')
     merges = [tuple(from_printable(part) for part in merge.split(' '))
               for merge in values['merges']]
     tokens = [*(bytes([byte]) for byte in range(256)), *(left + right for left, right in merges)]
@@ -205,7 +200,7 @@ def read_utf8(path) -> str:
 
 
 def unique(items):
-    """Make a JSON object (json's object_pairs_hook). Raises UserError for a key that is twice."""
+    """Make a JSON object, as object_pairs_hook. Raises UserError for a repeated key."""
     values = dict(items)
     if len(values) < len(items):
         repeated = next(key for key, n in Counter(key for key, _ in items).items() if n > 1)
@@ -214,7 +209,7 @@ def unique(items):
 
 
 def read_json(path):
-    """Read a JSON file. Raises UserError for a damaged one, and for a key that stands twice."""
+    """Read a JSON file. Raises UserError for damage and repeated keys."""
     text = read_utf8(path)
     try:
         return json.loads(text, object_pairs_hook=unique)

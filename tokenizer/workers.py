@@ -1,11 +1,12 @@
 """
-Share work among processes; results come in order. For Python code, which threads do not speed up.
+Share work among processes, with results in order.
 
     with Workers(4) as workers:
         for item, result in workers.map(function, items):
             ...
 
-Ctrl-C interrupts the main process alone. The others end with it, however it ends.
+For Python code, which threads do not speed up. Ctrl-C interrupts the main process alone; the
+others end with it, however it ends.
 """
 
 import multiprocessing
@@ -28,7 +29,7 @@ START_METHOD = 'fork' if sys.platform == 'linux' else 'spawn'
 
 
 def core_count(limit: str = '/sys/fs/cgroup/cpu.max') -> int:
-    """Count the cores that this process may use, by its affinity and its container's limit."""
+    """Count the cores that this process may use, by affinity and container limit."""
     cores = (len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity')
              else os.cpu_count() or 1)
     with suppress(OSError, ValueError), open(limit) as f:  # '200000 100000': 2 cores; 'max': all
@@ -38,7 +39,7 @@ def core_count(limit: str = '/sys/fs/cgroup/cpu.max') -> int:
 
 
 class Workers:
-    """`count` processes. Each calls start(*arguments), if given, before its first work."""
+    """`count` processes; each calls start(*arguments) before its first work."""
 
     def __init__(self, count: int, start=None, *arguments):
         self.count = count

@@ -50,8 +50,8 @@ def refused(result, *said):
 
 ENGLISH = '''The committee met on a cold evening in the small hall behind the church, because the
 roof of the town hall had begun to leak again. There were nine of them, and most had walked. They
-talked about the price of coal, about the road to the mill that nobody would mend, and about a letter from
-the county that none of them quite understood. It was late when the oldest member stood up and said
+talked about the price of coal, about the road to the mill that nobody would mend, and about a letter
+from the county that none of them quite understood. It was late when the oldest member stood up and said
 that they should have fixed the roof with the money for a band.'''
 
 
@@ -67,8 +67,8 @@ def test_from_a_folder_to_a_dataset_for_prepare(tmp_path):
     (folder / 'e.txt').write_text('Too short to be of any use.', encoding='utf-8')
     second = ('\0She had never been to the sea, and the stories that her uncle used to tell made '
               'it sound like a field of grey wheat. So when the train came out of the tunnel and '
-              'there it was, far below, blue and full of boats, she did not have a word for it; she only '
-              'took the hand of the child who was travelling with her.')
+              'there it was, far below, blue and full of boats, she did not have a word for it; '
+              'she only took the hand of the child who was travelling with her.')
     write_rows(folder / 'f.jsonl', ['\0\0', second])
     (folder / 'g.bin').write_bytes(b'\0')
 

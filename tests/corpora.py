@@ -53,14 +53,22 @@ def contents(folder):
 
 
 SENTENCES = {
-    'en': 'Nobody had expected the river to rise so quickly that spring, and the old bridge was closed for a week.',
-    'de': 'Niemand hatte erwartet, dass der Fluss in jenem Frühling so schnell steigt, und die Brücke blieb gesperrt.',
-    'fr': 'Personne ne pensait que la rivière monterait si vite ce printemps-là, et le vieux pont est resté fermé.',
-    'es': 'Nadie esperaba que el río creciera tan rápido aquella primavera, y el viejo puente estuvo cerrado.',
-    'it': 'Nessuno si aspettava che il fiume salisse così in fretta quella primavera, e il ponte rimase chiuso.',
-    'nl': 'Niemand had verwacht dat de rivier dat voorjaar zo snel zou stijgen, en de oude brug bleef dicht.',
-    'pl': 'Nikt się nie spodziewał, że tamtej wiosny rzeka wzbierze tak szybko, i stary most został zamknięty.',
-    'ru': 'Никто не ожидал, что той весной река поднимется так быстро, и старый мост закрыли на неделю.',
+    'en': 'Nobody had expected the river to rise so quickly that spring, and the '
+          'old bridge was closed for a week.',
+    'de': 'Niemand hatte erwartet, dass der Fluss in jenem Frühling so schnell '
+          'steigt, und die Brücke blieb gesperrt.',
+    'fr': 'Personne ne pensait que la rivière monterait si vite ce printemps-là, '
+          'et le vieux pont est resté fermé.',
+    'es': 'Nadie esperaba que el río creciera tan rápido aquella primavera, y el '
+          'viejo puente estuvo cerrado.',
+    'it': 'Nessuno si aspettava che il fiume salisse così in fretta quella '
+          'primavera, e il ponte rimase chiuso.',
+    'nl': 'Niemand had verwacht dat de rivier dat voorjaar zo snel zou stijgen, '
+          'en de oude brug bleef dicht.',
+    'pl': 'Nikt się nie spodziewał, że tamtej wiosny rzeka wzbierze tak szybko, '
+          'i stary most został zamknięty.',
+    'ru': 'Никто не ожидал, что той весной река поднимется так быстро, и старый '
+          'мост закрыли на неделю.',
     'zh': '没有人料到那年春天河水会涨得这么快，那座旧桥关闭了一个星期。',
     'ja': 'その春に川がこれほど速く増水するとは誰も予想しておらず、古い橋は一週間閉鎖された。',
 }

@@ -3,7 +3,6 @@
 Run: pytest tests/test_clean.py
 """
 
-import itertools
 import os
 import random
 import tracemalloc
@@ -23,13 +22,14 @@ POSIX = pytest.mark.skipif(os.name != 'posix', reason='needs signals')
 WIKITEXT = ROOT.parent / 'shared' / 'data' / 'wikitext2' / 'valid.txt'
 
 
-# normalize ------------------------------------------------------------------------------------------------------------
+# normalize ---------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('text, expected', [
     ('cafe\u0301', 'caf\xe9'),
     ('a\r\nb\rc\fd\x85e\u2028f', 'a\nb\nc\nd\ne\nf'),
     ('\ufeffa\x00b\x1b[0m\u200bc\td', 'ab[0mc\td'),
-    ('\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645', '\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645'),  # Persian
+    ('\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645',
+     '\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645'),  # Persian
 ])
 def test_normalize(text, expected):
     assert clean.normalize(text) == expected
@@ -43,7 +43,7 @@ def test_a_normalized_text_stays_as_it_is_and_holds_no_control_characters(text):
     assert {char for char in once if unicodedata.category(char) == 'Cc'} <= {'\n', '\t'}
 
 
-# language -------------------------------------------------------------------------------------------------------------
+# language ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('language', SENTENCES)
@@ -54,7 +54,8 @@ def test_languages(language):
     # most of a long text decides, wherever its odd part is
     for parts in ([2, 98], [50, 50, 2], [98, 2]):
         other = SENTENCES['pl' if language == 'de' else 'de']
-        long = ' '.join((other if count == 2 else SENTENCES[language] + ' ') * count for count in parts)
+        long = ' '.join((other if count == 2 else SENTENCES[language] + ' ') * count
+                        for count in parts)
         assert clean.find_language(long)[0] == language
 
 
@@ -63,7 +64,7 @@ def test_numbers_are_no_language():
     assert clean.find_language('3.14 2.71 1.41 1.73 ' * 20)[0] not in SENTENCES
 
 
-# gopher ---------------------------------------------------------------------------------------------------------------
+# gopher ------------------------------------------------------------------------------------------
 
 def only(rule, text):
     """What gopher says of the text by this rule alone."""
@@ -85,33 +86,43 @@ def copies(count, line, others):
 
 
 def often(gram, count, of=50):
-    """`of` words of five letters, in which the words `gram` follow each other `count` times and nothing else repeats"""
+    """`of` words of five letters, in which the words `gram` follow each other `count` times and
+    nothing else repeats"""
     rest = distinct_words(of - count * len(gram), start=1000)
-    return ' '.join(itertools.chain.from_iterable([*gram, rest.pop()] for _ in range(count))) + ' ' + ' '.join(rest)
+    runs = [' '.join([*gram, rest.pop()]) for _ in range(count)]
+    return ' '.join(runs + rest)
 
 
 def again(count, of=100):
-    """`of` words of five letters, the last `count` of which are also the first ones; nothing else repeats."""
+    """`of` words of five letters, the last `count` of which are also the first ones; nothing else
+    repeats."""
     first = distinct_words(of - count)
     return ' '.join(first + first[:count])
 
 
 CASES = [  # rule, a text that just passes, its value, one that just does not, its value
     ('words', ' '.join(distinct_words(50)), 50, ' '.join(distinct_words(49)), 49),
-    ('words', ' '.join(distinct_words(100_000)), 100_000, ' '.join(distinct_words(100_001)), 100_001),
-    ('word_length', ' '.join(distinct_words(50, 3)), 3, ' '.join(distinct_words(49, 3) + ['xx']), 149 / 50),
-    ('word_length', ' '.join(distinct_words(50, 10)), 10, ' '.join(distinct_words(49, 10) + ['x' * 11]), 501 / 50),
+    ('words', ' '.join(distinct_words(100_000)), 100_000, ' '.join(distinct_words(100_001)),
+     100_001),
+    ('word_length', ' '.join(distinct_words(50, 3)), 3, ' '.join(distinct_words(49, 3) + ['xx']),
+     149 / 50),
+    ('word_length', ' '.join(distinct_words(50, 10)), 10,
+     ' '.join(distinct_words(49, 10) + ['x' * 11]), 501 / 50),
     ('hashes', marked(5, '#'), 0.1, marked(6, '#'), 0.12),
     ('ellipses', marked(5, '...'), 0.1, marked(6, '...'), 0.12),
     ('ellipses', marked(5, '…'), 0.1, marked(6, '…'), 0.12),
-    ('bullet_lines', '\n'.join(['  • ' + line for line in lines_of(9)] + lines_of(1, start=60)), 0.9,
+    ('bullet_lines', '\n'.join(['  • ' + line for line in lines_of(9)] + lines_of(1, start=60)),
+     0.9,
      '\n'.join('- ' + line for line in lines_of(10)), 1),
-    ('ellipsis_lines', '\n\n'.join([line + '… ' for line in lines_of(3)] + lines_of(7, start=60)), 0.3,
+    ('ellipsis_lines', '\n\n'.join([line + '… ' for line in lines_of(3)] + lines_of(7, start=60)),
+     0.3,
      '\n\n'.join([line + '...' for line in lines_of(4)] + lines_of(6, start=60)), 0.4),
     ('alphabetic_words', ' '.join(distinct_words(40) + [str(i) for i in range(10)]), 0.8,
      ' '.join(distinct_words(39) + [f'{i}%' for i in range(11)]), 0.78),
-    ('alphabetic_words', ' '.join(['1a'] * 4 + ['11']), 0.8, ' '.join(['1a'] * 3 + ['11'] * 2), 0.6),
-    ('stop_words', 'The cat, of all things', 2, 'the cat and the dog, the mother bed'.replace('and ', ''), 1),
+    ('alphabetic_words', ' '.join(['1a'] * 4 + ['11']), 0.8, ' '.join(['1a'] * 3 + ['11'] * 2),
+     0.6),
+    ('stop_words', 'The cat, of all things', 2,
+     'the cat and the dog, the mother bed'.replace('and ', ''), 1),
     ('stop_words', 'That, with it', 2, 'other andes tobe beof', 0),
     ('duplicate_lines', copies(3, 'b', lines_of(6)), 0.3, copies(4, 'b', lines_of(5)), 0.4),
     # 20 of 100 characters: copies of ten letters among lines of ten letters
@@ -122,7 +133,8 @@ CASES = [  # rule, a text that just passes, its value, one that just does not, i
     ('duplicate_paragraph_chars', '\n\n'.join(['q' * 10] * 3 + distinct_words(7, 10)), 0.2,
      '\n\n\n'.join(['q' * 10] * 4 + distinct_words(6, 10)), 0.3),
     ('top_2gram', often(['qqqqq', 'rrrrr'], 5), 0.2, often(['qqqqq', 'rrrrr'], 6), 0.24),
-    ('top_3gram', often(['qqqqq', 'rrrrr', 'sssss'], 3), 0.18, often(['qqqqq', 'rrrrr', 'sssss'], 4), 0.24),
+    ('top_3gram', often(['qqqqq', 'rrrrr', 'sssss'], 3), 0.18,
+     often(['qqqqq', 'rrrrr', 'sssss'], 4), 0.24),
     ('top_4gram', often(['qqqqq', 'rrrrr', 'sssss', 'ttttt'], 2), 0.16,
      often(['qqqqq', 'rrrrr', 'sssss', 'ttttt'], 3), 0.24),
     *((f'duplicate_{n}gram', again(most), most / 100, again(most + 1), (most + 1) / 100)
@@ -130,8 +142,8 @@ CASES = [  # rule, a text that just passes, its value, one that just does not, i
 ]
 
 
-@pytest.mark.parametrize('rule, fine, value, bad, bad_value', CASES, ids=[f'{i}-{case[0]}' for i, case in
-                                                                          enumerate(CASES)])
+@pytest.mark.parametrize('rule, fine, value, bad, bad_value', CASES,
+                         ids=[f'{i}-{case[0]}' for i, case in enumerate(CASES)])
 def test_gopher_thresholds(rule, fine, value, bad, bad_value):
     measure = clean.quality if rule in clean.quality(fine) else clean.repetition
     assert measure(fine)[rule] == pytest.approx(value, rel=1e-12)
@@ -162,23 +174,27 @@ def test_repeated_runs_of_words_against_counting_by_hand(text):
         runs = [tuple(text[i:i + n]) for i in range(len(text) - n + 1)]
         if n <= 4:
             most = max([runs.count(run) for run in runs], default=0)
-            expected = max([most * len(''.join(run)) for run in runs if runs.count(run) == most > 1], default=0)
+            expected = max([most * len(''.join(run)) for run in runs
+                            if runs.count(run) == most > 1], default=0)
             assert found[f'top_{n}gram'] == pytest.approx(expected / chars)
         else:
             covered = {j for i, run in enumerate(runs) if run in runs[:i] for j in range(i, i + n)}
-            assert found[f'duplicate_{n}gram'] == pytest.approx(sum(len(text[j]) for j in covered) / chars)
+            expected = sum(len(text[j]) for j in covered)
+            assert found[f'duplicate_{n}gram'] == pytest.approx(expected / chars)
 
 
 @pytest.mark.skipif(not WIKITEXT.exists(), reason='needs WikiText-2')
 def test_articles_of_wikipedia_pass():
-    # the benchmark's traces of tokenization undone: " @-@ " and spaces before punctuation count as words
-    text = WIKITEXT.read_text(encoding='utf-8').replace(' @-@ ', '-').replace(' ,', ',').replace(' .', '.')
+    # the benchmark's traces of tokenization undone: " @-@ " and spaces before punctuation count as
+    # words
+    text = WIKITEXT.read_text(encoding='utf-8')
+    text = text.replace(' @-@ ', '-').replace(' ,', ',').replace(' .', '.')
     articles = [part for part in text.split('\n = ') if len(part) > 3000]
     passed = sum(clean.gopher(article) is None for article in articles)
     assert len(articles) > 20 and passed > 0.8 * len(articles), f'{passed} of {len(articles)}'
 
 
-# exact ----------------------------------------------------------------------------------------------------------------
+# exact -------------------------------------------------------------------------------------------
 
 @given(st.text(), st.text())
 def test_texts_share_a_digest_when_they_differ_in_white_space_alone(one, two):
@@ -186,7 +202,7 @@ def test_texts_share_a_digest_when_they_differ_in_white_space_alone(one, two):
     assert clean.digest(one) == clean.digest('\n ' + '\t '.join(one.split()) + '\r\n')
 
 
-# near -----------------------------------------------------------------------------------------------------------------
+# near --------------------------------------------------------------------------------------------
 
 def variant(text, changes, rng):
     """The words with `changes` of them, at places of their own, replaced by new ones."""
@@ -230,10 +246,12 @@ def test_similar_documents_are_found_and_others_are_not():
         exact = jaccard(one, two)
         errors.append(np.mean(new[0] == new[1]) - exact)
         found.append((exact, near.find(new[1], 2) is not None))
-    high, low = [hit for exact, hit in found if exact >= 0.95], [hit for exact, hit in found if exact <= 0.3]
+    high = [hit for exact, hit in found if exact >= 0.95]
+    low = [hit for exact, hit in found if exact <= 0.3]
     assert len(high) > 50 and all(high)
     assert len(low) > 50 and not any(low)
-    # the estimate is a mean of 112 draws, so its error is that of a coin: at most 0.5 / sqrt(112) = 0.047
+    # the estimate is a mean of 112 draws, so its error is that of a coin: at most 0.5 / sqrt(112) =
+    # 0.047
     assert abs(np.mean(errors)) < 0.01 and np.std(errors) < 0.047
 
 
@@ -241,7 +259,8 @@ def test_of_alike_documents_the_first_stays_and_every_removed_one_is_like_a_kept
     pytest.importorskip('datasketch')
     rng = random.Random(5)
     clusters = [distinct_words(300, start=1000 * i) for i in range(40)]
-    texts = [(i, variant(text, rng.choice([0, 1, 2]), rng)) for _ in range(4) for i, text in enumerate(clusters)]
+    texts = [(i, variant(text, rng.choice([0, 1, 2]), rng)) for _ in range(4) for i,
+             text in enumerate(clusters)]
     rng.shuffle(texts)
     near, kept = clean.NearDuplicates(0.8), {}
     for number, (cluster, text) in enumerate(texts):
@@ -256,10 +275,12 @@ def test_of_alike_documents_the_first_stays_and_every_removed_one_is_like_a_kept
 def test_ends_of_a_chain_that_are_unlike_both_stay():
     pytest.importorskip('datasketch')
     first = distinct_words(400)
-    middle, last = first[20:] + distinct_words(20, start=5000), first[120:] + distinct_words(120, start=5000)
+    middle = first[20:] + distinct_words(20, start=5000)
+    last = first[120:] + distinct_words(120, start=5000)
     assert jaccard(first, middle) > 0.88 > 0.6 > jaccard(middle, last) > jaccard(first, last)
     near = clean.NearDuplicates(0.8)
-    got = [near.find(clean.signature(' '.join(text)), i) for i, text in enumerate([first, middle, last])]
+    got = [near.find(clean.signature(' '.join(text)), i) for i,
+           text in enumerate([first, middle, last])]
     assert got[0] is None and got[1][0] == 0 and got[2] is None
 
 
@@ -282,8 +303,10 @@ def test_long_texts_are_hashed_in_slices():
 
 
 def test_pages_of_one_template_are_not_all_compared_with_one_another(monkeypatch):
-    """Pairs share 64% of their signatures, so none is removed: twice as many take twice the comparisons, not four
-    times. Still a near copy of each is found."""
+    """Twice as many pages take twice the comparisons, not four times; copies are still found.
+
+    Pairs share 64% of their signatures, so none of them is removed.
+    """
     monkeypatch.setattr(clean, 'BUCKET_SIZE', 20)
     rng = np.random.default_rng(0)
     template = rng.integers(0, 2**32, clean.HASHES, dtype=np.uint32)

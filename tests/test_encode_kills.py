@@ -1,4 +1,4 @@
-"""data/encode.py after kills, errors and full disks: all or nothing, continued after the last shard.
+"""data/encode.py after kills, errors and full disks: all or nothing, then continued.
 
 Run: pytest tests/test_encode_kills.py
 """
@@ -33,7 +33,8 @@ def state(folder, references):
         return None
     for name, reference in references.items():
         if all(path.exists() and path.read_bytes() == content
-               for path, content in ((folder / file, content) for file, content in contents(reference).items())):
+               for path, content in ((folder / file, content) for file,
+                                     content in contents(reference).items())):
             return name
     raise AssertionError(f'a mixture: {names(folder)}')
 
@@ -52,7 +53,8 @@ def small_steps(monkeypatch):
 
 
 def die_at(step):
-    """End this process without any clean-up just before the step-th call that changes or syncs a folder."""
+    """End this process without any clean-up just before the step-th call that changes or syncs a
+    folder."""
     calls = 0
 
     def or_die(function):
@@ -99,14 +101,15 @@ def test_a_crash_at_every_step(tmp_path, shard_tokens, small_steps, capfd):
             break
     assert status == 0 and len(seen) > 15, (len(seen), n_continued)
     assert (n_continued > 0.3 * len(seen)) == (shard_tokens == 4000), (n_continued, len(seen))
-    assert seen == sorted(seen, key=['old', None, 'new'].index)  # first the old one, then none, then the new one
+    # first the old one, then none, then the new one
+    assert seen == sorted(seen, key=['old', None, 'new'].index)
     assert set(seen) == {'old', None, 'new'}
 
 
 @pytest.mark.slow
 @POSIX
 def test_kill_at_any_moment(tmp_path, references, small_steps, capfd):
-    """SIGKILL, again and again, while two datasets take turns, and while a longer one is prepared."""
+    """SIGKILL, again and again, while two datasets take turns, and while a longer one grows."""
     rng, n_continued, killed = random.Random(0), 0, 0
     for i in range(200):
         child = os.fork()
@@ -118,7 +121,8 @@ def test_kill_at_any_moment(tmp_path, references, small_steps, capfd):
                 write(tmp_path / 'long', NEW * 40, **SHARDS)
             finally:
                 os._exit(0)
-        time.sleep(rng.uniform(0, 0.005 * (i + 1)))  # on a busy machine, too, one of them comes to the end
+        # on a busy machine, too, one of them comes to the end
+        time.sleep(rng.uniform(0, 0.005 * (i + 1)))
         os.kill(child, 9)
         os.waitpid(child, 0)
         n_continued += 'continuing' in capfd.readouterr().err
@@ -141,7 +145,8 @@ class CountingTokenizer(tokenizer.ByteTokenizer):
         return super().encode_batch(texts, workers)
 
 
-@pytest.mark.parametrize('error', [KeyboardInterrupt, ValueError('broken input'), OSError(28, 'No space left')])
+@pytest.mark.parametrize('error', [KeyboardInterrupt, ValueError('broken input'),
+                                   OSError(28, 'No space left')])
 def test_going_on_after_an_error(tmp_path, references, small_steps, capsys, error):
     def broken():
         yield from NEW[:30]
@@ -182,7 +187,8 @@ def write_and_interrupt(folder):
 def test_another_preparation_starts_again(tmp_path, small_steps, capsys, changed, said):
     write_and_interrupt(tmp_path / 'a')
     other = {'texts': NEW, **SHARDS, **changed}
-    if len(other['texts']) == 1:  # too little for a dataset, and nothing of the 30 others is taken for it
+    # too little for a dataset, and nothing of the 30 others is taken for it
+    if len(other['texts']) == 1:
         with pytest.raises(ValueError, match='val split has 0'):
             write(tmp_path / 'a', **other)
         assert names(tmp_path / 'a') == []
@@ -226,7 +232,8 @@ def test_an_error_keeps_the_old_dataset(tmp_path, references, error):
 
 @POSIX
 def test_a_full_disk_keeps_the_old_dataset(tmp_path, references):
-    """A limit on the size of files stands in for a small disk: writes fail half-way in the same manner."""
+    """A limit on the size of files stands in for a small disk: writes fail half-way in the same
+    manner."""
     folder = tmp_path / 'folder'
     shutil.copytree(references['old'], folder)
     code = ('import resource, sys, tokenizer\n'
@@ -236,7 +243,8 @@ def test_a_full_disk_keeps_the_old_dataset(tmp_path, references):
             'pieces = [("train" if i % 9 else "val", "hello world " * 500) for i in range(70)]\n'
             'pieces += [("train", "x" * int(sys.argv[3])), ("train", "the end")]\n'
             'corpus = encode.Corpus(lambda: pieces, True, "test", 0.1, shard_tokens=100_000)\n'
-            'encode.run(lambda: encode.write_dataset(sys.argv[1], corpus, tokenizer.ByteTokenizer()))\n')
+            'tok = tokenizer.ByteTokenizer()\n'
+            'encode.run(lambda: encode.write_dataset(sys.argv[1], corpus, tok))\n')
 
     def run(folder, limit):  # the last document but one needs a file of 600,000 bytes
         return subprocess.run([sys.executable, '-c', code, str(folder), str(limit), '300_000'],
@@ -309,13 +317,16 @@ def test_memory_is_constant(tmp_path):
             'tok = encode.make_tokenizer("char", encode.Corpus(text, True, "", 0.1))\n'
             'for pieces, are_documents in ((text, False), (each, True)):\n'
             '    encode.write_dataset(out, encode.Corpus(pieces, are_documents, "", 0.1), tok)\n'
-            'if sys.platform == "linux":\n'  # ru_maxrss would count what the parent held when it forked
-            '    print([int(line.split()[1]) for line in open("/proc/self/status") if "VmHWM" in line][0] / 1e3)\n'
+            # ru_maxrss would count what the parent held when it forked
+            'if sys.platform == "linux":\n'
+            '    status = open("/proc/self/status").read()\n'
+            '    print(int(status.split("VmHWM:")[1].split()[0]) / 1e3)\n'
             'else:\n'
             '    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)\n')
     peak = {}
     for name, path in sources.items():
-        done = subprocess.run([sys.executable, '-c', code, str(path), str(tmp_path / 'out')], cwd=ROOT,
+        done = subprocess.run([sys.executable, '-c', code, str(path), str(tmp_path / 'out')],
+                              cwd=ROOT,
                               capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         peak[name] = float(done.stdout)

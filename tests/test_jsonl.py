@@ -17,8 +17,10 @@ OBJECTS = {1: {'a': 'é🙂'}, 3: {'b': '\ud800'}}
     (b'{"a": 1}\n{"a": }\n', 'line 2: not JSON: Expecting value at character 7'),
     (b'[1]', 'line 1: [1] is not an object'),
     (b'\n\n{"a": "\xff"}', "line 3: 'utf-8' codec can't decode"), (b'[' * 200_000, 'line 1: '),
-    (b'{"a": NaN}', 'line 1: the number NaN is not finite'), (b'{"a": 1e999}', 'line 1: the number 1e999'),
-    (b'{"a": 1} {"a": 2}', 'line 1: not JSON: Extra data'), (b'{"b": {"a": 1, "a": 2}}', 'line 1: the key "a" stands')])
+    (b'{"a": NaN}', 'line 1: the number NaN is not finite'),
+    (b'{"a": 1e999}', 'line 1: the number 1e999'),
+    (b'{"a": 1} {"a": 2}', 'line 1: not JSON: Extra data'),
+    (b'{"b": {"a": 1, "a": 2}}', 'line 1: the key "a" stands')])
 def test_lines_that_are_no_objects(tmp_path, content, said):
     (tmp_path / 'in.jsonl').write_bytes(content)
     with pytest.raises(ValueError, match=re.escape(f'in.jsonl, {said}')):
@@ -54,7 +56,8 @@ def test_results_come_in_the_order_of_the_objects(tmp_path):
 
 
 def test_killed_anywhere(tmp_path):
-    """Whatever of the file was written, what is whole in it is kept, and what comes next is appended to that."""
+    """Whatever of the file was written, what is whole in it is kept, and what comes next is
+    appended to that."""
     results = Results(tmp_path / 'out', 'd')
     results.add(1, {'x': 'é'})
     results.add(3, {'x': 3})
@@ -65,7 +68,8 @@ def test_killed_anywhere(tmp_path):
         path = tmp_path / f'{n}'
         (tmp_path / f'{n}.part').write_bytes(whole[:n])
         results = Results(path, 'd')
-        assert results.done == {number: result for number, result in {1: {'x': 'é'}, 3: {'x': 3}}.items()
+        assert results.done == {number: result for number,
+                                result in {1: {'x': 'é'}, 3: {'x': 3}}.items()
                                 if whole[:n].count(b'\n') > {1: 1, 3: 2}[number]}
         for number in {1, 3} - set(results.done):
             results.add(number, {'x': 'new'})
@@ -73,7 +77,8 @@ def test_killed_anywhere(tmp_path):
         assert len(path.read_bytes().splitlines()) == 2
 
 
-@pytest.mark.parametrize('content', [b'{"digest": "other"}\n', b'{"dig', b'notes of mine\n', b'\xff\x00'])
+@pytest.mark.parametrize('content', [b'{"digest": "other"}\n', b'{"dig', b'notes of mine\n',
+                                     b'\xff\x00'])
 def test_a_part_of_another_run_is_left_alone(tmp_path, content):
     (tmp_path / 'out.part').write_bytes(content)
     with pytest.raises(ValueError, match='out.part has results of other prompts.*another --out'):
@@ -84,7 +89,8 @@ def test_a_part_of_another_run_is_left_alone(tmp_path, content):
 def test_two_at_the_same_time(tmp_path):
     pytest.importorskip('fcntl')
     results = Results(tmp_path / 'out', 'd')
-    done = subprocess.run([sys.executable, '-c', 'from flatgpt import jsonl; jsonl.Results("out", "d")'], cwd=tmp_path,
+    done = subprocess.run([sys.executable, '-c',
+                           'from flatgpt import jsonl; jsonl.Results("out", "d")'], cwd=tmp_path,
                           env={'PYTHONPATH': str(ROOT)}, capture_output=True, text=True)
     assert 'another process is writing out.part right now' in done.stderr
     results.finish({})

@@ -1,6 +1,6 @@
-"""
-tasks/tiny_chat.py and data/tiny_chat: answers worked out anew from the questions, splits, files, and from there to an
-assistant. Run: pytest tests/test_tiny_chat.py
+"""posttrain/tasks/tiny_chat.py and data/tiny_chat: answers, splits, files, an assistant.
+
+Run: pytest tests/test_tiny_chat.py
 """
 
 import hashlib
@@ -31,7 +31,7 @@ def of_kind(kind):
     return [example for example in ALL if example['kind'] == kind]
 
 
-# answers --------------------------------------------------------------------------------------------------------------
+# answers -----------------------------------------------------------------------------------------
 
 
 def solve(kind, question):
@@ -45,9 +45,10 @@ def solve(kind, question):
         letter, = (word for word in words if len(word) == 1)
         return str(sum(char == letter for char in words[-1]))
     if kind in ('reversing', 'spelling'):
-        text = re.search(r'(?:word|What is|Write|How does|How do you spell|Spell|letters of) (?!the word)([a-z]+)',
-                         question)[1]
-        return '-'.join(text) if kind == 'spelling' else ''.join(text[-i] for i in range(1, len(text) + 1))
+        text = re.search(r'(?:word|What is|Write|How does|How do you spell|Spell|letters of) '
+                         r'(?!the word)([a-z]+)', question)[1]
+        backwards = ''.join(text[-i] for i in range(1, len(text) + 1))
+        return '-'.join(text) if kind == 'spelling' else backwards
     if kind == 'sorting':
         items = re.search(r'((\w+, )+\w+)', question)[0].split(', ')
         return ', '.join(sorted(items, key=lambda item: int(item) if item.isdigit() else item))
@@ -65,7 +66,8 @@ def test_answers(kind):
     for example in examples:
         assert solve(kind, question_of(example)) == example['answer'], question_of(example)
         assert tiny_chat.extract(example['solution']) == example['answer']
-    ways = {re.sub(r'\w*\d\w*|\b[a-z]\b', '#', question_of(example)).split(' ')[0] for example in examples}
+    ways = {re.sub(r'\w*\d\w*|\b[a-z]\b', '#', question_of(example)).split(' ')[0]
+            for example in examples}
     assert len(ways) > 1  # put in several ways
 
 
@@ -102,11 +104,13 @@ def test_steps_of_words():
         assert re.sub(r'[ \d]', '', example['steps']) == example['content'].split(' ')[1]
     for example in of_kind('reversing'):
         forth, back = example['steps'].split(', ')
-        assert forth.split(' ') == back.split(' ')[::-1] and re.sub(r'[ \d]', '', back) == example['answer']
+        assert forth.split(' ') == back.split(' ')[::-1]
+        assert re.sub(r'[ \d]', '', back) == example['answer']
     for example in of_kind('sorting'):
         given, in_order = (keys.split(' ') for keys in example['steps'].split(', '))
         items = example['answer'].split(', ')
-        assert in_order == sorted(given) == [f'{int(item):02}' if item.isdigit() else item[0] for item in items]
+        assert in_order == sorted(given) == [f'{int(item):02}' if item.isdigit() else item[0]
+                                             for item in items]
         words = re.findall(r'\w+', example['messages'][0]['content'])
         assert given == sorted(in_order, key=lambda key: words.index(items[in_order.index(key)]))
 
@@ -121,7 +125,8 @@ def test_steps_of_tables():
 
 
 def test_one_mistake_and_what_it_leads_to():
-    """Steps with a mistake end in the answer that follows from them: what a model does that goes wrong."""
+    """Steps with a mistake end in the answer that follows from them: what a model does that goes
+    wrong."""
     n_wrong = n = 0
     for kind in tiny_chat.KINDS:
         for example in of_kind(kind):
@@ -135,17 +140,21 @@ def test_one_mistake_and_what_it_leads_to():
                 if kind == 'addition':  # of which a column but the last keeps a digit
                     results[:-1] = [result % 10 for result in results[:-1]]
                 assert sum(result * 10**i for i, result in enumerate(results)) == answer
-                slips = [calculate(left) != right for left, right in (step.split('=') for step in same)]
+                slips = [calculate(left) != right for left,
+                         right in (step.split('=') for step in same)]
                 assert sum(slips) == 1 or answer == int(example['answer'])  # 1-1=0 can be no less
             elif kind == 'counting':
-                assert len(re.findall(r'\d', steps)) == answer and abs(answer - int(example['answer'])) == 1
+                assert len(re.findall(r'\d', steps)) == answer
+                assert abs(answer - int(example['answer'])) == 1
             elif kind == 'reversing':
                 assert same[0] == others[0] and re.sub(r'[ \d]', '', same[1]) == answer
             elif kind == 'sorting':
-                keys = [f'{int(item):02}' if item.isdigit() else item[0] for item in answer.split(', ')]
+                keys = [f'{int(item):02}' if item.isdigit() else item[0]
+                        for item in answer.split(', ')]
                 assert same == [others[0], ' '.join(keys)] and answer in example['mistakes']
             else:
-                assert answer in example['mistakes'] and (answer in steps or steps == example['steps'])
+                assert answer in example['mistakes']
+                assert answer in steps or steps == example['steps']
             n_wrong += not tiny_chat.evaluate(example, f'{steps}. {tiny_chat.FORM} {answer}.')
             n += 1
     assert n_wrong > 0.95 * n > 0
@@ -154,14 +163,19 @@ def test_one_mistake_and_what_it_leads_to():
 def test_counts_are_not_guessed():
     """No count is so frequent that saying it always would do."""
     counts = [example['answer'] for example in of_kind('counting')]
-    assert {'0', '1', '2', '3'} == set(counts) and max(map(counts.count, set(counts))) < 0.35 * len(counts)
+    assert {'0', '1', '2', '3'} == set(counts)
+    assert max(map(counts.count, set(counts))) < 0.35 * len(counts)
 
 
 @pytest.mark.parametrize('text, answer, share', [
-    ('The answer is 12.', '12', 1.0), (' 5+7=12. The answer is 12.\n', '12', 1.0), ('The answer is 13.', '13', 0.1),
-    ('The answer is 13. The answer is 12.', '12', 1.0), ('The answer is 12. The answer is 13.', '13', 0.1),
-    ('12', None, 0.0), ('12.', None, 0.0), ('The answer is 12', None, 0.0), ('The answer is .', None, 0.0),
-    ('The answer is 12. I think so', None, 0.0), ('The answer is 12 or 13.', '12 or 13', 0.1), ('', None, 0.0),
+    ('The answer is 12.', '12', 1.0), (' 5+7=12. The answer is 12.\n', '12', 1.0),
+    ('The answer is 13.', '13', 0.1),
+    ('The answer is 13. The answer is 12.', '12', 1.0),
+    ('The answer is 12. The answer is 13.', '13', 0.1),
+    ('12', None, 0.0), ('12.', None, 0.0), ('The answer is 12', None, 0.0),
+    ('The answer is .', None, 0.0),
+    ('The answer is 12. I think so', None, 0.0), ('The answer is 12 or 13.', '12 or 13', 0.1),
+    ('', None, 0.0),
     ('The answer is 012.', '012', 0.1), ('the answer is 12.', None, 0.0)])
 def test_reward(text, answer, share):
     example = {'answer': '12'}
@@ -169,12 +183,13 @@ def test_reward(text, answer, share):
     assert tiny_chat.evaluate(example, text) == (share == 1.0)
 
 
-# splits ---------------------------------------------------------------------------------------------------------------
+# splits ------------------------------------------------------------------------------------------
 
 
 def test_splits():
     """Nothing that is asked in one is asked in another, in whatever way."""
-    contents = {split: {example['content'] for example in examples} for split, examples in EXAMPLES.items()}
+    contents = {split: {example['content'] for example in examples} for split,
+                examples in EXAMPLES.items()}
     for split, others in (('train', 'val'), ('train', 'test'), ('val', 'test')):
         assert not contents[split] & contents[others]
     for split in ('val', 'test'):
@@ -186,10 +201,12 @@ def test_splits():
         words = re.findall(r'\w+', question_of(example))
         if example['kind'] == 'sorting':
             return frozenset(example['answer'].split(', '))
-        return frozenset(word for word in words if word.isdigit()) if example['kind'] == 'addition' else None
+        return frozenset(word for word in words
+                         if word.isdigit()) if example['kind'] == 'addition' else None
 
     for kind in ('sorting', 'addition'):
-        seen = {split: {asked(e) for e in examples if e['kind'] == kind} for split, examples in EXAMPLES.items()}
+        seen = {split: {asked(e) for e in examples if e['kind'] == kind} for split,
+                examples in EXAMPLES.items()}
         assert not seen['train'] & seen['test'] and not seen['train'] & seen['val']
 
 
@@ -211,11 +228,12 @@ def test_words():
     assert all(re.fullmatch('[a-z]{3,8}', word) for word in tiny_chat.WORDS)
 
 
-# files ----------------------------------------------------------------------------------------------------------------
+# files -------------------------------------------------------------------------------------------
 
 
 def prepare(path, *arguments):
-    argv = ['prepare.py', f'--out_dir={path}', '--conversations=300', '--pairs=200', '--documents=150', *arguments]
+    argv = ['prepare.py', f'--out_dir={path}', '--conversations=300', '--pairs=200',
+            '--documents=150', *arguments]
     script = load_script(ROOT / 'data' / 'tiny_chat' / 'prepare.py')
     old, sys.argv = sys.argv, argv
     try:
@@ -235,7 +253,8 @@ def lines(path):
 
 
 def test_conversations(prepared):
-    """Every answer in them is right, every call has the calculator's value, and there are some of each sort."""
+    """Every answer in them is right, every call has the calculator's value, and there are some of
+    each sort."""
     talks = lines(prepared / 'conversations.jsonl')
     assert len(talks) == 300
     called = worked = 0
@@ -246,13 +265,15 @@ def test_conversations(prepared):
             if answer['role'] != 'assistant' or 'answer is' not in answer['content']:
                 continue
             text, final = answer['content'], tiny_chat.extract(answer['content'])
-            calls = re.findall(re.escape(chat.PYTHON) + '(.*?)' + re.escape(chat.PYTHON_END + chat.OUTPUT) + '(.*?)'
+            calls = re.findall(re.escape(chat.PYTHON) + '(.*?)'
+                               + re.escape(chat.PYTHON_END + chat.OUTPUT) + '(.*?)'
                                + re.escape(chat.OUTPUT_END), text)
             assert [calculate(call) for call, _ in calls] == [value for _, value in calls]
             assert not calls or (calls[0][1] == final and messages[0]['role'] == 'system')
             kinds = [kind for kind in tiny_chat.KINDS if is_of(kind, question['content'])]
-            assert [kind for kind in kinds if solve(kind, question['content']) == final], (question, answer)
-            called, worked = called + bool(calls), worked + (not calls and not text.startswith(tiny_chat.FORM))
+            assert any(solve(kind, question['content']) == final for kind in kinds), talk
+            called += bool(calls)
+            worked += not calls and not text.startswith(tiny_chat.FORM)
     assert called > 10 and worked > 60 and sum(len(talk['messages']) > 3 for talk in talks) > 20
 
 
@@ -272,10 +293,13 @@ def test_pairs(prepared):
     same_form = right_inside = 0
     for pair in pairs:
         example = {'answer': tiny_chat.extract(pair['chosen'])}
-        assert tiny_chat.evaluate(example, pair['chosen']) and not tiny_chat.evaluate(example, pair['rejected'])
-        chat.check_conversation([*pair['messages'], {'role': 'assistant', 'content': pair['rejected']}])
+        assert tiny_chat.evaluate(example, pair['chosen'])
+        assert not tiny_chat.evaluate(example, pair['rejected'])
+        chat.check_conversation([*pair['messages'],
+                                 {'role': 'assistant', 'content': pair['rejected']}])
         same_form += tiny_chat.extract(pair['rejected']) is not None
-        right_inside += tiny_chat.extract(pair['rejected']) is None and example['answer'] in pair['rejected']
+        right_inside += (tiny_chat.extract(pair['rejected']) is None
+                         and example['answer'] in pair['rejected'])
     assert same_form > 110 and right_inside > 15
 
 
@@ -284,26 +308,31 @@ def test_corpus_has_no_conversations(prepared):
     assert len(texts) == 150 and not any('<|' in text for text in texts)
     asked = [text for text in texts if text.startswith('Q: ')]
     assert asked and not any('The answer is' in text for text in texts if text not in asked)
-    forms = {len(re.findall(r'\nA: The answer is .*\.$', text, re.M)) / text.count('\nA: ') for text in asked}
+    forms = {len(re.findall(r'\nA: The answer is .*\.$', text, re.M)) / text.count('\nA: ')
+             for text in asked}
     assert forms == {0, 1}  # in one text all answers have the same form
     assert sum(text.startswith('Q: ') for text in texts) in range(8, 50)
-    form = r'(\d+) (?:\+|plus) (\d+)(?: =| is|: .*, so it is) (\d+)$'  # at once, and after the steps
+    # at once, and after the steps
+    form = r'(\d+) (?:\+|plus) (\d+)(?: =| is|: .*, so it is) (\d+)$'
     sums = [match for text in texts for match in re.findall(form, text, re.M)]
     assert len(sums) > 30 and all(int(a) + int(b) == int(c) for a, b, c in sums)
 
 
 def test_nothing_of_test_is_in_any_file(prepared):
-    held_out = {example['content'] for example in tiny_chat.examples('test', 3000, seed=0, kinds=('addition',))}
+    examples = tiny_chat.examples('test', 3000, seed=0, kinds=('addition',))
+    held_out = {example['content'] for example in examples}
     found = set()
     for name in ('conversations', 'pairs', 'corpus'):
         text = (prepared / f'{name}.jsonl').read_text()
-        found |= {tuple(sorted(map(int, pair))) for pair in re.findall(r'(\d+) (?:\+|plus|and) (\d+)\b', text)}
+        found |= {tuple(sorted(map(int, pair)))
+                  for pair in re.findall(r'(\d+) (?:\+|plus|and) (\d+)\b', text)}
     assert len(found) > 100
     assert not {f'addition {a}+{b}' for a, b in found} & held_out
 
 
 def test_dataset(prepared):
-    """What train.py reads: the conversations, of which val's are of other questions, in the format of chat.py."""
+    """What train.py reads: the conversations, of which val's are of other questions, in the format
+    of chat.py."""
     meta = datasets.load_meta(prepared)
     ours = tokenizer.from_dict(meta['tokenizer'])
     assert (meta['row'], meta['vocab_size'], meta['chat_template']) == (257, 266, chat.TEMPLATE)
@@ -314,7 +343,8 @@ def test_dataset(prepared):
         ids, _ = chat.render_conversation(talk['messages'], chat.TEMPLATE, ours)
         assert ours.decode(ids) in text
     said = ours.decode(np.array(rows.ids)[np.array(rows.mask) == 1])
-    assert 'The answer is' in said and chat.PYTHON in said and 'What' not in said and chat.OUTPUT not in said
+    assert 'The answer is' in said and chat.PYTHON in said
+    assert 'What' not in said and chat.OUTPUT not in said
     val = tokens.open_tokens(prepared, 'val', meta, block_size=256)
     asked = re.findall(r'(\d+) (?:\+|plus|and) (\d+)\b', ours.decode(val.ids[:]))
     contents = {f'addition {min(pair, key=int)}+{max(pair, key=int)}' for pair in asked}
@@ -324,7 +354,8 @@ def test_dataset(prepared):
 
 def test_the_same_seed_makes_the_same_files(prepared, tmp_path):
     def sums(folder):
-        return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+        return {path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+                for path in sorted(folder.iterdir())}
 
     again, other = prepare(tmp_path / 'again'), prepare(tmp_path / 'other', '--seed=1')
     assert sums(again) == sums(prepared)
@@ -343,10 +374,12 @@ def test_pieces_of_words(tmp_path):
 def test_share_of_steps(tmp_path):
     """Of sums as many have steps as is said, of other questions that have some a third of that."""
     def shares(steps):
-        with_steps = {True: [0, 0], False: [0, 0]}  # of sums, and others: answers with steps, all answers
+        # of sums, and others: answers with steps, all answers
+        with_steps = {True: [0, 0], False: [0, 0]}
         for talk in lines(prepare(tmp_path / steps, f'--steps={steps}') / 'conversations.jsonl'):
             for asked, answer in zip(talk['messages'], talk['messages'][1:], strict=False):
-                if asked['role'] != 'user' or not tiny_chat.extract(answer['content']) or '<|' in answer['content']:
+                if (asked['role'] != 'user' or not tiny_chat.extract(answer['content'])
+                        or '<|' in answer['content']):
                     continue
                 text, value = asked['content'], tiny_chat.extract(answer['content'])
                 if '\n' in text or '-' in value:  # a table, or a word that is spelt
@@ -366,10 +399,12 @@ def test_share_of_steps(tmp_path):
 
 
 def test_configs(prepared, folder):
-    """From the prepared files to a base model and an assistant that evaluate.py asks, as the config files have it."""
+    """From the prepared files to a base model and an assistant that evaluate.py asks, as the config
+    files have it."""
     (folder.path / 'data' / 'tiny_chat').symlink_to(prepared)
     ours = tokenizer.load(prepared / 'chat.json')
-    ids = np.concatenate([ours.encode_array(line['text']) for line in lines(prepared / 'corpus.jsonl')])
+    ids = np.concatenate([ours.encode_array(line['text'])
+                          for line in lines(prepared / 'corpus.jsonl')])
     web = folder.path / 'data' / 'tiny_web'
     web.mkdir()
     for split, part in (('train', ids[2000:]), ('val', ids[:2000])):
@@ -377,15 +412,17 @@ def test_configs(prepared, folder):
     (web / 'meta.json').write_text(json.dumps({
         'dtype': 'uint16', 'vocab_size': 266, 'tokens': {'train': len(ids) - 2000, 'val': 2000},
         'tokenizer': ours.to_dict()}))
-    quick = {'max_iters': 2, 'eval_iters': 1, 'batch_size': 2, 'device': 'cpu', 'compile': False, 'eval_first': False}
+    quick = {'max_iters': 2, 'eval_iters': 1, 'batch_size': 2, 'device': 'cpu', 'compile': False,
+             'eval_first': False}
     small = {'n_layer': 1, 'n_head': 1, 'n_embd': 16}
     folder.start('train.py', ROOT / 'config' / 'tiny_web.py', **quick, **small).ok()
     folder.start('train.py', ROOT / 'config' / 'sft_tiny_chat.py', **quick).ok()
     folder.start('train.py', ROOT / 'config' / 'lora_tiny_chat.py', **quick).ok()
-    assert set(checkpoint.load(folder.path / 'out-lora-tiny-chat' / 'ckpt.pt')['lora']['targets']) == {'c_attn',
-                                                                                                      'lm_head'}
+    state = checkpoint.load(folder.path / 'out-lora-tiny-chat' / 'ckpt.pt')
+    assert set(state['lora']['targets']) == {'c_attn', 'lm_head'}
     state = checkpoint.load(folder.path / 'out-sft-tiny-chat' / 'ckpt.pt')
     assert state['chat_template'] == chat.TEMPLATE and state['model_args']['n_embd'] == 16
     for out_dir, asked in (('out-tiny-web', 'few-shot'), ('out-sft-tiny-chat', 'chat')):
-        run = folder.start('eval.py', out_dir=out_dir, task='tiny_chat', n=7, max_new_tokens=5, device='cpu').ok()
+        run = folder.start('eval.py', out_dir=out_dir, task='tiny_chat', n=7, max_new_tokens=5,
+                           device='cpu').ok()
         assert json.loads(run.out.splitlines()[-1])['asked'] == asked

@@ -235,13 +235,10 @@ def test_padded_vocabulary(folder):
 
 
 def test_bytes(folder):
-    """A byte model may say what is no UTF-8; its text still prints, in any locale."""
+    """A byte model may say what is no UTF-8; its text still prints."""
     model = GPT(GPTConfig(block_size=8, vocab_size=256, n_layer=1, n_head=1, n_embd=8))
     save(folder, model, tokenizer={'kind': 'byte'})
     assert len(samples(folder.sample(start='é🙂', num_samples=2, max_new_tokens=50, temperature=2.0))) == 2
-    done = subprocess.run([sys.executable, str(ROOT / 'sample.py'), '--start=é', '--num_samples=1'], cwd=folder.path,
-                          env={**os.environ, 'PYTHONIOENCODING': 'ascii'}, capture_output=True)
-    assert done.returncode == 0 and done.stdout.endswith(b'---------------\n'), done.stderr
 
 
 @pytest.mark.parametrize('settings', [{'dtype': 'bfloat16'}, {'dtype': 'float16'}, {'quantize': 'int8',
@@ -308,9 +305,11 @@ def test_huggingface_folder(folder):
     assert 'Hello there' in text and text.endswith('\n---------------\n')
 
 
-def test_nanogpts_commands(trained):
-    """As nanoGPT's README gives them, by python itself."""
+def test_nanogpts_commands(folder):
+    """As nanoGPT's README gives them, by python itself, in a locale that lacks the characters."""
+    model = GPT(GPTConfig(block_size=8, vocab_size=256, n_layer=1, n_head=1, n_embd=8))
+    save(folder, model, tokenizer={'kind': 'byte'})
     done = subprocess.run([sys.executable, str(ROOT / 'sample.py'), '--out_dir=out', '--device=cpu', '--num_samples=2',
-                           '--max_new_tokens=10', '--init_from=resume'],
-                          cwd=trained.path, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.count('---------------') == 2, done.stderr
+                           '--max_new_tokens=10', '--init_from=resume', '--start=é'],
+                          cwd=folder.path, capture_output=True, env={**os.environ, 'PYTHONIOENCODING': 'ascii'})
+    assert done.returncode == 0 and done.stdout.count(b'---------------\n') == 2, done.stderr

@@ -223,9 +223,10 @@ def resume(path, config, meta, data_dir):
     state = load(path)
     out_dir = os.path.dirname(path)
     if 'reference' in state:
-        raise UserError(f'{path} is a run of posttrain.rl, which continues with: python -m '
-                        f'posttrain.rl --init_from=resume --out_dir={out_dir}. To finetune its '
-                        f'model: --init_from={out_dir} and another --out_dir')
+        script = 'dpo' if state['config'].get('algorithm') == 'dpo' else 'rl'
+        raise UserError(f'{path} is a run of posttrain.{script}, which continues with: python -m '
+                        f'posttrain.{script} --init_from=resume --out_dir={out_dir}. To finetune '
+                        f'its model: --init_from={out_dir} and another --out_dir')
     model = model_of(state, path, config['dropout'])
     check_architecture(model, config, ARCHITECTURE, path)
     lora.check_resumes(state.get('lora'), config, path)

@@ -25,7 +25,6 @@ An example is a dict of plain values:
         right one. In messages the choices have letters, and the answer is a letter
 """
 
-import csv
 import importlib.util
 import itertools
 import math
@@ -38,9 +37,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from configurator import UserError
-from data.documents import text_hash
+from data.documents import read_records, text_hash
 from data.tokens import to_device
-from flatgpt import jsonl
 from flatgpt.generate import Sampling, generate_texts, majority, uniforms
 from posttrain import tasks
 from posttrain.losses import token_logprobs
@@ -120,66 +118,26 @@ def check_kinds(kinds, known):
             raise UserError(f'kinds: there is no {kind!r}; expected some of {", ".join(known)}')
 
 
-def read_rows(path, columns=None):
-    """
-    Read the rows of a .jsonl, .csv or .parquet file; -> [(where, dict), ...].
-
-    columns: of a .csv whose first line names no column 'question'. Raises UserError for a file that
-    cannot be read or has no rows.
-    """
-    kind, rows = os.path.splitext(path)[1], []
-    if kind == '.jsonl':
-        rows = [(f'{path}, line {n}', row) for n, row in jsonl.read_objects(path).items()]
-    elif kind == '.csv':
-        try:
-            with open(path, encoding='utf-8-sig', newline='') as file:
-                reader = csv.reader(file)
-                lines = [(f'{path}, line {reader.line_num}', line) for line in reader if line]
-        except (OSError, UnicodeDecodeError, csv.Error) as error:
-            raise UserError(f'{path} cannot be read as CSV: {error}') from None
-        if lines and (columns is None or 'question' in lines[0][1]):
-            columns, lines = lines[0][1], lines[1:]
-        for where, line in lines:
-            if len(line) != len(columns):
-                raise UserError(f'{where}: {len(line)} fields; expected {len(columns)}: '
-                                f'{", ".join(columns)}')
-            rows.append((where, dict(zip(columns, line, strict=True))))
-    elif kind == '.parquet':
-        try:
-            import pyarrow as pa
-            import pyarrow.parquet as pq
-        except ImportError:
-            raise UserError(f"{path}: Parquet needs pyarrow; pip install -e '.[data]'") from None
-        try:
-            table = pq.read_table(path).to_pylist()
-        except (pa.ArrowException, OSError) as error:
-            raise UserError(f'{path} cannot be read as Parquet: {error}') from None
-        rows = [(f'{path}, row {n}', row) for n, row in enumerate(table, 1)]
-    else:
-        raise UserError(f'input={path!r}: expected a .jsonl, .csv or .parquet file')
-    if not rows:
-        raise UserError(f'{path} has no questions')
-    return rows
-
-
 def from_file(questions, expected, example_of, columns=None):
     """
     Return the examples of a file, in an order that the seed fixes.
 
     expected: the shape of a row, in words. example_of: function from a row to an example; its
-    errors become a UserError that names the line. columns: see read_rows().
+    errors become a UserError that names the line. columns: of a .csv without a header.
     """
     check_split(questions.split, (*SPLITS, 'all'))
     if not questions.input:
         raise UserError(f'this task has no questions of its own; name a file, --input=FILE, with '
                         f'{expected}')
     examples = []
-    for where, row in read_rows(questions.input, columns):
+    for where, row in read_records(questions.input, columns):
         try:
             examples.append(example_of(row))
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             why = f'there is no {error}' if isinstance(error, KeyError) else error
             raise UserError(f'{where}: {why}; expected {expected}') from None
+    if not examples:
+        raise UserError(f'{questions.input} has no questions')
     kinds = questions.kinds
     check_kinds(kinds, sorted({example['kind'] for example in examples}))
     examples = [example for example in examples if (not kinds or example['kind'] in kinds)

@@ -123,7 +123,7 @@ def from_file(questions, expected, example_of, columns=None):
     Return the examples of a file, in an order that the seed fixes.
 
     expected: the shape of a row, in words. example_of: function from a row to an example; its
-    errors become a UserError that names the line. columns: see documents.read_records().
+    errors become a UserError that names the line. columns: of a .csv without a header.
     """
     check_split(questions.split, (*SPLITS, 'all'))
     if not questions.input:
@@ -137,7 +137,7 @@ def from_file(questions, expected, example_of, columns=None):
             why = f'there is no {error}' if isinstance(error, KeyError) else error
             raise UserError(f'{where}: {why}; expected {expected}') from None
     if not examples:
-        raise UserError(f'{questions.input} has no questions; expected {expected}')
+        raise UserError(f'{questions.input} has no questions')
     kinds = questions.kinds
     check_kinds(kinds, sorted({example['kind'] for example in examples}))
     examples = [example for example in examples if (not kinds or example['kind'] in kinds)

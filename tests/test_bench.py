@@ -333,5 +333,4 @@ def test_ablation_says_what_is_wrong(folder):
     runs = folder.path / 'runs.jsonl'
     for damaged in ('{"config": "a.py"}', 'null', '[1', '\0'):
         runs.write_text(damaged + '\n')
-        folder.start('bench.ablation', out='runs.jsonl', config_file='runs.jsonl').refused(
-            'runs.jsonl, line 1 is damaged')
+        folder.start('bench.ablation', out='runs.jsonl', config_file='runs.jsonl').refused('runs.jsonl, line 1')

@@ -30,6 +30,7 @@ import tempfile
 from bench import common, plot
 from configurator import Count, UserError, override
 from data.download import file_sha256
+from flatgpt import jsonl
 from flatgpt.files import lock_folder, replace_file
 
 # Settings -----------------------------------------------------------------------------------------
@@ -72,32 +73,21 @@ VARIANTS = {
                    '--warmup_iters=20',
     'preset llama': f'--preset=llama {ADAMW}',
 }
+KEPT = {'config', 'sha256', 'flags', 'steps', 'seed', 'val_loss', 'ms', 'commit'}  # of a run
 
 
 def read_runs(path):
-    """
-    Return the finished runs of a file.
-
-    Removes half a line at its end, which a killed run leaves. Raises UserError for any other
-    damaged line.
-    """
+    """Return the finished runs of a file. Raises UserError for a damaged line."""
     if not os.path.exists(path):
         return []
-    with open(path, 'rb') as f:
-        content = f.read()
-    whole = content[: content.rfind(b'\n') + 1]
-    if whole != content:
-        replace_file(path, whole)
-    runs = []
-    for number, line in enumerate(whole.splitlines(), start=1):
-        try:
-            run = json.loads(line)
-            key_of(run), run['val_loss'] + run['ms']
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f'{path}, line {number} is damaged ({type(error).__name__}: {error}): '
-                            f'{line[:60]!r}. Remove the line to repeat its run') from None
-        runs.append(run)
-    return runs
+    common.cut_half_line(path)
+    runs = jsonl.read_objects(path)
+    for number, run in runs.items():
+        lacking = sorted(KEPT - run.keys())
+        if lacking:
+            raise UserError(f'{path}, line {number} lacks {", ".join(lacking)}; remove the line to '
+                            f'repeat its run')
+    return list(runs.values())
 
 
 def key_of(run):

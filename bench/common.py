@@ -94,6 +94,12 @@ def step_times(command, n, cwd=ROOT):
     raise UserError(f'{" ".join(command)}\nended after {len(times)} of {n} steps')
 
 
+def cut_half_line(path):
+    """Remove half a line at the end of a file, which a killed process leaves."""
+    with open(path, 'r+b') as f:
+        f.truncate(f.read().rfind(b'\n') + 1)
+
+
 def check_peer(peer, dataset='shakespeare_char'):
     """Raise UserError unless `peer` is a nanoGPT checkout with this dataset."""
     needs = [('train.py', 'expected a checkout of github.com/karpathy/nanoGPT')]

@@ -34,6 +34,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from bench.common import cut_half_line
 from bench.common import table as aligned
 from configurator import Count, Natural, NonNegative, Seed, UserError, override
 from data import datasets
@@ -158,9 +159,7 @@ def runs_file():
 
 def finished(jobs):
     """Return each job's run with its loss, or None; cut off half a line at the end."""
-    with open(runs_file(), 'r+b') as f:
-        content = f.read()
-        f.truncate(content.rfind(b'\n') + 1)
+    cut_half_line(runs_file())
     runs = jsonl.read_objects(runs_file()).values()
     return [next((run for run in runs if job.items() <= run.items()), None) for job in jobs]
 

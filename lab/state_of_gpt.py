@@ -39,7 +39,7 @@ from typing import Annotated
 from bench.common import table as aligned
 from configurator import Count, Positive, Range, Seed, UserError, override
 from data import download
-from flatgpt import checkpoint
+from flatgpt import checkpoint, jsonl
 from flatgpt.files import replace_file
 from lab import common
 from posttrain.tasks.common import wilson
@@ -122,11 +122,11 @@ def run(name, command, can_resume):
     if can_resume:
         command = [part for part in command if not part.startswith('--init_from')]
         command.append('--init_from=resume')
-    asks = name.startswith('ask')
+    has_result = name.startswith('ask')
     questions = f'echo {shlex.quote(QUESTIONS)} | ' if name == 'chat' else ''
     print(f'\n== {name} {"=" * (76 - len(name))}\n$ {questions}{shlex.join(command)}', flush=True)
     stage = subprocess.Popen([sys.executable, *command[1:]], text=True,
-                             stdout=subprocess.PIPE if asks else None,
+                             stdout=subprocess.PIPE if has_result else None,
                              stdin=subprocess.PIPE if questions else None)
     try:
         printed, _ = stage.communicate(f'{QUESTIONS}\n' if questions else None)
@@ -137,7 +137,7 @@ def run(name, command, can_resume):
     if stage.returncode:
         raise UserError(f'the stage {name!r} ended with exit code {stage.returncode}, see above; '
                         f'{to_go_on()}')
-    if asks:
+    if has_result:
         *lines, last = printed.splitlines()
         print('\n'.join(lines), flush=True)
         return json.loads(last)
@@ -234,9 +234,8 @@ def rows_of(done):
 
 def curve(home, name, key):
     """Return the steps and the values of a key in a run's log."""
-    with open(os.path.join(home, name, 'log.jsonl'), encoding='utf-8') as file:
-        lines = [json.loads(line) for line in file]
-    return zip(*((line['step'], line[key]) for line in lines if key in line), strict=True)
+    records = jsonl.read_objects(os.path.join(home, name, 'log.jsonl')).values()
+    return zip(*((record['step'], record[key]) for record in records if key in record), strict=True)
 
 
 def draw(rows, home):

@@ -20,9 +20,9 @@ def test_all_stages(folder):
     goes on.
     """
     stopped = folder.start('lab.state_of_gpt', **TINY)
-    stopped.wait_for(r'== sft =[\s\S]*step 0: train loss', timeout=200)
+    stopped.wait_for(r'== sft =[\s\S]*step 0: train loss', timeout=900)
     stopped.kill(signal.SIGTERM).refused('stopped; the same command goes on from there:', 'saved out/state_of_gpt/sft/')
-    run = folder.start('lab.state_of_gpt', **TINY).wait(timeout=300)
+    run = folder.start('lab.state_of_gpt', **TINY).wait(timeout=900)
     assert run.code == 0, run.out
     assert '== base' not in run.out
     home = folder.path / 'out' / 'state_of_gpt'
@@ -42,7 +42,7 @@ def test_all_stages(folder):
     stages['grpo']['seconds'] = None
     del stages['ask grpo']
     (home / 'stages.json').write_text(json.dumps(stages))
-    again = folder.start('lab.state_of_gpt', **TINY).wait(timeout=100)
+    again = folder.start('lab.state_of_gpt', **TINY).wait(timeout=900)
     assert again.code == 0, again.out
     assert 'What is 58 + 67?' in run.out  # in the chat
     assert '== grpo' in again.out and '== ask grpo' in again.out and '--init_from=resume' in again.out

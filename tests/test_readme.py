@@ -32,12 +32,16 @@ TUNE = ('--batch_size=2 --max_iters=2 --eval_interval=2 --eval_iters=1 --warmup_
         '--lr_decay_iters=2 --device=cpu --dtype=float32 --compile=False')
 TRAIN = f'{TUNE} --n_layer=1 --n_head=2 --n_embd=16 --block_size=64 --batch_size=16'
 ALIGN = '--max_iters=1 --eval_interval=1 --micro_batch_size=2 --device=cpu --dtype=float32'
-SAMPLE = '--num_samples=1 --max_new_tokens=16 --device=cpu --compile=False'
+ANSWER = '--prompts_per_step=2 --minibatch_size=4 --eval_examples=7 --max_new_tokens=8'
+ASK = '--n=7 --max_new_tokens=8 --device=cpu'
+CHAT = '--max_new_tokens=16 --device=cpu --compile=False'
+SAMPLE = f'{CHAT} --num_samples=1'
 RUN = {
     # text to tokens
     'python -m tokenizer --text=*': '--tokenizer=byte',
     'python -m tokenizer train --input=novels/ *': '--vocab_size=300',
     'python -m tokenizer --compare=*': '--compare=byte,novels.json',
+    'python -m tokenizer export *': '',
     'python -m data.clean --input=crawl.jsonl *': '--num_proc=1',
     'python data/text/prepare.py --input=clean.jsonl *': '--tokenizer=byte',
     'python data/text/prepare.py --input=novels/ *': '',
@@ -67,15 +71,15 @@ RUN = {
     'python train.py config/tiny_web.py': TRAIN.replace('--block_size=64', ''),
     'python data/chat/prepare.py --input=talks.jsonl *': '--block_size=64 --val_fraction=0.5',
     'python train.py config/sft.py *': TUNE,
-    'python -m posttrain.chat --out_dir=out-sft': SAMPLE.replace('--num_samples=1', ''),
+    'python -m posttrain.chat --out_dir=out-sft': CHAT,
     'python train.py config/sft_tiny_chat.py': TUNE,
     'python -m posttrain.reward config/reward_tiny_chat.py': f'{ALIGN} --batch_size=4',
-    'python -m posttrain.rl config/grpo_tiny_chat.py':
-        f'{ALIGN} --prompts_per_step=2 --group_size=2 --minibatch_size=4 --eval_examples=7 '
-        '--max_new_tokens=8',
+    'python -m posttrain.rl config/ppo_tiny_chat.py': f'{ALIGN} {ANSWER}',
+    'python -m posttrain.rl config/grpo_tiny_chat.py': f'{ALIGN} {ANSWER} --group_size=2',
     'python -m posttrain.dpo --init_from=out-sft-tiny-chat *': f'{ALIGN} --minibatch_size=4',
-    'python eval.py --out_dir=out-sft-tiny-chat --task=tiny_chat':
-        '--n=7 --max_new_tokens=8 --device=cpu',
+    'python eval.py --out_dir=out-sft-tiny-chat --task=tiny_chat': ASK,
+    'python eval.py --out_dir=out-grpo-tiny-chat --task=tiny_chat': ASK,
+    'python -m posttrain.chat --out_dir=out-grpo-tiny-chat': CHAT,
 }
 # TESTED: the value is the test, or its file, that runs the command with other settings.
 TESTED = {
@@ -85,11 +89,11 @@ TESTED = {
     'python -m bench.gpu *': 'test_gpu_sh_runs_parts_one_by_one',
     'lm_eval *': 'test_lm_evaluation_harness_gets_our_numbers',
     'python data/text/prepare.py --input=FILE *': 'test_commands_run',
-    'python data/fineweb_edu/prepare.py --input=*': 'test_corpus.py',
-    'python data/openwebtext/prepare.py --input=*': 'test_corpus.py',
+    'python data/fineweb_edu/prepare.py --input=*': 'test_prepare.py',
+    'python data/openwebtext/prepare.py --input=*': 'test_prepare.py',
     'python train.py config/train_gpt2.py*': 'test_recipes',
     'python -m posttrain.rl *': 'test_rl_e2e.py',
-    'python -m posttrain.dpo *': 'test_rl_e2e.py',
+    'python -m posttrain.dpo *': 'test_dpo_e2e.py',
     'python -m bench.plot *': 'test_plot_command',
     'python -m bench.train_step *': 'test_train_step_takes_the_step_apart',
     'python -m bench.time_to_loss *': 'test_time_to_loss_of_a_run',

@@ -62,7 +62,7 @@ INVISIBLE = re.compile('[\x00-\x08\x0e-\x1f\x7f-\x9f\u200b\u2060\ufeff]')
 
 
 def normalize(text: str) -> str:
-    """Return the text in Unicode's NFC, with "\\n" as line end, without control characters."""
+    """Return the text in NFC, with plain line ends and no control characters."""
     return unicodedata.normalize('NFC', INVISIBLE.sub('', LINE_ENDS.sub('\n', text)))
 
 
@@ -86,7 +86,7 @@ def load_identifier():
 
 
 def find_language(text: str) -> tuple[str, float]:
-    """Return the ISO 639 code of the main language and its probability; 'zxx': no language."""
+    """Return the main language, as ISO 639 ('zxx': none), and its probability."""
     if len(text) > 3 * SAMPLE_CHARS:
         middle = (len(text) - SAMPLE_CHARS) // 2
         text = '\n'.join([text[:SAMPLE_CHARS], text[middle:middle + SAMPLE_CHARS],
@@ -188,7 +188,7 @@ def repetition(text: str) -> dict[str, float]:
 
 
 def gopher(text: str, skip=()) -> tuple[str, float] | None:
-    """Return the first rule of GOPHER, not in skip, that the text breaks, and its measure."""
+    """Return the first rule, not in skip, that the text breaks, and its measure."""
     for measure in (quality, repetition):  # the second takes most of the time
         measures = measure(text)
         for rule, (least, most) in GOPHER.items():
@@ -224,7 +224,7 @@ FACTORS = np.random.RandomState(1).randint(0, 2**63, SHINGLE_WORDS + HASHES, np.
 
 @functools.cache
 def load_minhash():
-    """Return a MinHash of datasketch. Its own table of buckets would take 5.4 kB per document."""
+    """Return a MinHash of datasketch, whose own buckets take 5.4 kB a document."""
     try:
         from datasketch import MinHash
     except ImportError:
@@ -233,7 +233,7 @@ def load_minhash():
 
 
 def signature(text: str) -> np.ndarray | None:
-    """Return the signature of a text, (HASHES,) uint32, case aside; None if it has no words."""
+    """Return the signature, (HASHES,) uint32, of a text; None if it has no words."""
     words = WORD.findall(text.lower())
     if not words:
         return None
@@ -276,7 +276,7 @@ class NearDuplicates:
         self.signatures = np.empty((1024, HASHES), dtype=np.uint32)  # grows before it is full
 
     def find(self, new: np.ndarray, number: int) -> tuple[int, float] | None:
-        """Return the first kept document that resembles a new signature, and the similarity.
+        """Return the first kept document that is similar, and the similarity.
 
         -> None when there is none; then the new document is kept under its number.
         """
@@ -346,7 +346,7 @@ def examine_text(text, steps):
 
 
 def in_order(tasks, steps, num_proc):
-    """Yield (batch, its findings) for each batch of (number, text), from num_proc processes."""
+    """Yield (batch, findings) for each batch of (number, text), in order."""
     work = functools.partial(examine, steps=steps)
     if num_proc == 1:
         for batch in tasks:
@@ -362,7 +362,7 @@ def excerpt(text):
 
 
 def clean(path, file, steps: Steps, *, text_key: str = 'text', num_proc: int = 1) -> dict:
-    """Write the documents that pass the steps to a binary file, as JSON lines; -> the report.
+    """Write the documents that pass the steps, as JSON lines; -> the report.
 
     Raises UserError when none passes, and for input that read_documents() refuses.
     """
@@ -423,7 +423,7 @@ def report_of(out) -> str:
 
 
 def clean_to(out, path, steps: Steps, **options) -> dict:
-    """Write clean() to the file `out`, and its report beside it, both or neither; -> the report.
+    """Write clean() to `out`, with its report, both or neither; -> the report.
 
     Only a crash between the two renames leaves the new report beside the old documents.
     """

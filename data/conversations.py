@@ -1,4 +1,4 @@
-"""Turn conversations into rows of tokens with a loss mask, for data/chat and data/tiny_chat.
+"""Turn conversations into rows of tokens with a loss mask.
 
     messages = messages_of({'conversations': [{'from': 'human', 'value': 'Hello'}, ...]})
     packing = Packing(tokenizer, template, row=257)
@@ -61,7 +61,7 @@ def messages_of(value):
 
 
 def read_message(message):
-    """Return an OpenAI message with its keys in one order, and no others such as names."""
+    """Return an OpenAI message with its keys in one order, without names."""
     if not isinstance(message, dict):
         return message  # chat.check_conversation() refuses it
     if call := message.get('tool_calls') or message.get('function_call'):
@@ -143,7 +143,7 @@ def fill(conversations, row, padding):
 
 
 def write_dataset(out_dir, conversations, packing, **described):
-    """Write {'train': [(ids, mask), ...], 'val': ...} as a dataset, all or nothing, and print it.
+    """Write {'train': [(ids, mask), ...], 'val': ...} as a dataset, and print it.
 
     data/tokens.py reads it as Rows. described: further entries of meta.json. Raises UserError if a
     split is empty.

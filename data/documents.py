@@ -1,4 +1,4 @@
-"""Read texts and tables from files, and split them into training and validation text.
+"""Read texts and tables from files, and split them into train and val.
 
     for text in read_documents('notes/'): ...         # files of a folder, rows of tables
     for where, row in read_records('a.csv'): ...      # rows of one table, as dicts
@@ -39,7 +39,7 @@ def is_rows(path) -> bool:
 
 
 def find_files(path) -> tuple[list[str], int]:
-    """List the text files and tables below a folder; -> (sorted paths, number of other files).
+    """List the texts and tables below a folder; -> (paths, number of other files).
 
     Hidden files and folders are skipped. A path of a file is taken whatever its suffix. Raises
     UserError when there is nothing to read.
@@ -69,7 +69,7 @@ def find_files(path) -> tuple[list[str], int]:
 
 
 def text_size(files) -> int | None:
-    """Return the bytes of text in files, None when some are tables, which hold more than text."""
+    """Return the bytes of text in files, None when some are tables."""
     return None if any(map(is_rows, files)) else sum(map(os.path.getsize, files))
 
 
@@ -96,7 +96,7 @@ def read_text(path, size: int = PIECE_CHARS):
 
 
 def not_utf8(path) -> UserError:
-    """Return the error that names the first bytes of a file that are not UTF-8, and a remedy."""
+    """Return the error for a file that is not UTF-8: the place, and a remedy."""
     offset, bad = 0, ''
     with open(path, 'rb') as file:
         start = file.read(4096)
@@ -119,7 +119,7 @@ def not_utf8(path) -> UserError:
 
 
 def read_documents(path, text_key: str = 'text', min_score: float | None = None):
-    """Yield the documents of a file, a folder, or a list of such, as strings that are not blank.
+    """Yield the documents, not blank, of a file, a folder, or a list of such.
 
     A text file is one document; more than DOCUMENT_CHARS characters come in several. A table has
     a document per row, in the field `text_key`. min_score: only rows of Parquet files whose
@@ -169,7 +169,7 @@ def no_field(where, key, names) -> UserError:
 
 
 def read_records(path, columns: list[str] | None = None):
-    """Yield (where, dict) for each row of a .jsonl, .ndjson, .csv, .tsv or .parquet file.
+    """Yield (where, dict) for each row of a .jsonl, .csv, .tsv or .parquet file.
 
     where: file and line, or row, for error messages. columns: the header of a .csv or .tsv whose
     first line does not name columns[0]. Raises UserError with file and line.
@@ -187,7 +187,7 @@ def read_records(path, columns: list[str] | None = None):
 
 
 def read_csv(path, columns=None):
-    """Yield (where, dict) for each row of a .csv or .tsv file. `columns`: see read_records()."""
+    """Yield (where, dict) for each row of a .csv or .tsv file; see read_records()."""
     csv.field_size_limit(2**31 - 1)  # the default is less than a long document
     try:
         with open(path, encoding='utf-8-sig', newline='') as file:
@@ -209,7 +209,7 @@ def read_csv(path, columns=None):
 
 
 def read_parquet(path, names: list[str] | None = None):
-    """Yield (where, dict) for each row of a .parquet file, with these columns, or all of them."""
+    """Yield (where, dict) for each row of a .parquet file, of all or some columns."""
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -244,7 +244,7 @@ def check_fraction(val_fraction: float):
 
 
 def split_text(path, val_fraction: float = 0.1):
-    """Split one text file: its last `val_fraction` of characters is val. Reads it twice."""
+    """Split one text file: its last `val_fraction` of characters is val."""
     check_fraction(val_fraction)
     left = int(sum(map(len, read_text(path))) * (1 - val_fraction))
     for text in read_text(path):
@@ -261,7 +261,7 @@ def text_hash(text: str) -> float:
 
 
 def split_documents(documents, val_fraction: float, longest: int | None = None):
-    """Split by whole documents: `val_fraction` of them is val, by a hash of their text.
+    """Split by whole documents: `val_fraction` is val, by a hash of the text.
 
     So a document stays in its split whatever the others are, and so do its copies. longest: a
     document with more characters is train, so that it cannot be half of a small val split.
@@ -273,7 +273,7 @@ def split_documents(documents, val_fraction: float, longest: int | None = None):
 
 
 def fraction_for(documents, val_bytes: int, longest: int) -> float:
-    """Return the smallest val_fraction that gives split_documents() val_bytes of val text.
+    """Return the smallest val_fraction with val_bytes in split_documents()'s val.
 
     For a few thousand documents of very different sizes, where a plain fraction of their number
     gives a val split of any size.
@@ -289,7 +289,7 @@ def fraction_for(documents, val_bytes: int, longest: int) -> float:
 
 
 def split_each(documents, val_fraction: float):
-    """Split each document: its last `val_fraction` is val. For fewer than 100 documents."""
+    """Split each document: its last `val_fraction` is val. For few documents."""
     check_fraction(val_fraction)
     for text in documents:
         end = int(len(text) * (1 - val_fraction))

@@ -1,4 +1,4 @@
-"""Download files: resumed after a broken connection, and checked against their SHA-256.
+"""Download files, resumed after a broken connection, checked by SHA-256.
 
     download(url, path, sha256, instead)           # one file
     get_shakespeare(given, folder, instead)        # the text of data/shakespeare*
@@ -67,7 +67,7 @@ def download(url: str, path, sha256: str, instead: str):
 
 
 def fetch(url, part) -> int:
-    """Append to the file `part` the bytes of url that it lacks; -> the size of the whole."""
+    """Append to `part` the bytes of url that it lacks; -> the size of the whole."""
     size = size_of(part)
     request = urllib.request.Request(url, headers={'User-Agent': 'flatgpt',
                                                    'Range': f'bytes={size}-'})
@@ -107,7 +107,7 @@ def file_sha256(path) -> str:
 
 
 def get_shakespeare(given, folder, instead: str) -> str:
-    """Return the path of tiny Shakespeare: `given`, or folder/input.txt, downloaded if missing."""
+    """Return the path of tiny Shakespeare: `given`, or a downloaded input.txt."""
     path = given or os.path.join(folder, 'input.txt')
     if not given and not os.path.exists(path):
         lock = lock_folder(folder, 'downloading to')
@@ -129,7 +129,7 @@ def get_shakespeare(given, folder, instead: str) -> str:
 
 @dataclass
 class HubFolder:
-    """Name Parquet files of a dataset on the Hugging Face Hub: the first n_files of a folder."""
+    """Name the first n_files Parquet files in a folder of a Hub dataset."""
 
     repo: str
     folder: str
@@ -138,7 +138,7 @@ class HubFolder:
 
 
 def get_shards(source: HubFolder, out_dir, instead: str) -> tuple[list[str], str]:
-    """Download the Parquet files of a HubFolder below out_dir; -> (their paths, the commit).
+    """Download the Parquet files of a HubFolder to out_dir; -> (paths, commit).
 
     huggingface_hub continues broken downloads and takes a mirror from HF_ENDPOINT. Each file is
     checked against the SHA-256 of the Hub's listing, at every call. Raises UserError when offline,

@@ -68,7 +68,7 @@ def load_tokenizer(name: str, vocab_size: int | None = None):
 
 
 def make_tokenizer(name: str, corpus: Corpus, vocab_size: int | None = None):
-    """Return the tokenizer of a name or path; make 'char', 'word' and 'bpe' from the text.
+    """Return the tokenizer of a name or path; make char, word and bpe from text.
 
     char has every character of the text; word and bpe are trained on the training split alone,
     to vocab_size ids.
@@ -105,7 +105,7 @@ class TextChanged(Exception):
 
 
 def write_dataset(out_dir, corpus: Corpus, tokenizer, meta_pkl: bytes | None = None) -> dict:
-    """Encode a corpus into train.bin, val.bin and meta.json, all or none; -> meta.json's content.
+    """Encode a corpus into token files, all or none; -> meta.json's content.
 
     A document ends with the tokenizer's <|endoftext|>, or with SEPARATOR if it has none. A running
     text gets the ids of the whole text. meta_pkl: content of nanoGPT's meta.pkl, to write too.
@@ -195,14 +195,14 @@ def encode_pieces(out_dir, corpus, tokenizer, settings) -> dict:
 
 
 def cut_safely(pieces, tokenizer):
-    """Yield the same running text in pieces (split, text) that encode to the ids of the whole."""
+    """Yield the same running text in pieces that encode to the ids of the whole."""
     for split, group in itertools.groupby(pieces, key=lambda piece: piece[0]):
         for text in tokenizer.cut_safely(text for _, text in group):
             yield split, text
 
 
 def read_batches(pieces, separator, digest):
-    """Yield lists of (split, text + separator, its UTF-8), and update the digest with them."""
+    """Yield lists of (split, text + separator, UTF-8), and update the digest."""
     ended = ((split, text + separator) for split, text in pieces)
     for batch in batches(ended, BATCH_CHARS, length=lambda piece: len(piece[1])):
         encoded = [(split, text, to_utf8(text)) for split, text in batch]
@@ -258,7 +258,7 @@ class ShardWriter:
         self.file, self.tokens = None, 0
 
     def end(self, val_fraction):
-        """Finish the last shard. Raises TextChanged, and UserError for fewer than 2 tokens."""
+        """Finish the last shard. Raises TextChanged; UserError for under 2 tokens."""
         if self.pieces < self.n_finished:
             raise TextChanged
         if not self.shards and self.tokens < 2:
@@ -327,7 +327,7 @@ def remove_unfinished(out_dir):
 
 
 def publish(out_dir, shards: list[str], contents: dict[str, bytes]):
-    """Give a complete dataset its names, and remove the files of the dataset before it.
+    """Give a complete dataset its names, and remove the files of the old one.
 
     shards: names of the files that are written under temporary names. contents: the other files.
     train.bin marks a complete dataset: it goes first and comes last, so after any crash the
@@ -350,7 +350,7 @@ def publish(out_dir, shards: list[str], contents: dict[str, bytes]):
 # Scripts ----------------------------------------------------------------------------------------
 
 def positive(text) -> int:
-    """Parse an option's value as a whole number of 1 or more, which may be written 1e9."""
+    """Parse an option as a whole number of 1 or more, perhaps written 1e9."""
     try:
         number = float(text)
     except ValueError:
@@ -362,14 +362,14 @@ def positive(text) -> int:
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
-    """Return a parser that prints a script's docstring as it is, and refuses abbreviations."""
+    """Return a parser that prints the docstring and refuses abbreviations."""
     return argparse.ArgumentParser(description=description, allow_abbrev=False,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def add_options(parser, tokenizer: str, val_fraction: float | None = None,
                 out_dir: str | None = None):
-    """Add the options that most scripts share, with these defaults; None: without that option."""
+    """Add the options that most scripts share. A default of None leaves it out."""
     add = parser.add_argument
     add('--tokenizer', default=tokenizer, help=f'byte, char, word, bpe, gpt2, cl100k_base, '
         f'o200k_base or the path of a tokenizer file ({tokenizer})')
@@ -386,7 +386,7 @@ def add_options(parser, tokenizer: str, val_fraction: float | None = None,
 
 
 def report(out_dir, meta: dict, started: float, next_command: str):
-    """Print the files written, the seconds since time.time() was `started`, and what comes next."""
+    """Print the files written, the seconds since `started`, and the next command."""
     for split in ('train', 'val'):
         shards = meta['files'][split]
         size = sum(os.path.getsize(os.path.join(out_dir, name)) for name, _ in shards)
@@ -400,7 +400,7 @@ def report(out_dir, meta: dict, started: float, next_command: str):
 
 
 def output_folder(name, path, out_dir=None):
-    """Choose the folder of a dataset: out_dir, or data/<name>, by default named like the input.
+    """Choose the folder of a dataset: out_dir, or data/<name> (the input's name).
 
     -> (the dataset's name for train.py, a name for runs on it, its folder). Raises UserError for
     a folder that another script owns.
@@ -433,7 +433,7 @@ def output_folder(name, path, out_dir=None):
 
 
 def run(main):
-    """Run a script's main(). A mistake of the user ends it with one line, without a traceback."""
+    """Run a script's main(); a mistake of the user ends it with one line."""
     try:
         main()
     except KeyboardInterrupt:

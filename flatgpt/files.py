@@ -60,7 +60,7 @@ def remove(paths):
 
 @contextlib.contextmanager
 def explain_full_disk(folder, content):
-    """Raise UserError for a full disk, quota or file. content: what the folder has no room for."""
+    """Raise UserError for a full disk. content: names what has no room."""
     try:
         yield
     except OSError as error:

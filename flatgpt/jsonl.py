@@ -59,7 +59,7 @@ def read_object(line):
 
 
 def finite(text):
-    """Parse a number that JSON can hold: neither infinite nor NaN, which only Python writes."""
+    """Parse a number; refuse infinity and NaN, which JSON cannot hold."""
     if not math.isfinite(value := float(text)):
         raise ValueError(f'the number {text} is not finite')
     return value
@@ -113,7 +113,7 @@ class Results:
         self.file.flush()
 
     def finish(self, objects):
-        """Write `out`: each of {line number: object} with the keys of its result, in order."""
+        """Write `out`: each of {line number: object} with its result, in order."""
         lines = (to_line({**value, **self.done[number]}) for number, value in objects.items())
         replace_file(self.out, b''.join(lines))
         self.file.close()

@@ -50,9 +50,9 @@ def refused(result, *said):
 
 ENGLISH = '''The committee met on a cold evening in the small hall behind the church, because the
 roof of the town hall had begun to leak again. There were nine of them, and most had walked. They
-talked about the price of coal, about the road to the mill that nobody would mend, and about a letter
-from the county that none of them quite understood. It was late when the oldest member stood up and said
-that they should have fixed the roof with the money for a band.'''
+talked about the price of coal, about the road to the mill that nobody would mend, and about a
+letter from the county that none of them quite understood. It was late when the oldest member
+stood up and said that they should have fixed the roof with the money for a band.'''
 
 
 def test_from_a_folder_to_a_dataset_for_prepare(tmp_path):

@@ -48,7 +48,7 @@ def split_pairs(digits, val_fraction, seed):
 
 
 def write_sums(pairs, digits, reverse):
-    """Write (n, 2) numbers as n lines 123+456=0579; reverse: the answer's units first, =9750."""
+    """Write (n, 2) numbers as lines 123+456=0579; reverse: units first, =9750."""
     def columns(numbers, n_digits):
         return numbers[:, None] // 10 ** np.arange(n_digits - 1, -1, -1) % 10 + ord('0')
 

@@ -42,7 +42,7 @@ def find_sources(stdlib):
 
 
 def read_sources(stdlib, paths):
-    """Yield the text of each file; skip files whose encoding is invalid on purpose, for tests."""
+    """Yield the text of each file, except those that are undecodable on purpose."""
     for path in paths:
         try:
             with tokenize.open(os.path.join(stdlib, path)) as file:  # reads "# -*- coding: ..."

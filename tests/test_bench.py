@@ -258,7 +258,7 @@ def test_time_to_loss_that_is_not_reached(peer):
 
 
 def test_time_to_loss_says_what_is_wrong(peer):
-    peer.start('bench.time_to_loss', case='medium').refused("case='medium': expected 'small' or 'char'")
+    peer.start('bench.time_to_loss', case='medium').refused('--case=medium: ')
     write_dataset(peer.path / 'peer' / 'data' / 'shakespeare_char', encode(make_text(3000)), encode(make_text(333)))
     peer.start('bench.time_to_loss', peer='peer').refused('prepare both from the same text')
 
@@ -299,7 +299,7 @@ def test_ablation_of_finished_runs_does_none_again(folder):
                                           'ms': 17.0, 'time': 1.15}
     assert runs.read_text() == kept
     (folder.path / 'a.py').write_text("raise SystemExit('another config file')\n")  # whose runs these are not
-    folder.start('bench.ablation', config_file='a.py', steps=7, seeds='1').refused('another config file')
+    folder.start('bench.ablation', config_file='a.py', steps=7, seeds='1').wait(300).refused('another config file')
 
 
 @pytest.mark.slow

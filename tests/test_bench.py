@@ -258,7 +258,7 @@ def test_time_to_loss_that_is_not_reached(peer):
 
 
 def test_time_to_loss_says_what_is_wrong(peer):
-    peer.start('bench.time_to_loss', case='medium').refused("case='medium': expected")
+    peer.start('bench.time_to_loss', case='medium').refused('--case=medium: ')
     write_dataset(peer.path / 'peer' / 'data' / 'shakespeare_char', encode(make_text(3000)), encode(make_text(333)))
     peer.start('bench.time_to_loss', peer='peer').refused('prepare both from the same text')
 

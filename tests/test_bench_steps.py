@@ -140,7 +140,7 @@ def test_scaling_along_the_batch(folder):
     ('scaling', {'base': '4x128'}, 'layers x width x context x sequences, such as 4x128x64x12'),
     ('scaling', {'depths': '2;4'}, 'whole numbers above 0'),
     ('scaling', {'widths': '100'}, 'not a whole number of heads'),
-    ('scaling', {'preset': 'best'}, "preset='best': expected"),
+    ('scaling', {'preset': 'best'}, '--preset=best: '),
     ('train_step', {'cases': 'smal'}, "'smal' is none of small, char, gpt2, small-modern, char-modern"),
     ('train_step', {'steps': 1}, 'expected 2 or more'),
     ('train_step', {'cases': 'gpt2', 'peer': 'nowhere'}, 'there is no train.py; expected a checkout'),

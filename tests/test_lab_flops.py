@@ -125,8 +125,8 @@ def test_a_step_takes_what_was_predicted():
 
 
 @pytest.mark.parametrize('changes, said', [
-    ({'size': '125M'}, "size='125M': expected"), ({'preset': 'gpt4'}, "preset='gpt4': expected"),
-    ({'optimizer': 'sgd'}, "optimizer='sgd': expected"),
+    ({'size': '125M'}, '--size=125M: '), ({'preset': 'gpt4'}, '--preset=gpt4: '),
+    ({'optimizer': 'sgd'}, '--optimizer=sgd: '),
     ({'batch_size': 0}, 'expected 1 or more'), ({'utilisation': 40.0}, 'above 0 and at most 1'),
     ({'n_head': 7}, 'n_embd=768 is not divisible by n_head=7')])
 def test_settings_that_can_not_be(folder, changes, said):

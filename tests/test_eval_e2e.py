@@ -121,9 +121,12 @@ def test_train_pys_val_loss(folder):
     assert (found['block_size'], found['stride'], found['text']) == (16, 16, 'data/tiny/val.bin')
     assert found['model'].startswith('out/ckpt.pt: step 20')
     assert evaluate(folder)['model'].startswith('out/best.pt')
-    assert evaluate(folder, split='train')['tokens'] == 2999
-    half = evaluate(folder, which='last', dtype='bfloat16')
-    assert half['loss'] != found['loss'] and half['loss'] == pytest.approx(found['loss'], rel=0.01)
+    last_loss = found['loss']
+    # the folder of a run, as --init_from
+    found = evaluate(folder, split='train', init_from='out', out_dir='nowhere')
+    assert found['tokens'] == 2999 and found['model'].startswith('out/best.pt')
+    half = evaluate(folder, which='last', dtype='bfloat16')['loss']
+    assert half != last_loss and half == pytest.approx(last_loss, rel=0.01)
 
 
 @pytest.fixture

@@ -13,21 +13,10 @@ A file of prompts: python -m flatgpt.batch. A conversation: python -m posttrain.
 import sys
 from typing import Literal
 
-from configurator import (
-    Count,
-    Natural,
-    NonNegative,
-    Positive,
-    Probability,
-    Seed,
-    Share,
-    UserError,
-    override,
-)
+from configurator import Count, Natural, NonNegative, Positive, Probability, Seed, Share, override
 from flatgpt import decoding
 from flatgpt.files import read_text
 from flatgpt.generate import encode_prompt, generate_texts
-from flatgpt.pretrained import open_model
 from flatgpt.sampling import Sampling
 
 sys.stdout.reconfigure(errors='replace')  # a terminal that lacks a character prints the others
@@ -62,10 +51,8 @@ config = override(globals())
 # --------------------------------------------------------------------------------------------------
 
 # open the model
-model, tokenizer, _, line = open_model(init_from, out_dir, which)
+model, tokenizer, _, line = decoding.open_model(config)
 block_size = model.config.block_size
-if slide > block_size:
-    raise UserError(f'slide={slide}: expected 1 to {block_size}, the context of the model')
 
 # read the prompt and the constraint
 prompt = read_text(start.removeprefix('FILE:')) if start.startswith('FILE:') else start

@@ -36,7 +36,6 @@ from configurator import (
 from flatgpt import decoding, jsonl
 from flatgpt.files import read_text
 from flatgpt.generate import encode_prompt, generate_texts
-from flatgpt.pretrained import open_model
 from flatgpt.sampling import Sampling, likeliest, majority
 from tokenizer.chat import find_endings, render
 
@@ -119,10 +118,8 @@ def result_of(samples):
 
 
 # open the model
-model, tokenizer, template, line = open_model(init_from, out_dir, which)
+model, tokenizer, template, line = decoding.open_model(config)
 block_size = model.config.block_size
-if slide > block_size:
-    raise UserError(f'slide={slide}: expected 1 to {block_size}, the context of the model')
 
 # read and check the prompts
 KINDS = ('prompt', 'ids', 'messages')

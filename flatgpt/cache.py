@@ -16,7 +16,7 @@ from ops import visible
 
 class LayerCache(NamedTuple):
     """
-    Hold keys and values of one layer, (B, G, S, D), and the slots (T,) of the new tokens.
+    Hold k and v of one layer, (B, G, S, D), and the slots (T,) of new tokens.
 
     A block takes this instead of the cache and its number: each number would be compiled anew.
     """
@@ -34,7 +34,7 @@ class LayerCache(NamedTuple):
 
 class KVCache:
     """
-    Keep keys and values, so that a token costs one position instead of the whole context.
+    Keep keys and values of all layers and tokens.
 
     k, v: (n_layer, B, G, S, D), of which `length` slots are filled. S grows up to max_length.
     padding: None, or (B,), the empty slots before each row's first token; all rows end together.
@@ -92,7 +92,7 @@ class KVCache:
         self.next_slot += T
 
     def mask(self, T, window):
-        """Return which slots T queries see, (B or 1, 1, T, S) of bool; None: all before them."""
+        """Return what T queries see, (B or 1, 1, T, S) of bool; None: all before."""
         if T > 1 and self.padding is None:
             return None
         slots = torch.arange(self.k.size(3) if T == 1 else self.length + T, device=self.k.device)
@@ -114,7 +114,7 @@ class KVCache:
         self.go_back_to(self.length - unused)
 
     def fill(self, rows, part, T):
-        """Copy a cache of some rows into the last of the first T slots. Call advance(T) after."""
+        """Copy a cache of some rows so that it ends at slot T; then advance(T)."""
         self.make_room(self.k.size(1), T)
         for whole, new in ((self.k, part.k), (self.v, part.v)):
             whole[:, rows, :, T - part.length : T] = new[:, :, :, : part.length]

@@ -71,7 +71,7 @@ def llg_tokenizer(tokens):
 
 
 def start_matching(tokenizer, grammar):
-    """Return llguidance's matcher of an empty text. Its is_error() is True for a bad grammar."""
+    """Return llguidance's matcher of an empty text; is_error() for a bad grammar."""
     # no_forcing: else a text with one continuation could be written in only one way
     header = '%llguidance {"no_forcing": true}\n'
     return import_llguidance().LLMatcher(tokenizer, header + grammar, log_level=0)
@@ -82,7 +82,7 @@ def lark(regex):
 
 
 def may_follow(state):
-    """Return which of a matcher's tokens may follow, of bool; some more values come behind."""
+    """Return which of a matcher's tokens may follow, of bool, and padding."""
     mask = np.frombuffer(state.compute_bitmask(), np.uint8)
     return np.unpackbits(mask, bitorder='little').view(bool)
 
@@ -154,7 +154,7 @@ class Vocabulary:
         return self.order[may_follow(state)[self.order]]
 
     def cannot_write(self, text):
-        """Return the end of an error message: what prevents the tokens from writing these bytes."""
+        """Return the end of an error message: why no tokens write these bytes."""
         written = b' '.join(self.id_of)
         lacking = ' '.join(repr(char) for char in sorted(set(text.decode('utf-8')))
                            if char.encode('utf-8') not in written)
@@ -173,7 +173,7 @@ def token_bytes(tokenizer, i):
 
 
 def parse_schema(schema):
-    """Parse a JSON schema, a text or a dict. Raises UserError for what llguidance would ignore."""
+    """Parse a JSON schema -> dict. Raises UserError for what llguidance ignores."""
     if isinstance(schema, str):
         try:
             schema = json.loads(schema)
@@ -303,7 +303,7 @@ class Constraint:
 
     def shortest_match(self, regex):
         """
-        Return symbols of a text with the fewest characters that matches, None if there is none.
+        Return symbols of the shortest text that matches, None if there is none.
 
         The grammar of matches with at most n characters has no dead ends, so any path in it is a
         match; n is found by bisection.
@@ -383,7 +383,7 @@ class Constraint:
 
 
 class Matcher:
-    """Follow the text of one sample, and keep an ending that fits in the remaining tokens."""
+    """Follow the text of one sample, and keep an ending that fits."""
 
     def __init__(self, constraint):
         self.constraint, self.vocabulary = constraint, constraint.vocabulary
@@ -416,9 +416,9 @@ class Matcher:
 
     def allowed(self, remaining):
         """
-        Return the ids that may be drawn, (vocab_size,) of bool; at least one unless may_end.
+        Return the ids that may be drawn, (vocab_size,) of bool.
 
-        accept() may refuse one of them, which is then no longer allowed.
+        At least one is allowed unless may_end. An id that accept() refuses is no longer allowed.
         """
         mask = may_follow(self.state)[:len(self.vocabulary.tokens)]
         mask[self.refused] = False
@@ -450,7 +450,7 @@ class Matcher:
         return True
 
     def after(self, i, remaining, n_texts):
-        """Return (matcher of symbols, ending) after token i, None without a match or an ending."""
+        """Return (matcher of symbols, ending) after token i, None if there is none."""
         symbols, state = self.vocabulary.spell(i), self.search_state.deep_copy()
         if (not symbols or state.validate_tokens(symbols) < len(symbols)
                 or not state.consume_tokens(symbols)):

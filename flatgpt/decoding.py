@@ -1,6 +1,7 @@
 """
 Set up sample.py, flatgpt.batch and posttrain.chat: the machine, constraints, the terminal.
 
+    model, tokenizer, template, line = open_model(config)
     dtype = prepare(model, config, rows=10, n_tokens=500)
     constraint = constraint_of(config, tokenizer)
     warm_up(model, generate_texts(model, tokenizer, prompts, sampling))
@@ -17,15 +18,25 @@ from contextlib import contextmanager
 import torch
 
 from configurator import UserError
-from flatgpt import runtime
+from flatgpt import pretrained, runtime
 from flatgpt.constrain import Constraint
 from flatgpt.files import read_text
 from flatgpt.quantize import for_decoding, has_bf16_products
 
 
+def open_model(config):
+    """Open the model of the settings; see pretrained.open_model. Checks slide."""
+    opened = pretrained.open_model(config['init_from'], config['out_dir'], config['which'])
+    block_size = opened[0].config.block_size
+    if config['slide'] > block_size:
+        raise UserError(f'slide={config["slide"]}: expected 1 to {block_size}, the context of the '
+                        f'model')
+    return opened
+
+
 def prepare(model, config, rows=1, n_tokens=math.inf):
     """
-    Move a model to its device, in the precision and compiled as the settings ask; -> the dtype.
+    Choose device, precision and compilation, and convert the model; -> the dtype.
 
     config: the settings device, dtype, quantize and compile. rows: samples at once. n_tokens: of
     each. Prints the choices to stderr. Raises UserError for a setting that cannot be met.
@@ -61,7 +72,7 @@ def prepare(model, config, rows=1, n_tokens=math.inf):
 
 
 def warm_up(model, steps):
-    """Compile the step of one token, if prepare() chose to, by the first of generate()'s steps."""
+    """Compile the step of one token, if prepare() chose that, by three steps."""
     if model.has_compiled_step:
         print('compiling the step of one token (--compile=False starts at once)', file=sys.stderr,
               flush=True)
@@ -82,7 +93,7 @@ def explain_out_of_memory(remedy):
 
 def constraint_of(config, tokenizer):
     """
-    Build the Constraint of the settings choices, regex and json_schema; None where all are ''.
+    Build the Constraint of the settings choices, regex and json_schema, or None.
 
     Raises UserError for more than one of them, for a stop text beside one, and if the shortest text
     that satisfies it takes more than max_new_tokens.
@@ -121,7 +132,7 @@ def split_texts(name, value, separator=None):
 
 
 def for_terminal(text):
-    """Escape what would move a terminal's cursor or change its colours; in a pipe nothing."""
+    """Escape control characters at a terminal; in a pipe nothing."""
     if not sys.stdout.isatty():
         return text
     return re.sub(r'[\x00-\x08\x0b-\x1f\x7f-\x9f]', lambda char: f'\\x{ord(char[0]):02x}', text)

@@ -94,7 +94,7 @@ class Decoder:
         return self.graph(self.new)
 
     def compute(self):
-        """Run the model, on prompts of different lengths in parts: these have little padding."""
+        """Run the model, on prompts of different lengths in parts of little padding."""
         cache, (B, T) = self.cache, self.new.shape
         at_once = PREFILL_ROWS.get(self.device.type, 256)
         if T == 1 or B <= at_once or cache.padding is None or not cache.padding.any():
@@ -113,10 +113,10 @@ class Decoder:
 @torch.no_grad()
 def generate(model, prompts, sampling: Sampling, u=None):
     """
-    Continue prompts, B lists of ids or idx (B, T); yield (ids, logprobs, ended) after each token.
+    Continue prompts; yield (ids, logprobs, ended) after each token.
 
-    ids: (B, 1). logprobs: (B, 1), the model's own, before any control. ended: B bools; the id of a
-    row that has ended is a stop id or has no meaning. Ended rows leave the batch together, once
+    prompts: B lists of ids, or (B, T). ids: (B, 1). logprobs: (B, 1), before any control. ended: B
+    bools; the id of an ended row is a stop id or has no meaning. Ended rows leave the batch once
     they are a quarter of it. u: (B, max_new_tokens) of [0, 1), which fix the ids; None: random.
     Raises NotNumbers for logits of NaN.
     """
@@ -164,7 +164,7 @@ def generate(model, prompts, sampling: Sampling, u=None):
 
 @dataclass
 class Sample:
-    """A sample so far. finish: None while it grows, then 'stop', 'complete' or 'length'."""
+    """Hold a sample. finish: None, then 'stop', 'complete' or 'length'."""
 
     text: str = ''
     ids: list[int] = field(default_factory=list)
@@ -201,7 +201,7 @@ class Sample:
 
 def encode_prompt(prompt, tokenizer, block_size, crop_prompt=False):
     """
-    Encode a prompt, a text or a list of ids -> ids. Special tokens in a text are tokens.
+    Encode a prompt -> ids. A special token in a text is one token; ids stay.
 
     Raises UserError for no ids, and for more than block_size unless crop_prompt keeps the last.
     """
@@ -219,10 +219,10 @@ def encode_prompt(prompt, tokenizer, block_size, crop_prompt=False):
 
 def generate_texts(model, tokenizer, prompts, sampling: Sampling, numbers=None):
     """
-    Continue prompts, texts or lists of ids, as one batch; yield the Samples after each token.
+    Continue texts or lists of ids as one batch; yield Samples after each token.
 
-    -> num_samples of the first prompt, then those of the next. numbers: one of each prompt, which
-    with the seed fixes its samples; None: 0, 1, ... Raises UserError as encode_prompt() does.
+    Samples: num_samples of the first prompt, then those of the next. numbers: one of each prompt,
+    which with the seed fixes its samples; None: 0, 1, ... Raises UserError as encode_prompt() does.
     """
     n, n_samples, constraint = sampling.max_new_tokens, sampling.num_samples, sampling.constraint
     rows, u, sampling = [], [], replace(sampling, n_ids=tokenizer.vocab_size)

@@ -73,16 +73,17 @@ class DecodeLinear(nn.Module):
 
 
 def quantize_rows(weight):
-    """Round (N, K) to int8; -> (N, K) of int8 and (N,), the steps; their product is the weight."""
+    """Round (N, K) -> (N, K) of int8 and (N,), the step of each row."""
     scale = weight.abs().amax(1).clamp(min=1e-12) / 127
     return (weight / scale[:, None]).round().to(torch.int8), scale
 
 
 def move_together(weights):
     """
-    Move a CPU's weights into one block of memory, in the order in which a step reads them.
+    Move a CPU's weights into one block of memory, in the order of reading.
 
-    Linux is asked for pages of 2 MB: the look-ups of 4 KB pages cost a quarter of a token's time.
+    The block has pages of 2 MB where Linux grants them: the look-ups of 4 KB pages cost a quarter
+    of a token's time.
     """
     if not hasattr(mmap, 'MADV_HUGEPAGE'):
         return

@@ -15,7 +15,7 @@ import torch
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to continue prompts. top_k, top_p and min_p, in this order, each drop unlikely ids."""
+    """Hold the controls of sampling. top_k, then top_p, then min_p drop ids."""
 
     max_new_tokens: int = 100  # of each sample
     temperature: float = 1.0  # divides the logits; 0: always the likeliest id
@@ -36,9 +36,9 @@ class Sampling:
 
 def sample_next(logits, sampling, u=None):
     """
-    Draw one id for each row: logits (B, V) -> (B, 1). A logit of -inf excludes its id.
+    Draw one id for each row: logits (B, V) -> (B, 1).
 
-    u: (B,) of [0, 1), the quantiles to draw; None: random ones.
+    A logit of -inf excludes its id. u: (B,) of [0, 1), the quantiles to draw; None: random ones.
     """
     logits, ids = logits.float(), None
     top_p, min_p = 1.0 if sampling.top_p is None else sampling.top_p, sampling.min_p or 0.0
@@ -63,7 +63,7 @@ def sample_next(logits, sampling, u=None):
 
 
 def sort_logits(logits, log_total, top_p, min_p):
-    """Sort (B, V) by falling value; -> (logits, ids), on a CPU only 1024 where these suffice."""
+    """Sort (B, V) downwards -> (logits, ids); on a CPU 1024 where these suffice."""
     if logits.device.type == 'cpu' and logits.size(-1) > 1024:  # a full sort takes 1/3 of a step
         largest, ids = logits.topk(1024)
         p = (largest - log_total).exp()
@@ -73,12 +73,12 @@ def sort_logits(logits, log_total, top_p, min_p):
 
 
 def penalize(logits, seen, penalty):
-    """Make the ids in seen, (B, V) of bool, less likely (B, V): "CTRL", Keskar et al. 2019."""
+    """Make ids less likely: those in seen, (B, V) of bool (Keskar et al. 2019)."""
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def uniforms(seed, prompt, sample, n):
-    """Return n numbers of [0, 1) for a sample; a sample is then the same in every batch."""
+    """Return n numbers of [0, 1) that fix a sample, whatever batch it is in."""
     key = np.array([seed, prompt << 32 | sample], dtype=np.uint64)
     random = np.random.Generator(np.random.Philox(key=key))
     return torch.from_numpy(random.random(n, dtype=np.float32))
@@ -88,17 +88,18 @@ def uniforms(seed, prompt, sample, n):
 
 
 def likeliest(samples):
-    """Return the generate.Sample of the highest mean log-probability; an empty one comes last."""
+    """Return the Sample with the highest mean log-probability, empty ones last."""
     return max(samples, key=lambda sample: sum(sample.logprobs) / len(sample.logprobs)
                if sample.ids else -math.inf)
 
 
 def majority(texts, pattern):
     """
-    Count the answers of texts: the last match of a regular expression, its first group if any.
+    Count the answers in texts -> [(answer, count), ...], the most frequent first.
 
-    -> [(answer, count), ...], the most frequent first, then the earliest. Source:
-    "Self-Consistency Improves Chain of Thought Reasoning", Wang et al. 2023.
+    The answer is the last match of a regular expression, or that match's first group. Of equally
+    frequent answers the earliest comes first. Source: "Self-Consistency Improves Chain of Thought
+    Reasoning", Wang et al. 2023.
     """
     answers = []
     for match in (matches[-1] for text in texts if (matches := list(re.finditer(pattern, text)))):

@@ -28,7 +28,6 @@ from configurator import (
 )
 from flatgpt import decoding
 from flatgpt.generate import generate_texts
-from flatgpt.pretrained import open_model
 from flatgpt.sampling import Sampling
 from posttrain.tools import PYTHON_END, SYSTEM, check_tokenizer, output_of
 from tokenizer.chat import find_endings, render
@@ -66,10 +65,8 @@ A line that ends with \\ continues in the next one."""
 
 def main():
     # open the model, and find what ends its answers
-    model, tokenizer, template, line = open_model(init_from, out_dir, which)
+    model, tokenizer, template, line = decoding.open_model(config)
     block_size, system_message = model.config.block_size, system
-    if slide > block_size:
-        raise UserError(f'slide={slide}: expected 1 to {block_size}, the context of the model')
     stop_ids, stops = find_endings(template, tokenizer)
     if tools:
         if template is None:
@@ -178,7 +175,7 @@ def converse(answer, template, tokenizer, room, system=''):
 
 
 def read_message():
-    """Read a message from the terminal, of several lines where they end with a backslash."""
+    """Read a message; a line that ends with a backslash continues in the next."""
     text = input('> ')
     while text.endswith('\\'):
         text = text[:-1] + '\n' + input('. ')

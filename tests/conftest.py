@@ -34,7 +34,8 @@ settings.register_profile('shared machine', deadline=None)  # an example that wa
 settings.load_profile('shared machine')
 # threads cost more than they bring with tensors this small, and very much more where others use the same cores
 torch.set_num_threads(1)
-os.environ.update(OMP_NUM_THREADS='1', OMP_WAIT_POLICY='passive', PYTHONPATH=str(ROOT))  # of the processes started from here
+# the environment of the processes that tests start
+os.environ.update(OMP_NUM_THREADS='1', OMP_WAIT_POLICY='passive', PYTHONPATH=str(ROOT))
 
 # a model and a run of it that take a second; every test says what it changes
 TINY = {'n_layer': 2, 'n_head': 2, 'n_embd': 16, 'block_size': 16, 'batch_size': 4, 'gradient_accumulation_steps': 2,
@@ -114,7 +115,7 @@ class Run:
     def code(self):
         return self.process.exitcode
 
-    def wait(self, timeout=60):
+    def wait(self, timeout=600):  # seconds; only a run that hangs takes so long
         self.process.join(timeout)
         if self.process.is_alive():
             self.process.kill()
@@ -122,7 +123,7 @@ class Run:
             pytest.fail(f'{self.argv} still ran after {timeout} s. It said:\n{self.out}')
         return self
 
-    def wait_for(self, pattern, timeout=60):
+    def wait_for(self, pattern, timeout=600):
         """Until the output matches `pattern`; -> the match."""
         end = time.monotonic() + timeout
         while (found := re.search(pattern, self.out)) is None:

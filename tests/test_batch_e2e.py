@@ -3,6 +3,7 @@
 import json
 import re
 import signal
+import time
 
 import pytest
 import torch
@@ -58,6 +59,7 @@ def test_prompts_killed_and_resumed(trained, tmp_path):
         before = part.read_bytes().count(b'\n') if part.exists() else 0
         while not part.exists() or part.read_bytes().count(b'\n') < before + 3:
             assert run.process.is_alive(), run.out
+            time.sleep(0.005)
         run.kill(number).wait()
         assert not out.exists() and part.read_bytes().count(b'\n') < 19
     assert f'stopped by Ctrl-C; the same command continues from {part}' in run.out and 'Traceback' not in run.out

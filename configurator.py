@@ -129,14 +129,6 @@ def explain_errors(kind, error, trace):
         sys.__excepthook__(kind, error, trace)
 
 
-def check(config, rules):
-    """Raise UserError for the first setting that breaks a rule. On its way out: use annotations."""
-    for names, is_valid, expected in rules:
-        for name in names.split():
-            if not is_valid(config[name]):
-                raise UserError(f'{name}={config[name]!r}: expected {expected}')
-
-
 def nearest(name, names):
     """Return '; did you mean NAME?' for a misspelt name, or '' when no name is near."""
     near = ([known for known in names if name and known.startswith(name)]

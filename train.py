@@ -6,12 +6,6 @@ Train a GPT: from scratch, from a checkpoint, or from a pretrained model.
     $ python train.py config/train_shakespeare_char.py --batch_size=32
     $ torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 
-On two machines of 8 GPUs, with --node_rank=1 on the second (and with
-NCCL_IB_DISABLE=1 in front if plain Ethernet connects them):
-
-    $ torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 \\
-        --master_addr=10.0.0.1 --master_port=1234 train.py config/train_gpt2.py
-
 Writes to out_dir: ckpt.pt (the last state, to resume from), best.pt (lowest
 validation loss), log.jsonl, config.json. Ctrl-C or SIGTERM finishes the step,
 saves and prints the command that continues. A missing dataset is prepared first.
@@ -33,7 +27,7 @@ from tqdm import tqdm
 
 import tokenizer
 from config.presets import PRESETS
-from configurator import Count, Fraction, Natural, NonNegative, Positive, Share, UserError, fit, override
+from configurator import Count, Fraction, Natural, NonNegative, Positive, Share, UserError, override
 from data import datasets
 from data.device import open_splits
 from data.tokens import Batches, cut_step, eval_windows, sum_losses
@@ -132,7 +126,7 @@ lora.check_settings(config, init_from, out_dir)
 world = parallel.from_environment()
 if from_preset:
     listed = ', '.join(f'{key}={value!r}' for key, value in from_preset.items())
-    world.print(fit(f'preset {preset}: {listed}', indent='  '))
+    world.print(f'preset {preset}: {listed}')
 torch_device = runtime.choose_device(device, world.local_rank)
 data_dir = datasets.folder_of(dataset)
 ckpt_path = os.path.join(out_dir, 'ckpt.pt')
@@ -200,19 +194,20 @@ splits = open_splits(data_dir, meta, block_size, torch_device, n_ids)
 batches = Batches(splits['train'], cut, seed, n_ids, torch_device, world)
 
 # one dict of resolved settings, for the screen, config.json and the checkpoint
-resolved = {**config, 'init_from': init_from, 'total_batch_size': cut.tokens, 'block_size': block_size,
-            'batch_size': cut.batch_size, 'device': str(torch_device), 'dtype': precision,
-            'compile': use_compile}
+resolved = {**config, 'init_from': init_from, 'total_batch_size': cut.tokens,
+            'batch_size': cut.batch_size, 'block_size': block_size, 'device': str(torch_device),
+            'dtype': precision, 'compile': use_compile}
 threads = f' (threads: {torch.get_num_threads()})' if torch_device.type == 'cpu' else ''
-world.print(fit(f'device {torch_device}{threads}, dtype {precision} ({precision_reason}), '
-                f'compile {use_compile} ({compile_reason})', indent='  '))
+world.print(f'device {torch_device}{threads}, dtype {precision} ({precision_reason}), '
+            f'compile {use_compile} ({compile_reason})')
 trained = [p for p in model.parameters() if p.requires_grad]
 share = f', {sum(p.numel() for p in trained):,} of them are trained' if adapters else ''
 world.print(f'{model.get_num_params() / 1e6:.2f}M parameters{share}')
 if not eval_only:
     epochs = max_iters * cut.tokens / len(splits['train'])
-    world.print(f'{max_iters} steps, {epochs:.2f} epochs; a step of {cut.tokens:,} tokens = '
-                f'{world.size} process(es) x {cut.micro_steps} micro-batch(es) x {cut.batch_size} x {block_size}')
+    world.print(f'{max_iters} steps, {epochs:.2f} epochs; {cut.tokens:,} tokens per step = '
+                f'{world.size} process(es) x {cut.micro_steps} micro-batch(es) x '
+                f'{cut.batch_size} x {block_size}')
 
 
 @torch.no_grad()
@@ -389,14 +384,16 @@ if world.is_main and is_complete:
         model.eval()
         torch.compiler.set_stance('force_eager')
         try:
-            *_, samples = generate_texts(model, tokenizer.from_dict(text_tokenizer), [sample_prompt],
-                                         Sampling(sample_tokens, 0.8, top_k=200, crop_prompt=True))
+            sampling = Sampling(sample_tokens, 0.8, top_k=200, crop_prompt=True)
+            *_, samples = generate_texts(model, tokenizer.from_dict(text_tokenizer),
+                                         [sample_prompt], sampling)
             print(f'---------------\n{sample_prompt}{samples[0].text}\n---------------')
         except UserError as error:  # the run is done and saved; a wrong prompt must not fail it
             print(f'no sample: {error}')
-    prompt = [f'--start={sample_prompt}'] if sample_prompt.strip() else []
+    command = ['python', 'sample.py', f'--out_dir={out_dir}']
+    command += [f'--start={sample_prompt}'] if sample_prompt.strip() else []
     if run.saved_step:
-        print('sample from it:\n  ' + shlex.join(['python', 'sample.py', f'--out_dir={out_dir}', *prompt]))
+        print(f'sample from it:\n  {shlex.join(command)}')
 if run.wandb:
     run.wandb.finish()
 if not eval_only:

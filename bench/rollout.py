@@ -17,9 +17,9 @@ import torch
 from bench import bare, common
 from configurator import Count, override
 from flatgpt import runtime
-from flatgpt.generate import uniforms
+from flatgpt.generate import Sampling, uniforms
 from flatgpt.pretrained import open_model
-from posttrain.rollouts import Sampling, draw_answers
+from posttrain.rollouts import draw_answers
 from posttrain.tasks import common as tasks
 from tokenizer.chat import find_endings
 

@@ -49,7 +49,7 @@ def load_meta(data_dir):
                              for name, n in meta.get('files', default)[split]] for split in tokens}
             for split in tokens:
                 if not files[split] or sum(n for _, n in files[split]) != tokens[split]:
-                    raise ValueError(f'the files of {split} do not add up to {tokens[split]:,} tokens')
+                    raise ValueError(f'the files of {split} do not hold {tokens[split]:,} tokens')
             return {'dtype': np.dtype(meta['dtype']), 'vocab_size': int(meta['vocab_size']),
                     'tokenizer': dict(meta['tokenizer']), 'tokens': tokens, 'files': files,
                     'row': int(meta['row']) if 'row' in meta else None,
@@ -86,18 +86,20 @@ def prepare_if_missing(data_dir, is_first):
     if there is no prepare.py, or if it fails.
     """
     def is_missing():
-        return not all(os.path.exists(os.path.join(data_dir, f'{split}.bin')) for split in ('train', 'val'))
+        paths = (os.path.join(data_dir, f'{split}.bin') for split in ('train', 'val'))
+        return not all(map(os.path.exists, paths))
 
     script = os.path.join(data_dir, 'prepare.py')
     if is_missing() and not os.path.exists(script):
-        names = [name for name in sorted(os.listdir('data')) if os.path.isdir(os.path.join('data', name))
-                 ] if os.path.isdir('data') else []
+        names = sorted(os.listdir('data')) if os.path.isdir('data') else []
+        names = [name for name in names if os.path.isdir(os.path.join('data', name))]
         home = os.path.dirname(DATA)
         elsewhere = '' if os.path.realpath(home) == os.path.realpath(os.getcwd()) else (
-            f' Datasets are searched in the current folder, {os.getcwd()}; for those beside train.py: cd {home}.')
-        raise UserError(f'no dataset in {data_dir}{nearest(os.path.basename(data_dir), names)}: expected train.bin '
-                        f'and val.bin, or a prepare.py that makes them. Datasets here: {", ".join(names) or "none"}.'
-                        f'{elsewhere} Your own text: {prepare_command(data_dir)}')
+            f' The current folder is {os.getcwd()}; for the datasets of train.py: cd {home}.')
+        raise UserError(f'no dataset in {data_dir}{nearest(os.path.basename(data_dir), names)}: '
+                        f'expected train.bin and val.bin, or a prepare.py. Datasets here: '
+                        f'{", ".join(names) or "none"}.{elsewhere} Your own text: '
+                        f'{prepare_command(data_dir)}')
     while is_missing():
         if is_first:
             print(f'{data_dir} is not prepared yet; running: python {script}', flush=True)

@@ -26,7 +26,8 @@ def fits_on(device, splits):
     arrays = [array for tokens in splits for array in arrays_of(tokens)]
     if any(array.dtype not in (np.uint16, np.uint32) for array in arrays):
         return False
-    return sum(array.nbytes for array in arrays) < min(2**30, torch.cuda.mem_get_info(device)[0] / 10)
+    free, _ = torch.cuda.mem_get_info(device)
+    return sum(array.nbytes for array in arrays) < min(2**30, free / 10)
 
 
 class DeviceTokens:
@@ -44,11 +45,13 @@ class DeviceTokens:
         # torch computes little with unsigned integers: the bits are kept as signed ones
         self.ids = torch.empty(len(tokens), dtype=getattr(torch, f'int{bits}'), device=device)
         position = 0
-        for piece in (array[i : i + chunk] for array in arrays for i in range(0, len(array), chunk)):
+        for piece in (array[i : i + chunk] for array in arrays
+                      for i in range(0, len(array), chunk)):
             if piece.max() >= vocab_size:
                 raise unknown_id(position + piece.argmax(), piece.max(), vocab_size)
-            self.ids[position : position + len(piece)] = torch.from_numpy(piece.astype(f'int{bits}'))
-            position += len(piece)
+            end = position + len(piece)
+            self.ids[position:end] = torch.from_numpy(piece.astype(f'int{bits}'))
+            position = end
 
     def __len__(self):
         return len(self.ids)

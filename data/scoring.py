@@ -19,7 +19,7 @@ from configurator import UserError
 from data.datasets import load_meta, prepare_command
 from data.documents import find_files, is_rows, read_documents, read_text
 from data.encode import SEPARATOR
-from data.tokens import gather, open_tokens, row_of, sliding_windows, whole_windows
+from data.tokens import gather, open_tokens, row_of, whole_windows
 from flatgpt import huggingface
 from tokenizer.chat import bos_ids
 
@@ -86,6 +86,24 @@ def open_split(data_dir, split, text_tokenizer):
                         f'{text_tokenizer.vocab_size:,} ids); evaluate the text itself, which any '
                         f'tokenizer encodes: --input=FILE')
     return Text(path, tokens, meta['vocab_size'])
+
+
+def sliding_windows(n_tokens, block_size, stride):
+    """
+    Cover a text with overlapping windows; -> [(start, end, first), ...].
+
+    A window has the tokens start ... end - 1 and scores those from `first` on. Windows start
+    `stride` tokens apart (1 to block_size), so every token but the first is scored once, with at
+    least block_size - stride tokens before it. With stride = block_size a window has one token
+    more, the target of its last one: these are whole_windows().
+    """
+    length = block_size + (stride == block_size)
+    windows, start, first = [], 0, 1
+    while first < n_tokens:
+        end = min(start + length, n_tokens)
+        windows.append((start, end, first))
+        start, first = start + stride, end
+    return windows
 
 
 def windows_over(text, max_tokens, block_size, stride):

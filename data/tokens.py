@@ -97,8 +97,8 @@ def open_tokens(data_dir, split, meta, block_size):
         return Rows(tokens, mask, meta['row'])
     if len(tokens) <= block_size:
         shorter = f', or --block_size={len(tokens) - 1}' if len(tokens) > 1 else ''
-        raise UserError(f'{os.path.join(data_dir, split)}.bin has {len(tokens):,} tokens, fewer than '
-                        f'block_size + 1 = {block_size + 1:,}; prepare more text or another '
+        raise UserError(f'{os.path.join(data_dir, split)}.bin has {len(tokens):,} tokens, fewer '
+                        f'than block_size + 1 = {block_size + 1:,}; prepare more text or another '
                         f'--val_fraction{shorter}')
     return tokens
 
@@ -125,7 +125,7 @@ def whole_windows(n_tokens, block_size, row=None):
 
 
 def even_windows(n_windows, n_tokens, block_size, row=None):
-    """Return the first positions of n_windows evenly spaced windows, the same in every evaluation."""
+    """Return the first positions of n_windows evenly spaced windows, always the same."""
     if row:
         return np.linspace(0, n_tokens // row - 1, n_windows).astype(np.int64) * row
     return np.linspace(0, n_tokens - block_size - 1, n_windows).astype(np.int64)
@@ -141,25 +141,6 @@ def eval_windows(splits, eval_iters, batch_size, block_size):
     val = whole_windows(len(splits['val']), block_size, row)
     n_train = min(eval_iters * batch_size, max(len(val), batch_size))
     return {'train': even_windows(n_train, len(splits['train']), block_size, row), 'val': val}
-
-
-def sliding_windows(n_tokens, block_size, stride):
-    """
-    Windows that overlap, to predict a whole text with context: [(start, end, first), ...]. A window has the tokens
-    start ... end - 1 and scores those from `first` on.
-
-    Each starts stride (1 to block_size) tokens after the one before and scores what that did not. So every token but
-    the text's first is scored once, past the first window with at least block_size - stride tokens before it. A window
-    has block_size tokens, as in transformers' recipe; but with stride = block_size one more, the last one's target,
-    since nothing else would predict that: these are whole_windows().
-    """
-    length = block_size + (stride == block_size)
-    windows, start, first = [], 0, 1
-    while first < n_tokens:
-        end = min(start + length, n_tokens)
-        windows.append((start, end, first))
-        start, first = start + stride, end
-    return windows
 
 
 # From windows to tensors --------------------------------------------------------------------------
@@ -204,8 +185,8 @@ def unknown_id(position, id, vocab_size):
 def to_device(batch, device):
     """Move tensors to the device; to a GPU from pinned memory, without waiting."""
     if device.type == 'cuda':
-        return tuple(t if t.is_cuda else t.pin_memory().to(device, non_blocking=True) for t in batch)
-    return tuple(t.to(device) for t in batch)
+        batch = (t if t.is_cuda else t.pin_memory() for t in batch)
+    return tuple(t.to(device, non_blocking=device.type == 'cuda') for t in batch)
 
 
 def arrays_of(tokens):

@@ -39,7 +39,7 @@ def save(out_dir, state, is_best):
     Write `state` to out_dir/ckpt.pt, and to best.pt too if it is the best: two names, one file.
 
     The bytes go to a temporary file, which is fsynced and then renamed, so they survive a power
-    cut. Raises OSError (disk full, no permission); the checkpoints that were there stay as they are.
+    cut. Raises OSError (disk full, no permission) and leaves the earlier checkpoints as they are.
     """
     temporary = os.path.join(out_dir, 'ckpt.pt.tmp')
     try:
@@ -107,7 +107,8 @@ def load(path):
         other = next((name for name in ('best.pt', 'ckpt.pt') if name != os.path.basename(path)
                       and os.path.exists(os.path.join(out_dir, name))), None)
         remedy = {'best.pt': f'cp {os.path.join(out_dir, "best.pt")} {path}',
-                  'ckpt.pt': 'take the last one with --which=last', None: 'restore a copy (there is no best.pt here)'}[other]
+                  'ckpt.pt': 'take the last one with --which=last',
+                  None: 'restore a copy (there is no best.pt here)'}[other]
         raise UserError(f'{path} {fact}; {remedy}') from error
     required = {'model': dict, 'model_args': dict, 'iter_num': int,
                 'best_val_loss': (float, int, torch.Tensor)}
@@ -165,7 +166,7 @@ def open_folder(out_dir, settings, step, version):
 
 
 def put_aside(out_dir):
-    """Move an earlier run's files to out_dir/previous-N; -> that folder, or None if there is none."""
+    """Move the files of an earlier run to out_dir/previous-N; -> that folder, or None."""
     if not any(os.path.exists(os.path.join(out_dir, name)) for name in ('ckpt.pt', 'best.pt')):
         return None
     n = 1
@@ -282,7 +283,7 @@ class Run:
                 save(self.out_dir, state, is_best)
             except OSError as error:
                 self.say(f'WARNING: {self.path} could not be saved at step {self.step} ({error}). '
-                         f'The checkpoint before is untouched; free some space before the next save')
+                         f'The one before is untouched; free some space before the next save')
                 return False
             self.say(f'saved {self.path} at step {self.step}' + ' (best so far)' * is_best)
         self.saved_step = self.step
@@ -300,7 +301,7 @@ class Run:
     def check_saved(self):
         """Raise SystemExit if the last state is not on disk."""
         if self.saved_step < self.step:
-            raise SystemExit(f'the state of step {self.step} could not be saved; {self.path} is older')
+            raise SystemExit(f'the state of step {self.step} is not saved; {self.path} is older')
 
     def stop_not_finite(self, what, remedy='Try a lower --learning_rate, or --dtype=float32'):
         """End the run without saving; the last checkpoint stays as it is."""
@@ -321,8 +322,8 @@ class Run:
             resume = {'init_from': 'resume'} if self.saved_step else {}
             remedy = (f'The same steps in smaller pieces:\n  {self.command(**smaller, **resume)}'
                       if smaller else otherwise)
-            print(f'out of memory at step {self.step} ({str(error).splitlines()[0][:120]}). {remedy}',
-                  file=sys.stderr)
+            why = str(error).splitlines()[0][:120]
+            print(f'out of memory at step {self.step} ({why}). {remedy}', file=sys.stderr)
 
         sys.excepthook = explain
 
@@ -331,9 +332,11 @@ class Run:
         """Return this run's command line with some settings changed."""
         kept = [a for a in sys.argv[1:] if a.removeprefix('--').split('=')[0] not in changes]
         size, local = parallel.from_environment().size, int(os.environ.get('LOCAL_WORLD_SIZE', 1))
-        launch = ['python'] if size == 1 else ['torchrun', '--standalone', f'--nproc_per_node={local}']
-        if local < size:  # several machines, each with options of its own
-            launch = ['torchrun', '...']
+        launch = ['python']
+        if size > 1:  # of several machines each has options of its own
+            here = ['--standalone', f'--nproc_per_node={local}']
+            launch = ['torchrun', *(here if local == size else ['...'])]
         spec = sys.modules['__main__'].__spec__
         program = ['-m', spec.name] if spec else [sys.argv[0]]
-        return shlex.join([*launch, *program, *kept, *(f'--{key}={value}' for key, value in changes.items())])
+        new = [f'--{key}={value}' for key, value in changes.items()]
+        return shlex.join([*launch, *program, *kept, *new])

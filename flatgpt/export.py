@@ -2,8 +2,8 @@
 Write a trained model as a folder in Hugging Face's layout: config.json,
 safetensors, tokenizer.json, generation_config.json.
 
-    $ python -m flatgpt.export --out_dir=out-shakespeare-char --out=shakespeare-hf
-    $ python -m flatgpt.export --out_dir=out --which=last --dtype=bfloat16 --out=my-gpt
+    $ python -m flatgpt.export --out_dir=out-shakespeare-char --out=my-gpt
+    $ python -m flatgpt.export --which=last --dtype=bfloat16 --out=my-gpt
 
 transformers loads the folder and computes the same logits. Models with learned
 positions, LayerNorm and GELU get GPT-2's layout. Models with RoPE, RMSNorm and

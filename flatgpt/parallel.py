@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from configurator import UserError
+from configurator import UserError, fit
 
 
 @dataclass
@@ -32,10 +32,10 @@ class World:
     def is_main(self):
         return self.rank == 0
 
-    def print(self, *args):
-        """Print from one process only."""
+    def print(self, text):
+        """Print from one process only, in lines of at most 80 columns."""
         if self.is_main:
-            print(*args, flush=True)
+            print(fit(text, indent='  '), flush=True)
 
     def sum(self, values):
         """Sum a list of numbers over the processes; -> list of floats, the same in each of them."""
@@ -47,8 +47,8 @@ class World:
 
 def from_environment():
     """Return the World that torchrun describes, or that of a single process."""
-    names = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE')
-    return World(*(int(os.environ.get(name, default)) for name, default in zip(names, (0, 0, 1), strict=True)))
+    defaults = {'RANK': 0, 'LOCAL_RANK': 0, 'WORLD_SIZE': 1}
+    return World(*(int(os.environ.get(name, default)) for name, default in defaults.items()))
 
 
 def connect(world, device, backend):
@@ -60,7 +60,8 @@ def connect(world, device, backend):
     if device.type == 'cuda':
         torch.cuda.set_device(device)
         # a gloo group beside nccl, for the few numbers that live on the CPU
-        backend = 'gloo' if backend == 'gloo' else f'cpu:gloo,cuda:{backend.replace("auto", "nccl")}'
+        if backend != 'gloo':
+            backend = 'cpu:gloo,cuda:nccl'
     else:
         if backend == 'nccl':
             world.print('backend nccl needs GPUs; using gloo')
@@ -109,6 +110,6 @@ def all_find(world, path):
     """Return whether `path` exists. Raises UserError if only some of the processes find it."""
     n_found = int(world.sum([os.path.exists(path)])[0])
     if n_found not in (0, world.size):
-        raise UserError(f'{n_found} of {world.size} processes find {path}; out_dir must be on a disk '
-                        f'that they share')
+        raise UserError(f'{n_found} of {world.size} processes find {path}; expected all or none: '
+                        f'out_dir must be on a disk that they share')
     return n_found > 0

@@ -80,12 +80,12 @@ def test_prompts_killed_and_resumed(trained, tmp_path):
             assert one['text'] == other['text'] and one['tokens'] == other['tokens']
             assert one['logprobs'] == pytest.approx(other['logprobs'], abs=1e-4)
     assert not part.exists()
-    trained.start('flatgpt.batch', **kw, out=out).refused('out.jsonl is there already')
+    trained.start('flatgpt.batch', **kw, out=out).refused('out.jsonl exists already')
 
 
 @pytest.mark.parametrize('lines, said', [
-    (['{"prompt": "the"}', '{"prompt": "the"'], ['line 2: no JSON', 'at character 17']),
-    (['["the"]'], ['line 1: ["the"] is no object']), ([''], ['in.jsonl has no prompts']),
+    (['{"prompt": "the"}', '{"prompt": "the"'], ['line 2: not JSON', 'at character 17']),
+    (['["the"]'], ['line 1: ["the"] is not an object']), ([''], ['in.jsonl has no prompts']),
     (['{"prompt": "the"}', '', '{"promt": "the"}'], ['line 3: expected "prompt", "ids" or "messages", the same']),
     (['{"prompt": "the"}', '{"ids": [1]}'], ['line 2: expected "prompt"']),
     (['{"prompt": "a", "ids": [1]}'], ['line 1: expected "prompt"']), (['{"a": "the"}'], ['line 1: expected "prompt"']),

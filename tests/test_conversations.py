@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from data import conversations, datasets, encode
 from data import tokens as dataloader
+from data.shuffle import train_items
 from flatgpt import pretrained
 from tokenizer import BPETokenizer, ByteTokenizer, chat
 
@@ -271,7 +272,7 @@ def test_loss_is_that_of_the_answers_alone(trained):
                   gradient_accumulation_steps=1).ok()
     data_dir = str(trained.path / 'data' / 'sums')
     tokens = dataloader.open_tokens(data_dir, 'train', datasets.load_meta(data_dir), 32)
-    starts = dataloader.train_windows(0, 5, len(tokens), 32, 1337, row=33)
+    starts = train_items(0, 5, len(tokens) // 33, 1337) * 33
     assert (starts % 33 == 0).all()
     model, _, _, _ = pretrained.open_model('resume', str(trained.path / 'base'))
     total, count = 0.0, 0
@@ -286,8 +287,8 @@ def test_loss_is_that_of_the_answers_alone(trained):
     # the rows are shorter, the context stays
     assert trained.checkpoint('sft')['model_args']['block_size'] == 48
     assert trained.checkpoint('sft')['chat_template'] == chat.TEMPLATE
-    shown = trained.sample(out_dir='sft', chat=True, max_new_tokens=4)
-    assert 'it was trained on chats' in shown.out
+    shown = trained.start('posttrain.chat', out_dir='sft', device='cpu', max_new_tokens=4, typed='').ok()
+    assert 'chat model' in shown.out
     loss = json.loads(trained.start('eval.py', out_dir='sft',
                                     device='cpu').ok().out.splitlines()[-1])['loss']
     assert loss == pytest.approx(trained.log('sft')[-1]['val_loss'], abs=1e-4)
@@ -321,7 +322,7 @@ def test_batches_without_an_answer_are_skipped(trained):
 
 def test_what_does_not_fit(trained):
     short = trained.train(init_from='base', **{**SFT, 'block_size': 16})
-    short.refused('packed for a context of 32', '--block_size=32')
+    short.refused('packed for 32 tokens', '--block_size=32')
     trained.train(init_from='base', dataset='tiny',
                   block_size=None).refused('prepared for a vocabulary')
     trained.start('eval.py', out_dir='base', dataset='sums', stride=4,

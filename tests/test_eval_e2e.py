@@ -193,7 +193,7 @@ def test_longer_context_than_trained(folder):
     assert evaluate(folder, block_size=40, stride=13)['loss'] == pytest.approx(
         nats(logits_of, ids, windows) / (len(ids) - 1), rel=1e-6)
     save(folder, random_gpt(len(CHARS)))
-    start(folder, block_size=40).refused('block_size=40', 'at most 16')
+    start(folder, block_size=40).refused('block_size=40', 'expected 1 to 16 positions')
 
 
 def test_max_tokens(folder):
@@ -364,7 +364,8 @@ def test_best_of_n(folder, learnt):
         judge.eval()
         prompts = [tasks.chat_prompt(example, chat.TEMPLATE, WITH_SPECIALS, 256)
                    for example in ASKED]
-        texts = tasks.answer(learnt, WITH_SPECIALS, prompts, 40, chat.TEMPLATE, 5, temperature=2.0)
+        texts = tasks.answer(learnt, WITH_SPECIALS, prompts, tasks.Answering(
+            chat.TEMPLATE, max_new_tokens=40, num_samples=5, temperature=2.0))
         n_right = 0
         for i, example in enumerate(ASKED):
             rated = []
@@ -471,7 +472,7 @@ def test_gpt2s_tokenizer_by_name_and_from_a_file(folder):
     ({'stride': -1}, ['stride=-1: expected 0 or more']),
     ({'stride': 9, 'block_size': 8, 'input': 'good'}, ['stride=9: expected at most block_size=8']),
     ({'block_size': 0}, ['block_size=0: expected 1 or more']),
-    ({'block_size': 17}, ['block_size=17', 'at most 16']),
+    ({'block_size': 17}, ['block_size=17', 'expected 1 to 16 positions']),
     ({'max_tokens': 1}, ['max_tokens=1: expected 2 or more']),
     ({'batch_size': 0}, ['batch_size=0: expected 1']),
     ({'dtype': 'int4'}, ["expected 'auto'"]),
@@ -500,8 +501,8 @@ def test_gpt2s_tokenizer_by_name_and_from_a_file(folder):
     ({'task': 'tiny_chat', 'split': 'all'}, ["split='all': expected one of train, val, test"]),
     ({'task': 'tiny_chat', 'shots': -1}, ['shots=-1: expected 0 or more']),
     ({'task': 'tiny_chat', 'kinds': 'sums'}, ["there is no 'sums'; expected some of addition"]),
-    ({'task': 'tiny_chat', 'input': 'one'}, ['tiny_chat makes its own questions']),
-    ({'task': 'gsm8k'}, ['name a file of them, --input=FILE, with a "question"']),
+    ({'task': 'tiny_chat', 'input': 'one'}, ['tiny_chat generates its questions']),
+    ({'task': 'gsm8k'}, ['name a file, --input=FILE, with a "question"']),
     ({'task': 'gsm8k', 'input': 'none.jsonl'}, ["No such file or directory: 'none.jsonl'"]),
     ({'task': 'hellaswag', 'input': 'scenes.jsonl'},
      ['a question has 20 tokens, and the context has room for 16'])])

@@ -13,7 +13,7 @@ from tiny_models import ARCHITECTURES, gradients_to_the_future, sharpened, tiny
 from torch.nn import functional as F
 
 from flatgpt import flops
-from flatgpt.generate import KVCache, LayerCache
+from flatgpt.cache import KVCache, LayerCache
 from model import GPT, CausalSelfAttention, Context, GPTConfig, padded_vocab_size
 
 transformers = pytest.importorskip('transformers')

@@ -347,6 +347,6 @@ def test_schedules_are_sane(warmup, decay, fraction):
     ({}, 8, 0.55), ({'lr_decay_iters': None}, 12, 0.55), ({'decay_lr': False}, 8, 1.0),
     ({'lr_schedule': 'wsd', 'decay_fraction': 0.5}, 9, 0.55)])
 def test_schedule_of_settings(changes, step, expected):
-    config = {'decay_lr': True, 'learning_rate': 1.0, 'warmup_iters': 4, 'lr_decay_iters': 12, 'max_iters': 20,
+    config = {'optimizer': 'adamw', 'decay_lr': True, 'learning_rate': 1.0, 'warmup_iters': 4, 'lr_decay_iters': 12, 'max_iters': 20,
               'min_lr': 0.1, 'lr_schedule': 'cosine', 'decay_fraction': 0.2}
     assert optim.schedule({**config, **changes})(step) == pytest.approx(expected)

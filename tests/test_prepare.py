@@ -19,8 +19,7 @@ from conftest import ROOT, load_or_skip
 from corpora import ids, names, words
 
 import tokenizer
-from data import documents, download, encode
-from data import tokens as dataloader
+from data import datasets, documents, download, encode
 
 SHAKESPEARE = ROOT.parent / 'shared' / 'data' / 'tinyshakespeare' / 'input.txt'
 POSIX = pytest.mark.skipif(os.name != 'posix', reason='needs fork and signals')
@@ -194,7 +193,7 @@ def test_another_folder(tmp_path, monkeypatch, out_dir, dataset, name):
     out_dir = out_dir.format(tmp_path)
     assert encode.output_folder(None, 'book.txt', out_dir) == (dataset, name, out_dir)
     os.makedirs(out_dir)
-    assert os.path.samefile(dataloader.folder_of(dataset), out_dir)
+    assert os.path.samefile(datasets.folder_of(dataset), out_dir)
     with pytest.raises(ValueError, match='--name=a and --out_dir=.* both name the folder'):
         encode.output_folder('a', 'book.txt', out_dir)
 

@@ -88,7 +88,6 @@ TESTED = {
     'bash bench/gpu.sh': 'test_gpu_sh_runs_parts_one_by_one',
     'python -m bench.gpu *': 'test_gpu_sh_runs_parts_one_by_one',
     'lm_eval *': 'test_lm_evaluation_harness_gets_our_numbers',
-    'python -m tokenizer export *': 'test_tokenizer_e2e.py',
     'python data/text/prepare.py --input=FILE *': 'test_commands_run',
     'python data/fineweb_edu/prepare.py --input=*': 'test_prepare.py',
     'python data/openwebtext/prepare.py --input=*': 'test_prepare.py',

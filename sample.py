@@ -16,8 +16,9 @@ from typing import Literal
 from configurator import Count, Natural, NonNegative, Positive, Probability, Seed, Share, override
 from flatgpt import decoding
 from flatgpt.files import read_text
-from flatgpt.generate import encode_prompt, generate_texts
+from flatgpt.generate import generate_texts
 from flatgpt.sampling import Sampling
+from tokenizer.chat import encode_prompt
 
 sys.stdout.reconfigure(errors='replace')  # a terminal that lacks a character prints the others
 

@@ -184,7 +184,7 @@ has_short_rows = meta['row'] and block_size < model.config.block_size  # the con
 if block_size != model.config.block_size and not has_short_rows:
     world.print(f'the context changes from {model.config.block_size} to {block_size} tokens')
     model.crop_block_size(block_size)
-    optim.crop_moments(opt, model, block_size)
+    pretrained.crop_moments(opt, model, block_size)
 work = model.flops_per_token() * cut.tokens * (0 if eval_only else max_iters) / world.size
 use_compile, compile_reason = runtime.choose_compile(compile, torch_device, work)
 

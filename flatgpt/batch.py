@@ -35,9 +35,9 @@ from configurator import (
 )
 from flatgpt import decoding, jsonl
 from flatgpt.files import read_text
-from flatgpt.generate import encode_prompt, generate_texts
+from flatgpt.generate import generate_texts
 from flatgpt.sampling import Sampling, likeliest, majority
-from tokenizer.chat import find_endings, render
+from tokenizer.chat import encode_prompt, find_endings, render
 
 # settings -----------------------------------------------------------------------------------------
 init_from = 'resume'  # 'resume': out_dir; or 'gpt2' to 'gpt2-xl', a Hugging Face folder, a hub id

@@ -128,12 +128,6 @@ def load(path):
     return state
 
 
-def path_in(out_dir, which='best'):
-    """Return the path of best.pt (which='best', if it exists) or of ckpt.pt (which='last')."""
-    path = os.path.join(out_dir, 'best.pt')
-    return path if which == 'best' and os.path.exists(path) else os.path.join(out_dir, 'ckpt.pt')
-
-
 # The folder of a run -----------------------------------------------------------------------------
 
 

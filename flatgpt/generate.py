@@ -6,17 +6,16 @@ Continue prompts token by token, as ids or as text.
     for samples in generate_texts(model, tokenizer, ['Once upon', 'He'], sampling): ...
 """
 
-import codecs
 import functools
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 
 from configurator import UserError
 from flatgpt.cache import KVCache
 from flatgpt.quantize import GraphStep
-from flatgpt.sampling import Sampling, likeliest, majority, penalize, sample_next, uniforms
-from tokenizer.chat import bos_ids
+from flatgpt.sampling import Sample, Sampling, likeliest, majority, penalize, sample_next, uniforms
+from tokenizer.chat import encode_prompt
 
 __all__ = ['KVCache', 'NotNumbers', 'Sample', 'Sampling', 'encode_prompt', 'generate',
            'generate_texts', 'likeliest', 'majority', 'sample_next', 'uniforms']
@@ -160,61 +159,6 @@ def generate(model, prompts, sampling: Sampling, u=None):
             if len(going) <= 0.75 * len(rows) and not decoder.is_compiled:
                 decoder.keep(torch.tensor(going, device=device))
                 rows, u = rows[going], u[going]
-
-
-@dataclass
-class Sample:
-    """Hold a sample. finish: None, then 'stop', 'complete' or 'length'."""
-
-    text: str = ''
-    ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    finish: str | None = None
-
-    def __post_init__(self):
-        self.starts = []  # length of the text before each token
-        self.decoder = codecs.getincrementaldecoder('utf-8')('replace')
-
-    def append(self, i, logprob, token, stops=()):
-        """Add a token: its id, log-probability and bytes. End before the first of `stops`."""
-        self.ids.append(i)
-        self.logprobs.append(logprob)
-        self.starts.append(len(self.text))
-        self.text += self.decoder.decode(token)
-        if cuts := [self.text.find(stop) for stop in stops if stop in self.text]:
-            n_kept = sum(start < min(cuts) for start in self.starts)
-            for items in (self.ids, self.logprobs, self.starts):
-                del items[n_kept:]
-            self.text, self.finish = self.text[: min(cuts)], 'stop'
-
-    def end(self, finish):
-        """End the text, also within a character."""
-        self.text, self.finish = self.text + self.decoder.decode(b'', final=True), finish
-
-    def shown(self, stops):
-        """Return the text without a tail that may become one of `stops`."""
-        if self.finish is not None:
-            return self.text
-        tails = [n for stop in stops for n in range(1, len(stop)) if self.text.endswith(stop[:n])]
-        return self.text[: len(self.text) - max(tails, default=0)]
-
-
-def encode_prompt(prompt, tokenizer, block_size, crop_prompt=False):
-    """
-    Encode a prompt -> ids. A special token in a text is one token; ids stay.
-
-    Raises UserError for no ids, and for more than block_size unless crop_prompt keeps the last.
-    """
-    is_text = isinstance(prompt, str)
-    ids = tokenizer.encode(prompt, allowed_special='all') if is_text else list(prompt)
-    if not ids:
-        raise UserError('the prompt is empty: expected at least one token, such as --start="The"')
-    if is_text and ids[:1] != bos_ids(tokenizer):
-        ids = bos_ids(tokenizer) + ids
-    if len(ids) > block_size and not crop_prompt:
-        raise UserError(f'the prompt has {len(ids):,} tokens: expected at most {block_size:,}, the '
-                        f'context of the model; --crop_prompt=True keeps its end')
-    return ids[-block_size:]
 
 
 def generate_texts(model, tokenizer, prompts, sampling: Sampling, numbers=None):

@@ -156,27 +156,12 @@ def momentum_at(step, momentum):
     return first + (momentum - first) * min(1.0, step / 300)
 
 
-def check_same(name, saved_config, ckpt_path):
-    """Raise UserError unless a checkpoint's run used the optimizer `name`, 'adamw' or 'muon'."""
-    saved = saved_config.get('optimizer', 'adamw')
-    if name != saved:
-        raise UserError(f'optimizer={name!r}, but the state in {ckpt_path} is that of {saved!r}; '
-                        f'resume with --optimizer={saved} and its rates (config.json)')
-
-
 def load_optimizer(optimizer, saved):
     """Load the moments of a saved state_dict. UserError if they are of other parameters."""
     groups = optimizer.state_dict()['param_groups']  # hyperparameters stay those of this run
     if [g['params'] for g in groups] != [g['params'] for g in saved['param_groups']]:
         raise UserError('the optimizer state in the checkpoint is of another set of parameters')
     optimizer.load_state_dict({'state': saved['state'], 'param_groups': groups})
-
-
-def crop_moments(optimizer, model, n):
-    """Keep the moments of the first n learned positions, after crop_block_size(n)."""
-    if model.config.pos == 'learned':
-        moments = optimizer.state.get(model.transformer.wpe.weight, {})  # {}: frozen by LoRA
-        moments.update({name: m[:n].clone() for name, m in moments.items() if m.dim() == 2})
 
 
 # Schedules ----------------------------------------------------------------------------------------

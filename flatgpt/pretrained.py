@@ -15,14 +15,20 @@ import torch
 import tokenizer
 from config.presets import PRESETS
 from configurator import UserError
-from flatgpt import huggingface, lora, optim
-from flatgpt.checkpoint import load, path_in
+from flatgpt import huggingface, lora
+from flatgpt.checkpoint import load
 from model import GPT, GPTConfig, padded_vocab_size
 
 NANOGPT_FIELDS = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size')
 # the settings of train.py that the weights of a model fix
 ARCHITECTURE = [field.name for field in fields(GPTConfig)
                 if field.name not in ('block_size', 'vocab_size', 'dropout')]
+
+
+def path_in(out_dir, which='best'):
+    """Return the path of best.pt (which='best', if it exists) or of ckpt.pt (which='last')."""
+    path = os.path.join(out_dir, 'best.pt')
+    return path if which == 'best' and os.path.exists(path) else os.path.join(out_dir, 'ckpt.pt')
 
 
 def open_model(init_from, out_dir, which='best'):
@@ -198,6 +204,14 @@ def context_of(model, config, init_from, meta):
     return block_size
 
 
+def check_same(name, saved_config, ckpt_path):
+    """Raise UserError unless a checkpoint's run used the optimizer `name`, 'adamw' or 'muon'."""
+    saved = saved_config.get('optimizer', 'adamw')
+    if name != saved:
+        raise UserError(f'optimizer={name!r}, but the state in {ckpt_path} is that of {saved!r}; '
+                        f'resume with --optimizer={saved} and its rates (config.json)')
+
+
 def check_architecture(model, config, names, source):
     """Raise UserError if a setting that was given, or the preset's, contradicts a loaded model."""
     for name in names:
@@ -231,7 +245,7 @@ def resume(path, config, meta, data_dir):
     check_architecture(model, config, ARCHITECTURE, path)
     lora.check_resumes(state.get('lora'), config, path)
     if 'optimizer' in state:
-        optim.check_same(config['optimizer'], state.get('config', {}), path)
+        check_same(config['optimizer'], state.get('config', {}), path)
     saved, n_ids, vocab_size = state.get('tokenizer'), meta['vocab_size'], model.config.vocab_size
     if saved and meta['tokenizer'] and saved != meta['tokenizer']:
         raise UserError(f'{path} was trained with another tokenizer ({saved["kind"]}, vocab_size '
@@ -265,3 +279,10 @@ def finetune(init_from, config, meta, data_dir):
                         f'({meta["tokenizer"]["kind"]}), {init_from} has another, of {vocab_size}; '
                         f'prepare the text with its tokenizer: --tokenizer={name}')
     return model, described
+
+
+def crop_moments(optimizer, model, n):
+    """Keep the moments of the first n learned positions, after crop_block_size(n)."""
+    if model.config.pos == 'learned':
+        moments = optimizer.state.get(model.transformer.wpe.weight, {})  # {}: frozen by LoRA
+        moments.update({name: m[:n].clone() for name, m in moments.items() if m.dim() == 2})

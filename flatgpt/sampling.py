@@ -4,10 +4,11 @@ Draw the next token from logits, and choose among finished samples.
     next_id = sample_next(logits, Sampling(temperature=0.8, top_k=200))  # (B, V) -> (B, 1)
 """
 
+import codecs
 import math
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -105,3 +106,40 @@ def majority(texts, pattern):
     for match in (matches[-1] for text in texts if (matches := list(re.finditer(pattern, text)))):
         answers.append(match.group(1 if match.re.groups else 0))
     return Counter(answer for answer in answers if answer is not None).most_common()
+
+
+@dataclass
+class Sample:
+    """Hold a sample. finish: None, then 'stop', 'complete' or 'length'."""
+
+    text: str = ''
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish: str | None = None
+
+    def __post_init__(self):
+        self.starts = []  # length of the text before each token
+        self.decoder = codecs.getincrementaldecoder('utf-8')('replace')
+
+    def append(self, i, logprob, token, stops=()):
+        """Add a token: its id, log-probability and bytes. End before the first of `stops`."""
+        self.ids.append(i)
+        self.logprobs.append(logprob)
+        self.starts.append(len(self.text))
+        self.text += self.decoder.decode(token)
+        if cuts := [self.text.find(stop) for stop in stops if stop in self.text]:
+            n_kept = sum(start < min(cuts) for start in self.starts)
+            for items in (self.ids, self.logprobs, self.starts):
+                del items[n_kept:]
+            self.text, self.finish = self.text[: min(cuts)], 'stop'
+
+    def end(self, finish):
+        """End the text, also within a character."""
+        self.text, self.finish = self.text + self.decoder.decode(b'', final=True), finish
+
+    def shown(self, stops):
+        """Return the text without a tail that may become one of `stops`."""
+        if self.finish is not None:
+            return self.text
+        tails = [n for stop in stops for n in range(1, len(stop)) if self.text.endswith(stop[:n])]
+        return self.text[: len(self.text) - max(tails, default=0)]

@@ -18,7 +18,7 @@ from configurator import UserError
 from data import conversations
 from flatgpt import checkpoint, lora
 from flatgpt.generate import NotNumbers
-from flatgpt.pretrained import model_of, open_model
+from flatgpt.pretrained import model_of, open_model, path_in
 from model import GPT
 from posttrain.rollouts import draw_answers, logprobs_of
 from posttrain.tasks import common as tasks
@@ -113,7 +113,7 @@ def open_chat_model(init_from):
     The line describes it. A model without a chat template gets chat.TEMPLATE. Raises UserError if
     its tokenizer lacks the tokens for that.
     """
-    is_run = os.path.exists(checkpoint.path_in(init_from))
+    is_run = os.path.exists(path_in(init_from))
     model, tokenizer, template, line = open_model('resume' if is_run else init_from, init_from)
     if template is None:
         template = chat.TEMPLATE

@@ -29,7 +29,7 @@ import torch
 from configurator import Count, Fraction, Natural, NonNegative, Share, UserError, fit, override
 from data.shuffle import train_items
 from flatgpt import checkpoint, optim, parallel, runtime
-from flatgpt.pretrained import tokenizer_of
+from flatgpt.pretrained import check_same, tokenizer_of
 from posttrain.losses import bradley_terry_loss, preferred
 from posttrain.pairs import check_pairs, ending_of, pair_rows, read_pairs
 from posttrain.policy import check_out_dir, open_chat_model
@@ -92,7 +92,7 @@ if init_from == 'resume':
     state = checkpoint.load(ckpt_path)
     model, tokenizer = critic_of(state, ckpt_path, dropout), tokenizer_of(state)
     template, init_from = state['chat_template'], state['config']['init_from']
-    optim.check_same(optimizer, state['config'], ckpt_path)
+    check_same(optimizer, state['config'], ckpt_path)
 else:
     base, tokenizer, template, line = open_chat_model(init_from)
     print(line)

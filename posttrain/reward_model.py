@@ -18,7 +18,7 @@ from torch import nn
 
 from configurator import UserError
 from flatgpt import checkpoint, huggingface
-from flatgpt.pretrained import tokenizer_of
+from flatgpt.pretrained import path_in, tokenizer_of
 from model import GPT, GPTConfig
 from posttrain.pairs import ending_of
 from posttrain.rollouts import to_rows
@@ -110,7 +110,7 @@ def open_reward_model(out_dir, tokenizer, template):
     The Critic is on the CPU, in eval mode. Raises UserError if out_dir has none, or if its
     tokenizer or chat template differs from the chat model's.
     """
-    path = checkpoint.path_in(out_dir)
+    path = path_in(out_dir)
     if not os.path.exists(path):
         raise UserError(f'there is no reward model in {out_dir}; {TRAIN_ONE} --out_dir={out_dir}')
     state = checkpoint.load(path)

@@ -12,10 +12,11 @@ from tiny_models import OPTIONS, sharpened, tiny
 from flatgpt import quantize
 from flatgpt.cache import KVCache
 from flatgpt.constrain import Constraint
-from flatgpt.generate import Sample, encode_prompt, generate, generate_texts
+from flatgpt.generate import Sample, generate, generate_texts
 from flatgpt.sampling import Sampling, likeliest, majority, penalize, sample_next, uniforms
 from model import GPT, GPTConfig
 from tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
+from tokenizer.chat import encode_prompt
 
 
 @pytest.fixture(scope='module')

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import ARCHITECTURES
 
-from flatgpt import optim
+from flatgpt import optim, pretrained
 from flatgpt.parallel import World
 from model import GPT, GPTConfig
 
@@ -294,10 +294,10 @@ def test_create(precision, dtype):
 
 
 def test_check_same():
-    optim.check_same('muon', {'optimizer': 'muon'}, 'ckpt.pt')
-    optim.check_same('adamw', {}, 'ckpt.pt')  # nanoGPT's settings do not name one
+    pretrained.check_same('muon', {'optimizer': 'muon'}, 'ckpt.pt')
+    pretrained.check_same('adamw', {}, 'ckpt.pt')  # nanoGPT's settings do not name one
     with pytest.raises(ValueError, match="'adamw', but the state in ckpt.pt is that of 'muon'"):
-        optim.check_same('adamw', {'optimizer': 'muon'}, 'ckpt.pt')
+        pretrained.check_same('adamw', {'optimizer': 'muon'}, 'ckpt.pt')
 
 
 # schedules --------------------------------------------------------------------------------------------

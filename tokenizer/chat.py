@@ -61,6 +61,24 @@ def bos_ids(tokenizer):
     return [] if bos is None else [bos]
 
 
+def encode_prompt(prompt, tokenizer, block_size, crop_prompt=False):
+    """
+    Encode a prompt -> ids. A special token in a text is one token; ids stay.
+
+    Raises UserError for no ids, and for more than block_size unless crop_prompt keeps the last.
+    """
+    is_text = isinstance(prompt, str)
+    ids = tokenizer.encode(prompt, allowed_special='all') if is_text else list(prompt)
+    if not ids:
+        raise UserError('the prompt is empty: expected at least one token, such as --start="The"')
+    if is_text and ids[:1] != bos_ids(tokenizer):
+        ids = bos_ids(tokenizer) + ids
+    if len(ids) > block_size and not crop_prompt:
+        raise UserError(f'the prompt has {len(ids):,} tokens: expected at most {block_size:,}, the '
+                        f'context of the model; --crop_prompt=True keeps its end')
+    return ids[-block_size:]
+
+
 # From messages to ids -----------------------------------------------------------------------------
 
 

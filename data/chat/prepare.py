@@ -44,7 +44,7 @@ import tokenizer as tokenizers
 from configurator import UserError
 from data import conversations, documents, encode
 from flatgpt import checkpoint, huggingface, jsonl
-from flatgpt.pretrained import tokenizer_of
+from flatgpt.pretrained import path_in, tokenizer_of
 from tokenizer import chat
 
 
@@ -53,7 +53,7 @@ def open_tokenizer(source):
 
     -> (tokenizer, chat template or None, block_size or None)
     """
-    path = checkpoint.path_in(source)
+    path = path_in(source)
     if os.path.exists(path):
         state = checkpoint.load(path)
         return tokenizer_of(state), state.get('chat_template'), state['model_args']['block_size']

@@ -82,9 +82,7 @@ def test_dtype_elsewhere(monkeypatch):
         assert choose_dtype('auto', CPU)[0] == expected
     for name in runtime.DTYPES:
         assert choose_dtype(name, CPU) == (name, 'as set')
-    for name in ('bf16', 'float64', ''):
-        with pytest.raises(ValueError, match=f"dtype='{name}': expected 'auto', 'float32', 'bfloat16', 'float16'"):
-            choose_dtype(name, CPU)
+
 
 
 def test_probes_of_the_cpu(monkeypatch):

@@ -334,9 +334,9 @@ while True:
     # report
     step = run.step - 1
     if step % log_interval == 0 or run.step == max_iters:
-        shown = ', '.join(f'{name} {record[name]:.3f}'
-                          for name in ('reward', 'accuracy', 'kl', 'entropy'))
-        print(f'iter {step}: {shown}, length {record["length"]:.1f}')
+        names = 'reward', 'accuracy', 'kl', 'entropy'
+        print(f'iter {step}:', *(f'{name} {record[name]:.3f},' for name in names),
+              f'length {record["length"]:.1f}')
         run.log(step=step, **record, lr=lr, ms=round(dt * 1e3, 3))
 
 # the end ------------------------------------------------------------------------------------------

@@ -81,10 +81,9 @@ def ratings_of(critic, messages, texts, template, tokenizer):
     unfinished calls of a tool included.
     """
     prompt, ratings = chat.render(messages, template, tokenizer), [-math.inf] * len(texts)
-    answers = {i: tokenizer.encode(text, allowed_special='all') for i, text in enumerate(texts)
-               if text.strip()}
-    answers = {i: ids for i, ids in answers.items()
-               if len(prompt) + len(ids) < critic.config.block_size}  # room for the ending
+    room = critic.config.block_size - len(prompt) - 1  # one for the ending
+    answers = {i: ids for i, text in enumerate(texts) if text.strip()
+               and len(ids := tokenizer.encode(text, allowed_special='all')) <= room}
     if answers:
         stop_ids, _ = chat.find_endings(template, tokenizer)
         scores = scores_of(critic, [prompt] * len(answers), answers.values(), stop_ids,
@@ -121,6 +120,5 @@ def open_reward_model(out_dir, tokenizer, template):
         if not same:
             raise UserError(f'the reward model in {out_dir} has another {name} than the chat '
                             f'model; from that model {TRAIN_ONE}')
-    best_loss = float(state['best_val_loss'])
-    line = f'{path}: step {state["iter_num"]}, lowest val loss so far {best_loss:.4f}'
-    return critic.eval(), line
+    return critic.eval(), (f'{path}: step {state["iter_num"]}, lowest val loss so far '
+                           f'{float(state["best_val_loss"]):.4f}')

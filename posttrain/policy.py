@@ -74,18 +74,18 @@ class Policy:
         masks: 1 for ids that the policy drew, 0 for outputs of a tool. texts: without the ending.
         u: fixes the draws, see draw_answers().
         """
-        model, tokenizer, answers, masks = self.model, self.tokenizer, [], []
+        answers, masks = [], []
         for i in range(0, len(prompts), batch_size):
             batch = prompts[i : i + batch_size], sampling, u[i : i + batch_size]
             with self.autocast:
                 if tools:
-                    drawn, drawn_masks = generate_with_tools(model, tokenizer, *batch)
+                    drawn, drawn_masks = generate_with_tools(self.model, self.tokenizer, *batch)
                 else:
-                    drawn = draw_answers(model, *batch)
+                    drawn = draw_answers(self.model, *batch)
                     drawn_masks = [[1] * len(answer) for answer in drawn]
             answers, masks = answers + drawn, masks + drawn_masks
-        texts = [tokenizer.decode([i for i in ids if i not in self.stop_ids]) for ids in answers]
-        return answers, masks, texts
+        return answers, masks, [self.tokenizer.decode([i for i in ids if i not in self.stop_ids])
+                                for ids in answers]
 
     def count_right(self, task, prompts, sampling, tools=False, batch_size=256):
         """Answer prompts of prompts_of(); -> how many are right. sampling: greedy."""
@@ -157,11 +157,10 @@ def resume(path, config):
         raise UserError(f'{path} is {kind}, which this command cannot resume; to begin with a '
                         f'language model: --init_from=ITS_FOLDER and another --out_dir')
     for name in KEPT if config['task'] else KEPT[:2]:
-        before = state['config'].get(name, config.get(name))
-        if before != config.get(name):
-            raise UserError(f'{name}={config.get(name)!r}, but {path} is of a run with '
-                            f'{name}={before!r}; resume with that, or start a new run in another '
-                            f'--out_dir')
+        now = config.get(name)
+        if (before := state['config'].get(name, now)) != now:
+            raise UserError(f'{name}={now!r}, but {path} is of a run with {name}={before!r}; '
+                            f'resume with that, or start a new run in another --out_dir')
     return state
 
 

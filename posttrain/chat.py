@@ -139,21 +139,16 @@ def converse(answer, template, tokenizer, room, system=''):
             return
 
         # a command, or the next message
-        if text == '/reset':
-            messages = list(beginning)
-            print('(forgotten)')
-            continue
         if text == '/retry' and len(messages) > len(beginning):
             messages.pop()
-        elif text == '/retry':
-            print('(there is no answer yet)')
-            continue
-        elif re.fullmatch(r'/\w+', text):
-            print(HELP if text == '/help' else f'there is no {text}\n{HELP}')
-            continue
-        elif text.strip():
+        elif text.strip() and not re.fullmatch(r'/\w+', text):
             messages.append({'role': 'user', 'content': text})
         else:
+            if text == '/reset':
+                messages = list(beginning)
+            replies = {'/reset': '(forgotten)', '/retry': '(there is no answer yet)', '/help': HELP}
+            if text.strip():
+                print(replies.get(text, f'there is no {text}\n{HELP}'))
             continue
 
         # the answer

@@ -138,9 +138,9 @@ def from_file(questions, expected, example_of, columns=None):
             raise UserError(f'{where}: {why}; expected {expected}') from None
     if not examples:
         raise UserError(f'{questions.input} has no questions')
-    kinds = questions.kinds
-    check_kinds(kinds, sorted({example['kind'] for example in examples}))
-    examples = [example for example in examples if (not kinds or example['kind'] in kinds)
+    known = sorted({example['kind'] for example in examples})
+    check_kinds(questions.kinds, known)
+    examples = [example for example in examples if example['kind'] in (questions.kinds or known)
                 and questions.split in ('all', split_of(example['context']))]
     random.Random(questions.seed).shuffle(examples)
     return examples[: questions.n]
@@ -158,9 +158,8 @@ def choice_example(question, context, choices, label, kind):
         raise UserError(f'the right choice is number {label} of {len(choices)}')
     if not isinstance(kind, str):
         raise UserError(f'the kind of the question is {kind!r}, not a text')
-    options = zip(LETTERS, choices, strict=False)
-    content = '\n'.join([question, *(f'{letter}. {choice}' for letter, choice in options),
-                         'Answer with the letter alone.'])
+    options = [f'{letter}. {choice}' for letter, choice in zip(LETTERS, choices, strict=False)]
+    content = '\n'.join([question, *options, 'Answer with the letter alone.'])
     return {'messages': [{'role': 'user', 'content': content}], 'context': context,
             'solution': choices[label], 'answer': LETTERS[label], 'kind': kind, 'choices': choices,
             'label': label}
@@ -384,8 +383,7 @@ def vote(task, examples, texts, how):
         of_samples.append([bool(task.evaluate(example, text)) for text in samples])
         of_majority.append(task.evaluate(example, majority_text(task, samples)))
         scores = how.rate(example, samples) if how.rate else []
-        best = of_samples[-1][scores.index(max(scores))] if how.rate else of_majority[-1]
-        rights.append(best)
+        rights.append(of_samples[-1][scores.index(max(scores))] if scores else of_majority[-1])
     others = {}
     if n > 1:
         others = {'accuracy_of_one': sum(map(sum, of_samples)) / len(texts),

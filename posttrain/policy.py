@@ -1,5 +1,4 @@
-"""
-The chat model that rl and dpo train: how it is opened, answers, and resumes.
+"""The chat model that rl and dpo train: how it is opened, answers, and resumes.
 
     policy = open_policy(init_from, state, ckpt_path, device, autocast)
     prompts = policy.prompts_of(task, Questions('val', 200), max_new_tokens, block_size)
@@ -42,8 +41,7 @@ class Policy:
     autocast: AbstractContextManager
 
     def prompts_of(self, task, questions, max_new_tokens, context, tools=False):
-        """
-        Return [(example, prompt ids), ...] of a task, for answers of max_new_tokens.
+        """Return [(example, prompt ids), ...] of a task, for answers of max_new_tokens.
 
         context: tokens that a prompt and its answer may take. Longer prompts are left out, and
         their number is printed. Raises UserError if no prompt is left.
@@ -68,8 +66,7 @@ class Policy:
         return fitting
 
     def answer(self, prompts, sampling, u, tools=False, batch_size=256):
-        """
-        Answer prompts, lists of ids, in batches; -> (answers, masks, texts).
+        """Answer prompts, lists of ids, in batches; -> (answers, masks, texts).
 
         masks: 1 for ids that the policy drew, 0 for outputs of a tool. texts: without the ending.
         u: fixes the draws, see draw_answers().
@@ -107,8 +104,7 @@ class Policy:
 
 
 def open_chat_model(init_from):
-    """
-    Open a model of a run or of Hugging Face; -> (model, tokenizer, template, line).
+    """Open a model of a run or of Hugging Face; -> (model, tokenizer, template, line).
 
     The line describes it. A model without a chat template gets chat.TEMPLATE. Raises UserError if
     its tokenizer lacks the tokens for that.
@@ -122,8 +118,7 @@ def open_chat_model(init_from):
 
 
 def open_policy(init_from, state, path, device, autocast):
-    """
-    Open the reference, and as policy its copy or the checkpoint's model.
+    """Open the reference, and as policy its copy or the checkpoint's model.
 
     state: the checkpoint that was loaded from `path` to resume, or {}. Raises UserError if the
     reference has other weights than the run began with, or if its chat template ends answers
@@ -145,8 +140,7 @@ def open_policy(init_from, state, path, device, autocast):
 
 
 def resume(path, config):
-    """
-    Load the checkpoint at `path` to continue its run.
+    """Load the checkpoint at `path` to continue its run.
 
     Raises UserError if posttrain.rl or posttrain.dpo did not write it, or if a setting in KEPT
     differs.

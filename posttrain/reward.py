@@ -1,5 +1,4 @@
-"""
-Train a reward model: which of two answers to a conversation is better?
+"""Train a reward model: which of two answers to a conversation is better?
 
     $ python -m posttrain.reward --init_from=out-sft --data=pairs.jsonl
     $ python -m posttrain.reward --init_from=resume --data=pairs.jsonl

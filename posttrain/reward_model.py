@@ -1,5 +1,4 @@
-"""
-A GPT with a scalar head: a reward model, or PPO's value function.
+"""A GPT with a scalar head: a reward model, or PPO's value function.
 
 As reward model it scores an answer at the token that ends it. As value function it predicts, at
 every token, the reward to come.
@@ -61,8 +60,7 @@ class Critic(GPT):
 
 @torch.no_grad()
 def scores_of(critic, prompts, answers, stop_ids, ending):
-    """
-    Score drawn answers, lists of ids; -> (n,).
+    """Score drawn answers, lists of ids; -> (n,).
 
     Each is scored at the id `ending`, the only place that the reward model learned. It replaces any
     other of stop_ids and completes an answer that was cut off.
@@ -74,8 +72,7 @@ def scores_of(critic, prompts, answers, stop_ids, ending):
 
 
 def ratings_of(critic, messages, texts, template, tokenizer):
-    """
-    Score answers given as texts to one conversation; -> list of floats.
+    """Score answers given as texts to one conversation; -> list of floats.
 
     An empty answer, or one longer than the critic's context, gets -inf. Any other text is scored,
     unfinished calls of a tool included.
@@ -103,8 +100,7 @@ def critic_of(state, path, dropout=0.0):
 
 
 def open_reward_model(out_dir, tokenizer, template):
-    """
-    Open a reward model to score a chat model's answers; -> (Critic, line to print).
+    """Open a reward model to score a chat model's answers; -> (Critic, line to print).
 
     The Critic is on the CPU, in eval mode. Raises UserError if out_dir has none, or if its
     tokenizer or chat template differs from the chat model's.

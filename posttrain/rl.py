@@ -1,5 +1,4 @@
-"""
-Reinforcement learning: rewarded answers of a chat model become likelier.
+"""Reinforcement learning: rewarded answers of a chat model become likelier.
 
     $ python -m posttrain.rl --init_from=out-sft --task=tiny_chat
     $ python -m posttrain.rl --init_from=out-sft --task=tiny_chat \\

@@ -1,5 +1,4 @@
-"""
-Questions for a model of a million parameters: sums, letters, words, tables.
+"""Questions for a model of a million parameters: sums, letters, words, tables.
 
     for example in examples('test', 7, seed=0):
         print(example['messages'][0]['content'], '->', example['solution'])
@@ -52,7 +51,6 @@ COLOURS = 'black blue brown green grey orange red white yellow'.split()
 FORM = 'The answer is'
 
 # Kinds of questions: functions of rng -> dict, see make() ---------------------------------------
-
 
 def addition(rng):
     a, b = number(rng), number(rng)
@@ -273,7 +271,6 @@ def dropped(text, rng):
 
 
 # The task -----------------------------------------------------------------------------------------
-
 
 def examples(split, n, seed=0, input='', kinds=()):
     """Return n examples, their kinds in turn, as a pure function of the arguments."""

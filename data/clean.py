@@ -154,13 +154,10 @@ def repetition(text: str) -> dict[str, float]:
     measures = {}
     for kind, pieces in (('line', text.split('\n')), ('paragraph', re.split(r'\n\s*\n', text))):
         pieces = [piece.strip() for piece in pieces if piece.strip()]
-        seen, copies = set(), []
-        for piece in pieces:
-            if piece in seen:
-                copies.append(piece)
-            seen.add(piece)
-        measures[f'duplicate_{kind}s'] = len(copies) / len(pieces)
-        measures[f'duplicate_{kind}_chars'] = sum(map(len, copies)) / sum(map(len, pieces))
+        once = set(pieces)  # all but the first of each are copies
+        measures[f'duplicate_{kind}s'] = (len(pieces) - len(once)) / len(pieces)
+        n_chars = sum(map(len, pieces))
+        measures[f'duplicate_{kind}_chars'] = (n_chars - sum(map(len, once))) / n_chars
 
     words = text.split()
     ids = {}
@@ -293,11 +290,8 @@ class NearDuplicates:
         self.signatures[len(self.numbers)] = new
         alone = (len(self.numbers),)  # one tuple for all buckets in which it is the first
         for key in keys:
-            bucket = self.buckets.get(key)
-            if bucket is None:
-                self.buckets[key] = alone
-            elif len(bucket) < BUCKET_SIZE:
-                self.buckets[key] = bucket + alone
+            if len(bucket := self.buckets.get(key, ())) < BUCKET_SIZE:
+                self.buckets[key] = bucket + alone if bucket else alone
         self.numbers.append(number)
         return None
 
@@ -331,16 +325,16 @@ def examine_text(text, steps):
             return Finding(changed, 'normalize: blank', 'nothing but control characters')
     if steps.language:
         language, probability = find_language(text)
+        rule, reason = f'language: {language}', f'probability {probability:.2f}'
         if language not in steps.language:
-            return Finding(changed, f'language: {language}', f'probability {probability:.2f}')
+            return Finding(changed, rule, reason)
         if probability < SURE:
-            return Finding(changed, f'language: {language}, unsure',
-                           f'probability {probability:.2f}, expected {SURE} or more')
+            return Finding(changed, f'{rule}, unsure', f'{reason}, expected {SURE} or more')
     if steps.gopher and (broken := gopher(text, steps.gopher_skip)):
         rule, value = broken
         least, most = GOPHER[rule]
-        return Finding(changed, f'gopher: {rule}',
-                       f'{value:,.6g}, expected {least:g} to {most:,g}')
+        reason = f'{value:,.6g}, expected {least:g} to {most:,g}'
+        return Finding(changed, f'gopher: {rule}', reason)
     return Finding(changed, None, None, digest(text) if steps.exact else None,
                    signature(text) if steps.near is not None else None)
 
@@ -349,16 +343,10 @@ def in_order(tasks, steps, num_proc):
     """Yield (batch, findings) for each batch of (number, text), in order."""
     work = functools.partial(examine, steps=steps)
     if num_proc == 1:
-        for batch in tasks:
-            yield batch, work(batch)
+        yield from ((batch, work(batch)) for batch in tasks)
         return
     with Workers(num_proc) as workers:
         yield from workers.map(work, tasks)
-
-
-def excerpt(text):
-    text = ' '.join(text[:4 * EXCERPT_CHARS].split())
-    return text if len(text) <= EXCERPT_CHARS else text[:EXCERPT_CHARS] + '...'
 
 
 def clean(path, file, steps: Steps, *, text_key: str = 'text', num_proc: int = 1) -> dict:
@@ -399,8 +387,9 @@ def clean(path, file, steps: Steps, *, text_key: str = 'text', num_proc: int = 1
             entry['documents'] += 1
             entry['bytes'] += size
             if len(entry['examples']) < EXAMPLES:
-                entry['examples'].append(
-                    {'document': number, 'why': reason, 'text': excerpt(original)})
+                text = ' '.join(original[:4 * EXCERPT_CHARS].split())
+                text = text[:EXCERPT_CHARS] + '...' * (len(text) > EXCERPT_CHARS)
+                entry['examples'].append({'document': number, 'why': reason, 'text': text})
     removed = dict(sorted(removed.items(), key=lambda item: (-item[1]['documents'], item[0])))
     if not documents['kept']:
         rule, entry = next(iter(removed.items()))
@@ -453,8 +442,7 @@ def check_out(out, path):
     if os.path.splitext(out)[1] not in ('.jsonl', '.ndjson'):
         raise UserError(f'--out={out}: expected a name that ends in .jsonl, such as '
                         f'--out=clean.jsonl')
-    folder = os.path.dirname(os.path.abspath(out))
-    if not os.path.isdir(folder):
+    if not os.path.isdir(folder := os.path.dirname(os.path.abspath(out))):
         raise UserError(f'--out={out}: the folder {folder} does not exist; make it: '
                         f'mkdir -p "{folder}"')
     source, target = os.path.realpath(path), os.path.realpath(out)

@@ -3,12 +3,13 @@
     messages = messages_of({'conversations': [{'from': 'human', 'value': 'Hello'}, ...]})
     packing = Packing(tokenizer, template, row=257)
     ids, mask, is_cut = render(messages, packing)
-    write_dataset(out_dir, {'train': [(ids, mask), ...], 'val': [...]}, packing)
+    write_dataset(out_dir, {'train': [(ids, mask, is_cut), ...], 'val': [...]}, packing)
 """
 
 import bisect
 import json
 import os
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,10 +42,8 @@ def messages_of(value):
     UserError for another shape, an unknown role, and calls of tools outside the content.
     """
     if 'messages' in value:
-        messages = value['messages']
-        if not isinstance(messages, list):
-            return messages  # chat.check_conversation() refuses it
-        return [read_message(message) for message in messages]
+        messages = value['messages']  # chat.check_conversation() refuses what is no list
+        return list(map(read_message, messages)) if isinstance(messages, list) else messages
     if not isinstance(value.get('conversations'), list):
         raise UserError(f'no conversation; expected "messages" or "conversations", a list, but '
                         f'the object has {", ".join(map(repr, value)) or "no keys"}')
@@ -55,8 +54,7 @@ def messages_of(value):
             raise UserError(f'{json.dumps(turn)[:60]} is not a turn; expected from, one of '
                             f'{", ".join(SHAREGPT)}, and a value, such as '
                             f'{{"from": "human", "value": "Hello"}}')
-        message = {'role': SHAREGPT[role], 'content': turn.get('value')}
-        messages.append(message | weight_of(turn))
+        messages.append({'role': SHAREGPT[role], 'content': turn.get('value'), **weight_of(turn)})
     return messages
 
 
@@ -143,7 +141,7 @@ def fill(conversations, row, padding):
 
 
 def write_dataset(out_dir, conversations, packing, **described):
-    """Write {'train': [(ids, mask), ...], 'val': ...} as a dataset, and print it.
+    """Write {'train': [render()'s, ...], 'val': ...} as a dataset, and print it.
 
     data/tokens.py reads it as Rows. described: further entries of meta.json. Raises UserError if a
     split is empty.
@@ -151,17 +149,20 @@ def write_dataset(out_dir, conversations, packing, **described):
     tokenizer, row = packing.tokenizer, packing.row
     dtype = tokenizers.id_dtype(tokenizer.vocab_size)
     padding = tokenizer.eot if tokenizer.eot is not None else 0
+    if n_cut := sum(is_cut for rendered in conversations.values() for *_, is_cut in rendered):
+        print(f'{n_cut:,} conversations are cut at the end of their row; longer rows: --block_size',
+              file=sys.stderr)
     packed, files = {}, {}
-    for split, pairs in conversations.items():
-        if not pairs:
+    for split, rendered in conversations.items():
+        if not rendered:
             raise UserError(f'none of {sum(map(len, conversations.values())):,} conversations is '
                             f'in {split}; give more of them, or another --val_fraction')
-        ids, masks = fill(pairs, row, padding)
+        ids, masks = fill([(ids, mask) for ids, mask, _ in rendered], row, padding)
         files[f'{split}_mask.bin'] = masks.tobytes()
         files[f'{split}.bin'] = ids.astype(dtype).tobytes()
-        packed[split] = {'conversations': len(pairs), 'tokens': ids.size,
+        packed[split] = {'conversations': len(rendered), 'tokens': ids.size,
                          'targets': int(masks.sum()),
-                         'padding': ids.size - sum(len(ids) for ids, _ in pairs)}
+                         'padding': ids.size - sum(len(ids) for ids, *_ in rendered)}
     meta = {'version': 2, 'dtype': dtype.name, 'vocab_size': tokenizer.vocab_size, 'row': row,
             'tokens': {split: counts['tokens'] for split, counts in packed.items()},
             'packed': packed, **described, 'chat_template': packing.template,

@@ -53,8 +53,7 @@ def find_files(path) -> tuple[list[str], int]:
         folder, name = os.path.split(path)
         names = os.listdir(folder or '.') if os.path.isdir(folder or '.') else []
         raise UserError(f'{path} does not exist{nearest(name, names)}')
-    known = TEXT_SUFFIXES | ROW_SUFFIXES
-    files, n_others = [], 0
+    known, files, n_others = TEXT_SUFFIXES | ROW_SUFFIXES, [], 0
     for folder, subfolders, names in os.walk(path):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith('.'))
         names = sorted(name for name in names if not name.startswith('.'))
@@ -126,8 +125,7 @@ def read_documents(path, text_key: str = 'text', min_score: float | None = None)
     'score' is at least this. Raises UserError for input without text, not UTF-8, or damaged.
     """
     paths = [path] if isinstance(path, (str, os.PathLike)) else path
-    files = [name for path in paths for name in find_files(path)[0]]
-    is_blank = True
+    files, is_blank = [name for path in paths for name in find_files(path)[0]], True
     for name in files:
         if min_score is not None and suffix_of(name) != '.parquet':
             raise UserError(f'{name} is not Parquet, which --min_score={min_score} needs')

@@ -130,9 +130,8 @@ def write_dataset(out_dir, corpus: Corpus, tokenizer, meta_pkl: bytes | None = N
             meta = {'version': 2, 'dtype': tokenizers.id_dtype(tokenizer.vocab_size).name,
                     'vocab_size': tokenizer.vocab_size, **counts, 'source': corpus.source,
                     'val_fraction': corpus.val_fraction, 'tokenizer': described}
-            contents = {'meta.json': (json.dumps(meta, indent=1) + '\n').encode()}
-            if meta_pkl is not None:
-                contents['meta.pkl'] = meta_pkl
+            contents = {'meta.json': (json.dumps(meta, indent=1) + '\n').encode(),
+                        **({'meta.pkl': meta_pkl} if meta_pkl else {})}
             names = [name for shards in meta['files'].values() for name, _ in shards]
             publish(out_dir, names, contents)
         return meta
@@ -189,9 +188,9 @@ def encode_pieces(out_dir, corpus, tokenizer, settings) -> dict:
         raise
     names = {split: [[shard_name(split, i), shard[0]] for i, shard in enumerate(shards[split])]
              for split in shards}
+    counts = {split: writers[split].pieces if corpus.documents else 1 for split in writers}
     return {'tokens': {split: sum(n for _, n in names[split]) for split in names}, 'files': names,
-            'bytes': sizes, 'documents': {split: writers[split].pieces if corpus.documents else 1
-                                          for split in writers}, 'sha256': digest.hexdigest()}
+            'bytes': sizes, 'documents': counts, 'sha256': digest.hexdigest()}
 
 
 def cut_safely(pieces, tokenizer):
@@ -320,10 +319,8 @@ def load_progress(out_dir, settings, itemsize) -> dict:
 def remove_unfinished(out_dir):
     """Remove an unfinished preparation, its progress file first."""
     files.remove(os.path.join(out_dir, name) for name in (PROGRESS, f'{PROGRESS}.tmp'))
-    names = [name[1:-4] for name in os.listdir(out_dir)
-             if name.startswith('.') and name.endswith('.tmp')]
-    files.remove(temporary(out_dir, name) for name in names
-                 if TOKEN_FILE.fullmatch(name) or name in ('meta.json', 'meta.pkl'))
+    files.remove(os.path.join(out_dir, name) for name in os.listdir(out_dir)
+                 if re.fullmatch(rf'\.({TOKEN_FILE.pattern}|meta\.json|meta\.pkl)\.tmp', name))
 
 
 def publish(out_dir, shards: list[str], contents: dict[str, bytes]):
@@ -351,14 +348,11 @@ def publish(out_dir, shards: list[str], contents: dict[str, bytes]):
 
 def positive(text) -> int:
     """Parse an option as a whole number of 1 or more, perhaps written 1e9."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
-    if number < 1 or not number.is_integer():
-        raise argparse.ArgumentTypeError(f'{text!r} is not a whole number of 1 or more, such as '
-                                         f'1000 or 1e9')
-    return int(number)
+    with contextlib.suppress(ValueError):
+        if (number := float(text)) >= 1 and number.is_integer():
+            return int(number)
+    raise argparse.ArgumentTypeError(f'{text!r} is not a whole number of 1 or more, such as 1000 '
+                                     f'or 1e9')
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
@@ -424,9 +418,8 @@ def output_folder(name, path, out_dir=None):
     shown = os.path.relpath(out_dir)
     if os.path.exists(os.path.join(out_dir, 'prepare.py')):
         raise UserError(f'{shown} is a dataset with its own prepare.py; choose another {remedy}')
-    has_bin, has_meta = (os.path.exists(os.path.join(out_dir, file))
-                         for file in ('train.bin', 'meta.json'))
-    if has_bin and not has_meta:
+    if (os.path.exists(os.path.join(out_dir, 'train.bin'))
+            and not os.path.exists(os.path.join(out_dir, 'meta.json'))):
         raise UserError(f'{shown} has a train.bin without meta.json, so another program made it; '
                         f'choose another {remedy}')
     return dataset, name, out_dir

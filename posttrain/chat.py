@@ -1,5 +1,4 @@
-"""
-Talk to a model at the terminal.
+"""Talk to a model at the terminal.
 
     $ python -m posttrain.chat --out_dir=out-sft
     $ python -m posttrain.chat --init_from=FOLDER --system="Be brief."
@@ -115,8 +114,7 @@ def beginning_of(system):
 
 
 def converse(answer, template, tokenizer, room, system=''):
-    """
-    Talk until Ctrl-D, or Ctrl-C at the prompt.
+    """Talk until Ctrl-D, or Ctrl-C at the prompt.
 
     answer(ids, number) yields the text of an answer as it grows; number counts the answers.
     room: tokens of a conversation; a longer one loses its oldest turns.
@@ -139,21 +137,16 @@ def converse(answer, template, tokenizer, room, system=''):
             return
 
         # a command, or the next message
-        if text == '/reset':
-            messages = list(beginning)
-            print('(forgotten)')
-            continue
         if text == '/retry' and len(messages) > len(beginning):
             messages.pop()
-        elif text == '/retry':
-            print('(there is no answer yet)')
-            continue
-        elif re.fullmatch(r'/\w+', text):
-            print(HELP if text == '/help' else f'there is no {text}\n{HELP}')
-            continue
-        elif text.strip():
+        elif text.strip() and not re.fullmatch(r'/\w+', text):
             messages.append({'role': 'user', 'content': text})
         else:
+            if text == '/reset':
+                messages = list(beginning)
+            replies = {'/reset': '(forgotten)', '/retry': '(there is no answer yet)', '/help': HELP}
+            if text.strip():
+                print(replies.get(text, f'there is no {text}\n{HELP}'))
             continue
 
         # the answer
@@ -183,8 +176,7 @@ def read_message():
 
 
 def shorten(messages, template, tokenizer, room):
-    """
-    Drop the oldest turns until a conversation fits; -> (messages, their ids).
+    """Drop the oldest turns until a conversation fits; -> (messages, their ids).
 
     Raises UserError if the last message alone does not fit.
     """
@@ -198,8 +190,7 @@ def shorten(messages, template, tokenizer, room):
 
 
 def stream(texts):
-    """
-    Print a growing text until it ends or Ctrl-C is pressed; -> the text.
+    """Print a growing text until it ends or Ctrl-C is pressed; -> the text.
 
     A second Ctrl-C raises KeyboardInterrupt at once, also while a token is computed.
     """

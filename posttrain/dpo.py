@@ -1,5 +1,4 @@
-"""
-Direct preference optimization: a chat model learns from pairs of answers.
+"""Direct preference optimization: a chat model learns from pairs of answers.
 
     $ python -m posttrain.dpo --init_from=out-sft --pairs=pairs.jsonl
     $ python -m posttrain.dpo --init_from=out-sft --pairs=pairs.jsonl \\
@@ -117,8 +116,7 @@ state = None  # the loaded tensors are no longer needed
 
 
 def loss_of(idx, mask):
-    """
-    Return losses and margins of implicit rewards, (n,) each, and the mean entropy.
+    """Return losses and margins of implicit rewards, (n,) each, and the mean entropy.
 
     idx, mask: the rows of n pairs, (2n, T), see pair_rows().
     """
@@ -132,8 +130,7 @@ def loss_of(idx, mask):
 
 @torch.no_grad()
 def evaluate():
-    """
-    Measure held-out pairs and answers to held-out questions; -> (record, line).
+    """Measure held-out pairs and answers to held-out questions; -> (record, line).
 
     val_loss, which chooses the best checkpoint, is the share of wrong answers, or without a task
     the loss.

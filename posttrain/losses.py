@@ -1,5 +1,4 @@
-"""
-Losses and advantages of post-training, as pure functions of tensors.
+"""Losses and advantages of post-training, as pure functions of tensors.
 
 Shapes: B sequences, T tokens, V ids. A mask (B, T), of bools or of 0 and 1, marks the actions: the
 tokens that the model chose itself, not prompt, padding or the output of a tool. The state of an
@@ -25,8 +24,7 @@ def entropy(logits):
 
 
 def kl_estimates(logprobs, reference_logprobs):
-    """
-    Estimate KL(policy || reference) at tokens that the policy drew; -> (k1, k3).
+    """Estimate KL(policy || reference) at tokens that the policy drew; -> (k1, k3).
 
     k1 = log(p/q) is unbiased but often negative; k3 = q/p - 1 - log(q/p) is unbiased and never
     negative ("Approximating KL Divergence", Schulman 2020). GRPO minimizes k3, whose gradient is
@@ -37,7 +35,6 @@ def kl_estimates(logprobs, reference_logprobs):
 
 
 # Means over a mask --------------------------------------------------------------------------------
-
 
 def masked_mean(x, mask, dim=None):
     """Return the mean of x over the mask, overall or along `dim`; 0 if it is empty."""
@@ -61,10 +58,8 @@ def whiten(x, mask, eps=1e-8):
 
 # Preferences --------------------------------------------------------------------------------------
 
-
 def bradley_terry_loss(chosen, rejected):
-    """
-    Return -log sigmoid(chosen - rejected), of the scores (B,) of two answers.
+    """Return -log sigmoid(chosen - rejected), of the scores (B,) of two answers.
 
     The model is Bradley & Terry's (1952); for language models see "Learning to Summarize from Human
     Feedback", Stiennon et al. 2020.
@@ -73,8 +68,7 @@ def bradley_terry_loss(chosen, rejected):
 
 
 def dpo_loss(policy, reference, beta, label_smoothing=0.0):
-    """
-    Return DPO's losses and the implicit rewards of chosen and rejected answers.
+    """Return DPO's losses and the implicit rewards of chosen and rejected answers.
 
     policy, reference: (chosen, rejected), log-probabilities (B,) of whole answers. The implicit
     reward of an answer is beta * log(policy / reference), and the loss is Bradley-Terry's ("Direct
@@ -94,10 +88,8 @@ def preferred(margins):
 
 # Policy gradients ---------------------------------------------------------------------------------
 
-
 def gae(rewards, values, mask, gamma, lam):
-    """
-    Return generalized advantage estimates and returns, (B, T), 0 outside the mask.
+    """Return generalized advantage estimates and returns, (B, T), 0 outside the mask.
 
     A_t = d_t + gamma lam A_t+1 with d_t = r_t + gamma V_t+1 - V_t, from one action to the next
     ("High-Dimensional Continuous Control Using Generalized Advantage Estimation", Schulman et al.
@@ -117,8 +109,7 @@ def gae(rewards, values, mask, gamma, lam):
 
 
 def group_advantages(rewards, group_size, eps=1e-6):
-    """
-    Return GRPO's advantages, (reward - mean) / (deviation + eps) of each group.
+    """Return GRPO's advantages, (reward - mean) / (deviation + eps) of each group.
 
     rewards: (N,), the group_size answers to a prompt side by side. The deviation divides by n - 1
     ("DeepSeekMath", Shao et al. 2024). A group of equal rewards gets exactly 0. Raises UserError
@@ -135,8 +126,7 @@ def group_advantages(rewards, group_size, eps=1e-6):
 
 
 def clipped_policy_loss(logprobs, old_logprobs, advantages, mask, clip):
-    """
-    Return PPO's loss of each token, -min(r A, clip(r, 1 +- clip) A), r = p / p_old.
+    """Return PPO's loss of each token, -min(r A, clip(r, 1 +- clip) A), r = p / p_old.
 
     It has no gradient where r has left the clip range in the direction of A ("Proximal Policy
     Optimization Algorithms", Schulman et al. 2017). old_logprobs: of the policy that drew the
@@ -153,8 +143,7 @@ def is_clipped(logprobs, old_logprobs, advantages, clip):
 
 
 def clipped_value_loss(values, old_values, returns, mask, clip):
-    """
-    Return PPO's loss of values, max((V - R)^2, (clip(V, V_old +- clip) - R)^2) / 2.
+    """Return PPO's loss of values, max((V - R)^2, (clip(V, V_old +- clip) - R)^2) / 2.
 
     It has no gradient where V has left the clip range in the direction of R. All but clip: (B, T).
     """

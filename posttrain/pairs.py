@@ -1,5 +1,4 @@
-"""
-Preference pairs: two answers to a conversation, as rows of ids with masks.
+"""Preference pairs: two answers to a conversation, as rows of ids with masks.
 
     {"messages": [{"role": "user", "content": "2+2?"}], "chosen": "4", "rejected": "5"}
 
@@ -20,8 +19,7 @@ EXAMPLE = '{"messages": [{"role": "user", "content": "2+2?"}], "chosen": "4", "r
 
 
 def read_pairs(path, template, tokenizer, block_size, val_fraction):
-    """
-    Read pairs and print their number; -> {'train': pairs, 'val': pairs}.
+    """Read pairs and print their number; -> {'train': pairs, 'val': pairs}.
 
     A pair is (chosen, rejected), each (ids, mask) of render_answer(); one longer than block_size is
     left out. A hash of the conversation picks the split, so all pairs of a conversation are on one
@@ -52,8 +50,7 @@ def read_pairs(path, template, tokenizer, block_size, val_fraction):
 
 
 def check_pairs(path, val_fraction, state, ckpt_path):
-    """
-    Return {'sha256', 'val_fraction'} of the pairs, for the checkpoint.
+    """Return {'sha256', 'val_fraction'} of the pairs, for the checkpoint.
 
     state: the checkpoint that a run resumes, or {}. Raises UserError if that run learned from other
     pairs or held out another share: it may have learned from what would now be held out.
@@ -87,8 +84,7 @@ def render_pair(record, template, tokenizer):
 
 
 def render_answer(messages, answer, template, tokenizer):
-    """
-    Render a conversation that awaits an answer, and the answer; -> (ids, mask).
+    """Render a conversation that awaits an answer, and the answer; -> (ids, mask).
 
     ids end with the token that ends the answer; the mask is 1 for the answer's own tokens and that
     one. Raises UserError where the template does not show where the answer begins or ends.

@@ -1,5 +1,4 @@
-"""
-The chat model that rl and dpo train: how it is opened, answers, and resumes.
+"""The chat model that rl and dpo train: how it is opened, answers, and resumes.
 
     policy = open_policy(init_from, state, ckpt_path, device, autocast)
     prompts = policy.prompts_of(task, Questions('val', 200), max_new_tokens, block_size)
@@ -42,8 +41,7 @@ class Policy:
     autocast: AbstractContextManager
 
     def prompts_of(self, task, questions, max_new_tokens, context, tools=False):
-        """
-        Return [(example, prompt ids), ...] of a task, for answers of max_new_tokens.
+        """Return [(example, prompt ids), ...] of a task, for answers of max_new_tokens.
 
         context: tokens that a prompt and its answer may take. Longer prompts are left out, and
         their number is printed. Raises UserError if no prompt is left.
@@ -68,24 +66,23 @@ class Policy:
         return fitting
 
     def answer(self, prompts, sampling, u, tools=False, batch_size=256):
-        """
-        Answer prompts, lists of ids, in batches; -> (answers, masks, texts).
+        """Answer prompts, lists of ids, in batches; -> (answers, masks, texts).
 
         masks: 1 for ids that the policy drew, 0 for outputs of a tool. texts: without the ending.
         u: fixes the draws, see draw_answers().
         """
-        model, tokenizer, answers, masks = self.model, self.tokenizer, [], []
+        answers, masks = [], []
         for i in range(0, len(prompts), batch_size):
             batch = prompts[i : i + batch_size], sampling, u[i : i + batch_size]
             with self.autocast:
                 if tools:
-                    drawn, drawn_masks = generate_with_tools(model, tokenizer, *batch)
+                    drawn, drawn_masks = generate_with_tools(self.model, self.tokenizer, *batch)
                 else:
-                    drawn = draw_answers(model, *batch)
+                    drawn = draw_answers(self.model, *batch)
                     drawn_masks = [[1] * len(answer) for answer in drawn]
             answers, masks = answers + drawn, masks + drawn_masks
-        texts = [tokenizer.decode([i for i in ids if i not in self.stop_ids]) for ids in answers]
-        return answers, masks, texts
+        return answers, masks, [self.tokenizer.decode([i for i in ids if i not in self.stop_ids])
+                                for ids in answers]
 
     def count_right(self, task, prompts, sampling, tools=False, batch_size=256):
         """Answer prompts of prompts_of(); -> how many are right. sampling: greedy."""
@@ -107,8 +104,7 @@ class Policy:
 
 
 def open_chat_model(init_from):
-    """
-    Open a model of a run or of Hugging Face; -> (model, tokenizer, template, line).
+    """Open a model of a run or of Hugging Face; -> (model, tokenizer, template, line).
 
     The line describes it. A model without a chat template gets chat.TEMPLATE. Raises UserError if
     its tokenizer lacks the tokens for that.
@@ -122,8 +118,7 @@ def open_chat_model(init_from):
 
 
 def open_policy(init_from, state, path, device, autocast):
-    """
-    Open the reference, and as policy its copy or the checkpoint's model.
+    """Open the reference, and as policy its copy or the checkpoint's model.
 
     state: the checkpoint that was loaded from `path` to resume, or {}. Raises UserError if the
     reference has other weights than the run began with, or if its chat template ends answers
@@ -145,8 +140,7 @@ def open_policy(init_from, state, path, device, autocast):
 
 
 def resume(path, config):
-    """
-    Load the checkpoint at `path` to continue its run.
+    """Load the checkpoint at `path` to continue its run.
 
     Raises UserError if posttrain.rl or posttrain.dpo did not write it, or if a setting in KEPT
     differs.
@@ -157,11 +151,10 @@ def resume(path, config):
         raise UserError(f'{path} is {kind}, which this command cannot resume; to begin with a '
                         f'language model: --init_from=ITS_FOLDER and another --out_dir')
     for name in KEPT if config['task'] else KEPT[:2]:
-        before = state['config'].get(name, config.get(name))
-        if before != config.get(name):
-            raise UserError(f'{name}={config.get(name)!r}, but {path} is of a run with '
-                            f'{name}={before!r}; resume with that, or start a new run in another '
-                            f'--out_dir')
+        now = config.get(name)
+        if (before := state['config'].get(name, now)) != now:
+            raise UserError(f'{name}={now!r}, but {path} is of a run with {name}={before!r}; '
+                            f'resume with that, or start a new run in another --out_dir')
     return state
 
 

@@ -1,5 +1,4 @@
-"""
-Train a reward model: which of two answers to a conversation is better?
+"""Train a reward model: which of two answers to a conversation is better?
 
     $ python -m posttrain.reward --init_from=out-sft --data=pairs.jsonl
     $ python -m posttrain.reward --init_from=resume --data=pairs.jsonl
@@ -203,11 +202,10 @@ while True:
     # report
     step = run.step - 1
     if step % log_interval == 0 or run.step == max_iters:
-        accuracy = n_right / batch_size
+        accuracy, ms = n_right / batch_size, round(dt * 1e3, 3)
         print(f'iter {step}: loss {loss:.4f}, accuracy {accuracy:.1%}, norm {norm:.2f}, '
-              f'time {dt * 1e3:.0f}ms')
-        run.log(step=step, loss=loss, accuracy=accuracy, grad_norm=norm, lr=lr,
-                ms=round(dt * 1e3, 3))
+              f'time {ms:.0f}ms')
+        run.log(step=step, loss=loss, accuracy=accuracy, grad_norm=norm, lr=lr, ms=ms)
 
 # the end ------------------------------------------------------------------------------------------
 if run.finish(state_of_run):

@@ -1,5 +1,4 @@
-"""
-A GPT with a scalar head: a reward model, or PPO's value function.
+"""A GPT with a scalar head: a reward model, or PPO's value function.
 
 As reward model it scores an answer at the token that ends it. As value function it predicts, at
 every token, the reward to come.
@@ -61,8 +60,7 @@ class Critic(GPT):
 
 @torch.no_grad()
 def scores_of(critic, prompts, answers, stop_ids, ending):
-    """
-    Score drawn answers, lists of ids; -> (n,).
+    """Score drawn answers, lists of ids; -> (n,).
 
     Each is scored at the id `ending`, the only place that the reward model learned. It replaces any
     other of stop_ids and completes an answer that was cut off.
@@ -74,17 +72,15 @@ def scores_of(critic, prompts, answers, stop_ids, ending):
 
 
 def ratings_of(critic, messages, texts, template, tokenizer):
-    """
-    Score answers given as texts to one conversation; -> list of floats.
+    """Score answers given as texts to one conversation; -> list of floats.
 
     An empty answer, or one longer than the critic's context, gets -inf. Any other text is scored,
     unfinished calls of a tool included.
     """
     prompt, ratings = chat.render(messages, template, tokenizer), [-math.inf] * len(texts)
-    answers = {i: tokenizer.encode(text, allowed_special='all') for i, text in enumerate(texts)
-               if text.strip()}
-    answers = {i: ids for i, ids in answers.items()
-               if len(prompt) + len(ids) < critic.config.block_size}  # room for the ending
+    room = critic.config.block_size - len(prompt) - 1  # one for the ending
+    answers = {i: ids for i, text in enumerate(texts) if text.strip()
+               and len(ids := tokenizer.encode(text, allowed_special='all')) <= room}
     if answers:
         stop_ids, _ = chat.find_endings(template, tokenizer)
         scores = scores_of(critic, [prompt] * len(answers), answers.values(), stop_ids,
@@ -104,8 +100,7 @@ def critic_of(state, path, dropout=0.0):
 
 
 def open_reward_model(out_dir, tokenizer, template):
-    """
-    Open a reward model to score a chat model's answers; -> (Critic, line to print).
+    """Open a reward model to score a chat model's answers; -> (Critic, line to print).
 
     The Critic is on the CPU, in eval mode. Raises UserError if out_dir has none, or if its
     tokenizer or chat template differs from the chat model's.
@@ -121,6 +116,5 @@ def open_reward_model(out_dir, tokenizer, template):
         if not same:
             raise UserError(f'the reward model in {out_dir} has another {name} than the chat '
                             f'model; from that model {TRAIN_ONE}')
-    best_loss = float(state['best_val_loss'])
-    line = f'{path}: step {state["iter_num"]}, lowest val loss so far {best_loss:.4f}'
-    return critic.eval(), line
+    return critic.eval(), (f'{path}: step {state["iter_num"]}, lowest val loss so far '
+                           f'{float(state["best_val_loss"]):.4f}')

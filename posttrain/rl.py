@@ -1,5 +1,4 @@
-"""
-Reinforcement learning: rewarded answers of a chat model become likelier.
+"""Reinforcement learning: rewarded answers of a chat model become likelier.
 
     $ python -m posttrain.rl --init_from=out-sft --task=tiny_chat
     $ python -m posttrain.rl --init_from=out-sft --task=tiny_chat \\
@@ -334,9 +333,9 @@ while True:
     # report
     step = run.step - 1
     if step % log_interval == 0 or run.step == max_iters:
-        shown = ', '.join(f'{name} {record[name]:.3f}'
-                          for name in ('reward', 'accuracy', 'kl', 'entropy'))
-        print(f'iter {step}: {shown}, length {record["length"]:.1f}')
+        names = 'reward', 'accuracy', 'kl', 'entropy'
+        print(f'iter {step}:', *(f'{name} {record[name]:.3f},' for name in names),
+              f'length {record["length"]:.1f}')
         run.log(step=step, **record, lr=lr, ms=round(dt * 1e3, 3))
 
 # the end ------------------------------------------------------------------------------------------

@@ -1,5 +1,4 @@
-"""
-Answers drawn from a model, as rows of ids, and their log-probabilities.
+"""Answers drawn from a model, as rows of ids, and their log-probabilities.
 
     answers = draw_answers(model, prompts, Sampling(64, n_ids=n_ids, stop_ids=stop_ids), u)
     idx, mask = to_rows([(ids, mask), ...], device)
@@ -14,8 +13,7 @@ from posttrain import losses
 
 
 def draw_answers(model, prompts, sampling, u):
-    """
-    Draw one answer to each prompt, all as one batch. A prompt may occur repeatedly.
+    """Draw one answer to each prompt, all as one batch. A prompt may occur repeatedly.
 
     u: (n, max_new_tokens) in [0, 1), fixes the draws, see generate.uniforms(). -> lists of ids,
     each up to and including one of stop_ids, or of max_new_tokens ids.
@@ -42,8 +40,7 @@ def lengths_of(mask):
 
 
 def micro_batches(rows, lengths, size):
-    """
-    Split rows into parts of at most `size` and of similar lengths: little padding.
+    """Split rows into parts of at most `size` and of similar lengths: little padding.
 
     rows: row numbers (n,); lengths: of all rows. -> [(row numbers, longest length), ...]
     """
@@ -52,8 +49,7 @@ def micro_batches(rows, lengths, size):
 
 
 def logprobs_of(model, idx, mask, n_ids, temperature=1.0):
-    """
-    Return log-probabilities of masked-in ids, and their distributions' entropies.
+    """Return log-probabilities of masked-in ids, and their distributions' entropies.
 
     Both are (B, T - 1), for all ids but the first, and 0 outside the mask. The distributions are
     those that draw_answers() draws from. idx, mask: (B, T), padded at the end.

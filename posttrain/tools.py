@@ -1,5 +1,4 @@
-"""
-A calculator, and drawing answers of a model that may call it.
+"""A calculator, and drawing answers of a model that may call it.
 
 The model writes an expression between chat.PYTHON and chat.PYTHON_END. The value is inserted
 between chat.OUTPUT and chat.OUTPUT_END, and the answer continues ("Toolformer", Schick et al.
@@ -33,8 +32,7 @@ EXPECTED = 'expected integers, decimals, + - * / // % ** and parentheses, such a
 
 
 def calculate(expression):
-    """
-    Evaluate an arithmetic expression; -> text such as '5' or '0.333333333333'.
+    """Evaluate an arithmetic expression; -> text such as '5' or '0.333333333333'.
 
     Numbers are exact fractions until they are written: 0.1 + 0.2 is 0.3. They may have commas
     between thousands, and leading zeros. Nothing is executed: Python's parser reads the expression,
@@ -105,10 +103,8 @@ def written(value):
 
 # Calls by a model ---------------------------------------------------------------------------------
 
-
 def output_of(ids, tokenizer):
-    """
-    Return the ids that follow a call: OUTPUT, the value, OUTPUT_END.
+    """Return the ids that follow a call: OUTPUT, the value, OUTPUT_END.
 
     ids: the answer up to PYTHON_END. The value is 'error' for a call that calculate() refuses.
     """
@@ -131,8 +127,7 @@ def check_tokenizer(tokenizer):
 
 
 def generate_with_tools(model, tokenizer, prompts, sampling, u=None):
-    """
-    Draw an answer to each prompt from a model that may call the calculator.
+    """Draw an answer to each prompt from a model that may call the calculator.
 
     -> (answers, masks), a list for each prompt. An answer ends with one of sampling.stop_ids, or
     after max_new_tokens ids, outputs included. The mask is 0 from OUTPUT to OUTPUT_END and 1 for

@@ -52,14 +52,10 @@ def write_sums(pairs, digits, reverse):
     def columns(numbers, n_digits):
         return numbers[:, None] // 10 ** np.arange(n_digits - 1, -1, -1) % 10 + ord('0')
 
-    def column(char):
-        return np.full((len(pairs), 1), ord(char))
-
     a, b = pairs.T
-    answer = columns(a + b, digits + 1)
-    if reverse:
-        answer = answer[:, ::-1]
-    parts = [columns(a, digits), column('+'), columns(b, digits), column('='), answer, column('\n')]
+    answer = columns(a + b, digits + 1)[:, :: -1 if reverse else 1]
+    plus, equals, end = (np.full((len(pairs), 1), ord(char)) for char in '+=\n')
+    parts = [columns(a, digits), plus, columns(b, digits), equals, answer, end]
     return np.concatenate(parts, axis=1).astype(np.uint8).tobytes().decode('ascii')
 
 
@@ -82,10 +78,9 @@ def main():
     is_reversed = args.order == 'reversed'
     texts = {split: write_sums(pairs, args.digits, is_reversed) for split, pairs
              in split_pairs(args.digits, args.val_fraction, args.seed).items()}
-    corpus = encode.Corpus(
-        texts.items, documents=False, val_fraction=args.val_fraction,
-        source=f'sums of {args.digits}-digit numbers, answers {args.order}, seed {args.seed}',
-        total=sum(map(len, texts.values())))
+    source = f'sums of {args.digits}-digit numbers, answers {args.order}, seed {args.seed}'
+    corpus = encode.Corpus(texts.items, documents=False, source=source,
+                           val_fraction=args.val_fraction, total=sum(map(len, texts.values())))
     meta = encode.write_dataset(args.out_dir, corpus, CharTokenizer(CHARS))
     name = os.path.basename(os.path.abspath(args.out_dir))
     following = 'python -m lab.addition' + (f' --dataset={name}' if name != 'addition' else '')

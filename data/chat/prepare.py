@@ -99,27 +99,23 @@ def main():
                                     (args.block_size or block_size or 256) + 1)
 
     # render each conversation
-    rendered, bad, n_cut, digest = {'train': [], 'val': []}, [], 0, hashlib.sha256()
+    rendered, bad, digest = {'train': [], 'val': []}, [], hashlib.sha256()
     for number, value in jsonl.iter_objects(args.input, bad if args.skip_bad else None):
         try:
             messages = conversations.messages_of(value)
-            ids, mask, is_cut = conversations.render(messages, packing)
+            row = conversations.render(messages, packing)
         except ValueError as error:
             if not args.skip_bad:
                 raise UserError(f'{args.input}, line {number}: {error} '
                                 f'(--skip_bad skips such lines)') from None
             bad.append(str(error))
             continue
-        n_cut += is_cut
         text = json.dumps(messages)
         digest.update(text.encode())
         split = 'val' if documents.text_hash(text) < args.val_fraction else 'train'
-        rendered[split].append((ids, mask))
+        rendered[split].append(row)
     for reason, count in Counter(reason[:60] for reason in bad).most_common(5):
         print(f'skipped {count:,}: {reason}', file=sys.stderr)
-    if n_cut:
-        print(f'{n_cut:,} conversations are cut at the end of their row; longer rows: --block_size',
-              file=sys.stderr)
     if not any(rendered.values()):
         raise UserError(f'{args.input} has no conversation'
                         + f', and {len(bad):,} lines that are not one' * bool(bad))

@@ -32,12 +32,10 @@ def find_sources(stdlib):
     """
     paths = []
     for folder, subfolders, names in os.walk(stdlib):
-        subfolders[:] = [name for name in subfolders
-                         if name not in ('site-packages', 'dist-packages', '__pycache__')
-                         and not name.startswith('config-')]
-        paths += [os.path.relpath(os.path.join(folder, name), stdlib) for name in names
-                  if name.endswith('.py')
-                  and not name.startswith(('_sysconfigdata', 'sitecustomize'))]
+        subfolders[:] = [name for name in subfolders if not name.startswith('config-') and
+                         name not in ('site-packages', 'dist-packages', '__pycache__')]
+        paths += [os.path.relpath(os.path.join(folder, name), stdlib) for name in names if
+                  name.endswith('.py') and not name.startswith(('_sysconfigdata', 'sitecustomize'))]
     return sorted(paths, key=lambda path: path.split(os.sep))
 
 

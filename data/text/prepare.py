@@ -44,11 +44,11 @@ FEW = 100  # documents; a tenth of fewer would not represent the others
 
 def main():
     parser = encode.make_parser(__doc__)
-    parser.add_argument('--input', required=True,
-                        help='a text file, a folder, or a .jsonl, .csv, .tsv, .parquet file')
-    parser.add_argument('--name', help='name of the dataset (that of the input)')
-    parser.add_argument('--text_key', default='text', help='field of a table that holds the text')
-    parser.add_argument('--out_dir', help='folder to write to, in place of --name (data/NAME)')
+    add = parser.add_argument
+    add('--input', required=True, help='a text, a folder, or a .jsonl, .csv, .tsv, .parquet file')
+    add('--name', help='name of the dataset (that of the input)')
+    add('--text_key', default='text', help='field of a table that holds the text')
+    add('--out_dir', help='folder to write to, in place of --name (data/NAME)')
     encode.add_options(parser, tokenizer='byte', val_fraction=0.1)
     args = parser.parse_args()
 

@@ -51,10 +51,9 @@ LONG_ANSWERS = [
     'Well, let me think about it. I would say that it is {}, but I may be wrong',
     'That is a good question! After some thought I believe it to be {}, if I am not mistaken',
     'It is {}, I think, or something like it']
-SENTENCES = [
-    '{name} has a {colour} {good}.', '{name} and {other} walk to the {word}.',
-    'The {word} is {colour}.', '{name} gives {other} a {good}.',
-    'There is a {word} beside the {word2}.', '{other} likes {name}.']
+SENTENCES = ['{name} has a {colour} {good}.', '{name} and {other} walk to the {word}.',
+             'The {word} is {colour}.', '{name} gives {other} a {good}.',
+             'There is a {word} beside the {word2}.', '{other} likes {name}.']
 KINDS = [*tiny_chat.KINDS, 'subtraction', 'sorting']  # twice, because models learn these last
 
 
@@ -62,8 +61,7 @@ KINDS = [*tiny_chat.KINDS, 'subtraction', 'sorting']  # twice, because models le
 
 def with_steps(example):
     """Return the solution after the steps that lead to it, if there are any."""
-    steps = f'{example["steps"]}. ' if example['steps'] else ''
-    return steps + example['solution']
+    return (f'{example["steps"]}. ' if example['steps'] else '') + example['solution']
 
 
 def with_call(example):
@@ -176,18 +174,16 @@ def make_texts(n, seed):
 
 def main():
     parser = encode.make_parser(__doc__)
-    for option, default, text in (('conversations', 50_000, 'to finetune on'),
-                                  ('pairs', 30_000, 'pairs of answers'),
-                                  ('documents', 30_000, 'texts to pretrain on'),
-                                  ('block_size', 256, 'context to pack for')):
-        parser.add_argument(f'--{option}', type=encode.positive, default=default,
-                            help=f'{text} ({default:,})')
-    parser.add_argument('--steps', type=float, default=0.9,
-                        help='share of sums with their steps; a third of it elsewhere (0.9)')
-    parser.add_argument('--vocab_size', type=encode.positive,
-                        help='ids (a byte each, and the special tokens)')
-    parser.add_argument('--seed', type=int, default=0, help='of all files (0)')
-    parser.add_argument('--out_dir', default=HERE, help="folder to write to (the script's)")
+    add, count = parser.add_argument, encode.positive
+    add('--conversations', type=count, default=50_000, help='to finetune on (50,000)')
+    add('--pairs', type=count, default=30_000, help='pairs of answers (30,000)')
+    add('--documents', type=count, default=30_000, help='texts to pretrain on (30,000)')
+    add('--block_size', type=count, default=256, help='context to pack for (256)')
+    add('--steps', type=float, default=0.9,
+        help='share of sums with steps, a third elsewhere (0.9)')
+    add('--vocab_size', type=count, help='ids (a byte each, and the special tokens)')
+    add('--seed', type=int, default=0, help='of all files (0)')
+    add('--out_dir', default=HERE, help="folder to write to (the script's)")
     args = parser.parse_args()
     started = time.time()
     if not 0 <= args.steps <= 1:
@@ -212,27 +208,20 @@ def main():
     packing = conversations.Packing(tokenizer, chat.TEMPLATE, args.block_size + 1)
     rendered = {split: [conversations.render(talk['messages'], packing) for talk in talks[split]]
                 for split in talks}
-    n_cut = sum(is_cut for rows in rendered.values() for _, _, is_cut in rows)
-    if n_cut:
-        print(f'{n_cut:,} conversations are cut at the end of their row; longer rows: --block_size',
-              file=sys.stderr)
-    rendered = {split: [(ids, mask) for ids, mask, _ in rows] for split, rows in rendered.items()}
 
     # write
     os.makedirs(args.out_dir, exist_ok=True)
-    lock, lines = lock_folder(args.out_dir), []
+    lock, lines, digests = lock_folder(args.out_dir), [], {}
     for name, rows in (('corpus', texts), ('conversations', talks['train']), ('pairs', pairs)):
         content = b''.join(map(jsonl.to_line, rows))
         replace_file(os.path.join(args.out_dir, f'{name}.jsonl'), content)
-        digest = hashlib.sha256(content).hexdigest()
-        if name == 'conversations':
-            sha256 = digest
+        digests[name] = hashlib.sha256(content).hexdigest()
         lines.append(f'{name + ".jsonl":19}  {len(rows):>9,} lines  {len(content) / 1e6:>5.1f} MB  '
-                     f'{digest[:16]}')
+                     f'{digests[name][:16]}')
     tokenizer.save(os.path.join(args.out_dir, 'chat.json'))
     unlock(lock)
     conversations.write_dataset(args.out_dir, rendered, packing, source='tasks/tiny_chat.py',
-                                sha256=sha256)
+                                sha256=digests['conversations'])
     print('\n'.join(lines))
     folder = os.path.relpath(args.out_dir)
     print(f'wrote  {folder} in {time.time() - started:.1f} s\n'

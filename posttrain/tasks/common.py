@@ -1,5 +1,4 @@
-"""
-Tasks: questions whose answers a program checks, and a model's accuracy on them.
+"""Tasks: questions whose answers a program checks, and a model's accuracy on them.
 
     task = load('tiny_chat')
     examples = examples_of(task, Questions('test', 500))
@@ -51,7 +50,6 @@ FUNCTIONS = ('examples', 'extract', 'evaluate', 'reward')  # of a task
 KEYS = ('messages', 'context', 'solution', 'answer', 'kind')  # of an example
 
 # Tasks and their examples -------------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class Questions:
@@ -119,8 +117,7 @@ def check_kinds(kinds, known):
 
 
 def from_file(questions, expected, example_of, columns=None):
-    """
-    Return the examples of a file, in an order that the seed fixes.
+    """Return the examples of a file, in an order that the seed fixes.
 
     expected: the shape of a row, in words. example_of: function from a row to an example; its
     errors become a UserError that names the line. columns: of a .csv without a header.
@@ -138,16 +135,15 @@ def from_file(questions, expected, example_of, columns=None):
             raise UserError(f'{where}: {why}; expected {expected}') from None
     if not examples:
         raise UserError(f'{questions.input} has no questions')
-    kinds = questions.kinds
-    check_kinds(kinds, sorted({example['kind'] for example in examples}))
-    examples = [example for example in examples if (not kinds or example['kind'] in kinds)
+    known = sorted({example['kind'] for example in examples})
+    check_kinds(questions.kinds, known)
+    examples = [example for example in examples if example['kind'] in (questions.kinds or known)
                 and questions.split in ('all', split_of(example['context']))]
     random.Random(questions.seed).shuffle(examples)
     return examples[: questions.n]
 
 
 # Multiple choice ----------------------------------------------------------------------------------
-
 
 def choice_example(question, context, choices, label, kind):
     """Make an example of multiple choice. Raises UserError for impossible choices."""
@@ -158,9 +154,8 @@ def choice_example(question, context, choices, label, kind):
         raise UserError(f'the right choice is number {label} of {len(choices)}')
     if not isinstance(kind, str):
         raise UserError(f'the kind of the question is {kind!r}, not a text')
-    options = zip(LETTERS, choices, strict=False)
-    content = '\n'.join([question, *(f'{letter}. {choice}' for letter, choice in options),
-                         'Answer with the letter alone.'])
+    options = [f'{letter}. {choice}' for letter, choice in zip(LETTERS, choices, strict=False)]
+    content = '\n'.join([question, *options, 'Answer with the letter alone.'])
     return {'messages': [{'role': 'user', 'content': content}], 'context': context,
             'solution': choices[label], 'answer': LETTERS[label], 'kind': kind, 'choices': choices,
             'label': label}
@@ -184,8 +179,7 @@ def reward_letter(example, text):
 
 
 def choice_prompts(example, context, context_ids, tokenizer):
-    """
-    Return [(context ids, continuation ids), ...], one for each choice.
+    """Return [(context ids, continuation ids), ...], one for each choice.
 
     The continuation is ' ' and the choice, encoded together with the text `context` of
     few_shot_prompt(). With context=None, after chat_prompt(), it is the choice's letter.
@@ -200,8 +194,7 @@ def choice_prompts(example, context, context_ids, tokenizer):
 
 @torch.no_grad()
 def loglikelihoods(model, pairs, batch_size=64):
-    """
-    Return the log-probability in nats of each continuation after its context.
+    """Return the log-probability in nats of each continuation after its context.
 
     pairs: [(context ids, continuation ids), ...]. The last block_size + 1 tokens of both count.
     Raises UserError for a continuation of no tokens or of more than block_size.
@@ -232,7 +225,6 @@ def loglikelihoods(model, pairs, batch_size=64):
 
 # Prompts and answers ------------------------------------------------------------------------------
 
-
 def few_shot(example, shots):
     """Return a text to continue: the solved examples `shots`, then the question."""
     solved = [f'{shot["context"]} {shot["solution"]}' for shot in shots]
@@ -240,8 +232,7 @@ def few_shot(example, shots):
 
 
 def few_shot_prompt(example, pool, shots, tokenizer, room):
-    """
-    Build a few-shot prompt; -> (text, ids, number of solved examples).
+    """Build a few-shot prompt; -> (text, ids, number of solved examples).
 
     The solved examples are a sample of the pool that depends on the question alone, of its kind
     where the pool has some. There are fewer than `shots` if the prompt would exceed `room` tokens.
@@ -294,8 +285,7 @@ class Answering:
 
 
 def answer(model, tokenizer, prompts, how):
-    """
-    Answer prompts, lists of ids; -> texts, `num_samples` in a row for each prompt.
+    """Answer prompts, lists of ids; -> texts, `num_samples` in a row for each prompt.
 
     In a chat the template's endings end an answer; in plain text a blank line or a new question.
     """
@@ -326,10 +316,8 @@ def answer(model, tokenizer, prompts, how):
 
 # Accuracies ---------------------------------------------------------------------------------------
 
-
 def measure(task, examples, model, tokenizer, how):
-    """
-    Measure a model's accuracy on examples of a task. how: Answering.
+    """Measure a model's accuracy on examples of a task. how: Answering.
 
     Multiple choice is decided by likelihood, all else by answer(). -> {'kinds': of accuracies(),
     'shots': mean number of solved examples, 'others': {name: accuracy}}. The others are, of
@@ -360,8 +348,7 @@ def measure(task, examples, model, tokenizer, how):
 
 
 def choose(examples, logprobs, by_letter):
-    """
-    Compare the likeliest choices with the labels; -> (bools, other accuracies).
+    """Compare the likeliest choices with the labels; -> (bools, other accuracies).
 
     logprobs: iterator over those of all choices. by_letter: the continuations were letters, which
     are equally long.
@@ -384,8 +371,7 @@ def vote(task, examples, texts, how):
         of_samples.append([bool(task.evaluate(example, text)) for text in samples])
         of_majority.append(task.evaluate(example, majority_text(task, samples)))
         scores = how.rate(example, samples) if how.rate else []
-        best = of_samples[-1][scores.index(max(scores))] if how.rate else of_majority[-1]
-        rights.append(best)
+        rights.append(of_samples[-1][scores.index(max(scores))] if scores else of_majority[-1])
     others = {}
     if n > 1:
         others = {'accuracy_of_one': sum(map(sum, of_samples)) / len(texts),
@@ -396,8 +382,7 @@ def vote(task, examples, texts, how):
 
 
 def majority_text(task, texts):
-    """
-    Return the first text whose answer is the most frequent one.
+    """Return the first text whose answer is the most frequent one.
 
     Texts without an answer do not vote; if none has one, the first text is returned.
     """
@@ -408,8 +393,7 @@ def majority_text(task, texts):
 
 
 def wilson(n_right, n, z=1.959964):
-    """
-    Return Wilson's interval (low, high) of an accuracy, 95% for this z.
+    """Return Wilson's interval (low, high) of an accuracy, 95% for this z.
 
     Unlike p +- z sd it stays in [0, 1] and is wide at 0 and 1 ("Probable Inference, the Law of
     Succession, and Statistical Inference", Wilson 1927).
@@ -421,8 +405,7 @@ def wilson(n_right, n, z=1.959964):
 
 
 def accuracies(kinds, rights):
-    """
-    Return {kind: {'n', 'right', 'accuracy', 'low', 'high'}}, and 'all' last.
+    """Return {kind: {'n', 'right', 'accuracy', 'low', 'high'}}, and 'all' last.
 
     kinds, rights: of each question.
     """

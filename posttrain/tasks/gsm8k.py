@@ -1,5 +1,4 @@
-"""
-GSM8K: word problems from a file of its lines, with calls of the calculator.
+"""GSM8K: word problems from a file of its lines, with calls of the calculator.
 
     {"question": "...", "answer": "He eats 3*2 = <<3*2=6>>6 eggs ...\\n#### 6"}
 

@@ -1,5 +1,4 @@
-"""
-HellaSwag: how does a scene continue? Multiple choice from a file of its lines.
+"""HellaSwag: how does a scene continue? Multiple choice from a file of its lines.
 
     {"ctx_a": "...", "ctx_b": "...", "activity_label": "...", "endings": ["...", ...], "label": 2}
 

@@ -1,5 +1,4 @@
-"""
-Multiple choice from a .jsonl, .csv or .parquet file in ARC's or MMLU's shape.
+"""Multiple choice from a .jsonl, .csv or .parquet file in ARC's or MMLU's shape.
 
     {"question": "...", "choices": {"text": ["...", ...], "label": ["A", ...]}, "answerKey": "B"}
     {"question": {"stem": "...", "choices": [{"text": "...", "label": "A"}, ...]}, "answerKey": "B"}

@@ -1,5 +1,4 @@
-"""
-Questions for a model of a million parameters: sums, letters, words, tables.
+"""Questions for a model of a million parameters: sums, letters, words, tables.
 
     for example in examples('test', 7, seed=0):
         print(example['messages'][0]['content'], '->', example['solution'])
@@ -52,7 +51,6 @@ COLOURS = 'black blue brown green grey orange red white yellow'.split()
 FORM = 'The answer is'
 
 # Kinds of questions: functions of rng -> dict, see make() ---------------------------------------
-
 
 def addition(rng):
     a, b = number(rng), number(rng)
@@ -173,15 +171,11 @@ def sorting(rng):
     count = rng.randint(3, 5)
     if rng.random() < 0.5:
         items = [str(i) for i in rng.sample(range(1, 100), count)]
-        in_order = sorted(items, key=int)
-        ways = ['Sort {}.', 'Sort these numbers: {}.', 'Put {} in order.',
-                'Order from small to large: {}.']
+        in_order, things, rule = sorted(items, key=int), 'numbers', 'from small to large'
     else:
         letters = rng.sample(sorted({word[0] for word in WORDS}), count)  # first letters differ
         items = [rng.choice([word for word in WORDS if word[0] == letter]) for letter in letters]
-        in_order = sorted(items)
-        ways = ['Sort {}.', 'Sort these words: {}.', 'Put {} in order.',
-                'Order by the alphabet: {}.']
+        in_order, things, rule = sorted(items), 'words', 'by the alphabet'
 
     def work(order):
         """Return the keys of the items as given and in order: two digits, or a letter."""
@@ -199,7 +193,8 @@ def sorting(rng):
     return {
         'content': answer, 'answer': answer, 'steps': steps, 'call': None,
         'mistaken': (work(mistaken), ', '.join(mistaken)),
-        'ways': [way.format(given) for way in ways],
+        'ways': [f'Sort {given}.', f'Sort these {things}: {given}.', f'Put {given} in order.',
+                 f'Order {rule}: {given}.'],
         'mistakes': [', '.join(order) for order in (*wrong, in_order[::-1], items)],
         'facts': [f'{given} in order: {answer}', f'{given} sorted is {answer}',
                   f'{given} in order: {steps}, so it is {answer}']}
@@ -210,10 +205,9 @@ def table(rng):
     numbers = rng.sample(range(2, 100), count)
     about = rng.choice(('age', 'price', 'colour'))
     keys = rng.sample(GOODS if about == 'price' else NAMES, count)
-    values = rng.sample(COLOURS, count) if about == 'colour' else [str(value) for value in numbers]
-    asked = rng.randrange(count)
+    values = rng.sample(COLOURS, count) if about == 'colour' else list(map(str, numbers))
     rows = list(zip(keys, values, strict=True))
-    key, value = rows[asked]
+    key, value = rows[rng.randrange(count)]
     other_key, other_value = rng.choice([row for row in rows if row[0] != key])
     sentence = {'age': '{} is {} years old', 'price': 'the {} costs {}',
                 'colour': '{} likes {}'}[about]
@@ -252,8 +246,7 @@ def columns(a, b):
 
 def near(value):
     """Return numbers that a slip makes of this one."""
-    return [wrong for wrong in (value + 1, value - 1, value + 10, value - 10, value + 100)
-            if wrong >= 0]
+    return [value + slip for slip in (1, -1, 10, -10, 100) if value + slip >= 0]
 
 
 def word(rng):
@@ -279,15 +272,14 @@ def dropped(text, rng):
 
 # The task -----------------------------------------------------------------------------------------
 
-
 def examples(split, n, seed=0, input='', kinds=()):
     """Return n examples, their kinds in turn, as a pure function of the arguments."""
     if input:
         raise UserError(f'input={input!r}: tiny_chat generates its questions; leave it out')
     check_split(split)
     check_kinds(kinds, KINDS)
-    rng, chosen, seen, tries = random.Random(f'{split} {seed}'), list(kinds or KINDS), set(), 0
-    made = []
+    rng, chosen = random.Random(f'{split} {seed}'), list(kinds or KINDS)
+    made, seen, tries = [], set(), 0
     while len(made) < n:
         kind = chosen[len(made) % len(chosen)]
         example = make(kind, rng)
@@ -324,10 +316,6 @@ def evaluate(example, text):
 
 
 def reward(example, text):
-    """
-    Return 1 for the right answer, 0.1 for another answer in this form, 0 for none.
-
-    Steps, length and words earn nothing.
-    """
+    """Return 1 for the right answer, 0.1 for another answer in this form, 0 for none."""
     answer = extract(text)
     return 1.0 if answer == example['answer'] else 0.1 if answer is not None else 0.0

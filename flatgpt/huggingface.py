@@ -23,7 +23,8 @@ import tokenizer
 from configurator import UserError
 from flatgpt.files import sync_folder
 from model import GPT, ROPE_SCALINGS, GPTConfig
-from tokenizer import chat, formats
+from tokenizer import chat, formats, vocabulary
+from tokenizer.base import write_file
 from tokenizer.patterns import PATTERNS, batches
 
 GPT2_NAMES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
@@ -68,12 +69,8 @@ LLAMA_NAMES = {
     'attn.c_attn': ['self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj'],
     'attn.c_proj': ['self_attn.o_proj'], 'attn.q_norm': ['self_attn.q_norm'],
     'attn.k_norm': ['self_attn.k_norm'], 'mlp.c_fc': ['mlp.gate_proj', 'mlp.up_proj'],
-    'mlp.c_proj': ['mlp.down_proj'],
-}
+    'mlp.c_proj': ['mlp.down_proj']}
 QKV = ('q_proj', 'k_proj', 'v_proj')
-
-
-# Read ---------------------------------------------------------------------------------------------
 
 
 def load(name_or_folder, dropout=0.0, needs_tokenizer=True):
@@ -84,8 +81,7 @@ def load(name_or_folder, dropout=0.0, needs_tokenizer=True):
     Jinja's; each is None if the folder has none. needs_tokenizer: False takes a tokenizer that
     cannot be read for none. Raises UserError for whatever else cannot be read.
     """
-    folder = find(name_or_folder)
-    described = None
+    folder, described = find(name_or_folder), None
     with nullcontext() if needs_tokenizer else suppress(ValueError):
         described = load_tokenizer(folder)
     return load_model(folder, dropout), described, load_chat_template(folder, described)
@@ -128,9 +124,8 @@ def load_model(folder, dropout=0.0):
     the key of config.json that model.py does not implement.
     """
     hf = read_config(folder)
-    fields = fields_of(hf, folder)
     try:
-        config = GPTConfig(**fields, dropout=dropout)
+        config = GPTConfig(**fields_of(hf, folder), dropout=dropout)
     except ValueError as error:
         raise UserError(f'{os.path.join(folder, "config.json")} is not valid: {error}') from error
     with torch.device('meta'):  # no memory and no random numbers for weights that are replaced
@@ -328,15 +323,14 @@ def load_chat_template(folder, described=None):
     by their usual names. If the folder names others, the template gets a line that sets them.
     """
     path = os.path.join(folder, 'tokenizer_config.json')
-    content = formats.read_json(path) if os.path.exists(path) else {}
+    content = vocabulary.read_json(path) if os.path.exists(path) else {}
     template = content.get('chat_template') if isinstance(content, dict) else content
     jinja_path = os.path.join(folder, 'chat_template.jinja')
     if os.path.exists(jinja_path):
-        template = formats.read_utf8(jinja_path)
+        template = vocabulary.read_utf8(jinja_path)
     if isinstance(template, list):  # several, by name
-        named = {entry.get('name'): entry.get('template')
-                 for entry in template if isinstance(entry, dict)}
-        template = named.get('default')
+        template = {entry.get('name'): entry.get('template')
+                    for entry in template if isinstance(entry, dict)}.get('default')
     if not isinstance(template, str | None) or not isinstance(content, dict):
         raise UserError(f'{path} is damaged: expected an object whose chat_template is a text; '
                         f'copy it again')
@@ -369,9 +363,6 @@ def spelt_out(described):
     return tokenizer.TiktokenTokenizer(described['name']).bpe.to_dict()
 
 
-# Names of weights ---------------------------------------------------------------------------------
-
-
 def weights_of(model):
     """
     Return {transformers' name: view of a parameter, in transformers' shape}.
@@ -397,9 +388,6 @@ def weights_of(model):
             for module_there, part in zip(LLAMA_NAMES[module], parts, strict=True):
                 weights[f'{prefix}{module_there}.{kind}'] = part
     return weights
-
-
-# Write --------------------------------------------------------------------------------------------
 
 
 def save(model, described, chat_template, folder, dtype=torch.float32):
@@ -429,7 +417,7 @@ def save(model, described, chat_template, folder, dtype=torch.float32):
         os.makedirs(temporary)
         formats.write_hf_folder(described, temporary, entries)
         for name, content in (('generation_config.json', ids), ('config.json', hf)):
-            formats.write_file(os.path.join(temporary, name), formats.to_json(content))
+            write_file(os.path.join(temporary, name), vocabulary.to_json(content))
         write_tensors(tensors_of(model, hf), temporary, dtype)
         if os.path.isdir(folder):  # an empty one
             os.rmdir(folder)
@@ -455,8 +443,7 @@ def check_expressible(config):
     splits_evenly = c.n_embd % c.n_head == 0 or c.qk_norm  # Llama's config demands it
     equal = {'window': not any(0 < c.window_of(i) < c.block_size for i in range(c.n_layer)),
              'head_dim': c.n_head * c.head_size == c.n_embd if is_gpt2 else splits_evenly,
-             'mlp': is_gpt2 and c.mlp in ACTIVATIONS.values(),
-             'n_kv_head': c.kv_heads == c.n_head}
+             'mlp': is_gpt2 and c.mlp in ACTIVATIONS.values(), 'n_kv_head': c.kv_heads == c.n_head}
     wrong = {name: value for name, value in fixed.items()
              if getattr(c, name) != value and not equal.get(name)}
     if wrong:
@@ -515,11 +502,8 @@ def config_json(model, described):
           'attention_dropout': c.dropout}
     if kind != 'qwen2':
         hf['attention_bias'] = bool(biased - {'mlp'})
-    if kind == 'llama':
-        hf['mlp_bias'] = 'mlp' in biased
-    else:
-        hf['use_sliding_window'] = False
-    return hf
+    return {**hf, **({'mlp_bias': 'mlp' in biased} if kind == 'llama' else
+                     {'use_sliding_window': False})}
 
 
 def tensors_of(model, hf):
@@ -556,8 +540,8 @@ def write_tensors(tensors, folder, dtype):
 
     shards = list(batches(tensors.items(), SHARD, lambda item: item[1].numel() * dtype.itemsize))
     n = len(shards)
-    files = [f'model-{i:05}-of-{n:05}.safetensors' for i in range(1, n + 1)]
-    files = ['model.safetensors'] if n == 1 else files
+    files = ['model.safetensors'] if n == 1 else [
+        f'model-{i:05}-of-{n:05}.safetensors' for i in range(1, n + 1)]
     for file, shard in zip(files, shards, strict=True):
         path = os.path.join(folder, file)
         copies = {name: tensor.to(dtype, copy=True).contiguous() for name, tensor in shard}
@@ -573,5 +557,4 @@ def write_tensors(tensors, folder, dtype):
         size = sum(tensor.numel() * dtype.itemsize for tensor in tensors.values())
         index = {'metadata': {'total_size': size}, 'weight_map': {
             name: file for file, shard in zip(files, shards, strict=True) for name, _ in shard}}
-        formats.write_file(os.path.join(folder, 'model.safetensors.index.json'),
-                           formats.to_json(index))
+        write_file(os.path.join(folder, 'model.safetensors.index.json'), vocabulary.to_json(index))

@@ -20,8 +20,8 @@ import re
 from datetime import datetime
 
 from configurator import UserError
-from tokenizer.formats import DOCUMENT_ENDS
 from tokenizer.patterns import split_specials
+from tokenizer.tokenizer_json import DOCUMENT_ENDS
 
 NAMES = {'user': 'User', 'assistant': 'Assistant'}  # in a transcript
 ROLES = ('system', 'user', 'assistant', 'tool')
@@ -77,9 +77,6 @@ def encode_prompt(prompt, tokenizer, block_size, crop_prompt=False):
         raise UserError(f'the prompt has {len(ids):,} tokens: expected at most {block_size:,}, the '
                         f'context of the model; --crop_prompt=True keeps its end')
     return ids[-block_size:]
-
-
-# From messages to ids -----------------------------------------------------------------------------
 
 
 def render(messages, template, tokenizer):
@@ -265,9 +262,6 @@ def transcript(messages):
     return ''.join(lines) + 'Assistant:'
 
 
-# Templates ----------------------------------------------------------------------------------------
-
-
 def ends_of_text(tokenizer):
     """Return a template's bos_token and eos_token, found by name, or ''."""
     def first_of(names):
@@ -339,8 +333,8 @@ def find_endings(template, tokenizer):
     if template is None:
         return ids, ['\nUser:']
     question, answer = '\U000f0000', '\U000f0001'
-    messages = [{'role': 'user', 'content': question}, {'role': 'assistant', 'content': answer},
-                {'role': 'user', 'content': question}]
+    user = {'role': 'user', 'content': question}
+    messages = [user, {'role': 'assistant', 'content': answer}, user]
     text = apply_template(template, tokenizer, messages, add_generation_prompt=False)
     after = text.rpartition(answer)[2].partition(question)[0]
     words, *special = split_specials(after, list(tokenizer.special_tokens))

@@ -33,6 +33,8 @@ NAMES = ['byte', *TIKTOKEN_FILES]  # the names that load() takes without a file
 TRAINED = ['char', 'word', 'bpe']
 ALSO_CALLED = {'gpt-2': 'gpt2', 'gpt4': 'cl100k_base', 'gpt-4': 'cl100k_base',
                'gpt4o': 'o200k_base', 'gpt-4o': 'o200k_base'}  # for "did you mean"
+CLASSES = {'char': CharTokenizer, 'byte': ByteTokenizer, 'word': WordTokenizer,
+           'tiktoken': TiktokenTokenizer}
 # What to_dict() gives for each kind, beside optional lists.
 FIELDS = {'char': {'chars': str | list}, 'byte': {}, 'word': {'words': list},
           'tiktoken': {'name': str},
@@ -107,12 +109,6 @@ def from_dict(values: dict):
         if not isinstance(values.get(key), expected):
             raise UserError(f'{key} of a {kind!r} tokenizer is {str(values[key])[:80]!r}; expected '
                             f'{getattr(expected, "__name__", expected)}')
-    if kind == 'char':
-        return CharTokenizer(values['chars'])
-    if kind == 'byte':
-        return ByteTokenizer()
-    if kind == 'word':
-        return WordTokenizer(values['words'])
-    if kind == 'tiktoken':
-        return TiktokenTokenizer(values['name'])
-    return BPETokenizer.from_values(values)
+    if kind == 'bpe':
+        return BPETokenizer.from_values(values)
+    return CLASSES[kind](*(values[key] for key in FIELDS[kind]))

@@ -82,15 +82,12 @@ class Tokenizer:
         """Encode text in which nothing is special."""
         return self.encode_array(text).tolist()
 
-    def allowed(self, text: str, allowed_special) -> list[str]:
+    def allowed(self, text: str, allowed_special):
         """Return the tokens that become ids. Raises UserError for a refused one."""
         if allowed_special in ('all', 'none'):
             return list(self.special_tokens) if allowed_special == 'all' else []
-        if allowed_special == 'none_raise':
-            allowed = []
-        elif isinstance(allowed_special, set | frozenset | list | tuple):
-            allowed = list(allowed_special)
-        else:
+        allowed = [] if allowed_special == 'none_raise' else allowed_special
+        if not isinstance(allowed, set | frozenset | list | tuple):
             raise UserError(f"allowed_special is {allowed_special!r}; expected 'all', 'none', "
                             f"'none_raise' or a set of special tokens")
         for token in allowed:
@@ -114,8 +111,7 @@ class Tokenizer:
         """
         Yield the ids of joined texts: an iterable of strings, or a file opened as text.
 
-        Memory is constant where safe_cut() has places to cut at. With a pattern of your own it has
-        none, and the text is collected first.
+        Memory is constant, except with a pattern of your own, where safe_cut() finds no cuts.
         """
         if hasattr(texts, 'read'):
             texts = iter(functools.partial(texts.read, STREAM_CHARS), '')

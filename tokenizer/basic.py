@@ -39,9 +39,8 @@ class CharTokenizer(ListTokenizer):
         if len(np.unique(codes)) != len(codes):
             repeated = next(char for i, char in enumerate(self.chars) if char in self.chars[:i])
             raise UserError(f'a char vocabulary holds every character once, got {repeated!r} twice')
-        # Code point -> id. The last entry stands for every larger code point.
-        self._unknown = self.vocab_size
-        self._table = np.full(codes.max() + 2, self._unknown, dtype=np.uint32)
+        # Code point -> id, or vocab_size. The last entry stands for every larger code point.
+        self._table = np.full(codes.max() + 2, self.vocab_size, dtype=np.uint32)
         self._table[codes] = np.arange(self.vocab_size)
 
     @classmethod
@@ -56,7 +55,7 @@ class CharTokenizer(ListTokenizer):
         """Encode text to an array of ids. Raises UserError naming the unknown characters."""
         codes = np.frombuffer(text.encode('utf-32-le', 'surrogatepass'), dtype='<u4')
         ids = self._table[np.minimum(codes, len(self._table) - 1)]
-        if (ids == self._unknown).any():
+        if (ids == self.vocab_size).any():
             unknown = sorted(set(text).difference(self.chars))
             names = ', '.join(f'{char!r} (U+{ord(char):04X})' for char in unknown[:10])
             more = f' and {len(unknown) - 10} more' if len(unknown) > 10 else ''
@@ -103,8 +102,7 @@ class WordTokenizer(ListTokenizer):
     special_tokens = WORD_SPECIALS
 
     def __init__(self, words):
-        self.words = list(words)
-        self._id_of = {}
+        self.words, self._id_of = list(words), {}
         for i, word in enumerate(self.words, len(self.special_tokens)):
             if not isinstance(word, str) or split(word, self.pattern) != [word]:
                 raise UserError(f'a word vocabulary holds words, such as " the", got {word!r}')
@@ -133,8 +131,7 @@ class WordTokenizer(ListTokenizer):
 
     def encode_array(self, text: str) -> np.ndarray:
         words = split(to_utf8(text).decode('utf-8'), self.pattern)
-        return np.array([self._id_of.get(word, 0) for word in words],
-                        dtype=id_dtype(self.vocab_size))
+        return np.array([self._id_of.get(word, 0) for word in words], id_dtype(self.vocab_size))
 
     def encode_batch(self, texts: list[str], workers: int | None = None) -> list[np.ndarray]:
         return encode_in_processes(self, texts, workers)

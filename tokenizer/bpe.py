@@ -30,9 +30,6 @@ from tokenizer.workers import Workers, core_count
 
 BATCH_CHARS = 1 << 21  # characters that a process counts at a time
 
-# Training -----------------------------------------------------------------------------------------
-
-
 def count_pieces(texts, pattern: str | None, special_tokens=(), workers=None) -> Counter:
     """
     Count the pieces of texts, an iterable of strings.
@@ -137,9 +134,6 @@ def learn(counts: dict[str, int], n_merges: int) -> list[tuple[int, int]]:
     bar.close()
     return merges
 
-
-# Encoding -----------------------------------------------------------------------------------------
-
 NO_MERGE = 1 << 60  # greater than every id
 LONG = 1000         # bytes; join() is faster up to here, join_long() beyond
 
@@ -230,9 +224,6 @@ class Merges:
             before = previous[starts]
             enter(np.concatenate([starts, before[(before >= 0) & (ids[before] != new)]]))
         return ids[ids >= 0].tolist()
-
-
-# Merges of bytes ----------------------------------------------------------------------------------
 
 
 def token_bytes(pairs) -> list[bytes]:

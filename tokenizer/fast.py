@@ -34,9 +34,6 @@ def has_gigatoken() -> bool:
     return importlib.util.find_spec('gigatoken') is not None
 
 
-# Training -----------------------------------------------------------------------------------------
-
-
 def learn_with_gigatoken(texts, n_merges: int, special_tokens=()) -> list[tuple[bytes, bytes]]:
     """
     Learn the merges of bpe.learn(), as bytes, with GPT-2's pattern.
@@ -101,9 +98,6 @@ def silenced():
         os.dup2(terminal[1], 2)
         for descriptor in (*terminal, nowhere):
             os.close(descriptor)
-
-
-# Encoding -----------------------------------------------------------------------------------------
 
 
 class FastEncoder:

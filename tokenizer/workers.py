@@ -112,9 +112,6 @@ def end_with_parent():
     multiprocessing.parent_process().join()
     os._exit(1)
 
-
-# Encoding, for tokenizers in Python ---------------------------------------------------------------
-
 worker_tokenizer = None  # in a worker process: its tokenizer
 
 

@@ -128,9 +128,6 @@ def load(path):
     return state
 
 
-# The folder of a run -----------------------------------------------------------------------------
-
-
 def open_folder(out_dir, settings, step, version):
     """
     Create and lock out_dir, and write `settings` to its config.json.

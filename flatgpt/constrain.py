@@ -232,9 +232,8 @@ class Constraint:
             raise UserError(f'got {" and ".join(given) or "none"}: expected one of choices, regex '
                             f'and json_schema')
         self.name, self.vocabulary = given[0], vocabulary(tokenizer)
-        self.choices = None
+        self.choices, value = None, values[self.name]
         self.literals = []  # a match of each "pattern" in a schema, as symbols
-        value = values[self.name]
         if choices is not None:
             if isinstance(choices, str) or not choices:
                 raise UserError(f"choices is {choices!r}: expected a list of texts, ['yes', 'no']")
@@ -445,8 +444,7 @@ class Matcher:
         self.search_state, self.ending = after
         is_consumed = self.state.consume_token(i)
         assert is_consumed, f'token {i} is allowed as bytes only: {self.state.get_error()}'
-        self.text += self.vocabulary.tokens[i]
-        self.refused = []
+        self.text, self.refused = self.text + self.vocabulary.tokens[i], []
         return True
 
     def after(self, i, remaining, n_texts):

@@ -76,8 +76,7 @@ def warm_up(model, steps):
     if model.has_compiled_step:
         print('compiling the step of one token (--compile=False starts at once)', file=sys.stderr,
               flush=True)
-        model.has_compiled_step = runtime.compile_or_eager(
-            lambda: list(itertools.islice(steps, 3)))
+        model.has_compiled_step = runtime.compile_or_eager(lambda: list(itertools.islice(steps, 3)))
 
 
 @contextmanager
@@ -124,9 +123,8 @@ def split_texts(name, value, separator=None):
     try:
         texts = json.loads(value)
     except ValueError:
-        texts = None
-    is_list = isinstance(texts, list) and texts
-    if not is_list or not all(isinstance(text, str) and text for text in texts):
+        texts = []
+    if not texts or not all(isinstance(text, str) and text for text in texts):
         raise UserError(f'{name}={value!r} begins like a JSON list: expected texts, ["a", "b"]')
     return texts
 

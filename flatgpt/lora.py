@@ -138,9 +138,6 @@ def digest(model):
     return sha.hexdigest()
 
 
-# Settings -----------------------------------------------------------------------------------------
-
-
 def check_settings(config, init_from, out_dir):
     """Raise UserError for settings of train.py that contradict LoRA, or need it."""
     if not config['lora_rank']:

@@ -32,12 +32,8 @@ def adamw(model, weight_decay, learning_rate, betas):
     groups = [{'params': [p for p in params if p.dim() >= 2], 'weight_decay': weight_decay},
               {'params': [p for p in params if p.dim() < 2], 'weight_decay': 0.0}]
     groups = [{**group, 'lr_scale': 1.0} for group in groups if group['params']]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=can_fuse(groups))
-
-
-def can_fuse(groups):
-    """Return whether AdamW has a fused kernel for these parameters, which reads memory once."""
-    return groups[0]['params'][0].device.type in ('cuda', 'cpu')
+    can_fuse = params[0].device.type in ('cuda', 'cpu')  # a fused kernel reads memory once
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=can_fuse)
 
 
 # Muon ---------------------------------------------------------------------------------------------
@@ -88,7 +84,8 @@ class Muon(torch.optim.AdamW):
     """
 
     def __init__(self, groups, lr, betas, dtype, world):
-        super().__init__(groups, lr=lr, betas=betas, fused=can_fuse(groups))
+        can_fuse = groups[0]['params'][0].device.type in ('cuda', 'cpu')
+        super().__init__(groups, lr=lr, betas=betas, fused=can_fuse)
         self._step_supports_amp_scaling = False  # a GradScaler must skip steps that overflow itself
         self.dtype, self.world = dtype, world
 
@@ -162,9 +159,6 @@ def load_optimizer(optimizer, saved):
     if [g['params'] for g in groups] != [g['params'] for g in saved['param_groups']]:
         raise UserError('the optimizer state in the checkpoint is of another set of parameters')
     optimizer.load_state_dict({'state': saved['state'], 'param_groups': groups})
-
-
-# Schedules ----------------------------------------------------------------------------------------
 
 
 def schedule(config):

@@ -94,8 +94,7 @@ def tokenizer_of(state):
         if meta['vocab_size'] == vocab_size:
             return tokenizer.from_dict(meta['tokenizer'])
     if os.path.exists(path := os.path.join(data_dir, 'meta.pkl')):
-        char_tokenizer = tokenizer.from_meta_pkl(path)
-        if char_tokenizer.vocab_size == vocab_size:
+        if (char_tokenizer := tokenizer.from_meta_pkl(path)).vocab_size == vocab_size:
             return char_tokenizer
     if vocab_size < 50257:
         raise UserError(f'the checkpoint has no tokenizer in it, and {data_dir} has none of '
@@ -135,8 +134,7 @@ def with_adapters(state, path, dropout):
     settings = state['lora']
     places = [settings['init_from']]
     if settings.get('from_here'):  # relative to the adapters, where both folders were moved
-        moved = os.path.join(os.path.dirname(path), settings['from_here'])
-        places.append(os.path.normpath(moved))
+        places.append(os.path.normpath(os.path.join(os.path.dirname(path), settings['from_here'])))
     places = [place for place in dict.fromkeys(places) if os.path.isdir(place)] or places[:1]
     for place in places:
         try:
@@ -170,9 +168,6 @@ def base_model(init_from, dropout=0.0, needs_tokenizer=True):
     state = load(path)
     model = lora.merge(model_of(state, path, dropout))
     return model, {'tokenizer': state.get('tokenizer'), 'chat_template': state.get('chat_template')}
-
-
-# To train -----------------------------------------------------------------------------------------
 
 
 def check_source(init_from):

@@ -14,9 +14,6 @@ from tokenizer.workers import core_count
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
 
-# Choices ------------------------------------------------------------------------------------------
-
-
 def choose_device(device, local_rank=0):
     """
     Return the torch.device of a setting; 'auto' is the best accelerator here, else the CPU.
@@ -71,8 +68,7 @@ def cpu_multiplies_bf16():
     """Return whether this CPU has AMX or AVX512-BF16 units."""
     # torch's versions name the probes differently
     names = ('_is_amx_tile_supported', '_is_avx512_bf16_supported')
-    probes = [getattr(torch.cpu, name, None) for name in names]
-    return any(probe() for probe in probes if probe is not None)
+    return any(getattr(torch.cpu, name, lambda: False)() for name in names)
 
 
 def autocast(dtype, device):
@@ -103,9 +99,6 @@ def choose_compile(setting, device, flops):
     return True, 'a long enough run'
 
 
-# Use ----------------------------------------------------------------------------------------------
-
-
 def use_machine(device):
     """Set torch up for the device: threads and kept memory on a CPU, TF32 on a GPU."""
     use_cores()
@@ -117,11 +110,7 @@ def use_machine(device):
 
 
 def use_cores():
-    """
-    Give torch the cores of this process; under torchrun, its share of them.
-
-    torch's own default ignores a container's limits, and torchrun's is a single thread.
-    """
+    """Give torch this process's cores, which it miscounts in containers and under torchrun."""
     if 'RANK' in os.environ:
         torch.set_num_threads(max(1, core_count() // int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
     elif 'OMP_NUM_THREADS' not in os.environ:

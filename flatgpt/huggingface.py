@@ -23,7 +23,7 @@ import tokenizer
 from configurator import UserError
 from flatgpt.files import sync_folder
 from model import GPT, ROPE_SCALINGS, GPTConfig
-from tokenizer import chat, formats, vocabulary
+from tokenizer import chat, formats, tokenizer_json, vocabulary
 from tokenizer.base import write_file
 from tokenizer.patterns import PATTERNS, batches
 
@@ -349,7 +349,7 @@ def load_chat_template(folder, described=None):
 def same_tokenizer(first, second):
     """Return whether two descriptions give the same ids for every text and special token."""
     def rules(described):
-        described = formats.BYTES if described['kind'] == 'byte' else spelt_out(described)
+        described = tokenizer_json.BYTES if described['kind'] == 'byte' else spelt_out(described)
         return {key: value for key, value in described.items()
                 if key not in ('bos_token', 'visible_tokens')}
 
@@ -461,7 +461,7 @@ def special_tokens_of(text_tokenizer, described, chat_template):
     The ids are {'bos_token_id': id, 'eos_token_id': id or list of ids}, None where there is none.
     A chat model begins and ends a text with the same tokens as in tokenizer/chat.py.
     """
-    ids, ends, entries = text_tokenizer.special_tokens, formats.document_ends(described), {}
+    ids, ends, entries = text_tokenizer.special_tokens, tokenizer_json.document_ends(described), {}
     begin = described.get('bos_token') or next(iter(ends), None)
     end_ids = [ids[end] for end in ends]
     if chat_template is not None:

@@ -30,6 +30,7 @@ from tokenizer.workers import Workers, core_count
 
 BATCH_CHARS = 1 << 21  # characters that a process counts at a time
 
+
 def count_pieces(texts, pattern: str | None, special_tokens=(), workers=None) -> Counter:
     """
     Count the pieces of texts, an iterable of strings.
@@ -133,6 +134,7 @@ def learn(counts: dict[str, int], n_merges: int) -> list[tuple[int, int]]:
         bar.update()
     bar.close()
     return merges
+
 
 NO_MERGE = 1 << 60  # greater than every id
 LONG = 1000         # bytes; join() is faster up to here, join_long() beyond

@@ -27,20 +27,11 @@ from tokenizer import vocabulary
 from tokenizer.base import ENDOFTEXT, write_file
 from tokenizer.basic import CharTokenizer
 from tokenizer.bpe import final_parts, recover_merges
-from tokenizer.patterns import BYTE_TO_CHAR, PATTERNS, find_pattern
-from tokenizer.tokenizer_json import (
-    BYTES,
-    SPECIAL,
-    document_ends,
-    hf_tokenizer,
-    read_tokenizer_json,
-    write_hf_folder,
-    write_tokenizer_json,
-)
+from tokenizer.patterns import BYTE_TO_CHAR, PATTERNS, SPECIAL, find_pattern
+from tokenizer.tokenizer_json import read_tokenizer_json, write_hf_folder, write_tokenizer_json
 
-__all__ = ['BYTES', 'GPT2_FILES', 'document_ends', 'from_meta_pkl', 'hf_tokenizer', 'read',
-           'read_gpt2_files', 'read_tiktoken', 'read_tokenizer_json', 'write_hf_folder',
-           'write_tiktoken', 'write_tokenizer_json']
+__all__ = ['GPT2_FILES', 'from_meta_pkl', 'read', 'read_gpt2_files', 'read_tiktoken',
+           'read_tokenizer_json', 'write_hf_folder', 'write_tiktoken', 'write_tokenizer_json']
 
 GPT2_FILES = [('vocab.json', 'merges.txt'), ('encoder.json', 'vocab.bpe')]
 
@@ -54,8 +45,7 @@ PUBLISHED = {
         ENDOFTEXT: 100257, '<|fim_prefix|>': 100258, '<|fim_middle|>': 100259,
         '<|fim_suffix|>': 100260, '<|endofprompt|>': 100276}),
     '446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d': (
-        'o200k_base', 'o200k', {ENDOFTEXT: 199999, '<|endofprompt|>': 200018}),
-}
+        'o200k_base', 'o200k', {ENDOFTEXT: 199999, '<|endofprompt|>': 200018})}
 
 
 def read(path) -> dict:

@@ -12,7 +12,7 @@ import regex
 from configurator import UserError
 from tokenizer.base import ENDOFTEXT, write_file
 from tokenizer.basic import WORD_SPECIALS
-from tokenizer.patterns import PATTERNS, compile_pattern, from_printable, printable
+from tokenizer.patterns import PATTERNS, SPECIAL, compile_pattern, from_printable, printable
 from tokenizer.vocabulary import from_alphabet, is_vocab, read_json, short, to_json, tokens_of
 
 DOCUMENT_ENDS = (ENDOFTEXT, '<|end_of_text|>')  # GPT-2's and Llama 3's
@@ -24,8 +24,6 @@ LLAMA_3 = PATTERNS['qwen2'].replace(r'|\p{N}|', r'|\p{N}{1,3}|')  # cuts as PATT
 WORD = (r'\p{L}\p{M}\p{Nd}\p{Nl}\p{Pc}'
         '\u200c\u200d\u24b6-\u24e9\U0001f130-\U0001f149\U0001f150-\U0001f169\U0001f170-\U0001f189')
 WORDS = rf' ?[{WORD}]+|[^{WORD}\s]|\s'
-# The names of special tokens, where a file does not mark them: <s>, <|im_end|>, [PAD].
-SPECIAL = regex.compile(r'<.*\p{L}.*>|\[.*\p{L}.*\]', regex.DOTALL)
 
 # The regular expressions that the package regex and Hugging Face's Oniguruma read alike. Left out,
 # for example: $, which Oniguruma also matches before line ends; {1,3}+, there a repetition of a
@@ -292,8 +290,7 @@ def hf_file(model: dict, special_tokens: dict[str, int], pre_tokenizer, decoder)
                           'rstrip': False, 'normalized': False, 'special': True}
                          for text, i in special_tokens.items()],
         'normalizer': None, 'pre_tokenizer': pre_tokenizer, 'post_processor': None,
-        'decoder': decoder, 'model': model,
-    }
+        'decoder': decoder, 'model': model}
 
 
 def split_by(pattern: str) -> dict:

@@ -64,8 +64,7 @@ class Vocabulary:
             'merges': [f'{printable(left)} {printable(right)}' for left, right in merges],
             'byte_ids': None if byte_ids == list(range(256)) else byte_ids,
             'merge_ids': None if merge_ids == list(range(256, 256 + len(merges))) else merge_ids,
-            'ignore_merges': ignore_merges and whole,  # otherwise it changes nothing
-        }
+            'ignore_merges': ignore_merges and whole}  # otherwise it changes nothing
 
     def check_ids(self):
         """Raise UserError unless all bytes are tokens, and all ids differ."""

@@ -112,6 +112,7 @@ def end_with_parent():
     multiprocessing.parent_process().join()
     os._exit(1)
 
+
 worker_tokenizer = None  # in a worker process: its tokenizer
 
 

@@ -381,8 +381,7 @@ def weights_of(model):
             is_conv = name.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight'))
             weights[f'transformer.{name}'] = data.t() if is_conv else data
         else:
-            pattern = r'(?:h\.(\d+)\.)?(.+)\.(weight|bias)'
-            layer, module, kind = re.fullmatch(pattern, name).groups()
+            layer, module, kind = re.fullmatch(r'(?:h\.(\d+)\.)?(.+)\.(weight|bias)', name).groups()
             prefix = 'model.' if layer is None else f'model.layers.{layer}.'
             parts = data.split(sizes[module]) if module in sizes else [data]
             for module_there, part in zip(LLAMA_NAMES[module], parts, strict=True):

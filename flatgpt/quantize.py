@@ -91,8 +91,7 @@ def move_together(weights):
     block = mmap.mmap(-1, sum(sizes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError):  # a kernel without huge pages
         block.madvise(mmap.MADV_HUGEPAGE)
-    offsets = itertools.accumulate(sizes, initial=0)
-    for weight, offset in zip(weights, offsets, strict=False):
+    for weight, offset in zip(weights, itertools.accumulate(sizes, initial=0), strict=False):
         moved = torch.frombuffer(block, dtype=weight.dtype, count=weight.numel(), offset=offset)
         weight.data = moved.view_as(weight).copy_(weight)
 
@@ -127,8 +126,7 @@ def for_decoding(model, dtype, compile=False):
         if device.type == 'cpu':
             move_together([*weights, model.lm_head.weight])
         # each kind of block is compiled for each size of the cache
-        limit = torch._dynamo.config.recompile_limit
-        torch._dynamo.config.recompile_limit = max(limit, 256)
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
         for module in (*blocks, model.lm_head):
             module.compile(options=COMPILE_OPTIONS if device.type == 'cpu' else None)
     if model.config.tie_embeddings and dtype != torch.int8:

@@ -85,9 +85,6 @@ def uniforms(seed, prompt, sample, n):
     return torch.from_numpy(random.random(n, dtype=np.float32))
 
 
-# Choosing among samples ---------------------------------------------------------------------------
-
-
 def likeliest(samples):
     """Return the Sample with the highest mean log-probability, empty ones last."""
     return max(samples, key=lambda sample: sum(sample.logprobs) / len(sample.logprobs)

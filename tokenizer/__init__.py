@@ -24,6 +24,7 @@ from tokenizer.base import ENDOFTEXT, FILE_FORMAT, FILE_VERSION, Tokenizer, dige
 from tokenizer.basic import ByteTokenizer, CharTokenizer, WordTokenizer
 from tokenizer.bytepair import TIKTOKEN_FILES, BPETokenizer, TiktokenTokenizer
 from tokenizer.formats import from_meta_pkl
+from tokenizer.vocabulary import read_bytes
 
 __all__ = ['BPETokenizer', 'ByteTokenizer', 'CharTokenizer', 'ENDOFTEXT', 'NAMES',
            'TiktokenTokenizer', 'Tokenizer', 'WordTokenizer', 'digest', 'from_dict',
@@ -65,10 +66,7 @@ def load(name):
 
 def load_file(path):
     """Return the tokenizer in a file or folder. Raises UserError."""
-    content = b''
-    if os.path.isfile(path):
-        with open(path, 'rb') as file:
-            content = file.read()
+    content = read_bytes(path) if os.path.isfile(path) else b''
     if FILE_FORMAT.encode() not in content[:200]:
         return from_dict(formats.read(path))
     again = 'Fetch the file again, or train the tokenizer again'

@@ -76,12 +76,10 @@ class ByteTokenizer(Tokenizer):
 
     kind = 'byte'
     vocab_size = 256
+    cuts = CharTokenizer.cuts
 
     def encode_array(self, text: str) -> np.ndarray:
         return np.frombuffer(to_utf8(text), dtype=np.uint8).astype(id_dtype(256))
-
-    def cuts(self, text: str):
-        yield len(text)
 
     def decode_bytes(self, ids) -> bytes:
         return check_ids(ids, 256).astype(np.uint8).tobytes()

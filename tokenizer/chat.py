@@ -92,8 +92,7 @@ def render(messages, template, tokenizer):
     if messages[-1]['role'] == 'assistant':
         raise UserError("the last message is the assistant's own; expected one that it can answer")
     if template is None:
-        text = transcript(messages)
-        return bos_ids(tokenizer) + tokenizer.encode(text, allowed_special='none')
+        return bos_ids(tokenizer) + tokenizer.encode(transcript(messages), allowed_special='none')
     hidden, shown, _ = hide_specials(messages, tokenizer)
     return encode_rendered(apply_template(template, tokenizer, hidden, True), shown, tokenizer)
 

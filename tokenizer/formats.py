@@ -172,8 +172,7 @@ def read_gpt2_files(vocab_json, merges_txt) -> dict:
     made = {''.join(pair) for _, pair in pairs} | set(BYTE_TO_CHAR.values())
     specials = {text: i for text, i in vocab.items()
                 if text not in made and SPECIAL.fullmatch(text)}
-    read_vocabulary = vocabulary.from_alphabet(merges_txt, vocab, pairs, specials)
-    return read_vocabulary.describe(PATTERNS['gpt2'])
+    return vocabulary.from_alphabet(merges_txt, vocab, pairs, specials).describe(PATTERNS['gpt2'])
 
 
 def beside(path, partners: dict[str, str]):

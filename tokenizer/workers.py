@@ -70,15 +70,11 @@ class Workers:
             for _, future in waiting:
                 future.cancel()
 
-    def close(self):
-        """End the processes once their present work is done."""
-        self.pool.shutdown(cancel_futures=True)
-
     def __enter__(self):
         return self
 
     def __exit__(self, *error):
-        self.close()
+        self.pool.shutdown(cancel_futures=True)  # once their present work is done
 
 
 def submit(pool, *task):

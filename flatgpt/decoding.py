@@ -35,8 +35,7 @@ def open_model(config):
 
 
 def prepare(model, config, rows=1, n_tokens=math.inf):
-    """
-    Choose device, precision and compilation, and convert the model; -> the dtype.
+    """Choose device, precision and compilation, and convert the model; -> the dtype.
 
     config: the settings device, dtype, quantize and compile. rows: samples at once. n_tokens: of
     each. Prints the choices to stderr. Raises UserError for a setting that cannot be met.
@@ -91,8 +90,7 @@ def explain_out_of_memory(remedy):
 
 
 def constraint_of(config, tokenizer):
-    """
-    Build the Constraint of the settings choices, regex and json_schema, or None.
+    """Build the Constraint of the settings choices, regex and json_schema, or None.
 
     Raises UserError for more than one of them, for a stop text beside one, and if the shortest text
     that satisfies it takes more than max_new_tokens.

@@ -74,8 +74,7 @@ QKV = ('q_proj', 'k_proj', 'v_proj')
 
 
 def load(name_or_folder, dropout=0.0, needs_tokenizer=True):
-    """
-    Open a model; -> (GPT on the CPU in fp32, its tokenizer, its chat template).
+    """Open a model; -> (GPT on the CPU in fp32, its tokenizer, its chat template).
 
     name_or_folder: see find(). The tokenizer is a dict for tokenizer.from_dict(), the template is
     Jinja's; each is None if the folder has none. needs_tokenizer: False takes a tokenizer that
@@ -88,8 +87,7 @@ def load(name_or_folder, dropout=0.0, needs_tokenizer=True):
 
 
 def find(name_or_folder):
-    """
-    Return the folder of a model, downloaded to the hub's cache if need be.
+    """Return the folder of a model, downloaded to the hub's cache if need be.
 
     name_or_folder: a folder, one of GPT2_NAMES, or a hub id such as 'Qwen/Qwen3-0.6B'. Raises
     UserError if it is none of these or cannot be downloaded.
@@ -117,8 +115,7 @@ def find(name_or_folder):
 
 
 def load_model(folder, dropout=0.0):
-    """
-    Load the GPT in a folder, on the CPU in fp32.
+    """Load the GPT in a folder, on the CPU in fp32.
 
     Raises UserError naming the file that is damaged, the tensor that is missing or unexpected, or
     the key of config.json that model.py does not implement.
@@ -225,8 +222,7 @@ def rope_of(hf, folder):
 
 
 def open_tensors(folder, stack):
-    """
-    Open the safetensors files of a folder, until the ExitStack closes them.
+    """Open the safetensors files of a folder, until the ExitStack closes them.
 
     -> {bare name: (file, name in the file)}. A bare name has no prefix: a model without a head
     lacks it.
@@ -292,8 +288,7 @@ def copy_weights(model, tensors, hf, folder):
 
 
 def load_tokenizer(folder):
-    """
-    Read the tokenizer of the model in a folder; -> dict for tokenizer.from_dict().
+    """Read the tokenizer of the model in a folder; -> dict for tokenizer.from_dict().
 
     Without a tokenizer file -> GPT-2's for a model with GPT-2's vocabulary, else None. Raises
     UserError if its ids could differ from transformers' or exceed the model's.
@@ -316,8 +311,7 @@ def load_tokenizer(folder):
 
 
 def load_chat_template(folder, described=None):
-    """
-    Read the Jinja template of a chat model; -> text, or None.
+    """Read the Jinja template of a chat model; -> text, or None.
 
     described: its tokenizer, see load_tokenizer(). tokenizer/chat.py finds bos_token and eos_token
     by their usual names. If the folder names others, the template gets a line that sets them.
@@ -364,8 +358,7 @@ def spelt_out(described):
 
 
 def weights_of(model):
-    """
-    Return {transformers' name: view of a parameter, in transformers' shape}.
+    """Return {transformers' name: view of a parameter, in transformers' shape}.
 
     The layout is GPT-2's with learned positions, Llama's with RoPE. A tied head is left out, as in
     transformers' files.
@@ -390,8 +383,7 @@ def weights_of(model):
 
 
 def save(model, described, chat_template, folder, dtype=torch.float32):
-    """
-    Write a model as a new folder, complete or not at all; -> its config.json as a dict.
+    """Write a model as a new folder, complete or not at all; -> its config.json as a dict.
 
     described: its tokenizer, for tokenizer.from_dict(); chat_template: Jinja's, or None; dtype: of
     the tensors. Raises UserError if transformers has no such model or tokenizer, or if the folder
@@ -454,8 +446,7 @@ def check_expressible(config):
 
 
 def special_tokens_of(text_tokenizer, described, chat_template):
-    """
-    Return the ids that begin and end a text, and the entries of tokenizer_config.json.
+    """Return the ids that begin and end a text, and the entries of tokenizer_config.json.
 
     The ids are {'bos_token_id': id, 'eos_token_id': id or list of ids}, None where there is none.
     A chat model begins and ends a text with the same tokens as in tokenizer/chat.py.
@@ -506,8 +497,7 @@ def config_json(model, described):
 
 
 def tensors_of(model, hf):
-    """
-    Return {name: tensor} as the model type of the config.json `hf` has them.
+    """Return {name: tensor} as the model type of the config.json `hf` has them.
 
     Biases that only transformers' model has are 0. QK-norm there has weights, and the eps of the
     other norms: x / sqrt(mean(x^2) + eps) does not change if x grows by s and eps by s^2, so

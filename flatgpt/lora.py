@@ -77,8 +77,7 @@ class LoRALinear(nn.Linear):
 
 
 def add(model, rank, alpha, targets, int8=False):
-    """
-    Freeze a GPT, and add adapters to the linear layers that `targets` name.
+    """Freeze a GPT, and add adapters to the linear layers that `targets` name.
 
     targets: ends of layer names, such as 'c_attn', 'mlp.c_proj', 'lm_head' or 'h.0.attn.c_proj'.
     int8: round the weights of these layers to int8. Raises UserError for a target without a layer.

@@ -23,8 +23,7 @@ def create(model, config, precision, world):
 
 
 def adamw(model, weight_decay, learning_rate, betas):
-    """
-    Build AdamW ("Decoupled Weight Decay Regularization", Loshchilov & Hutter 2019).
+    """Build AdamW ("Decoupled Weight Decay Regularization", Loshchilov & Hutter 2019).
 
     In nanoGPT's two groups: tensors of two or more dimensions decay, biases and norms do not.
     """
@@ -43,8 +42,7 @@ def adamw(model, weight_decay, learning_rate, betas):
 
 
 def muon(model, config, dtype, world):
-    """
-    Build Muon for the matrices of the blocks, with AdamW without decay for all else.
+    """Build Muon for the matrices of the blocks, with AdamW without decay for all else.
 
     Matrices learn at muon_lr, embeddings that are only looked up at embedding_lr, the rest at
     learning_rate, above 0. weight_decay is that of the matrices. dtype: of the orthogonalization.
@@ -76,8 +74,7 @@ def parts_of(name, c):
 
 
 class Muon(torch.optim.AdamW):
-    """
-    Apply Muon to the groups that have a 'momentum', AdamW to the others.
+    """Apply Muon to the groups that have a 'momentum', AdamW to the others.
 
     Matrices of one shape, or its transpose, are orthogonalized in one batch, shared by processes.
     Tall matrices take steps of sqrt(rows / columns), so that muon_lr suits models of any size.
@@ -162,8 +159,7 @@ def load_optimizer(optimizer, saved):
 
 
 def schedule(config):
-    """
-    Return the learning rate as a function of the step, from the settings of train.py.
+    """Return the learning rate as a function of the step, from the settings of train.py.
 
     Raises UserError for a rate that would rise where it should fall.
     """

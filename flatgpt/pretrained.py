@@ -32,8 +32,7 @@ def path_in(out_dir, which='best'):
 
 
 def open_model(init_from, out_dir, which='best'):
-    """
-    Open a model to use it; -> (model, its tokenizer, its chat template, a line that names it).
+    """Open a model to use it; -> (model, its tokenizer, its chat template, a line that names it).
 
     init_from: 'resume' for the run in out_dir, the folder of another run, or what
     huggingface.find() takes. which: 'best' for best.pt if it exists, 'last' for ckpt.pt. The model
@@ -78,8 +77,7 @@ def dataset_of(init_from, out_dir, which='best'):
 
 
 def tokenizer_of(state):
-    """
-    Return the tokenizer of a checkpoint.
+    """Return the tokenizer of a checkpoint.
 
     nanoGPT's checkpoints hold none: it is in the meta.pkl of their dataset, or else GPT-2's.
     Raises UserError if that file is missing.
@@ -103,8 +101,7 @@ def tokenizer_of(state):
 
 
 def model_of(state, path, dropout):
-    """
-    Build the GPT of a checkpoint, on the CPU, with its adapters if it has any.
+    """Build the GPT of a checkpoint, on the CPU, with its adapters if it has any.
 
     state: load(path). Raises UserError naming the fields and weights that are missing, unknown or
     of another shape, and for a reward model.
@@ -155,8 +152,7 @@ def with_adapters(state, path, dropout):
 
 
 def base_model(init_from, dropout=0.0, needs_tokenizer=True):
-    """
-    Open the model that a finetuning begins with, adapters merged into it.
+    """Open the model that a finetuning begins with, adapters merged into it.
 
     -> (model on the CPU, {'tokenizer', 'chat_template'}), both None if unknown. init_from: the
     folder of a run, or what huggingface.find() takes. needs_tokenizer: see huggingface.load().
@@ -180,8 +176,7 @@ def check_source(init_from):
 
 
 def context_of(model, config, init_from, meta):
-    """
-    Return the block_size of a run: the setting if it was given, else what model and data imply.
+    """Return the block_size of a run: the setting if it was given, else what model and data imply.
 
     Raises UserError if the model has fewer positions.
     """
@@ -223,8 +218,7 @@ def check_architecture(model, config, names, source):
 
 
 def resume(path, config, meta, data_dir):
-    """
-    Load the checkpoint at `path` to continue its run; -> (model, checkpoint).
+    """Load the checkpoint at `path` to continue its run; -> (model, checkpoint).
 
     meta: data.tokens.load_meta(data_dir). Raises UserError if the settings, the tokenizer or the
     vocabulary contradict the checkpoint, or if another script wrote it.

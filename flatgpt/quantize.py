@@ -31,8 +31,7 @@ def has_bf16_products():
 
 
 class DecodeLinear(nn.Module):
-    """
-    Multiply like nn.Linear, for inference.
+    """Multiply like nn.Linear, for inference.
 
     weight: (N, K) in fp32, bf16, fp16 or int8; scale: (N,), the step of each int8 row, or None.
     A library reads the weights at 40 to 70% of a CPU's memory bandwidth for one position; compiled,
@@ -79,8 +78,7 @@ def quantize_rows(weight):
 
 
 def move_together(weights):
-    """
-    Move a CPU's weights into one block of memory, in the order of reading.
+    """Move a CPU's weights into one block of memory, in the order of reading.
 
     The block has pages of 2 MB where Linux grants them: the look-ups of 4 KB pages cost a quarter
     of a token's time.
@@ -98,8 +96,7 @@ def move_together(weights):
 
 @torch.no_grad()
 def for_decoding(model, dtype, compile=False):
-    """
-    Convert a GPT in place to one that only decodes; -> the model.
+    """Convert a GPT in place to one that only decodes; -> the model.
 
     dtype: of the matrices, fp32, bf16, fp16 or int8; everything else is in fp32. compile: compile
     the step of one position. That takes seconds, fewer when torch has compiled it before, and saves
@@ -136,8 +133,7 @@ def for_decoding(model, dtype, compile=False):
 
 
 class GraphStep:
-    """
-    Replay the step of one token as a CUDA graph: logits (B, V) after ids (B, 1).
+    """Replay the step of one token as a CUDA graph: logits (B, V) after ids (B, 1).
 
     The GPU launches all of its hundreds of kernels at once; launches one by one take longer than
     the kernels do.

@@ -43,8 +43,7 @@ FIELDS = {'char': {'chars': str | list}, 'byte': {}, 'word': {'words': list},
 
 
 def load(name):
-    """
-    Return the tokenizer of a name, a file or a folder.
+    """Return the tokenizer of a name, a file or a folder.
 
     NAMES has the names; formats.py reads other people's files. Raises UserError.
     """

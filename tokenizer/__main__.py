@@ -102,8 +102,7 @@ def count_tokens(tokenizer, text: str) -> int | None:
 
 
 def compare(named: dict, texts: dict[str, str]):
-    """
-    Print a table: for each text and tokenizer tokens, bytes per token, compression.
+    """Print a table: for each text and tokenizer tokens, bytes per token, compression.
 
     named: {name: tokenizer}, texts: {name: text}. Compression is bytes of text per byte of .bin.
     """

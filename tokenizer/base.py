@@ -54,8 +54,7 @@ class Tokenizer:
         return self.special_tokens.get(ENDOFTEXT)
 
     def encode(self, text: str | bytes, allowed_special='none_raise') -> list[int]:
-        """
-        Encode text, or its UTF-8 bytes, to ids.
+        """Encode text, or its UTF-8 bytes, to ids.
 
         allowed_special: 'all' makes ids of the special tokens in the text; a set makes ids of
         these and refuses the others; 'none_raise' refuses all; 'none' encodes them as ordinary
@@ -108,8 +107,7 @@ class Tokenizer:
         return [self.encode_array(text) for text in texts]
 
     def encode_iterable(self, texts, allowed_special='none_raise'):
-        """
-        Yield the ids of joined texts: an iterable of strings, or a file opened as text.
+        """Yield the ids of joined texts: an iterable of strings, or a file opened as text.
 
         Memory is constant, except with a pattern of your own, where safe_cut() finds no cuts.
         """

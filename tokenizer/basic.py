@@ -89,8 +89,7 @@ class ByteTokenizer(Tokenizer):
 
 
 class WordTokenizer(ListTokenizer):
-    """
-    One id per word with the space before it; marks and blanks are words too.
+    """One id per word with the space before it; marks and blanks are words too.
 
     Id 0 is <|unk|>, which replaces unknown words; 1 is <|endoftext|>; from 2 on stand `words`.
     """
@@ -112,8 +111,7 @@ class WordTokenizer(ListTokenizer):
 
     @classmethod
     def train(cls, texts, vocab_size: int, workers: int | None = None) -> 'WordTokenizer':
-        """
-        Learn the most frequent words of texts, for at most vocab_size ids.
+        """Learn the most frequent words of texts, for at most vocab_size ids.
 
         texts: one string, or an iterable of strings. Ties go by code points.
         """

@@ -44,8 +44,7 @@ class MergeTokenizer(Tokenizer):
 
 @dataclass(eq=False, repr=False)
 class BPETokenizer(MergeTokenizer):
-    """
-    Byte pair encoding with merges of its own.
+    """Byte pair encoding with merges of its own.
 
     merges: pairs of bytes, in the order they were learnt; token = left + right
     pattern: a name in PATTERNS, a regular expression that cuts text into pieces, or None
@@ -119,8 +118,7 @@ class BPETokenizer(MergeTokenizer):
     @classmethod
     def train(cls, texts, vocab_size: int, pattern: str | None = 'gpt4', special_tokens=(),
               workers: int | None = None) -> 'BPETokenizer':
-        """
-        Learn vocab_size - 256 - len(special_tokens) merges from texts.
+        """Learn vocab_size - 256 - len(special_tokens) merges from texts.
 
         texts: one string, or an iterable of strings; no merge crosses the end of one. Special
         tokens get the last ids. workers: processes that count (None: one per core). With GPT-2's
@@ -198,8 +196,7 @@ class BPETokenizer(MergeTokenizer):
 
     @functools.cached_property
     def is_fast(self) -> bool:
-        """
-        True when compiled code gives the same ids.
+        """True when compiled code gives the same ids.
 
         It has few patterns, and joins any two neighbours that together are a token. Learnt merges
         do so too; those of other files may differ.
@@ -250,8 +247,7 @@ class BPETokenizer(MergeTokenizer):
 
 
 class TiktokenTokenizer(MergeTokenizer):
-    """
-    OpenAI's vocabulary 'gpt2', 'cl100k_base' (GPT-4) or 'o200k_base' (GPT-4o).
+    """OpenAI's vocabulary 'gpt2', 'cl100k_base' (GPT-4) or 'o200k_base' (GPT-4o).
 
     Raises UserError when tiktoken neither has the vocabulary in its cache nor can download it.
     """

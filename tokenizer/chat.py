@@ -62,8 +62,7 @@ def bos_ids(tokenizer):
 
 
 def encode_prompt(prompt, tokenizer, block_size, crop_prompt=False):
-    """
-    Encode a prompt -> ids. A special token in a text is one token; ids stay.
+    """Encode a prompt -> ids. A special token in a text is one token; ids stay.
 
     Raises UserError for no ids, and for more than block_size unless crop_prompt keeps the last.
     """
@@ -80,8 +79,7 @@ def encode_prompt(prompt, tokenizer, block_size, crop_prompt=False):
 
 
 def render(messages, template, tokenizer):
-    """
-    Render messages to the ids that the assistant's answer continues.
+    """Render messages to the ids that the assistant's answer continues.
 
     messages: [{'role', 'content'}]; the last one is not the assistant's. template: Jinja, or None
     for a transcript. Special tokens in a content become ordinary text, so that nobody can end a
@@ -98,8 +96,7 @@ def render(messages, template, tokenizer):
 
 
 def render_conversation(messages, template, tokenizer):
-    """
-    Render a whole conversation to (ids, mask), two lists of one length.
+    """Render a whole conversation to (ids, mask), two lists of one length.
 
     mask is 1 for what the assistant writes and the token that ends it, which carry loss; 0 for all
     others, and for the output of tools. A message with a "weight" of 0 carries no loss. Raises
@@ -134,8 +131,7 @@ def render_conversation(messages, template, tokenizer):
 
 
 def find_answers(messages, template, tokenizer):
-    """
-    Render a conversation to parts of text, of which the odd ones are answers.
+    """Render a conversation to parts of text, of which the odd ones are answers.
 
     An answer is what its message adds to the text, up to the token that ends it.
     """
@@ -170,8 +166,7 @@ def not_output(ids, tokenizer):
 
 
 def hide_specials(messages, tokenizer):
-    """
-    Replace each special token in a content by a private character.
+    """Replace each special token in a content by a private character.
 
     The template still finds the rest of the content as it is: it may strip it or look into it. An
     assistant keeps its thoughts and calls of tools. Returns (messages, {character: token} for
@@ -283,8 +278,7 @@ def apply_template(template, tokenizer, messages, add_generation_prompt, marks=(
 
 @functools.lru_cache(maxsize=4)
 def compiled(template, begin='', end=''):
-    """
-    Compile a template with what transformers offers to it.
+    """Compile a template with what transformers offers to it.
 
     It writes begin and end around {% generation %} parts. A template comes with a model, from
     anybody, hence the sandbox.
@@ -323,8 +317,7 @@ def compiled(template, begin='', end=''):
 
 
 def find_endings(template, tokenizer):
-    """
-    Find what ends an answer: (ids, texts).
+    """Find what ends an answer: (ids, texts).
 
     The ids are the usual special tokens and what the template writes after an answer.
     """

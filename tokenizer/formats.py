@@ -49,8 +49,7 @@ PUBLISHED = {
 
 
 def read(path) -> dict:
-    """
-    Read the vocabulary in a file or folder; return its description.
+    """Read the vocabulary in a file or folder; return its description.
 
     Raises UserError where there is none, or none that gives the same ids here.
     """
@@ -91,8 +90,7 @@ def read(path) -> dict:
 
 
 def read_tiktoken(path, pattern: str | None = 'gpt4', special_tokens=None) -> dict:
-    """
-    Read a file of lines 'base64 rank'; return the description.
+    """Read a file of lines 'base64 rank'; return the description.
 
     Such a file has neither pattern nor special tokens. OpenAI's are found by the file's SHA-256.
     For other files, pattern is a name in PATTERNS (GPT-4's is Llama 3's too), a regular expression
@@ -128,8 +126,7 @@ def read_tiktoken(path, pattern: str | None = 'gpt4', special_tokens=None) -> di
 
 
 def write_tiktoken(values: dict, path):
-    """
-    Write a description as lines 'base64 rank', without pattern and specials.
+    """Write a description as lines 'base64 rank', without pattern and specials.
 
     Raises UserError when tiktoken would encode some text differently with these ranks.
     """
@@ -154,8 +151,7 @@ def write_tiktoken(values: dict, path):
 
 
 def read_gpt2_files(vocab_json, merges_txt) -> dict:
-    """
-    Read GPT-2's two files, {token: id} and one merge per line.
+    """Read GPT-2's two files, {token: id} and one merge per line.
 
     Returns the description. Tokens like <|endoftext|> that no merge makes are special. Raises
     UserError for files that do not fit together.

@@ -126,8 +126,7 @@ def normalize(text: str, form: str | None) -> str:
 
 
 def find_pattern(pattern: str | None) -> str | None:
-    """
-    Return the regular expression of a name in PATTERNS, or the given one, or None.
+    """Return the regular expression of a name in PATTERNS, or the given one, or None.
 
     Raises UserError for an unknown name and for what is not a regular expression.
     """
@@ -156,8 +155,7 @@ def compile_pattern(pattern: str):
 
 
 def split(text: str, pattern: str | None) -> list[str]:
-    """
-    Cut text into pieces, which joined are the text again. pattern None: one piece.
+    """Cut text into pieces, which joined are the text again. pattern None: one piece.
 
     Text between the matches of a pattern becomes pieces too, so that nothing is lost.
     """

@@ -49,8 +49,7 @@ def unsupported(path, key, value, expected) -> UserError:
 
 
 def read_tokenizer_json(path) -> dict:
-    """
-    Read a tokenizer.json: byte-level BPE, or what hf_words() writes.
+    """Read a tokenizer.json: byte-level BPE, or what hf_words() writes.
 
     Returns the description. Raises UserError, naming the part of the file, where ids could differ.
     """
@@ -207,8 +206,7 @@ def document_ends(values: dict) -> list[str]:
 
 
 def write_hf_folder(values: dict, folder, more: dict | None = None):
-    """
-    Write the files for transformers.AutoTokenizer.from_pretrained(folder).
+    """Write the files for transformers.AutoTokenizer.from_pretrained(folder).
 
     more: further entries of tokenizer_config.json, such as the chat_template.
     """
@@ -267,8 +265,7 @@ def hf_tokenizer(values: dict, path) -> dict:
 
 
 def hf_words(values: dict) -> dict:
-    """
-    Return the content of the tokenizer.json of a char or word tokenizer.
+    """Return the content of the tokenizer.json of a char or word tokenizer.
 
     A char vocabulary has no unknown token, so that unknown characters are an error there too.
     """

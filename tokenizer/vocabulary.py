@@ -37,8 +37,7 @@ READABLE = ("tiktoken's *.tiktoken, Hugging Face's tokenizer.json (byte-level BP
 
 @dataclass
 class Vocabulary:
-    """
-    The vocabulary in a file, in bytes, however the file writes it.
+    """The vocabulary in a file, in bytes, however the file writes it.
 
     path: for error messages. ids: {token: id} without special tokens. merges: [(left, right)].
     """
@@ -49,8 +48,7 @@ class Vocabulary:
     special_tokens: dict[str, int]
 
     def describe(self, pattern: str | None, ignore_merges: bool = False) -> dict:
-        """
-        Return the description. Raises UserError where it could not give the file's ids.
+        """Return the description. Raises UserError where it could not give the file's ids.
 
         That is where bytes are missing, two tokens share an id, or no merges make a token.
         """
@@ -128,8 +126,7 @@ def rank_in(order: dict[tuple[bytes, bytes], int]):
 
 
 def from_alphabet(path, vocab: dict[str, int], pairs, special_tokens):
-    """
-    Return the Vocabulary that a file writes in GPT-2's byte alphabet.
+    """Return the Vocabulary that a file writes in GPT-2's byte alphabet.
 
     pairs: (place in the file, [left, right]). Raises UserError for what is no token or merge.
     """

@@ -47,8 +47,7 @@ class Workers:
                                         (start, *arguments))
 
     def map(self, function, items):
-        """
-        Yield (item, function(item)) for every item, in order.
+        """Yield (item, function(item)) for every item, in order.
 
         Takes no more items in advance than keep all processes busy. function and items must be
         picklable. Raises UserError when a process is killed.

@@ -15,8 +15,7 @@ from ops import visible
 
 
 class LayerCache(NamedTuple):
-    """
-    Hold k and v of one layer, (B, G, S, D), and the slots (T,) of new tokens.
+    """Hold k and v of one layer, (B, G, S, D), and the slots (T,) of new tokens.
 
     A block takes this instead of the cache and its number: each number would be compiled anew.
     """
@@ -33,8 +32,7 @@ class LayerCache(NamedTuple):
 
 
 class KVCache:
-    """
-    Keep keys and values of all layers and tokens.
+    """Keep keys and values of all layers and tokens.
 
     k, v: (n_layer, B, G, S, D), of which `length` slots are filled. S grows up to max_length.
     padding: None, or (B,), the empty slots before each row's first token; all rows end together.

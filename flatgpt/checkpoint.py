@@ -35,8 +35,7 @@ VERSION = 1  # of the layout above; nanoGPT's files have no such key
 
 
 def save(out_dir, state, is_best):
-    """
-    Write `state` to out_dir/ckpt.pt, and to best.pt too if it is the best: two names, one file.
+    """Write `state` to out_dir/ckpt.pt, and to best.pt too if it is the best: two names, one file.
 
     The bytes go to a temporary file, which is fsynced and then renamed, so they survive a power
     cut. Raises OSError (disk full, no permission) and leaves the earlier checkpoints as they are.
@@ -81,8 +80,7 @@ def remove_temporaries(out_dir):
 
 
 def load(path):
-    """
-    Read the checkpoint at `path`; -> dict, its tensors on the CPU.
+    """Read the checkpoint at `path`; -> dict, its tensors on the CPU.
 
     Prefixes of torch.compile and DDP are removed from the names of the weights. Raises UserError
     for a file that is missing, damaged, incomplete, more than data, or of a newer version.
@@ -128,12 +126,8 @@ def load(path):
     return state
 
 
-# The folder of a run -----------------------------------------------------------------------------
-
-
 def open_folder(out_dir, settings, step, version):
-    """
-    Create and lock out_dir, and write `settings` to its config.json.
+    """Create and lock out_dir, and write `settings` to its config.json.
 
     version: layout version of the checkpoint that the run resumes, None for a new run. A new run
     moves the files of an earlier one to previous-N; -> that folder, or None. nanoGPT's ckpt.pt
@@ -191,8 +185,7 @@ def keep_log_until(out_dir, step):
 
 
 class Run:
-    """
-    The folder of one run, and where the run stands.
+    """The folder of one run, and where the run stands.
 
     step: updates done; saved_step: that of ckpt.pt; train_time: seconds without evaluations.
     They continue from `state`, the checkpoint that the run resumes. From its construction on,
@@ -251,8 +244,7 @@ class Run:
             self.wandb.log(record, step=record['step'])
 
     def evaluated(self, val_loss, state_of, always_save=True):
-        """
-        Save after an evaluation: always, or else only if val_loss is the lowest so far.
+        """Save after an evaluation: always, or else only if val_loss is the lowest so far.
 
         state_of: function -> what the checkpoint holds beside the run's own numbers. Step 0 is
         not saved, so it sets no record. A val_loss that is not finite stops the run unsaved.
@@ -304,8 +296,7 @@ class Run:
         raise SystemExit(f'step {self.step}: {what}. Stopped without saving; {where}. {remedy}')
 
     def explain_out_of_memory(self, smaller, otherwise):
-        """
-        Install the sys.excepthook that answers out of memory with a command that needs less.
+        """Install the sys.excepthook that answers out of memory with a command that needs less.
 
         smaller: settings that take the same steps in smaller pieces; {}: there are none, and the
         text `otherwise` is printed.

@@ -96,8 +96,7 @@ def matches_after(state, symbols):
 
 
 class Vocabulary:
-    """
-    List a tokenizer's tokens, and the symbols that a search writes.
+    """List a tokenizer's tokens, and the symbols that a search writes.
 
     Symbols are the bytes, if each byte of UTF-8 is a token, else the tokens.
     """
@@ -214,8 +213,7 @@ def dicts_in(value):
 
 
 class Constraint:
-    """
-    Describe what the output must be, by one of choices, regex and json_schema.
+    """Describe what the output must be, by one of choices, regex and json_schema.
 
     choices: a list of texts. regex: a regular expression of the whole text, in the syntax of Rust's
     regex crate: no look-around, no backreferences; \\d is 0 to 9, \\w and \\s are Unicode's.
@@ -232,9 +230,8 @@ class Constraint:
             raise UserError(f'got {" and ".join(given) or "none"}: expected one of choices, regex '
                             f'and json_schema')
         self.name, self.vocabulary = given[0], vocabulary(tokenizer)
-        self.choices = None
+        self.choices, value = None, values[self.name]
         self.literals = []  # a match of each "pattern" in a schema, as symbols
-        value = values[self.name]
         if choices is not None:
             if isinstance(choices, str) or not choices:
                 raise UserError(f"choices is {choices!r}: expected a list of texts, ['yes', 'no']")
@@ -302,8 +299,7 @@ class Constraint:
         return Matcher(self)
 
     def shortest_match(self, regex):
-        """
-        Return symbols of the shortest text that matches, None if there is none.
+        """Return symbols of the shortest text that matches, None if there is none.
 
         The grammar of matches with at most n characters has no dead ends, so any path in it is a
         match; n is found by bisection.
@@ -333,8 +329,7 @@ class Constraint:
                                        key=lambda n: find(n) is not None))
 
     def complete(self, state, text, haste, n_texts, most=math.inf):
-        """
-        Search symbols that complete the match; -> symbols, or None.
+        """Search symbols that complete the match; -> symbols, or None.
 
         state: the matcher of symbols, after text. haste: cost of a byte, in steps of PENALTY; a low
         one takes the first ending, a high one looks for a shorter one. n_texts: texts to extend at
@@ -398,8 +393,7 @@ class Matcher:
         return self.search_state.is_accepting()
 
     def draw(self, logits, remaining, sample):
-        """
-        Append a token drawn by sample(logits (1, V)) -> (1, 1), and return it.
+        """Append a token drawn by sample(logits (1, V)) -> (1, 1), and return it.
 
         None ends the text: it matches, and the drawn token may not follow. remaining: tokens that
         the text may still have.
@@ -415,8 +409,7 @@ class Matcher:
                 return None
 
     def allowed(self, remaining):
-        """
-        Return the ids that may be drawn, (vocab_size,) of bool.
+        """Return the ids that may be drawn, (vocab_size,) of bool.
 
         At least one is allowed unless may_end. An id that accept() refuses is no longer allowed.
         """
@@ -445,8 +438,7 @@ class Matcher:
         self.search_state, self.ending = after
         is_consumed = self.state.consume_token(i)
         assert is_consumed, f'token {i} is allowed as bytes only: {self.state.get_error()}'
-        self.text += self.vocabulary.tokens[i]
-        self.refused = []
+        self.text, self.refused = self.text + self.vocabulary.tokens[i], []
         return True
 
     def after(self, i, remaining, n_texts):

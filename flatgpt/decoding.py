@@ -35,8 +35,7 @@ def open_model(config):
 
 
 def prepare(model, config, rows=1, n_tokens=math.inf):
-    """
-    Choose device, precision and compilation, and convert the model; -> the dtype.
+    """Choose device, precision and compilation, and convert the model; -> the dtype.
 
     config: the settings device, dtype, quantize and compile. rows: samples at once. n_tokens: of
     each. Prints the choices to stderr. Raises UserError for a setting that cannot be met.
@@ -76,8 +75,7 @@ def warm_up(model, steps):
     if model.has_compiled_step:
         print('compiling the step of one token (--compile=False starts at once)', file=sys.stderr,
               flush=True)
-        model.has_compiled_step = runtime.compile_or_eager(
-            lambda: list(itertools.islice(steps, 3)))
+        model.has_compiled_step = runtime.compile_or_eager(lambda: list(itertools.islice(steps, 3)))
 
 
 @contextmanager
@@ -92,8 +90,7 @@ def explain_out_of_memory(remedy):
 
 
 def constraint_of(config, tokenizer):
-    """
-    Build the Constraint of the settings choices, regex and json_schema, or None.
+    """Build the Constraint of the settings choices, regex and json_schema, or None.
 
     Raises UserError for more than one of them, for a stop text beside one, and if the shortest text
     that satisfies it takes more than max_new_tokens.
@@ -124,9 +121,8 @@ def split_texts(name, value, separator=None):
     try:
         texts = json.loads(value)
     except ValueError:
-        texts = None
-    is_list = isinstance(texts, list) and texts
-    if not is_list or not all(isinstance(text, str) and text for text in texts):
+        texts = []
+    if not texts or not all(isinstance(text, str) and text for text in texts):
         raise UserError(f'{name}={value!r} begins like a JSON list: expected texts, ["a", "b"]')
     return texts
 

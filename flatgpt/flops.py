@@ -25,8 +25,7 @@ def peak_flops(device):
 
 
 def mfu_of(model, sequences, seconds):
-    """
-    Return the model FLOPs utilisation: the share of the device's peak that training used.
+    """Return the model FLOPs utilisation: the share of the device's peak that training used.
 
     sequences: of block_size tokens, trained on in `seconds`. None if the peak is not known.
     """

@@ -28,8 +28,7 @@ class NotNumbers(UserError):
 
 
 class Decoder:
-    """
-    Compute the logits that follow a batch of growing contexts.
+    """Compute the logits that follow a batch of growing contexts.
 
     At block_size tokens a context drops its first `slide` and is computed anew, since each token
     depends on those before it. slide=1 is exact, and then each token costs a whole pass; n costs
@@ -111,8 +110,7 @@ class Decoder:
 
 @torch.no_grad()
 def generate(model, prompts, sampling: Sampling, u=None):
-    """
-    Continue prompts; yield (ids, logprobs, ended) after each token.
+    """Continue prompts; yield (ids, logprobs, ended) after each token.
 
     prompts: B lists of ids, or (B, T). ids: (B, 1). logprobs: (B, 1), before any control. ended: B
     bools; the id of an ended row is a stop id or has no meaning. Ended rows leave the batch once
@@ -162,8 +160,7 @@ def generate(model, prompts, sampling: Sampling, u=None):
 
 
 def generate_texts(model, tokenizer, prompts, sampling: Sampling, numbers=None):
-    """
-    Continue texts or lists of ids as one batch; yield Samples after each token.
+    """Continue texts or lists of ids as one batch; yield Samples after each token.
 
     Samples: num_samples of the first prompt, then those of the next. numbers: one of each prompt,
     which with the seed fixes its samples; None: 0, 1, ... Raises UserError as encode_prompt() does.

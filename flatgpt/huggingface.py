@@ -23,7 +23,8 @@ import tokenizer
 from configurator import UserError
 from flatgpt.files import sync_folder
 from model import GPT, ROPE_SCALINGS, GPTConfig
-from tokenizer import chat, formats
+from tokenizer import chat, formats, tokenizer_json, vocabulary
+from tokenizer.base import write_file
 from tokenizer.patterns import PATTERNS, batches
 
 GPT2_NAMES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
@@ -68,32 +69,25 @@ LLAMA_NAMES = {
     'attn.c_attn': ['self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj'],
     'attn.c_proj': ['self_attn.o_proj'], 'attn.q_norm': ['self_attn.q_norm'],
     'attn.k_norm': ['self_attn.k_norm'], 'mlp.c_fc': ['mlp.gate_proj', 'mlp.up_proj'],
-    'mlp.c_proj': ['mlp.down_proj'],
-}
+    'mlp.c_proj': ['mlp.down_proj']}
 QKV = ('q_proj', 'k_proj', 'v_proj')
 
 
-# Read ---------------------------------------------------------------------------------------------
-
-
 def load(name_or_folder, dropout=0.0, needs_tokenizer=True):
-    """
-    Open a model; -> (GPT on the CPU in fp32, its tokenizer, its chat template).
+    """Open a model; -> (GPT on the CPU in fp32, its tokenizer, its chat template).
 
     name_or_folder: see find(). The tokenizer is a dict for tokenizer.from_dict(), the template is
     Jinja's; each is None if the folder has none. needs_tokenizer: False takes a tokenizer that
     cannot be read for none. Raises UserError for whatever else cannot be read.
     """
-    folder = find(name_or_folder)
-    described = None
+    folder, described = find(name_or_folder), None
     with nullcontext() if needs_tokenizer else suppress(ValueError):
         described = load_tokenizer(folder)
     return load_model(folder, dropout), described, load_chat_template(folder, described)
 
 
 def find(name_or_folder):
-    """
-    Return the folder of a model, downloaded to the hub's cache if need be.
+    """Return the folder of a model, downloaded to the hub's cache if need be.
 
     name_or_folder: a folder, one of GPT2_NAMES, or a hub id such as 'Qwen/Qwen3-0.6B'. Raises
     UserError if it is none of these or cannot be downloaded.
@@ -121,16 +115,14 @@ def find(name_or_folder):
 
 
 def load_model(folder, dropout=0.0):
-    """
-    Load the GPT in a folder, on the CPU in fp32.
+    """Load the GPT in a folder, on the CPU in fp32.
 
     Raises UserError naming the file that is damaged, the tensor that is missing or unexpected, or
     the key of config.json that model.py does not implement.
     """
     hf = read_config(folder)
-    fields = fields_of(hf, folder)
     try:
-        config = GPTConfig(**fields, dropout=dropout)
+        config = GPTConfig(**fields_of(hf, folder), dropout=dropout)
     except ValueError as error:
         raise UserError(f'{os.path.join(folder, "config.json")} is not valid: {error}') from error
     with torch.device('meta'):  # no memory and no random numbers for weights that are replaced
@@ -230,8 +222,7 @@ def rope_of(hf, folder):
 
 
 def open_tensors(folder, stack):
-    """
-    Open the safetensors files of a folder, until the ExitStack closes them.
+    """Open the safetensors files of a folder, until the ExitStack closes them.
 
     -> {bare name: (file, name in the file)}. A bare name has no prefix: a model without a head
     lacks it.
@@ -297,8 +288,7 @@ def copy_weights(model, tensors, hf, folder):
 
 
 def load_tokenizer(folder):
-    """
-    Read the tokenizer of the model in a folder; -> dict for tokenizer.from_dict().
+    """Read the tokenizer of the model in a folder; -> dict for tokenizer.from_dict().
 
     Without a tokenizer file -> GPT-2's for a model with GPT-2's vocabulary, else None. Raises
     UserError if its ids could differ from transformers' or exceed the model's.
@@ -321,22 +311,20 @@ def load_tokenizer(folder):
 
 
 def load_chat_template(folder, described=None):
-    """
-    Read the Jinja template of a chat model; -> text, or None.
+    """Read the Jinja template of a chat model; -> text, or None.
 
     described: its tokenizer, see load_tokenizer(). tokenizer/chat.py finds bos_token and eos_token
     by their usual names. If the folder names others, the template gets a line that sets them.
     """
     path = os.path.join(folder, 'tokenizer_config.json')
-    content = formats.read_json(path) if os.path.exists(path) else {}
+    content = vocabulary.read_json(path) if os.path.exists(path) else {}
     template = content.get('chat_template') if isinstance(content, dict) else content
     jinja_path = os.path.join(folder, 'chat_template.jinja')
     if os.path.exists(jinja_path):
-        template = formats.read_utf8(jinja_path)
+        template = vocabulary.read_utf8(jinja_path)
     if isinstance(template, list):  # several, by name
-        named = {entry.get('name'): entry.get('template')
-                 for entry in template if isinstance(entry, dict)}
-        template = named.get('default')
+        template = {entry.get('name'): entry.get('template')
+                    for entry in template if isinstance(entry, dict)}.get('default')
     if not isinstance(template, str | None) or not isinstance(content, dict):
         raise UserError(f'{path} is damaged: expected an object whose chat_template is a text; '
                         f'copy it again')
@@ -355,7 +343,7 @@ def load_chat_template(folder, described=None):
 def same_tokenizer(first, second):
     """Return whether two descriptions give the same ids for every text and special token."""
     def rules(described):
-        described = formats.BYTES if described['kind'] == 'byte' else spelt_out(described)
+        described = tokenizer_json.BYTES if described['kind'] == 'byte' else spelt_out(described)
         return {key: value for key, value in described.items()
                 if key not in ('bos_token', 'visible_tokens')}
 
@@ -369,12 +357,8 @@ def spelt_out(described):
     return tokenizer.TiktokenTokenizer(described['name']).bpe.to_dict()
 
 
-# Names of weights ---------------------------------------------------------------------------------
-
-
 def weights_of(model):
-    """
-    Return {transformers' name: view of a parameter, in transformers' shape}.
+    """Return {transformers' name: view of a parameter, in transformers' shape}.
 
     The layout is GPT-2's with learned positions, Llama's with RoPE. A tied head is left out, as in
     transformers' files.
@@ -390,8 +374,7 @@ def weights_of(model):
             is_conv = name.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight'))
             weights[f'transformer.{name}'] = data.t() if is_conv else data
         else:
-            pattern = r'(?:h\.(\d+)\.)?(.+)\.(weight|bias)'
-            layer, module, kind = re.fullmatch(pattern, name).groups()
+            layer, module, kind = re.fullmatch(r'(?:h\.(\d+)\.)?(.+)\.(weight|bias)', name).groups()
             prefix = 'model.' if layer is None else f'model.layers.{layer}.'
             parts = data.split(sizes[module]) if module in sizes else [data]
             for module_there, part in zip(LLAMA_NAMES[module], parts, strict=True):
@@ -399,12 +382,8 @@ def weights_of(model):
     return weights
 
 
-# Write --------------------------------------------------------------------------------------------
-
-
 def save(model, described, chat_template, folder, dtype=torch.float32):
-    """
-    Write a model as a new folder, complete or not at all; -> its config.json as a dict.
+    """Write a model as a new folder, complete or not at all; -> its config.json as a dict.
 
     described: its tokenizer, for tokenizer.from_dict(); chat_template: Jinja's, or None; dtype: of
     the tensors. Raises UserError if transformers has no such model or tokenizer, or if the folder
@@ -429,7 +408,7 @@ def save(model, described, chat_template, folder, dtype=torch.float32):
         os.makedirs(temporary)
         formats.write_hf_folder(described, temporary, entries)
         for name, content in (('generation_config.json', ids), ('config.json', hf)):
-            formats.write_file(os.path.join(temporary, name), formats.to_json(content))
+            write_file(os.path.join(temporary, name), vocabulary.to_json(content))
         write_tensors(tensors_of(model, hf), temporary, dtype)
         if os.path.isdir(folder):  # an empty one
             os.rmdir(folder)
@@ -455,8 +434,7 @@ def check_expressible(config):
     splits_evenly = c.n_embd % c.n_head == 0 or c.qk_norm  # Llama's config demands it
     equal = {'window': not any(0 < c.window_of(i) < c.block_size for i in range(c.n_layer)),
              'head_dim': c.n_head * c.head_size == c.n_embd if is_gpt2 else splits_evenly,
-             'mlp': is_gpt2 and c.mlp in ACTIVATIONS.values(),
-             'n_kv_head': c.kv_heads == c.n_head}
+             'mlp': is_gpt2 and c.mlp in ACTIVATIONS.values(), 'n_kv_head': c.kv_heads == c.n_head}
     wrong = {name: value for name, value in fixed.items()
              if getattr(c, name) != value and not equal.get(name)}
     if wrong:
@@ -468,13 +446,12 @@ def check_expressible(config):
 
 
 def special_tokens_of(text_tokenizer, described, chat_template):
-    """
-    Return the ids that begin and end a text, and the entries of tokenizer_config.json.
+    """Return the ids that begin and end a text, and the entries of tokenizer_config.json.
 
     The ids are {'bos_token_id': id, 'eos_token_id': id or list of ids}, None where there is none.
     A chat model begins and ends a text with the same tokens as in tokenizer/chat.py.
     """
-    ids, ends, entries = text_tokenizer.special_tokens, formats.document_ends(described), {}
+    ids, ends, entries = text_tokenizer.special_tokens, tokenizer_json.document_ends(described), {}
     begin = described.get('bos_token') or next(iter(ends), None)
     end_ids = [ids[end] for end in ends]
     if chat_template is not None:
@@ -515,16 +492,12 @@ def config_json(model, described):
           'attention_dropout': c.dropout}
     if kind != 'qwen2':
         hf['attention_bias'] = bool(biased - {'mlp'})
-    if kind == 'llama':
-        hf['mlp_bias'] = 'mlp' in biased
-    else:
-        hf['use_sliding_window'] = False
-    return hf
+    return {**hf, **({'mlp_bias': 'mlp' in biased} if kind == 'llama' else
+                     {'use_sliding_window': False})}
 
 
 def tensors_of(model, hf):
-    """
-    Return {name: tensor} as the model type of the config.json `hf` has them.
+    """Return {name: tensor} as the model type of the config.json `hf` has them.
 
     Biases that only transformers' model has are 0. QK-norm there has weights, and the eps of the
     other norms: x / sqrt(mean(x^2) + eps) does not change if x grows by s and eps by s^2, so
@@ -556,8 +529,8 @@ def write_tensors(tensors, folder, dtype):
 
     shards = list(batches(tensors.items(), SHARD, lambda item: item[1].numel() * dtype.itemsize))
     n = len(shards)
-    files = [f'model-{i:05}-of-{n:05}.safetensors' for i in range(1, n + 1)]
-    files = ['model.safetensors'] if n == 1 else files
+    files = ['model.safetensors'] if n == 1 else [
+        f'model-{i:05}-of-{n:05}.safetensors' for i in range(1, n + 1)]
     for file, shard in zip(files, shards, strict=True):
         path = os.path.join(folder, file)
         copies = {name: tensor.to(dtype, copy=True).contiguous() for name, tensor in shard}
@@ -573,5 +546,4 @@ def write_tensors(tensors, folder, dtype):
         size = sum(tensor.numel() * dtype.itemsize for tensor in tensors.values())
         index = {'metadata': {'total_size': size}, 'weight_map': {
             name: file for file, shard in zip(files, shards, strict=True) for name, _ in shard}}
-        formats.write_file(os.path.join(folder, 'model.safetensors.index.json'),
-                           formats.to_json(index))
+        write_file(os.path.join(folder, 'model.safetensors.index.json'), vocabulary.to_json(index))

@@ -13,7 +13,7 @@ import os
 
 from configurator import UserError
 from flatgpt.files import lock_folder, replace_file, unlock
-from tokenizer.formats import unique
+from tokenizer.vocabulary import unique
 
 
 def iter_objects(path, bad=None):

@@ -77,8 +77,7 @@ class LoRALinear(nn.Linear):
 
 
 def add(model, rank, alpha, targets, int8=False):
-    """
-    Freeze a GPT, and add adapters to the linear layers that `targets` name.
+    """Freeze a GPT, and add adapters to the linear layers that `targets` name.
 
     targets: ends of layer names, such as 'c_attn', 'mlp.c_proj', 'lm_head' or 'h.0.attn.c_proj'.
     int8: round the weights of these layers to int8. Raises UserError for a target without a layer.
@@ -136,9 +135,6 @@ def digest(model):
         sha.update(name.encode())
         sha.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return sha.hexdigest()
-
-
-# Settings -----------------------------------------------------------------------------------------
 
 
 def check_settings(config, init_from, out_dir):

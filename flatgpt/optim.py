@@ -23,8 +23,7 @@ def create(model, config, precision, world):
 
 
 def adamw(model, weight_decay, learning_rate, betas):
-    """
-    Build AdamW ("Decoupled Weight Decay Regularization", Loshchilov & Hutter 2019).
+    """Build AdamW ("Decoupled Weight Decay Regularization", Loshchilov & Hutter 2019).
 
     In nanoGPT's two groups: tensors of two or more dimensions decay, biases and norms do not.
     """
@@ -32,12 +31,8 @@ def adamw(model, weight_decay, learning_rate, betas):
     groups = [{'params': [p for p in params if p.dim() >= 2], 'weight_decay': weight_decay},
               {'params': [p for p in params if p.dim() < 2], 'weight_decay': 0.0}]
     groups = [{**group, 'lr_scale': 1.0} for group in groups if group['params']]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=can_fuse(groups))
-
-
-def can_fuse(groups):
-    """Return whether AdamW has a fused kernel for these parameters, which reads memory once."""
-    return groups[0]['params'][0].device.type in ('cuda', 'cpu')
+    can_fuse = params[0].device.type in ('cuda', 'cpu')  # a fused kernel reads memory once
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=can_fuse)
 
 
 # Muon ---------------------------------------------------------------------------------------------
@@ -47,8 +42,7 @@ def can_fuse(groups):
 
 
 def muon(model, config, dtype, world):
-    """
-    Build Muon for the matrices of the blocks, with AdamW without decay for all else.
+    """Build Muon for the matrices of the blocks, with AdamW without decay for all else.
 
     Matrices learn at muon_lr, embeddings that are only looked up at embedding_lr, the rest at
     learning_rate, above 0. weight_decay is that of the matrices. dtype: of the orthogonalization.
@@ -80,15 +74,15 @@ def parts_of(name, c):
 
 
 class Muon(torch.optim.AdamW):
-    """
-    Apply Muon to the groups that have a 'momentum', AdamW to the others.
+    """Apply Muon to the groups that have a 'momentum', AdamW to the others.
 
     Matrices of one shape, or its transpose, are orthogonalized in one batch, shared by processes.
     Tall matrices take steps of sqrt(rows / columns), so that muon_lr suits models of any size.
     """
 
     def __init__(self, groups, lr, betas, dtype, world):
-        super().__init__(groups, lr=lr, betas=betas, fused=can_fuse(groups))
+        can_fuse = groups[0]['params'][0].device.type in ('cuda', 'cpu')
+        super().__init__(groups, lr=lr, betas=betas, fused=can_fuse)
         self._step_supports_amp_scaling = False  # a GradScaler must skip steps that overflow itself
         self.dtype, self.world = dtype, world
 
@@ -164,12 +158,8 @@ def load_optimizer(optimizer, saved):
     optimizer.load_state_dict({'state': saved['state'], 'param_groups': groups})
 
 
-# Schedules ----------------------------------------------------------------------------------------
-
-
 def schedule(config):
-    """
-    Return the learning rate as a function of the step, from the settings of train.py.
+    """Return the learning rate as a function of the step, from the settings of train.py.
 
     Raises UserError for a rate that would rise where it should fall.
     """

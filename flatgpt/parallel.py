@@ -72,8 +72,7 @@ def connect(world, device, backend):
 
 
 def meet(store, world, patience=1800):
-    """
-    Wait for all processes of this attempt; -> a name that only this attempt has.
+    """Wait for all processes of this attempt; -> a name that only this attempt has.
 
     Raises UserError when some do not come within `patience` seconds.
 

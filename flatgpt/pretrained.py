@@ -32,8 +32,7 @@ def path_in(out_dir, which='best'):
 
 
 def open_model(init_from, out_dir, which='best'):
-    """
-    Open a model to use it; -> (model, its tokenizer, its chat template, a line that names it).
+    """Open a model to use it; -> (model, its tokenizer, its chat template, a line that names it).
 
     init_from: 'resume' for the run in out_dir, the folder of another run, or what
     huggingface.find() takes. which: 'best' for best.pt if it exists, 'last' for ckpt.pt. The model
@@ -78,8 +77,7 @@ def dataset_of(init_from, out_dir, which='best'):
 
 
 def tokenizer_of(state):
-    """
-    Return the tokenizer of a checkpoint.
+    """Return the tokenizer of a checkpoint.
 
     nanoGPT's checkpoints hold none: it is in the meta.pkl of their dataset, or else GPT-2's.
     Raises UserError if that file is missing.
@@ -94,8 +92,7 @@ def tokenizer_of(state):
         if meta['vocab_size'] == vocab_size:
             return tokenizer.from_dict(meta['tokenizer'])
     if os.path.exists(path := os.path.join(data_dir, 'meta.pkl')):
-        char_tokenizer = tokenizer.from_meta_pkl(path)
-        if char_tokenizer.vocab_size == vocab_size:
+        if (char_tokenizer := tokenizer.from_meta_pkl(path)).vocab_size == vocab_size:
             return char_tokenizer
     if vocab_size < 50257:
         raise UserError(f'the checkpoint has no tokenizer in it, and {data_dir} has none of '
@@ -104,8 +101,7 @@ def tokenizer_of(state):
 
 
 def model_of(state, path, dropout):
-    """
-    Build the GPT of a checkpoint, on the CPU, with its adapters if it has any.
+    """Build the GPT of a checkpoint, on the CPU, with its adapters if it has any.
 
     state: load(path). Raises UserError naming the fields and weights that are missing, unknown or
     of another shape, and for a reward model.
@@ -135,8 +131,7 @@ def with_adapters(state, path, dropout):
     settings = state['lora']
     places = [settings['init_from']]
     if settings.get('from_here'):  # relative to the adapters, where both folders were moved
-        moved = os.path.join(os.path.dirname(path), settings['from_here'])
-        places.append(os.path.normpath(moved))
+        places.append(os.path.normpath(os.path.join(os.path.dirname(path), settings['from_here'])))
     places = [place for place in dict.fromkeys(places) if os.path.isdir(place)] or places[:1]
     for place in places:
         try:
@@ -157,8 +152,7 @@ def with_adapters(state, path, dropout):
 
 
 def base_model(init_from, dropout=0.0, needs_tokenizer=True):
-    """
-    Open the model that a finetuning begins with, adapters merged into it.
+    """Open the model that a finetuning begins with, adapters merged into it.
 
     -> (model on the CPU, {'tokenizer', 'chat_template'}), both None if unknown. init_from: the
     folder of a run, or what huggingface.find() takes. needs_tokenizer: see huggingface.load().
@@ -172,9 +166,6 @@ def base_model(init_from, dropout=0.0, needs_tokenizer=True):
     return model, {'tokenizer': state.get('tokenizer'), 'chat_template': state.get('chat_template')}
 
 
-# To train -----------------------------------------------------------------------------------------
-
-
 def check_source(init_from):
     """Raise UserError unless init_from may name a model: a run, a folder, or a hub id."""
     if not (init_from in huggingface.GPT2_NAMES or os.path.isdir(init_from) or '/' in init_from):
@@ -185,8 +176,7 @@ def check_source(init_from):
 
 
 def context_of(model, config, init_from, meta):
-    """
-    Return the block_size of a run: the setting if it was given, else what model and data imply.
+    """Return the block_size of a run: the setting if it was given, else what model and data imply.
 
     Raises UserError if the model has fewer positions.
     """
@@ -228,8 +218,7 @@ def check_architecture(model, config, names, source):
 
 
 def resume(path, config, meta, data_dir):
-    """
-    Load the checkpoint at `path` to continue its run; -> (model, checkpoint).
+    """Load the checkpoint at `path` to continue its run; -> (model, checkpoint).
 
     meta: data.tokens.load_meta(data_dir). Raises UserError if the settings, the tokenizer or the
     vocabulary contradict the checkpoint, or if another script wrote it.

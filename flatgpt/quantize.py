@@ -31,8 +31,7 @@ def has_bf16_products():
 
 
 class DecodeLinear(nn.Module):
-    """
-    Multiply like nn.Linear, for inference.
+    """Multiply like nn.Linear, for inference.
 
     weight: (N, K) in fp32, bf16, fp16 or int8; scale: (N,), the step of each int8 row, or None.
     A library reads the weights at 40 to 70% of a CPU's memory bandwidth for one position; compiled,
@@ -79,8 +78,7 @@ def quantize_rows(weight):
 
 
 def move_together(weights):
-    """
-    Move a CPU's weights into one block of memory, in the order of reading.
+    """Move a CPU's weights into one block of memory, in the order of reading.
 
     The block has pages of 2 MB where Linux grants them: the look-ups of 4 KB pages cost a quarter
     of a token's time.
@@ -91,16 +89,14 @@ def move_together(weights):
     block = mmap.mmap(-1, sum(sizes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError):  # a kernel without huge pages
         block.madvise(mmap.MADV_HUGEPAGE)
-    offsets = itertools.accumulate(sizes, initial=0)
-    for weight, offset in zip(weights, offsets, strict=False):
+    for weight, offset in zip(weights, itertools.accumulate(sizes, initial=0), strict=False):
         moved = torch.frombuffer(block, dtype=weight.dtype, count=weight.numel(), offset=offset)
         weight.data = moved.view_as(weight).copy_(weight)
 
 
 @torch.no_grad()
 def for_decoding(model, dtype, compile=False):
-    """
-    Convert a GPT in place to one that only decodes; -> the model.
+    """Convert a GPT in place to one that only decodes; -> the model.
 
     dtype: of the matrices, fp32, bf16, fp16 or int8; everything else is in fp32. compile: compile
     the step of one position. That takes seconds, fewer when torch has compiled it before, and saves
@@ -127,8 +123,7 @@ def for_decoding(model, dtype, compile=False):
         if device.type == 'cpu':
             move_together([*weights, model.lm_head.weight])
         # each kind of block is compiled for each size of the cache
-        limit = torch._dynamo.config.recompile_limit
-        torch._dynamo.config.recompile_limit = max(limit, 256)
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
         for module in (*blocks, model.lm_head):
             module.compile(options=COMPILE_OPTIONS if device.type == 'cpu' else None)
     if model.config.tie_embeddings and dtype != torch.int8:
@@ -138,8 +133,7 @@ def for_decoding(model, dtype, compile=False):
 
 
 class GraphStep:
-    """
-    Replay the step of one token as a CUDA graph: logits (B, V) after ids (B, 1).
+    """Replay the step of one token as a CUDA graph: logits (B, V) after ids (B, 1).
 
     The GPU launches all of its hundreds of kernels at once; launches one by one take longer than
     the kernels do.

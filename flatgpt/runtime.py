@@ -14,12 +14,8 @@ from tokenizer.workers import core_count
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
 
-# Choices ------------------------------------------------------------------------------------------
-
-
 def choose_device(device, local_rank=0):
-    """
-    Return the torch.device of a setting; 'auto' is the best accelerator here, else the CPU.
+    """Return the torch.device of a setting; 'auto' is the best accelerator here, else the CPU.
 
     Under torchrun each process takes the GPU of its local rank. Raises UserError for a device that
     is not here.
@@ -49,8 +45,7 @@ def choose_device(device, local_rank=0):
 
 
 def choose_dtype(dtype, device, has_scaler=True):
-    """
-    Return (name in DTYPES, reason) of a setting.
+    """Return (name in DTYPES, reason) of a setting.
 
     'auto' is bf16 where the hardware multiplies it natively; fp16 on a GPU without bf16 if there is
     a gradient scaler for it; else fp32.
@@ -71,8 +66,7 @@ def cpu_multiplies_bf16():
     """Return whether this CPU has AMX or AVX512-BF16 units."""
     # torch's versions name the probes differently
     names = ('_is_amx_tile_supported', '_is_avx512_bf16_supported')
-    probes = [getattr(torch.cpu, name, None) for name in names]
-    return any(probe() for probe in probes if probe is not None)
+    return any(getattr(torch.cpu, name, lambda: False)() for name in names)
 
 
 def autocast(dtype, device):
@@ -81,8 +75,7 @@ def autocast(dtype, device):
 
 
 def choose_compile(setting, device, flops):
-    """
-    Return (whether to use torch.compile, reason) of a setting.
+    """Return (whether to use torch.compile, reason) of a setting.
 
     'auto' compiles if a run of so many `flops` earns back the 10 to 60 s that compiling takes, and
     if the compiler exists: a C++ compiler for the CPU, Triton for a GPU.
@@ -103,9 +96,6 @@ def choose_compile(setting, device, flops):
     return True, 'a long enough run'
 
 
-# Use ----------------------------------------------------------------------------------------------
-
-
 def use_machine(device):
     """Set torch up for the device: threads and kept memory on a CPU, TF32 on a GPU."""
     use_cores()
@@ -117,11 +107,7 @@ def use_machine(device):
 
 
 def use_cores():
-    """
-    Give torch the cores of this process; under torchrun, its share of them.
-
-    torch's own default ignores a container's limits, and torchrun's is a single thread.
-    """
+    """Give torch this process's cores, which it miscounts in containers and under torchrun."""
     if 'RANK' in os.environ:
         torch.set_num_threads(max(1, core_count() // int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
     elif 'OMP_NUM_THREADS' not in os.environ:
@@ -129,8 +115,7 @@ def use_cores():
 
 
 def keep_freed_memory():
-    """
-    Make glibc keep freed memory: the kernel would zero every page that it hands out again.
+    """Make glibc keep freed memory: the kernel would zero every page that it hands out again.
 
     That takes a sixth of a training step on the CPU (bench/results). Other C libraries ignore it.
     """
@@ -143,8 +128,7 @@ def keep_freed_memory():
 
 
 def compile_or_eager(try_step):
-    """
-    Run a step for the first time, which compiles it; -> whether that worked.
+    """Run a step for the first time, which compiles it; -> whether that worked.
 
     Whatever a compiler raises becomes a warning, and torch runs eagerly from here on. A UserError
     and out of memory are raised.
@@ -165,8 +149,7 @@ def compile_or_eager(try_step):
 
 
 def compile_training(model, try_step):
-    """
-    Compile a model for training; -> the module to call: compiled, or the model where that fails.
+    """Compile a model for training; -> the module to call: compiled, or the model where that fails.
 
     try_step: function of that module that takes a first step. On the CPU the blocks share one
     compilation, which takes a fifth of the whole model's; ops.Dropout needs fallback_random there.

@@ -36,8 +36,7 @@ class Sampling:
 
 
 def sample_next(logits, sampling, u=None):
-    """
-    Draw one id for each row: logits (B, V) -> (B, 1).
+    """Draw one id for each row: logits (B, V) -> (B, 1).
 
     A logit of -inf excludes its id. u: (B,) of [0, 1), the quantiles to draw; None: random ones.
     """
@@ -85,9 +84,6 @@ def uniforms(seed, prompt, sample, n):
     return torch.from_numpy(random.random(n, dtype=np.float32))
 
 
-# Choosing among samples ---------------------------------------------------------------------------
-
-
 def likeliest(samples):
     """Return the Sample with the highest mean log-probability, empty ones last."""
     return max(samples, key=lambda sample: sum(sample.logprobs) / len(sample.logprobs)
@@ -95,8 +91,7 @@ def likeliest(samples):
 
 
 def majority(texts, pattern):
-    """
-    Count the answers in texts -> [(answer, count), ...], the most frequent first.
+    """Count the answers in texts -> [(answer, count), ...], the most frequent first.
 
     The answer is the last match of a regular expression, or that match's first group. Of equally
     frequent answers the earliest comes first. Source: "Self-Consistency Improves Chain of Thought

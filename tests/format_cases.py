@@ -39,7 +39,7 @@ same_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixtur
 def make_small():
     """A vocabulary of 600 tokens, as a description."""
     specials = {'<|endoftext|>': 700}
-    return vocabulary.Vocabulary('small', *learnt(), patterns.PATTERNS['gpt4'], specials).describe()
+    return vocabulary.Vocabulary('small', *learnt(), specials).describe(patterns.PATTERNS['gpt4'])
 
 
 OWN_TEXT = ''.join(Path(path).read_text(encoding='utf-8') for path in (__file__, formats.__file__))

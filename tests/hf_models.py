@@ -7,10 +7,10 @@ import transformers
 
 from config.presets import PRESETS
 from model import GPT, GPTConfig
-from tokenizer import formats, patterns
+from tokenizer import patterns, tokenizer_json
 
 BYTES = {'kind': 'byte'}
-QWENS = {**formats.BYTES, 'pattern': patterns.PATTERNS['qwen2'], 'normalizer': 'NFC'}
+QWENS = {**tokenizer_json.BYTES, 'pattern': patterns.PATTERNS['qwen2'], 'normalizer': 'NFC'}
 GPT2 = {'vocab_size': 300, 'n_positions': 32, 'n_embd': 24, 'n_layer': 2, 'n_head': 3,
         'bos_token_id': 0, 'eos_token_id': 0, 'resid_pdrop': 0.0, 'embd_pdrop': 0.0,
         'attn_pdrop': 0.0}

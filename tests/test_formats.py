@@ -32,7 +32,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tokenizer
-from tokenizer import base, formats, patterns
+from tokenizer import base, formats, patterns, tokenizer_json
 
 tokenizers = pytest.importorskip('tokenizers')
 transformers = pytest.importorskip('transformers')
@@ -251,7 +251,7 @@ def test_nfc_in_a_stream(pattern, monkeypatch):
     """Wherever a stream is cut, the ids are those of the whole text, whose parts may compose over
     a cut."""
     monkeypatch.setattr(base, 'STREAM_CHARS', 4)
-    values = {**formats.BYTES, 'pattern': patterns.PATTERNS.get(pattern, pattern),
+    values = {**tokenizer_json.BYTES, 'pattern': patterns.PATTERNS.get(pattern, pattern),
               'normalizer': 'NFC',
               'merges': ['e s', 'Ã ©']}  # es, é
     ours = tokenizer.from_dict(values)

@@ -21,7 +21,7 @@ from configurator import UserError
 from flatgpt import checkpoint, huggingface, pretrained
 from flatgpt.generate import KVCache
 from model import GPT, GPTConfig
-from tokenizer import formats
+from tokenizer import formats, tokenizer_json
 
 CASES = {
     'gpt2': ('gpt2', {}), 'gpt2 with the exact gelu': ('gpt2', {'activation_function': 'gelu'}),
@@ -452,7 +452,7 @@ def test_tokenizers_that_are_refused(tmp_path):
         'type': 'BPE', 'byte_fallback': True, 'vocab': {}, 'merges': []}}))
     with pytest.raises(UserError, match='byte_fallback is true'):
         huggingface.load(str(tmp_path))
-    formats.write_hf_folder({**formats.BYTES, 'special_tokens': {'<|pad|>': 300}}, tmp_path)
+    formats.write_hf_folder({**tokenizer_json.BYTES, 'special_tokens': {'<|pad|>': 300}}, tmp_path)
     with pytest.raises(UserError, match='the tokenizer has ids up to 300, the model only 300'):
         huggingface.load(str(tmp_path))
 

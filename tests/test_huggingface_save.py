@@ -17,7 +17,7 @@ import tokenizer
 from config.presets import PRESETS
 from configurator import UserError
 from flatgpt import huggingface
-from tokenizer import chat, formats
+from tokenizer import chat, tokenizer_json
 
 OURS = {
     'nanoGPT': ('gpt2', {'bias': False}), 'gpt2': ('gpt2', {}),
@@ -94,7 +94,7 @@ def test_a_folder_is_whole_or_not_there(tmp_path, monkeypatch):
         huggingface.save(model, BYTES, None, str(tmp_path / 'hf'))
     (tmp_path / 'hf' / 'mine').unlink()
     with pytest.raises(UserError, match='the tokenizer has 301 ids and the model 300'):
-        huggingface.save(model, {**formats.BYTES, 'special_tokens': {'<|x|>': 300}}, None,
+        huggingface.save(model, {**tokenizer_json.BYTES, 'special_tokens': {'<|x|>': 300}}, None,
                          str(tmp_path / 'hf'))
 
     def full(*arguments):
@@ -153,7 +153,7 @@ def test_autotokenizer_gives_the_same_ids(kind, described, tmp_path):
 
 def test_where_an_answer_ends(tmp_path):
     """A chat model ends with its turn, and generation also stops at the end of a document."""
-    values = {**formats.BYTES, 'special_tokens': {'<|endoftext|>': 256, '<|im_end|>': 258}}
+    values = {**tokenizer_json.BYTES, 'special_tokens': {'<|endoftext|>': 256, '<|im_end|>': 258}}
     model = tiny(**PRESETS['llama'])
     for name, chat_template, ends in (('base', None, 256), ('chat', '{{ messages }}', [258, 256])):
         huggingface.save(model, values, chat_template, str(tmp_path / name))
@@ -180,7 +180,7 @@ TALK = [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'},
      ['<|eot_id|>', '<|end_of_text|>'])])
 def test_ends_of_a_chat_are_the_same_there(tmp_path, specials, template, ends):
     """transformers renders the same ids and stops at the same ones."""
-    values = {**formats.BYTES,
+    values = {**tokenizer_json.BYTES,
               'special_tokens': {token: 256 + i for i, token in enumerate(specials)}}
     huggingface.save(tiny(**PRESETS['llama']), values, template, str(tmp_path / 'hf'))
     fast = transformers.AutoTokenizer.from_pretrained(tmp_path / 'hf')
@@ -197,7 +197,7 @@ def test_ends_of_a_chat_are_the_same_there(tmp_path, specials, template, ends):
 def test_the_end_that_a_folder_names(tmp_path, token):
     """A folder may name another end than the usual one; the template keeps it, there and back."""
     specials = ['<|begin_of_text|>', '<|end_of_text|>', '<|eot_id|>']
-    values = {**formats.BYTES,
+    values = {**tokenizer_json.BYTES,
               'special_tokens': {token: 256 + i for i, token in enumerate(specials)}}
     template = ("\n{% for m in messages %}{{ '<|begin_of_text|>' + m.role + m.content + eos_token "
                 '}}{% endfor %}')
@@ -217,7 +217,7 @@ def test_the_end_that_a_folder_names(tmp_path, token):
 
 
 def test_same_tokenizer():
-    bytes_too = {**formats.BYTES, 'visible_tokens': [], 'special_tokens': {}}
+    bytes_too = {**tokenizer_json.BYTES, 'visible_tokens': [], 'special_tokens': {}}
     assert huggingface.same_tokenizer(BYTES, bytes_too)
     assert not huggingface.same_tokenizer(BYTES, {**bytes_too, 'normalizer': 'NFC'})
     assert not huggingface.same_tokenizer(BYTES, {'kind': 'char', 'chars': 'ab'})
@@ -243,7 +243,7 @@ def test_gpt2s_own_files(tmp_path):
 
 def gpt2_files(gpt2):
     values = gpt2.to_dict()
-    vocab = formats.hf_tokenizer(values, '')['model']['vocab']
+    vocab = tokenizer_json.hf_tokenizer(values, '')['model']['vocab']
     return vocab, [tuple(merge.split(' ')) for merge in values['merges']]
 
 

@@ -24,6 +24,7 @@ from tokenizer.base import ENDOFTEXT, FILE_FORMAT, FILE_VERSION, Tokenizer, dige
 from tokenizer.basic import ByteTokenizer, CharTokenizer, WordTokenizer
 from tokenizer.bytepair import TIKTOKEN_FILES, BPETokenizer, TiktokenTokenizer
 from tokenizer.formats import from_meta_pkl
+from tokenizer.vocabulary import read_bytes
 
 __all__ = ['BPETokenizer', 'ByteTokenizer', 'CharTokenizer', 'ENDOFTEXT', 'NAMES',
            'TiktokenTokenizer', 'Tokenizer', 'WordTokenizer', 'digest', 'from_dict',
@@ -33,6 +34,8 @@ NAMES = ['byte', *TIKTOKEN_FILES]  # the names that load() takes without a file
 TRAINED = ['char', 'word', 'bpe']
 ALSO_CALLED = {'gpt-2': 'gpt2', 'gpt4': 'cl100k_base', 'gpt-4': 'cl100k_base',
                'gpt4o': 'o200k_base', 'gpt-4o': 'o200k_base'}  # for "did you mean"
+CLASSES = {'char': CharTokenizer, 'byte': ByteTokenizer, 'word': WordTokenizer,
+           'tiktoken': TiktokenTokenizer}
 # What to_dict() gives for each kind, beside optional lists.
 FIELDS = {'char': {'chars': str | list}, 'byte': {}, 'word': {'words': list},
           'tiktoken': {'name': str},
@@ -40,8 +43,7 @@ FIELDS = {'char': {'chars': str | list}, 'byte': {}, 'word': {'words': list},
 
 
 def load(name):
-    """
-    Return the tokenizer of a name, a file or a folder.
+    """Return the tokenizer of a name, a file or a folder.
 
     NAMES has the names; formats.py reads other people's files. Raises UserError.
     """
@@ -63,10 +65,7 @@ def load(name):
 
 def load_file(path):
     """Return the tokenizer in a file or folder. Raises UserError."""
-    content = b''
-    if os.path.isfile(path):
-        with open(path, 'rb') as file:
-            content = file.read()
+    content = read_bytes(path) if os.path.isfile(path) else b''
     if FILE_FORMAT.encode() not in content[:200]:
         return from_dict(formats.read(path))
     again = 'Fetch the file again, or train the tokenizer again'
@@ -107,12 +106,6 @@ def from_dict(values: dict):
         if not isinstance(values.get(key), expected):
             raise UserError(f'{key} of a {kind!r} tokenizer is {str(values[key])[:80]!r}; expected '
                             f'{getattr(expected, "__name__", expected)}')
-    if kind == 'char':
-        return CharTokenizer(values['chars'])
-    if kind == 'byte':
-        return ByteTokenizer()
-    if kind == 'word':
-        return WordTokenizer(values['words'])
-    if kind == 'tiktoken':
-        return TiktokenTokenizer(values['name'])
-    return BPETokenizer.from_values(values)
+    if kind == 'bpe':
+        return BPETokenizer.from_values(values)
+    return CLASSES[kind](*(values[key] for key in FIELDS[kind]))

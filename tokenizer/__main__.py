@@ -33,14 +33,12 @@ SAMPLES = {
         'endowed with reason and conscience and should act towards one another in a spirit '
         'of brotherhood.'),
     'German': ('Alle Menschen sind frei und gleich an Würde und Rechten geboren. Sie sind mit '
-        'Vernunft und Gewissen begabt und sollen einander im Geist der Brüderlichkeit '
-        'begegnen.'),
+        'Vernunft und Gewissen begabt und sollen einander im Geist der Brüderlichkeit begegnen.'),
     'Spanish': ('Todos los seres humanos nacen libres e iguales en dignidad y derechos y, '
         'dotados como están de razón y conciencia, deben comportarse fraternalmente los '
         'unos con los otros.'),
     'Russian': ('Все люди рождаются свободными и равными в своем достоинстве и правах. Они '
-        'наделены разумом и совестью и должны поступать в отношении друг друга в духе '
-        'братства.'),
+        'наделены разумом и совестью и должны поступать в отношении друг друга в духе братства.'),
     'Greek': ('Όλοι οι άνθρωποι γεννιούνται ελεύθεροι και ίσοι στην αξιοπρέπεια και τα '
         'δικαιώματα. Είναι προικισμένοι με λογική και συνείδηση, και οφείλουν να '
         'συμπεριφέρονται μεταξύ τους με πνεύμα αδελφοσύνης.'),
@@ -67,15 +65,11 @@ SAMPLES = {
 }
 
 
-# Views --------------------------------------------------------------------------------------------
-
-
 def visible(token: bytes, line_ends: bool = False) -> str:
     """Write a token as text; parts of characters and control characters as \\xNN or \\n."""
     text = token.decode('utf-8', 'backslashreplace')
     return ''.join(char if unicodedata.category(char)[0] != 'C' or char == '\u200d' else
-                   repr(char)[1:-1] + ('\n' if line_ends and char == '\n' else '')
-                   for char in text)
+                   repr(char)[1:-1] + ('\n' if line_ends and char == '\n' else '') for char in text)
 
 
 def show(name: str, tokenizer, text: str, color: bool):
@@ -108,8 +102,7 @@ def count_tokens(tokenizer, text: str) -> int | None:
 
 
 def compare(named: dict, texts: dict[str, str]):
-    """
-    Print a table: for each text and tokenizer tokens, bytes per token, compression.
+    """Print a table: for each text and tokenizer tokens, bytes per token, compression.
 
     named: {name: tokenizer}, texts: {name: text}. Compression is bytes of text per byte of .bin.
     """
@@ -142,20 +135,15 @@ def cells(tokenizer, size: int, count: int | None) -> str:
     return f' {count:>7,}{size / count:>6.2f}{size / on_disk:>5.2f}x'
 
 
-# The command line ---------------------------------------------------------------------------------
-
-
 def main():
     """Run the command that the arguments name."""
-    arguments = sys.argv[1:]
-    commands = {'train': main_train, 'export': main_export}
+    arguments, commands = sys.argv[1:], {'train': main_train, 'export': main_export}
     if not arguments or arguments[0].startswith('-'):
-        main_view(arguments)
-    elif arguments[0] in commands:
-        commands[arguments[0]](arguments[1:])
-    else:
+        return main_view(arguments)
+    if arguments[0] not in commands:
         raise UserError(f'unknown command {arguments[0]!r}; expected train, export, or options'
                         f'{nearest(arguments[0], commands)}. See python -m tokenizer --help')
+    commands[arguments[0]](arguments[1:])
 
 
 def parser_for(description: str, usage: str) -> argparse.ArgumentParser:
@@ -239,8 +227,7 @@ def main_train(arguments):
         names = ENDOFTEXT if args.special_tokens is None else args.special_tokens
         special_tokens = [token for token in names.split(',') if token]
         pattern = None if args.pattern == 'none' else args.pattern or 'gpt4'
-        trained = BPETokenizer.train(texts, args.vocab_size, pattern, special_tokens,
-                                     args.num_proc)
+        trained = BPETokenizer.train(texts, args.vocab_size, pattern, special_tokens, args.num_proc)
     trained.save(args.out)
     print(f'wrote {args.out}: {args.kind}, {trained.vocab_size:,} ids, in '
           f'{time.time() - started:.1f} s')

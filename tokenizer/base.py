@@ -54,8 +54,7 @@ class Tokenizer:
         return self.special_tokens.get(ENDOFTEXT)
 
     def encode(self, text: str | bytes, allowed_special='none_raise') -> list[int]:
-        """
-        Encode text, or its UTF-8 bytes, to ids.
+        """Encode text, or its UTF-8 bytes, to ids.
 
         allowed_special: 'all' makes ids of the special tokens in the text; a set makes ids of
         these and refuses the others; 'none_raise' refuses all; 'none' encodes them as ordinary
@@ -82,15 +81,12 @@ class Tokenizer:
         """Encode text in which nothing is special."""
         return self.encode_array(text).tolist()
 
-    def allowed(self, text: str, allowed_special) -> list[str]:
+    def allowed(self, text: str, allowed_special):
         """Return the tokens that become ids. Raises UserError for a refused one."""
         if allowed_special in ('all', 'none'):
             return list(self.special_tokens) if allowed_special == 'all' else []
-        if allowed_special == 'none_raise':
-            allowed = []
-        elif isinstance(allowed_special, set | frozenset | list | tuple):
-            allowed = list(allowed_special)
-        else:
+        allowed = [] if allowed_special == 'none_raise' else allowed_special
+        if not isinstance(allowed, set | frozenset | list | tuple):
             raise UserError(f"allowed_special is {allowed_special!r}; expected 'all', 'none', "
                             f"'none_raise' or a set of special tokens")
         for token in allowed:
@@ -111,11 +107,9 @@ class Tokenizer:
         return [self.encode_array(text) for text in texts]
 
     def encode_iterable(self, texts, allowed_special='none_raise'):
-        """
-        Yield the ids of joined texts: an iterable of strings, or a file opened as text.
+        """Yield the ids of joined texts: an iterable of strings, or a file opened as text.
 
-        Memory is constant where safe_cut() has places to cut at. With a pattern of your own it has
-        none, and the text is collected first.
+        Memory is constant, except with a pattern of your own, where safe_cut() finds no cuts.
         """
         if hasattr(texts, 'read'):
             texts = iter(functools.partial(texts.read, STREAM_CHARS), '')

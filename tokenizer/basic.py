@@ -39,9 +39,8 @@ class CharTokenizer(ListTokenizer):
         if len(np.unique(codes)) != len(codes):
             repeated = next(char for i, char in enumerate(self.chars) if char in self.chars[:i])
             raise UserError(f'a char vocabulary holds every character once, got {repeated!r} twice')
-        # Code point -> id. The last entry stands for every larger code point.
-        self._unknown = self.vocab_size
-        self._table = np.full(codes.max() + 2, self._unknown, dtype=np.uint32)
+        # Code point -> id, or vocab_size. The last entry stands for every larger code point.
+        self._table = np.full(codes.max() + 2, self.vocab_size, dtype=np.uint32)
         self._table[codes] = np.arange(self.vocab_size)
 
     @classmethod
@@ -56,7 +55,7 @@ class CharTokenizer(ListTokenizer):
         """Encode text to an array of ids. Raises UserError naming the unknown characters."""
         codes = np.frombuffer(text.encode('utf-32-le', 'surrogatepass'), dtype='<u4')
         ids = self._table[np.minimum(codes, len(self._table) - 1)]
-        if (ids == self._unknown).any():
+        if (ids == self.vocab_size).any():
             unknown = sorted(set(text).difference(self.chars))
             names = ', '.join(f'{char!r} (U+{ord(char):04X})' for char in unknown[:10])
             more = f' and {len(unknown) - 10} more' if len(unknown) > 10 else ''
@@ -77,12 +76,10 @@ class ByteTokenizer(Tokenizer):
 
     kind = 'byte'
     vocab_size = 256
+    cuts = CharTokenizer.cuts
 
     def encode_array(self, text: str) -> np.ndarray:
         return np.frombuffer(to_utf8(text), dtype=np.uint8).astype(id_dtype(256))
-
-    def cuts(self, text: str):
-        yield len(text)
 
     def decode_bytes(self, ids) -> bytes:
         return check_ids(ids, 256).astype(np.uint8).tobytes()
@@ -92,8 +89,7 @@ class ByteTokenizer(Tokenizer):
 
 
 class WordTokenizer(ListTokenizer):
-    """
-    One id per word with the space before it; marks and blanks are words too.
+    """One id per word with the space before it; marks and blanks are words too.
 
     Id 0 is <|unk|>, which replaces unknown words; 1 is <|endoftext|>; from 2 on stand `words`.
     """
@@ -103,8 +99,7 @@ class WordTokenizer(ListTokenizer):
     special_tokens = WORD_SPECIALS
 
     def __init__(self, words):
-        self.words = list(words)
-        self._id_of = {}
+        self.words, self._id_of = list(words), {}
         for i, word in enumerate(self.words, len(self.special_tokens)):
             if not isinstance(word, str) or split(word, self.pattern) != [word]:
                 raise UserError(f'a word vocabulary holds words, such as " the", got {word!r}')
@@ -116,8 +111,7 @@ class WordTokenizer(ListTokenizer):
 
     @classmethod
     def train(cls, texts, vocab_size: int, workers: int | None = None) -> 'WordTokenizer':
-        """
-        Learn the most frequent words of texts, for at most vocab_size ids.
+        """Learn the most frequent words of texts, for at most vocab_size ids.
 
         texts: one string, or an iterable of strings. Ties go by code points.
         """
@@ -133,8 +127,7 @@ class WordTokenizer(ListTokenizer):
 
     def encode_array(self, text: str) -> np.ndarray:
         words = split(to_utf8(text).decode('utf-8'), self.pattern)
-        return np.array([self._id_of.get(word, 0) for word in words],
-                        dtype=id_dtype(self.vocab_size))
+        return np.array([self._id_of.get(word, 0) for word in words], id_dtype(self.vocab_size))
 
     def encode_batch(self, texts: list[str], workers: int | None = None) -> list[np.ndarray]:
         return encode_in_processes(self, texts, workers)

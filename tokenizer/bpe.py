@@ -30,12 +30,9 @@ from tokenizer.workers import Workers, core_count
 
 BATCH_CHARS = 1 << 21  # characters that a process counts at a time
 
-# Training -----------------------------------------------------------------------------------------
-
 
 def count_pieces(texts, pattern: str | None, special_tokens=(), workers=None) -> Counter:
-    """
-    Count the pieces of texts, an iterable of strings.
+    """Count the pieces of texts, an iterable of strings.
 
     No piece crosses the end of a text or a special token; special tokens are not counted. Memory
     holds the distinct pieces, about 100 bytes each. workers: processes (None: one per core); their
@@ -66,8 +63,7 @@ def count_batch(texts: list[str], pattern, special_tokens) -> Counter:
 
 
 def learn(counts: dict[str, int], n_merges: int) -> list[tuple[int, int]]:
-    """
-    Learn n_merges merges from {piece: count}; fewer when every piece is one id.
+    """Learn n_merges merges from {piece: count}; fewer when every piece is one id.
 
     Returns pairs (left id, right id); the i-th makes the id 256 + i. Of equally frequent pairs the
     one with the smaller left id is merged first, then the smaller right id.
@@ -138,8 +134,6 @@ def learn(counts: dict[str, int], n_merges: int) -> list[tuple[int, int]]:
     return merges
 
 
-# Encoding -----------------------------------------------------------------------------------------
-
 NO_MERGE = 1 << 60  # greater than every id
 LONG = 1000         # bytes; join() is faster up to here, join_long() beyond
 
@@ -152,8 +146,7 @@ class Merges:
         self.id_of_pair = {pair: 256 + i for i, pair in enumerate(self.pairs)}
 
     def join(self, piece: bytes) -> list[int]:
-        """
-        Encode one piece: join the pair that was learnt first, and repeat.
+        """Encode one piece: join the pair that was learnt first, and repeat.
 
         It looks at all pairs for each join. That is quadratic, and fastest for the few bytes of a
         word; long pieces take join_long().
@@ -180,8 +173,7 @@ class Merges:
         return keys[order], 256 + order
 
     def join_long(self, piece: bytes) -> list[int]:
-        """
-        Encode a long piece in time n log n.
+        """Encode a long piece in time n log n.
 
         It does one merge at a time, in the order they were learnt, at all places at once. A heap
         holds the merges whose pair stands in the piece; joins add to it.
@@ -232,9 +224,6 @@ class Merges:
         return ids[ids >= 0].tolist()
 
 
-# Merges of bytes ----------------------------------------------------------------------------------
-
-
 def token_bytes(pairs) -> list[bytes]:
     """Return the bytes of every id: the 256 bytes, then the tokens of the merges."""
     tokens = [bytes([byte]) for byte in range(256)]
@@ -250,8 +239,7 @@ def in_bytes(pairs) -> list[tuple[bytes, bytes]]:
 
 
 def final_parts(token: bytes, rank) -> list[bytes]:
-    """
-    Join the bytes of a token until two parts are left; return the parts.
+    """Join the bytes of a token until two parts are left; return the parts.
 
     rank(left, right): the order of joins, the lowest first; math.inf: no such join. More than two
     parts are left where no join applies.
@@ -270,8 +258,7 @@ def final_parts(token: bytes, rank) -> list[bytes]:
 
 
 def recover_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """
-    Recover the merges of a vocabulary {token: rank}, such as tiktoken's.
+    """Recover the merges of a vocabulary {token: rank}, such as tiktoken's.
 
     tiktoken joins any two neighbours that together are a token, the lowest rank first. A token's
     merge thus joins the two parts that its own bytes come to. A token whose bytes never come to two

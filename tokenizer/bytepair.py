@@ -25,10 +25,8 @@ from tokenizer.workers import encode_in_processes
 URL = 'https://openaipublic.blob.core.windows.net'
 TIKTOKEN_PATTERNS = {'gpt2': 'gpt2', 'cl100k_base': 'gpt4', 'o200k_base': 'o200k'}
 TIKTOKEN_FILES = {
-    'gpt2': [f'{URL}/gpt-2/encodings/main/vocab.bpe', f'{URL}/gpt-2/encodings/main/encoder.json'],
-    'cl100k_base': [f'{URL}/encodings/cl100k_base.tiktoken'],
-    'o200k_base': [f'{URL}/encodings/o200k_base.tiktoken'],
-}
+    'gpt2': [f'{URL}/gpt-2/encodings/main/{name}' for name in ('vocab.bpe', 'encoder.json')],
+    **{name: [f'{URL}/encodings/{name}.tiktoken'] for name in ('cl100k_base', 'o200k_base')}}
 KNOWN_PIECES = 1 << 18  # pieces whose ids are kept; words come back
 
 
@@ -46,8 +44,7 @@ class MergeTokenizer(Tokenizer):
 
 @dataclass(eq=False, repr=False)
 class BPETokenizer(MergeTokenizer):
-    """
-    Byte pair encoding with merges of its own.
+    """Byte pair encoding with merges of its own.
 
     merges: pairs of bytes, in the order they were learnt; token = left + right
     pattern: a name in PATTERNS, a regular expression that cuts text into pieces, or None
@@ -96,8 +93,7 @@ class BPETokenizer(MergeTokenizer):
                 raise UserError(f'merge {i} makes the token {left + right!r}, which exists')
             pairs.append((rank[left], rank[right]))
             rank[left + right] = 256 + i
-        self._merges = Merges(pairs)
-        self._tokens = list(rank)
+        self._merges, self._tokens = Merges(pairs), list(rank)
         ids = [*self._checked_ids('byte_ids', range(256)),
                *self._checked_ids('merge_ids', range(256, len(rank)))]
         self._token_of = dict(zip(ids, self._tokens, strict=True))
@@ -114,8 +110,7 @@ class BPETokenizer(MergeTokenizer):
         ids = getattr(self, name)
         if ids is None:
             return default
-        valid = all(type(i) is int and 0 <= i <= MAX_ID for i in ids)
-        if len(ids) != len(default) or not valid:
+        if len(ids) != len(default) or any(type(i) is not int or not 0 <= i <= MAX_ID for i in ids):
             raise UserError(f'{name} has {len(ids)} ids; expected {len(default)}, from 0 to '
                             f'{MAX_ID:,}')
         return ids
@@ -123,8 +118,7 @@ class BPETokenizer(MergeTokenizer):
     @classmethod
     def train(cls, texts, vocab_size: int, pattern: str | None = 'gpt4', special_tokens=(),
               workers: int | None = None) -> 'BPETokenizer':
-        """
-        Learn vocab_size - 256 - len(special_tokens) merges from texts.
+        """Learn vocab_size - 256 - len(special_tokens) merges from texts.
 
         texts: one string, or an iterable of strings; no merge crosses the end of one. Special
         tokens get the last ids. workers: processes that count (None: one per core). With GPT-2's
@@ -158,11 +152,10 @@ class BPETokenizer(MergeTokenizer):
     def from_tiktoken(cls, name: str) -> 'BPETokenizer':
         """Recover the merges of a name in TIKTOKEN_FILES from tiktoken's ranks."""
         encoding = open_tiktoken(name)
-        ranks = encoding._mergeable_ranks
-        merges = recover_merges(ranks)
-        vocabulary = Vocabulary(name, ranks, merges, PATTERNS[TIKTOKEN_PATTERNS[name]],
-                                encoding._special_tokens, len(merges) < len(ranks) - 256)
-        return cls.from_values(vocabulary.describe())
+        ranks, pattern = encoding._mergeable_ranks, PATTERNS[TIKTOKEN_PATTERNS[name]]
+        vocabulary = Vocabulary(name, ranks, recover_merges(ranks), encoding._special_tokens)
+        ignore_merges = len(vocabulary.merges) < len(ranks) - 256
+        return cls.from_values(vocabulary.describe(pattern, ignore_merges))
 
     @classmethod
     def from_values(cls, values: dict) -> 'BPETokenizer':
@@ -203,11 +196,10 @@ class BPETokenizer(MergeTokenizer):
 
     @functools.cached_property
     def is_fast(self) -> bool:
-        """
-        True when compiled code encodes to the same ids.
+        """True when compiled code gives the same ids.
 
-        It must have the pattern. It joins any two neighbours that together are a token. Learnt
-        merges do so too; those of other files may differ.
+        It has few patterns, and joins any two neighbours that together are a token. Learnt merges
+        do so too; those of other files may differ.
         """
         ranks = {token: rank for rank, token in enumerate(self._tokens)}
         return ((self.pattern is None or self.pattern in PATTERNS.values())
@@ -255,8 +247,7 @@ class BPETokenizer(MergeTokenizer):
 
 
 class TiktokenTokenizer(MergeTokenizer):
-    """
-    OpenAI's vocabulary 'gpt2', 'cl100k_base' (GPT-4) or 'o200k_base' (GPT-4o).
+    """OpenAI's vocabulary 'gpt2', 'cl100k_base' (GPT-4) or 'o200k_base' (GPT-4o).
 
     Raises UserError when tiktoken neither has the vocabulary in its cache nor can download it.
     """

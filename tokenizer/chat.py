@@ -20,8 +20,8 @@ import re
 from datetime import datetime
 
 from configurator import UserError
-from tokenizer.formats import DOCUMENT_ENDS
 from tokenizer.patterns import split_specials
+from tokenizer.tokenizer_json import DOCUMENT_ENDS
 
 NAMES = {'user': 'User', 'assistant': 'Assistant'}  # in a transcript
 ROLES = ('system', 'user', 'assistant', 'tool')
@@ -62,8 +62,7 @@ def bos_ids(tokenizer):
 
 
 def encode_prompt(prompt, tokenizer, block_size, crop_prompt=False):
-    """
-    Encode a prompt -> ids. A special token in a text is one token; ids stay.
+    """Encode a prompt -> ids. A special token in a text is one token; ids stay.
 
     Raises UserError for no ids, and for more than block_size unless crop_prompt keeps the last.
     """
@@ -79,12 +78,8 @@ def encode_prompt(prompt, tokenizer, block_size, crop_prompt=False):
     return ids[-block_size:]
 
 
-# From messages to ids -----------------------------------------------------------------------------
-
-
 def render(messages, template, tokenizer):
-    """
-    Render messages to the ids that the assistant's answer continues.
+    """Render messages to the ids that the assistant's answer continues.
 
     messages: [{'role', 'content'}]; the last one is not the assistant's. template: Jinja, or None
     for a transcript. Special tokens in a content become ordinary text, so that nobody can end a
@@ -95,15 +90,13 @@ def render(messages, template, tokenizer):
     if messages[-1]['role'] == 'assistant':
         raise UserError("the last message is the assistant's own; expected one that it can answer")
     if template is None:
-        text = transcript(messages)
-        return bos_ids(tokenizer) + tokenizer.encode(text, allowed_special='none')
+        return bos_ids(tokenizer) + tokenizer.encode(transcript(messages), allowed_special='none')
     hidden, shown, _ = hide_specials(messages, tokenizer)
     return encode_rendered(apply_template(template, tokenizer, hidden, True), shown, tokenizer)
 
 
 def render_conversation(messages, template, tokenizer):
-    """
-    Render a whole conversation to (ids, mask), two lists of one length.
+    """Render a whole conversation to (ids, mask), two lists of one length.
 
     mask is 1 for what the assistant writes and the token that ends it, which carry loss; 0 for all
     others, and for the output of tools. A message with a "weight" of 0 carries no loss. Raises
@@ -138,8 +131,7 @@ def render_conversation(messages, template, tokenizer):
 
 
 def find_answers(messages, template, tokenizer):
-    """
-    Render a conversation to parts of text, of which the odd ones are answers.
+    """Render a conversation to parts of text, of which the odd ones are answers.
 
     An answer is what its message adds to the text, up to the token that ends it.
     """
@@ -174,8 +166,7 @@ def not_output(ids, tokenizer):
 
 
 def hide_specials(messages, tokenizer):
-    """
-    Replace each special token in a content by a private character.
+    """Replace each special token in a content by a private character.
 
     The template still finds the rest of the content as it is: it may strip it or look into it. An
     assistant keeps its thoughts and calls of tools. Returns (messages, {character: token} for
@@ -265,9 +256,6 @@ def transcript(messages):
     return ''.join(lines) + 'Assistant:'
 
 
-# Templates ----------------------------------------------------------------------------------------
-
-
 def ends_of_text(tokenizer):
     """Return a template's bos_token and eos_token, found by name, or ''."""
     def first_of(names):
@@ -290,8 +278,7 @@ def apply_template(template, tokenizer, messages, add_generation_prompt, marks=(
 
 @functools.lru_cache(maxsize=4)
 def compiled(template, begin='', end=''):
-    """
-    Compile a template with what transformers offers to it.
+    """Compile a template with what transformers offers to it.
 
     It writes begin and end around {% generation %} parts. A template comes with a model, from
     anybody, hence the sandbox.
@@ -330,8 +317,7 @@ def compiled(template, begin='', end=''):
 
 
 def find_endings(template, tokenizer):
-    """
-    Find what ends an answer: (ids, texts).
+    """Find what ends an answer: (ids, texts).
 
     The ids are the usual special tokens and what the template writes after an answer.
     """
@@ -339,8 +325,8 @@ def find_endings(template, tokenizer):
     if template is None:
         return ids, ['\nUser:']
     question, answer = '\U000f0000', '\U000f0001'
-    messages = [{'role': 'user', 'content': question}, {'role': 'assistant', 'content': answer},
-                {'role': 'user', 'content': question}]
+    user = {'role': 'user', 'content': question}
+    messages = [user, {'role': 'assistant', 'content': answer}, user]
     text = apply_template(template, tokenizer, messages, add_generation_prompt=False)
     after = text.rpartition(answer)[2].partition(question)[0]
     words, *special = split_specials(after, list(tokenizer.special_tokens))

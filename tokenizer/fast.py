@@ -34,12 +34,8 @@ def has_gigatoken() -> bool:
     return importlib.util.find_spec('gigatoken') is not None
 
 
-# Training -----------------------------------------------------------------------------------------
-
-
 def learn_with_gigatoken(texts, n_merges: int, special_tokens=()) -> list[tuple[bytes, bytes]]:
-    """
-    Learn the merges of bpe.learn(), as bytes, with GPT-2's pattern.
+    """Learn the merges of bpe.learn(), as bytes, with GPT-2's pattern.
 
     gigatoken trains with no other pattern. The texts go through a temporary file (in TMPDIR), which
     keeps memory small. In two cases gigatoken 0.10 would learn other merges, and bpe.learn() takes
@@ -103,12 +99,8 @@ def silenced():
             os.close(descriptor)
 
 
-# Encoding -----------------------------------------------------------------------------------------
-
-
 class FastEncoder:
-    """
-    Encode text to ranks, which are places in `tokens`.
+    """Encode text to ranks, which are places in `tokens`.
 
     tokens: the bytes of all tokens, in the order of their merges. pattern: one of PATTERNS, or
     None. encoding: the tiktoken.Encoding, where there is one.
@@ -164,8 +156,7 @@ class FastEncoder:
         return self.tiktoken.encode_to_numpy(text, disallowed_special=())
 
     def encode_batch(self, texts: list[str], workers: int | None) -> list[np.ndarray]:
-        """
-        Apply encode() to each text.
+        """Apply encode() to each text.
 
         tiktoken uses `workers` threads (None: one per core). gigatoken uses one core for its first
         ONE_CORE_CHARS and then all, or one if workers is 1.

@@ -23,39 +23,15 @@ import os
 import pickle
 
 from configurator import UserError
+from tokenizer import vocabulary
 from tokenizer.base import ENDOFTEXT, write_file
 from tokenizer.basic import CharTokenizer
 from tokenizer.bpe import final_parts, recover_merges
-from tokenizer.patterns import BYTE_TO_CHAR, PATTERNS, find_pattern
-from tokenizer.tokenizer_json import (
-    BYTES,
-    DOCUMENT_ENDS,
-    SPECIAL,
-    document_ends,
-    hf_tokenizer,
-    read_tokenizer_json,
-    write_hf_folder,
-    write_tokenizer_json,
-)
-from tokenizer.vocabulary import (
-    READABLE,
-    Vocabulary,
-    from_alphabet,
-    is_vocab,
-    rank_in,
-    read_bytes,
-    read_json,
-    read_utf8,
-    short,
-    to_json,
-    tokens_of,
-    unique,
-)
+from tokenizer.patterns import BYTE_TO_CHAR, PATTERNS, SPECIAL, find_pattern
+from tokenizer.tokenizer_json import read_tokenizer_json, write_hf_folder, write_tokenizer_json
 
-__all__ = ['BYTES', 'DOCUMENT_ENDS', 'GPT2_FILES', 'document_ends', 'from_meta_pkl', 'hf_tokenizer',
-           'read', 'read_gpt2_files', 'read_json', 'read_tiktoken', 'read_tokenizer_json',
-           'read_utf8', 'to_json', 'unique', 'write_file', 'write_hf_folder', 'write_tiktoken',
-           'write_tokenizer_json']
+__all__ = ['GPT2_FILES', 'from_meta_pkl', 'read', 'read_gpt2_files', 'read_tiktoken',
+           'read_tokenizer_json', 'write_hf_folder', 'write_tiktoken', 'write_tokenizer_json']
 
 GPT2_FILES = [('vocab.json', 'merges.txt'), ('encoder.json', 'vocab.bpe')]
 
@@ -65,18 +41,15 @@ PUBLISHED = {
         'r50k_base', 'gpt2', {ENDOFTEXT: 50256}),
     '94b5ca7dff4d00767bc256fdd1b27e5b17361d7b8a5f968547f9f23eb70d2069': (
         'p50k_base', 'gpt2', {ENDOFTEXT: 50256}),
-    '223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7': (
-        'cl100k_base', 'gpt4', {
-            ENDOFTEXT: 100257, '<|fim_prefix|>': 100258, '<|fim_middle|>': 100259,
-            '<|fim_suffix|>': 100260, '<|endofprompt|>': 100276}),
+    '223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7': ('cl100k_base', 'gpt4', {
+        ENDOFTEXT: 100257, '<|fim_prefix|>': 100258, '<|fim_middle|>': 100259,
+        '<|fim_suffix|>': 100260, '<|endofprompt|>': 100276}),
     '446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d': (
-        'o200k_base', 'o200k', {ENDOFTEXT: 199999, '<|endofprompt|>': 200018}),
-}
+        'o200k_base', 'o200k', {ENDOFTEXT: 199999, '<|endofprompt|>': 200018})}
 
 
 def read(path) -> dict:
-    """
-    Read the vocabulary in a file or folder; return its description.
+    """Read the vocabulary in a file or folder; return its description.
 
     Raises UserError where there is none, or none that gives the same ids here.
     """
@@ -91,43 +64,39 @@ def read(path) -> dict:
         if len(tiktokens) != 1:
             content = ', '.join(names[:8]) or 'it is empty'
             raise UserError(f'the folder {path} holds no vocabulary ({content}); expected '
-                            f'{READABLE}')
+                            f'{vocabulary.READABLE}')
         path = os.path.join(path, tiktokens[0])
-    content = read_bytes(path)
+    content = vocabulary.read_bytes(path)
     first_line = content.split(b'\n', 1)[0].split()
     if content.lstrip()[:1] == b'{':
-        file = read_json(path)
-        if is_vocab(file):
+        file = vocabulary.read_json(path)
+        if vocabulary.is_vocab(file):
             return read_gpt2_files(path, beside(path, dict(GPT2_FILES)))
         if 'model' in file:
             return read_tokenizer_json(path)
         if 'kind' in file:
             raise UserError(f"{path} is in this program's own format, of kind "
-                            f'{short(file["kind"])}: tokenizer.load() reads it')
+                            f'{vocabulary.short(file["kind"])}: tokenizer.load() reads it')
     elif first_line[:1] == [b'#version:']:
         return read_gpt2_files(beside(path, {merges: vocab for vocab, merges in GPT2_FILES}), path)
-    elif (len(first_line) == 2 and len(first_line[0]) % 4 == 0 and first_line[1].isdigit()):
+    elif len(first_line) == 2 and len(first_line[0]) % 4 == 0 and first_line[1].isdigit():
         return read_tiktoken(path)
     fact = 'unknown content'
     if content[:1] == b'\x80':
         fact = 'a pickle, which could run code when read; export another format'
     elif b'<unk>' in content[:100] and b'\0' in content[:100]:
         fact = 'a SentencePiece model, whose tokens do not come from bytes'
-    raise UserError(f'{path}: {fact}. Expected {READABLE}')
-
-
-# tiktoken -----------------------------------------------------------------------------------------
+    raise UserError(f'{path}: {fact}. Expected {vocabulary.READABLE}')
 
 
 def read_tiktoken(path, pattern: str | None = 'gpt4', special_tokens=None) -> dict:
-    """
-    Read a file of lines 'base64 rank'; return the description.
+    """Read a file of lines 'base64 rank'; return the description.
 
     Such a file has neither pattern nor special tokens. OpenAI's are found by the file's SHA-256.
     For other files, pattern is a name in PATTERNS (GPT-4's is Llama 3's too), a regular expression
     or None; special_tokens is {text: id}. Raises UserError for a damaged file.
     """
-    content = read_bytes(path)
+    content = vocabulary.read_bytes(path)
     sha256 = hashlib.sha256(content).hexdigest()
     if sha256 in PUBLISHED:
         _, pattern, special_tokens = PUBLISHED[sha256]
@@ -152,19 +121,18 @@ def read_tiktoken(path, pattern: str | None = 'gpt4', special_tokens=None) -> di
                             f'but already rank {ids[token]}; fetch the file again')
         ids[token] = rank
     merges = recover_merges(ids)
-    return Vocabulary(path, ids, merges, find_pattern(pattern), special_tokens or {},
-                      ignore_merges=len(merges) < len(ids) - 256).describe()
+    return vocabulary.Vocabulary(path, ids, merges, special_tokens or {}).describe(
+        find_pattern(pattern), ignore_merges=len(merges) < len(ids) - 256)
 
 
 def write_tiktoken(values: dict, path):
-    """
-    Write a description as lines 'base64 rank', without pattern and specials.
+    """Write a description as lines 'base64 rank', without pattern and specials.
 
     Raises UserError when tiktoken would encode some text differently with these ranks.
     """
-    ids, merges = tokens_of(values)
+    ids, merges = vocabulary.tokens_of(values)
     by_rank = recover_merges(ids)  # what tiktoken merges, in its order
-    rank = rank_in({pair: i for i, pair in enumerate(merges)})
+    rank = vocabulary.rank_in({pair: i for i, pair in enumerate(merges)})
     reached = [(left, right) for left, right in merges
                if final_parts(left + right, rank) == [left, right]]
     tokens = [left + right for left, right in reached]
@@ -182,30 +150,25 @@ def write_tiktoken(values: dict, path):
                              for token in sorted(ids, key=ids.get)))
 
 
-# GPT-2 --------------------------------------------------------------------------------------------
-
-
 def read_gpt2_files(vocab_json, merges_txt) -> dict:
-    """
-    Read GPT-2's two files, {token: id} and one merge per line.
+    """Read GPT-2's two files, {token: id} and one merge per line.
 
     Returns the description. Tokens like <|endoftext|> that no merge makes are special. Raises
     UserError for files that do not fit together.
     """
-    vocab = read_json(vocab_json)
-    if not is_vocab(vocab):
+    vocab = vocabulary.read_json(vocab_json)
+    if not vocabulary.is_vocab(vocab):
         raise UserError(f'{vocab_json} is no vocabulary: expected an object {{token: id}}, got '
-                        f'{short(vocab)}')
+                        f'{vocabulary.short(vocab)}')
     pairs = []
-    for number, line in enumerate(read_utf8(merges_txt).split('\n'), start=1):
+    for number, line in enumerate(vocabulary.read_utf8(merges_txt).split('\n'), start=1):
         line = line.removesuffix('\r')
         if line and not (number == 1 and line.startswith('#version')):
             pairs.append((f'line {number}', line.split(' ')))
     made = {''.join(pair) for _, pair in pairs} | set(BYTE_TO_CHAR.values())
     specials = {text: i for text, i in vocab.items()
                 if text not in made and SPECIAL.fullmatch(text)}
-    ids, merges = from_alphabet(merges_txt, vocab, pairs, specials)
-    return Vocabulary(merges_txt, ids, merges, PATTERNS['gpt2'], specials).describe()
+    return vocabulary.from_alphabet(merges_txt, vocab, pairs, specials).describe(PATTERNS['gpt2'])
 
 
 def beside(path, partners: dict[str, str]):
@@ -221,15 +184,8 @@ def beside(path, partners: dict[str, str]):
     return partner
 
 
-# nanoGPT ------------------------------------------------------------------------------------------
-
-
 class PlainUnpickler(pickle.Unpickler):
-    """
-    Load dicts, lists, strings and numbers alone, as nanoGPT's meta.pkl has.
-
-    A pickle runs code only through a class or function that it names; every name is refused.
-    """
+    """Refuse every class and function by name, since a pickle runs code only through these."""
 
     def find_class(self, module, name):
         raise pickle.UnpicklingError(f'it refers to {module}.{name}')

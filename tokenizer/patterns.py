@@ -32,11 +32,10 @@ PATTERNS = {
     'qwen2': (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
               r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"),
     # white space before a digit is one piece: there the digit is cut off first
-    'smollm2': (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+"
-                r"|\s+(?![^\s\p{N}])|\s+"),
-}
+    'smollm2': r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"}
 
-# Bytes and text -----------------------------------------------------------------------------------
+# The names of special tokens, where a file does not mark them: <s>, <|im_end|>, [PAD].
+SPECIAL = regex.compile(r'<.*\p{L}.*>|\[.*\p{L}.*\]', regex.DOTALL)
 
 # GPT-2's alphabet: every byte as a printable character (Ġ is the space), for tokens in text files.
 PRINTABLE = [*range(ord('!'), ord('~') + 1), *range(ord('¡'), ord('¬') + 1),
@@ -63,9 +62,6 @@ def to_utf8(text: str) -> bytes:
         return text.encode('utf-8')
     except UnicodeEncodeError:
         return text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace').encode('utf-8')
-
-
-# Unicode versions ---------------------------------------------------------------------------------
 
 
 def code_points(ranges: str) -> list[int]:
@@ -129,12 +125,8 @@ def normalize(text: str, form: str | None) -> str:
     return ''.join(unicodedata.normalize(form, part) for part in NOT_NORMALIZED.split(text))
 
 
-# Pieces -------------------------------------------------------------------------------------------
-
-
 def find_pattern(pattern: str | None) -> str | None:
-    """
-    Return the regular expression of a name in PATTERNS, or the given one, or None.
+    """Return the regular expression of a name in PATTERNS, or the given one, or None.
 
     Raises UserError for an unknown name and for what is not a regular expression.
     """
@@ -163,15 +155,13 @@ def compile_pattern(pattern: str):
 
 
 def split(text: str, pattern: str | None) -> list[str]:
-    """
-    Cut text into pieces, which joined are the text again. pattern None: one piece.
+    """Cut text into pieces, which joined are the text again. pattern None: one piece.
 
     Text between the matches of a pattern becomes pieces too, so that nothing is lost.
     """
     if pattern is None:
         return [text] if text else []
-    compiled = compile_pattern(pattern)
-    newer = has_newer(text)
+    compiled, newer = compile_pattern(pattern), has_newer(text)
     if not newer:
         pieces = compiled.findall(text)
         if compiled.groups == 0 and sum(map(len, pieces)) == len(text) and '' not in pieces:
@@ -184,11 +174,7 @@ def split(text: str, pattern: str | None) -> list[str]:
 
 
 def split_specials(text: str, special_tokens) -> list[str]:
-    """
-    Cut text at its special tokens, which become the odd elements.
-
-    Where two tokens could start at the same place, the longer one is taken.
-    """
+    """Cut text at its special tokens, the odd elements; of two at a place the longer one."""
     if not special_tokens:
         return [text]
     longest_first = sorted(special_tokens, key=len, reverse=True)

@@ -12,16 +12,8 @@ import regex
 from configurator import UserError
 from tokenizer.base import ENDOFTEXT, write_file
 from tokenizer.basic import WORD_SPECIALS
-from tokenizer.patterns import PATTERNS, compile_pattern, from_printable, printable
-from tokenizer.vocabulary import (
-    Vocabulary,
-    from_alphabet,
-    is_vocab,
-    read_json,
-    short,
-    to_json,
-    tokens_of,
-)
+from tokenizer.patterns import PATTERNS, SPECIAL, compile_pattern, from_printable, printable
+from tokenizer.vocabulary import from_alphabet, is_vocab, read_json, short, to_json, tokens_of
 
 DOCUMENT_ENDS = (ENDOFTEXT, '<|end_of_text|>')  # GPT-2's and Llama 3's
 # a byte tokenizer, as the description of a BPE tokenizer without merges
@@ -32,8 +24,6 @@ LLAMA_3 = PATTERNS['qwen2'].replace(r'|\p{N}|', r'|\p{N}{1,3}|')  # cuts as PATT
 WORD = (r'\p{L}\p{M}\p{Nd}\p{Nl}\p{Pc}'
         '\u200c\u200d\u24b6-\u24e9\U0001f130-\U0001f149\U0001f150-\U0001f169\U0001f170-\U0001f189')
 WORDS = rf' ?[{WORD}]+|[^{WORD}\s]|\s'
-# The names of special tokens, where a file does not mark them: <s>, <|im_end|>, [PAD].
-SPECIAL = regex.compile(r'<.*\p{L}.*>|\[.*\p{L}.*\]', regex.DOTALL)
 
 # The regular expressions that the package regex and Hugging Face's Oniguruma read alike. Left out,
 # for example: $, which Oniguruma also matches before line ends; {1,3}+, there a repetition of a
@@ -58,12 +48,8 @@ def unsupported(path, key, value, expected) -> UserError:
                      f'expected {expected}')
 
 
-# Reading ------------------------------------------------------------------------------------------
-
-
 def read_tokenizer_json(path) -> dict:
-    """
-    Read a tokenizer.json: byte-level BPE, or what hf_words() writes.
+    """Read a tokenizer.json: byte-level BPE, or what hf_words() writes.
 
     Returns the description. Raises UserError, naming the part of the file, where ids could differ.
     """
@@ -85,9 +71,8 @@ def read_tokenizer_json(path) -> dict:
     pattern = read_pattern(path, file.get('pre_tokenizer'))
     pairs = [(f'merges[{i}]', merge.split(' ') if isinstance(merge, str) else merge)
              for i, merge in enumerate(model['merges'])]
-    ids, merges = from_alphabet(path, model['vocab'], pairs, special_tokens)
-    values = Vocabulary(path, ids, merges, pattern, special_tokens,
-                        bool(model.get('ignore_merges'))).describe()
+    vocabulary = from_alphabet(path, model['vocab'], pairs, special_tokens)
+    values = vocabulary.describe(pattern, bool(model.get('ignore_merges')))
     if file.get('normalizer'):
         values['normalizer'] = 'NFC'
         if late := [token['content'] for token in added_tokens if token.get('normalized')]:
@@ -174,9 +159,8 @@ def read_pattern(path, pre_tokenizer) -> str | None:
         steps = pre_tokenizer.get('pretokenizers')
     types = ([step.get('type') if isinstance(step, dict) else step for step in steps]
              if isinstance(steps, list) else [])
-    if types not in (['ByteLevel'], ['Split', 'ByteLevel'], ['Digits', 'ByteLevel']):
-        raise refused
-    if steps[-1].get('add_prefix_space', True):
+    if (types not in (['ByteLevel'], ['Split', 'ByteLevel'], ['Digits', 'ByteLevel'])
+            or steps[-1].get('add_prefix_space', True)):
         raise refused
     use_regex = steps[-1].get('use_regex', True)
     if len(steps) == 1:
@@ -210,16 +194,8 @@ def check_portable(path, pattern: str):
                         f'{reason}; see PORTABLE in tokenizer/tokenizer_json.py')
 
 
-# Writing ------------------------------------------------------------------------------------------
-
-
 def write_tokenizer_json(values: dict, path):
-    """
-    Write a description as a tokenizer.json, for tokenizers 0.19 or newer.
-
-    Raises UserError for a pattern that they may read differently, and for a special token with the
-    name of another token.
-    """
+    """Write a description as a tokenizer.json, for tokenizers 0.19 or newer."""
     write_file(path, to_json(hf_tokenizer(values, path)))
 
 
@@ -230,8 +206,7 @@ def document_ends(values: dict) -> list[str]:
 
 
 def write_hf_folder(values: dict, folder, more: dict | None = None):
-    """
-    Write the files for transformers.AutoTokenizer.from_pretrained(folder).
+    """Write the files for transformers.AutoTokenizer.from_pretrained(folder).
 
     more: further entries of tokenizer_config.json, such as the chat_template.
     """
@@ -280,21 +255,17 @@ def hf_tokenizer(values: dict, path) -> dict:
     if 'normalizer' in values:
         file['normalizer'] = {'type': values['normalizer']}
     if bos_token := values.get('bos_token'):
-        bos, text = ([{'SpecialToken': {'id': bos_token, 'type_id': 0}}],
-                     [{'Sequence': {'id': 'A', 'type_id': 0}}])
-        second = [{'SpecialToken': {'id': bos_token, 'type_id': 1}},
-                  {'Sequence': {'id': 'B', 'type_id': 1}}]
-        token = {'id': bos_token, 'ids': [values['special_tokens'][bos_token]],
-                 'tokens': [bos_token]}
-        file['post_processor'] = {'type': 'TemplateProcessing', 'single': bos + text,
-                                  'pair': bos + text + second,
-                                  'special_tokens': {bos_token: token}}
+        first, second = ([{'SpecialToken': {'id': bos_token, 'type_id': i}},
+                          {'Sequence': {'id': name, 'type_id': i}}] for i, name in enumerate('AB'))
+        ids = [values['special_tokens'][bos_token]]
+        file['post_processor'] = {
+            'type': 'TemplateProcessing', 'single': first, 'pair': first + second,
+            'special_tokens': {bos_token: {'id': bos_token, 'ids': ids, 'tokens': [bos_token]}}}
     return file
 
 
 def hf_words(values: dict) -> dict:
-    """
-    Return the content of the tokenizer.json of a char or word tokenizer.
+    """Return the content of the tokenizer.json of a char or word tokenizer.
 
     A char vocabulary has no unknown token, so that unknown characters are an error there too.
     """
@@ -316,11 +287,9 @@ def hf_file(model: dict, special_tokens: dict[str, int], pre_tokenizer, decoder)
                           'rstrip': False, 'normalized': False, 'special': True}
                          for text, i in special_tokens.items()],
         'normalizer': None, 'pre_tokenizer': pre_tokenizer, 'post_processor': None,
-        'decoder': decoder, 'model': model,
-    }
+        'decoder': decoder, 'model': model}
 
 
 def split_by(pattern: str) -> dict:
     """Return the pre_tokenizer that cuts text by a pattern."""
-    return {'type': 'Split', 'pattern': {'Regex': pattern}, 'behavior': 'Isolated',
-            'invert': False}
+    return {'type': 'Split', 'pattern': {'Regex': pattern}, 'behavior': 'Isolated', 'invert': False}

@@ -23,7 +23,7 @@ that makes it.
 import json
 import math
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from configurator import UserError
 from tokenizer.base import MAX_ID
@@ -37,8 +37,7 @@ READABLE = ("tiktoken's *.tiktoken, Hugging Face's tokenizer.json (byte-level BP
 
 @dataclass
 class Vocabulary:
-    """
-    The vocabulary in a file, in bytes, however the file writes it.
+    """The vocabulary in a file, in bytes, however the file writes it.
 
     path: for error messages. ids: {token: id} without special tokens. merges: [(left, right)].
     """
@@ -46,29 +45,24 @@ class Vocabulary:
     path: str
     ids: dict[bytes, int]
     merges: list[tuple[bytes, bytes]]
-    pattern: str | None = None
-    special_tokens: dict[str, int] = field(default_factory=dict)
-    ignore_merges: bool = False
+    special_tokens: dict[str, int]
 
-    def describe(self) -> dict:
-        """
-        Return the description. Raises UserError where it could not give the file's ids.
+    def describe(self, pattern: str | None, ignore_merges: bool = False) -> dict:
+        """Return the description. Raises UserError where it could not give the file's ids.
 
         That is where bytes are missing, two tokens share an id, or no merges make a token.
         """
         self.check_ids()
-        merges, whole = self.find_merges()
-        ids = self.ids
+        (merges, whole), ids = self.find_merges(ignore_merges), self.ids
         byte_ids = [ids[bytes([byte])] for byte in range(256)]
         merge_ids = [ids[left + right] for left, right in merges]
         specials = sorted(self.special_tokens.items(), key=lambda item: item[1])
         return {
-            'kind': 'bpe', 'pattern': self.pattern, 'special_tokens': dict(specials),
+            'kind': 'bpe', 'pattern': pattern, 'special_tokens': dict(specials),
             'merges': [f'{printable(left)} {printable(right)}' for left, right in merges],
             'byte_ids': None if byte_ids == list(range(256)) else byte_ids,
             'merge_ids': None if merge_ids == list(range(256, 256 + len(merges))) else merge_ids,
-            'ignore_merges': self.ignore_merges and whole,  # otherwise it changes nothing
-        }
+            'ignore_merges': ignore_merges and whole}  # otherwise it changes nothing
 
     def check_ids(self):
         """Raise UserError unless all bytes are tokens, and all ids differ."""
@@ -79,10 +73,8 @@ class Vocabulary:
             raise UserError(f'{self.path}: {len(missing)} of the 256 bytes are no tokens '
                             f'({names}{more}); expected all. In tokenizers, train with '
                             f'initial_alphabet=ByteLevel.alphabet()')
-        names = {}
-        tokens = [*((repr(token), i) for token, i in self.ids.items()),
-                  *self.special_tokens.items()]
-        for name, i in tokens:
+        names, specials = {}, self.special_tokens.items()
+        for name, i in [*((repr(token), i) for token, i in self.ids.items()), *specials]:
             if type(i) is not int or not 0 <= i <= MAX_ID:
                 raise UserError(f'{self.path}: the token {name} has the id {i!r}; expected a whole '
                                 f'number from 0 to {MAX_ID:,}')
@@ -91,7 +83,7 @@ class Vocabulary:
                                 f'{i}; expected one id for each')
             names[i] = name
 
-    def find_merges(self) -> tuple[list[tuple[bytes, bytes]], bool]:
+    def find_merges(self, ignore_merges) -> tuple[list[tuple[bytes, bytes]], bool]:
         """Return one merge for every token, in order, and whether some are never reached."""
         # of a pair that is listed twice the last place counts, as in tokenizers
         order = {pair: i for i, pair in enumerate(self.merges)}
@@ -101,7 +93,7 @@ class Vocabulary:
         merges = []
         for left, right in sorted(order, key=order.get):
             token, parts_made = left + right, left in made and right in made
-            if self.ignore_merges or ways[token] > 1 or not parts_made:
+            if ignore_merges or ways[token] > 1 or not parts_made:
                 if final_parts(token, rank) != [left, right]:
                     continue  # another merge makes this token, or none does
                 if not parts_made:
@@ -119,7 +111,7 @@ class Vocabulary:
             pair = next(((token[:i], token[i:]) for i in range(1, len(token))
                          if [token[:i], token[i:]] != parts
                          and token[:i] in made and token[i:] in made), None)
-            if pair is None or ways[token] == 0 and not self.ignore_merges:
+            if pair is None or ways[token] == 0 and not ignore_merges:
                 raise UserError(f'{self.path}: no merges lead to the token {printable(token)!r} '
                                 f'(id {self.ids[token]}); expected a merge for every token of more '
                                 f'than one byte')
@@ -134,8 +126,7 @@ def rank_in(order: dict[tuple[bytes, bytes], int]):
 
 
 def from_alphabet(path, vocab: dict[str, int], pairs, special_tokens):
-    """
-    Turn a vocabulary in GPT-2's byte alphabet into {token: id} and merges of bytes.
+    """Return the Vocabulary that a file writes in GPT-2's byte alphabet.
 
     pairs: (place in the file, [left, right]). Raises UserError for what is no token or merge.
     """
@@ -162,7 +153,8 @@ def from_alphabet(path, vocab: dict[str, int], pairs, special_tokens):
                 raise UserError(f'{path}, {place}: the merge {" ".join(pair)!r} needs the token '
                                 f'{text!r}; expected it in the vocabulary')
         merges.append((tokens[pair[0]], tokens[pair[1]]))
-    return {token: vocab[text] for text, token in tokens.items()}, merges
+    ids = {token: vocab[text] for text, token in tokens.items()}
+    return Vocabulary(path, ids, merges, special_tokens)
 
 
 def tokens_of(values: dict) -> tuple[dict[bytes, int], list[tuple[bytes, bytes]]]:
@@ -173,12 +165,8 @@ def tokens_of(values: dict) -> tuple[dict[bytes, int], list[tuple[bytes, bytes]]
     merges = [tuple(from_printable(part) for part in merge.split(' '))
               for merge in values['merges']]
     tokens = [*(bytes([byte]) for byte in range(256)), *(left + right for left, right in merges)]
-    ids = [*(values['byte_ids'] or range(256)),
-           *(values['merge_ids'] or range(256, len(tokens)))]
+    ids = [*(values['byte_ids'] or range(256)), *(values['merge_ids'] or range(256, len(tokens)))]
     return dict(zip(tokens, ids, strict=True)), merges
-
-
-# Files --------------------------------------------------------------------------------------------
 
 
 def read_bytes(path) -> bytes:

@@ -47,8 +47,7 @@ class Workers:
                                         (start, *arguments))
 
     def map(self, function, items):
-        """
-        Yield (item, function(item)) for every item, in order.
+        """Yield (item, function(item)) for every item, in order.
 
         Takes no more items in advance than keep all processes busy. function and items must be
         picklable. Raises UserError when a process is killed.
@@ -70,15 +69,11 @@ class Workers:
             for _, future in waiting:
                 future.cancel()
 
-    def close(self):
-        """End the processes once their present work is done."""
-        self.pool.shutdown(cancel_futures=True)
-
     def __enter__(self):
         return self
 
     def __exit__(self, *error):
-        self.close()
+        self.pool.shutdown(cancel_futures=True)  # once their present work is done
 
 
 def submit(pool, *task):
@@ -112,8 +107,6 @@ def end_with_parent():
     multiprocessing.parent_process().join()
     os._exit(1)
 
-
-# Encoding, for tokenizers in Python ---------------------------------------------------------------
 
 worker_tokenizer = None  # in a worker process: its tokenizer
 

@@ -26,10 +26,10 @@ SHAREGPT = {'human': 'user', 'user': 'user', 'gpt': 'assistant', 'assistant': 'a
 
 @dataclass
 class Packing:
-    """Hold what turns conversations into rows of tokens."""
+    """Hold the tokenizer, template and row length for packing conversations."""
 
     tokenizer: Any
-    template: str  # of the chat, in Jinja
+    template: str  # the chat template, in Jinja
     row: int       # tokens of a row: the context and one
 
 

@@ -1,5 +1,5 @@
 """
-Preference pairs: two answers to a conversation, as rows of ids with masks.
+Read preference pairs: two answers to a conversation, as rows of ids and masks.
 
     {"messages": [{"role": "user", "content": "2+2?"}], "chosen": "4", "rejected": "5"}
 
@@ -94,8 +94,8 @@ def render_answer(messages, answer, template, tokenizer):
     one. Raises UserError where the template does not show where the answer begins or ends.
     """
     prompt = chat.render(messages, template, tokenizer)
-    whole = [*messages, {'role': 'assistant', 'content': answer}]
-    ids, mask = chat.render_conversation(whole, template, tokenizer)
+    answered = [*messages, {'role': 'assistant', 'content': answer}]
+    ids, mask = chat.render_conversation(answered, template, tokenizer)
     if ids[: len(prompt)] != prompt:
         raise UserError('the chat template renders the conversation differently once it is '
                         'answered, or the tokenizer joins an answer with the text around it, so '

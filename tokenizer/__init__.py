@@ -12,7 +12,7 @@ Turn text into token ids and back: characters, bytes, words, byte pairs.
     >>> tok.decode(tok.encode('some text'))
     'some text'
 
-README.md has the table of what every tokenizer offers.
+README.md has the table of methods that every tokenizer offers.
 """
 
 import json

@@ -50,7 +50,7 @@ class Tokenizer:
 
     @property
     def eot(self):
-        """The id of <|endoftext|>, or None."""
+        """Return the id of <|endoftext|>, or None."""
         return self.special_tokens.get(ENDOFTEXT)
 
     def encode(self, text: str | bytes, allowed_special='none_raise') -> list[int]:
@@ -208,7 +208,7 @@ def find_overlap(tokens) -> str | None:
 
 
 def read_texts(texts):
-    """Yield the texts to train on. Raises UserError for what is no string."""
+    """Yield the texts to train on. Raises UserError unless they are strings."""
     for text in [texts] if isinstance(texts, str | os.PathLike) else texts:
         if not isinstance(text, str):
             raise UserError(f'expected texts to train on as strings, got {type(text).__name__}; '

@@ -47,7 +47,7 @@ class MergeTokenizer(Tokenizer):
 @dataclass(eq=False, repr=False)
 class BPETokenizer(MergeTokenizer):
     """
-    Byte pair encoding with merges of its own.
+    Encode by byte pairs with merges of its own.
 
     merges: pairs of bytes, in the order they were learnt; token = left + right
     pattern: a name in PATTERNS, a regular expression that cuts text into pieces, or None
@@ -204,7 +204,7 @@ class BPETokenizer(MergeTokenizer):
     @functools.cached_property
     def is_fast(self) -> bool:
         """
-        True when compiled code encodes to the same ids.
+        Return whether compiled code encodes to the same ids.
 
         It must have the pattern. It joins any two neighbours that together are a token. Learnt
         merges do so too; those of other files may differ.
@@ -240,7 +240,7 @@ class BPETokenizer(MergeTokenizer):
 
     @functools.cached_property
     def _inner_pairs(self) -> set[bytes]:
-        """All pairs of bytes inside tokens; no merge joins another pair."""
+        """Return all pairs of bytes inside tokens; no merge joins another pair."""
         return {token[i:i + 2] for token in self._tokens for i in range(len(token) - 1)}
 
     def to_dict(self) -> dict:
@@ -256,7 +256,7 @@ class BPETokenizer(MergeTokenizer):
 
 class TiktokenTokenizer(MergeTokenizer):
     """
-    OpenAI's vocabulary 'gpt2', 'cl100k_base' (GPT-4) or 'o200k_base' (GPT-4o).
+    Encode by OpenAI's 'gpt2', 'cl100k_base' (GPT-4) or 'o200k_base' (GPT-4o).
 
     Raises UserError when tiktoken neither has the vocabulary in its cache nor can download it.
     """
@@ -272,7 +272,7 @@ class TiktokenTokenizer(MergeTokenizer):
 
     @functools.cached_property
     def bpe(self) -> BPETokenizer:
-        """The same vocabulary as merges, in Python."""
+        """Return the same vocabulary as merges, in Python."""
         return BPETokenizer.from_tiktoken(self.name)
 
     @functools.cached_property

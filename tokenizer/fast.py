@@ -124,7 +124,7 @@ class FastEncoder:
 
     @functools.cached_property
     def gigatoken(self):
-        """gigatoken's tokenizer for these tokens."""
+        """Return gigatoken's tokenizer for these tokens."""
         import gigatoken
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / 'ranks.tiktoken'
@@ -134,7 +134,7 @@ class FastEncoder:
 
     @functools.cached_property
     def tiktoken(self):
-        """tiktoken's encoding for these tokens."""
+        """Return tiktoken's encoding for these tokens."""
         import tiktoken
         ranks = {token: rank for rank, token in enumerate(self.tokens)}
         return tiktoken.Encoding('flatgpt', pat_str=self.pattern or r'(?s:.+)', special_tokens={},

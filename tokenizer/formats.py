@@ -163,7 +163,7 @@ def write_tiktoken(values: dict, path):
     Raises UserError when tiktoken would encode some text differently with these ranks.
     """
     ids, merges = tokens_of(values)
-    by_rank = recover_merges(ids)  # what tiktoken merges, in its order
+    by_rank = recover_merges(ids)  # tiktoken's merges, in its order
     rank = rank_in({pair: i for i, pair in enumerate(merges)})
     reached = [(left, right) for left, right in merges
                if final_parts(left + right, rank) == [left, right]]

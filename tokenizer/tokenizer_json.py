@@ -1,7 +1,7 @@
 """
 Read and write Hugging Face's tokenizer.json.
 
-tokenizers and transformers give the same ids. Not kept are truncation, padding and what a
+tokenizers and transformers give the same ids. Truncation and padding are not kept, nor what a
 post-processor adds, except one token before a text.
 """
 
@@ -47,7 +47,7 @@ PORTABLE = regex.compile(r'''(?x: (?:
       )
     | (?: [*+?][+?]? | \{\d+(?:,\d*)?\} ) (?![*+?{])                # how often
     )+ )''')
-INSIDE = r'(?<inside>(?:\\.|\[(?:\\.|[^\]])*\]|\((?&inside)\)|[^()\\\[])*)'  # of a group
+INSIDE = r'(?<inside>(?:\\.|\[(?:\\.|[^\]])*\]|\((?&inside)\)|[^()\\\[])*)'  # a group's content
 LOOK_AHEAD = regex.compile(rf'\(\?[=!]{INSIDE}\)', regex.DOTALL)
 REPEATED = regex.compile(rf'(?<!\\)(?<group>\({INSIDE}\))[*+{{]', regex.DOTALL)
 

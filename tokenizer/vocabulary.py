@@ -14,8 +14,8 @@ A description is the plain dict that BPETokenizer.to_dict() returns and from_dic
     visible_tokens  special tokens that they keep in decoded text (likewise)
     merges          'left right' in GPT-2's byte alphabet, in their order
 
-Many files list more merges than byte pair encoding can reach; one per token suffices. Whatever
-surrounds a token, its bytes are joined in the same order as when they stand alone, unless a
+Many files list more merges than byte pair encoding can reach; one per token suffices. In any text,
+a token's bytes are joined in the same order as when they stand alone, unless a
 neighbour takes some of them. So the last join of the token alone (bpe.final_parts) gives the merge
 that makes it.
 """
@@ -38,7 +38,7 @@ READABLE = ("tiktoken's *.tiktoken, Hugging Face's tokenizer.json (byte-level BP
 @dataclass
 class Vocabulary:
     """
-    The vocabulary in a file, in bytes, however the file writes it.
+    Hold the vocabulary in a file, in bytes, however the file writes it.
 
     path: for error messages. ids: {token: id} without special tokens. merges: [(left, right)].
     """
@@ -93,7 +93,7 @@ class Vocabulary:
 
     def find_merges(self) -> tuple[list[tuple[bytes, bytes]], bool]:
         """Return one merge for every token, in order, and whether some are never reached."""
-        # of a pair that is listed twice the last place counts, as in tokenizers
+        # the last place counts of a pair that is listed twice, as in tokenizers
         order = {pair: i for i, pair in enumerate(self.merges)}
         rank = rank_in(order)
         ways = Counter(left + right for left, right in order)
@@ -112,7 +112,7 @@ class Vocabulary:
             made.add(token)
 
         # The other tokens are unused ids or, with ignore_merges, whole pieces. Each gets a merge
-        # that is never reached: of two tokens that its bytes never come to.
+        # that is never reached, a join of two tokens that its bytes never come to.
         never_made = sorted(self.ids.keys() - made, key=lambda token: (len(token), self.ids[token]))
         for token in never_made:
             parts = final_parts(token, rank)
@@ -137,7 +137,7 @@ def from_alphabet(path, vocab: dict[str, int], pairs, special_tokens):
     """
     Turn a vocabulary in GPT-2's byte alphabet into {token: id} and merges of bytes.
 
-    pairs: (place in the file, [left, right]). Raises UserError for what is no token or merge.
+    pairs: (place in the file, [left, right]). Raises UserError for any other content.
     """
     tokens = {}
     for text, i in vocab.items():

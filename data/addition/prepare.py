@@ -2,7 +2,7 @@
 Needs no network.
 
     python data/addition/prepare.py    # 123+456=0579
-    python -m lab.addition             # what comes next
+    python -m lab.addition             # the next step
 
 With the units of the answers first, 123+456=9750, to train with train.py:
 

@@ -4,7 +4,7 @@ to reproduce GPT-2 124M.
     pip install -e '.[data]'
     python data/openwebtext/prepare.py                  # downloads all of it
     python data/openwebtext/prepare.py --input=PARQUET  # a file, or a folder
-    python train.py config/train_gpt2.py                # what comes next
+    python train.py config/train_gpt2.py                # the next step
 
 Disk: 24 GB for the download, which can be removed afterwards, and 18 GB for
 the token files. Memory: below 1 GB. Encoding takes about 50 minutes on two

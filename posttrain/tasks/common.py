@@ -45,10 +45,10 @@ from posttrain.losses import token_logprobs
 from posttrain.tools import SYSTEM, generate_with_tools
 from tokenizer.chat import bos_ids, find_endings, render
 
-LETTERS = 'ABCDEFGHIJ'  # of the choices
+LETTERS = 'ABCDEFGHIJ'  # names of the choices
 SPLITS = ('train', 'val', 'test')
-FUNCTIONS = ('examples', 'extract', 'evaluate', 'reward')  # of a task
-KEYS = ('messages', 'context', 'solution', 'answer', 'kind')  # of an example
+FUNCTIONS = ('examples', 'extract', 'evaluate', 'reward')  # functions of a task
+KEYS = ('messages', 'context', 'solution', 'answer', 'kind')  # keys of an example
 
 # Tasks and their examples -------------------------------------------------------------------------
 
@@ -280,7 +280,7 @@ def too_long(example, ids, room):
 class Answering:
     """How a model answers the questions of a task."""
 
-    template: str | None = None  # of the chat; None: plain text
+    template: str | None = None  # the chat template; None: plain text
     tools: bool = False  # the model may call the calculator
     shots: int = 0  # solved examples of `pool` before the question, as plain text
     pool: tuple | list = ()

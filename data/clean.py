@@ -259,9 +259,9 @@ class NearDuplicates:
     is FineWeb's 14 buckets of 8. Only kept documents are in the table, so every removed document
     resembles one that stays, unlike in methods that join pairs to chains.
 
-    Time per document: a comparison with at most BUCKET_SIZE documents per bucket. A longer bucket
-    holds what pages of one template share; a copy of a page meets it in its other buckets. Without
-    the bound, n pages just below the threshold would take n * n comparisons.
+    A new document is compared with at most BUCKET_SIZE documents per bucket. A longer bucket holds
+    text that pages of one template share; copies of a page also meet in other buckets. Without the
+    bound, n pages just below the threshold would take n * n comparisons.
 
     Memory per kept document: 0.5 kB of signature and 0.11 kB per bucket: 2 kB at 0.8, 4.6 at 0.5.
     """

@@ -97,7 +97,7 @@ def render(messages, packing):
     ids, mask = chat.render_conversation(messages, packing.template, packing.tokenizer)
     row = packing.row
     if not any(mask):
-        raise UserError('no token of it carries loss; expected an answer whose "weight" is not 0, '
+        raise UserError('no token carries loss; expected an answer whose "weight" is not 0, '
                         'inside {% generation %} if the chat template has that')
     if not any(mask[1:row]):
         raise UserError(f'cut to {row} of its {len(ids)} tokens, it ends before the first answer '

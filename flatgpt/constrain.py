@@ -41,7 +41,7 @@ MAX_VERIFIED = 64  # tokens that are searched after before they are drawn
 MAX_REFUSED = 8  # draws for one token; then the ending is written
 LONGEST_MATCH = 4096  # characters, of a regular expression
 
-# cost of a symbol in a search, by its first byte: low for what closes, high for what opens
+# cost of a symbol in a search, by its first byte: low if it closes, high if it opens
 PENALTY = np.full(256, 6)
 for penalty, chars in enumerate((b']}', b'"', b',:', b'0aA', b" !#$%&'()*+-./;<=>?@^_`|~",
                                  b'123456789bcdefghijklmnopqrstuvwxyzBCDEFGHIJKLMNOPQRSTUVWXYZ')):

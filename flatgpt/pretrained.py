@@ -35,7 +35,7 @@ def open_model(init_from, out_dir, which='best'):
     """
     Open a model to use it; -> (model, tokenizer, chat template, line to print).
 
-    init_from: 'resume' for the run in out_dir, the folder of another run, or what
+    init_from: 'resume' for the run in out_dir, the folder of another run, or a name that
     huggingface.find() takes. which: 'best' for best.pt if it exists, 'last' for ckpt.pt. The model
     is on the CPU and in eval mode; the template is Jinja's, or None. Raises UserError if it
     cannot be loaded.
@@ -161,7 +161,7 @@ def base_model(init_from, dropout=0.0, needs_tokenizer=True):
     Open the model that a finetuning begins with, adapters merged into it.
 
     -> (model on the CPU, {'tokenizer', 'chat_template'}), both None if unknown. init_from: the
-    folder of a run, or what huggingface.find() takes. needs_tokenizer: see huggingface.load().
+    folder of a run, or a name for huggingface.find(). needs_tokenizer: see huggingface.load().
     """
     path = checkpoint_path(init_from, init_from)
     if path is None:

@@ -56,7 +56,7 @@ def check_pairs(path, val_fraction, state, ckpt_path):
     Return {'sha256', 'val_fraction'} of the pairs, for the checkpoint.
 
     state: the checkpoint that a run resumes, or {}. Raises UserError if that run learned from other
-    pairs or held out another share: it may have learned from what would now be held out.
+    pairs or held out another share: it may have learned from pairs that are now held out.
     """
     pairs = {'sha256': download.file_sha256(path), 'val_fraction': val_fraction}
     before = state.get('pairs', pairs)

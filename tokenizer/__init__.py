@@ -33,7 +33,7 @@ NAMES = ['byte', *TIKTOKEN_FILES]  # the names that load() takes without a file
 TRAINED = ['char', 'word', 'bpe']
 ALSO_CALLED = {'gpt-2': 'gpt2', 'gpt4': 'cl100k_base', 'gpt-4': 'cl100k_base',
                'gpt4o': 'o200k_base', 'gpt-4o': 'o200k_base'}  # for "did you mean"
-# What to_dict() gives for each kind, beside optional lists.
+# The entries of to_dict() for each kind, beside optional lists.
 FIELDS = {'char': {'chars': str | list}, 'byte': {}, 'word': {'words': list},
           'tiktoken': {'name': str},
           'bpe': {'merges': list, 'pattern': str | None, 'special_tokens': dict}}

@@ -72,7 +72,7 @@ def learn(counts: dict[str, int], n_merges: int) -> list[tuple[int, int]]:
     Returns pairs (left id, right id); the i-th makes the id 256 + i. Of equally frequent pairs the
     one with the smaller left id is merged first, then the smaller right id.
 
-    Cost: the places of each pair are kept in a list, so a merge touches only what it changes. In
+    Cost: the places of each pair are kept in a list, so a merge touches only its own places. In
     all, merges touch at most as many places as the distinct pieces have bytes.
     """
     # All pieces end to end, with END behind each, as a linked list: a merge writes the new id over

@@ -107,7 +107,7 @@ def render_conversation(messages, template, tokenizer):
 
     mask is 1 for the assistant's text and the token that ends it, which carry loss; 0 for all
     others, and for the output of tools. A message with a "weight" of 0 carries no loss. Raises
-    UserError for what is no conversation, and where the answers cannot be found in the text.
+    UserError for other messages, and where the answers cannot be found in the text.
     """
     check_conversation(messages)
     hidden, shown, marks = hide_specials(messages, tokenizer)
@@ -283,7 +283,7 @@ def apply_template(template, tokenizer, messages, add_generation_prompt, marks=(
         return compiled(template, *marks).render(
             messages=messages, add_generation_prompt=add_generation_prompt, tools=None,
             documents=None, bos_token=bos_token, eos_token=eos_token)
-    except Exception as error:  # Jinja's, the template's own, or of what it does to the messages
+    except Exception as error:  # Jinja's, the template's own, or from its operations on messages
         raise UserError(f"the model's chat template cannot render this conversation: "
                         f'{error}') from error
 

@@ -87,7 +87,7 @@ def read_separated(file, separator: bytes):
 
 @contextlib.contextmanager
 def silenced():
-    """Discard what C and Rust code prints; gigatoken reports progress on stdout."""
+    """Discard the output of C and Rust code; gigatoken reports progress on stdout."""
     sys.stdout.flush()
     sys.stderr.flush()
     terminal = os.dup(1), os.dup(2)

@@ -1,8 +1,8 @@
 """
 Read and write Hugging Face's tokenizer.json.
 
-tokenizers and transformers give the same ids. Truncation and padding are not kept, nor what a
-post-processor adds, except one token before a text.
+tokenizers and transformers give the same ids. Truncation, padding and post-processors are not
+kept, except one token before a text.
 """
 
 import os
@@ -63,7 +63,7 @@ def unsupported(path, key, value, expected) -> UserError:
 
 def read_tokenizer_json(path) -> dict:
     """
-    Read a tokenizer.json: byte-level BPE, or what hf_words() writes.
+    Read a tokenizer.json: byte-level BPE, or a file of hf_words().
 
     Returns the description. Raises UserError, naming the part of the file, where ids could differ.
     """

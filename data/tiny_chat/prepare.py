@@ -1,5 +1,6 @@
-"""Make short conversations with answers that can be checked, and texts and pairs
-of answers on the same questions. Needs no network, takes a minute.
+"""Make conversations with checkable answers, and texts and pairs of answers.
+
+All are about the same questions. It needs no network and takes a minute.
 
     python data/tiny_chat/prepare.py
     python data/text/prepare.py --input=data/tiny_chat/corpus.jsonl \\

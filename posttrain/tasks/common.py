@@ -1,5 +1,5 @@
 """
-Tasks: questions whose answers a program checks, and a model's accuracy on them.
+Load tasks, questions with checkable answers, and measure a model's accuracy.
 
     task = load('tiny_chat')
     examples = examples_of(task, Questions('test', 500))
@@ -19,7 +19,7 @@ An example is a dict of plain values:
     messages    the question as a conversation, see tokenizer/chat.py
     context     the question as plain text, which ' ' + solution continues
     solution    a text that evaluate() accepts
-    answer      what extract() returns for it
+    answer      extract(solution)
     kind        of question; accuracies are given per kind
     choices, label    multiple choice: the texts that may follow the context, and the index of the
         right one. In messages the choices have letters, and the answer is a letter
@@ -55,7 +55,7 @@ KEYS = ('messages', 'context', 'solution', 'answer', 'kind')  # keys of an examp
 
 @dataclass(frozen=True)
 class Questions:
-    """Which examples of a task: the arguments of its examples()."""
+    """Hold the arguments of a task's examples()."""
 
     split: str
     n: int
@@ -278,7 +278,7 @@ def too_long(example, ids, room):
 
 @dataclass(frozen=True)
 class Answering:
-    """How a model answers the questions of a task."""
+    """Hold the settings with which a model answers the questions of a task."""
 
     template: str | None = None  # the chat template; None: plain text
     tools: bool = False  # the model may call the calculator

@@ -1,11 +1,11 @@
 """
-Questions for a model of a million parameters: sums, letters, words, tables.
+Make questions for a model of a million parameters: sums, letters, words, tables.
 
     for example in examples('test', 7, seed=0):
         print(example['messages'][0]['content'], '->', example['solution'])
 
-The questions are generated, as many as asked for, and checked. A right answer ends with 'The answer
-is 632.'. posttrain/tasks/common.py describes what a task is. An example also has
+Any number of questions is generated and checked. A right answer ends with 'The answer
+is 632.'. posttrain/tasks/common.py describes tasks. An example also has
 
     steps       the solution, one step at a time; None where there is nothing to write down
     call        the same as an expression for the calculator; None where it cannot help
@@ -293,7 +293,7 @@ def examples(split, n, seed=0, input='', kinds=()):
         example = make(kind, rng)
         content, tries = example['content'], tries + 1
         if tries > 10_000:
-            raise UserError(f'n={n}: {split} has fewer questions of kind {kind}; ask for fewer')
+            raise UserError(f'n={n}: {split} has fewer questions of kind {kind}; lower n')
         if split_of(content) == split and (split == 'train' or content not in seen):
             seen.add(content)
             made.append(example)

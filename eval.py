@@ -108,8 +108,8 @@ model.to(torch_device)
 def accuracy():
     """Print the accuracy on the task; -> the JSON line's dict."""
     # the questions
-    source, wanted = split or ('all' if input else 'test'), tasks.kinds_of(kinds)
-    examples = tasks.examples_of(questions, tasks.Questions(source, n, seed, input, wanted))
+    source, kind_names = split or ('all' if input else 'test'), tasks.kinds_of(kinds)
+    examples = tasks.examples_of(questions, tasks.Questions(source, n, seed, input, kind_names))
     if not examples:
         raise UserError(f'{input or task} has no question for --split={source}')
     for name in sorted(config.given & OF_ANSWERS if 'choices' in examples[0] else ()):
@@ -133,7 +133,8 @@ def accuracy():
     pool_split = 'all' if source == 'all' else 'train'
     pool = ()
     if n_shots:
-        pool = tasks.examples_of(questions, tasks.Questions(pool_split, 1000, seed, input, wanted))
+        pool_questions = tasks.Questions(pool_split, 1000, seed, input, kind_names)
+        pool = tasks.examples_of(questions, pool_questions)
     # the answers
     started = time.perf_counter()
     with tqdm(total=len(examples), unit='question', disable=None, leave=False) as bar:

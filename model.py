@@ -396,5 +396,5 @@ class GPT(nn.Module):
         from flatgpt import huggingface  # it imports this module
 
         if set(override_args or {}) - {'dropout'}:
-            raise UserError(f'override_args={override_args}: only dropout can be overridden')
+            raise UserError(f'override_args={override_args}: expected dropout alone')
         return huggingface.load_model(huggingface.find(name), **(override_args or {}))

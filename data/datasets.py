@@ -105,7 +105,8 @@ def prepare_if_missing(data_dir, is_first):
             print(f'{data_dir} is not prepared yet; running: python {script}', flush=True)
             code = subprocess.run([sys.executable, script]).returncode
             if code == 0 and is_missing():
-                raise UserError(f'python {script} wrote no train.bin and val.bin to {data_dir}')
+                raise UserError(f'python {script} wrote no train.bin and val.bin to '
+                                f'{data_dir}; correct the script')
             if code not in (0, 75):  # 75, EX_TEMPFAIL: another machine on this disk prepares it
                 raise UserError(f'python {script} failed; its error is above')
         time.sleep(1 if is_missing() else 0)

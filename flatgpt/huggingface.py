@@ -417,7 +417,8 @@ def save(model, described, chat_template, folder, dtype=torch.float32):
     text_tokenizer = tokenizer.from_dict(described)
     if text_tokenizer.vocab_size > model.config.vocab_size:
         raise UserError(f'the tokenizer has {text_tokenizer.vocab_size} ids and the model '
-                        f'{model.config.vocab_size}: they do not belong together')
+                        f'{model.config.vocab_size}: they do not belong together; expected the '
+                        f'tokenizer that the model was trained with')
     ids, entries = special_tokens_of(text_tokenizer, described, chat_template)
     entries = {'model_max_length': model.config.block_size, **entries}
     hf = {**config_json(model, described), **ids, 'torch_dtype': str(dtype).removeprefix('torch.')}

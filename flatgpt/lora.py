@@ -125,7 +125,8 @@ def load_adapters(model, weights):
     shapes = {name: tensor.shape for name, tensor in weights.items()}
     if shapes != expected:
         wrong = sorted({name for name, _ in shapes.items() ^ expected.items()})
-        raise UserError(f'the adapters are of another model: {", ".join(wrong[:3])} differ')
+        raise UserError(f'the adapters are of another model: {", ".join(wrong[:3])} differ; '
+                        f'expected those of this model')
     model.load_state_dict(weights, strict=False)
 
 

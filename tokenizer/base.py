@@ -184,7 +184,7 @@ def check_specials(special_tokens: dict[str, int]):
         if to_utf8(token) != token.encode('utf-8', 'surrogatepass'):
             raise UserError(f'the special token {token!r} has half a surrogate pair')
     if len(set(special_tokens.values())) < len(special_tokens):
-        raise UserError(f'two special tokens have the same id: {special_tokens}')
+        raise UserError(f'two special tokens have the same id: {special_tokens}; expected one each')
     if overlap := find_overlap(special_tokens):
         raise UserError(f'special tokens overlap: {overlap}. Give them other names, such as '
                         f'<|one|> and <|two|>')

@@ -103,7 +103,7 @@ class BPETokenizer(MergeTokenizer):
         self._token_of = dict(zip(ids, self._tokens, strict=True))
         self._token_of |= {i: token.encode('utf-8') for token, i in self.special_tokens.items()}
         if len(self._token_of) < len(ids) + len(self.special_tokens):
-            raise UserError('two tokens have the same id')
+            raise UserError('two tokens have the same id; expected an id of its own for each')
         self.vocab_size = max(self._token_of) + 1
         self._ids = None if ids == list(range(len(ids))) else np.array(ids)  # by rank
         self._whole_pieces = rank if self.ignore_merges else {}

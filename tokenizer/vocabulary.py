@@ -204,7 +204,7 @@ def unique(items):
     values = dict(items)
     if len(values) < len(items):
         repeated = next(key for key, n in Counter(key for key, _ in items).items() if n > 1)
-        raise UserError(f'the key {short(repeated)} stands there twice')
+        raise UserError(f'the key {short(repeated)} stands there twice; expected it once')
     return values
 
 

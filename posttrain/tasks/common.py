@@ -341,12 +341,12 @@ def measure(task, examples, model, tokenizer, how):
     room = block_size if is_choice else max(1, block_size - how.max_new_tokens)
     how = replace(how, template=None) if how.shots else how
     if how.template:
-        asked = [(None, chat_prompt(example, how.template, tokenizer, room, how.tools), 0)
-                 for example in examples]
+        encoded = [(None, chat_prompt(example, how.template, tokenizer, room, how.tools), 0)
+                   for example in examples]
     else:
-        asked = [few_shot_prompt(example, how.pool, how.shots, tokenizer, room)
-                 for example in examples]
-    contexts, prompts, n_shots = zip(*asked, strict=True)
+        encoded = [few_shot_prompt(example, how.pool, how.shots, tokenizer, room)
+                   for example in examples]
+    contexts, prompts, n_shots = zip(*encoded, strict=True)
     if is_choice:
         pairs = [pair for each in zip(examples, contexts, prompts, strict=True)
                  for pair in choice_prompts(*each, tokenizer)]

@@ -211,15 +211,16 @@ def table(rng):
     about = rng.choice(('age', 'price', 'colour'))
     keys = rng.sample(GOODS if about == 'price' else NAMES, count)
     values = rng.sample(COLOURS, count) if about == 'colour' else [str(value) for value in numbers]
-    asked = rng.randrange(count)
+    row_number = rng.randrange(count)
     rows = list(zip(keys, values, strict=True))
-    key, value = rows[asked]
+    key, value = rows[row_number]
     other_key, other_value = rng.choice([row for row in rows if row[0] != key])
     sentence = {'age': '{} is {} years old', 'price': 'the {} costs {}',
                 'colour': '{} likes {}'}[about]
-    ask = {'age': [f'How old is {key}?', f"What is {key}'s age?"],
-           'price': [f'What does the {key} cost?', f'How much is the {key}?'],
-           'colour': [f'What colour does {key} like?', f'Which colour is for {key}?']}[about]
+    questions = {
+        'age': [f'How old is {key}?', f"What is {key}'s age?"],
+        'price': [f'What does the {key} cost?', f'How much is the {key}?'],
+        'colour': [f'What colour does {key} like?', f'Which colour is for {key}?']}[about]
     sentences = '\n'.join(sentence.format(*row) for row in rng.sample(rows, count))
     form, between, end = rng.choice([('{} {}', ', ', '.'), ('| {} | {} |', '\n', ''),
                                      ('{}: {}', '\n', '')])
@@ -230,7 +231,7 @@ def table(rng):
     return {
         'content': f'{sorted(rows)} {key}', 'answer': value, 'steps': form.format(key, value),
         'call': None, 'mistaken': (form.format(*mistaken), other_value),
-        'ways': [f'{shown}\n{question}' for question in ask],
+        'ways': [f'{shown}\n{question}' for question in questions],
         'mistakes': [v for v in values if v != value],
         'facts': [f'{shown}\n{shown_again}\n{sentences}']}
 

@@ -1,5 +1,5 @@
 """
-Settings: a page of plain assignments at the top of a script, then config files and arguments.
+Set a script's page of plain assignments by config files and arguments.
 
     # train.py
     batch_size: Count = 12  # sequences per micro-batch
@@ -12,7 +12,7 @@ Settings: a page of plain assignments at the top of a script, then config files 
     $ python train.py --help           # prints the page
 
 Overrides apply in the order given, so the last one wins. A config file is Python made of plain
-assignments. It sees the settings as they stand, so `lr_decay_iters = max_iters` works. It is the
+assignments. It can read the settings so far, so `lr_decay_iters = max_iters` works. It is the
 user's own program and runs as one. A name that is not on the page is refused, and so is a value
 outside the rule of its setting: the annotation, or else the type of the default.
 """
@@ -29,12 +29,12 @@ from typing import Annotated, Literal, get_args, get_origin
 
 
 class UserError(ValueError):
-    """A mistake of the user. Scripts print its message alone; other errors keep their traceback."""
+    """Report a user's mistake. Scripts print its message alone, without a traceback."""
 
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers that a setting may take; None: no bound on that side."""
+    """Bound the numbers that a setting may take; None: no bound on that side."""
 
     least: float | None = None
     above: float | None = None
@@ -67,7 +67,7 @@ Seed = Annotated[int, Range(least=0, below=2**63)]
 
 
 class Settings(dict):
-    """Settings by name. `given` holds the names that a config file or an argument set."""
+    """Hold settings by name. `given`: the names that a file or an argument has set."""
 
     def __init__(self, values, given):
         super().__init__(values)
@@ -137,7 +137,7 @@ def nearest(name, names):
 
 
 def fit(text, width=80, indent=''):
-    """Fill the paragraphs of `text` that are wider than `width`. Indented ones stay as they are."""
+    """Fill the paragraphs of `text` wider than `width`. Indented ones stay."""
     return '\n\n'.join(
         paragraph if paragraph[:1].isspace() or max(map(len, paragraph.splitlines())) <= width else
         textwrap.fill(paragraph, width, subsequent_indent=indent, break_on_hyphens=False,
@@ -148,7 +148,7 @@ def fit(text, width=80, indent=''):
 
 
 def read_page(source):
-    """Source of a script -> {name: its assignment node} above the line that calls override()."""
+    """Parse a script's source -> {name: assignment node} above override()'s call."""
     page = {}
     for node in ast.parse(source).body:
         if isinstance(node, ast.Assign) and 'override(' in ast.unparse(node.value):
@@ -181,7 +181,7 @@ def rule_of(node, settings):
 
 
 def parts_of(rule):
-    """Return the alternatives of a rule: of `int | None` both, else the rule itself."""
+    """Return the alternatives of a rule: `int | None` has two, others are one."""
     return [rule] if get_origin(rule) in (Annotated, Literal, None) else list(get_args(rule))
 
 
@@ -195,7 +195,7 @@ def kinds_of(rule):
 
 
 def checked(key, value, rule, where):
-    """Return fitted(value, rule). SystemExit says where a value was set that the rule refuses."""
+    """Return fitted(value, rule). Raises SystemExit naming where a bad value was set."""
     try:
         return fitted(value, rule)
     except UserError as error:
@@ -204,7 +204,7 @@ def checked(key, value, rule, where):
 
 
 def check_fields(instance):
-    """Raise UserError for the first field of a dataclass whose value its annotation refuses."""
+    """Raise UserError for the first field of a dataclass outside its annotation."""
     for field in fields(instance):
         value = getattr(instance, field.name)
         try:
@@ -214,7 +214,7 @@ def check_fields(instance):
 
 
 def fitted(value, rule):
-    """Return `value`, an int as a float if need be. Raises UserError if the rule refuses it."""
+    """Return `value`, an int as a float if need be. Raises UserError outside the rule."""
     kinds = kinds_of(rule)
     if float in kinds and type(value) is int and int not in kinds:
         value = float(value)
@@ -236,7 +236,7 @@ def fitted(value, rule):
 
 
 def parse(text, kinds):
-    """Return the value of an argument's text. A str setting keeps text that reads as a number."""
+    """Return the value of an argument's text. A str setting keeps a number's text."""
     if bool in kinds and text.lower() in ('true', 'false'):
         return text.lower() == 'true'
     try:

@@ -3,7 +3,7 @@ Evaluate a model: bits per byte of a split or a text, or accuracy on a task.
 
     $ python eval.py --out_dir=out-shakespeare-char
     $ python eval.py --init_from=gpt2 --input=book.txt --stride=512
-    $ python eval.py --out_dir=out --quantize=int8     # what int8 costs
+    $ python eval.py --out_dir=out --quantize=int8     # the cost of int8
     $ python eval.py --out_dir=out-sft --task=tiny_chat
     $ python eval.py --init_from=gpt2 --task=hellaswag --input=val.jsonl
 
@@ -17,7 +17,7 @@ bytes; their loss counts.
 
 A task is a module of posttrain/tasks: tiny_chat makes its questions; gsm8k,
 multiple_choice (ARC, MMLU) and hellaswag read --input. A chat model gets the question
-in its own format; other models, or all with --shots=4, continue solved examples. Of
+in its own format; other models, or all with --shots=4, continue solved examples. Among
 several samples the most frequent answer counts (self-consistency), or with
 --reward_model the one with the highest score. accuracy and accuracy_norm of multiple
 choice are acc and acc_norm of lm-evaluation-harness.
@@ -43,7 +43,7 @@ from flatgpt.quantize import for_decoding
 from posttrain.reward_model import open_reward_model, ratings_of
 from posttrain.tasks import common as tasks
 
-sys.stdout.reconfigure(errors='replace')  # '?' for what a terminal cannot show
+sys.stdout.reconfigure(errors='replace')  # '?' for characters that a terminal lacks
 
 # Settings -----------------------------------------------------------------------------------------
 init_from = 'resume'  # the run in out_dir; or a folder, a hub id, 'gpt2' to 'gpt2-xl'
@@ -51,8 +51,8 @@ out_dir = 'out'  # where train.py wrote ckpt.pt and best.pt
 which: Literal['best', 'last'] = 'best'  # best.pt if it exists, or ckpt.pt
 # a text
 dataset = ''  # a folder under data/, or a path; '': the one that the model was trained on
-split: Literal['', 'train', 'val', 'test', 'all'] = ''  # '': val; of a task test, of its file all
-input = ''  # instead of a dataset or for a task: a text, .jsonl, .csv, .tsv, .parquet, a folder
+split: Literal['', 'train', 'val', 'test', 'all'] = ''  # '': val; a task: test; its file: all
+input = ''  # replaces a dataset, or for a task: a text, .jsonl, .csv, .tsv, .parquet, a folder
 text_key = 'text'  # the field of .jsonl, .csv, .tsv and .parquet that holds the text
 stride: Natural | None = None  # tokens from a window to the next; None or 0: block_size
 block_size: Count | None = None  # context, tokens; None: the model's; longer only with pos='rope'
@@ -62,17 +62,17 @@ task = ''  # tiny_chat, gsm8k, multiple_choice, hellaswag, or your own file task
 n: Count = 500  # questions at most
 kinds = ''  # kinds of questions, such as addition,spelling; '': all
 shots: Natural | None = None  # solved examples before the question; None: 0 for a chat model, or 4
-max_new_tokens: Count = 128  # of an answer
+max_new_tokens: Count = 128  # tokens in an answer
 num_samples: Count = 1  # answers to a question
 reward_model = ''  # out_dir of posttrain.reward; its favourite answer counts, not the most frequent
 temperature: NonNegative = 0.0  # 0: the likeliest tokens
 tools = False  # True: a chat model may call a calculator
-seed: Seed = 1337  # of questions and answers
+seed: Seed = 1337  # fixes questions and answers
 # the machine
-batch_size: Count | None = None  # windows, None: of 8,192 tokens together; of a task answers, or 64
+batch_size: Count | None = None  # windows, None: 8,192 tokens; with a task answers, None: 64
 device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps', ...
 dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'float32'  # the most precise
-quantize: Literal['', 'int8'] = ''  # a text: before and after rounding weights; a task: after
+quantize: Literal['', 'int8'] = ''  # a text: also measured before rounding; a task: only after
 config = override(globals())
 # --------------------------------------------------------------------------------------------------
 
@@ -106,10 +106,10 @@ model.to(torch_device)
 
 
 def accuracy():
-    """Print the accuracy on the task; -> what the JSON line has."""
+    """Print the accuracy on the task; -> the JSON line's dict."""
     # the questions
-    source, wanted = split or ('all' if input else 'test'), tasks.kinds_of(kinds)
-    examples = tasks.examples_of(questions, tasks.Questions(source, n, seed, input, wanted))
+    source, kind_names = split or ('all' if input else 'test'), tasks.kinds_of(kinds)
+    examples = tasks.examples_of(questions, tasks.Questions(source, n, seed, input, kind_names))
     if not examples:
         raise UserError(f'{input or task} has no question for --split={source}')
     for name in sorted(config.given & OF_ANSWERS if 'choices' in examples[0] else ()):
@@ -133,16 +133,17 @@ def accuracy():
     pool_split = 'all' if source == 'all' else 'train'
     pool = ()
     if n_shots:
-        pool = tasks.examples_of(questions, tasks.Questions(pool_split, 1000, seed, input, wanted))
+        pool_questions = tasks.Questions(pool_split, 1000, seed, input, kind_names)
+        pool = tasks.examples_of(questions, pool_questions)
     # the answers
     started = time.perf_counter()
     with tqdm(total=len(examples), unit='question', disable=None, leave=False) as bar:
         answering = tasks.Answering(template, tools, n_shots, pool, max_new_tokens, temperature,
                                     num_samples, seed, batch_size or 64, rate, bar.update)
         result = tasks.measure(questions, examples, model, text_tokenizer, answering)
-    asked = 'chat' if is_chat else 'few-shot' if n_shots else 'plain text'
-    asked_from = f'{input}, {source}' if input else source
-    print(f'{task}, {asked_from}: {len(examples):,} questions, {asked}, {quantize or dtype}, on '
+    prompting = 'chat' if is_chat else 'few-shot' if n_shots else 'plain text'
+    origin = f'{input}, {source}' if input else source
+    print(f'{task}, {origin}: {len(examples):,} questions, {prompting}, {quantize or dtype}, on '
           f'{torch_device}\n\n{"kind":24}  {"n":>6}  {"right":>6}  {"accuracy":>8}  95% interval')
     for kind, row in result['kinds'].items():
         print(f'{kind[:24]:24}  {row["n"]:6,}  {row["right"]:6,}  {row["accuracy"]:8.1%}  '
@@ -152,14 +153,14 @@ def accuracy():
     if n_shots:
         print(f'shots: {result["shots"]:.3g} of {n_shots} on average, as many as fit')
     return {'task': task, **result['kinds']['all'], **result['others'], 'shots': result['shots'],
-            'kinds': result['kinds'], 'asked': asked, 'model': line, 'questions': asked_from,
+            'kinds': result['kinds'], 'asked': prompting, 'model': line, 'questions': origin,
             'tools': tools, 'num_samples': num_samples, 'reward_model': reward_model,
             'temperature': temperature, 'seed': seed, 'dtype': quantize or dtype,
             'device': str(torch_device), 'seconds': round(time.perf_counter() - started, 3)}
 
 
 def loss_on_text():
-    """Print the loss on the text; -> what the JSON line has."""
+    """Print the loss on the text; -> the JSON line's dict."""
     # the text and its windows
     if input:
         text = scoring.open_file(input, text_key, text_tokenizer, max_tokens)

@@ -1,5 +1,5 @@
 """
-Define the GPT: GPT-2's architecture, and one field of GPTConfig for each change of later models.
+Define the GPT: GPT-2's architecture, and an option for each later change.
 
     model = GPT(GPTConfig(n_layer=6, n_head=6, n_embd=384, vocab_size=65, block_size=256))
     logits, loss = model(idx, targets)
@@ -31,7 +31,7 @@ ROPE_SCALINGS = {'linear': ('factor',), 'llama3': (
 
 @dataclass
 class GPTConfig:
-    """Describe a GPT, by default GPT-2 (124M). Raises UserError for a field outside its rule."""
+    """Describe a GPT; default: GPT-2 (124M). Raises UserError outside a field's rule."""
 
     block_size: Count = 1024  # longest context, tokens
     vocab_size: Count = 50304  # GPT-2's 50257 padded, see padded_vocab_size
@@ -86,37 +86,37 @@ class GPTConfig:
 
     @property
     def head_size(self):
-        """D, channels of a head."""
+        """Return D, the channels of a head."""
         return self.head_dim or self.n_embd // self.n_head
 
     @property
     def kv_heads(self):
-        """G, heads of keys and values."""
+        """Return G, the heads of keys and values."""
         return self.n_kv_head or self.n_head
 
     @property
     def mlp_width(self):
-        """Channels between the layers of an MLP; 2/3 as many for SwiGLU's three matrices."""
+        """Return an MLP's inner channels; 2/3 as many for SwiGLU's three matrices."""
         swiglu_width = max(64, round(8 / 3 * self.n_embd / 64) * 64)  # 64s suit matrix units
         return self.n_inner or (swiglu_width if self.mlp == 'swiglu' else 4 * self.n_embd)
 
     def window_of(self, layer):
-        """Return the number of positions that a layer sees, the query's own included; 0: all."""
+        """Return the positions that a layer's query sees, its own included; 0: all."""
         is_short = self.window_pattern[layer % len(self.window_pattern)] == 'S'
         return self.window if is_short and layer < self.n_layer - 1 else 0
 
     def has_value_embedding(self, layer):
-        """Return whether a layer has a value embedding: every other one, counted from the last."""
+        """Return whether a layer has a value embedding: every second from the last."""
         return self.value_embeddings and (self.n_layer - 1 - layer) % 2 == 0
 
 
 def padded_vocab_size(n_ids):
-    """Round a large vocabulary up to a multiple of 64 ids, so that the head's product tiles."""
+    """Round a large vocabulary up to a multiple of 64, which matrix units need."""
     return -(-n_ids // 64) * 64 if n_ids >= 1024 else n_ids
 
 
 class Context(NamedTuple):
-    """Hold what a block reads beside the residual stream, None where an option is off."""
+    """Hold a block's inputs beside the residual stream, None where an option is off."""
 
     rotation: Tensor | None = None  # (2, T, 1, D/2) or (2, B, T, 1, D/2), RoPE's cos and sin
     value_embedding: Tensor | None = None  # (B, T, G * D), added to the values
@@ -127,7 +127,7 @@ class Context(NamedTuple):
 
 def rotate(x, rotation):
     """
-    Rotate queries and keys (B, T, heads, D) by their positions ("RoFormer", Su et al. 2021).
+    Rotate x (B, T, heads, D) by its positions ("RoFormer", Su et al. 2021).
 
     Channels i and i + D/2 are a point in the plane, as in Hugging Face's Llama. It turns by the
     position times a frequency, so that query times key depends on their distance alone.
@@ -139,7 +139,7 @@ def rotate(x, rotation):
 
 class CausalSelfAttention(nn.Module):
     """
-    Mix values of each position and those before it, weighted by how keys match its query.
+    Mix the values up to each position, weighted by query times key.
 
     Options: grouped queries ("GQA", Ainslie et al. 2023); window ("Longformer", Beltagy et al.
     2020); QK-norm ("Scaling Vision Transformers to 22 Billion Parameters", Dehghani et al. 2023).
@@ -184,7 +184,7 @@ class CausalSelfAttention(nn.Module):
 
 
 def swiglu(x):
-    """Gate half of the channels by the rest ("GLU Variants Improve Transformer", Shazeer 2020)."""
+    """Gate half of the channels by the rest ("GLU Variants", Shazeer 2020)."""
     gate, up = x.chunk(2, dim=-1)
     return F.silu(gate) * up
 
@@ -329,7 +329,7 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None, cache=None, return_logits=True):
         """
-        Compute (logits, loss) of ids (B, T). Raises UserError for a context beyond block_size.
+        Compute (logits, loss) of ids (B, T). Raises UserError beyond block_size.
 
         With targets (B, T), negative where there is none: logits (B, T, V), or None to save memory
         with return_logits=False, and the mean cross-entropy in nats, 0 if there is no target.
@@ -346,7 +346,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
-        """Sample from ids (B, T) to (B, T + max_new_tokens). temperature 0: the likeliest ids."""
+        """Continue ids (B, T) to (B, T + max_new_tokens). temperature 0: greedy."""
         for _ in range(max_new_tokens):
             logits = self(idx[:, -self.config.block_size :])[0][:, -1].float()  # (B, V)
             if top_k is not None:
@@ -360,7 +360,7 @@ class GPT(nn.Module):
         return idx
 
     def crop_block_size(self, block_size):
-        """Shorten the context, in place. With RoPE it can also grow; UserError if it cannot."""
+        """Set the context, in place; only RoPE's can grow. Raises UserError otherwise."""
         most = self.config.block_size if self.config.pos == 'learned' else math.inf
         if not 1 <= block_size <= most:
             raise UserError(f'block_size={block_size}: expected 1 to {most} positions')
@@ -372,13 +372,13 @@ class GPT(nn.Module):
             wpe.num_embeddings = block_size
 
     def get_num_params(self, non_embedding=True):
-        """Count the parameters, by default without learned positions. A tied head counts once."""
+        """Count the parameters, by default without learned positions; a tied head once."""
         return sum(p.numel() for name, p in self.named_parameters()
                    if not (non_embedding and name == 'transformer.wpe.weight'))
 
     def flops_per_token(self):
         """
-        Count the FLOPs of training on one token ("PaLM", Chowdhery et al. 2022, appendix B).
+        Count the FLOPs of training on a token ("PaLM", Chowdhery et al. 2022, app. B).
 
         6 for each parameter except embeddings that are only looked up; 12 H D for each position
         that a layer sees in a full context, without a discount for causality.
@@ -396,5 +396,5 @@ class GPT(nn.Module):
         from flatgpt import huggingface  # it imports this module
 
         if set(override_args or {}) - {'dropout'}:
-            raise UserError(f'override_args={override_args}: only dropout can be overridden')
+            raise UserError(f'override_args={override_args}: expected dropout alone')
         return huggingface.load_model(huggingface.find(name), **(override_args or {}))

@@ -1,7 +1,7 @@
 """
 Compute what model.py defines, faster: attention, dropout, GELU, cross-entropy.
 
-Each has a plain form, torch's own, and forms that are faster in one situation. The form is chosen
+Each has a plain form, torch's own, and forms that are faster in some situation. The form is chosen
 here, by device, precision, size and compiler. tests/test_ops.py compares values and gradients with
 those of the plain form; bench/results has the times behind each choice. Shapes: as in model.py.
 """
@@ -23,10 +23,10 @@ CHUNK = 2**25  # logits that a loss holds at once: 128 MB in fp32
 
 def attention(q, k, v, mask=0, dropout=0.0):
     """
-    Attend causally: each query to the keys at its own position and before; -> (B, H, T, D).
+    Attend from each query to the keys up to its own position; -> (B, H, T, D).
 
     q: (B, H, T, D), the last T of S positions. k, v: (B, G, S, D), each for H / G query heads.
-    mask: the window, how many positions a query sees, its own included, 0 for all before it; or
+    mask: the window, the number of positions a query sees, its own included, 0 for all; or
     (B or 1, 1, T, S) of bool, True where a query sees a key. dropout: probability of each weight.
     """
     form = plain_attention
@@ -45,7 +45,7 @@ def attention(q, k, v, mask=0, dropout=0.0):
 
 
 def plain_attention(q, k, v, mask, dropout):
-    """Attend by torch's kernels."""
+    """Attend by torch's kernels, the reference for the other forms."""
     T, is_causal = q.size(2), False
     if q.device.type == 'cpu' and q.dtype == torch.bfloat16 and T <= SHORT:
         with torch.autocast('cpu', enabled=False):
@@ -65,10 +65,10 @@ def plain_attention(q, k, v, mask, dropout):
 
 def blocked_attention(q, k, v, window, dropout):
     """
-    Attend by blocks of queries, which skip the keys after them and before the window.
+    Attend by blocks of queries, without the keys after them and before the window.
 
-    Compiled for the CPU, forward and backward take half the time of torch's flash kernel up to
-    CACHED positions, and of torch's form with dropout. Half of the (B, H, T, T) weights are kept.
+    Compiled for the CPU it takes half the time of torch's flash kernel up to CACHED positions, and
+    half of torch's form with dropout. Half of the (B, H, T, T) weights are kept.
     """
     T, D, G = q.size(2), q.size(3), k.size(1)
     y, start = [], 0
@@ -110,7 +110,7 @@ def single_query_attention(q, k, v, mask, dropout=0.0):
 
 def flex_attention_in_window(q, k, v, window, dropout=0.0):
     """
-    Attend by FlexAttention, which skips what is outside the window, without dropout.
+    Attend by FlexAttention, which skips keys outside the window, without dropout.
 
     A mask of all pairs would cost as much as attention to all ("Flex Attention", Dong et al. 2024).
     """
@@ -120,7 +120,7 @@ def flex_attention_in_window(q, k, v, window, dropout=0.0):
 
 
 def visible(query, key, window):
-    """Return whether a query position sees a key's: its own, and all or window - 1 before it."""
+    """Return whether a query sees a key: its own, and all or window - 1 before it."""
     seen = key <= query
     return seen & (key > query - window) if window else seen
 
@@ -154,7 +154,7 @@ class Dropout(nn.Dropout):
 
 def tanh_gelu(x):
     """
-    Compute GELU's tanh form ("Gaussian Error Linear Units", Hendrycks & Gimpel 2016).
+    Compute GELU's tanh form (Hendrycks & Gimpel 2016).
 
     0.5 x (1 + tanh u), u = sqrt(2/pi) (x + 0.044715 x^3), is x sigmoid(2u). Compiled for the CPU
     that takes half the time: it has one exponential.
@@ -168,12 +168,12 @@ def tanh_gelu(x):
 
 
 def softcapped(logits, cap):
-    """Return logits within +-cap, in fp32 ("Gemma 2", Team Gemma 2024); with cap 0 as they are."""
+    """Cap logits at +-cap, in fp32 ("Gemma 2", Team Gemma 2024). cap 0: unchanged."""
     return cap * torch.tanh(logits.float() / cap) if cap else logits
 
 
 def cross_entropy(logits, targets):
-    """Return the mean cross-entropy in nats of logits (B, T, V); targets below 0 do not count."""
+    """Return the mean cross-entropy in nats of logits (B, T, V), of targets >= 0."""
     # in fp32: a bf16 log-sum-exp would round the loss itself to three digits
     logits, ids = logits.float().view(-1, logits.size(-1)), targets.reshape(-1).clamp(min=-1)
     total = F.cross_entropy(logits, ids, ignore_index=-1, reduction='sum')
@@ -182,7 +182,7 @@ def cross_entropy(logits, targets):
 
 def head_cross_entropy(x, head, targets, softcap):
     """
-    Return cross_entropy(softcapped(head(x), softcap), targets), of a large head in chunks.
+    Return cross_entropy(softcapped(head(x), softcap), targets), in chunks if large.
 
     x: (B, T, C), the input of the head. head: a module, C -> V channels.
     """
@@ -209,7 +209,7 @@ def product_dtype(weight):
 
 class ChunkedCrossEntropy(torch.autograd.Function):
     """
-    Sum the cross-entropy of N rows in chunks, so that all logits are never held at once.
+    Sum the cross-entropy of N rows in chunks, without holding all logits at once.
 
     The fp32 logits of 64 x 1024 tokens of GPT-2 take 13 GB, and their gradient as much. Gradients
     are computed with the loss: to compute the logits again in the backward pass would cost a third

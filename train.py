@@ -35,7 +35,7 @@ from flatgpt import checkpoint, flops, lora, optim, parallel, pretrained, runtim
 from flatgpt.generate import Sampling, generate_texts
 from model import GPT, GPTConfig, padded_vocab_size
 
-# print each line as it comes, also into a file or a pipe, and '?' for what a terminal cannot show
+# print each line at once, also into a file or a pipe, and '?' for characters a terminal lacks
 sys.stdout.reconfigure(errors='replace', line_buffering=True)
 
 # Settings. The defaults are GPT-2 (124M) on OpenWebText -------------------------------------------
@@ -84,8 +84,8 @@ value_embeddings = False
 # optimizer
 optimizer: Literal['adamw', 'muon'] = 'adamw'  # muon: matrices of blocks; AdamW for the rest
 learning_rate: NonNegative = 6e-4  # the highest
-muon_lr: NonNegative = 0.02  # muon: of the matrices
-embedding_lr: NonNegative = 0.02  # muon: of embeddings, except one tied to the head
+muon_lr: NonNegative = 0.02  # muon: rate of the matrices
+embedding_lr: NonNegative = 0.02  # muon: rate of embeddings, except one tied to the head
 momentum: Fraction = 0.95  # muon: reached after 300 steps
 max_iters: Natural = 600000  # steps in all
 weight_decay: NonNegative = 1e-1  # adamw: matrices and embeddings; muon: the matrices alone
@@ -105,7 +105,7 @@ lr_decay_iters: Natural | None = 600000  # where min_lr is reached; None: at max
 min_lr: NonNegative = 6e-5  # usually learning_rate / 10
 decay_fraction: Share = 0.2  # wsd: part of lr_decay_iters in which the rate falls
 # machine
-seed = 1337  # of weights, batches and dropout
+seed = 1337  # fixes weights, batches and dropout
 backend: Literal['auto', 'nccl', 'gloo'] = 'auto'  # nccl between GPUs, gloo between CPUs
 device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps', ...
 dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # float16 with a gradient scaler
@@ -113,7 +113,7 @@ compile: bool | Literal['auto'] = 'auto'  # torch.compile the training step
 config = override(globals())
 # --------------------------------------------------------------------------------------------------
 
-# the preset sets what nobody set
+# the preset sets the settings that nobody set
 from_preset = {key: value for key, value in PRESETS[preset].items() if key not in config.given}
 config.update(from_preset)
 globals().update(from_preset)
@@ -145,14 +145,14 @@ if init_from == 'auto':
 
 def start():
     """
-    Return the model that the run begins with, on the CPU, and the checkpoint that it resumes.
+    Return the model that the run begins with, on the CPU, and its checkpoint.
 
     Without a checkpoint the second is {}, or the tokenizer and chat template of a loaded model. A
     setting that contradicts loaded weights is refused.
     """
     torch.manual_seed(seed)
     if init_from == 'scratch':
-        n_ids = meta['vocab_size'] or 50257  # GPT-2's, if the dataset does not say
+        n_ids = meta['vocab_size'] or 50257  # GPT-2's, if the dataset records none
         return GPT(GPTConfig(**architecture, vocab_size=padded_vocab_size(n_ids))), {}
     if init_from == 'resume':
         return pretrained.resume(ckpt_path, config, meta, data_dir)
@@ -232,7 +232,7 @@ def evaluate():
 
 
 def state_of_run():
-    """Return what a checkpoint holds beside the numbers of the run."""
+    """Return a checkpoint's content beside the numbers of the run."""
     state = {'model': lora.adapters(model) if adapters else model.state_dict(),
              'optimizer': opt.state_dict(), 'model_args': asdict(model.config),
              'tokenizer': text_tokenizer, 'chat_template': chat_template,

@@ -1,5 +1,5 @@
 """
-Train the assistant of config/sft_tiny_chat.py with GRPO: a program checks its answers.
+Train the assistant of config/sft_tiny_chat.py with GRPO, by checked answers.
 
     $ python -m posttrain.rl config/grpo_tiny_chat.py
     $ python eval.py --out_dir=out-grpo-tiny-chat --task=tiny_chat

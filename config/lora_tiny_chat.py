@@ -1,5 +1,5 @@
 """
-Finetune the base model of config/tiny_web.py with LoRA, on the data of config/sft_tiny_chat.py.
+Finetune the model of config/tiny_web.py with LoRA, on the data of tiny_chat.
 
     $ python train.py config/lora_tiny_chat.py
     $ python eval.py --out_dir=out-lora-tiny-chat --task=tiny_chat

@@ -1,5 +1,5 @@
 """
-Name sets of train.py's settings, for --preset=NAME. A setting that is given wins over the preset.
+Name sets of train.py's settings, for --preset=NAME. A given setting wins.
 
 gpt2 keeps train.py's defaults. llama is the architecture of "LLaMA" (Touvron et al. 2023). modern
 learns fastest here. It follows the GPT-2 speedruns (github.com/KellerJordan/modded-nanogpt): Muon,

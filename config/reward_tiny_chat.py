@@ -1,5 +1,5 @@
 """
-Train the reward model of data/tiny_chat on pairs of a better and a worse answer.
+Train the reward model of data/tiny_chat on pairs of answers.
 
     $ python -m posttrain.reward config/reward_tiny_chat.py
     $ python eval.py --out_dir=out-sft-tiny-chat --task=tiny_chat --num_samples=8 --temperature=1 \\

@@ -1,5 +1,5 @@
 """
-Finetune the base model of config/tiny_web.py on the conversations of data/tiny_chat (SFT).
+Finetune the model of config/tiny_web.py on data/tiny_chat's conversations.
 
     $ python train.py config/sft_tiny_chat.py
     $ python eval.py --out_dir=out-sft-tiny-chat --task=tiny_chat

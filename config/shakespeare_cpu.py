@@ -1,5 +1,5 @@
 """
-Train a character-level GPT on Shakespeare in a minute and a half on two CPU cores.
+Train a character-level GPT on Shakespeare in 90 s on two CPU cores.
 
     $ python train.py config/shakespeare_cpu.py
 

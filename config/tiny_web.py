@@ -1,5 +1,5 @@
 """
-Pretrain the base model of data/tiny_chat on texts about sums, words and small tables.
+Pretrain data/tiny_chat's base model on texts about sums, words and tables.
 
     $ python data/tiny_chat/prepare.py
     $ python data/text/prepare.py --input=data/tiny_chat/corpus.jsonl --name=tiny_web \\
@@ -9,7 +9,7 @@ Pretrain the base model of data/tiny_chat on texts about sums, words and small t
 
 The model has 2.0M parameters and reads bytes. Two cores of an AMD EPYC take 0.18 to 0.3 s per step,
 3 to 6 minutes, to a val loss of 0.43. With four examples in the prompt it answers a third of the
-questions correctly. It has never seen a conversation; config/sft_tiny_chat.py comes next.
+questions correctly. It was trained on no conversation; config/sft_tiny_chat.py comes next.
 """
 
 out_dir = 'out-tiny-web'

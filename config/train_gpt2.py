@@ -1,5 +1,5 @@
 """
-Train a model of GPT-2's size (124M) on 10 billion tokens of OpenWebText or FineWeb-Edu.
+Train a GPT of 124M on 10 billion tokens of OpenWebText or FineWeb-Edu.
 
     $ python data/openwebtext/prepare.py
     $ torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py

@@ -4,8 +4,8 @@ Train a character-level GPT on Shakespeare, of nanoGPT's size and context.
     $ python train.py config/train_shakespeare_char.py
 
 The model has 10.7M parameters. 560 steps take 21 minutes on one core of an AMD EPYC without AMX,
-about 12 on two, to a val loss of 1.438. nanoGPT documents 1.4697 for its settings, which take it 11
-s per step there (config/shakespeare_char_classic.py). The model sees the text 2.3 times. More steps
+about 12 on two, to a val loss of 1.438. nanoGPT documents 1.4697 for its settings, at 11
+s per step (config/shakespeare_char_classic.py). The model reads the text 2.3 times. More steps
 with --dropout=0.1 gave the same loss (bench/results/2026-11-21-recipes.md).
 """
 

@@ -1,13 +1,13 @@
-r"""Clean a corpus: drop copies, other languages, and what is not running text.
+r"""Clean a corpus: drop copies, other languages, and text of low quality.
 
     pip install -e '.[clean]'
     python -m data.clean --input=crawl/ --out=clean.jsonl --language=en \
         --gopher --exact --near=0.8
     python -m data.clean --input=notes.jsonl --out=clean.jsonl --exact
-    python data/text/prepare.py --input=clean.jsonl   # what comes next
+    python data/text/prepare.py --input=clean.jsonl   # the next step
 
 Reads a folder of texts, .jsonl, .csv, .tsv or .parquet. Writes {"text": ...}
-lines in the order of the input, and clean.report.json, which counts what each
+lines in the order of the input, and clean.report.json, which counts the texts each
 rule removed, with examples. Both files are written whole or not at all.
 
 Every step is optional. They run in this order:
@@ -49,7 +49,7 @@ from tokenizer.patterns import batches
 from tokenizer.workers import Workers, core_count
 
 BATCH_CHARS = 1 << 19  # one task of a worker: costs more than its transfer, small in memory
-EXAMPLES = 3           # of removed documents, per rule
+EXAMPLES = 3           # removed documents shown per rule
 EXCERPT_CHARS = 150
 
 
@@ -108,7 +108,7 @@ GOPHER = {
     'bullet_lines': (0, 0.9),        # share of lines that begin with a bullet
     'ellipsis_lines': (0, 0.3),      # share of lines that end with an ellipsis
     'alphabetic_words': (0.8, 1),    # share of words with a letter in them
-    'stop_words': (2, 8),            # how many of the eight; English only
+    'stop_words': (2, 8),            # number of the eight that occur; English only
     # "Repetition removal", table A1: shares of lines, of paragraphs, or of characters
     'duplicate_lines': (0, 0.3),
     'duplicate_line_chars': (0, 0.2),
@@ -129,7 +129,7 @@ BULLETS = ('•', '‣', '◦', '▪', '●', '*', '-')
 
 
 def quality(text: str) -> dict[str, float]:
-    """Measure what Gopher's quality rules bound. The text must have a word."""
+    """Compute the measures of Gopher's quality rules. The text must have a word."""
     words = text.split()
     lines = [line.strip() for line in text.split('\n') if line.strip()]
     return {
@@ -145,7 +145,7 @@ def quality(text: str) -> dict[str, float]:
 
 
 def repetition(text: str) -> dict[str, float]:
-    """Measure what Gopher's repetition rules bound. The text must have a word.
+    """Compute the measures of Gopher's repetition rules. The text must have a word.
 
     Where the paper is open: only the later occurrences of a line, paragraph or run of words are
     duplicates. Characters are those of stripped lines, and of words without the space between
@@ -256,9 +256,9 @@ class NearDuplicates:
     is FineWeb's 14 buckets of 8. Only kept documents are in the table, so every removed document
     resembles one that stays, unlike in methods that join pairs to chains.
 
-    Time per document: a comparison with at most BUCKET_SIZE documents per bucket. A longer bucket
-    holds what pages of one template share; a copy of a page meets it in its other buckets. Without
-    the bound, n pages just below the threshold would take n * n comparisons.
+    A new document is compared with at most BUCKET_SIZE documents per bucket. A longer bucket holds
+    text that pages of one template share; copies of a page also meet in other buckets. Without the
+    bound, n pages just below the threshold would take n * n comparisons.
 
     Memory per kept document: 0.5 kB of signature and 0.11 kB per bucket: 2 kB at 0.8, 4.6 at 0.5.
     """

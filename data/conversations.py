@@ -27,10 +27,10 @@ SHAREGPT = {'human': 'user', 'user': 'user', 'gpt': 'assistant', 'assistant': 'a
 
 @dataclass
 class Packing:
-    """Hold what turns conversations into rows of tokens."""
+    """Hold the tokenizer, template and row length for packing conversations."""
 
     tokenizer: Any
-    template: str  # of the chat, in Jinja
+    template: str  # the chat template, in Jinja
     row: int       # tokens of a row: the context and one
 
 
@@ -95,7 +95,7 @@ def render(messages, packing):
     ids, mask = chat.render_conversation(messages, packing.template, packing.tokenizer)
     row = packing.row
     if not any(mask):
-        raise UserError('no token of it carries loss; expected an answer whose "weight" is not 0, '
+        raise UserError('no token carries loss; expected an answer whose "weight" is not 0, '
                         'inside {% generation %} if the chat template has that')
     if not any(mask[1:row]):
         raise UserError(f'cut to {row} of its {len(ids)} tokens, it ends before the first answer '

@@ -22,7 +22,7 @@ DATA = os.path.dirname(os.path.abspath(__file__))
 
 
 def folder_of(dataset):
-    """Return the folder of a dataset: a path, data/NAME here, or data/NAME beside train.py."""
+    """Return a dataset's folder: a path, data/NAME here, or data/NAME beside train.py."""
     if os.path.basename(dataset) != dataset and os.path.isdir(dataset):
         return dataset
     local, beside = os.path.join('data', dataset), os.path.join(DATA, dataset)
@@ -34,9 +34,9 @@ def load_meta(data_dir):
     Read a dataset's meta.json, or nanoGPT's meta.pkl.
 
     -> {'dtype', 'vocab_size', 'tokenizer', 'tokens', 'files', 'row', 'chat_template'}; all but
-    dtype are None where the folder does not say. tokenizer: what tokenizer.from_dict() takes;
+    dtype are None where the folder lacks them. tokenizer: a dict for tokenizer.from_dict();
     tokens: {'train': count, 'val': count}; files: {'train': [[name, count], ...], 'val': ...};
-    row, chat_template: of packed conversations. Raises UserError on a damaged file.
+    row, chat_template: for packed conversations. Raises UserError on a damaged file.
     """
     path = os.path.join(data_dir, 'meta.json')
     if os.path.exists(path):
@@ -105,7 +105,8 @@ def prepare_if_missing(data_dir, is_first):
             print(f'{data_dir} is not prepared yet; running: python {script}', flush=True)
             code = subprocess.run([sys.executable, script]).returncode
             if code == 0 and is_missing():
-                raise UserError(f'python {script} wrote no train.bin and val.bin to {data_dir}')
+                raise UserError(f'python {script} wrote no train.bin and val.bin to '
+                                f'{data_dir}; correct the script')
             if code not in (0, 75):  # 75, EX_TEMPFAIL: another machine on this disk prepares it
                 raise UserError(f'python {script} failed; its error is above')
         time.sleep(1 if is_missing() else 0)

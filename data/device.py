@@ -1,4 +1,4 @@
-"""The tokens of a split in a GPU's memory, which cuts the windows itself."""
+"""Keep the tokens of a split in a GPU's memory, and cut its windows there."""
 
 import numpy as np
 import torch
@@ -7,7 +7,7 @@ from data.tokens import Rows, arrays_of, open_tokens, to_device, unknown_id
 
 
 def open_splits(data_dir, meta, block_size, device, n_ids):
-    """Open both splits, {'train': tokens, 'val': tokens}; on a GPU as DeviceTokens if they fit."""
+    """Open {'train': tokens, 'val': tokens}; on a GPU as DeviceTokens if they fit."""
     splits = {split: open_tokens(data_dir, split, meta, block_size) for split in ('train', 'val')}
     if fits_on(device, splits.values()):
         splits = {split: DeviceTokens(tokens, device, n_ids) for split, tokens in splits.items()}
@@ -18,8 +18,8 @@ def fits_on(device, splits):
     """
     Return whether DeviceTokens of all splits are worth their memory.
 
-    On a GPU, without masks, below a tenth of its free memory and below a gigabyte, which would take
-    seconds to read before the first step.
+    They are on a GPU for running text below a tenth of its free memory and below a gigabyte. More
+    would take seconds to read before the first step.
     """
     if device.type != 'cuda' or any(isinstance(tokens, Rows) for tokens in splits):
         return False
@@ -32,13 +32,13 @@ def fits_on(device, splits):
 
 class DeviceTokens:
     """
-    The tokens of a split in a GPU's memory, which cuts the windows itself.
+    Keep the tokens of a split in a GPU's memory, and cut its windows there.
 
     The CPU only sends their first positions, so it stays ahead of steps of a few milliseconds.
     """
 
     def __init__(self, tokens, device, vocab_size):
-        """Raises UserError on an id that the model has no embedding for."""
+        """Copy the tokens. Raises UserError on an id that the model has no embedding for."""
         arrays, chunk = arrays_of(tokens), 2**24
         bits = 8 * arrays[0].itemsize
         self.mask = 2**bits - 1

@@ -23,7 +23,7 @@ TEXT_SUFFIXES = set("""
     .f .sh .bash .bat .ps1
 """.split())
 ROW_SUFFIXES = {'.jsonl', '.ndjson', '.csv', '.tsv', '.parquet'}
-PIECE_CHARS = 1 << 18     # of a running text: small enough to share out between the cores
+PIECE_CHARS = 1 << 18     # a piece of running text: small enough to share out between the cores
 DOCUMENT_CHARS = 1 << 22  # a longer text file becomes several documents
 
 
@@ -273,8 +273,8 @@ def split_documents(documents, val_fraction: float, longest: int | None = None):
 def fraction_for(documents, val_bytes: int, longest: int) -> float:
     """Return the smallest val_fraction with val_bytes in split_documents()'s val.
 
-    For a few thousand documents of very different sizes, where a plain fraction of their number
-    gives a val split of any size.
+    This suits a few thousand documents of very different sizes: a plain fraction of their number
+    would give a val split of any size.
     """
     total = 0
     for number, size in sorted((text_hash(text), len(to_utf8(text))) for text in documents

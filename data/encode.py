@@ -1,12 +1,12 @@
-"""Encode text into token files: the part that all data/<name>/prepare.py share.
+"""Encode text into token files, for every data/<name>/prepare.py.
 
     corpus = Corpus(pieces, documents=True, source='my notes', val_fraction=0.1)
     tokenizer = make_tokenizer('bpe', corpus)
-    meta = write_dataset('data/mine', corpus, tokenizer)   # train.bin, val.bin and meta.json
+    meta = write_dataset('data/notes', corpus, tokenizer)  # train.bin, val.bin and meta.json
 
 Memory stays below a few hundred MB whatever the size of the text, apart from its longest
-document. (A running text counts as one document if its tokenizer has a split pattern of the
-user's own.) A killed preparation continues after its last finished shard when it is run again.
+document. A running text counts as one document if its tokenizer has the user's own split pattern.
+A killed preparation that is run again continues after its last finished shard.
 
 A .bin file is a plain array of token ids, little-endian uint16, or uint32 for more than 65,536
 ids: np.memmap(path, dtype='<u2') reads it. A split longer than a shard continues in
@@ -35,7 +35,7 @@ from configurator import UserError
 from flatgpt import files
 from tokenizer.patterns import batches, to_utf8
 
-BATCH_CHARS = 1 << 22   # of text in memory, twice: one batch is encoded while the next is read
+BATCH_CHARS = 1 << 22   # a batch of text; memory holds two: one is encoded, the next is read
 SEPARATOR = '\n\n'      # ends a document if the tokenizer has no <|endoftext|>
 SHARD_TOKENS = 10**9    # 2 GB of uint16
 VOCAB_SIZES = {'bpe': 8192, 'word': 10000}  # defaults of the vocabularies trained on the text
@@ -101,7 +101,7 @@ TOKEN_FILE = re.compile(r'(train|val)(-\d{5}|_mask)?\.bin')
 
 
 class TextChanged(Exception):
-    """The text of the finished shards is not the text that is read now."""
+    """Signal that the text of the finished shards is not the text that is read now."""
 
 
 def write_dataset(out_dir, corpus: Corpus, tokenizer, meta_pkl: bytes | None = None) -> dict:
@@ -220,8 +220,8 @@ class ShardWriter:
     def __init__(self, out_dir, split, eot, shard_tokens, shards):
         self.out_dir, self.split, self.eot, self.shard_tokens = out_dir, split, eot, shard_tokens
         self.shards, self.n_finished = shards, shards[-1][1] if shards else 0  # pieces
-        self.digest, self.pieces = hashlib.sha256(), 0  # of the split up to here
-        self.file, self.tokens = None, 0                # of the open shard
+        self.digest, self.pieces = hashlib.sha256(), 0  # those of the split so far
+        self.file, self.tokens = None, 0                # those of the open shard
 
     def path(self):
         return temporary(self.out_dir, shard_name(self.split, len(self.shards)))

@@ -1,5 +1,5 @@
 """
-What eval.py scores a model on: a text or a split, windows over it, its bytes.
+Prepare a text or a split for eval.py: tokens, windows, bytes.
 
     text = open_file('book.txt', 'text', text_tokenizer)  # or open_split(data_dir, 'val', ...)
     windows, block_size, stride = windows_over(text, None, block_size, stride)
@@ -26,7 +26,7 @@ from tokenizer.chat import bos_ids
 
 @dataclass
 class Text:
-    """Tokens and their origin."""
+    """Hold tokens and their origin."""
 
     source: str  # path
     tokens: object  # see data.tokens.open_tokens
@@ -36,7 +36,7 @@ class Text:
 
 def open_file(path, text_key, text_tokenizer, max_tokens=None):
     """
-    Encode a text file, a file of rows or a folder, at least its first max_tokens; -> Text.
+    Encode a file or a folder, at least its first max_tokens tokens; -> Text.
 
     Special tokens in the text are ordinary text. Each document ends with a blank line, whatever
     the tokenizer, so all tokenizers read the same bytes. Raises UserError for fewer than 2 ids.
@@ -131,7 +131,7 @@ def windows_over(text, max_tokens, block_size, stride):
 
 def batches(tokens, windows, vocab_size, batch_size=None, at_once=2**13):
     """
-    Yield inputs x and targets y, int64 (B, T), for windows of equal length T; y is -1 unscored.
+    Yield inputs x and targets y, int64 (B, T), of equal windows; y is -1 unscored.
 
     batch_size: windows in a batch, None for as many as have at_once tokens.
     """
@@ -148,7 +148,7 @@ def batches(tokens, windows, vocab_size, batch_size=None, at_once=2**13):
 
 def count_bytes(text, counts, text_tokenizer):
     """
-    Count the UTF-8 bytes of a Text's tokens; -> (bytes or None, why they are unknown or '').
+    Count the UTF-8 bytes of a Text; -> (bytes, ''), or (None, the reason).
 
     counts: of each id. Special tokens have no bytes.
     """

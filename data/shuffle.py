@@ -1,10 +1,10 @@
-"""Shuffled epochs as a pure function of (seed, step): no permutation is stored."""
+"""Shuffle epochs as a pure function of (seed, step), without a permutation."""
 
 import numpy as np
 
 
 def mix(x, key):
-    """Scramble uint64 numbers x under keys: the finaliser of SplitMix64 (Steele et al. 2014)."""
+    """Scramble uint64 numbers x under keys, as SplitMix64 does (Steele et al. 2014)."""
     with np.errstate(over='ignore'):  # arithmetic modulo 2**64
         x = x + ((key << np.uint64(1)) | np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -14,11 +14,11 @@ def mix(x, key):
 
 def shuffled(i, n, key):
     """
-    Return the places of indices i in a random order of 0..n-1, a bijection fixed by (n, key).
+    Return the places of indices i in an order of 0..n-1 that (n, key) fixes.
 
-    i, key: uint64 arrays of one shape. A Feistel network over the smallest even number of bits that
-    hold n, applied again where it leaves the range (Black & Rogaway 2002): no permutation of a
-    billion windows is stored.
+    i, key: uint64 arrays of one shape. A Feistel network permutes the smallest even number of bits
+    that hold n. It is applied again where it leaves the range (Black & Rogaway 2002). So no
+    permutation of a billion windows is stored.
     """
     half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     low = (np.uint64(1) << half) - np.uint64(1)
@@ -34,7 +34,7 @@ def shuffled(i, n, key):
 
 def epoch_places(step, n, per_epoch, seed):
     """
-    Return the places of the n items of step `step` in shuffled epochs, and the keys of the epochs.
+    Return the places of a step's n items in shuffled epochs, and the epochs' keys.
 
     Each epoch visits its per_epoch items once each in an order of its own. -> uint64 (n,), (n,)
     """
@@ -45,5 +45,5 @@ def epoch_places(step, n, per_epoch, seed):
 
 
 def train_items(step, n, n_items, seed):
-    """Return the numbers of the items of a step, (n,): every epoch visits each of n_items once."""
+    """Return a step's item numbers, (n,); every epoch visits each of n_items once."""
     return epoch_places(step, n, n_items, seed)[0].astype(np.int64)

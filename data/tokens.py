@@ -1,5 +1,5 @@
 """
-Token files, and the batches drawn from them.
+Read token files, and draw batches from them.
 
 A dataset is a folder with train.bin and val.bin, headerless arrays of token ids, and meta.json
 (see datasets.py). Training batches are a pure function of (seed, step): a resumed run needs no
@@ -19,7 +19,7 @@ from flatgpt.parallel import World
 
 
 class Shards:
-    """Several arrays as one: its length, and the ids at an array of positions."""
+    """Index several arrays as one: its length, and the ids at an array of positions."""
 
     def __init__(self, arrays):
         self.arrays = arrays
@@ -32,15 +32,15 @@ class Shards:
         shards = np.searchsorted(self.ends, index, side='right')
         ids = np.empty(index.shape, self.arrays[0].dtype)
         for i in np.unique(shards):
-            is_here = shards == i
-            ids[is_here] = self.arrays[i][index[is_here] - (self.ends[i] - len(self.arrays[i]))]
+            in_shard = shards == i
+            ids[in_shard] = self.arrays[i][index[in_shard] - (self.ends[i] - len(self.arrays[i]))]
         return ids
 
 
 @dataclass
 class Rows:
     """
-    Conversations packed into rows of `row` tokens: the context and one more.
+    Hold conversations packed into rows of `row` tokens: the context and one more.
 
     mask is 1 where a token carries loss. A window is a row, so no conversation is cut.
     """
@@ -63,10 +63,10 @@ def row_of(tokens):
 
 def open_tokens(data_dir, split, meta, block_size):
     """
-    Map the ids of a split ('train' or 'val') from disk; -> array, Shards, or Rows of conversations.
+    Map the ids of a split from disk; -> array, Shards, or Rows of conversations.
 
-    Raises UserError if a file is missing or has another size than meta.json says, if the split is
-    shorter than one window of block_size + 1 tokens, or if its rows have another length.
+    Raises UserError if a file is missing or has another size than in meta.json. Raises it too for a
+    split below one window of block_size + 1 tokens, and for rows of another length.
     """
     kind = 'chat' if meta['row'] else 'text'
     again = f'prepare the dataset again: {prepare_command(data_dir, kind)}'
@@ -108,7 +108,7 @@ def open_tokens(data_dir, split, meta, block_size):
 
 def train_windows(step, n_sequences, n_tokens, block_size, seed):
     """
-    Return the first positions of the windows of the global batch at `step`, (n_sequences,).
+    Return the windows' first positions in the batch of `step`, (n_sequences,).
 
     Each epoch cuts the tokens into windows end to end, from an offset of its own. A window spans
     block_size + 1 tokens: inputs, and targets one further.
@@ -120,7 +120,7 @@ def train_windows(step, n_sequences, n_tokens, block_size, seed):
 
 
 def whole_windows(n_tokens, block_size, row=None):
-    """Return the first positions of windows that have every token of a split as a target once."""
+    """Return the first positions of windows with every token as a target once."""
     return np.arange(0, n_tokens - 1, row or block_size)
 
 
@@ -133,7 +133,7 @@ def even_windows(n_windows, n_tokens, block_size, row=None):
 
 def eval_windows(splits, eval_iters, batch_size, block_size):
     """
-    Return the first positions of the windows of an evaluation, {'train': ..., 'val': ...}.
+    Return an evaluation's first positions of windows, {'train': ..., 'val': ...}.
 
     'val': the whole split; 'train': eval_iters batches, at most as many windows as val has.
     """
@@ -148,7 +148,7 @@ def eval_windows(splits, eval_iters, batch_size, block_size):
 
 def gather(tokens, starts, block_size, vocab_size):
     """
-    Return inputs x and targets y, int64 (len(starts), block_size); y is x shifted by one token.
+    Return inputs x and targets y, x shifted by one, int64 (windows, block_size).
 
     Past the end of the tokens x is 0 and y is -1, which the loss ignores; y is -1 also where the
     mask of Rows is 0. Raises UserError on an id that the model has no embedding for.
@@ -199,7 +199,7 @@ def arrays_of(tokens):
 
 @dataclass
 class Cut:
-    """How the tokens of a step are cut: sequences -> processes -> micro-batches of batch_size."""
+    """Describe a step's cut: sequences -> processes -> micro-batches of batch_size."""
 
     sequences: int  # per step, over all processes
     block_size: int
@@ -239,7 +239,7 @@ def cut_step(config, block_size, n_processes):
 @dataclass
 class Batches:
     """
-    The micro-batches of this process: batches(step) -> ([(x, y, share), ...], number of targets).
+    Draw this process's micro-batches: step -> ([(x, y, share), ...], n_targets).
 
     x, y: (batch_size, block_size) on the device. share: the part of the step's targets that is in
     the micro-batch, times the number of processes, because DDP averages over them. So the loss of
@@ -260,12 +260,12 @@ class Batches:
         else:
             starts = train_windows(step, cut.sequences, len(self.tokens), cut.block_size, self.seed)
         n_targets = count_targets(self.tokens, starts, cut.block_size)
-        ours = starts.reshape(world.size, cut.micro_steps, cut.batch_size)[world.rank]
+        parts = starts.reshape(world.size, cut.micro_steps, cut.batch_size)[world.rank]
         micro_batches = []
-        for chunk in ours:
+        for chunk in parts:
             x, y = to_device(gather(self.tokens, chunk, cut.block_size, self.n_ids), self.device)
-            n_here = count_targets(self.tokens, chunk, cut.block_size)
-            micro_batches.append((x, y, world.size * n_here / max(1, n_targets)))
+            n_in_chunk = count_targets(self.tokens, chunk, cut.block_size)
+            micro_batches.append((x, y, world.size * n_in_chunk / max(1, n_targets)))
         return micro_batches, n_targets
 
 

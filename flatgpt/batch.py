@@ -104,7 +104,7 @@ def encode_line(value, kind):
 
 
 def result_of(samples):
-    """Return what the samples of a prompt add to its line."""
+    """Return the entries that the samples of a prompt add to its line."""
     if best_of:
         samples = [likeliest(samples[i : i + best_of]) for i in range(0, len(samples), best_of)]
     result = {'samples': [{'text': sample.text, 'finish': sample.finish} for sample in samples]}
@@ -133,13 +133,13 @@ for number, value in lines.items():
     except UserError as error:
         raise UserError(f'{prompts}, line {number}: {error}') from None
 
-# what ends a sample
+# find the ends of a sample
 constraint = decoding.constraint_of(config, tokenizer)
 stops, stop_ids = decoding.split_texts('stop', stop), set()
 if kind == 'messages':
     stop_ids, endings = find_endings(template, tokenizer)
     stops += endings * (constraint is None)
-rows = num_samples * max(1, best_of)  # of one prompt
+rows = num_samples * max(1, best_of)  # samples of one prompt
 sampling = Sampling(
     max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, stop_ids=stop_ids,
     slide=slide, stops=stops, num_samples=rows, seed=seed, constraint=constraint)

@@ -1,5 +1,5 @@
 """
-Keep keys and values, so that a new token costs one position instead of the whole context.
+Keep keys and values, so that a new token costs one position, not the context.
 
     cache = KVCache(model.config, batch_size=2)
     logits, _ = model(prompt, cache=cache)   # (2, T)
@@ -60,7 +60,7 @@ class KVCache:
         self.next_slot.fill_(length)
 
     def make_room(self, B, T):
-        """Grow to hold T more tokens of B rows. Raises ValueError beyond max_length."""
+        """Grow to hold T more tokens of B rows. Raises ValueError past max_length."""
         rows, S, needed = self.k.size(1), self.k.size(3), self.length + T
         if B != rows:
             raise ValueError(f'the cache was made for a batch of {rows}, but the tokens are a '
@@ -90,7 +90,7 @@ class KVCache:
         self.next_slot += T
 
     def mask(self, T, window):
-        """Return what T queries see, (B or 1, 1, T, S) of bool; None: all before."""
+        """Return the mask of T queries, (B or 1, 1, T, S) of bool; None: causal."""
         if T > 1 and self.padding is None:
             return None
         slots = torch.arange(self.k.size(3) if T == 1 else self.length + T, device=self.k.device)
@@ -98,7 +98,7 @@ class KVCache:
         seen = visible(queries, slots, window)
         if self.padding is None:
             return seen[None, None]
-        # padding sees itself, since a softmax over nothing is NaN
+        # padding attends to itself, since a softmax over nothing is NaN
         return (seen & (slots >= self.padding[:, None, None]) | (slots == queries))[:, None]
 
     def keep(self, rows):

@@ -1,11 +1,11 @@
 """
-Checkpoints, and the folder of a run.
+Save and load checkpoints, and keep the folder of a run.
 
 A checkpoint is one file with a dict of tensors and plain values. It has nanoGPT's keys (model,
 optimizer, model_args, iter_num, best_val_loss, config) and version, tokenizer, chat_template,
 scaler, evals_since_best, train_time. With LoRA, `model` holds the adapters and `lora` names their
-base. A reward model has `reward_model`: True. `measure` names what best_val_loss measures where
-that is no loss. Files are read with weights_only=True, which refuses anything that could run code.
+base. A reward model has `reward_model`: True. `measure` names the quantity in best_val_loss where
+it is no loss. Files are read with weights_only=True, which refuses anything that could run code.
 
 In out_dir, ckpt.pt is the last checkpoint, from which a run resumes, and best.pt the one with the
 lowest validation loss. No random state is saved: batches and dropout are functions of (seed, step).
@@ -31,11 +31,11 @@ from flatgpt import parallel
 from flatgpt.files import lock_folder, replace_file, sync_folder
 from flatgpt.runtime import out_of_memory
 
-VERSION = 1  # of the layout above; nanoGPT's files have no such key
+VERSION = 1  # version of the layout above; nanoGPT's files have no such key
 
 
 def save(out_dir, state, is_best):
-    """Write `state` to out_dir/ckpt.pt, and to best.pt too if it is the best: two names, one file.
+    """Write `state` to out_dir/ckpt.pt; a best one gets a second name, best.pt.
 
     The bytes go to a temporary file, which is fsynced and then renamed, so they survive a power
     cut. Raises OSError (disk full, no permission) and leaves the earlier checkpoints as they are.
@@ -59,7 +59,7 @@ def save(out_dir, state, is_best):
 
 
 def link_best(path):
-    """Make best.pt a second name of the checkpoint at `path`: a hard link, or else a copy."""
+    """Make best.pt a second name of the checkpoint at `path`: a link, or a copy."""
     folder = os.path.dirname(path)
     temporary = os.path.join(folder, 'ckpt.pt.tmp-best')
     try:
@@ -73,7 +73,7 @@ def link_best(path):
 
 
 def remove_temporaries(out_dir):
-    """Remove what a failed save, or a process killed while saving, left in out_dir."""
+    """Remove the temporary files that a failed or killed save left in out_dir."""
     for name in ('ckpt.pt', 'config.json', 'log.jsonl'):
         for path in glob.glob(os.path.join(glob.escape(out_dir), f'{name}.tmp*')):
             os.remove(path)
@@ -169,7 +169,7 @@ def put_aside(out_dir):
 
 
 def keep_log_until(out_dir, step):
-    """Drop the lines of log.jsonl from `step` on: a run killed after its last save repeats them."""
+    """Drop the lines of log.jsonl from `step` on, which a resumed run repeats."""
     path = os.path.join(out_dir, 'log.jsonl')
     if not os.path.exists(path):
         return
@@ -185,7 +185,7 @@ def keep_log_until(out_dir, step):
 
 
 class Run:
-    """The folder of one run, and where the run stands.
+    """Hold the folder of a run, its progress and its requests to stop.
 
     step: updates done; saved_step: that of ckpt.pt; train_time: seconds without evaluations.
     They continue from `state`, the checkpoint that the run resumes. From its construction on,
@@ -217,7 +217,7 @@ class Run:
         if number == signal.SIGINT and self.requested == 'stopped by SIGINT' and waited > 1:
             raise KeyboardInterrupt
         if self.world.is_main and number == signal.SIGINT and self.requested is None:
-            with suppress(OSError):  # print may be what the signal interrupts
+            with suppress(OSError):  # not print, which the signal may have interrupted
                 os.write(2, b'\nfinishing this step, then saving; Ctrl-C again stops at once\n')
         self.requested = f'stopped by {signal.Signals(number).name}'
         self.signal_time = time.monotonic()
@@ -230,7 +230,7 @@ class Run:
         return is_new and (self.step % interval == 0 or self.step >= last)
 
     def log(self, **record):
-        """Append a line to log.jsonl. A full disk prints a warning and does not stop the run."""
+        """Append a line to log.jsonl. A full disk prints a warning and stops nothing."""
         path = os.path.join(self.out_dir, 'log.jsonl')
         size = os.path.getsize(path) if os.path.exists(path) else 0
         try:
@@ -246,7 +246,7 @@ class Run:
     def evaluated(self, val_loss, state_of, always_save=True):
         """Save after an evaluation: always, or else only if val_loss is the lowest so far.
 
-        state_of: function -> what the checkpoint holds beside the run's own numbers. Step 0 is
+        state_of: function -> the checkpoint's content beside the run's own numbers. Step 0 is
         not saved, so it sets no record. A val_loss that is not finite stops the run unsaved.
         """
         if not math.isfinite(val_loss):
@@ -259,7 +259,7 @@ class Run:
                 self.best_val_loss = former  # the best is the best on disk
 
     def save(self, state_of, is_best=False):
-        """Write ckpt.pt; -> whether that worked. A full disk prints a warning and stops nothing."""
+        """Write ckpt.pt; -> whether that worked. A full disk prints a warning."""
         self.tried_step = self.step
         if self.world.is_main:
             state = {**state_of(), 'iter_num': self.step, 'best_val_loss': self.best_val_loss,
@@ -276,7 +276,7 @@ class Run:
         return True
 
     def finish(self, state_of):
-        """Save what is not saved; -> whether the run is complete, or print how to continue it."""
+        """Save the last state; -> whether the run is complete, else print its command."""
         if self.tried_step < self.step:
             self.save(state_of)
         if self.world.is_main and self.stop_reason:
@@ -289,14 +289,14 @@ class Run:
         if self.saved_step < self.step:
             raise SystemExit(f'the state of step {self.step} is not saved; {self.path} is older')
 
-    def stop_not_finite(self, what, remedy='Try a lower --learning_rate, or --dtype=float32'):
+    def stop_not_finite(self, fact, remedy='Try a lower --learning_rate, or --dtype=float32'):
         """End the run without saving; the last checkpoint stays as it is."""
         where = (f'{self.path} is of step {self.saved_step}' if self.saved_step
                  else 'there is no checkpoint yet')
-        raise SystemExit(f'step {self.step}: {what}. Stopped without saving; {where}. {remedy}')
+        raise SystemExit(f'step {self.step}: {fact}. Stopped without saving; {where}. {remedy}')
 
     def explain_out_of_memory(self, smaller, otherwise):
-        """Install the sys.excepthook that answers out of memory with a command that needs less.
+        """Install a sys.excepthook that prints a command which needs less memory.
 
         smaller: settings that take the same steps in smaller pieces; {}: there are none, and the
         text `otherwise` is printed.
@@ -318,9 +318,9 @@ class Run:
         kept = [a for a in sys.argv[1:] if a.removeprefix('--').split('=')[0] not in changes]
         size, local = parallel.from_environment().size, int(os.environ.get('LOCAL_WORLD_SIZE', 1))
         launch = ['python']
-        if size > 1:  # of several machines each has options of its own
-            here = ['--standalone', f'--nproc_per_node={local}']
-            launch = ['torchrun', *(here if local == size else ['...'])]
+        if size > 1:  # each of several machines has options of its own
+            options = ['--standalone', f'--nproc_per_node={local}']
+            launch = ['torchrun', *(options if local == size else ['...'])]
         spec = sys.modules['__main__'].__spec__
         program = ['-m', spec.name] if spec else [sys.argv[0]]
         new = [f'--{key}={value}' for key, value in changes.items()]

@@ -8,12 +8,12 @@ Constrain output to one of some choices, a regular expression or a JSON schema.
 
 The package llguidance computes which tokens keep a match possible. That does not suffice: a model
 may fill a string until max_new_tokens cuts it off. A matcher therefore keeps an ending, symbols
-that complete the match within the remaining tokens, and refuses a token after which it has none.
+that complete the match within the remaining tokens. It refuses a token that leaves no ending.
 
-The ending after a token is mostly the rest of the ending before it. Otherwise, if the token opens a
-list for example, a best-first search looks for one and prefers symbols that close to symbols that
-open. llguidance shows only which symbols may follow, so the search may miss the shortest ending,
-and in odd patterns every ending. Then the constraint or the token is refused.
+The ending after a token is mostly the rest of the ending before it. If not, as when it opens a
+list, a best-first search looks for an ending. It prefers symbols that close to symbols that
+open. llguidance shows only which symbols may follow, so the search may miss the shortest ending.
+In odd patterns it may miss every ending; then the constraint or the token is refused.
 """
 
 import bisect
@@ -41,7 +41,7 @@ MAX_VERIFIED = 64  # tokens that are searched after before they are drawn
 MAX_REFUSED = 8  # draws for one token; then the ending is written
 LONGEST_MATCH = 4096  # characters, of a regular expression
 
-# cost of a symbol in a search, by its first byte: low for what closes, high for what opens
+# cost of a symbol in a search, by its first byte: low if it closes, high if it opens
 PENALTY = np.full(256, 6)
 for penalty, chars in enumerate((b']}', b'"', b',:', b'0aA', b" !#$%&'()*+-./;<=>?@^_`|~",
                                  b'123456789bcdefghijklmnopqrstuvwxyzBCDEFGHIJKLMNOPQRSTUVWXYZ')):
@@ -172,7 +172,7 @@ def token_bytes(tokenizer, i):
 
 
 def parse_schema(schema):
-    """Parse a JSON schema -> dict. Raises UserError for what llguidance ignores."""
+    """Parse a JSON schema -> dict. Raises UserError for parts that llguidance ignores."""
     if isinstance(schema, str):
         try:
             schema = json.loads(schema)
@@ -213,14 +213,14 @@ def dicts_in(value):
 
 
 class Constraint:
-    """Describe what the output must be, by one of choices, regex and json_schema.
+    """Describe the allowed output, by one of choices, regex and json_schema.
 
     choices: a list of texts. regex: a regular expression of the whole text, in the syntax of Rust's
     regex crate: no look-around, no backreferences; \\d is 0 to 9, \\w and \\s are Unicode's.
     json_schema: a dict or its JSON; the output has no blanks between its parts, and the keys of an
     object are in the schema's order.
 
-    Raises UserError for what cannot be expressed, matched or written with this tokenizer.
+    Raises UserError if it cannot be expressed, matched, or written with this tokenizer.
     """
 
     def __init__(self, tokenizer, choices=None, regex=None, json_schema=None):
@@ -343,7 +343,7 @@ class Constraint:
             return fewest and [symbol for i in fewest for symbol in vocabulary.spell(i)]
         if state.is_accepting():
             return []
-        serial = itertools.count()  # of equally good texts the first comes first
+        serial = itertools.count()  # the first of equally good texts comes first
         heap = [(0, next(serial), (0, 0, state.compute_bitmask()), [], state)]
         alike = Counter()
         for _ in range(n_texts):
@@ -389,7 +389,7 @@ class Matcher:
 
     @property
     def may_end(self):
-        """Whether the text so far matches."""
+        """Return whether the text so far matches."""
         return self.search_state.is_accepting()
 
     def draw(self, logits, remaining, sample):

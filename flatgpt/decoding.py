@@ -1,5 +1,5 @@
 """
-Set up sample.py, flatgpt.batch and posttrain.chat: the machine, constraints, the terminal.
+Set up sample.py, flatgpt.batch and posttrain.chat: machine and constraints.
 
     model, tokenizer, template, line = open_model(config)
     dtype = prepare(model, config, rows=10, n_tokens=500)
@@ -92,8 +92,8 @@ def explain_out_of_memory(remedy):
 def constraint_of(config, tokenizer):
     """Build the Constraint of the settings choices, regex and json_schema, or None.
 
-    Raises UserError for more than one of them, for a stop text beside one, and if the shortest text
-    that satisfies it takes more than max_new_tokens.
+    Raises UserError for more than one of them, and for a stop text beside one. Raises it too if the
+    shortest match takes more than max_new_tokens.
     """
     given = [name for name in ('choices', 'regex', 'json_schema') if config[name]]
     if not given:
@@ -102,7 +102,7 @@ def constraint_of(config, tokenizer):
     if len(given) > 1 or config['stop']:
         given += ['stop'] * bool(config['stop'])
         raise UserError(f'{" and ".join(given)} are set: expected only one of choices, regex and '
-                        f'json_schema, which say where the text ends, and no stop')
+                        f'json_schema, which end the text themselves, and no stop')
     if name == 'choices':
         value = split_texts(name, value, separator=',')
     elif name == 'json_schema' and not value.lstrip().startswith(('{', '[')):

@@ -1,6 +1,7 @@
 """
-Write a trained model as a folder in Hugging Face's layout: config.json,
-safetensors, tokenizer.json, generation_config.json.
+Export a trained model as a folder in Hugging Face's layout.
+
+The folder has config.json, safetensors, tokenizer.json, generation_config.json.
 
     $ python -m flatgpt.export --out_dir=out-shakespeare-char --out=my-gpt
     $ python -m flatgpt.export --which=last --dtype=bfloat16 --out=my-gpt
@@ -21,14 +22,14 @@ from configurator import UserError, fit, override
 from flatgpt import huggingface
 from flatgpt.pretrained import open_model
 
-sys.stdout.reconfigure(errors='replace')  # '?' for what a terminal cannot show
+sys.stdout.reconfigure(errors='replace')  # '?' for characters that a terminal lacks
 
 # Settings -----------------------------------------------------------------------------------------
 init_from = 'resume'  # the run in out_dir; or a folder, a hub id, 'gpt2' to 'gpt2-xl'
 out_dir = 'out'  # where train.py wrote ckpt.pt and best.pt
 which: Literal['best', 'last'] = 'best'  # best.pt if it exists, or ckpt.pt
 out = ''  # the folder to write; it must not exist yet
-dtype: Literal['float32', 'bfloat16', 'float16'] = 'float32'  # of the written weights
+dtype: Literal['float32', 'bfloat16', 'float16'] = 'float32'  # precision of the written weights
 config = override(globals())
 # --------------------------------------------------------------------------------------------------
 
@@ -49,5 +50,5 @@ print(f"""next:
     tokenizer = AutoTokenizer.from_pretrained({out!r})
   to serve it:
     vllm serve {out}
-  for llama.cpp, whose script knows published vocabularies, such as GPT-2's:
+  for llama.cpp; its script needs a published vocabulary, such as GPT-2's:
     python convert_hf_to_gguf.py {out} --outfile {out}.gguf""")

@@ -60,7 +60,7 @@ def remove(paths):
 
 @contextlib.contextmanager
 def explain_full_disk(folder, content):
-    """Raise UserError for a full disk. content: names what has no room."""
+    """Raise UserError for a full disk. content: the name of the data without room."""
     try:
         yield
     except OSError as error:
@@ -73,7 +73,7 @@ def explain_full_disk(folder, content):
 
 
 class Busy(UserError):
-    """Another process holds the lock of a folder."""
+    """Report that another process holds the lock of a folder."""
 
 
 def lock_folder(path, doing='preparing'):

@@ -1,4 +1,4 @@
-"""Peak FLOP/s of GPUs, and the share of it that a run uses."""
+"""Compute the share of a GPU's peak FLOP/s that a run uses."""
 
 import re
 
@@ -15,7 +15,7 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device):
-    """Return the peak FLOP/s of a torch.device in bf16 or fp16; None if it is not in the table."""
+    """Return the peak FLOP/s of a torch.device in bf16 or fp16; None if unknown."""
     if device.type != 'cuda':
         return None
     name = torch.cuda.get_device_name(device)
@@ -25,7 +25,7 @@ def peak_flops(device):
 
 
 def mfu_of(model, sequences, seconds):
-    """Return the model FLOPs utilisation: the share of the device's peak that training used.
+    """Return the model FLOPs utilisation, a share of the device's peak.
 
     sequences: of block_size tokens, trained on in `seconds`. None if the peak is not known.
     """

@@ -24,7 +24,7 @@ PREFILL_ROWS = {'cpu': 16}  # prompts of different lengths at once; elsewhere 25
 
 
 class NotNumbers(UserError):
-    """The logits of a model are NaN."""
+    """Report that the logits of a model are NaN."""
 
 
 class Decoder:
@@ -92,7 +92,7 @@ class Decoder:
         return self.graph(self.new)
 
     def compute(self):
-        """Run the model, on prompts of different lengths in parts of little padding."""
+        """Run the model. Prompts of different lengths run in parts of little padding."""
         cache, (B, T) = self.cache, self.new.shape
         at_once = PREFILL_ROWS.get(self.device.type, 256)
         if T == 1 or B <= at_once or cache.padding is None or not cache.padding.any():

@@ -7,8 +7,8 @@ Read and write models as folders in Hugging Face's layout.
 A folder holds config.json, *.safetensors and tokenizer.json. Two families have the network of
 model.py: GPT-2, and Llama with its descendants (model types llama, mistral, qwen2, qwen3). Weights
 are copied exactly, since fp32 holds every bf16 and fp16 number. The matrices of queries, keys and
-values are one matrix here, and so are the two inner ones of SwiGLU. Whatever config.json demands
-and model.py does not implement is refused by name.
+values are one matrix here, and so are the two inner ones of SwiGLU. A feature that config.json has
+and model.py lacks is refused by name.
 """
 
 import json
@@ -32,7 +32,7 @@ HUB_ID = r'[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*'  # owner/name
 FILES = ['config.json', 'model*.safetensors', 'tokenizer.json', 'tokenizer_config.json',
          'vocab.json', 'merges.txt', 'chat_template.jinja']
 SHARD = 4 * 2**30  # bytes of tensors in one file
-QK_NORM_EPS = 1e-6  # of model.py's QK-norm without weights
+QK_NORM_EPS = 1e-6  # the eps of model.py's QK-norm without weights
 
 # transformers' defaults, by model type, for keys that config.json may omit
 LLAMA = {'num_key_value_heads': None, 'head_dim': None, 'max_position_embeddings': 2048,
@@ -78,7 +78,7 @@ def load(name_or_folder, dropout=0.0, needs_tokenizer=True):
 
     name_or_folder: see find(). The tokenizer is a dict for tokenizer.from_dict(), the template is
     Jinja's; each is None if the folder has none. needs_tokenizer: False takes a tokenizer that
-    cannot be read for none. Raises UserError for whatever else cannot be read.
+    cannot be read for none. Raises UserError for all else that cannot be read.
     """
     folder, described = find(name_or_folder), None
     with nullcontext() if needs_tokenizer else suppress(ValueError):
@@ -117,8 +117,8 @@ def find(name_or_folder):
 def load_model(folder, dropout=0.0):
     """Load the GPT in a folder, on the CPU in fp32.
 
-    Raises UserError naming the file that is damaged, the tensor that is missing or unexpected, or
-    the key of config.json that model.py does not implement.
+    Raises UserError naming the damaged file, the missing or unexpected tensor, or the key of
+    config.json that model.py does not implement.
     """
     hf = read_config(folder)
     try:
@@ -136,7 +136,7 @@ def load_model(folder, dropout=0.0):
 
 
 def read_config(folder):
-    """Read config.json; -> dict, with transformers' defaults for the keys that it omits."""
+    """Read config.json; -> dict, with transformers' defaults for omitted keys."""
     path = os.path.join(folder, 'config.json')
     if not os.path.isfile(path):
         raise UserError(f'{folder} has no config.json; expected a folder in Hugging Face layout, '
@@ -178,7 +178,7 @@ def fields_of(hf, folder):
     if kind == 'gpt2':
         return {**fields, 'bias': True, 'mlp': ACTIVATIONS[hf['activation_function']]}
     if hf['sliding_window'] and (kind == 'mistral' or hf['use_sliding_window']):
-        # model.py sees the whole context; within a context as short as the window that is the same
+        # model.py has no such window; a context as short as the window makes no difference
         fields['block_size'] = min(fields['block_size'], hf['sliding_window'])
     rope_base, rope_scaling = rope_of(hf, folder)
     return {**fields, 'bias': has_bias(hf, 'o_proj') or has_bias(hf, 'mlp'),
@@ -255,7 +255,7 @@ def bare(name):
 
 
 def copy_weights(model, tensors, hf, folder):
-    """Copy `tensors`, see open_tensors(), into a model. Raises UserError unless all of them fit."""
+    """Copy `tensors` of open_tensors() into a model. Raises UserError unless all fit."""
     tied_head = tensors.pop('lm_head.weight', None) if hf['tie_word_embeddings'] else None
     problems, copies = [], []
     for name, weight in weights_of(model).items():
@@ -266,7 +266,7 @@ def copy_weights(model, tensors, hf, folder):
         elif file is None:
             problems.append(f'no tensor {name}')
         elif (shape := tuple(file.get_slice(stored).get_shape())) != tuple(weight.shape):
-            problems.append(f'{stored} has shape {shape}, config.json says {tuple(weight.shape)}')
+            problems.append(f'{stored} has shape {shape}, config.json gives {tuple(weight.shape)}')
         elif (dtype := file.get_slice(stored).get_dtype()) not in ('F32', 'BF16', 'F16'):
             problems.append(f'{stored} is of type {dtype}, expected F32, BF16 or F16')
         else:
@@ -341,7 +341,7 @@ def load_chat_template(folder, described=None):
 
 
 def same_tokenizer(first, second):
-    """Return whether two descriptions give the same ids for every text and special token."""
+    """Return whether two descriptions give equal ids for all text and special tokens."""
     def rules(described):
         described = tokenizer_json.BYTES if described['kind'] == 'byte' else spelt_out(described)
         return {key: value for key, value in described.items()
@@ -377,13 +377,13 @@ def weights_of(model):
             layer, module, kind = re.fullmatch(r'(?:h\.(\d+)\.)?(.+)\.(weight|bias)', name).groups()
             prefix = 'model.' if layer is None else f'model.layers.{layer}.'
             parts = data.split(sizes[module]) if module in sizes else [data]
-            for module_there, part in zip(LLAMA_NAMES[module], parts, strict=True):
-                weights[f'{prefix}{module_there}.{kind}'] = part
+            for llama_name, part in zip(LLAMA_NAMES[module], parts, strict=True):
+                weights[f'{prefix}{llama_name}.{kind}'] = part
     return weights
 
 
 def save(model, described, chat_template, folder, dtype=torch.float32):
-    """Write a model as a new folder, complete or not at all; -> its config.json as a dict.
+    """Write a model as a new folder, all or nothing; -> its config.json as a dict.
 
     described: its tokenizer, for tokenizer.from_dict(); chat_template: Jinja's, or None; dtype: of
     the tensors. Raises UserError if transformers has no such model or tokenizer, or if the folder
@@ -396,7 +396,8 @@ def save(model, described, chat_template, folder, dtype=torch.float32):
     text_tokenizer = tokenizer.from_dict(described)
     if text_tokenizer.vocab_size > model.config.vocab_size:
         raise UserError(f'the tokenizer has {text_tokenizer.vocab_size} ids and the model '
-                        f'{model.config.vocab_size}: they do not belong together')
+                        f'{model.config.vocab_size}: they do not belong together; expected the '
+                        f'tokenizer that the model was trained with')
     ids, entries = special_tokens_of(text_tokenizer, described, chat_template)
     entries = {'model_max_length': model.config.block_size, **entries}
     hf = {**config_json(model, described), **ids, 'torch_dtype': str(dtype).removeprefix('torch.')}
@@ -423,7 +424,7 @@ def save(model, described, chat_template, folder, dtype=torch.float32):
 
 
 def check_expressible(config):
-    """Raise UserError naming the fields of GPTConfig that no model type of transformers has."""
+    """Raise UserError naming the fields that no model type of transformers has."""
     c, is_gpt2 = config, config.pos == 'learned'
     fixed = {'logit_softcap': 0, 'residual_lambdas': False, 'value_embeddings': False, 'window': 0,
              'head_dim': None, 'norm': 'layernorm' if is_gpt2 else 'rmsnorm',
@@ -446,7 +447,7 @@ def check_expressible(config):
 
 
 def special_tokens_of(text_tokenizer, described, chat_template):
-    """Return the ids that begin and end a text, and the entries of tokenizer_config.json.
+    """Return a text's begin and end ids, and the entries of tokenizer_config.json.
 
     The ids are {'bos_token_id': id, 'eos_token_id': id or list of ids}, None where there is none.
     A chat model begins and ends a text with the same tokens as in tokenizer/chat.py.
@@ -479,7 +480,7 @@ def config_json(model, described):
     if c.qk_norm and 'mlp' in biased:
         raise UserError('bias=True: Qwen3, the one model type with QK-norm, has no biases in its '
                         'MLPs, so the model cannot be exported. Train one that can: --bias=False')
-    # transformers 5 cuts text of a qwen2 by Qwen's pattern, whatever tokenizer.json says
+    # transformers 5 cuts text of a qwen2 by Qwen's pattern, not by tokenizer.json's
     cuts_like_qwen = (described.get('pattern') == PATTERNS['qwen2']
                       and described.get('normalizer') == 'NFC' and not described['ignore_merges'])
     fits_qwen2 = cuts_like_qwen and c.n_head * c.head_size == c.n_embd  # it has no head_dim
@@ -523,7 +524,7 @@ def tensors_of(model, hf):
 
 
 def write_tensors(tensors, folder, dtype):
-    """Write {name: tensor} as model.safetensors; above SHARD as several files and an index."""
+    """Write {name: tensor} as model.safetensors; above SHARD as files with an index."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 

@@ -1,12 +1,12 @@
 """
-Train low-rank adapters beside frozen weights: W x becomes W x + (alpha / rank) B A x.
+Train adapters beside frozen weights: W x becomes W x + (alpha / rank) B A x.
 
     lora.add(model, rank=8, alpha=16, targets=['c_attn'])  # freezes everything else
     weights = lora.adapters(model)  # a checkpoint needs these, and the base model
     lora.merge(model)  # a plain model with the same logits
 
-Of the 16 bytes that a parameter takes in full finetuning, a frozen one keeps 4 in fp32, and 1 in
-int8 ("QLoRA", Dettmers et al. 2023, keeps half a byte). Source: "LoRA: Low-Rank Adaptation of Large
+A parameter takes 16 bytes in full finetuning. A frozen one takes 4 in fp32, and 1 in int8 ("QLoRA",
+Dettmers et al. 2023: half a byte). Source: "LoRA: Low-Rank Adaptation of Large
 Language Models", Hu et al. 2021.
 """
 
@@ -24,7 +24,7 @@ from flatgpt.quantize import quantize_rows
 
 
 class Int8Product(torch.autograd.Function):
-    """Multiply x (..., K) by a frozen weight (N, K) of int8 rows, each with a scale (N,)."""
+    """Multiply x (..., K) by a frozen int8 weight (N, K), a scale per row (N,)."""
 
     @staticmethod
     def forward(ctx, x, weight, scale):
@@ -39,7 +39,7 @@ class Int8Product(torch.autograd.Function):
 
 
 class LoRALinear(nn.Linear):
-    """Add adapters lora_a (rank, K) and lora_b (N, rank) to a linear layer, whose names stay."""
+    """Add lora_a (rank, K) and lora_b (N, rank) to a linear layer; its names stay."""
 
     def __init__(self, linear, rank, alpha, int8):
         nn.Module.__init__(self)
@@ -92,7 +92,7 @@ def add(model, rank, alpha, targets, int8=False):
         if not matching:
             names = dict.fromkeys(name.split('.')[-1] for name in layers)
             raise UserError(f'lora_targets: {target!r} names no linear layer of this model; '
-                            f'expected some of {", ".join(names)}, or longer: attn.c_proj')
+                            f'expected some of {", ".join(names)}, or a longer name: attn.c_proj')
         chosen |= matching
     if 'lm_head' in chosen and model.config.tie_embeddings:
         raise UserError('lora_targets: lm_head is also the token embedding (tie_embeddings), which '
@@ -119,17 +119,18 @@ def adapters(model):
 
 
 def load_adapters(model, weights):
-    """Load what adapters() returned. Raises UserError for the adapters of another model."""
+    """Load the result of adapters(). Raises UserError for another model's."""
     expected = {name: tensor.shape for name, tensor in adapters(model).items()}
     shapes = {name: tensor.shape for name, tensor in weights.items()}
     if shapes != expected:
         wrong = sorted({name for name, _ in shapes.items() ^ expected.items()})
-        raise UserError(f'the adapters are of another model: {", ".join(wrong[:3])} differ')
+        raise UserError(f'the adapters are of another model: {", ".join(wrong[:3])} differ; '
+                        f'expected those of this model')
     model.load_state_dict(weights, strict=False)
 
 
 def digest(model):
-    """Return the SHA-256 of the weights, which identifies the base of adapters; 1 s per GB."""
+    """Return the SHA-256 of the weights, to identify adapters' base; 1 s per GB."""
     sha = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         sha.update(name.encode())
@@ -156,7 +157,7 @@ def check_settings(config, init_from, out_dir):
 
 
 def start(model, config, out_dir):
-    """Add adapters to the model by the settings `config`; -> their description for checkpoints."""
+    """Add adapters by the settings `config`; -> their description for checkpoints."""
     targets = [target.strip() for target in config['lora_targets'].split(',')]
     init_from = config['init_from']
     relative = os.path.relpath(init_from, out_dir) if os.path.isdir(init_from) else None

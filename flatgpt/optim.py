@@ -14,7 +14,7 @@ from configurator import UserError
 
 
 def create(model, config, precision, world):
-    """Build the optimizer of the settings `config`; Muon multiplies in bf16 if the model does."""
+    """Build the optimizer of `config`; Muon multiplies in bf16 if the model does."""
     if config['optimizer'] == 'muon':
         dtype = torch.bfloat16 if precision == 'bfloat16' else torch.float32
         return muon(model, config, dtype, world)
@@ -42,7 +42,7 @@ def adamw(model, weight_decay, learning_rate, betas):
 
 
 def muon(model, config, dtype, world):
-    """Build Muon for the matrices of the blocks, with AdamW without decay for all else.
+    """Build Muon for the matrices of blocks, and AdamW without decay for the rest.
 
     Matrices learn at muon_lr, embeddings that are only looked up at embedding_lr, the rest at
     learning_rate, above 0. weight_decay is that of the matrices. dtype: of the orthogonalization.
@@ -135,23 +135,23 @@ def wide(x):
 
 
 def orthogonalize(x, dtype, steps=5):
-    """Map each U S V^T of x (K, m, n), m <= n, to about U V^T: singular values of 0.7 to 1.2."""
+    """Map each U S V^T of x (K, m, n), m <= n, to about U V^T: S of 0.7 to 1.2."""
     a, b, c = 3.4445, -4.7750, 2.0315  # x -> a x + b x^3 + c x^5, the steepest at 0
     x = (x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)).to(dtype)
-    for _ in range(steps):  # of Newton and Schulz
+    for _ in range(steps):  # Newton and Schulz's iteration
         gram = x @ x.mT  # (K, m, m)
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x
 
 
 def momentum_at(step, momentum):
-    """Return Muon's momentum, lower in the first 300 steps: early gradients soon go out of date."""
+    """Return Muon's momentum, lower in 300 steps: early gradients age fast."""
     first = min(0.85, momentum)
     return first + (momentum - first) * min(1.0, step / 300)
 
 
 def load_optimizer(optimizer, saved):
-    """Load the moments of a saved state_dict. UserError if they are of other parameters."""
+    """Load a saved state_dict. Raises UserError if it is of other parameters."""
     groups = optimizer.state_dict()['param_groups']  # hyperparameters stay those of this run
     if [g['params'] for g in groups] != [g['params'] for g in saved['param_groups']]:
         raise UserError('the optimizer state in the checkpoint is of another set of parameters')
@@ -159,7 +159,7 @@ def load_optimizer(optimizer, saved):
 
 
 def schedule(config):
-    """Return the learning rate as a function of the step, from the settings of train.py.
+    """Return the learning rate as a function of the step, by train.py's settings.
 
     Raises UserError for a rate that would rise where it should fall.
     """
@@ -194,7 +194,7 @@ class Schedule:
         return self.rate(step, 0.5 * (1 + math.cos(math.pi * progress)) * (step < self.end))
 
     def wsd(self, step):
-        """Return a constant rate that falls linearly at the end ("MiniCPM", Hu et al. 2024)."""
+        """Return a constant rate with a linear fall at its end ("MiniCPM", Hu 2024)."""
         # until the decay it does not depend on `end`, so a run can be prolonged
         decay = max(1, min(round(self.decay_fraction * self.end), self.end - self.warmup_iters))
         return self.rate(step, min(1.0, max(0.0, (self.end - step) / decay)))

@@ -1,5 +1,5 @@
 """
-Several processes: who this one is, how they connect, what they agree on.
+Connect several processes, and sum numbers over them.
 
 Under torchrun every process runs the same script. RANK, LOCAL_RANK and WORLD_SIZE in the
 environment identify it.
@@ -22,7 +22,7 @@ from configurator import UserError, fit
 
 @dataclass
 class World:
-    """This process among all. rank: 0..size-1 over all machines; local_rank: on this machine."""
+    """Describe this process. rank: over all machines; local_rank: on this one."""
 
     rank: int = 0
     local_rank: int = 0
@@ -38,7 +38,7 @@ class World:
             print(fit(text, indent='  '), flush=True)
 
     def sum(self, values):
-        """Sum a list of numbers over the processes; -> list of floats, the same in each of them."""
+        """Sum a list of numbers over the processes; -> list of floats, equal in all."""
         total = torch.tensor(values, dtype=torch.float64)
         if self.size > 1:
             dist.all_reduce(total)  # on the CPU, over gloo: no synchronisation with a GPU
@@ -52,7 +52,7 @@ def from_environment():
 
 
 def connect(world, device, backend):
-    """Join the other processes, if any. backend: 'auto' is nccl between GPUs, else gloo."""
+    """Join the other processes. backend: 'auto' is nccl between GPUs, else gloo."""
     if 'RANK' not in os.environ:
         return
     if sys.platform == 'win32':
@@ -99,14 +99,14 @@ def meet(store, world, patience=1800):
 
 
 def disconnect():
-    """Leave together: gloo's threads abort a process whose peers close their connections first."""
+    """Leave together: gloo aborts a process if another closes its connection first."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
 
 
 def all_find(world, path):
-    """Return whether `path` exists. Raises UserError if only some of the processes find it."""
+    """Return whether `path` exists. Raises UserError if only some processes find it."""
     n_found = int(world.sum([os.path.exists(path)])[0])
     if n_found not in (0, world.size):
         raise UserError(f'{n_found} of {world.size} processes find {path}; expected all or none: '

@@ -1,5 +1,5 @@
 """
-Open a model of whatever origin: a run of this repository or of nanoGPT, or Hugging Face's layout.
+Open a model: of a run, of nanoGPT, or in Hugging Face's layout.
 
     model, text_tokenizer, chat_template, line = open_model('gpt2', out_dir='')  # to use it
     model, state = resume(path, config, meta, data_dir)  # train.py: to continue its run
@@ -26,17 +26,17 @@ ARCHITECTURE = [field.name for field in fields(GPTConfig)
 
 
 def path_in(out_dir, which='best'):
-    """Return the path of best.pt (which='best', if it exists) or of ckpt.pt (which='last')."""
+    """Return the path of best.pt (which='best', if it exists), else of ckpt.pt."""
     path = os.path.join(out_dir, 'best.pt')
     return path if which == 'best' and os.path.exists(path) else os.path.join(out_dir, 'ckpt.pt')
 
 
 def open_model(init_from, out_dir, which='best'):
-    """Open a model to use it; -> (model, its tokenizer, its chat template, a line that names it).
+    """Open a model to use it; -> (model, tokenizer, chat template, line to print).
 
-    init_from: 'resume' for the run in out_dir, the folder of another run, or what
+    init_from: 'resume' for the run in out_dir, the folder of another run, or a name that
     huggingface.find() takes. which: 'best' for best.pt if it exists, 'last' for ckpt.pt. The model
-    is on the CPU and in eval mode; the template is Jinja's, or None. Raises UserError for what
+    is on the CPU and in eval mode; the template is Jinja's, or None. Raises UserError if it
     cannot be loaded.
     """
     path = checkpoint_path(init_from, out_dir, which)
@@ -58,7 +58,7 @@ def open_model(init_from, out_dir, which='best'):
 
 
 def checkpoint_path(init_from, out_dir, which='best'):
-    """Return the path of the checkpoint that open_model() opens; None for Hugging Face's models."""
+    """Return the checkpoint that open_model() opens; None for Hugging Face's models."""
     if init_from == 'resume':
         return path_in(out_dir, which)
     path = path_in(init_from, which)
@@ -66,7 +66,7 @@ def checkpoint_path(init_from, out_dir, which='best'):
 
 
 def dataset_of(init_from, out_dir, which='best'):
-    """Return the --dataset that a run was trained on. Raises UserError if it is not recorded."""
+    """Return the --dataset of a run. Raises UserError if it is not recorded."""
     path = checkpoint_path(init_from, out_dir, which)
     # mapped: the tensors stay on the disk
     state = torch.load(path, map_location='cpu', weights_only=True, mmap=True) if path else {}
@@ -127,7 +127,7 @@ def model_of(state, path, dropout):
 
 
 def with_adapters(state, path, dropout):
-    """Build the GPT of a LoRA run: base model and adapters. Raises UserError without the base."""
+    """Build a LoRA run's GPT with its adapters. Raises UserError without the base."""
     settings = state['lora']
     places = [settings['init_from']]
     if settings.get('from_here'):  # relative to the adapters, where both folders were moved
@@ -155,7 +155,7 @@ def base_model(init_from, dropout=0.0, needs_tokenizer=True):
     """Open the model that a finetuning begins with, adapters merged into it.
 
     -> (model on the CPU, {'tokenizer', 'chat_template'}), both None if unknown. init_from: the
-    folder of a run, or what huggingface.find() takes. needs_tokenizer: see huggingface.load().
+    folder of a run, or a name for huggingface.find(). needs_tokenizer: see huggingface.load().
     """
     path = checkpoint_path(init_from, init_from)
     if path is None:
@@ -176,7 +176,7 @@ def check_source(init_from):
 
 
 def context_of(model, config, init_from, meta):
-    """Return the block_size of a run: the setting if it was given, else what model and data imply.
+    """Return a run's block_size: the given setting, else that of model and data.
 
     Raises UserError if the model has fewer positions.
     """
@@ -195,7 +195,7 @@ def context_of(model, config, init_from, meta):
 
 
 def check_same(name, saved_config, ckpt_path):
-    """Raise UserError unless a checkpoint's run used the optimizer `name`, 'adamw' or 'muon'."""
+    """Raise UserError unless a checkpoint's run used the optimizer `name`."""
     saved = saved_config.get('optimizer', 'adamw')
     if name != saved:
         raise UserError(f'optimizer={name!r}, but the state in {ckpt_path} is that of {saved!r}; '
@@ -203,7 +203,7 @@ def check_same(name, saved_config, ckpt_path):
 
 
 def check_architecture(model, config, names, source):
-    """Raise UserError if a setting that was given, or the preset's, contradicts a loaded model."""
+    """Raise UserError if a given or preset setting contradicts a loaded model."""
     for name in names:
         value = getattr(model.config, name)
         is_set = name in config.given or name in PRESETS[config['preset']]
@@ -220,7 +220,7 @@ def check_architecture(model, config, names, source):
 def resume(path, config, meta, data_dir):
     """Load the checkpoint at `path` to continue its run; -> (model, checkpoint).
 
-    meta: data.tokens.load_meta(data_dir). Raises UserError if the settings, the tokenizer or the
+    meta: data.datasets.load_meta(data_dir). Raises UserError if the settings, the tokenizer or the
     vocabulary contradict the checkpoint, or if another script wrote it.
     """
     state = load(path)
@@ -249,7 +249,7 @@ def resume(path, config, meta, data_dir):
 
 def finetune(init_from, config, meta, data_dir):
     """
-    Open the model `init_from` to train it on a dataset; -> (model, {'tokenizer', 'chat_template'}).
+    Open a model to train on a dataset; -> (model, {'tokenizer', 'chat_template'}).
 
     Raises UserError if the settings contradict the model, or if the dataset has another
     vocabulary. Sizes and bias are ignored: nanoGPT's config files hold those of new models.

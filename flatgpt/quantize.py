@@ -1,12 +1,12 @@
 """
-Make a model decode fast: weights of fewer bits, and a compiled step of one token.
+Speed decoding up: weights of fewer bits, and a compiled step of one token.
 
     for_decoding(model, torch.bfloat16)
     for_decoding(model, torch.int8, compile=True)
 
 A token costs reading all weights once, so half the bytes are nearly twice the speed. The residual
 stream and the norms stay in fp32. int8 rounds weights only, each row of a matrix to 255 steps of
-its own, absmax / 127 ("LLM.int8()", Dettmers et al. 2022); what is not compiled multiplies in bf16.
+its own, absmax / 127 ("LLM.int8()", Dettmers et al. 2022); eager products are in bf16.
 """
 
 import itertools
@@ -18,7 +18,7 @@ import torch._inductor.config
 from torch import nn
 from torch.nn import functional as F
 
-# inductor writes what a product reads repeatedly to memory, else it computes norms and activations
+# inductor writes a product's repeated inputs to memory, else it computes norms and activations
 # anew for each row of the matrix. An older torch lacks some options and is slower
 COMPILE_OPTIONS = {name: value for name, value in {
     'deterministic': True, 'realize_reads_threshold': 1, 'size_asserts': False}.items()

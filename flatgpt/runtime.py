@@ -1,4 +1,4 @@
-"""The machine: device, precision, compilation, memory."""
+"""Choose and set up the machine: device, precision, compilation, memory."""
 
 import ctypes
 import os
@@ -15,7 +15,7 @@ DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch
 
 
 def choose_device(device, local_rank=0):
-    """Return the torch.device of a setting; 'auto' is the best accelerator here, else the CPU.
+    """Return the torch.device of a setting; 'auto': the best accelerator, or the CPU.
 
     Under torchrun each process takes the GPU of its local rank. Raises UserError for a device that
     is not here.
@@ -77,8 +77,8 @@ def autocast(dtype, device):
 def choose_compile(setting, device, flops):
     """Return (whether to use torch.compile, reason) of a setting.
 
-    'auto' compiles if a run of so many `flops` earns back the 10 to 60 s that compiling takes, and
-    if the compiler exists: a C++ compiler for the CPU, Triton for a GPU.
+    'auto' compiles if a run of so many `flops` earns back the 10 to 60 s of compilation. It also
+    needs the compiler: a C++ compiler for the CPU, Triton for a GPU.
     """
     if setting != 'auto':
         return setting, 'as set'
@@ -115,7 +115,7 @@ def use_cores():
 
 
 def keep_freed_memory():
-    """Make glibc keep freed memory: the kernel would zero every page that it hands out again.
+    """Make glibc keep freed memory, since the kernel zeroes each page it hands out.
 
     That takes a sixth of a training step on the CPU (bench/results). Other C libraries ignore it.
     """
@@ -130,7 +130,7 @@ def keep_freed_memory():
 def compile_or_eager(try_step):
     """Run a step for the first time, which compiles it; -> whether that worked.
 
-    Whatever a compiler raises becomes a warning, and torch runs eagerly from here on. A UserError
+    An exception of the compiler becomes a warning, and torch runs eagerly from then on. A UserError
     and out of memory are raised.
     """
     try:
@@ -149,7 +149,7 @@ def compile_or_eager(try_step):
 
 
 def compile_training(model, try_step):
-    """Compile a model for training; -> the module to call: compiled, or the model where that fails.
+    """Compile a model for training; -> compiled module, or the model if that fails.
 
     try_step: function of that module that takes a first step. On the CPU the blocks share one
     compilation, which takes a fifth of the whole model's; ops.Dropout needs fallback_random there.
@@ -164,7 +164,7 @@ def compile_training(model, try_step):
 
 
 def read_later(values):
-    """Start to copy a tensor to the CPU; -> function that waits for it and returns its numbers."""
+    """Start to copy a tensor to the CPU; -> function that waits and returns a list."""
     if values.device.type != 'cuda':
         return values.tolist
     copy = values.to('cpu', non_blocking=True)  # into pinned memory

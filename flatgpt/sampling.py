@@ -18,7 +18,7 @@ import torch
 class Sampling:
     """Hold the controls of sampling. top_k, then top_p, then min_p drop ids."""
 
-    max_new_tokens: int = 100  # of each sample
+    max_new_tokens: int = 100  # tokens of each sample
     temperature: float = 1.0  # divides the logits; 0: always the likeliest id
     top_k: int | None = None  # keep the k likeliest ids; None or 0: all
     top_p: float | None = None  # keep the fewest ids of this probability (Holtzman et al. 2020)
@@ -32,7 +32,7 @@ class Sampling:
     seed: int = 1337  # fixes the samples of generate_texts(), see uniforms()
     crop_prompt: bool = False  # keep the end of a prompt that exceeds the context
     constraint: object = None  # a constrain.Constraint that each sample satisfies
-    cache_dtype: torch.dtype | None = None  # of the KV cache; None: that of the weights
+    cache_dtype: torch.dtype | None = None  # precision of the KV cache; None: the weights'
 
 
 def sample_next(logits, sampling, u=None):

@@ -37,7 +37,7 @@ sys.stdout.reconfigure(errors='replace')  # a terminal that lacks a character pr
 init_from = 'resume'  # 'resume': out_dir; or a Hugging Face folder, a hub id, 'gpt2' to 'gpt2-xl'
 out_dir = 'out'  # folder of ckpt.pt and best.pt
 which: Literal['best', 'last'] = 'best'  # 'best': best.pt, else ckpt.pt; 'last': ckpt.pt
-system = ''  # the system message: who the assistant is, and what it should do
+system = ''  # the system message: the assistant's role and task
 tools = False  # True: the model may call a calculator; adds a sentence to the system message
 max_new_tokens: Count = 500  # tokens in each answer
 slide: Count = 1  # tokens that a full context drops at once; 1 is exact, more are faster
@@ -63,7 +63,7 @@ A line that ends with \\ continues in the next one."""
 
 
 def main():
-    # open the model, and find what ends its answers
+    # open the model, and find the ends of its answers
     model, tokenizer, template, line = decoding.open_model(config)
     block_size, system_message = model.config.block_size, system
     stop_ids, stops = find_endings(template, tokenizer)

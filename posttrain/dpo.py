@@ -1,4 +1,4 @@
-"""Direct preference optimization: a chat model learns from pairs of answers.
+"""Train a chat model on pairs of answers: direct preference optimization (DPO).
 
     $ python -m posttrain.dpo --init_from=out-sft --pairs=pairs.jsonl
     $ python -m posttrain.dpo --init_from=out-sft --pairs=pairs.jsonl \\
@@ -6,12 +6,12 @@
     $ python -m posttrain.dpo --init_from=resume --pairs=pairs.jsonl
 
 No answers are drawn and no reward model is needed: the model makes the chosen
-answer of a pair likelier and the rejected one less likely, relative to the model
-that it began as, the reference. The pairs are those of posttrain.reward. Expect
-a loss of ln 2 at first. A --task only measures: its val questions are answered
-in each evaluation, and their accuracy chooses best.pt in place of the loss.
+answer of a pair likelier and the rejected one less likely. Both are relative to
+the reference, the model that the run began with. The pairs are those of
+posttrain.reward. Expect a loss of ln 2 at first. A --task only measures: its val
+questions are answered in each evaluation. Then accuracy chooses best.pt, not loss.
 
-Writes to out_dir what train.py does.
+Writes the same files to out_dir as train.py.
 """
 
 import collections
@@ -40,7 +40,7 @@ sys.stdout.reconfigure(errors='replace', line_buffering=True)
 out_dir = 'out-dpo'
 init_from = 'out-sft'  # a chat model: an out_dir, a Hugging Face folder or hub id; 'resume'
 pairs = ''  # FILE.jsonl, see posttrain.reward
-val_fraction: Share = 0.1  # of the conversations, held out
+val_fraction: Share = 0.1  # share of the conversations held out
 eval_interval: Count = 10  # steps between evaluations; each is followed by a checkpoint
 log_interval: Count = 1  # steps between log lines
 max_iters: Count = 100  # steps in all
@@ -55,17 +55,17 @@ label_smoothing: Fraction = 0.0  # assumed share of swapped pairs, below 0.5
 task = ''  # tiny_chat, gsm8k, or a file tasks/NAME.py of your own; '': the loss alone
 input = ''  # the file of questions, for a task that reads one
 eval_examples: Count = 200  # held-out questions, answered greedily in each evaluation
-max_new_tokens: Count = 64  # of an answer
+max_new_tokens: Count = 64  # tokens in an answer
 # optimizer
 learning_rate: NonNegative = 1e-4  # the highest; for a large model 1e-6
 warmup_iters: Natural = 5
-final_share: NonNegative = 1.0  # of the rate, at max_iters after half a cosine; 1: constant
+final_share: NonNegative = 1.0  # share of the rate at max_iters, after half a cosine; 1: constant
 weight_decay: NonNegative = 0.0
 beta1: Fraction = 0.9
 beta2: Fraction = 0.95
 grad_clip: NonNegative = 1.0  # largest norm of the gradient; 0: no clipping
 # machine
-seed = 1337  # of pairs and minibatches
+seed = 1337  # fixes pairs and minibatches
 device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps', ...
 dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'
 config = override(globals())
@@ -85,7 +85,7 @@ runtime.use_machine(torch_device)
 precision, precision_reason = runtime.choose_dtype(dtype, torch_device, has_scaler=False)
 autocast = runtime.autocast(precision, torch_device)
 
-# the policy, which learns, and the reference, which it began as
+# the policy, which learns, and the reference, its copy from before training
 ckpt_path = os.path.join(out_dir, 'ckpt.pt')
 state = resume(ckpt_path, resolved) if init_from == 'resume' else {}
 init_from = state['config']['init_from'] if state else init_from
@@ -151,7 +151,7 @@ def evaluate():
 
 
 def state_of_run():
-    """Return what a checkpoint holds beside the numbers of the run."""
+    """Return a checkpoint's content beside the numbers of the run."""
     return policy.state(optimizer=opt.state_dict(), pairs=pairs_id,
                         measure='share of wrong answers' if task else 'dpo loss')
 
@@ -176,7 +176,7 @@ while True:
         group['lr'] = lr * group['lr_scale']
     numbers = train_items(run.step, prompts_per_step, len(splits['train']), seed)
     idx, mask = pair_rows([splits['train'][i] for i in numbers], torch_device)  # (2n, T)
-    lengths = lengths_of(mask).view(2, -1).amax(dim=0)  # of each pair's longer answer
+    lengths = lengths_of(mask).view(2, -1).amax(dim=0)  # length of each pair's longer answer
     actions = mask[:, 1:]
 
     # forward, backward and update for each minibatch
@@ -184,7 +184,7 @@ while True:
     for minibatch in torch.randperm(prompts_per_step).chunk(-(-prompts_per_step // minibatch_size)):
         minibatch = minibatch.to(torch_device)
         n_tokens = actions[torch.cat((minibatch, minibatch + prompts_per_step))].sum()
-        sums = collections.Counter()  # of the micro-batches' metrics, weighted
+        sums = collections.Counter()  # weighted sums of the micro-batches' metrics
         for part, T in micro_batches(minibatch, lengths, micro_batch_size):
             rows = torch.cat((part, part + prompts_per_step))  # chosen, then rejected answers
             share = len(part) / len(minibatch)

@@ -1,4 +1,4 @@
-"""Losses and advantages of post-training, as pure functions of tensors.
+"""Compute post-training's losses and advantages, as pure functions of tensors.
 
 Shapes: B sequences, T tokens, V ids. A mask (B, T), of bools or of 0 and 1, marks the actions: the
 tokens that the model chose itself, not prompt, padding or the output of a tool. The state of an

@@ -1,4 +1,4 @@
-"""Preference pairs: two answers to a conversation, as rows of ids with masks.
+"""Read preference pairs: two answers to a conversation, as rows of ids and masks.
 
     {"messages": [{"role": "user", "content": "2+2?"}], "chosen": "4", "rejected": "5"}
 
@@ -53,7 +53,7 @@ def check_pairs(path, val_fraction, state, ckpt_path):
     """Return {'sha256', 'val_fraction'} of the pairs, for the checkpoint.
 
     state: the checkpoint that a run resumes, or {}. Raises UserError if that run learned from other
-    pairs or held out another share: it may have learned from what would now be held out.
+    pairs or held out another share: it may have learned from pairs that are now held out.
     """
     pairs = {'sha256': download.file_sha256(path), 'val_fraction': val_fraction}
     before = state.get('pairs', pairs)
@@ -90,8 +90,8 @@ def render_answer(messages, answer, template, tokenizer):
     one. Raises UserError where the template does not show where the answer begins or ends.
     """
     prompt = chat.render(messages, template, tokenizer)
-    whole = [*messages, {'role': 'assistant', 'content': answer}]
-    ids, mask = chat.render_conversation(whole, template, tokenizer)
+    answered = [*messages, {'role': 'assistant', 'content': answer}]
+    ids, mask = chat.render_conversation(answered, template, tokenizer)
     if ids[: len(prompt)] != prompt:
         raise UserError('the chat template renders the conversation differently once it is '
                         'answered, or the tokenizer joins an answer with the text around it, so '

@@ -1,4 +1,4 @@
-"""The chat model that rl and dpo train: how it is opened, answers, and resumes.
+"""Open, sample and resume the chat model that rl and dpo train.
 
     policy = open_policy(init_from, state, ckpt_path, device, autocast)
     prompts = policy.prompts_of(task, Questions('val', 200), max_new_tokens, block_size)
@@ -30,11 +30,11 @@ KEPT = ('algorithm', 'task', 'input', 'kinds', 'eval_examples', 'tools', 'max_ne
 
 @dataclass
 class Policy:
-    """A chat model that learns, and the reference, a copy of what it began as."""
+    """Hold a chat model that learns, and its reference, a copy from before training."""
 
     model: GPT
     reference: GPT
-    digest: str  # of the reference's weights
+    digest: str  # SHA-256 of the reference's weights
     tokenizer: object
     template: str
     stop_ids: set  # ids that end an answer
@@ -97,7 +97,7 @@ class Policy:
             return logprobs_of(model, idx, mask, self.tokenizer.vocab_size, temperature)
 
     def state(self, **more):
-        """Return what a checkpoint holds of the policy, and the entries `more`."""
+        """Return the policy's entries of a checkpoint, and the entries `more`."""
         return {'model': self.model.state_dict(), 'model_args': asdict(self.model.config),
                 'reference': self.digest, 'tokenizer': self.tokenizer.to_dict(),
                 'chat_template': self.template, **more}
@@ -121,7 +121,7 @@ def open_policy(init_from, state, path, device, autocast):
     """Open the reference, and as policy its copy or the checkpoint's model.
 
     state: the checkpoint that was loaded from `path` to resume, or {}. Raises UserError if the
-    reference has other weights than the run began with, or if its chat template ends answers
+    reference's weights have changed since the run began, or if its chat template ends answers
     without a token.
     """
     reference, tokenizer, template, line = open_chat_model(init_from)

@@ -1,4 +1,4 @@
-"""Train a reward model: which of two answers to a conversation is better?
+"""Train a reward model to rank two answers to a conversation.
 
     $ python -m posttrain.reward --init_from=out-sft --data=pairs.jsonl
     $ python -m posttrain.reward --init_from=resume --data=pairs.jsonl
@@ -8,11 +8,11 @@
 Each line of the data is a pair, {"messages": [{"role": "user", "content":
 "2+2?"}], "chosen": "4", "rejected": "5"}. Pairs with the same "group" are held
 out together. The model is a finetuned one with a scalar head in place of its
-own. Its score at the token that ends an answer is trained by Bradley-Terry's
-loss, -log sigmoid(score of the chosen - score of the rejected). Expect a loss
+own. It scores an answer at the token that ends it. The loss is Bradley-Terry's,
+-log sigmoid(score of the chosen - score of the rejected). Expect a loss
 of ln 2 and half of the held-out pairs right at first.
 
-Writes to out_dir what train.py does; best.pt has the lowest loss on held-out
+Writes the same files as train.py; best.pt has the lowest loss on held-out
 pairs.
 """
 
@@ -43,7 +43,7 @@ sys.stdout.reconfigure(errors='replace', line_buffering=True)
 out_dir = 'out-reward'
 init_from = 'out-sft'  # a finetuned model: an out_dir, a Hugging Face folder or hub id; 'resume'
 data = ''  # the pairs: FILE.jsonl
-val_fraction: Share = 0.1  # of the conversations, held out
+val_fraction: Share = 0.1  # share of the conversations held out
 eval_interval: Count = 50  # steps between evaluations; each is followed by a checkpoint
 log_interval: Count = 10  # steps between log lines
 max_iters: Count = 500  # steps in all
@@ -53,8 +53,8 @@ dropout: Fraction = 0.0
 # optimizer
 optimizer: Literal['adamw', 'muon'] = 'adamw'  # muon for a model that was pretrained with it
 learning_rate: NonNegative = 3e-4  # the highest; for a large model 1e-5
-muon_lr: NonNegative = 5e-3  # muon: of the matrices of the blocks
-embedding_lr: NonNegative = 5e-3  # muon: of embeddings
+muon_lr: NonNegative = 5e-3  # muon: rate of the matrices of the blocks
+embedding_lr: NonNegative = 5e-3  # muon: rate of embeddings
 warmup_iters: Natural = 20
 min_lr: NonNegative = 3e-5  # at max_iters, after half a cosine; the other rates fall alike
 weight_decay: NonNegative = 0.1  # adamw: matrices and embeddings; muon: the matrices alone
@@ -62,7 +62,7 @@ beta1: Fraction = 0.9
 beta2: Fraction = 0.95
 grad_clip: NonNegative = 1.0  # largest norm of the gradient; 0: no clipping
 # machine
-seed = 1337  # of batches and dropout
+seed = 1337  # fixes batches and dropout
 device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps', ...
 dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'
 config = override(globals())
@@ -149,7 +149,7 @@ def evaluate():
 
 
 def state_of_run():
-    """Return what a checkpoint holds beside the numbers of the run."""
+    """Return a checkpoint's content beside the numbers of the run."""
     return {'model': model.state_dict(), 'reward_model': True, 'optimizer': opt.state_dict(),
             'model_args': asdict(model.config), 'pairs': pairs_id, 'tokenizer': tokenizer.to_dict(),
             'chat_template': template}

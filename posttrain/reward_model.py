@@ -1,4 +1,4 @@
-"""A GPT with a scalar head: a reward model, or PPO's value function.
+"""Give a GPT a scalar head: a reward model, or PPO's value function.
 
 As reward model it scores an answer at the token that ends it. As value function it predicts, at
 every token, the reward to come.
@@ -27,7 +27,7 @@ TRAIN_ONE = 'train one: python -m posttrain.reward --init_from=FOLDER --data=PAI
 
 
 class Critic(GPT):
-    """The trunk of a GPT, under the same names, with value_head in place of lm_head."""
+    """Put value_head in place of lm_head on a GPT's trunk, under the same names."""
 
     def __init__(self, config):
         super().__init__(config)

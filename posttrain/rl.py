@@ -1,4 +1,4 @@
-"""Reinforcement learning: rewarded answers of a chat model become likelier.
+"""Make rewarded answers of a chat model likelier: reinforcement learning (RL).
 
     $ python -m posttrain.rl --init_from=out-sft --task=tiny_chat
     $ python -m posttrain.rl --init_from=out-sft --task=tiny_chat \\
@@ -8,12 +8,12 @@ grpo: several answers to each prompt, each compared with the others of its group
 ppo: a value function predicts the reward at every token, and each token is
 compared with its prediction.
 
-A task asks, checks and rewards, see posttrain/README.md. Its val questions choose
-best.pt, so those of test stay unseen. With --reward_model that model's score is
-the reward. kl_coef keeps the policy near the model that it began as, the
-reference.
+A task has questions, checks and rewards, see posttrain/README.md. Its val
+questions choose best.pt, so those of test stay unseen. With --reward_model the
+reward is that model's score. kl_coef keeps the policy near the reference, the
+model that the run began with.
 
-Writes to out_dir what train.py does. Resume with --init_from=resume.
+Writes the same files to out_dir as train.py. Resume with --init_from=resume.
 """
 
 import collections
@@ -69,30 +69,30 @@ eval_examples: Count = 200  # held-out questions, answered greedily in each eval
 # a step: prompts_per_step * group_size answers, an update for each minibatch
 prompts_per_step: Count = 32
 group_size: Count = 8  # answers to each prompt; grpo compares them
-max_new_tokens: Count = 64  # of an answer
-temperature: Positive = 1.0  # of the distribution that answers are drawn from and that learns
+max_new_tokens: Count = 64  # tokens in an answer
+temperature: Positive = 1.0  # divides the logits, both to draw answers and to learn from them
 epochs: Count = 1  # passes over the answers of a step
 minibatch_size: Count = 128  # answers per update
 micro_batch_size: Count = 32  # answers at once, as many as fit; does not change the mathematics
 rollout_batch_size: Natural = 0  # answers drawn at once; 0: all of a step
 # losses
-kl_coef: NonNegative = 0.02  # of the KL: grpo in the loss, ppo in each token's reward
-clip: Fraction = 0.2  # how far, as a factor, a step can move a token's probability
+kl_coef: NonNegative = 0.02  # weight of the KL: grpo in the loss, ppo in each token's reward
+clip: Fraction = 0.2  # limit of a step's change of a token's probability, as a factor
 skip_equal = False  # grpo: learn from no group of equal rewards (DAPO)
-lam: Probability = 0.95  # ppo: of GAE; lower trusts the value function more
-value_clip: NonNegative = 0.0  # ppo: how far a step can move a value; 0: no limit
+lam: Probability = 0.95  # ppo: GAE's lambda; lower trusts the value function more
+value_clip: NonNegative = 0.0  # ppo: limit of a step's change of a value; 0: none
 critic_warmup: Natural = 5  # ppo: first steps, in which only the value function learns
 # optimizer
 learning_rate: NonNegative = 1e-4  # the highest; for a large model 1e-6
-critic_lr: NonNegative = 3e-4  # ppo: of the value function
+critic_lr: NonNegative = 3e-4  # ppo: rate of the value function
 warmup_iters: Natural = 5
-final_share: Probability = 1.0  # of the rates, at max_iters after half a cosine; 1: constant
+final_share: Probability = 1.0  # share of the rates at max_iters, after half a cosine; 1: constant
 weight_decay: NonNegative = 0.0
 beta1: Fraction = 0.9
 beta2: Fraction = 0.95
 grad_clip: NonNegative = 1.0  # largest norm of the gradient; 0: no clipping
 # machine
-seed: Seed = 1337  # of prompts, answers and minibatches
+seed: Seed = 1337  # fixes prompts, answers and minibatches
 device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps', ...
 dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'
 config = override(globals())
@@ -114,7 +114,7 @@ runtime.use_machine(torch_device)
 precision, precision_reason = runtime.choose_dtype(dtype, torch_device, has_scaler=False)
 autocast = runtime.autocast(precision, torch_device)
 
-# the policy, which learns, and the reference, which it began as
+# the policy, which learns, and the reference, its copy from before training
 ckpt_path = os.path.join(out_dir, 'ckpt.pt')
 state = resume(ckpt_path, config) if init_from == 'resume' else {}
 init_from = state['config']['init_from'] if state else init_from
@@ -211,7 +211,7 @@ def update(optimizer, model, lr):
 
 
 def state_of_run():
-    """Return what a checkpoint holds beside the numbers of the run."""
+    """Return a checkpoint's content beside the numbers of the run."""
     state = policy.state(optimizer=opt.state_dict(), judge=judge_digest,
                          measure='share of wrong answers')
     if algorithm == 'ppo':
@@ -252,7 +252,7 @@ while True:
     # reward them
     rewards = rewards_of(examples, prompts, answers, texts)
     if not rewards.isfinite().all():
-        if run.saved_step < run.step:  # what the policy has learned is sound
+        if run.saved_step < run.step:  # the policy itself is sound
             run.save(state_of_run)
         source = f'the reward model in {reward_model}' if judge else f'reward() of tasks/{task}.py'
         bad, command = rewards[~rewards.isfinite()][0], run.command(init_from='resume')
@@ -293,7 +293,7 @@ while True:
     updates = []
     for minibatch in (rows[part.to(torch_device)] for _ in range(epochs if len(rows) else 0)
                       for part in torch.randperm(len(rows)).chunk(-(-len(rows) // minibatch_size))):
-        sums = collections.Counter()  # of the micro-batches' metrics, weighted
+        sums = collections.Counter()  # weighted sums of the micro-batches' metrics
         for part, T in micro_batches(minibatch, lengths, micro_batch_size):
             acts, old, advantage = (x[part, : T - 1] for x in (actions, old_logprobs, advantages))
             answer_share = len(part) / len(minibatch)

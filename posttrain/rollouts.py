@@ -1,4 +1,4 @@
-"""Answers drawn from a model, as rows of ids, and their log-probabilities.
+"""Draw answers from a model, as rows of ids, and compute their log-probabilities.
 
     answers = draw_answers(model, prompts, Sampling(64, n_ids=n_ids, stop_ids=stop_ids), u)
     idx, mask = to_rows([(ids, mask), ...], device)

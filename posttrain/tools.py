@@ -1,4 +1,4 @@
-"""A calculator, and drawing answers of a model that may call it.
+"""Draw answers from a model that may call a calculator.
 
 The model writes an expression between chat.PYTHON and chat.PYTHON_END. The value is inserted
 between chat.OUTPUT and chat.OUTPUT_END, and the answer continues ("Toolformer", Schick et al.
@@ -24,7 +24,7 @@ from tokenizer.chat import OUTPUT, OUTPUT_END, PYTHON, PYTHON_END
 SYSTEM = 'You have a calculator.'  # the system message that permits calls
 MAX_LENGTH = 200  # characters of an expression
 MAX_DEPTH = 100  # nested operators; a sum of 100 numbers is as deep
-MAX_BITS = 128  # of a numerator or denominator: numbers of up to 38 digits
+MAX_BITS = 128  # in a numerator or denominator: numbers of up to 38 digits
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
              ast.Div: operator.truediv, ast.FloorDiv: lambda a, b: Fraction(a // b),
              ast.Mod: operator.mod, ast.Pow: lambda a, b: power(a, b)}

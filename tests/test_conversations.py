@@ -217,7 +217,7 @@ def test_a_weight_of_0_carries_no_loss(data, monkeypatch, capsys):
     assert learnt(messages, chat.TEMPLATE) == ''
     (data.path / 'sums.jsonl').write_text(json.dumps({'messages': messages}) + '\n')
     _, error = prepare(data, monkeypatch, capsys)
-    assert 'line 1: no token of it carries loss; expected an answer whose "weight"' in error
+    assert 'line 1: no token carries loss; expected an answer whose "weight"' in error
     messages[1]['weight'] = 0.5
     with pytest.raises(ValueError,
                        match='message 2 has a weight of 0.5; expected 0, not to be learnt, or 1'):

@@ -421,7 +421,7 @@ def test_task_of_choices(folder):
             for kind, row in found['kinds'].items()} == {'part 0': 3, 'part 1': 2, 'all': 5}
     assert evaluate(folder, task='multiple_choice', input='q.jsonl', kinds=' part 1,',
                     shots=0)['n'] == 2
-    # those of one split alone, of which rl.py learns from train
+    # those of one split alone, of which posttrain.rl learns from train
     by_split = {split: evaluate(folder, task='multiple_choice', input='q.jsonl', split=split,
                                 shots=0)['n']
                 for split in ('train', 'val', 'test', 'all')

@@ -1,4 +1,4 @@
-"""export.py and --init_from=FOLDER, checked by transformers and lm-evaluation-harness.
+"""flatgpt.export and --init_from=FOLDER, checked by transformers and lm-evaluation-harness.
 
 Run: pytest tests/test_export_e2e.py
 """

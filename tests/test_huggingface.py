@@ -327,7 +327,7 @@ def test_no_weights_are_drawn_to_be_replaced(tmp_path):
     ('gpt2', {'add_cross_attention': True}, 'add_cross_attention = True'),
     ('gpt2', {'quantization_config': {'bits': 4}}, "quantization_config = {'bits': 4}"),
     ('gpt2', {'tie_word_embeddings': False}, 'no tensor lm_head.weight'),
-    ('gpt2', {'n_inner': 50}, 'c_fc.weight has shape (24, 96), config.json says (24, 50)'),
+    ('gpt2', {'n_inner': 50}, 'c_fc.weight has shape (24, 96), config.json gives (24, 50)'),
     ('gpt2', {'n_head': 5}, 'n_embd=24 is not divisible by n_head=5'),
     ('llama', {'hidden_act': 'gelu'}, "hidden_act = 'gelu' is not supported; expected 'silu'"),
     ('llama', {'partial_rotary_factor': 0.5}, 'partial_rotary_factor = 0.5'),
@@ -383,7 +383,7 @@ def test_tensors_that_are_refused(kind, tmp_path):
             'copy all of them')
     refused({n: t for n, t in saved.items() if '.0.' in n}, 'no tensor', ' more. ')
     refused({**saved, name: torch.zeros(17, 24)},
-            f'{name} has shape (17, 24), config.json says {shape}')
+            f'{name} has shape (17, 24), config.json gives {shape}')
     refused({**saved, name: torch.zeros(shape, dtype=torch.int8)},
             f'{name} is of type I8, expected F32, BF16 or F16')
     refused({**saved, name.replace('.1.', '.2.'): torch.zeros(3)}, 'unexpected tensor')

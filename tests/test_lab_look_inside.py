@@ -135,7 +135,7 @@ def test_page():
 
 @pytest.mark.slow
 def test_run_and_evaluate(folder):
-    """The losses of the page are those that evaluate.py sums; a text longer than the context is cut, and said to be."""
+    """The losses of the page are those that eval.py sums; a text longer than the context is cut, and said to be."""
     folder.train(preset='modern').ok()
     text = folder.path / 'text.txt'
     text.write_text('the cat ran to it')  # 17 tokens: 16 are read and 16 predicted

@@ -399,7 +399,7 @@ def test_share_of_steps(tmp_path):
 
 
 def test_configs(prepared, folder):
-    """From the prepared files to a base model and an assistant that evaluate.py asks, as the config
+    """From the prepared files to a base model and an assistant that eval.py tests, as the config
     files have it."""
     (folder.path / 'data' / 'tiny_chat').symlink_to(prepared)
     ours = tokenizer.load(prepared / 'chat.json')

@@ -1,4 +1,4 @@
-"""dataloader.py: which windows make a batch, and what damaged data says. Run: pytest tests/test_dataloader.py"""
+"""Test data/tokens.py: the windows of a batch, and errors for damaged data. Run: pytest tests/test_tokens.py"""
 
 import json
 import os
@@ -312,7 +312,7 @@ def test_tokens_that_fit_on_a_gpu(monkeypatch):
 
 
 def test_a_prepared_dataset_in_shards(tmp_path):
-    """What corpus.py writes, this reads: the same batches from one file and from many."""
+    """data/tokens.py reads the files of data/encode.py: the same batches from one file and from many."""
     documents = [('train' if i % 5 else 'val', chr(97 + i % 26) * (i + 3)) for i in range(90)]
     for shard_tokens in (10**9, 700):
         corpus = encode.Corpus(lambda: documents, True, '', 0.2, shard_tokens)
@@ -340,7 +340,7 @@ def test_damaged_shards(tmp_path):
         meta = json.loads((tmp_path / 'meta.json').read_text())
         meta['files']['train'] = [[name, n] for (name, _), n in zip(meta['files']['train'], lengths, strict=False)]
         (tmp_path / 'meta.json').write_text(json.dumps(meta))
-        with pytest.raises(ValueError, match='meta.json is damaged.*do not add up to 100 tokens'):
+        with pytest.raises(ValueError, match='meta.json is damaged.*do not hold 100 tokens'):
             datasets.load_meta(str(tmp_path))
 
 
@@ -356,7 +356,7 @@ def test_missing_dataset_lists_those_there_are(tmp_path, monkeypatch):
         datasets.prepare_if_missing('data/novel', True)
     assert 'Datasets here: code, poems' in str(error.value)
     # train.py is elsewhere, and so may the data be
-    assert f'in the current folder, {tmp_path}; for those beside train.py: cd {ROOT}' in str(error.value)
+    assert f'The current folder is {tmp_path}; for the datasets of train.py: cd {ROOT}' in str(error.value)
     monkeypatch.chdir(ROOT)
     with pytest.raises(ValueError, match='no dataset in data/novel') as error:
         datasets.prepare_if_missing('data/novel', True)

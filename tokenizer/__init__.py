@@ -12,7 +12,7 @@ Turn text into token ids and back: characters, bytes, words, byte pairs.
     >>> tok.decode(tok.encode('some text'))
     'some text'
 
-README.md has the table of what every tokenizer offers.
+README.md has the table of methods that every tokenizer offers.
 """
 
 import json
@@ -36,7 +36,7 @@ ALSO_CALLED = {'gpt-2': 'gpt2', 'gpt4': 'cl100k_base', 'gpt-4': 'cl100k_base',
                'gpt4o': 'o200k_base', 'gpt-4o': 'o200k_base'}  # for "did you mean"
 CLASSES = {'char': CharTokenizer, 'byte': ByteTokenizer, 'word': WordTokenizer,
            'tiktoken': TiktokenTokenizer}
-# What to_dict() gives for each kind, beside optional lists.
+# The entries of to_dict() for each kind, beside optional lists.
 FIELDS = {'char': {'chars': str | list}, 'byte': {}, 'word': {'words': list},
           'tiktoken': {'name': str},
           'bpe': {'merges': list, 'pattern': str | None, 'special_tokens': dict}}

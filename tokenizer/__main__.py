@@ -1,5 +1,5 @@
 """
-See the tokens of a text, compare tokenizers, train one, export one.
+Show the tokens of a text, compare tokenizers, train one, export one.
 
     python -m tokenizer --text='Hello, 안녕!' --tokenizer=gpt2
     python -m tokenizer --compare=gpt2,cl100k_base,byte
@@ -22,7 +22,7 @@ from tokenizer import BPETokenizer, CharTokenizer, WordTokenizer, formats
 from tokenizer.base import ENDOFTEXT, id_dtype
 from tokenizer.patterns import to_utf8
 
-BACKGROUNDS = [153, 157, 223, 218, 189]  # of the terminal's 256 colours: light, for black letters
+BACKGROUNDS = [153, 157, 223, 218, 189]  # light ones of a terminal's 256 colours, for black text
 COLUMNS_PER_TABLE = 3                    # tokenizers side by side in 80 columns
 TOKENIZER_HELP = 'byte, gpt2, cl100k_base, o200k_base, or a file'
 

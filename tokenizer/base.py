@@ -50,7 +50,7 @@ class Tokenizer:
 
     @property
     def eot(self):
-        """The id of <|endoftext|>, or None."""
+        """Return the id of <|endoftext|>, or None."""
         return self.special_tokens.get(ENDOFTEXT)
 
     def encode(self, text: str | bytes, allowed_special='none_raise') -> list[int]:
@@ -178,7 +178,7 @@ def check_specials(special_tokens: dict[str, int]):
         if to_utf8(token) != token.encode('utf-8', 'surrogatepass'):
             raise UserError(f'the special token {token!r} has half a surrogate pair')
     if len(set(special_tokens.values())) < len(special_tokens):
-        raise UserError(f'two special tokens have the same id: {special_tokens}')
+        raise UserError(f'two special tokens have the same id: {special_tokens}; expected one each')
     if overlap := find_overlap(special_tokens):
         raise UserError(f'special tokens overlap: {overlap}. Give them other names, such as '
                         f'<|one|> and <|two|>')
@@ -202,7 +202,7 @@ def find_overlap(tokens) -> str | None:
 
 
 def read_texts(texts):
-    """Yield the texts to train on. Raises UserError for what is no string."""
+    """Yield the texts to train on. Raises UserError unless they are strings."""
     for text in [texts] if isinstance(texts, str | os.PathLike) else texts:
         if not isinstance(text, str):
             raise UserError(f'expected texts to train on as strings, got {type(text).__name__}; '

@@ -1,4 +1,4 @@
-"""Tokenizers without merges: characters, bytes, words."""
+"""Encode without merges: by characters, bytes, words."""
 
 import numpy as np
 import regex
@@ -23,7 +23,7 @@ class ListTokenizer(Tokenizer):
 
 
 class CharTokenizer(ListTokenizer):
-    """One id per character. chars: the vocabulary in id order, a string or list."""
+    """Encode a character as an id. chars: the vocabulary by id, a string or list."""
 
     kind = 'char'
 
@@ -72,7 +72,7 @@ class CharTokenizer(ListTokenizer):
 
 
 class ByteTokenizer(Tokenizer):
-    """The ids 0 to 255 are the bytes of UTF-8: any text, without training or download."""
+    """Encode any text as bytes of UTF-8, ids 0 to 255, without training or download."""
 
     kind = 'byte'
     vocab_size = 256
@@ -89,7 +89,7 @@ class ByteTokenizer(Tokenizer):
 
 
 class WordTokenizer(ListTokenizer):
-    """One id per word with the space before it; marks and blanks are words too.
+    """Encode a word and the space before it as an id; marks and blanks are words too.
 
     Id 0 is <|unk|>, which replaces unknown words; 1 is <|endoftext|>; from 2 on stand `words`.
     """

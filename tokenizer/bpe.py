@@ -1,8 +1,8 @@
 """
-Byte pair encoding, the algorithm behind GPT-2's and GPT-4's tokens.
+Encode by byte pairs: the algorithm behind GPT-2's and GPT-4's tokens.
 
 Training starts with the 256 bytes. It finds the most frequent pair of neighbours, gives it a new
-id, writes that id wherever the pair stood, and repeats. The result is the list of merges; new text
+id, writes that id in place of the pair, and repeats. The result is the list of merges; new text
 is encoded by the same merges in the same order. Gage (1994) compressed files like this, Sennrich et
 al. (2016) cut words into subwords, and GPT-2 (Radford et al. 2019) worked on bytes.
 
@@ -68,7 +68,7 @@ def learn(counts: dict[str, int], n_merges: int) -> list[tuple[int, int]]:
     Returns pairs (left id, right id); the i-th makes the id 256 + i. Of equally frequent pairs the
     one with the smaller left id is merged first, then the smaller right id.
 
-    Cost: the places of each pair are kept in a list, so a merge touches only what it changes. In
+    Cost: the places of each pair are kept in a list, so a merge touches only its own places. In
     all, merges touch at most as many places as the distinct pieces have bytes.
     """
     # All pieces end to end, with END behind each, as a linked list: a merge writes the new id over
@@ -167,7 +167,7 @@ class Merges:
 
     @functools.cached_property
     def sorted_pairs(self) -> tuple[np.ndarray, np.ndarray]:
-        """The pairs as ascending numbers left << 32 | right, and their ids."""
+        """Return pairs as ascending numbers left << 32 | right, and their ids."""
         keys = np.array([left << 32 | right for left, right in self.pairs], dtype=np.int64)
         order = np.argsort(keys)
         return keys[order], 256 + order
@@ -210,7 +210,7 @@ class Merges:
             starts = np.sort(np.concatenate(places.pop(new)))
             # earlier merges have taken some of these pairs apart
             starts = starts[(ids[starts] == left) & (ids[following[starts]] == right)]
-            if left == right:  # of a run like aaaaa: the first two, the next two, ...
+            if left == right:  # in a run like aaaaa: the first two, the next two, ...
                 index = np.arange(len(starts))
                 continues = np.append(-1, following[starts[:-1]]) == starts
                 run_start = np.maximum.accumulate(np.where(continues, 0, index))

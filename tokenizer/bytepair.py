@@ -44,7 +44,7 @@ class MergeTokenizer(Tokenizer):
 
 @dataclass(eq=False, repr=False)
 class BPETokenizer(MergeTokenizer):
-    """Byte pair encoding with merges of its own.
+    """Encode by byte pairs with merges of its own.
 
     merges: pairs of bytes, in the order they were learnt; token = left + right
     pattern: a name in PATTERNS, a regular expression that cuts text into pieces, or None
@@ -99,7 +99,7 @@ class BPETokenizer(MergeTokenizer):
         self._token_of = dict(zip(ids, self._tokens, strict=True))
         self._token_of |= {i: token.encode('utf-8') for token, i in self.special_tokens.items()}
         if len(self._token_of) < len(ids) + len(self.special_tokens):
-            raise UserError('two tokens have the same id')
+            raise UserError('two tokens have the same id; expected an id of its own for each')
         self.vocab_size = max(self._token_of) + 1
         self._ids = None if ids == list(range(len(ids))) else np.array(ids)  # by rank
         self._whole_pieces = rank if self.ignore_merges else {}
@@ -196,7 +196,7 @@ class BPETokenizer(MergeTokenizer):
 
     @functools.cached_property
     def is_fast(self) -> bool:
-        """True when compiled code gives the same ids.
+        """Return whether compiled code encodes to the same ids.
 
         It has few patterns, and joins any two neighbours that together are a token. Learnt merges
         do so too; those of other files may differ.
@@ -232,7 +232,7 @@ class BPETokenizer(MergeTokenizer):
 
     @functools.cached_property
     def _inner_pairs(self) -> set[bytes]:
-        """All pairs of bytes inside tokens; no merge joins another pair."""
+        """Return all pairs of bytes inside tokens; no merge joins another pair."""
         return {token[i:i + 2] for token in self._tokens for i in range(len(token) - 1)}
 
     def to_dict(self) -> dict:
@@ -247,7 +247,7 @@ class BPETokenizer(MergeTokenizer):
 
 
 class TiktokenTokenizer(MergeTokenizer):
-    """OpenAI's vocabulary 'gpt2', 'cl100k_base' (GPT-4) or 'o200k_base' (GPT-4o).
+    """Encode by OpenAI's 'gpt2', 'cl100k_base' (GPT-4) or 'o200k_base' (GPT-4o).
 
     Raises UserError when tiktoken neither has the vocabulary in its cache nor can download it.
     """
@@ -263,7 +263,7 @@ class TiktokenTokenizer(MergeTokenizer):
 
     @functools.cached_property
     def bpe(self) -> BPETokenizer:
-        """The same vocabulary as merges, in Python."""
+        """Return the same vocabulary as merges, in Python."""
         return BPETokenizer.from_tiktoken(self.name)
 
     @functools.cached_property

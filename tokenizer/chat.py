@@ -7,8 +7,8 @@ Render conversations to ids: a prompt for an answer, or ids and loss mask.
     stop_ids, stop_texts = find_endings(template, tokenizer)
 
 A template is Jinja, as Hugging Face's; the ids are those of transformers' apply_chat_template().
-TEMPLATE is that of the models trained here. Without a template a transcript is rendered, which any
-model of text can continue:
+TEMPLATE is the default for models trained here. Without a template a transcript is rendered; any
+model of text can continue it:
 
     User: Hello
     Assistant:
@@ -25,10 +25,10 @@ from tokenizer.tokenizer_json import DOCUMENT_ENDS
 
 NAMES = {'user': 'User', 'assistant': 'Assistant'}  # in a transcript
 ROLES = ('system', 'user', 'assistant', 'tool')
-# Special tokens that by their names begin a text or end an answer; few tokenizers mark them.
+# Names of special tokens that begin a text or end an answer; few tokenizers mark them.
 BEGINNINGS = ('<|begin_of_text|>', '<s>', '<|endoftext|>')  # Llama 3, Mistral, GPT-2
 ENDINGS = ('<|im_end|>', '<|eot_id|>', '</s>', *DOCUMENT_ENDS)  # Qwen and SmolLM2, Llama 3, Mistral
-THOUGHTS = ('<think>', '</think>')  # some templates drop what stands between them
+THOUGHTS = ('<think>', '</think>')  # some templates drop the text between them
 # An assistant writes Python between the first two; between the others it gets the result.
 PYTHON, PYTHON_END, OUTPUT, OUTPUT_END = TOOL_TOKENS = (
     '<|python|>', '<|python_end|>', '<|output|>', '<|output_end|>')
@@ -83,7 +83,7 @@ def render(messages, template, tokenizer):
 
     messages: [{'role', 'content'}]; the last one is not the assistant's. template: Jinja, or None
     for a transcript. Special tokens in a content become ordinary text, so that nobody can end a
-    turn and speak as another role. Raises UserError for what is no conversation, and with the
+    turn and speak as another role. Raises UserError for other messages, and with the
     template's own message for one that it refuses.
     """
     check_messages(messages)
@@ -98,9 +98,9 @@ def render(messages, template, tokenizer):
 def render_conversation(messages, template, tokenizer):
     """Render a whole conversation to (ids, mask), two lists of one length.
 
-    mask is 1 for what the assistant writes and the token that ends it, which carry loss; 0 for all
+    mask is 1 for the assistant's text and the token that ends it, which carry loss; 0 for all
     others, and for the output of tools. A message with a "weight" of 0 carries no loss. Raises
-    UserError for what is no conversation, and where the answers cannot be found in the text.
+    UserError for other messages, and where the answers cannot be found in the text.
     """
     check_conversation(messages)
     hidden, shown, marks = hide_specials(messages, tokenizer)
@@ -133,7 +133,7 @@ def render_conversation(messages, template, tokenizer):
 def find_answers(messages, template, tokenizer):
     """Render a conversation to parts of text, of which the odd ones are answers.
 
-    An answer is what its message adds to the text, up to the token that ends it.
+    An answer is the text that its message adds, up to the token that ends it.
     """
     parts, text, done = [], apply_template(template, tokenizer, messages, False), 0
     ending_ids, _ = find_endings(template, tokenizer)
@@ -271,14 +271,14 @@ def apply_template(template, tokenizer, messages, add_generation_prompt, marks=(
         return compiled(template, *marks).render(
             messages=messages, add_generation_prompt=add_generation_prompt, tools=None,
             documents=None, bos_token=bos_token, eos_token=eos_token)
-    except Exception as error:  # Jinja's, the template's own, or of what it does to the messages
+    except Exception as error:  # Jinja's, the template's own, or from its operations on messages
         raise UserError(f"the model's chat template cannot render this conversation: "
                         f'{error}') from error
 
 
 @functools.lru_cache(maxsize=4)
 def compiled(template, begin='', end=''):
-    """Compile a template with what transformers offers to it.
+    """Compile a template with the functions that transformers gives it.
 
     It writes begin and end around {% generation %} parts. A template comes with a model, from
     anybody, hence the sandbox.
@@ -288,7 +288,7 @@ def compiled(template, begin='', end=''):
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(jinja2.ext.Extension):
-        """{% generation %} ... {% endgeneration %}, which marks what the assistant writes."""
+        """Parse {% generation %} ... {% endgeneration %}, the marks of answers."""
 
         tags = {'generation'}
 
@@ -317,9 +317,9 @@ def compiled(template, begin='', end=''):
 
 
 def find_endings(template, tokenizer):
-    """Find what ends an answer: (ids, texts).
+    """Find the ends of an answer: (ids, texts).
 
-    The ids are the usual special tokens and what the template writes after an answer.
+    The ids are the usual special tokens and those the template writes after an answer.
     """
     ids = {i for token, i in tokenizer.special_tokens.items() if token in ENDINGS}
     if template is None:

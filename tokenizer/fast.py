@@ -83,7 +83,7 @@ def read_separated(file, separator: bytes):
 
 @contextlib.contextmanager
 def silenced():
-    """Discard what C and Rust code prints; gigatoken reports progress on stdout."""
+    """Discard the output of C and Rust code; gigatoken reports progress on stdout."""
     sys.stdout.flush()
     sys.stderr.flush()
     terminal = os.dup(1), os.dup(2)
@@ -116,7 +116,7 @@ class FastEncoder:
 
     @functools.cached_property
     def gigatoken(self):
-        """gigatoken's tokenizer for these tokens."""
+        """Return gigatoken's tokenizer for these tokens."""
         import gigatoken
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / 'ranks.tiktoken'
@@ -126,7 +126,7 @@ class FastEncoder:
 
     @functools.cached_property
     def tiktoken(self):
-        """tiktoken's encoding for these tokens."""
+        """Return tiktoken's encoding for these tokens."""
         import tiktoken
         ranks = {token: rank for rank, token in enumerate(self.tokens)}
         return tiktoken.Encoding('flatgpt', pat_str=self.pattern or r'(?s:.+)', special_tokens={},

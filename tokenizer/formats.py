@@ -8,10 +8,10 @@ Read and write tiktoken's, Hugging Face's, GPT-2's and nanoGPT's files.
     from_meta_pkl(path)              nanoGPT's meta.pkl, as a CharTokenizer
     write_tiktoken(values, path)
     write_tokenizer_json(values, path)
-    write_hf_folder(values, folder)  tokenizer.json and what AutoTokenizer needs beside it
+    write_hf_folder(values, folder)  tokenizer.json and the files that AutoTokenizer needs
 
 `values` is a description (see vocabulary.py). A file that is read or written gives the same ids for
-every text, or UserError names what prevents it. Special tokens differ: Hugging Face's libraries
+every text, or UserError names the obstacle. Special tokens differ: Hugging Face's libraries
 turn their text into ids wherever it stands; encode() and tiktoken do so only when allowed to.
 """
 

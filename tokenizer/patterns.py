@@ -101,7 +101,7 @@ def has_newer(text: str) -> bool:
     return bool(IS_NEWER[codes].any())
 
 
-# What matters to NFC and came after Unicode 9, the version of Hugging Face's normalizer: combining
+# Characters that NFC needs and Hugging Face's normalizer, at Unicode 9, lacks: combining
 # marks, parts of new compositions, some whole blocks. There such a character neither moves nor
 # composes.
 SINCE_UNICODE_9 = """
@@ -126,9 +126,9 @@ def normalize(text: str, form: str | None) -> str:
 
 
 def find_pattern(pattern: str | None) -> str | None:
-    """Return the regular expression of a name in PATTERNS, or the given one, or None.
+    """Return the regular expression of a name in PATTERNS, or `pattern` itself.
 
-    Raises UserError for an unknown name and for what is not a regular expression.
+    Raises UserError for an unknown name and for text that is no regular expression.
     """
     if pattern is None or pattern in PATTERNS:
         return PATTERNS.get(pattern)

@@ -1,8 +1,8 @@
 """
 Read and write Hugging Face's tokenizer.json.
 
-tokenizers and transformers give the same ids. Not kept are truncation, padding and what a
-post-processor adds, except one token before a text.
+tokenizers and transformers give the same ids. Truncation, padding and post-processors are not
+kept, except one token before a text.
 """
 
 import os
@@ -37,7 +37,7 @@ PORTABLE = regex.compile(r'''(?x: (?:
       )
     | (?: [*+?][+?]? | \{\d+(?:,\d*)?\} ) (?![*+?{])                # how often
     )+ )''')
-INSIDE = r'(?<inside>(?:\\.|\[(?:\\.|[^\]])*\]|\((?&inside)\)|[^()\\\[])*)'  # of a group
+INSIDE = r'(?<inside>(?:\\.|\[(?:\\.|[^\]])*\]|\((?&inside)\)|[^()\\\[])*)'  # a group's content
 LOOK_AHEAD = regex.compile(rf'\(\?[=!]{INSIDE}\)', regex.DOTALL)
 REPEATED = regex.compile(rf'(?<!\\)(?<group>\({INSIDE}\))[*+{{]', regex.DOTALL)
 
@@ -49,7 +49,7 @@ def unsupported(path, key, value, expected) -> UserError:
 
 
 def read_tokenizer_json(path) -> dict:
-    """Read a tokenizer.json: byte-level BPE, or what hf_words() writes.
+    """Read a tokenizer.json: byte-level BPE, or a file of hf_words().
 
     Returns the description. Raises UserError, naming the part of the file, where ids could differ.
     """

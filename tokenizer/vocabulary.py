@@ -14,8 +14,8 @@ A description is the plain dict that BPETokenizer.to_dict() returns and from_dic
     visible_tokens  special tokens that they keep in decoded text (likewise)
     merges          'left right' in GPT-2's byte alphabet, in their order
 
-Many files list more merges than byte pair encoding can reach; one per token suffices. Whatever
-surrounds a token, its bytes are joined in the same order as when they stand alone, unless a
+Many files list more merges than byte pair encoding can reach; one per token suffices. In any text,
+a token's bytes are joined in the same order as when they stand alone, unless a
 neighbour takes some of them. So the last join of the token alone (bpe.final_parts) gives the merge
 that makes it.
 """
@@ -37,7 +37,7 @@ READABLE = ("tiktoken's *.tiktoken, Hugging Face's tokenizer.json (byte-level BP
 
 @dataclass
 class Vocabulary:
-    """The vocabulary in a file, in bytes, however the file writes it.
+    """Hold the vocabulary in a file, in bytes, however the file writes it.
 
     path: for error messages. ids: {token: id} without special tokens. merges: [(left, right)].
     """
@@ -85,7 +85,7 @@ class Vocabulary:
 
     def find_merges(self, ignore_merges) -> tuple[list[tuple[bytes, bytes]], bool]:
         """Return one merge for every token, in order, and whether some are never reached."""
-        # of a pair that is listed twice the last place counts, as in tokenizers
+        # the last place counts of a pair that is listed twice, as in tokenizers
         order = {pair: i for i, pair in enumerate(self.merges)}
         rank = rank_in(order)
         ways = Counter(left + right for left, right in order)
@@ -104,7 +104,7 @@ class Vocabulary:
             made.add(token)
 
         # The other tokens are unused ids or, with ignore_merges, whole pieces. Each gets a merge
-        # that is never reached: of two tokens that its bytes never come to.
+        # that is never reached, a join of two tokens that its bytes never come to.
         never_made = sorted(self.ids.keys() - made, key=lambda token: (len(token), self.ids[token]))
         for token in never_made:
             parts = final_parts(token, rank)
@@ -128,7 +128,7 @@ def rank_in(order: dict[tuple[bytes, bytes], int]):
 def from_alphabet(path, vocab: dict[str, int], pairs, special_tokens):
     """Return the Vocabulary that a file writes in GPT-2's byte alphabet.
 
-    pairs: (place in the file, [left, right]). Raises UserError for what is no token or merge.
+    pairs: (place in the file, [left, right]). Raises UserError for any other content.
     """
     tokens = {}
     for text, i in vocab.items():
@@ -192,7 +192,7 @@ def unique(items):
     values = dict(items)
     if len(values) < len(items):
         repeated = next(key for key, n in Counter(key for key, _ in items).items() if n > 1)
-        raise UserError(f'the key {short(repeated)} stands there twice')
+        raise UserError(f'the key {short(repeated)} stands there twice; expected it once')
     return values
 
 

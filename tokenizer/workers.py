@@ -39,7 +39,7 @@ def core_count(limit: str = '/sys/fs/cgroup/cpu.max') -> int:
 
 
 class Workers:
-    """`count` processes; each calls start(*arguments) before its first work."""
+    """Run `count` processes; each calls start(*arguments) before its first work."""
 
     def __init__(self, count: int, start=None, *arguments):
         self.count = count

@@ -1,8 +1,9 @@
 """Prepare all sums of two numbers of up to 3 digits, one token per character.
-Needs no network.
+
+It needs no network.
 
     python data/addition/prepare.py    # 123+456=0579
-    python -m lab.addition             # what comes next
+    python -m lab.addition             # the next step
 
 With the units of the answers first, 123+456=9750, to train with train.py:
 
@@ -67,7 +68,7 @@ def main():
     add('--order', choices=('plain', 'reversed'), default='plain',
         help='of the digits of the answers; reversed: units first')
     add('--val_fraction', type=float, default=0.1, help='share of the pairs held out (0.1)')
-    add('--seed', type=int, default=1337, help='of the order and of what is held out (1337)')
+    add('--seed', type=int, default=1337, help='fixes the order and the held-out sums (1337)')
     add('--out_dir', default=HERE, help="folder to write to (the script's)")
     args = parser.parse_args()
 

@@ -7,9 +7,9 @@
     python train.py config/train_gpt2.py --dataset=fineweb_edu
 
 --sample=10BT, 100BT or 350BT is about the number of tokens. Each shard of 2 GB
-turns into 1.4 GB of token files. Memory: below 1 GB. Encoding takes about 5
-minutes a shard on two cores with tiktoken. After an interruption, run the same
-command again: it continues after the last finished shard.
+turns into 1.4 GB of token files. Memory: below 1 GB. README.md has the time.
+After an interruption, run the same command again: it continues after the last
+finished shard.
 """
 
 import os

@@ -1,15 +1,14 @@
-"""Prepare OpenWebText (8,013,769 documents, 39.8 GB of text) with GPT-2's BPE,
-to reproduce GPT-2 124M.
+"""Prepare OpenWebText with GPT-2's BPE, to reproduce GPT-2 124M.
 
     pip install -e '.[data]'
     python data/openwebtext/prepare.py                  # downloads all of it
     python data/openwebtext/prepare.py --input=PARQUET  # a file, or a folder
-    python train.py config/train_gpt2.py                # what comes next
+    python train.py config/train_gpt2.py                # the next step
 
 Disk: 24 GB for the download, which can be removed afterwards, and 18 GB for
-the token files. Memory: below 1 GB. Encoding takes about 50 minutes on two
-cores with tiktoken. After an interruption, run the same command again: it
-continues after the last finished shard.
+the token files. Memory: below 1 GB. README.md has the time. After an
+interruption, run the same command again: it continues after the last finished
+shard.
 """
 
 import os

@@ -2,7 +2,7 @@
 
     python data/python_stdlib/prepare.py                   # one token per byte
     python data/python_stdlib/prepare.py --tokenizer=gpt2  # or char, bpe, ...
-    python train.py config/quickstart.py                   # what comes next
+    python train.py config/quickstart.py                   # the next step
 
 Takes a second and 65 MB of disk. The size of the text depends on the Python:
 about 31 MB where the standard library includes its tests, 11 MB where the

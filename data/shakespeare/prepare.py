@@ -2,7 +2,7 @@
 
     python data/shakespeare/prepare.py               # downloads input.txt
     python data/shakespeare/prepare.py --input=FILE  # without a network
-    python train.py config/finetune_shakespeare.py   # what comes next
+    python train.py config/finetune_shakespeare.py   # the next step
 
 Takes a second. Writes train.bin (301,966 tokens), val.bin (36,059) and
 meta.json beside this script. tiktoken downloads GPT-2's vocabulary once.

@@ -2,7 +2,7 @@
 
     python data/shakespeare_char/prepare.py               # downloads input.txt
     python data/shakespeare_char/prepare.py --input=FILE  # without a network
-    python train.py config/train_shakespeare_char.py      # what comes next
+    python train.py config/train_shakespeare_char.py      # the next step
 
 Takes a second. Writes train.bin (1,003,854 tokens), val.bin (111,540) and
 meta.json (65 characters) beside this script, and nanoGPT's meta.pkl, so that

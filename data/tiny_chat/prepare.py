@@ -1,5 +1,6 @@
-"""Make short conversations with answers that can be checked, and texts and pairs
-of answers on the same questions. Needs no network, takes a minute.
+"""Make conversations with checkable answers, and texts and pairs of answers.
+
+All are about the same questions. It needs no network and takes a minute.
 
     python data/tiny_chat/prepare.py
     python data/text/prepare.py --input=data/tiny_chat/corpus.jsonl \\
@@ -94,11 +95,11 @@ def make_conversations(split, n, seed, steps=0.9):
             yield {'messages': [{'role': 'user', 'content': question},
                                 {'role': 'assistant', 'content': answer}]}
             continue
-        asked = [next(examples) for _ in range(2 if rng.random() < 1 / 6 else 1)]
+        questions = [next(examples) for _ in range(2 if rng.random() < 1 / 6 else 1)]
         # a model with a calculator also has to learn where it is of no use
-        has_calculator = rng.random() < (0.25 if asked[0]['call'] else 0.05)
+        has_calculator = rng.random() < (0.25 if questions[0]['call'] else 0.05)
         messages = [{'role': 'system', 'content': SYSTEM}] if has_calculator else []
-        for example in asked:
+        for example in questions:
             if has_calculator and example['call']:
                 answer = with_call(example)
             elif rng.random() < (steps if example['call'] else steps / 3):
@@ -106,7 +107,7 @@ def make_conversations(split, n, seed, steps=0.9):
             else:
                 answer = example['solution']
             messages += [*example['messages'], {'role': 'assistant', 'content': answer}]
-        if len(asked) > 1 and sum(len(message['content']) for message in messages) > LONGEST:
+        if len(questions) > 1 and sum(len(message['content']) for message in messages) > LONGEST:
             messages = messages[:-2]
         yield {'messages': messages}
 

@@ -1,4 +1,4 @@
-"""Tasks: questions whose answers a program checks, and a model's accuracy on them.
+"""Load tasks, questions with checkable answers, and measure a model's accuracy.
 
     task = load('tiny_chat')
     examples = examples_of(task, Questions('test', 500))
@@ -18,7 +18,7 @@ An example is a dict of plain values:
     messages    the question as a conversation, see tokenizer/chat.py
     context     the question as plain text, which ' ' + solution continues
     solution    a text that evaluate() accepts
-    answer      what extract() returns for it
+    answer      extract(solution)
     kind        of question; accuracies are given per kind
     choices, label    multiple choice: the texts that may follow the context, and the index of the
         right one. In messages the choices have letters, and the answer is a letter
@@ -44,16 +44,16 @@ from posttrain.losses import token_logprobs
 from posttrain.tools import SYSTEM, generate_with_tools
 from tokenizer.chat import bos_ids, find_endings, render
 
-LETTERS = 'ABCDEFGHIJ'  # of the choices
+LETTERS = 'ABCDEFGHIJ'  # names of the choices
 SPLITS = ('train', 'val', 'test')
-FUNCTIONS = ('examples', 'extract', 'evaluate', 'reward')  # of a task
-KEYS = ('messages', 'context', 'solution', 'answer', 'kind')  # of an example
+FUNCTIONS = ('examples', 'extract', 'evaluate', 'reward')  # functions of a task
+KEYS = ('messages', 'context', 'solution', 'answer', 'kind')  # keys of an example
 
 # Tasks and their examples -------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Questions:
-    """Which examples of a task: the arguments of its examples()."""
+    """Hold the arguments of a task's examples()."""
 
     split: str
     n: int
@@ -269,9 +269,9 @@ def too_long(example, ids, room):
 
 @dataclass(frozen=True)
 class Answering:
-    """How a model answers the questions of a task."""
+    """Hold the settings with which a model answers the questions of a task."""
 
-    template: str | None = None  # of the chat; None: plain text
+    template: str | None = None  # the chat template; None: plain text
     tools: bool = False  # the model may call the calculator
     shots: int = 0  # solved examples of `pool` before the question, as plain text
     pool: tuple | list = ()
@@ -329,12 +329,12 @@ def measure(task, examples, model, tokenizer, how):
     room = block_size if is_choice else max(1, block_size - how.max_new_tokens)
     how = replace(how, template=None) if how.shots else how
     if how.template:
-        asked = [(None, chat_prompt(example, how.template, tokenizer, room, how.tools), 0)
-                 for example in examples]
+        encoded = [(None, chat_prompt(example, how.template, tokenizer, room, how.tools), 0)
+                   for example in examples]
     else:
-        asked = [few_shot_prompt(example, how.pool, how.shots, tokenizer, room)
-                 for example in examples]
-    contexts, prompts, n_shots = zip(*asked, strict=True)
+        encoded = [few_shot_prompt(example, how.pool, how.shots, tokenizer, room)
+                   for example in examples]
+    contexts, prompts, n_shots = zip(*encoded, strict=True)
     if is_choice:
         pairs = [pair for each in zip(examples, contexts, prompts, strict=True)
                  for pair in choice_prompts(*each, tokenizer)]

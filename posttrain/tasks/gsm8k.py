@@ -1,10 +1,10 @@
-"""GSM8K: word problems from a file of its lines, with calls of the calculator.
+"""Read GSM8K: word problems from a file of its lines, with calculator calls.
 
     {"question": "...", "answer": "He eats 3*2 = <<3*2=6>>6 eggs ...\\n#### 6"}
 
 The number after #### is the answer. An annotation in << >> becomes a call of the calculator, see
 posttrain/tools.py. Source: "Training Verifiers to Solve Math Word Problems", Cobbe et al. 2021.
-posttrain/tasks/common.py describes what a task is.
+posttrain/tasks/common.py describes tasks.
 """
 
 import re

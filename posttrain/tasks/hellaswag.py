@@ -1,10 +1,10 @@
-"""HellaSwag: how does a scene continue? Multiple choice from a file of its lines.
+"""Read HellaSwag: multiple choice of a scene's ending, from a file of its lines.
 
     {"ctx_a": "...", "ctx_b": "...", "activity_label": "...", "endings": ["...", ...], "label": 2}
 
 "ctx" may replace the first two. The texts are cleaned as lm-evaluation-harness does, so accuracies
 compare. Source: "HellaSwag: Can a Machine Really Finish Your Sentence?", Zellers et al. 2019.
-posttrain/tasks/common.py describes what a task is.
+posttrain/tasks/common.py describes tasks.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""Multiple choice from a .jsonl, .csv or .parquet file in ARC's or MMLU's shape.
+"""Read multiple choice from a .jsonl, .csv or .parquet file, as ARC's or MMLU's.
 
     {"question": "...", "choices": {"text": ["...", ...], "label": ["A", ...]}, "answerKey": "B"}
     {"question": {"stem": "...", "choices": [{"text": "...", "label": "A"}, ...]}, "answerKey": "B"}
@@ -7,7 +7,7 @@
 
 The kind of a question is its subject. Sources: "Think you have Solved Question Answering? Try ARC",
 Clark et al. 2018; "Measuring Massive Multitask Language Understanding", Hendrycks et al. 2021.
-posttrain/tasks/common.py describes what a task is.
+posttrain/tasks/common.py describes tasks.
 """
 
 from configurator import UserError
@@ -32,7 +32,7 @@ def example_of(row):
         choices = [row[letter] for letter in common.LETTERS if letter in row]
     if not isinstance(choices, (list, dict)) or not choices:
         raise UserError(f'the choices are {choices!r}')
-    labels = None  # of a plain list: the answer is a letter, or an index from 0
+    labels = None  # none in a plain list: the answer is a letter, or an index from 0
     if isinstance(choices, dict):
         choices, labels = choices['text'], choices['label']
     elif isinstance(choices[0], dict):

@@ -1,10 +1,10 @@
-"""Questions for a model of a million parameters: sums, letters, words, tables.
+"""Make questions for a model of a million parameters: sums, letters, words, tables.
 
     for example in examples('test', 7, seed=0):
         print(example['messages'][0]['content'], '->', example['solution'])
 
-The questions are generated, as many as asked for, and checked. A right answer ends with 'The answer
-is 632.'. posttrain/tasks/common.py describes what a task is. An example also has
+Any number of questions is generated and checked. A right answer ends with 'The answer
+is 632.'. posttrain/tasks/common.py describes tasks. An example also has
 
     steps       the solution, one step at a time; None where there is nothing to write down
     call        the same as an expression for the calculator; None where it cannot help
@@ -211,9 +211,10 @@ def table(rng):
     other_key, other_value = rng.choice([row for row in rows if row[0] != key])
     sentence = {'age': '{} is {} years old', 'price': 'the {} costs {}',
                 'colour': '{} likes {}'}[about]
-    ask = {'age': [f'How old is {key}?', f"What is {key}'s age?"],
-           'price': [f'What does the {key} cost?', f'How much is the {key}?'],
-           'colour': [f'What colour does {key} like?', f'Which colour is for {key}?']}[about]
+    questions = {
+        'age': [f'How old is {key}?', f"What is {key}'s age?"],
+        'price': [f'What does the {key} cost?', f'How much is the {key}?'],
+        'colour': [f'What colour does {key} like?', f'Which colour is for {key}?']}[about]
     sentences = '\n'.join(sentence.format(*row) for row in rng.sample(rows, count))
     form, between, end = rng.choice([('{} {}', ', ', '.'), ('| {} | {} |', '\n', ''),
                                      ('{}: {}', '\n', '')])
@@ -224,7 +225,7 @@ def table(rng):
     return {
         'content': f'{sorted(rows)} {key}', 'answer': value, 'steps': form.format(key, value),
         'call': None, 'mistaken': (form.format(*mistaken), other_value),
-        'ways': [f'{shown}\n{question}' for question in ask],
+        'ways': [f'{shown}\n{question}' for question in questions],
         'mistakes': [v for v in values if v != value],
         'facts': [f'{shown}\n{shown_again}\n{sentences}']}
 
@@ -285,7 +286,7 @@ def examples(split, n, seed=0, input='', kinds=()):
         example = make(kind, rng)
         content, tries = example['content'], tries + 1
         if tries > 10_000:
-            raise UserError(f'n={n}: {split} has fewer questions of kind {kind}; ask for fewer')
+            raise UserError(f'n={n}: {split} has fewer questions of kind {kind}; lower n')
         if split_of(content) == split and (split == 'train' or content not in seen):
             seen.add(content)
             made.append(example)

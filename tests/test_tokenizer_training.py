@@ -63,7 +63,8 @@ def test_special_tokens_as_ordinary_text(chat):
     assert chat.encode('a[END]', 'none') == list(b'a[END]')
 
 
-@pytest.mark.parametrize('allowed', ['none_raise', set(), [], {USER}, {'[END]', USER}], ids=str)
+@pytest.mark.parametrize('allowed', ['none_raise', set(), [], {USER}, {'[END]', USER}],
+                         ids=['none_raise', 'empty set', 'empty list', 'one', 'two'])
 def test_special_tokens_not_allowed_are_refused(chat, allowed):
     with pytest.raises(ValueError,
                        match=r"special token '<\|endoftext\|>' \(after 'well '\)") as error:

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 import tokenizer
 from config.presets import PRESETS
 from data import documents
-from data.tokens import sliding_windows, whole_windows
+from data.scoring import sliding_windows
+from data.tokens import whole_windows
 from flatgpt import checkpoint
 from model import GPT, GPTConfig
 from posttrain import reward_model, tools

@@ -113,7 +113,7 @@ def override(settings, argv=None):
                                  f'All settings: --help')
             settings[key] = checked(key, value, rules[key], argument)
         given.update(changes)
-        if os.environ.get('RANK', '0') == '0':  # one voice under torchrun
+        if os.environ.get('RANK', '0') == '0':  # one process prints under torchrun
             print(fit(f'{argument}: ' + ', '.join(f'{key}={settings[key]!r}' for key in changes),
                       indent='  '))
     return Settings({key: settings[key] for key in page}, given)

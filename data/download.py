@@ -112,7 +112,7 @@ def get_shakespeare(given, folder, instead: str) -> str:
     if not given and not os.path.exists(path):
         lock = lock_folder(folder, 'downloading to')
         try:
-            if not os.path.exists(path):  # another process may have brought it meanwhile
+            if not os.path.exists(path):  # another process may have downloaded it meanwhile
                 download(SHAKESPEARE, path, SHAKESPEARE_SHA256, instead)
         finally:
             unlock(lock)

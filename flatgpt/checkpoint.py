@@ -238,7 +238,7 @@ class Run:
                 f.write(json.dumps(record) + '\n')
         except OSError as error:
             with suppress(OSError):
-                os.truncate(path, size)  # the half line that still found room
+                os.truncate(path, size)  # removes the half line that was written
             self.say(f'WARNING: {path} lacks the line of step {record["step"]}: {error}')
         if self.wandb:
             self.wandb.log(record, step=record['step'])

@@ -261,7 +261,7 @@ def recover_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
     """Recover the merges of a vocabulary {token: rank}, such as tiktoken's.
 
     tiktoken joins any two neighbours that together are a token, the lowest rank first. A token's
-    merge thus joins the two parts that its own bytes come to. A token whose bytes never come to two
+    merge joins the two parts that its own bytes end as. A token whose bytes never end as two
     parts is only ever taken as a whole piece, and has no merge.
     """
     def rank(left, right):

@@ -281,7 +281,7 @@ def compiled(template, begin='', end=''):
     """Compile a template with the functions that transformers gives it.
 
     It writes begin and end around {% generation %} parts. A template comes with a model, from
-    anybody, hence the sandbox.
+    anybody, so it runs in a sandbox.
     """
     import jinja2
     import jinja2.ext

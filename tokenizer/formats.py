@@ -12,7 +12,7 @@ Read and write tiktoken's, Hugging Face's, GPT-2's and nanoGPT's files.
 
 `values` is a description (see vocabulary.py). A file that is read or written gives the same ids for
 every text, or UserError names the obstacle. Special tokens differ: Hugging Face's libraries
-turn their text into ids wherever it stands; encode() and tiktoken do so only when allowed to.
+turn their text into ids everywhere; encode() and tiktoken do so only when allowed to.
 """
 
 import base64

@@ -133,7 +133,7 @@ def test_world_alone(monkeypatch, capsys):
     assert not torch.distributed.is_initialized()
     assert world.sum([1, 2.5, True]) == [1.0, 2.5, 1.0]
     parallel.disconnect()
-    world.print('one', 2)
+    world.print('one 2')
     World(1, 0, 2).print('unheard')
     assert capsys.readouterr().out == 'one 2\n'
 

@@ -109,8 +109,8 @@ def override(settings, argv=None):
             changes = run_config_file(argument, {key: settings[key] for key in page})
         for key, value in changes.items():
             if key not in page:
-                raise SystemExit(f'{argument}: unknown setting {key!r}{nearest(key, page)}. '
-                                 f'All settings: --help')
+                raise SystemExit(f'{argument}: unknown setting {key!r} (--help lists all)'
+                                 f'{nearest(key, page)}')
             settings[key] = checked(key, value, rules[key], argument)
         given.update(changes)
         if os.environ.get('RANK', '0') == '0':  # one process prints under torchrun

@@ -133,8 +133,8 @@ ckpt_path = os.path.join(out_dir, 'ckpt.pt')
 architecture = {name: config[name] for name in GPTConfig.__dataclass_fields__ if name in config}
 if init_from == 'scratch':
     GPTConfig(**architecture)  # refuses impossible sizes before any data is prepared
-elif init_from not in ('resume', 'auto'):
-    pretrained.check_source(init_from)
+else:
+    pretrained.check_source(init_from, ckpt_path)
 datasets.prepare_if_missing(data_dir, is_first=world.local_rank == 0)
 meta = datasets.load_meta(data_dir)
 parallel.connect(world, torch_device, backend)
@@ -205,9 +205,9 @@ share = f', {sum(p.numel() for p in trained):,} of them are trained' if adapters
 world.print(f'{model.get_num_params() / 1e6:.2f}M parameters{share}')
 if not eval_only:
     epochs = max_iters * cut.tokens / len(splits['train'])
-    world.print(f'{max_iters} steps, {epochs:.2f} epochs; {cut.tokens:,} tokens per step = '
-                f'{world.size} process(es) x {cut.micro_steps} micro-batch(es) x '
-                f'{cut.batch_size} x {block_size}')
+    world.print(f'{max_iters} steps, {epochs:.2f} epochs')
+    world.print(f'a step of {cut.tokens:,} tokens = {world.size} process(es) x {cut.micro_steps} '
+                f'micro-batch(es) x {cut.batch_size} x {block_size}')
 
 
 @torch.no_grad()
@@ -390,10 +390,10 @@ if world.is_main and is_complete:
             print(f'---------------\n{sample_prompt}{samples[0].text}\n---------------')
         except UserError as error:  # the run is done and saved; a wrong prompt must not fail it
             print(f'no sample: {error}')
-    command = ['python', 'sample.py', f'--out_dir={out_dir}']
-    command += [f'--start={sample_prompt}'] if sample_prompt.strip() else []
+    script = ['-m', 'posttrain.chat'] if meta['row'] else ['sample.py']
+    prompt = [f'--start={sample_prompt}'] if sample_prompt.strip() and not meta['row'] else []
     if run.saved_step:
-        print(f'sample from it:\n  {shlex.join(command)}')
+        print('try it:\n  ' + shlex.join(['python', *script, f'--out_dir={out_dir}', *prompt]))
 if run.wandb:
     run.wandb.finish()
 if not eval_only:

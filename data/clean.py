@@ -7,8 +7,8 @@ r"""Clean a corpus: drop copies, other languages, and text of low quality.
     python data/text/prepare.py --input=clean.jsonl   # the next step
 
 Reads a folder of texts, .jsonl, .csv, .tsv or .parquet. Writes {"text": ...}
-lines in the order of the input, and clean.report.json, which counts the texts each
-rule removed, with examples. Both files are written whole or not at all.
+lines in the order of the input, and clean.report.json, which counts the texts
+that each rule removed, with examples. Both are written whole or not at all.
 
 Every step is optional. They run in this order:
     --normalize  Unicode NFC, plain line ends, no control characters
@@ -495,6 +495,7 @@ def main():
         return tuple(filter(None, text.split(',')))
 
     parser = make_parser(__doc__)
+    parser.prog = 'python -m data.clean'
     add = parser.add_argument
     add('--input', required=True, help='a text, a folder, or a .jsonl, .csv, .tsv, .parquet file')
     add('--out', required=True, help='the .jsonl file to write')

@@ -79,6 +79,13 @@ def remove_temporaries(out_dir):
             os.remove(path)
 
 
+def no_checkpoint(path):
+    """Return the error for a checkpoint that does not exist."""
+    out_dir = os.path.dirname(path) or '.'
+    return UserError(f'no checkpoint at {path}; train one first (python train.py CONFIG '
+                     f'--out_dir={out_dir}) or name another --out_dir')
+
+
 def load(path):
     """Read the checkpoint at `path`; -> dict, its tensors on the CPU.
 
@@ -87,8 +94,7 @@ def load(path):
     """
     out_dir = os.path.dirname(path) or '.'
     if not os.path.exists(path):
-        raise UserError(f'no checkpoint at {path}; train one first (python train.py --out_dir='
-                        f'{out_dir}) or name another --out_dir')
+        raise no_checkpoint(path)
     try:
         # torch.load checks no checksums
         if zipfile.is_zipfile(path) and (bad := zipfile.ZipFile(path).testzip()):
@@ -280,8 +286,9 @@ class Run:
         if self.tried_step < self.step:
             self.save(state_of)
         if self.world.is_main and self.stop_reason:
+            resume = {'init_from': 'resume'} if self.saved_step else {}
             print(f'{self.stop_reason} after step {self.step}. To go on:\n'
-                  f'  {self.command(init_from="resume")}')
+                  f'  {self.command(**resume)}')
         return not self.stop_reason
 
     def check_saved(self):

@@ -16,7 +16,7 @@ import tokenizer
 from config.presets import PRESETS
 from configurator import UserError
 from flatgpt import huggingface, lora
-from flatgpt.checkpoint import load
+from flatgpt.checkpoint import load, no_checkpoint
 from model import GPT, GPTConfig, padded_vocab_size
 
 NANOGPT_FIELDS = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size')
@@ -166,13 +166,15 @@ def base_model(init_from, dropout=0.0, needs_tokenizer=True):
     return model, {'tokenizer': state.get('tokenizer'), 'chat_template': state.get('chat_template')}
 
 
-def check_source(init_from):
+def check_source(init_from, ckpt_path):
     """Raise UserError unless init_from may name a model: a run, a folder, or a hub id."""
-    if not (init_from in huggingface.GPT2_NAMES or os.path.isdir(init_from) or '/' in init_from):
-        names = ('scratch', 'resume', 'auto', *huggingface.GPT2_NAMES)
+    if init_from == 'resume' and not os.path.exists(ckpt_path):
+        raise no_checkpoint(ckpt_path)
+    names = ('scratch', 'resume', 'auto', *huggingface.GPT2_NAMES)
+    if not (init_from in names or os.path.isdir(init_from) or '/' in init_from):
         raise UserError(f"init_from={init_from!r}: expected {', '.join(map(repr, names))}, the "
                         f"out_dir of a run, a folder in Hugging Face's layout, or a hub id, "
-                        f"owner/name")
+                        f'owner/name')
 
 
 def context_of(model, config, init_from, meta):

@@ -147,7 +147,7 @@ def refused(path, *said):
 
 
 def test_missing(tmp_path):
-    refused(tmp_path / 'ckpt.pt', 'no checkpoint at', f'python train.py --out_dir={tmp_path}')
+    refused(tmp_path / 'ckpt.pt', 'no checkpoint at', f'python train.py CONFIG --out_dir={tmp_path}')
 
 
 class Evil:

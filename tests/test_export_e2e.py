@@ -77,7 +77,7 @@ def test_a_trained_model_leaves(folder):
 
 
 def test_what_export_refuses(folder):
-    export(folder).refused('no checkpoint at', 'python train.py --out_dir=out')
+    export(folder).refused('no checkpoint at', 'python train.py CONFIG --out_dir=out')
     folder.train(preset='modern', max_iters=1).ok()
     export(folder).refused('logit_softcap=15.0', 'cannot be exported', '--logit_softcap=0')
     export(folder, out='').refused("out='': expected the folder to write")

@@ -420,7 +420,7 @@ def test_damaged_config(tmp_path):
 def test_wrong_names(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="'gpt3' is neither a folder nor one of gpt2,.*Qwen/Qwen3"):
         GPT.from_pretrained('gpt3')
-    with pytest.raises(UserError, match="n_layer.*only dropout"):
+    with pytest.raises(UserError, match="n_layer.*expected dropout alone"):
         GPT.from_pretrained(str(tmp_path), {'n_layer': 3})
 
 

@@ -87,7 +87,7 @@ def test_prompt_from_a_file(trained, tmp_path):
 
 @pytest.mark.parametrize('settings, said', [
     ({'start': 'the @ é'}, ["'@' (U+0040)", "'é' (U+00E9)"]), ({'start': ''}, ['the prompt is empty']),
-    ({'out_dir': 'nowhere'}, ['no checkpoint at nowhere/ckpt.pt', 'python train.py --out_dir=nowhere']),
+    ({'out_dir': 'nowhere'}, ['no checkpoint at nowhere/ckpt.pt', 'python train.py CONFIG --out_dir=nowhere']),
     ({'num_samples': 0}, ['num_samples=0: expected 1 or more']), ({'temperature': -1}, ['temperature=-1: expected 0 or more']),
     ({'top_k': -1}, ['top_k=-1']), ({'top_p': 0}, ['top_p=0: expected']), ({'top_p': 1.5}, ['top_p=1.5']),
     ({'max_new_tokens': -1}, ['max_new_tokens=-1']), ({'which': 'worst'}, ["which=worst: expected 'best' or 'last'"]),

@@ -29,7 +29,7 @@ from model import GPT, GPTConfig
 # refusals -------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('changes, said', [
-    ({'batchsize': 4}, ["unknown setting 'batchsize'; did you mean 'batch_size'?"]),
+    ({'batchsize': 4}, ["unknown setting 'batchsize' (--help lists all); did you mean 'batch_size'?"]),
     ({'batch_size': 'four'}, ["--batch_size=four: expected int"]),
     ({'n_embd': 18, 'n_head': 4}, ['n_embd=18 is not divisible by n_head=4']),
     ({'dropout': 1.5}, ['dropout=1.5']), ({'batch_size': 0}, ['batch_size=0: expected 1 or more']),
@@ -49,7 +49,7 @@ from model import GPT, GPTConfig
     ({'dtype': 'float8'}, ["dtype=float8: expected 'auto', 'float32', 'bfloat16' or 'float16'"]),
     ({'device': 'gpu'}, ["device='gpu' is no device"]), ({'compile': 'maybe'}, ['compile=maybe: expected bool']),
     ({'init_from': 'gpt3'}, ["init_from='gpt3': expected 'scratch'", 'hub id']),
-    ({'init_from': 'resume'}, ['no checkpoint at out/ckpt.pt', 'python train.py --out_dir=out']),
+    ({'init_from': 'resume'}, ['no checkpoint at out/ckpt.pt', 'python train.py CONFIG --out_dir=out']),
     ({'block_size': 400}, ['val.bin has 333 tokens, fewer than block_size + 1 = 401', '--block_size=332'])])
 def test_refused(folder, changes, said):
     folder.train(**changes).refused(*said)

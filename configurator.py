@@ -75,8 +75,7 @@ class Settings(dict):
 
 
 def override(settings, argv=None):
-    """
-    Apply `argv` (default: the command line) to a script's settings.
+    """Apply `argv` (default: the command line) to a script's settings.
 
     settings: the script's globals(), updated in place. The page is read from the script's source:
     every top-level assignment to a public name above the call of override(globals()).

@@ -126,8 +126,7 @@ class Context(NamedTuple):
 
 
 def rotate(x, rotation):
-    """
-    Rotate x (B, T, heads, D) by its positions ("RoFormer", Su et al. 2021).
+    """Rotate x (B, T, heads, D) by its positions ("RoFormer", Su et al. 2021).
 
     Channels i and i + D/2 are a point in the plane, as in Hugging Face's Llama. It turns by the
     position times a frequency, so that query times key depends on their distance alone.
@@ -138,8 +137,7 @@ def rotate(x, rotation):
 
 
 class CausalSelfAttention(nn.Module):
-    """
-    Mix the values up to each position, weighted by query times key.
+    """Mix the values up to each position, weighted by query times key.
 
     Options: grouped queries ("GQA", Ainslie et al. 2023); window ("Longformer", Beltagy et al.
     2020); QK-norm ("Scaling Vision Transformers to 22 Billion Parameters", Dehghani et al. 2023).
@@ -277,8 +275,7 @@ class GPT(nn.Module):
                 raise AssertionError(f'no initialisation is written for parameter {name}')
 
     def rotation(self, positions):
-        """
-        Return cos and sin of RoPE's angles: positions (..., T) -> (2, ..., T, 1, D/2).
+        """Return cos and sin of RoPE's angles: positions (..., T) -> (2, ..., T, 1, D/2).
 
         rope_scaling divides frequencies by `factor` for longer contexts: 'linear' all of them
         ("Position Interpolation", Chen et al. 2023), 'llama3' fewer of those that turn often in the
@@ -328,8 +325,7 @@ class GPT(nn.Module):
         return ops.softcapped(self.lm_head(x), self.config.logit_softcap)
 
     def forward(self, idx, targets=None, cache=None, return_logits=True):
-        """
-        Compute (logits, loss) of ids (B, T). Raises UserError beyond block_size.
+        """Compute (logits, loss) of ids (B, T). Raises UserError beyond block_size.
 
         With targets (B, T), negative where there is none: logits (B, T, V), or None to save memory
         with return_logits=False, and the mean cross-entropy in nats, 0 if there is no target.
@@ -377,8 +373,7 @@ class GPT(nn.Module):
                    if not (non_embedding and name == 'transformer.wpe.weight'))
 
     def flops_per_token(self):
-        """
-        Count the FLOPs of training on a token ("PaLM", Chowdhery et al. 2022, app. B).
+        """Count the FLOPs of training on a token ("PaLM", Chowdhery et al. 2022, app. B).
 
         6 for each parameter except embeddings that are only looked up; 12 H D for each position
         that a layer sees in a full context, without a discount for causality.

@@ -22,8 +22,7 @@ CHUNK = 2**25  # logits that a loss holds at once: 128 MB in fp32
 
 
 def attention(q, k, v, mask=0, dropout=0.0):
-    """
-    Attend from each query to the keys up to its own position; -> (B, H, T, D).
+    """Attend from each query to the keys up to its own position; -> (B, H, T, D).
 
     q: (B, H, T, D), the last T of S positions. k, v: (B, G, S, D), each for H / G query heads.
     mask: the window, the number of positions a query sees, its own included, 0 for all; or
@@ -64,8 +63,7 @@ def plain_attention(q, k, v, mask, dropout):
 
 
 def blocked_attention(q, k, v, window, dropout):
-    """
-    Attend by blocks of queries, without the keys after them and before the window.
+    """Attend by blocks of queries, without the keys after them and before the window.
 
     Compiled for the CPU it takes half the time of torch's flash kernel up to CACHED positions, and
     half of torch's form with dropout. Half of the (B, H, T, T) weights are kept.
@@ -90,8 +88,7 @@ def blocked_attention(q, k, v, window, dropout):
 
 
 def single_query_attention(q, k, v, mask, dropout=0.0):
-    """
-    Attend from one query, q (B, H, 1, D), by products written out, without dropout.
+    """Attend from one query, q (B, H, 1, D), by products written out, without dropout.
 
     torch's kernel for the CPU takes several times as long in bf16.
     """
@@ -109,8 +106,7 @@ def single_query_attention(q, k, v, mask, dropout=0.0):
 
 
 def flex_attention_in_window(q, k, v, window, dropout=0.0):
-    """
-    Attend by FlexAttention, which skips keys outside the window, without dropout.
+    """Attend by FlexAttention, which skips keys outside the window, without dropout.
 
     A mask of all pairs would cost as much as attention to all ("Flex Attention", Dong et al. 2024).
     """
@@ -129,8 +125,7 @@ def visible(query, key, window):
 
 
 def drop(x, p):
-    """
-    Set elements to 0 with probability p, and scale the others by 1 / (1 - p).
+    """Set elements to 0 with probability p, and scale the others by 1 / (1 - p).
 
     torch compiled for the CPU draws its random numbers one by one, which takes longer than the rest
     of a training step. There each element's number is a hash of its index and one random key.
@@ -153,8 +148,7 @@ class Dropout(nn.Dropout):
 
 
 def tanh_gelu(x):
-    """
-    Compute GELU's tanh form (Hendrycks & Gimpel 2016).
+    """Compute GELU's tanh form (Hendrycks & Gimpel 2016).
 
     0.5 x (1 + tanh u), u = sqrt(2/pi) (x + 0.044715 x^3), is x sigmoid(2u). Compiled for the CPU
     that takes half the time: it has one exponential.
@@ -181,8 +175,7 @@ def cross_entropy(logits, targets):
 
 
 def head_cross_entropy(x, head, targets, softcap):
-    """
-    Return cross_entropy(softcapped(head(x), softcap), targets), in chunks if large.
+    """Return cross_entropy(softcapped(head(x), softcap), targets), in chunks if large.
 
     x: (B, T, C), the input of the head. head: a module, C -> V channels.
     """
@@ -208,8 +201,7 @@ def product_dtype(weight):
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """
-    Sum the cross-entropy of N rows in chunks, without holding all logits at once.
+    """Sum the cross-entropy of N rows in chunks, without holding all logits at once.
 
     The fp32 logits of 64 x 1024 tokens of GPT-2 take 13 GB, and their gradient as much. Gradients
     are computed with the loss: to compute the logits again in the backward pass would cost a third

@@ -144,8 +144,7 @@ if init_from == 'auto':
 
 
 def start():
-    """
-    Return the model that the run begins with, on the CPU, and its checkpoint.
+    """Return the model that the run begins with, on the CPU, and its checkpoint.
 
     Without a checkpoint the second is {}, or the tokenizer and chat template of a loaded model. A
     setting that contradicts loaded weights is refused.
@@ -212,8 +211,7 @@ if not eval_only:
 
 @torch.no_grad()
 def evaluate():
-    """
-    Return the mean loss in nats per token: {'train': ..., 'val': ...}.
+    """Return the mean loss in nats per token: {'train': ..., 'val': ...}.
 
     'train': over eval_iters batches of fixed windows, at most as many as val has; 'val': over the
     whole split. The processes share the work. Dropout is off and nothing is compiled.

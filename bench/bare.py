@@ -56,8 +56,7 @@ def synchronize(device):
 
 
 class Step:
-    """
-    A training step under settings as in config.json, and vocab_size.
+    """A training step under settings as in config.json, and vocab_size.
 
     Its parts in order: forward and backward of each micro-batch, clip, update.
     """
@@ -146,8 +145,7 @@ def repeat(f, seconds, least=3):
 
 
 def shares(step):
-    """
-    Return {'products', 'attention'}: shares of the time of forward and backward.
+    """Return {'products', 'attention'}: shares of the time of forward and backward.
 
     Attention written out as products counts as products. The rest is element-wise work, copies and
     Python. On the CPU the time is that of the calling thread, on a GPU that of the kernels.
@@ -188,8 +186,7 @@ def peak_memory(device):
 
 
 def product_speed(s, model, seconds=0.7):
-    """
-    Return the FLOP/s of the model's linear layers alone, and {'inxout': FLOP/s}.
+    """Return the FLOP/s of the model's linear layers alone, and {'inxout': FLOP/s}.
 
     Measures forward and backward of each shape for about `seconds`, with the rows of a micro-batch
     and in the step's dtype. The first number weights each shape by its frequency.
@@ -254,8 +251,7 @@ def measure(s, seconds=2.0, product_seconds=0.7):
 
 
 def in_own_process(s, limit=None, **how):
-    """
-    Return measure(s, **how) of a new process, or None if memory runs out.
+    """Return measure(s, **how) of a new process, or None if memory runs out.
 
     A new process has its own peak memory, and torch's limit of compilations starts anew. Raises
     subprocess.TimeoutExpired after `limit` seconds, UserError if the process fails otherwise.

@@ -56,8 +56,7 @@ def run(command, cwd=ROOT, **changes):
 
 
 def follow(command, cwd=ROOT, **changes):
-    """
-    Run a command and yield each line as it is printed.
+    """Run a command and yield each line as it is printed.
 
     Closing the generator terminates the command. Raises UserError with the end of the output if the
     command fails.
@@ -79,8 +78,7 @@ def follow(command, cwd=ROOT, **changes):
 
 
 def step_times(command, n, cwd=ROOT):
-    """
-    Return the ms of the first n steps of a training command, and then terminate it.
+    """Return the ms of the first n steps of a training command, and then terminate it.
 
     So a run is measured under exactly its own settings. Raises UserError if it ends earlier.
     """

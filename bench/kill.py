@@ -70,8 +70,7 @@ def logged_steps(out_dir):
 
 
 def run_and_kill(folder, moment, delay):
-    """
-    Kill train.py `delay` seconds after its 'start', first 'step' or next 'save'.
+    """Kill train.py `delay` seconds after its 'start', first 'step' or next 'save'.
 
     Returns the first step it trained or None, the last step it reported as saved or None, and its
     output.
@@ -154,8 +153,7 @@ rm -r "$out"/*; cp -r full/. "$out"; exit $status'''
 
 
 def full_disk(folder, tmpfs):
-    """
-    Train 10 steps, resume on a full disk, and resume with room.
+    """Train 10 steps, resume on a full disk, and resume with room.
 
     Returns None, or what failed.
     """

@@ -27,8 +27,7 @@ SCALES = {'time': [(1, 's'), (60, 'min'), (3600, 'h')],
 
 
 def read_log(folder):
-    """
-    Return the training records and the evaluations of a run's log.jsonl.
+    """Return the training records and the evaluations of a run's log.jsonl.
 
     Half a line at the end, which a killed run leaves, is dropped as in train.py. Raises UserError
     for a log that is missing, damaged or empty.

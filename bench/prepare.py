@@ -61,8 +61,7 @@ write_dataset(out, Corpus(lambda: split_documents(read_documents(path), 0.01), T
 
 
 def write_sources(path, n_bytes):
-    """
-    Write the standard library as .jsonl, repeated until there are n_bytes of text.
+    """Write the standard library as .jsonl, repeated until there are n_bytes of text.
 
     In each copy but the first, about every tenth word is a random one of 8 letters.
     """

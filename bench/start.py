@@ -28,8 +28,7 @@ config = override(globals())
 
 
 def until_first_step(command):
-    """
-    Return the seconds to the model's line, the first evaluation, the first step.
+    """Return the seconds to the model's line, the first evaluation, the first step.
 
     The second equals the first without an evaluation. The command is then terminated.
     """

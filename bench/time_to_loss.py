@@ -116,8 +116,7 @@ def our_command(flags):
 
 
 def run_ours(flags, seed, goal, folder):
-    """
-    Run our training to its end.
+    """Run our training to its end.
 
     Returns 'best_val' in fp32, 'best_val_logged', 'train_s' and 'wall_s' of the whole run. And of
     the first checkpoint at or below `goal`: 'reached_step', 'reached_val', 'reached_val_logged',

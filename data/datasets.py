@@ -30,8 +30,7 @@ def folder_of(dataset):
 
 
 def load_meta(data_dir):
-    """
-    Read a dataset's meta.json, or nanoGPT's meta.pkl.
+    """Read a dataset's meta.json, or nanoGPT's meta.pkl.
 
     -> {'dtype', 'vocab_size', 'tokenizer', 'tokens', 'files', 'row', 'chat_template'}; all but
     dtype are None where the folder lacks them. tokenizer: a dict for tokenizer.from_dict();
@@ -79,8 +78,7 @@ def prepare_command(data_dir, kind='text'):
 
 
 def prepare_if_missing(data_dir, is_first):
-    """
-    Run the dataset's prepare.py if its .bin files are missing.
+    """Run the dataset's prepare.py if its .bin files are missing.
 
     Under torchrun one process per machine (is_first) runs it and the others wait. Raises UserError
     if there is no prepare.py, or if it fails.

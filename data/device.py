@@ -15,8 +15,7 @@ def open_splits(data_dir, meta, block_size, device, n_ids):
 
 
 def fits_on(device, splits):
-    """
-    Return whether DeviceTokens of all splits are worth their memory.
+    """Return whether DeviceTokens of all splits are worth their memory.
 
     They are on a GPU for running text below a tenth of its free memory and below a gigabyte. More
     would take seconds to read before the first step.
@@ -31,8 +30,7 @@ def fits_on(device, splits):
 
 
 class DeviceTokens:
-    """
-    Keep the tokens of a split in a GPU's memory, and cut its windows there.
+    """Keep the tokens of a split in a GPU's memory, and cut its windows there.
 
     The CPU only sends their first positions, so it stays ahead of steps of a few milliseconds.
     """

@@ -35,8 +35,7 @@ class Text:
 
 
 def open_file(path, text_key, text_tokenizer, max_tokens=None):
-    """
-    Encode a file or a folder, at least its first max_tokens tokens; -> Text.
+    """Encode a file or a folder, at least its first max_tokens tokens; -> Text.
 
     Special tokens in the text are ordinary text. Each document ends with a blank line, whatever
     the tokenizer, so all tokenizers read the same bytes. Raises UserError for fewer than 2 ids.
@@ -65,8 +64,7 @@ def read_pieces(path, text_key):
 
 
 def open_split(data_dir, split, text_tokenizer):
-    """
-    Open a split of a dataset; -> Text.
+    """Open a split of a dataset; -> Text.
 
     text_tokenizer: the model's. Raises UserError if the split is missing or has another tokenizer.
     """
@@ -89,8 +87,7 @@ def open_split(data_dir, split, text_tokenizer):
 
 
 def sliding_windows(n_tokens, block_size, stride):
-    """
-    Cover a text with overlapping windows; -> [(start, end, first), ...].
+    """Cover a text with overlapping windows; -> [(start, end, first), ...].
 
     A window has the tokens start ... end - 1 and scores those from `first` on. Windows start
     `stride` tokens apart (1 to block_size), so every token but the first is scored once, with at
@@ -107,8 +104,7 @@ def sliding_windows(n_tokens, block_size, stride):
 
 
 def windows_over(text, max_tokens, block_size, stride):
-    """
-    Cut a Text into windows; -> ([(start, end, first scored)], block_size, stride).
+    """Cut a Text into windows; -> ([(start, end, first scored)], block_size, stride).
 
     max_tokens: None for all tokens; stride: None or 0 for block_size. A window of conversations is
     a row. Raises UserError if block_size is shorter, or for overlap.
@@ -130,8 +126,7 @@ def windows_over(text, max_tokens, block_size, stride):
 
 
 def batches(tokens, windows, vocab_size, batch_size=None, at_once=2**13):
-    """
-    Yield inputs x and targets y, int64 (B, T), of equal windows; y is -1 unscored.
+    """Yield inputs x and targets y, int64 (B, T), of equal windows; y is -1 unscored.
 
     batch_size: windows in a batch, None for as many as have at_once tokens.
     """
@@ -147,8 +142,7 @@ def batches(tokens, windows, vocab_size, batch_size=None, at_once=2**13):
 
 
 def count_bytes(text, counts, text_tokenizer):
-    """
-    Count the UTF-8 bytes of a Text; -> (bytes, ''), or (None, the reason).
+    """Count the UTF-8 bytes of a Text; -> (bytes, ''), or (None, the reason).
 
     counts: of each id. Special tokens have no bytes.
     """

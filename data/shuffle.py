@@ -13,8 +13,7 @@ def mix(x, key):
 
 
 def shuffled(i, n, key):
-    """
-    Return the places of indices i in an order of 0..n-1 that (n, key) fixes.
+    """Return the places of indices i in an order of 0..n-1 that (n, key) fixes.
 
     i, key: uint64 arrays of one shape. A Feistel network permutes the smallest even number of bits
     that hold n. It is applied again where it leaves the range (Black & Rogaway 2002). So no
@@ -33,8 +32,7 @@ def shuffled(i, n, key):
 
 
 def epoch_places(step, n, per_epoch, seed):
-    """
-    Return the places of a step's n items in shuffled epochs, and the epochs' keys.
+    """Return the places of a step's n items in shuffled epochs, and the epochs' keys.
 
     Each epoch visits its per_epoch items once each in an order of its own. -> uint64 (n,), (n,)
     """

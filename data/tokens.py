@@ -39,8 +39,7 @@ class Shards:
 
 @dataclass
 class Rows:
-    """
-    Hold conversations packed into rows of `row` tokens: the context and one more.
+    """Hold conversations packed into rows of `row` tokens: the context and one more.
 
     mask is 1 where a token carries loss. A window is a row, so no conversation is cut.
     """
@@ -62,8 +61,7 @@ def row_of(tokens):
 
 
 def open_tokens(data_dir, split, meta, block_size):
-    """
-    Map the ids of a split from disk; -> array, Shards, or Rows of conversations.
+    """Map the ids of a split from disk; -> array, Shards, or Rows of conversations.
 
     Raises UserError if a file is missing or has another size than in meta.json. Raises it too for a
     split below one window of block_size + 1 tokens, and for rows of another length.
@@ -107,8 +105,7 @@ def open_tokens(data_dir, split, meta, block_size):
 
 
 def train_windows(step, n_sequences, n_tokens, block_size, seed):
-    """
-    Return the windows' first positions in the batch of `step`, (n_sequences,).
+    """Return the windows' first positions in the batch of `step`, (n_sequences,).
 
     Each epoch cuts the tokens into windows end to end, from an offset of its own. A window spans
     block_size + 1 tokens: inputs, and targets one further.
@@ -132,8 +129,7 @@ def even_windows(n_windows, n_tokens, block_size, row=None):
 
 
 def eval_windows(splits, eval_iters, batch_size, block_size):
-    """
-    Return an evaluation's first positions of windows, {'train': ..., 'val': ...}.
+    """Return an evaluation's first positions of windows, {'train': ..., 'val': ...}.
 
     'val': the whole split; 'train': eval_iters batches, at most as many windows as val has.
     """
@@ -147,8 +143,7 @@ def eval_windows(splits, eval_iters, batch_size, block_size):
 
 
 def gather(tokens, starts, block_size, vocab_size):
-    """
-    Return inputs x and targets y, x shifted by one, int64 (windows, block_size).
+    """Return inputs x and targets y, x shifted by one, int64 (windows, block_size).
 
     Past the end of the tokens x is 0 and y is -1, which the loss ignores; y is -1 also where the
     mask of Rows is 0. Raises UserError on an id that the model has no embedding for.
@@ -213,8 +208,7 @@ class Cut:
 
 
 def cut_step(config, block_size, n_processes):
-    """
-    Cut a step into micro-batches; -> Cut.
+    """Cut a step into micro-batches; -> Cut.
 
     config: total_batch_size in tokens, 0 for nanoGPT's gradient_accumulation_steps * batch_size *
     block_size; batch_size. Raises UserError naming a setting that divides evenly.
@@ -238,8 +232,7 @@ def cut_step(config, block_size, n_processes):
 
 @dataclass
 class Batches:
-    """
-    Draw this process's micro-batches: step -> ([(x, y, share), ...], n_targets).
+    """Draw this process's micro-batches: step -> ([(x, y, share), ...], n_targets).
 
     x, y: (batch_size, block_size) on the device. share: the part of the step's targets that is in
     the micro-batch, times the number of processes, because DDP averages over them. So the loss of
@@ -271,8 +264,7 @@ class Batches:
 
 @torch.no_grad()
 def sum_losses(model, tokens, starts, cut, n_ids):
-    """
-    Sum the loss over the targets of windows; -> [nats, number of targets].
+    """Sum the loss over the targets of windows; -> [nats, number of targets].
 
     More windows than cut.batch_size go through at once while their logits stay below 16 MB. n_ids:
     an id of the data at or above it raises UserError.

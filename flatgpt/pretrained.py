@@ -250,8 +250,7 @@ def resume(path, config, meta, data_dir):
 
 
 def finetune(init_from, config, meta, data_dir):
-    """
-    Open a model to train on a dataset; -> (model, {'tokenizer', 'chat_template'}).
+    """Open a model to train on a dataset; -> (model, {'tokenizer', 'chat_template'}).
 
     Raises UserError if the settings contradict the model, or if the dataset has another
     vocabulary. Sizes and bias are ignored: nanoGPT's config files hold those of new models.

@@ -101,8 +101,7 @@ def new_model(block_size):
 
 @torch.inference_mode()
 def right_digits(model, lines, order):
-    """
-    Return whether each likeliest digit is right, (n, digits + 1), units first.
+    """Return whether each likeliest digit is right, (n, digits + 1), units first.
 
     The model reads the question and the right digits before each digit. Greedy decoding writes the
     right answer exactly where all digits are right.

@@ -79,8 +79,7 @@ def check_settings():
 
 
 class BabyGPT(GPT):
-    """
-    The GPT of model.py, built as in the lecture.
+    """The GPT of model.py, built as in the lecture.
 
     Its LayerNorms have biases and its linear layers have none. The weights are drawn in the
     lecture's order, so that the lecture's seed gives the lecture's figures.
@@ -141,8 +140,7 @@ def chain(p):
 
 
 def stationary(P):
-    """
-    Return (S,), the share of time in each state in the long run.
+    """Return (S,), the share of time in each state in the long run.
 
     P: (S, S) transition probabilities. The chain starts in any state with equal probability. In
     half of the steps it stays where it is: this does not change the shares, and the powers of the
@@ -197,8 +195,7 @@ def dot(graph, p):
 
 
 def layout(n_states, n_tokens):
-    """
-    Return (S,): places of the states on a circle, as complex numbers.
+    """Return (S,): places of the states on a circle, as complex numbers.
 
     Neighbours on the circle follow one another in a walk through all states, so many arrows are
     short. The walk is an Eulerian circuit of the graph whose edges are the states (de Bruijn 1946).

@@ -62,8 +62,7 @@ RUNGS = {  # each adds one part to the one before: its effect, and AdamW's highe
 
 
 def attend(q, k, v, drop):
-    """
-    Average the values up to each position, weighted by how well queries match keys.
+    """Average the values up to each position, weighted by how well queries match keys.
 
     q, k, v: (..., T, D) -> (..., T, D). All dimensions before T and D are batch dimensions.
     """
@@ -127,8 +126,7 @@ def norm_of(has, n_embd):
 
 
 class LanguageModel(nn.Module):
-    """
-    A model with the parts in the set `has`: (x, y) -> (logits, loss).
+    """A model with the parts in the set `has`: (x, y) -> (logits, loss).
 
     The parts have model.GPT's names. The bigram model is a table of logits and nothing else.
     """

@@ -28,8 +28,7 @@ BLUE, RED, GREEN, PURPLE, ORANGE, SKY, BLACK = COLORS = (
 
 
 def start(out, threads=None):
-    """
-    Set torch up for this machine and make the folder of the results.
+    """Set torch up for this machine and make the folder of the results.
 
     threads: 1 for models so small that a second thread waits more than it computes. The numbers
     then do not depend on the number of cores. Raises UserError if the folder cannot be written.
@@ -63,8 +62,7 @@ def muon(model, scale=1.0):
 
 
 def train(model, get_batch, steps, optimizer=None, compile=False):
-    """
-    Train the model, and yield (step, loss in nats per token) after each step.
+    """Train the model, and yield (step, loss in nats per token) after each step.
 
     get_batch(step) -> x, y: (B, T) ids, y negative where there is no target. optimizer: muon(model)
     by default; its learning rate rises over 20 steps, at most a tenth of all, and falls linearly to

@@ -27,8 +27,7 @@ def widths(config):
 
 
 def flops(config, T):
-    """
-    Return {part: FLOPs of a token's forward pass in a context of T}.
+    """Return {part: FLOPs of a token's forward pass in a context of T}.
 
     A product of (m, k) and (k, n) takes 2 m k n FLOPs. The backward pass takes two such products,
     one for each factor's gradient. Nothing is subtracted for causality, as is customary. Looking up
@@ -65,8 +64,7 @@ def kv_cache(config, B, T, item=2):
 
 
 def activations(config, B, T, item=2):
-    """
-    Return the bytes that autograd keeps: (of one layer, of all else).
+    """Return the bytes that autograd keeps: (of one layer, of all else).
 
     item: bytes of a product's inputs, 2 in bf16 by autocast; the residual stream and the losses are
     in fp32. The (T, T) attention weights are not kept: the kernels compute them twice. Holds for
@@ -87,8 +85,7 @@ def activations(config, B, T, item=2):
 
 
 def memory(config, B, T, optimizer='adamw', item=2):
-    """
-    Return {part: bytes} of training.
+    """Return {part: bytes} of training.
 
     Weights, gradients and moments are in fp32, products in numbers of `item` bytes.
     """
@@ -113,8 +110,7 @@ def counted(config, B, T):
 
 
 def element_wise(config):
-    """
-    Return the bytes per token that a step moves beside its products.
+    """Return the bytes per token that a step moves beside its products.
 
     Each operation reads and writes whole tensors: norms (2 forward, 3 backward), additions to the
     residual stream (3, 3), the activation, gradients of q, k, v and of biases, the loss.

@@ -66,8 +66,7 @@ def train_one(width, run_seed):
 
 @torch.no_grad()
 def measure(model, x, y):
-    """
-    Return nats per letter, and the shares of right letters and right answers.
+    """Return nats per letter, and the shares of right letters and right answers.
 
     A letter is right if it is the likeliest after the right letters before it. An answer of right
     letters alone is what greedy decoding gets right.

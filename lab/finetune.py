@@ -105,8 +105,7 @@ def mean_loss(model, batches):
 
 
 def learn(model, run, compiled):
-    """
-    Train the model; return [[step, train loss, val loss], ...] and the seconds.
+    """Train the model; return [[step, train loss, val loss], ...] and the seconds.
 
     The train loss is measured on batches that were read, evenly spaced over the steps so far. The
     val loss is always measured on the same windows.

@@ -117,8 +117,7 @@ def attention_time(config, B, T):
 
 
 def check_step(rounds=4):
-    """
-    Predict and measure a step of AdamW in fp32 on one core of this CPU.
+    """Predict and measure a step of AdamW in fp32 on one core of this CPU.
 
     Returns {part: predicted seconds}, the measured seconds, and the FLOP/s. The prediction adds up
     the times of the step's products, of the attention kernel and of memory traffic, each measured

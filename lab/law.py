@@ -49,8 +49,7 @@ def loss_of(coefficients, N, D):
 
 
 def fit(runs, start=None, delta=1e-3):
-    """
-    Return (E, A, B, alpha, beta) of the least Huber loss between log losses.
+    """Return (E, A, B, alpha, beta) of the least Huber loss between log losses.
 
     The Huber loss bounds the influence of outliers. L-BFGS begins from a grid, or from `start`.
     """
@@ -99,8 +98,7 @@ def best_size(coefficients, C):
 
 
 def valley(N, loss):
-    """
-    Return N and loss at the bottom of one budget's parabola in log N: approach 2.
+    """Return N and loss at the bottom of one budget's parabola in log N: approach 2.
 
     None if that point lies outside the sizes that were tried.
     """
@@ -111,8 +109,7 @@ def valley(N, loss):
 
 
 def read_table(path, leave_out=0):
-    """
-    Read the Runs of a CSV file, without the leave_out highest losses.
+    """Read the Runs of a CSV file, without the leave_out highest losses.
 
     COLUMNS lists the accepted names; without a column of tokens they are FLOPs / 6 N. Raises
     UserError for a missing column, or a line without a run.

@@ -90,8 +90,7 @@ def read_text():
 
 @torch.no_grad()
 def attention_weights(attention, qkv, rotation=None):
-    """
-    Compute a layer's attention weights, (H, T, T), from its c_attn's output.
+    """Compute a layer's attention weights, (H, T, T), from its c_attn's output.
 
     rotation: RoPE's, or None. Rows are queries. Positions outside the window get weight 0.
     """
@@ -112,8 +111,7 @@ def attention_weights(attention, qkv, rotation=None):
 
 @torch.no_grad()
 def look(model, ids):
-    """
-    Run the model on ids[:-1], T tokens, and record what it computes.
+    """Run the model on ids[:-1], T tokens, and record what it computes.
 
     Returns the attention weights (n_layer, H, T, T), rows are queries; the residual stream before
     the first layer and after each layer, (n_layer + 1, T, C); the logits (T, V).
@@ -137,8 +135,7 @@ def look(model, ids):
 
 @torch.no_grad()
 def logit_lens(model, streams, ids):
-    """
-    Apply the last norm and the head to the residual stream after each layer.
+    """Apply the last norm and the head to the residual stream after each layer.
 
     Returns three tensors, (n_layer + 1, T): the likeliest next token, its probability, and the loss
     of the token that follows.
@@ -152,8 +149,7 @@ def logit_lens(model, streams, ids):
 
 
 def roles(weights, ids):
-    """
-    Measure how much attention each head pays to four kinds of positions.
+    """Measure how much attention each head pays to four kinds of positions.
 
     weights: (n_layer, H, T, T). Returns {role: (n_layer, H)}, means over the queries that have such
     a position. 'induction' is the token after an earlier occurrence of the same token.

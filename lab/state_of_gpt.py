@@ -166,8 +166,7 @@ def builds_on(command, names, home):
 
 
 def run_all(home):
-    """
-    Run the stages that are not complete by home/stages.json.
+    """Run the stages that are not complete by home/stages.json.
 
     A stage with a changed command or recipe runs again, and so do the stages that build on it.
     Returns {name: {'command', 'recipe', 'seconds', 'found'}}.

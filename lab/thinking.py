@@ -87,8 +87,7 @@ def steps_of(question):
 
 
 def get_batch(step):
-    """
-    Return x, y (B, 3 k): questions and their answers, at once or in steps.
+    """Return x, y (B, 3 k): questions and their answers, at once or in steps.
 
     The targets cover the answers alone.
     """
@@ -104,8 +103,7 @@ def get_batch(step):
 
 
 def sample(model, prompts, size, temperature, rng):
-    """
-    Sample continuations of each prompt; size = (number, tokens of each).
+    """Sample continuations of each prompt; size = (number, tokens of each).
 
     Returns ids (N, n, max_new_tokens) and the log-probabilities of the continuations, (N, n).
     """
@@ -120,8 +118,7 @@ def sample(model, prompts, size, temperature, rng):
 
 
 def search(propose, prompts, depth, beam):
-    """
-    Search breadth first, keeping the `beam` likeliest chains after each step.
+    """Search breadth first, keeping the `beam` likeliest chains after each step.
 
     propose(chains (R, L)) returns k continuations of each, ids (R, k, tokens), and their
     log-probabilities (R, k). Returns chains (N, beam, ...), the likeliest first, and the number of

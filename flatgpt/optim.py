@@ -173,7 +173,7 @@ def schedule(config):
     if min_lr > rate:
         raise UserError(f'min_lr={min_lr}: expected at most learning_rate={rate}, usually a tenth')
     if end < warmup and (name == 'lr_decay_iters' or 'warmup_iters' in config.given):
-        raise UserError(f'{name}={end}: expected at least warmup_iters={warmup}')
+        raise UserError(f'{name}={end}: expected at least warmup_iters={warmup}; lower that')
     rates = Schedule(rate, warmup, end, min_lr, config['decay_fraction'])
     return getattr(rates, config['lr_schedule'])  # cosine or wsd
 

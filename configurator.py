@@ -246,13 +246,15 @@ def parse(text, kinds):
 
 
 def run_config_file(path, current):
-    """Run a config file on the `current` settings; -> the settings that it assigned."""
+    """Run a config file, here or beside this file; -> the settings that it assigned."""
+    beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), path)
+    path = beside if os.path.isfile(beside) and not os.path.isfile(path) else path
     if not os.path.isfile(path):
         if '=' in path:
             raise SystemExit(f'{path}: no such config file; a setting is written --{path}')
         folder = os.path.dirname(path) or '.'
         files = [os.path.join(folder, name) for name in sorted(os.listdir(folder))
-                 if name.endswith('.py')] if os.path.isdir(folder) else []
+                 if name.endswith('.py') and name != 'presets.py'] if os.path.isdir(folder) else []
         raise SystemExit(f'{path}: no such config file{nearest(path, files)} '
                          f'(a setting is written --key=value)')
     with tokenize.open(path) as f:

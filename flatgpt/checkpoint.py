@@ -109,7 +109,7 @@ def load(path):
             fact = ('is damaged or truncated, or holds more than tensors and plain values, which '
                     'could run code: refused')
         other = next((name for name in ('best.pt', 'ckpt.pt') if name != os.path.basename(path)
-                      and os.path.exists(os.path.join(out_dir, name))), None)
+                      and zipfile.is_zipfile(os.path.join(out_dir, name))), None)
         remedy = {'best.pt': f'cp {os.path.join(out_dir, "best.pt")} {path}',
                   'ckpt.pt': 'take the last one with --which=last',
                   None: 'restore a copy (there is no best.pt here)'}[other]

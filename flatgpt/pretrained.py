@@ -211,7 +211,7 @@ def check_architecture(model, config, names, source):
         is_set = name in config.given or name in PRESETS[config['preset']]
         if not is_set or config[name] == value:
             continue
-        remedy = 'Leave it out' if name in config.given else (
+        remedy = f'Leave it out, or use --{name}={value}' if name in config.given else (
             f'It comes from --preset={config["preset"]}: use the config file of the run, such as '
             f'config/shakespeare_char_classic.py or config/gpt2_classic.py, or --preset=gpt2')
         raise UserError(f'{name}={config[name]}, but {source} has {name}={value}, and its weights '

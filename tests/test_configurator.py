@@ -154,6 +154,14 @@ def test_order(tmp_path):
     assert two['derived'] == 14  # computed after all of them
 
 
+def test_config_of_the_repository_from_another_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert configurator.run_config_file('config/eval_gpt2.py', {'init_from': 'scratch'})['init_from'] == 'gpt2'
+    (tmp_path / 'config').mkdir()
+    (tmp_path / 'config' / 'eval_gpt2.py').write_text("init_from = 'mine'")  # the current folder comes first
+    assert configurator.run_config_file('config/eval_gpt2.py', {'init_from': 'scratch'}) == {'init_from': 'mine'}
+
+
 def test_missing_file(tmp_path):
     write(tmp_path, '', 'train_gpt2.py')
     with pytest.raises(SystemExit) as error:

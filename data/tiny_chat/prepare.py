@@ -192,6 +192,8 @@ def main():
 
     # make the texts, conversations and pairs
     n, seed = args.conversations, args.seed
+    print(f'making {args.documents:,} texts, {n:,} conversations and {args.pairs:,} pairs; the '
+          f'defaults take about a minute', flush=True)
     texts = list(make_texts(args.documents, seed))
     talks = {'train': list(make_conversations('train', n, seed, args.steps)),
              'val': list(make_conversations('val', max(1, n // 20), seed, args.steps))}

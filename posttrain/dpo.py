@@ -25,11 +25,11 @@ import torch
 
 from configurator import Count, Fraction, Natural, NonNegative, Share, UserError, fit, override
 from data.shuffle import train_items
-from flatgpt import checkpoint, optim, runtime
+from flatgpt import checkpoint, optim
 from flatgpt.generate import Sampling
 from posttrain import losses
 from posttrain.pairs import check_pairs, pair_rows, read_pairs
-from posttrain.policy import check_out_dir, open_policy, resume, stop_if_broken
+from posttrain.policy import check_out_dir, open_machine, open_policy, resume, stop_if_broken
 from posttrain.rollouts import lengths_of, micro_batches
 from posttrain.tasks import common as tasks
 
@@ -80,10 +80,7 @@ check_out_dir(out_dir, init_from)
 resolved = {**config, 'algorithm': 'dpo'}
 
 # the machine
-torch_device = runtime.choose_device(device)
-runtime.use_machine(torch_device)
-precision, precision_reason = runtime.choose_dtype(dtype, torch_device, has_scaler=False)
-autocast = runtime.autocast(precision, torch_device)
+torch_device, precision, precision_reason, autocast = open_machine(device, dtype)
 
 # the policy, which learns, and the reference, its copy from before training
 ckpt_path = os.path.join(out_dir, 'ckpt.pt')

@@ -15,7 +15,7 @@ import torch
 
 from configurator import UserError
 from data import conversations
-from flatgpt import checkpoint, lora
+from flatgpt import checkpoint, lora, runtime
 from flatgpt.generate import NotNumbers
 from flatgpt.pretrained import model_of, open_model, path_in
 from model import GPT
@@ -156,6 +156,17 @@ def resume(path, config):
             raise UserError(f'{name}={now!r}, but {path} is of a run with {name}={before!r}; '
                             f'resume with that, or start a new run in another --out_dir')
     return state
+
+
+def open_machine(device, dtype):
+    """Set torch up for two settings -> its device, the name of the dtype, why that, and autocast.
+
+    float16 is never chosen, since posttrain has no gradient scaler. Raises UserError.
+    """
+    torch_device = runtime.choose_device(device)
+    runtime.use_machine(torch_device)
+    precision, reason = runtime.choose_dtype(dtype, torch_device, has_scaler=False)
+    return torch_device, precision, reason, runtime.autocast(precision, torch_device)
 
 
 def check_out_dir(out_dir, init_from):

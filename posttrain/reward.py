@@ -27,11 +27,11 @@ import torch
 
 from configurator import Count, Fraction, Natural, NonNegative, Share, UserError, fit, override
 from data.shuffle import train_items
-from flatgpt import checkpoint, optim, parallel, runtime
+from flatgpt import checkpoint, optim, parallel
 from flatgpt.pretrained import check_same, tokenizer_of
 from posttrain.losses import bradley_terry_loss, preferred
 from posttrain.pairs import check_pairs, ending_of, pair_rows, read_pairs
-from posttrain.policy import check_out_dir, open_chat_model
+from posttrain.policy import check_out_dir, open_chat_model, open_machine
 from posttrain.reward_model import Critic, critic_of
 from posttrain.rollouts import lengths_of
 from posttrain.tasks.common import wilson
@@ -79,10 +79,7 @@ if min_lr > learning_rate:
 check_out_dir(out_dir, init_from)
 
 # the machine
-torch_device = runtime.choose_device(device)
-runtime.use_machine(torch_device)
-precision, precision_reason = runtime.choose_dtype(dtype, torch_device, has_scaler=False)
-autocast = runtime.autocast(precision, torch_device)
+torch_device, precision, precision_reason, autocast = open_machine(device, dtype)
 
 # the model: a language model with another head, or the reward model of the run that resumes
 ckpt_path = os.path.join(out_dir, 'ckpt.pt')

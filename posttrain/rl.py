@@ -39,11 +39,11 @@ from configurator import (
     override,
 )
 from data.shuffle import train_items
-from flatgpt import checkpoint, lora, optim, runtime
+from flatgpt import checkpoint, lora, optim
 from flatgpt.generate import Sampling, uniforms
 from posttrain import losses
 from posttrain.pairs import ending_of
-from posttrain.policy import check_out_dir, open_policy, resume, stop_if_broken
+from posttrain.policy import check_out_dir, open_machine, open_policy, resume, stop_if_broken
 from posttrain.reward_model import Critic, open_reward_model, scores_of
 from posttrain.rollouts import lengths_of, micro_batches, to_rows
 from posttrain.tasks import common as tasks
@@ -109,10 +109,7 @@ if algorithm == 'ppo' and skip_equal:
 check_out_dir(out_dir, init_from)
 
 # the machine
-torch_device = runtime.choose_device(device)
-runtime.use_machine(torch_device)
-precision, precision_reason = runtime.choose_dtype(dtype, torch_device, has_scaler=False)
-autocast = runtime.autocast(precision, torch_device)
+torch_device, precision, precision_reason, autocast = open_machine(device, dtype)
 
 # the policy, which learns, and the reference, its copy from before training
 ckpt_path = os.path.join(out_dir, 'ckpt.pt')

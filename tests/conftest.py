@@ -45,12 +45,16 @@ TINY = {'n_layer': 2, 'n_head': 2, 'n_embd': 16, 'block_size': 16, 'batch_size':
 
 
 def load_or_skip(name):
-    """A published vocabulary, which is downloaded once; without a network the test is skipped."""
-
+    """Load a published vocabulary, downloaded once; skip the test where it cannot be had."""
     try:
         return tokenizer.load(name)
     except ValueError as error:
         pytest.skip(f'{name} cannot be had here: {str(error)[:60]}')
+
+
+@pytest.fixture(scope='module')
+def gpt2():
+    return load_or_skip('gpt2')
 
 
 # processes ------------------------------------------------------------------------------------------------------------

@@ -25,11 +25,6 @@ import tokenizer
 from tokenizer import BPETokenizer, WordTokenizer, base, bytepair, fast, patterns
 
 
-@pytest.fixture(scope='module')
-def gpt2():
-    return load_or_skip('gpt2')
-
-
 @pytest.fixture(scope='module', params=['gpt2', 'cl100k_base', 'o200k_base'])
 def published(request):
     """(OpenAI's vocabulary in our BPE, tiktoken's encoding)"""

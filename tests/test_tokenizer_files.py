@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, load_or_skip
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizer_cases import (
@@ -22,11 +22,6 @@ from tokenizer_cases import (
 import tokenizer
 from configurator import UserError
 from tokenizer import BPETokenizer, WordTokenizer, base, bytepair
-
-
-@pytest.fixture(scope='module')
-def gpt2():
-    return load_or_skip('gpt2')
 
 
 @pytest.fixture(scope='module')

@@ -24,11 +24,6 @@ from tokenizer import BPETokenizer, WordTokenizer, fast
 
 
 @pytest.fixture(scope='module')
-def gpt2():
-    return load_or_skip('gpt2')
-
-
-@pytest.fixture(scope='module')
 def trained():
     return make_trained()
 

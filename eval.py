@@ -25,7 +25,6 @@ choice are acc and acc_norm of lm-evaluation-harness.
 
 import json
 import math
-import sys
 import time
 from typing import Annotated, Literal
 
@@ -37,13 +36,13 @@ from configurator import Count, Natural, NonNegative, Range, Seed, UserError, fi
 from data import scoring
 from data.datasets import folder_of
 from data.tokens import to_device
-from flatgpt import runtime
+from flatgpt import output, runtime
 from flatgpt.pretrained import dataset_of, open_model
 from flatgpt.quantize import for_decoding
 from posttrain.reward_model import open_reward_model, ratings_of
 from posttrain.tasks import common as tasks
 
-sys.stdout.reconfigure(errors='replace')  # '?' for characters that a terminal lacks
+output.protect()
 
 # Settings -----------------------------------------------------------------------------------------
 init_from = 'resume'  # the run in out_dir; or a folder, a hub id, 'gpt2' to 'gpt2-xl'

@@ -10,17 +10,16 @@ All samples are one batch. The first is printed as it grows, the others at the e
 A file of prompts: python -m flatgpt.batch. A conversation: python -m posttrain.chat.
 """
 
-import sys
 from typing import Literal
 
 from configurator import Count, Natural, NonNegative, Positive, Probability, Seed, Share, override
-from flatgpt import decoding
+from flatgpt import decoding, output
 from flatgpt.files import read_text
 from flatgpt.generate import generate_texts
 from flatgpt.sampling import Sampling
 from tokenizer.chat import encode_prompt
 
-sys.stdout.reconfigure(errors='replace')  # a terminal that lacks a character prints the others
+output.protect()
 
 # settings -----------------------------------------------------------------------------------------
 init_from = 'resume'  # 'resume': out_dir; or 'gpt2' to 'gpt2-xl', a Hugging Face folder, a hub id

@@ -31,12 +31,12 @@ from configurator import Count, Fraction, Natural, NonNegative, Positive, Share,
 from data import datasets
 from data.device import open_splits
 from data.tokens import Batches, cut_step, eval_windows, sum_losses
-from flatgpt import checkpoint, flops, lora, optim, parallel, pretrained, runtime
+from flatgpt import checkpoint, flops, lora, optim, output, parallel, pretrained, runtime
 from flatgpt.generate import Sampling, generate_texts
 from model import GPT, GPTConfig, padded_vocab_size
 
-# print each line at once, also into a file or a pipe, and '?' for characters a terminal lacks
-sys.stdout.reconfigure(errors='replace', line_buffering=True)
+# a full disk or a closed terminal must not end the run: lines that cannot be printed are dropped
+output.protect(drop=True)
 
 # Settings. The defaults are GPT-2 (124M) on OpenWebText -------------------------------------------
 # the run
@@ -125,8 +125,7 @@ lora.check_settings(config, init_from, out_dir)
 # this process, its device, its data
 world = parallel.from_environment()
 if from_preset:
-    listed = ', '.join(f'{key}={value!r}' for key, value in from_preset.items())
-    world.print(f'preset {preset}: {listed}')
+    world.print(f'preset {preset}: ' + ', '.join(f'{k}={v!r}' for k, v in from_preset.items()))
 torch_device = runtime.choose_device(device, world.local_rank)
 data_dir = datasets.folder_of(dataset)
 ckpt_path = os.path.join(out_dir, 'ckpt.pt')
@@ -136,7 +135,7 @@ if init_from == 'scratch':
 else:
     pretrained.check_source(init_from, ckpt_path)
 datasets.prepare_if_missing(data_dir, is_first=world.local_rank == 0)
-meta = datasets.load_meta(data_dir)
+meta, stamps = datasets.load_meta(data_dir), datasets.stamps_of(data_dir)
 parallel.connect(world, torch_device, backend)
 runtime.use_machine(torch_device)
 if init_from == 'auto':
@@ -234,22 +233,16 @@ def state_of_run():
     state = {'model': lora.adapters(model) if adapters else model.state_dict(),
              'optimizer': opt.state_dict(), 'model_args': asdict(model.config),
              'tokenizer': text_tokenizer, 'chat_template': chat_template,
-             'scaler': scaler.state_dict()}
+             'scaler': scaler.state_dict(), 'data': meta['digest']}
     return {**state, 'lora': adapters} if adapters else state
 
 
 # the folder of the run: an earlier run's files are moved, not overwritten
-same_data = state.get('config', {}).get('dataset', dataset) == dataset
 run = checkpoint.Run(out_dir, resolved, state if init_from == 'resume' else None, world,
                      folder=not eval_only)
-run.best_val_loss = run.best_val_loss if same_data else math.inf
 smaller = {'batch_size': cut.smaller, 'total_batch_size': cut.tokens} if cut.smaller else {}
 run.explain_out_of_memory(smaller, 'One sequence does not fit: lower --block_size or --n_embd')
 state = None  # the loaded tensors are no longer needed
-if wandb_log and world.is_main:
-    import wandb
-
-    run.wandb = wandb.init(project=wandb_project, name=wandb_run_name, config=resolved)
 
 # the training step, compiled if that works here
 step_model = model
@@ -257,7 +250,7 @@ if use_compile:
     world.print('compiling the training step (--compile=False starts at once)')
 
     def try_step(compiled):
-        x, y, _ = batches(run.step)[0][0]
+        x, y, _ = batches(run.drawn(cut.tokens))[0][0]
         with autocast:
             compiled(x, y, return_logits=False)[1].backward()
 
@@ -271,8 +264,8 @@ bar = tqdm(total=max_iters, initial=run.step, unit='step', dynamic_ncols=True, s
            leave=False, disable=not (world.is_main and sys.stderr.isatty()))
 run.say = bar.write
 prefetch = ThreadPoolExecutor(max_workers=1)  # reads the next batch while the current one computes
-next_batch = prefetch.submit(batches, run.step)
-unread = []  # (step, rate, loss and norm) of the steps whose numbers are still on the GPU
+next_batch = prefetch.submit(batches, run.drawn(cut.tokens))
+unread = []  # (step, tokens, rate, numbers) of the steps whose numbers are still on the GPU
 # the garbage collector would pause a step to visit torch's objects: it runs at evaluations instead
 if use_compile:
     gc.collect()
@@ -285,6 +278,12 @@ while True:
     if run.is_due(eval_interval, max_iters, eval_first) or eval_only:
         bar.set_description('evaluating')
         gc.collect()
+        changed, is_shorter = datasets.changed_in_place(stamps)
+        if changed:
+            world.print(f'WARNING: {changed}')
+        if is_shorter:  # the next read could end the process
+            run.stop_reason = changed
+            break
         losses = evaluate()
         bar.set_description()
         if world.is_main:
@@ -308,7 +307,8 @@ while True:
     for group in opt.param_groups:
         group['lr'] = lr * group['lr_scale']
     micro_batches, n_targets = next_batch.result()
-    next_batch = prefetch.submit(batches, run.step + 1)
+    tokens_seen = run.seen + cut.tokens
+    next_batch = prefetch.submit(batches, tokens_seen)
     loss_sum = torch.zeros((), device=torch_device)
     for micro_step, (x, y, share) in enumerate(micro_batches):
         if world.size > 1:  # average gradients over the processes once, with the last micro-batch
@@ -324,11 +324,12 @@ while True:
 
     # read loss and norm before the update, which could ruin the weights; agree on when to stop.
     # On a GPU they are those of the step before, so that it does not idle
-    unread.append((run.step, lr, runtime.read_later(torch.stack((loss_sum, norm)))))
+    numbers = runtime.read_later(torch.stack((loss_sum, norm)))
+    unread.append((run.step, tokens_seen, lr, numbers))
     records, keeps_one = [], torch_device.type == 'cuda' and not run.stop_reason
     keeps_one = keeps_one and (run.step + 1) % eval_interval and run.step + 1 < max_iters
     while len(unread) > bool(keeps_one):
-        step, step_lr, numbers = unread.pop(0)
+        step, tokens, step_lr, numbers = unread.pop(0)
         loss, norm = numbers()
         loss, stop_requests = world.sum([loss / world.size, run.requested is not None])
         if not math.isfinite(loss) or (not math.isfinite(norm) and not scaler.is_enabled()):
@@ -338,19 +339,20 @@ while True:
                 f'Try a lower {rates}, a longer warmup, or --dtype=float32')
         if stop_requests:
             run.stop_reason = run.requested or 'stopped by SIGTERM'  # another process's
-        records.append({'step': step, 'loss': loss, 'lr': step_lr, 'grad_norm': norm})
+        records.append({'step': step, 'loss': loss, 'lr': step_lr, 'grad_norm': norm,
+                        'tokens': tokens})
     if n_targets:  # a batch of conversations can have none, and weight decay alone is no step
         scaler.step(opt)
     scaler.update()
     opt.zero_grad(set_to_none=True)
-    run.step += 1
     bar.update()
 
     # report
     if torch_device.type == 'cuda' and not keeps_one:
         torch.cuda.synchronize()  # the update is training time, and evaluating waits for it anyway
     t1 = time.perf_counter()
-    run.train_time, t0 = run.train_time + t1 - t0, t1
+    run.advance(cut.tokens, t1 - t0)
+    t0 = t1
     shown = [record for record in records if record['step'] % log_interval == 0
              or record['step'] == max_iters - 1]
     if world.is_main and shown:
@@ -367,7 +369,7 @@ while True:
                       f'mfu {shown_mfu}, norm {record["grad_norm"]:.2f}, '
                       f'{tokens_per_s / 1e3:.1f}k tok/s{left}')
             run.log(**record, ms=round(dt * 1e3, 3), mfu=mfu, tokens_per_s=round(tokens_per_s),
-                    tokens=(record['step'] + 1) * cut.tokens, train_time=round(run.train_time, 3))
+                    train_time=round(run.train_time, 3))
 
 # the end ------------------------------------------------------------------------------------------
 bar.close()

@@ -417,21 +417,17 @@ def clean_to(out, path, steps: Steps, **options) -> dict:
     Only a crash between the two renames leaves the new report beside the old documents.
     """
     folder = os.path.dirname(os.path.abspath(out))
-    temporary = os.path.join(folder, f'.{os.path.basename(out)}.tmp')
     lock = files.lock_folder(folder, 'cleaning a corpus into')
     try:
         with files.explain_full_disk(folder, f'{out}, about the size of the input'):
-            with open(temporary, 'wb') as file:
+            files.remove(files.temporaries_of(out))
+            with files.replacing(out) as file:
                 report = clean(path, file, steps, **options)
-                file.flush()
-                os.fsync(file.fileno())
-            content = json.dumps(report, indent=1, ensure_ascii=False) + '\n'
-            files.replace_file(report_of(out), content.encode())
-            os.replace(temporary, out)  # last: where the documents are, their report is
-            files.sync_folder(folder)
+                content = json.dumps(report, indent=1, ensure_ascii=False) + '\n'
+                # first: where the documents are, their report is
+                files.replace_file(report_of(out), content.encode())
             return report
     finally:
-        files.remove([temporary])
         files.unlock(lock)
 
 

@@ -6,8 +6,11 @@ continues in train-00001.bin, ... A folder that nanoGPT prepared (uint16 files, 
 reads the same.
 """
 
+import contextlib
+import hashlib
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -19,6 +22,7 @@ import tokenizer
 from configurator import UserError, nearest
 
 DATA = os.path.dirname(os.path.abspath(__file__))
+TOKEN_FILE = re.compile(r'(train|val)(-\d{5}|_mask)?\.bin')
 
 
 def folder_of(dataset):
@@ -32,10 +36,11 @@ def folder_of(dataset):
 def load_meta(data_dir):
     """Read a dataset's meta.json, or nanoGPT's meta.pkl.
 
-    -> {'dtype', 'vocab_size', 'tokenizer', 'tokens', 'files', 'row', 'chat_template'}; all but
-    dtype are None where the folder lacks them. tokenizer: a dict for tokenizer.from_dict();
-    tokens: {'train': count, 'val': count}; files: {'train': [[name, count], ...], 'val': ...};
-    row, chat_template: for packed conversations. Raises UserError on a damaged file.
+    -> {'dtype', 'vocab_size', 'tokenizer', 'tokens', 'files', 'row', 'chat_template', 'digest'};
+    all but dtype and digest are None where the folder lacks them. tokenizer: a dict for
+    tokenizer.from_dict(); tokens: {'train': count, 'val': count}; files: {'train': [[name, count],
+    ...], 'val': ...}; row, chat_template: for packed conversations; digest: see digest_of(). Raises
+    UserError on a damaged file.
     """
     path = os.path.join(data_dir, 'meta.json')
     if os.path.exists(path):
@@ -44,15 +49,18 @@ def load_meta(data_dir):
                 meta = json.load(f)
             tokens = {split: int(meta['tokens'][split]) for split in ('train', 'val')}
             default = {split: [[f'{split}.bin', tokens[split]]] for split in tokens}
-            files = {split: [[os.path.basename(name), int(n)]
-                             for name, n in meta.get('files', default)[split]] for split in tokens}
+            files = {split: [[str(name), int(n)] for name, n in meta.get('files', default)[split]]
+                     for split in tokens}
             for split in tokens:
+                if wrong := [name for name, _ in files[split] if not TOKEN_FILE.fullmatch(name)]:
+                    raise ValueError(f'{wrong[0]!r} is no name of a token file')
                 if not files[split] or sum(n for _, n in files[split]) != tokens[split]:
                     raise ValueError(f'the files of {split} do not hold {tokens[split]:,} tokens')
             return {'dtype': np.dtype(meta['dtype']), 'vocab_size': int(meta['vocab_size']),
                     'tokenizer': dict(meta['tokenizer']), 'tokens': tokens, 'files': files,
                     'row': int(meta['row']) if 'row' in meta else None,
-                    'chat_template': meta.get('chat_template')}
+                    'chat_template': meta.get('chat_template'),
+                    'digest': digest_of(data_dir, meta)}
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f'{path} is damaged ({type(error).__name__}: {error}); prepare the '
                             f'dataset again: {prepare_command(data_dir)}') from error
@@ -61,7 +69,51 @@ def load_meta(data_dir):
     if os.path.exists(path):
         chars = tokenizer.from_meta_pkl(path)
         meta |= {'tokenizer': chars.to_dict(), 'vocab_size': chars.vocab_size}
-    return {'dtype': np.dtype(np.uint16), **meta}
+    return {'dtype': np.dtype(np.uint16), **meta, 'digest': digest_of(data_dir, meta)}
+
+
+def digest_of(data_dir, meta):
+    """Return a hash of a dataset's text and its split, to recognise it under another path.
+
+    meta: the content of meta.json. Without the text's own SHA-256 in it, the sizes of train.bin
+    and val.bin and their first and last megabyte are hashed.
+    """
+    digest = hashlib.sha256(json.dumps([meta.get(key) for key in (
+        'sha256', 'val_fraction', 'tokens', 'row')]).encode())
+    for path in () if meta.get('sha256') else token_files(data_dir):
+        with open(path, 'rb') as file:
+            size = os.fstat(file.fileno()).st_size
+            digest.update(b'%d' % size + file.read(2**20))
+            file.seek(max(0, size - 2**20))
+            digest.update(file.read(2**20))
+    return digest.hexdigest()
+
+
+def token_files(data_dir):
+    """Return the paths of a dataset's token files, sorted."""
+    return [os.path.join(data_dir, name) for name in sorted(os.listdir(data_dir))
+            if TOKEN_FILE.fullmatch(name)]
+
+
+def stamps_of(data_dir):
+    """Return {path: (inode, size, time of the last change)} of a dataset's token files."""
+    return {path: (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+            for path in token_files(data_dir) for stat in [os.stat(path)]}
+
+
+def changed_in_place(stamps):
+    """Compare stamps_of() with the disk; -> a line, None if nothing changed, and whether to stop.
+
+    A new preparation replaces the files, and a run keeps the old ones open. A file that is
+    rewritten in place changes what the run reads, and reading past a new end is a bus error.
+    """
+    for path, (inode, size, time_ns) in stamps.items():
+        with contextlib.suppress(OSError):  # it is gone, and stays open
+            now = os.stat(path)
+            if now.st_ino == inode and (now.st_size, now.st_mtime_ns) != (size, time_ns):
+                line = f'{path} was rewritten: it had {size:,} bytes and has {now.st_size:,}'
+                return line, now.st_size < size
+    return None, False
 
 
 def prepare_command(data_dir, kind='text'):

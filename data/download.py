@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from configurator import UserError
 from data.documents import find_files
-from flatgpt.files import explain_full_disk, lock_folder, unlock
+from flatgpt.files import explain_full_disk, lock_folder, no_link, unlock
 
 RETRY_SECONDS = 2  # before the next attempt
 
@@ -83,7 +83,7 @@ def fetch(url, part) -> int:
         length = answer.headers.get('Content-Length')
         total = size + int(length) if length else None
         name = os.path.basename(part).removesuffix('.part')
-        with open(part, 'ab' if size else 'wb') as file, tqdm(
+        with open(part, 'ab' if size else 'wb', opener=no_link) as file, tqdm(
                 desc=f'downloading {name}', total=total, initial=size, unit='B', unit_scale=True,
                 disable=None, leave=False, dynamic_ncols=True) as bar:
             while block := answer.read(1 << 16):

@@ -21,6 +21,7 @@ import itertools
 import json
 import os
 import re
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -32,7 +33,8 @@ from tqdm import tqdm
 
 import tokenizer as tokenizers
 from configurator import UserError
-from flatgpt import files
+from data.datasets import TOKEN_FILE
+from flatgpt import files, output
 from tokenizer.patterns import batches, to_utf8
 
 BATCH_CHARS = 1 << 22   # a batch of text; memory holds two: one is encoded, the next is read
@@ -97,7 +99,6 @@ def make_tokenizer(name: str, corpus: Corpus, vocab_size: int | None = None):
 # are those of all text of the split up to the end of the shard.
 
 PROGRESS = '.progress.json'
-TOKEN_FILE = re.compile(r'(train|val)(-\d{5}|_mask)?\.bin')
 
 
 class TextChanged(Exception):
@@ -242,7 +243,7 @@ class ShardWriter:
         if is_full := self.tokens > 0 and self.tokens + n_tokens > self.shard_tokens:
             self.finish_shard()
         if self.file is None:
-            self.file = open(self.path(), 'wb')
+            self.file = files.create(self.path())
         self.file.write(np.concatenate((ids, self.eot), dtype=self.eot.dtype).data)
         self.tokens += n_tokens
         self.pieces += 1
@@ -300,9 +301,11 @@ def load_progress(out_dir, settings, itemsize) -> dict:
             shards = {split: [[int(tokens), int(pieces), str(sha256)]
                               for tokens, pieces, sha256 in progress['shards'][split]]
                       for split in ('train', 'val')}
+            found = {(split, i): os.lstat(temporary(out_dir, shard_name(split, i)))
+                     for split in shards for i in range(len(shards[split]))}
             is_usable = progress['settings'] == settings and all(
-                os.path.getsize(temporary(out_dir, shard_name(split, i))) == shard[0] * itemsize
-                for split in shards for i, shard in enumerate(shards[split]))
+                stat.S_ISREG(file.st_mode) and file.st_size == shards[split][i][0] * itemsize
+                for (split, i), file in found.items())
         except (KeyError, OSError, TypeError, ValueError):
             is_usable = False
         if is_usable:
@@ -318,7 +321,8 @@ def load_progress(out_dir, settings, itemsize) -> dict:
 
 def remove_unfinished(out_dir):
     """Remove an unfinished preparation, its progress file first."""
-    files.remove(os.path.join(out_dir, name) for name in (PROGRESS, f'{PROGRESS}.tmp'))
+    progress = os.path.join(out_dir, PROGRESS)
+    files.remove([progress, *files.temporaries_of(progress)])
     files.remove(os.path.join(out_dir, name) for name in os.listdir(out_dir)
                  if re.fullmatch(rf'\.({TOKEN_FILE.pattern}|meta\.json|meta\.pkl)\.tmp', name))
 
@@ -427,6 +431,7 @@ def output_folder(name, path, out_dir=None):
 
 def run(main):
     """Run a script's main(); a mistake of the user ends it with one line."""
+    output.protect(drop=True)
     try:
         main()
     except KeyboardInterrupt:
@@ -436,8 +441,5 @@ def run(main):
         print(f'error: {error}', file=sys.stderr)
         # train.py waits for the other process at this exit code
         sys.exit(os.EX_TEMPFAIL if hasattr(os, 'EX_TEMPFAIL') else 1)
-    except BrokenPipeError:  # the reader of the output, such as head, has closed it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's last flush
-        sys.exit(1)
     except (UserError, OSError) as error:
         sys.exit(f'error: {error}')

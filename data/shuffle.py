@@ -31,17 +31,18 @@ def shuffled(i, n, key):
     return i
 
 
-def epoch_places(step, n, per_epoch, seed):
-    """Return the places of a step's n items in shuffled epochs, and the epochs' keys.
+def epoch_places(first, n, per_epoch, seed):
+    """Return the places of n items in shuffled epochs, and the epochs' keys.
 
-    Each epoch visits its per_epoch items once each in an order of its own. -> uint64 (n,), (n,)
+    first: how many items were drawn before. Each epoch visits its per_epoch items once each in an
+    order of its own. -> uint64 (n,), (n,)
     """
-    index = np.uint64(step) * np.uint64(n) + np.arange(n, dtype=np.uint64)
+    index = np.uint64(first) + np.arange(n, dtype=np.uint64)
     epoch, place = index // np.uint64(per_epoch), index % np.uint64(per_epoch)
     key = mix(epoch, np.full_like(epoch, seed % 2**64))
     return shuffled(place, per_epoch, key), key
 
 
-def train_items(step, n, n_items, seed):
-    """Return a step's item numbers, (n,); every epoch visits each of n_items once."""
-    return epoch_places(step, n, n_items, seed)[0].astype(np.int64)
+def train_items(first, n, n_items, seed):
+    """Return the next n item numbers, (n,); every epoch visits each of n_items once."""
+    return epoch_places(first, n, n_items, seed)[0].astype(np.int64)

@@ -2,8 +2,8 @@
 Read token files, and draw batches from them.
 
 A dataset is a folder with train.bin and val.bin, headerless arrays of token ids, and meta.json
-(see datasets.py). Training batches are a pure function of (seed, step): a resumed run needs no
-loader state, and the number of processes does not change the data.
+(see datasets.py). Training batches are a pure function of (seed, tokens seen): a resumed run needs
+no loader state, and the number of processes does not change the data.
 """
 
 import os
@@ -104,16 +104,18 @@ def open_tokens(data_dir, split, meta, block_size):
 # Windows ------------------------------------------------------------------------------------------
 
 
-def train_windows(step, n_sequences, n_tokens, block_size, seed):
-    """Return the windows' first positions in the batch of `step`, (n_sequences,).
+def train_windows(first, n_sequences, n_tokens, block_size, seed):
+    """Return the first positions of the next windows, (n_sequences,).
 
-    Each epoch cuts the tokens into windows end to end, from an offset of its own. A window spans
-    block_size + 1 tokens: inputs, and targets one further.
+    first: how many windows were drawn before. A window spans block_size + 1 tokens: inputs, and
+    targets one further. Each epoch cuts the tokens into windows end to end, at places of its own;
+    the first and the last window are moved to the ends, so every token but the first is a target.
     """
-    per_epoch = max(1, (n_tokens - block_size) // block_size)
-    places, key = epoch_places(step, n_sequences, per_epoch, seed)
-    n_offsets = min(block_size, n_tokens - per_epoch * block_size)
-    return (places * np.uint64(block_size) + key % np.uint64(n_offsets)).astype(np.int64)
+    last = n_tokens - 1 - block_size  # where the last window begins
+    per_epoch = (last + 2 * block_size - 2) // block_size + 1  # enough for the largest offset
+    places, key = epoch_places(first, n_sequences, per_epoch, seed)
+    offsets = (key % np.uint64(block_size)).astype(np.int64)
+    return np.clip(places.astype(np.int64) * block_size - offsets, 0, last)
 
 
 def whole_windows(n_tokens, block_size, row=None):
@@ -232,11 +234,12 @@ def cut_step(config, block_size, n_processes):
 
 @dataclass
 class Batches:
-    """Draw this process's micro-batches: step -> ([(x, y, share), ...], n_targets).
+    """Draw this process's micro-batches of a step -> ([(x, y, share), ...], n_targets).
 
-    x, y: (batch_size, block_size) on the device. share: the part of the step's targets that is in
-    the micro-batch, times the number of processes, because DDP averages over them. So the loss of
-    a step is the mean over its targets, however they fall on micro-batches and processes.
+    seen: tokens that the steps before have drawn. x, y: (batch_size, block_size) on the device.
+    share: the part of the step's targets that is in the micro-batch, times the number of
+    processes, because DDP averages over them. So the loss of a step is the mean over its targets,
+    however they fall on micro-batches and processes.
     """
 
     tokens: object
@@ -246,12 +249,13 @@ class Batches:
     device: torch.device
     world: World
 
-    def __call__(self, step):
-        cut, world = self.cut, self.world
+    def __call__(self, seen):
+        cut, world, first = self.cut, self.world, seen // self.cut.block_size
         if row := row_of(self.tokens):
-            starts = train_items(step, cut.sequences, len(self.tokens) // row, self.seed) * row
+            starts = train_items(first, cut.sequences, len(self.tokens) // row, self.seed) * row
         else:
-            starts = train_windows(step, cut.sequences, len(self.tokens), cut.block_size, self.seed)
+            starts = train_windows(first, cut.sequences, len(self.tokens), cut.block_size,
+                                   self.seed)
         n_targets = count_targets(self.tokens, starts, cut.block_size)
         parts = starts.reshape(world.size, cut.micro_steps, cut.batch_size)[world.rank]
         micro_batches = []

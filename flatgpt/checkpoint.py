@@ -3,80 +3,62 @@ Save and load checkpoints, and keep the folder of a run.
 
 A checkpoint is one file with a dict of tensors and plain values. It has nanoGPT's keys (model,
 optimizer, model_args, iter_num, best_val_loss, config) and version, tokenizer, chat_template,
-scaler, evals_since_best, train_time. With LoRA, `model` holds the adapters and `lora` names their
-base. A reward model has `reward_model`: True. `measure` names the quantity in best_val_loss where
-it is no loss. Files are read with weights_only=True, which refuses anything that could run code.
+scaler, evals_since_best, train_time, seen, wandb_id, and data, a hash of the text. With LoRA,
+`model` holds the adapters and `lora` names their base. A reward model has `reward_model`: True.
+`measure` names the quantity in best_val_loss where it is no loss. Files are read with
+weights_only=True, which refuses anything that could run code.
 
 In out_dir, ckpt.pt is the last checkpoint, from which a run resumes, and best.pt the one with the
 lowest validation loss. No random state is saved: batches and dropout are functions of (seed, step).
 """
 
-import glob
+import errno
 import json
 import math
 import os
 import pickle
 import shlex
-import shutil
 import signal
 import sys
 import time
 import zipfile
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 import torch
 
 from configurator import UserError, explain_errors
 from flatgpt import parallel
-from flatgpt.files import lock_folder, replace_file, sync_folder
+from flatgpt.files import (
+    link_file,
+    lock_folder,
+    no_link,
+    remove,
+    replace_file,
+    replacing,
+    temporaries_of,
+)
 from flatgpt.runtime import out_of_memory
+from flatgpt.tracking import Tracker
 
 VERSION = 1  # version of the layout above; nanoGPT's files have no such key
+FILES = ('best.pt', 'log.jsonl', 'config.json', 'ckpt.pt')  # of a run, in its out_dir
+STOP = ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1', 'SIGUSR2', 'SIGXCPU')  # of users and clusters
 
 
 def save(out_dir, state, is_best):
     """Write `state` to out_dir/ckpt.pt; a best one gets a second name, best.pt.
 
-    The bytes go to a temporary file, which is fsynced and then renamed, so they survive a power
-    cut. Raises OSError (disk full, no permission) and leaves the earlier checkpoints as they are.
+    Raises OSError (disk full, no permission) and leaves the earlier checkpoints as they are.
     """
-    temporary = os.path.join(out_dir, 'ckpt.pt.tmp')
+    # a crash in between leaves a best.pt that is no older than ckpt.pt
+    names = ['ckpt.pt', 'best.pt'] if is_best else ['ckpt.pt']
     try:
-        with open(temporary, 'wb') as f:
-            torch.save({'version': VERSION, **state}, f)
-            f.flush()
-            os.fsync(f.fileno())
-        if is_best:  # first, so that a crash in between leaves a best.pt no older than ckpt.pt
-            link_best(temporary)
-        os.replace(temporary, os.path.join(out_dir, 'ckpt.pt'))
+        with replacing(*(os.path.join(out_dir, name) for name in names)) as file:
+            torch.save({'version': VERSION, **state}, file)
     except RuntimeError as error:
         if 'inline_container' not in str(error):  # torch's zip writer hides the OSError
             raise
         raise OSError(str(error).splitlines()[0]) from error
-    finally:
-        remove_temporaries(out_dir)
-    sync_folder(out_dir)
-
-
-def link_best(path):
-    """Make best.pt a second name of the checkpoint at `path`: a link, or a copy."""
-    folder = os.path.dirname(path)
-    temporary = os.path.join(folder, 'ckpt.pt.tmp-best')
-    try:
-        os.link(path, temporary)
-    except OSError:  # a file system without hard links
-        with open(path, 'rb') as source, open(temporary, 'wb') as f:
-            shutil.copyfileobj(source, f, 1 << 20)
-            f.flush()
-            os.fsync(f.fileno())
-    os.replace(temporary, os.path.join(folder, 'best.pt'))
-
-
-def remove_temporaries(out_dir):
-    """Remove the temporary files that a failed or killed save left in out_dir."""
-    for name in ('ckpt.pt', 'config.json', 'log.jsonl'):
-        for path in glob.glob(os.path.join(glob.escape(out_dir), f'{name}.tmp*')):
-            os.remove(path)
 
 
 def no_checkpoint(path):
@@ -132,72 +114,89 @@ def load(path):
     return state
 
 
+@contextmanager
+def explain_unwritable(out_dir):
+    """Raise UserError for an OSError of a folder that cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f'out_dir={out_dir!r} cannot be written: {error}; free some space, or '
+                        f'choose another --out_dir') from error
+
+
+def lock_run(out_dir):
+    """Create and lock out_dir. Raises UserError if another process trains in it."""
+    with explain_unwritable(out_dir):
+        os.makedirs(out_dir, exist_ok=True)
+        lock_folder(out_dir, 'training in')
+
+
 def open_folder(out_dir, settings, step, version):
-    """Create and lock out_dir, and write `settings` to its config.json.
+    """Make out_dir, which is locked, ready for a run, and write `settings` to its config.json.
 
     version: layout version of the checkpoint that the run resumes, None for a new run. A new run
     moves the files of an earlier one to previous-N; -> that folder, or None. nanoGPT's ckpt.pt
     (version 0) is the only copy of its best weights, so it becomes best.pt too. Raises UserError
-    if out_dir cannot be written, or if another process trains in it.
+    if out_dir cannot be written; then nothing has moved.
     """
+    best, _, config, last = paths = [os.path.join(out_dir, name) for name in FILES]
     moved_to = None
-    try:
-        os.makedirs(out_dir, exist_ok=True)
-        lock_folder(out_dir, 'training in')
-        remove_temporaries(out_dir)
-        if version is None:
-            moved_to = put_aside(out_dir)
-        elif version == 0 and not os.path.exists(os.path.join(out_dir, 'best.pt')):
-            link_best(os.path.join(out_dir, 'ckpt.pt'))
-            sync_folder(out_dir)
-        keep_log_until(out_dir, step)
-        replace_file(os.path.join(out_dir, 'config.json'), json.dumps(settings, indent=2).encode())
-    except OSError as error:
-        moved = f'; the earlier run is now in {moved_to}' if moved_to else ''
-        raise UserError(f'out_dir={out_dir!r} cannot be written: {error}{moved}; free some space, '
-                        f'or choose another --out_dir') from error
+    with explain_unwritable(out_dir):
+        for path in paths:
+            remove(temporaries_of(path))
+        with replacing(config) as file:
+            file.write(json.dumps(settings, indent=2).encode())
+            file.flush()
+            os.fsync(file.fileno())
+            if version is None:
+                moved_to = put_aside(out_dir)
+            elif version == 0 and not os.path.exists(best):
+                link_file(last, best)
+            keep_log_until(out_dir, step)
     return moved_to
 
 
 def put_aside(out_dir):
     """Move the files of an earlier run to out_dir/previous-N; -> that folder, or None."""
-    if not any(os.path.exists(os.path.join(out_dir, name)) for name in ('ckpt.pt', 'best.pt')):
+    there = [name for name in FILES if os.path.exists(os.path.join(out_dir, name))]
+    if not {'ckpt.pt', 'best.pt'} & set(there):
         return None
     n = 1
     while os.path.exists(folder := os.path.join(out_dir, f'previous-{n}')):
         n += 1
     os.makedirs(folder)
-    # ckpt.pt last: until then the run can be resumed
-    for name in ('best.pt', 'log.jsonl', 'config.json', 'ckpt.pt'):
-        if os.path.exists(os.path.join(out_dir, name)):
-            os.replace(os.path.join(out_dir, name), os.path.join(folder, name))
+    for name in there:  # ckpt.pt is the last: until then the run can be resumed
+        os.replace(os.path.join(out_dir, name), os.path.join(folder, name))
     return folder
 
 
 def keep_log_until(out_dir, step):
-    """Drop the lines of log.jsonl from `step` on, which a resumed run repeats."""
-    path = os.path.join(out_dir, 'log.jsonl')
-    if not os.path.exists(path):
+    """Drop the lines of log.jsonl from `step` on, which a resumed run repeats.
+
+    Lines that are no record go too: half of one, where the machine lost power.
+    """
+    path, kept = os.path.join(out_dir, 'log.jsonl'), []
+    if not os.path.lexists(path):
         return
-    kept = []
-    with open(path, encoding='utf-8') as f:
-        for line in f:
-            with suppress(ValueError):  # half a line: the machine lost power
-                record = json.loads(line)
-                # an evaluation at step n precedes update n and was saved with it
-                if record['step'] < step + ('val_loss' in record and step > 0):
-                    kept.append(line)
-    replace_file(path, ''.join(kept).encode())
+    for line in open(path, 'rb') if os.path.isfile(path) else ():
+        with suppress(ValueError, RecursionError):
+            record = json.loads(line)
+            # an evaluation at step n precedes update n and was saved with it
+            if (isinstance(record, dict) and type(record.get('step')) is int
+                    and record['step'] < step + ('val_loss' in record and step > 0)):
+                kept.append(line.rstrip(b'\n') + b'\n')
+    replace_file(path, b''.join(kept))
 
 
 class Run:
     """Hold the folder of a run, its progress and its requests to stop.
 
-    step: updates done; saved_step: that of ckpt.pt; train_time: seconds without evaluations.
-    They continue from `state`, the checkpoint that the run resumes. From its construction on,
-    SIGINT and SIGTERM only set `requested`; a second Ctrl-C, more than a second later, stops at
-    once. The loop obeys stop_reason between two steps. A single process takes it from `requested`;
-    several must agree on it first. folder: False writes nothing.
+    step: updates done; saved_step: that of ckpt.pt; train_time: seconds without evaluations; seen:
+    tokens, pairs or prompts drawn so far, None in old checkpoints. They continue from `state`, the
+    checkpoint that the run resumes. From its construction on, the signals in STOP only set
+    `requested`; a second Ctrl-C, more than a second later, stops at once. The loop obeys
+    stop_reason between two steps. A single process takes it from `requested`; several must agree
+    on it first. folder: False writes nothing.
     """
 
     def __init__(self, out_dir, settings, state=None, world=None, folder=True):
@@ -207,15 +206,22 @@ class Run:
         self.step = self.start = self.saved_step = self.tried_step = state.get('iter_num', 0)
         self.best_val_loss = float(state.get('best_val_loss', math.inf))
         self.evals_since_best = state.get('evals_since_best', 0)
-        self.train_time = state.get('train_time', 0.0)
+        self.train_time, self.seen = state.get('train_time', 0.0), state.get('seen')
+        self.wandb_id = state.get('wandb_id')
         if self.world.is_main and folder:
+            lock_run(out_dir)  # what can fail comes before what moves files
+            if settings.get('wandb_log'):
+                self.wandb = Tracker(settings, self.wandb_id)
+                self.wandb_id = self.wandb.id
             moved_to = open_folder(out_dir, settings, self.step, state.get('version', 0))
             if moved_to:
                 print(f'{out_dir} held an earlier run; it is now in {moved_to}')
         self.stop_reason = self.requested = None
-        self.signal_time = 0.0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.on_signal)
+        self.signal_time, self.output_lost = 0.0, False
+        for name in STOP:
+            number = getattr(signal, name, None)  # Windows has two of them
+            if number and (name == 'SIGINT' or signal.getsignal(number) != signal.SIG_IGN):  # nohup
+                signal.signal(number, self.on_signal)
 
     def on_signal(self, number, frame):
         """Ask the run to stop after this step."""
@@ -225,10 +231,26 @@ class Run:
         if self.world.is_main and number == signal.SIGINT and self.requested is None:
             with suppress(OSError):  # not print, which the signal may have interrupted
                 os.write(2, b'\nfinishing this step, then saving; Ctrl-C again stops at once\n')
-        self.requested = f'stopped by {signal.Signals(number).name}'
         self.signal_time = time.monotonic()
+        self.request(f'stopped by {signal.Signals(number).name}')
+
+    def request(self, reason):
+        """Ask the run to stop after this step, for a reason to print."""
+        self.requested = reason
         if self.world.size == 1:
-            self.stop_reason = self.requested
+            self.stop_reason = reason
+
+    def drawn(self, n):
+        """Return how many items the steps so far have drawn. n: of one step."""
+        if self.seen is None:  # nanoGPT's checkpoint, or an old one
+            self.seen = self.step * n
+        return self.seen
+
+    def advance(self, n, seconds):
+        """Count an update that drew n items and took so many seconds."""
+        self.seen = self.drawn(n) + n
+        self.step += 1
+        self.train_time += seconds
 
     def is_due(self, interval, last, first=True):
         """Return whether to evaluate before this step, or at the end, step `last`."""
@@ -238,16 +260,27 @@ class Run:
     def log(self, **record):
         """Append a line to log.jsonl. A full disk prints a warning and stops nothing."""
         path = os.path.join(self.out_dir, 'log.jsonl')
-        size = os.path.getsize(path) if os.path.exists(path) else 0
+        if (lost := getattr(sys.stdout, 'lost', None)) and not self.output_lost:
+            self.output_lost, record['warning'] = True, f'standard output was lost: {lost}'
+        line = (json.dumps(record) + '\n').encode()
         try:
-            with open(path, 'a', encoding='utf-8') as f:
-                f.write(json.dumps(record) + '\n')
-        except OSError as error:
-            with suppress(OSError):
-                os.truncate(path, size)  # removes the half line that was written
+            self.keep_folder()
+            with open(path, 'ab', buffering=0, opener=no_link) as file:
+                size = file.tell()
+                if file.write(line) < len(line):
+                    file.truncate(size)  # no half lines
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except (OSError, UserError) as error:
             self.say(f'WARNING: {path} lacks the line of step {record["step"]}: {error}')
         if self.wandb:
-            self.wandb.log(record, step=record['step'])
+            self.wandb.log(record)
+
+    def keep_folder(self):
+        """Make out_dir again if somebody has deleted it."""
+        if not os.path.isdir(self.out_dir):
+            self.say(f'WARNING: {self.out_dir} is gone; it is made again')
+            lock_run(self.out_dir)
+            open_folder(self.out_dir, self.settings, self.step, VERSION)
 
     def evaluated(self, val_loss, state_of, always_save=True):
         """Save after an evaluation: always, or else only if val_loss is the lowest so far.
@@ -265,15 +298,22 @@ class Run:
                 self.best_val_loss = former  # the best is the best on disk
 
     def save(self, state_of, is_best=False):
-        """Write ckpt.pt; -> whether that worked. A full disk prints a warning."""
-        self.tried_step = self.step
+        """Write ckpt.pt; -> whether that worked. A full disk prints a warning.
+
+        Weights that are not finite stop the run unsaved.
+        """
+        self.tried_step, state = self.step, state_of()
+        weights = [*state['model'].values(), *state.get('value_model', {}).values()]
+        if not torch.stack([weight.isfinite().all() for weight in weights]).all():
+            self.stop_not_finite('the weights are not finite')
         if self.world.is_main:
-            state = {**state_of(), 'iter_num': self.step, 'best_val_loss': self.best_val_loss,
-                     'evals_since_best': self.evals_since_best, 'train_time': self.train_time,
-                     'config': dict(self.settings)}
+            state.update(iter_num=self.step, best_val_loss=self.best_val_loss, seen=self.seen,
+                         evals_since_best=self.evals_since_best, train_time=self.train_time,
+                         config=dict(self.settings), wandb_id=self.wandb_id)
             try:
+                self.keep_folder()
                 save(self.out_dir, state, is_best)
-            except OSError as error:
+            except (OSError, UserError) as error:
                 self.say(f'WARNING: {self.path} could not be saved at step {self.step} ({error}). '
                          f'The one before is untouched; free some space before the next save')
                 return False

@@ -13,16 +13,15 @@ that neither layout has, such as logit_softcap, is refused by name.
 """
 
 import os
-import sys
 from typing import Literal
 
 import torch
 
 from configurator import UserError, fit, override
-from flatgpt import huggingface
+from flatgpt import huggingface, output
 from flatgpt.pretrained import open_model
 
-sys.stdout.reconfigure(errors='replace')  # '?' for characters that a terminal lacks
+output.protect()
 
 # Settings -----------------------------------------------------------------------------------------
 init_from = 'resume'  # the run in out_dir; or a folder, a hub id, 'gpt2' to 'gpt2-xl'

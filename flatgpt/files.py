@@ -3,6 +3,8 @@
 import contextlib
 import errno
 import os
+import re
+import secrets
 import shutil
 
 from configurator import UserError
@@ -19,26 +21,82 @@ def read_text(path):
         raise UserError(f'{path} cannot be read: {error}') from error
 
 
+def no_link(path, flags):
+    """Open a file, but not through a symbolic link: open(path, 'ab', opener=no_link)."""
+    try:
+        return os.open(path, flags | getattr(os, 'O_NOFOLLOW', 0), 0o666)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise UserError(f'{path} is a symbolic link, which is not followed to write; remove it, or '
+                        f'name another path') from None
+
+
+def create(path):
+    """Create a binary file in place of whatever has this name. A link's target stays."""
+    remove([path])
+    return open(path, 'xb', opener=no_link)
+
+
 def write_synced(path, content):
-    """Write bytes to a file and wait until the disk has them."""
-    with open(path, 'wb') as file:
+    """Write bytes to a new file and wait until the disk has them."""
+    with create(path) as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
 
 
-def replace_file(path, content: bytes):
-    """Replace a file: after any crash it is the old one or the new one, whole.
+@contextlib.contextmanager
+def replacing(path, *more):
+    """Yield a binary file that takes the name `path` when the block ends well.
 
-    Only one process may do this at a time, because the new content goes to {path}.tmp first.
+    more: further names of it, given before `path`. After any crash each name has the old file or
+    the new one, whole. Until the end the new file has a name beside `path` that nobody can foresee;
+    temporaries_of() finds those of killed processes.
     """
+    temporary = f'{path}.{secrets.token_hex(8)}.tmp'
     try:
-        write_synced(f'{path}.tmp', content)
-        os.replace(f'{path}.tmp', path)
+        with open(temporary, 'xb', opener=no_link) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        for name in more:
+            link_file(temporary, name)
+        os.replace(temporary, path)
     except BaseException:
-        remove([f'{path}.tmp'])
+        remove([temporary])
         raise
     sync_folder(os.path.dirname(os.path.abspath(path)))
+
+
+def replace_file(path, content: bytes):
+    """Replace a file by these bytes: see replacing()."""
+    with replacing(path) as file:
+        file.write(content)
+
+
+def link_file(path, name):
+    """Give the file at `path` a second name: a link, or a copy where there are no links."""
+    temporary = f'{name}.{secrets.token_hex(8)}.tmp'
+    try:
+        try:
+            os.link(path, temporary)
+        except OSError:
+            with open(path, 'rb') as source, open(temporary, 'xb', opener=no_link) as file:
+                shutil.copyfileobj(source, file, 1 << 20)
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(temporary, name)
+    except BaseException:
+        remove([temporary])
+        raise
+
+
+def temporaries_of(path):
+    """Return the files that killed processes left of replacing(path)."""
+    folder, name = os.path.split(os.path.abspath(path))
+    return [os.path.join(folder, other) for other in os.listdir(folder)
+            if re.fullmatch(re.escape(name) + r'\.[0-9a-f]{16}\.tmp', other)]
 
 
 def sync_folder(path):

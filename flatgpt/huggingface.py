@@ -14,6 +14,7 @@ and model.py lacks is refused by name.
 import json
 import os
 import re
+import secrets
 import shutil
 from contextlib import ExitStack, nullcontext, suppress
 
@@ -404,7 +405,7 @@ def save(model, described, chat_template, folder, dtype=torch.float32):
     if isinstance(ids['eos_token_id'], list):
         hf['eos_token_id'] = ids['eos_token_id'][0]
 
-    temporary = f'{folder.rstrip("/")}.tmp-{os.getpid()}'
+    temporary = f'{folder.rstrip("/")}.{secrets.token_hex(8)}.tmp'
     try:
         os.makedirs(temporary)
         formats.write_hf_folder(described, temporary, entries)

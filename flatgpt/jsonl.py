@@ -12,7 +12,7 @@ import math
 import os
 
 from configurator import UserError
-from flatgpt.files import lock_folder, replace_file, unlock
+from flatgpt.files import lock_folder, no_link, replace_file, unlock
 from tokenizer.vocabulary import unique
 
 
@@ -82,7 +82,7 @@ class Results:
         self.out, self.part, self.done = out, f'{out}.part', {}
         if os.path.exists(out):
             raise UserError(f'{out} exists already; delete it, or name another --out')
-        self.file = open(self.part, 'a+b')
+        self.file = open(self.part, 'a+b', opener=no_link)
         self.lock = lock_folder(self.part, 'writing')
         self.file.seek(0)
         lines, whole, first = self.file.readlines(), 0, to_line({'digest': digest})

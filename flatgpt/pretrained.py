@@ -7,6 +7,7 @@ Open a model: of a run, of nanoGPT, or in Hugging Face's layout.
 """
 
 import json
+import math
 import os
 from dataclasses import fields
 
@@ -17,6 +18,7 @@ from config.presets import PRESETS
 from configurator import UserError
 from flatgpt import huggingface, lora
 from flatgpt.checkpoint import load, no_checkpoint
+from flatgpt.parallel import from_environment
 from model import GPT, GPTConfig, padded_vocab_size
 
 NANOGPT_FIELDS = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size')
@@ -222,8 +224,9 @@ def check_architecture(model, config, names, source):
 def resume(path, config, meta, data_dir):
     """Load the checkpoint at `path` to continue its run; -> (model, checkpoint).
 
-    meta: data.datasets.load_meta(data_dir). Raises UserError if the settings, the tokenizer or the
-    vocabulary contradict the checkpoint, or if another script wrote it.
+    meta: data.datasets.load_meta(data_dir). On another text the lowest val loss starts anew. Raises
+    UserError if the settings, the tokenizer or the vocabulary contradict the checkpoint, or if
+    another script wrote it.
     """
     state = load(path)
     out_dir = os.path.dirname(path)
@@ -246,6 +249,11 @@ def resume(path, config, meta, data_dir):
     if not saved and n_ids and vocab_size not in (n_ids, padded_vocab_size(n_ids)):
         raise UserError(f'{path} has a vocabulary of {vocab_size}, {data_dir} one of {n_ids}; '
                         f'resume with the --dataset that it was trained on')
+    same_name = state.get('config', {}).get('dataset') in (None, config['dataset'])
+    if not (state['data'] == meta['digest'] if 'data' in state else same_name):
+        from_environment().print(f'{data_dir} holds another text than at step {state["iter_num"]}: '
+                                 f'the lowest val loss starts anew')
+        state.update(best_val_loss=math.inf, evals_since_best=0)
     return model, state
 
 

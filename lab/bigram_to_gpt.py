@@ -224,7 +224,7 @@ def main():
     all_of_val = data.gather(val, data.whole_windows(len(val), block_size), block_size, V)
 
     def get_batch(step):
-        starts = data.train_windows(step, batch_size, len(train), block_size, seed)
+        starts = data.train_windows(step * batch_size, batch_size, len(train), block_size, seed)
         return data.gather(train, starts, block_size, V)
 
     # train each rung

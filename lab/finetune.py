@@ -92,7 +92,7 @@ def open_target():
 
 def batch(tokens, step):
     """Return x and y, (B, T), of a step: a function of tokens, step and seed."""
-    starts = data.train_windows(step, batch_size, len(tokens), block_size, seed)
+    starts = data.train_windows(step * batch_size, batch_size, len(tokens), block_size, seed)
     return data.gather(tokens, starts, block_size, VOCAB_SIZE)
 
 

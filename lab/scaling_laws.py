@@ -134,7 +134,8 @@ def learn(job):
     name = f"width {job['width']:>3}, N {job['N']:>9,.0f}, D {job['D']:>10,}"
 
     def get_batch(step):
-        starts = data.train_windows(step, batch_size, len(train), block_size, job['seed'])
+        first = step * batch_size
+        starts = data.train_windows(first, batch_size, len(train), block_size, job['seed'])
         return data.gather(train, starts, block_size, n_ids)
 
     for step, loss in common.train(model, get_batch, job['steps']):

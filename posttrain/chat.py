@@ -10,7 +10,6 @@ A model with a chat template answers in its format; any other continues a transc
 import contextlib
 import re
 import signal
-import sys
 from dataclasses import replace
 from typing import Literal
 
@@ -25,13 +24,13 @@ from configurator import (
     UserError,
     override,
 )
-from flatgpt import decoding
+from flatgpt import decoding, output
 from flatgpt.generate import generate_texts
 from flatgpt.sampling import Sampling
 from posttrain.tools import PYTHON_END, SYSTEM, check_tokenizer, output_of
 from tokenizer.chat import find_endings, render
 
-sys.stdout.reconfigure(errors='replace')  # a terminal that lacks a character prints the others
+output.protect()
 
 # settings -----------------------------------------------------------------------------------------
 init_from = 'resume'  # 'resume': out_dir; or a Hugging Face folder, a hub id, 'gpt2' to 'gpt2-xl'

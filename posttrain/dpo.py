@@ -17,7 +17,6 @@ Writes the same files to out_dir as train.py.
 import collections
 import math
 import os
-import sys
 import time
 from typing import Literal
 
@@ -25,7 +24,7 @@ import torch
 
 from configurator import Count, Fraction, Natural, NonNegative, Share, UserError, fit, override
 from data.shuffle import train_items
-from flatgpt import checkpoint, optim
+from flatgpt import checkpoint, optim, output
 from flatgpt.generate import Sampling
 from posttrain import losses
 from posttrain.pairs import check_pairs, pair_rows, read_pairs
@@ -33,7 +32,7 @@ from posttrain.policy import check_out_dir, open_machine, open_policy, resume, s
 from posttrain.rollouts import lengths_of, micro_batches
 from posttrain.tasks import common as tasks
 
-sys.stdout.reconfigure(errors='replace', line_buffering=True)
+output.protect(drop=True)
 
 # Settings -----------------------------------------------------------------------------------------
 # the run
@@ -171,7 +170,8 @@ while True:
     lr = learning_rate * schedule.cosine(run.step)
     for group in opt.param_groups:
         group['lr'] = lr * group['lr_scale']
-    numbers = train_items(run.step, prompts_per_step, len(splits['train']), seed)
+    first = run.drawn(prompts_per_step)
+    numbers = train_items(first, prompts_per_step, len(splits['train']), seed)
     idx, mask = pair_rows([splits['train'][i] for i in numbers], torch_device)  # (2n, T)
     lengths = lengths_of(mask).view(2, -1).amax(dim=0)  # length of each pair's longer answer
     actions = mask[:, 1:]
@@ -199,9 +199,8 @@ while True:
         opt.zero_grad(set_to_none=True)
         updates.append({**sums, 'grad_norm': norm})
     record = {name: sum(metrics[name] for metrics in updates) / len(updates) for name in updates[0]}
-    run.step += 1
     dt = time.perf_counter() - t0
-    run.train_time += dt
+    run.advance(prompts_per_step, dt)
 
     # report
     step = run.step - 1

@@ -18,7 +18,6 @@ pairs.
 
 import math
 import os
-import sys
 import time
 from dataclasses import asdict
 from typing import Literal
@@ -27,7 +26,7 @@ import torch
 
 from configurator import Count, Fraction, Natural, NonNegative, Share, UserError, fit, override
 from data.shuffle import train_items
-from flatgpt import checkpoint, optim, parallel
+from flatgpt import checkpoint, optim, output, parallel
 from flatgpt.pretrained import check_same, tokenizer_of
 from posttrain.losses import bradley_terry_loss, preferred
 from posttrain.pairs import check_pairs, ending_of, pair_rows, read_pairs
@@ -36,7 +35,7 @@ from posttrain.reward_model import Critic, critic_of
 from posttrain.rollouts import lengths_of
 from posttrain.tasks.common import wilson
 
-sys.stdout.reconfigure(errors='replace', line_buffering=True)
+output.protect(drop=True)
 
 # Settings -----------------------------------------------------------------------------------------
 # the run
@@ -171,7 +170,7 @@ while True:
     # draw the pairs of this step; batches and dropout are functions of (seed, step) alone
     t0 = time.perf_counter()
     torch.manual_seed(seed + 1_000_003 * (run.step + 1))
-    numbers = train_items(run.step, batch_size, len(pairs['train']), seed)
+    numbers = train_items(run.drawn(batch_size), batch_size, len(pairs['train']), seed)
     batch = sorted((pairs['train'][i] for i in numbers), key=longest)  # little padding
 
     # forward and backward over the micro-batches
@@ -192,9 +191,8 @@ while True:
         group['lr'] = lr * group['lr_scale']
     opt.step()
     opt.zero_grad(set_to_none=True)
-    run.step += 1
     dt = time.perf_counter() - t0
-    run.train_time += dt
+    run.advance(batch_size, dt)
 
     # report
     step = run.step - 1

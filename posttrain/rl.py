@@ -19,7 +19,6 @@ Writes the same files to out_dir as train.py. Resume with --init_from=resume.
 import collections
 import math
 import os
-import sys
 import time
 from dataclasses import replace
 from typing import Literal
@@ -39,7 +38,7 @@ from configurator import (
     override,
 )
 from data.shuffle import train_items
-from flatgpt import checkpoint, lora, optim
+from flatgpt import checkpoint, lora, optim, output
 from flatgpt.generate import Sampling, uniforms
 from posttrain import losses
 from posttrain.pairs import ending_of
@@ -48,7 +47,7 @@ from posttrain.reward_model import Critic, open_reward_model, scores_of
 from posttrain.rollouts import lengths_of, micro_batches, to_rows
 from posttrain.tasks import common as tasks
 
-sys.stdout.reconfigure(errors='replace', line_buffering=True)
+output.protect(drop=True)
 
 # Settings -----------------------------------------------------------------------------------------
 # the run
@@ -235,10 +234,11 @@ while True:
     torch.manual_seed(seed + 1_000_003 * (run.step + 1))
     lr = learning_rate * policy_schedule.cosine(max(0, run.step - wait))
     value_lr = critic_lr * value_schedule.cosine(run.step)
-    numbers = train_items(run.step, prompts_per_step, len(train_prompts), seed)
+    first = run.drawn(prompts_per_step)
+    numbers = train_items(first, prompts_per_step, len(train_prompts), seed)
     drawn = (train_prompts[i] for i in numbers for _ in range(group_size))
     examples, prompts = zip(*drawn, strict=True)
-    u = torch.stack([uniforms(seed, run.step * prompts_per_step + prompt, sample, max_new_tokens)
+    u = torch.stack([uniforms(seed, first + prompt, sample, max_new_tokens)
                      for prompt in range(prompts_per_step) for sample in range(group_size)])
     with stop_if_broken(run):
         answers, masks, texts = policy.answer(prompts, sampling, u, tools, draw_size)
@@ -323,9 +323,8 @@ while True:
         updates.append(sums)
     for name in updates[0] if updates else ():
         record[name] = sum(metrics[name] for metrics in updates) / len(updates)
-    run.step += 1
     dt = time.perf_counter() - t0
-    run.train_time += dt
+    run.advance(prompts_per_step, dt)
 
     # report
     step = run.step - 1

@@ -127,14 +127,14 @@ def test_full_disk(tmp_path):
     assert {name: (tmp_path / name).read_bytes() for name in files(tmp_path)} == before
 
 
-def test_clean_removes_what_a_kill_left(tmp_path):
+def test_a_start_removes_what_a_kill_left(tmp_path):
     folder = tmp_path / 'out [1]'  # brackets mean something to glob
     folder.mkdir()
-    for name in ('ckpt.pt', 'best.pt', 'ckpt.pt.tmp', 'ckpt.pt.tmp-best', 'log.jsonl', 'log.jsonl.tmp',
-                 'config.json.tmp'):
+    half = '.0123456789abcdef.tmp'
+    for name in ('best.pt', f'ckpt.pt{half}', f'best.pt{half}', f'log.jsonl{half}', f'config.json{half}', f'mine{half}'):
         (folder / name).write_text('x')
-    checkpoint.remove_temporaries(str(folder))
-    assert files(folder) == ['best.pt', 'ckpt.pt', 'log.jsonl']
+    checkpoint.open_folder(str(folder), {}, 3, version=1)
+    assert files(folder) == ['best.pt', 'config.json', f'mine{half}']
 
 
 # loading --------------------------------------------------------------------------------------------------------------
@@ -330,10 +330,11 @@ def test_open_folder_to_resume(tmp_path, unlocked):
 
 def test_open_folder_to_start_anew(tmp_path, unlocked):
     folder = tmp_path / 'a' / 'out'
+    checkpoint.lock_run(str(folder))
     assert checkpoint.open_folder(str(folder), {'seed': 1}, 0, version=None) is None
     assert files(folder) == ['config.json']
     checkpoint.save(str(folder), make_state(1), is_best=True)
-    (folder / 'ckpt.pt.tmp').write_text('half')
+    (folder / f'ckpt.pt.{"0" * 16}.tmp').write_text('half')
     write_log(folder, 3)
     before = (folder / 'log.jsonl').read_text()
     assert checkpoint.open_folder(str(folder), {'seed': 2}, 0, version=None) == str(folder / 'previous-1')
@@ -345,7 +346,7 @@ def test_open_folder_to_start_anew(tmp_path, unlocked):
 @pytest.mark.parametrize('version', [None, 0])
 @pytest.mark.parametrize('call', ['fsync', 'replace', 'makedirs'])
 def test_folder_that_can_not_be_written(tmp_path, monkeypatch, call, version):
-    """Whichever step fails is said in a sentence, and no file that was there is harmed."""
+    """Whichever step fails is said in a sentence, and every file that was there is there, in its place."""
     torch.save(make_state(1), tmp_path / 'ckpt.pt')
     (tmp_path / 'config.json').write_text('{"seed": 1}')
     before = {name: (tmp_path / name).read_bytes() for name in files(tmp_path)}
@@ -355,8 +356,8 @@ def test_folder_that_can_not_be_written(tmp_path, monkeypatch, call, version):
 
     with monkeypatch.context() as patch:
         patch.setattr(os, call, fail)
-        moved = f'the earlier run is now in {tmp_path}/previous-1.*' if version is None and call == 'fsync' else ''
-        with pytest.raises(ValueError, match=f'cannot be written: .*No space left.*{moved}--out_dir'):
+        with pytest.raises(ValueError, match='cannot be written: .*No space left.*--out_dir'):
+            checkpoint.lock_run(str(tmp_path))
             checkpoint.open_folder(str(tmp_path), {'seed': 2}, 1, version)
     after = {path.name: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file() and '.tmp' not in path.name}
     assert {**after, 'best.pt': before['ckpt.pt']} == {**before, 'best.pt': before['ckpt.pt']}

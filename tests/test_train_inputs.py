@@ -326,7 +326,7 @@ def test_resuming_nanogpts_optimizer(folder):
     folder.train(init_from='resume', max_iters=3, decay_lr=False, learning_rate=5e-3, min_lr=1.0, beta2=0.99,
                  grad_clip=0.0, weight_decay=0.1).ok()  # nothing comes near min_lr
     ids = encode(make_text(3000)).astype(np.uint16)
-    starts = tokens.train_windows(2, 8, len(ids), 16, 1337)
+    starts = tokens.train_windows(2 * 8, 8, len(ids), 16, 1337)
     optimizer.zero_grad()
     model(*tokens.gather(ids, starts, 16, len(CHARS)))[1].backward()
     optimizer.step()

@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import json
 import os
+import secrets
 
 import numpy as np
 import regex
@@ -212,7 +213,7 @@ def read_texts(texts):
 
 def write_file(path, text: str):
     """Write text to path, the whole of it or nothing. Raises UserError."""
-    temporary = f'{path}.{os.getpid()}.tmp'
+    temporary = f'{path}.{secrets.token_hex(8)}.tmp'
     try:
         with open(temporary, 'x', encoding='utf-8', newline='') as file:
             file.write(text)

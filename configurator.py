@@ -14,7 +14,8 @@ Set a script's page of plain assignments by config files and arguments.
 Overrides apply in the order given, so the last one wins. A config file is Python made of plain
 assignments. It can read the settings so far, so `lr_decay_iters = max_iters` works. It is the
 user's own program and runs as one. A name that is not on the page is refused, and so is a value
-outside the rule of its setting: the annotation, or else the type of the default.
+outside the rule of its setting: the annotation, or else the type of the default. A text that
+begins with ~/ is a path in the home folder.
 """
 
 import ast
@@ -228,7 +229,8 @@ def fitted(value, rule):
             name = 'None' if kind is type(None) else kind.__name__
             choices = map(str, bounds if bounds and type(value) is kind else [name])
         if fits:
-            return value
+            is_path = kind is str and value.startswith('~/')  # the shell has left it as it was
+            return os.path.expanduser(value) if is_path else value
         expected += choices
     *first, last = expected
     raise UserError('expected ' + (f'{", ".join(first)} or {last}' if first else last))

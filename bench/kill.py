@@ -20,6 +20,7 @@ not covered.
 Prints a table, then a JSON line; exit status 1 if anything failed.
 """
 
+import glob
 import hashlib
 import json
 import os
@@ -114,7 +115,7 @@ def kill_runs(folder):
             longest_start = time.perf_counter() - t0  # reaches the training
         counts['before the first step'] += first is None
         counts['saves reported'] += text.count('\nsaved ')
-        counts['with a half-written file'] += os.path.exists(f'{out_dir}/ckpt.pt.tmp')
+        counts['with a half-written file'] += bool(glob.glob(f'{out_dir}/ckpt.pt.*.tmp'))
         if first is not None and first != on_disk:
             failures.append(f'kill {kill}: the run began at step {first}, ckpt.pt was of step '
                             f'{on_disk}')

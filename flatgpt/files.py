@@ -15,7 +15,7 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, quota or fil
 def read_text(path):
     """Read a UTF-8 file -> text. Raises UserError."""
     try:
-        with open(path, encoding='utf-8') as file:
+        with open(os.path.expanduser(path), encoding='utf-8') as file:
             return file.read()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f'{path} cannot be read: {error}') from error

@@ -154,6 +154,16 @@ def test_order(tmp_path):
     assert two['derived'] == 14  # computed after all of them
 
 
+def test_home_folder(tmp_path, monkeypatch):
+    """--out_dir=~/x: bash leaves the ~ of an argument that does not begin with it."""
+    monkeypatch.setenv('HOME', str(tmp_path / 'home'))
+    path = write(tmp_path, "init_from = '~/base'")
+    namespace = resolve(tmp_path, '--out_dir=~/a b', path)[0]
+    assert namespace['out_dir'] == f'{tmp_path}/home/a b' and namespace['init_from'] == f'{tmp_path}/home/base'
+    for text in ('~', 'a~/b', '~a/b', ' ~/b'):
+        assert resolve(tmp_path, f'--out_dir={text}')[0]['out_dir'] == text
+
+
 def test_config_of_the_repository_from_another_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert configurator.run_config_file('config/eval_gpt2.py', {'init_from': 'scratch'})['init_from'] == 'gpt2'

@@ -28,7 +28,7 @@ import torch
 
 from configurator import UserError, explain_errors
 from flatgpt import parallel
-from flatgpt.entries import Checkpoint, Required, Scaler, conform
+from flatgpt.entries import Checkpoint, Scaled, check_content
 from flatgpt.files import lock_folder, replace_file, sync_folder
 from flatgpt.runtime import out_of_memory
 
@@ -140,16 +140,11 @@ def load(path):
                   'ckpt.pt': 'take the last one with --which=last',
                   None: 'restore a copy (there is no best.pt here)'}[other]
         raise UserError(f'{path} {fact}; {remedy}') from error
-    try:
-        state = conform(state, Checkpoint)
-        if state.get('scaler'):  # {}: there was none
-            conform(state['scaler'], Scaler, 'scaler')
-        state['best_val_loss'] = float(state['best_val_loss'])
-        if math.isnan(state['best_val_loss']):
-            raise UserError('best_val_loss=nan')
-    except (UserError, RuntimeError) as error:  # RuntimeError: not one number
-        raise UserError(f'{path} is no checkpoint: {error}; expected a dict with the keys '
-                        f'{", ".join(Required.__annotations__)}') from None
+    state = check_content(state, Checkpoint, path)
+    if state.get('scaler'):  # {}: there was none
+        check_content(state, Scaled, path)
+    if math.isnan(state['best_val_loss']):
+        raise UserError(f'{path} has best_val_loss=nan, below which no loss is; restore a copy')
     if state.get('version', 0) > VERSION:
         raise UserError(f'{path} has layout version {state["version"]}; this flatgpt reads up to '
                         f'{VERSION}. Update flatgpt')

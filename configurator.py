@@ -43,7 +43,7 @@ class Range:
     below: float | None = None
 
     def __contains__(self, x):
-        return (math.isfinite(x) and (self.least is None or x >= self.least)
+        return (-math.inf < x < math.inf and (self.least is None or x >= self.least)
                 and (self.above is None or x > self.above)
                 and (self.most is None or x <= self.most)
                 and (self.below is None or x < self.below))
@@ -216,7 +216,7 @@ def check_fields(instance):
 def fitted(value, rule):
     """Return `value`, an int as a float if need be. Raises UserError outside the rule."""
     kinds = kinds_of(rule)
-    if float in kinds and type(value) is int and int not in kinds:
+    if float in kinds and type(value) is int and int not in kinds and abs(value) < 2**1023:
         value = float(value)
     expected = []
     for part in parts_of(rule):

@@ -76,9 +76,10 @@ class GPTConfig:
             kind = str(self.rope_scaling.get('rope_type'))
             for name in ROPE_SCALINGS.get(kind, ['rope_type']):
                 value = self.rope_scaling.get(name)
-                if self.pos != 'rope' or not isinstance(value, int | float) or not value > 0:
-                    raise UserError(f'rope_scaling: {name} is {value!r}, expected a number above 0'
-                                    f", beside pos='rope'; known are {ROPE_SCALINGS}")
+                is_number = isinstance(value, int | float) and 0 < value < 1e30
+                if self.pos != 'rope' or not is_number:
+                    raise UserError(f'rope_scaling: {name} is {value!r}, expected a number from 0 '
+                                    f"to 1e30, beside pos='rope'; known are {ROPE_SCALINGS}")
         if self.qk_norm_weight and not self.qk_norm:
             raise UserError('qk_norm_weight=True: expected qk_norm=True too')
         if not self.window_pattern or set(self.window_pattern) - set('SL'):

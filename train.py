@@ -175,7 +175,8 @@ autocast = runtime.autocast(precision, torch_device)
 scaler = torch.amp.GradScaler(torch_device.type, enabled=precision == 'float16')
 opt = optim.create(model, config, precision, world)
 if 'optimizer' in state:
-    optim.load_optimizer(opt, state['optimizer'])
+    # a gradient scaler may have left out all steps so far
+    optim.load_optimizer(opt, state['optimizer'], may_be_empty=bool(state.get('scaler')))
 if state.get('scaler'):
     scaler.load_state_dict(state['scaler'])
 has_short_rows = meta['row'] and block_size < model.config.block_size  # the context has room

@@ -15,11 +15,14 @@ import shlex
 import subprocess
 import sys
 import time
+from typing import Annotated, Literal, TypedDict
 
 import numpy as np
 
 import tokenizer
-from configurator import UserError, nearest
+from configurator import Count, Natural, Range, UserError, nearest
+from flatgpt.entries import Tokenizer, conform
+from tokenizer import vocabulary
 
 DATA = os.path.dirname(os.path.abspath(__file__))
 TOKEN_FILE = re.compile(r'(train|val)(-\d{5}|_mask)?\.bin')
@@ -31,6 +34,52 @@ def folder_of(dataset):
         return dataset
     local, beside = os.path.join('data', dataset), os.path.join(DATA, dataset)
     return beside if os.path.isdir(beside) and not os.path.isdir(local) else local
+
+
+class Splits(TypedDict):
+    """Name the numbers of tokens."""
+
+    train: Natural
+    val: Natural
+
+
+class Files(TypedDict):
+    """Name the files of each split and their numbers of tokens."""
+
+    train: list[tuple[str, Natural]]
+    val: list[tuple[str, Natural]]
+
+
+class Required(TypedDict):
+    """Name the entries of every meta.json."""
+
+    dtype: Literal['uint16', 'uint32']
+    vocab_size: Count
+    tokens: Splits
+    tokenizer: Tokenizer
+
+
+class Meta(Required, total=False):
+    """Name the entries of meta.json that are read."""
+
+    files: Files
+    row: Annotated[int, Range(least=2)] | None
+    chat_template: str | None
+
+
+def check_meta(meta):
+    """Raise UserError for entries of meta.json that contradict each other."""
+    for split, files in meta.get('files', {}).items():
+        if sum(n for _, n in files) != meta['tokens'][split] or not all(
+                re.fullmatch(rf'{split}(-\d{{5}})?\.bin', name) for name, _ in files):
+            raise UserError(f'the files of {split}, {files}, do not hold '
+                            f'{meta["tokens"][split]:,} tokens')
+    described, vocab_size = meta['tokenizer'], meta['vocab_size']
+    # OpenAI's vocabularies would be downloaded; they have at most 200,019 ids
+    is_published = described['kind'] == 'tiktoken'
+    n_ids = 2**18 if is_published else tokenizer.from_dict(described).vocab_size
+    if vocab_size > n_ids:
+        raise UserError(f'vocab_size={vocab_size}, but its tokenizer has {n_ids} ids')
 
 
 def load_meta(data_dir):
@@ -45,25 +94,14 @@ def load_meta(data_dir):
     path = os.path.join(data_dir, 'meta.json')
     if os.path.exists(path):
         try:
-            with open(path, encoding='utf-8') as f:
-                meta = json.load(f)
-            tokens = {split: int(meta['tokens'][split]) for split in ('train', 'val')}
-            default = {split: [[f'{split}.bin', tokens[split]]] for split in tokens}
-            files = {split: [[str(name), int(n)] for name, n in meta.get('files', default)[split]]
-                     for split in tokens}
-            for split in tokens:
-                if wrong := [name for name, _ in files[split] if not TOKEN_FILE.fullmatch(name)]:
-                    raise ValueError(f'{wrong[0]!r} is no name of a token file')
-                if not files[split] or sum(n for _, n in files[split]) != tokens[split]:
-                    raise ValueError(f'the files of {split} do not hold {tokens[split]:,} tokens')
-            return {'dtype': np.dtype(meta['dtype']), 'vocab_size': int(meta['vocab_size']),
-                    'tokenizer': dict(meta['tokenizer']), 'tokens': tokens, 'files': files,
-                    'row': int(meta['row']) if 'row' in meta else None,
-                    'chat_template': meta.get('chat_template'),
-                    'digest': digest_of(data_dir, meta)}
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f'{path} is damaged ({type(error).__name__}: {error}); prepare the '
-                            f'dataset again: {prepare_command(data_dir)}') from error
+            meta = conform(vocabulary.read_json(path), Meta)
+            check_meta(meta)
+        except UserError as error:
+            raise UserError(f'{path} is damaged ({error}); prepare the dataset again: '
+                            f'{prepare_command(data_dir)}') from error
+        files = {split: [[f'{split}.bin', n]] for split, n in meta['tokens'].items()}
+        return {'row': None, 'chat_template': None, 'files': files, **meta,
+                'dtype': np.dtype(meta['dtype']), 'digest': digest_of(data_dir, meta)}
     meta = dict.fromkeys(('vocab_size', 'tokenizer', 'tokens', 'files', 'row', 'chat_template'))
     path = os.path.join(data_dir, 'meta.pkl')
     if os.path.exists(path):

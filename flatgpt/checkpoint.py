@@ -28,6 +28,7 @@ import torch
 
 from configurator import UserError, explain_errors
 from flatgpt import parallel
+from flatgpt.entries import Checkpoint, Scaled, check_content
 from flatgpt.files import (
     link_file,
     lock_folder,
@@ -68,6 +69,34 @@ def no_checkpoint(path):
                      f'--out_dir={out_dir}) or name another --out_dir')
 
 
+def read(path):
+    """Read a file of torch.save; its checksums and sizes come before its content.
+
+    The tensors together take no more memory than the file has bytes.
+    """
+    room = size = os.path.getsize(path)
+    if not zipfile.is_zipfile(path):
+        raise pickle.UnpicklingError('not a file of torch.save')
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        if any(entry.compress_type for entry in entries) or sum(
+                entry.file_size for entry in entries) > size:
+            raise UserError(f'its content is larger than its {size:,} bytes')
+        if bad := archive.testzip():  # torch checks no checksums
+            raise UserError(f'the checksum of {bad} is wrong')
+
+    def in_memory(storage, location):
+        """Copy a storage from the mapped file to memory of its own."""
+        nonlocal room
+        room -= storage.nbytes()
+        if room < 0:
+            raise UserError(f'its tensors are larger than its {size:,} bytes')
+        return storage.clone()
+
+    # mapped: torch reads storages beyond their bytes in the file otherwise
+    return torch.load(path, map_location=in_memory, weights_only=True, mmap=True)
+
+
 def load(path):
     """Read the checkpoint at `path`; -> dict, its tensors on the CPU.
 
@@ -75,13 +104,10 @@ def load(path):
     for a file that is missing, damaged, incomplete, more than data, or of a newer version.
     """
     out_dir = os.path.dirname(path) or '.'
-    if not os.path.exists(path):
+    if not os.path.isfile(path):
         raise no_checkpoint(path)
     try:
-        # torch.load checks no checksums
-        if zipfile.is_zipfile(path) and (bad := zipfile.ZipFile(path).testzip()):
-            raise UserError(f'the checksum of {bad} is wrong')
-        state = torch.load(path, map_location='cpu', weights_only=True)
+        state = read(path)
     except (PermissionError, MemoryError):
         raise
     except Exception as error:  # RuntimeError, EOFError, UnpicklingError, KeyError, zipfile's ...
@@ -96,13 +122,11 @@ def load(path):
                   'ckpt.pt': 'take the last one with --which=last',
                   None: 'restore a copy (there is no best.pt here)'}[other]
         raise UserError(f'{path} {fact}; {remedy}') from error
-    required = {'model': dict, 'model_args': dict, 'iter_num': int,
-                'best_val_loss': (float, int, torch.Tensor)}
-    missing = [key for key, kind in required.items()
-               if not isinstance(state, dict) or not isinstance(state.get(key), kind)]
-    if missing:
-        raise UserError(f'{path} is no checkpoint: it has no {", ".join(missing)}; expected a dict '
-                        f'with the keys {", ".join(required)}')
+    state = check_content(state, Checkpoint, path)
+    if state.get('scaler'):  # {}: there was none
+        check_content(state, Scaled, path)
+    if math.isnan(state['best_val_loss']):
+        raise UserError(f'{path} has best_val_loss=nan, below which no loss is; restore a copy')
     if state.get('version', 0) > VERSION:
         raise UserError(f'{path} has layout version {state["version"]}; this flatgpt reads up to '
                         f'{VERSION}. Update flatgpt')

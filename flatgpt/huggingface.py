@@ -22,6 +22,7 @@ import torch
 
 import tokenizer
 from configurator import UserError
+from flatgpt.entries import without_memory
 from flatgpt.files import sync_folder
 from model import GPT, ROPE_SCALINGS, GPTConfig
 from tokenizer import chat, formats, tokenizer_json, vocabulary
@@ -87,11 +88,12 @@ def load(name_or_folder, dropout=0.0, needs_tokenizer=True):
     return load_model(folder, dropout), described, load_chat_template(folder, described)
 
 
-def find(name_or_folder):
+def find(name_or_folder, may_download=True):
     """Return the folder of a model, downloaded to the hub's cache if need be.
 
-    name_or_folder: a folder, one of GPT2_NAMES, or a hub id such as 'Qwen/Qwen3-0.6B'. Raises
-    UserError if it is none of these or cannot be downloaded.
+    name_or_folder: a folder, one of GPT2_NAMES, or a hub id such as 'Qwen/Qwen3-0.6B'.
+    may_download: False for a name that a file holds: it must be here, since only a person may
+    choose what to fetch. Raises UserError if it is none of these or cannot be downloaded.
     """
     if os.path.isdir(name_or_folder):
         return name_or_folder
@@ -106,8 +108,11 @@ def find(name_or_folder):
         raise UserError(f'{name_or_folder!r} is no folder here, and the hub needs the package '
                         f"huggingface_hub: pip install -c constraints.txt -e '.[hf]'") from None
     try:
-        return snapshot_download(hub_id, allow_patterns=FILES)
+        return snapshot_download(hub_id, allow_patterns=FILES, local_files_only=not may_download)
     except Exception as error:  # the hub's errors share no base class across its versions
+        if not may_download:
+            raise UserError(f'{name_or_folder!r} is neither a folder here nor in the cache of the '
+                            f'hub; fetch it if you trust it: hf download {hub_id}') from error
         reason = f'{type(error).__name__}: {(str(error).splitlines() or [""])[0]}'
         raise UserError(f'{name_or_folder!r} is no folder here and could not be downloaded '
                         f'({reason}). Without a network: copy config.json, *.safetensors, '
@@ -122,17 +127,19 @@ def load_model(folder, dropout=0.0):
     config.json that model.py does not implement.
     """
     hf = read_config(folder)
-    try:
-        config = GPTConfig(**fields_of(hf, folder), dropout=dropout)
-    except ValueError as error:
-        raise UserError(f'{os.path.join(folder, "config.json")} is not valid: {error}') from error
-    with torch.device('meta'):  # no memory and no random numbers for weights that are replaced
-        model = GPT(config)
-    model.to_empty(device='cpu')
-    if config.tie_embeddings:  # to_empty() unties them
-        model.transformer.wte.weight = model.lm_head.weight
     with ExitStack() as stack:
-        copy_weights(model, open_tensors(folder, stack), hf, folder)
+        tensors = open_tensors(folder, stack)
+        try:
+            config = GPTConfig(**fields_of(hf, folder), dropout=dropout)
+            model = without_memory(GPT, config, len(tensors))
+        except (ValueError, RuntimeError) as error:  # RuntimeError: sizes that overflow
+            path = os.path.join(folder, 'config.json')
+            raise UserError(f'{path} is not valid: {error}') from error
+        sources = match(model, tensors, hf, folder)
+        model.to_empty(device='cpu')
+        if config.tie_embeddings:  # to_empty() unties them
+            model.transformer.wte.weight = model.lm_head.weight
+        copy_weights(model, sources, folder)
     return model
 
 
@@ -140,13 +147,15 @@ def read_config(folder):
     """Read config.json; -> dict, with transformers' defaults for omitted keys."""
     path = os.path.join(folder, 'config.json')
     if not os.path.isfile(path):
-        raise UserError(f'{folder} has no config.json; expected a folder in Hugging Face layout, '
+        adapter = 'the adapters of PEFT alone; merge them into their model first: ' \
+                  'model.merge_and_unload().save_pretrained(FOLDER)'
+        is_adapter = os.path.isfile(os.path.join(folder, 'adapter_config.json'))
+        content = adapter if is_adapter else 'no config.json'
+        raise UserError(f'{folder} has {content}; expected a folder in Hugging Face layout, '
                         f'with config.json and model.safetensors')
-    try:
-        with open(path, encoding='utf-8') as f:
-            hf = dict(json.load(f))
-    except (TypeError, ValueError) as error:
-        raise UserError(f'{path} is damaged ({error}); copy it again') from error
+    hf = vocabulary.read_json(path)
+    if not isinstance(hf, dict):
+        raise UserError(f'{path} is damaged: expected an object; copy it again')
     kind = hf.get('model_type')
     if not isinstance(kind, str) or kind not in DEFAULTS:
         raise UserError(f'{path}: model_type is {kind!r}; expected one of {", ".join(DEFAULTS)}')
@@ -161,8 +170,9 @@ def read_config(folder):
         if hf.get(key, values[0]) not in values:
             refuse(folder, key, hf[key], ' or '.join(map(repr, values)))
     kinds = hf.get('layer_types') or []
-    if not {*kinds} <= {'full_attention', 'sliding_attention'}:
-        refuse(folder, 'layer_types', kinds, "'full_attention' or 'sliding_attention'")
+    if not isinstance(kinds, list) or any(kind not in ('full_attention', 'sliding_attention')
+                                          for kind in kinds):
+        refuse(folder, 'layer_types', kinds, "a list of 'full_attention' or 'sliding_attention'")
     return hf
 
 
@@ -178,7 +188,8 @@ def fields_of(hf, folder):
     fields = {field: hf[key] for field, key in FIELDS[kind].items()}
     if kind == 'gpt2':
         return {**fields, 'bias': True, 'mlp': ACTIVATIONS[hf['activation_function']]}
-    if hf['sliding_window'] and (kind == 'mistral' or hf['use_sliding_window']):
+    has_window = hf['sliding_window'] and (kind == 'mistral' or hf['use_sliding_window'])
+    if has_window and fields['block_size']:
         # model.py has no such window; a context as short as the window makes no difference
         fields['block_size'] = min(fields['block_size'], hf['sliding_window'])
     rope_base, rope_scaling = rope_of(hf, folder)
@@ -213,13 +224,13 @@ def rope_of(hf, folder):
         refuse(folder, 'rope_theta', base, 'a number')
     kind = rope.get('rope_type', rope.get('type', 'default'))  # transformers 4 first wrote type
     if kind == 'default':
-        return float(base), None
+        return base, None
     if kind not in ROPE_SCALINGS:
         refuse(folder, key, rope, f"rope_type 'default', {', '.join(map(repr, ROPE_SCALINGS))}")
     numbers = {name: rope.get(name) for name in ROPE_SCALINGS[kind]}
     if not all(isinstance(value, int | float) for value in numbers.values()):
         refuse(folder, key, rope, f'numbers for {", ".join(numbers)}')
-    return float(base), {'rope_type': kind, **numbers}
+    return base, {'rope_type': kind, **numbers}
 
 
 def open_tensors(folder, stack):
@@ -255,14 +266,17 @@ def bare(name):
     return name.removeprefix('transformer.').removeprefix('model.')
 
 
-def copy_weights(model, tensors, hf, folder):
-    """Copy `tensors` of open_tensors() into a model. Raises UserError unless all fit."""
-    tied_head = tensors.pop('lm_head.weight', None) if hf['tie_word_embeddings'] else None
-    problems, copies = [], []
-    for name, weight in weights_of(model).items():
+def match(model, tensors, hf, folder):
+    """Match the weights of a model with `tensors` of open_tensors(), before memory is taken.
+
+    -> {name: (file, name in the file)}. Raises UserError unless all names, shapes and types fit.
+    """
+    weights, problems, sources = weights_of(model), [], {}
+    if hf['tie_word_embeddings'] and 'lm_head.weight' in tensors:
+        weights['lm_head.weight'] = model.transformer.wte.weight
+    for name, weight in weights.items():
         file, stored = tensors.pop(bare(name), (None, name))
         if name.endswith('.bias') and not has_bias(hf, name.removesuffix('.bias')):
-            weight.zero_()  # all linear layers of a block have biases here, or none
             problems += [f'unexpected tensor {stored}'] * (file is not None)
         elif file is None:
             problems.append(f'no tensor {name}')
@@ -271,7 +285,7 @@ def copy_weights(model, tensors, hf, folder):
         elif (dtype := file.get_slice(stored).get_dtype()) not in ('F32', 'BF16', 'F16'):
             problems.append(f'{stored} is of type {dtype}, expected F32, BF16 or F16')
         else:
-            copies.append((weight, file, stored))
+            sources[name] = file, stored
     # buffers that some published files have: the causal mask and RoPE's frequencies
     buffers = ('.attn.bias', '.attn.masked_bias', '.rotary_emb.inv_freq')
     problems += [f'unexpected tensor {name}' for name in sorted(tensors)
@@ -280,12 +294,21 @@ def copy_weights(model, tensors, hf, folder):
         more = f' and {len(problems) - 3} more' if len(problems) > 3 else ''
         raise UserError(f'{folder}: {"; ".join(problems[:3])}{more}. The files do not hold the '
                         f'{hf["model_type"]} of config.json; copy all of them again')
-    for weight, file, stored in copies:
-        weight.copy_(file.get_tensor(stored))
-    embedding = model.transformer.wte.weight
-    if tied_head and not torch.equal(tied_head[0].get_tensor(tied_head[1]).float(), embedding):
-        refuse(folder, 'tie_word_embeddings', True,
-               'False, because lm_head.weight differs from the embedding')
+    return sources
+
+
+def copy_weights(model, sources, folder):
+    """Copy the tensors of match() into a model. Raises UserError for a head that is not tied."""
+    for name, weight in weights_of(model).items():
+        if name in sources:
+            file, stored = sources.pop(name)
+            weight.copy_(file.get_tensor(stored))
+        else:  # all linear layers of a block have biases here, or none
+            weight.zero_()
+    for file, stored in sources.values():
+        if not torch.equal(file.get_tensor(stored).float(), model.transformer.wte.weight):
+            refuse(folder, 'tie_word_embeddings', True,
+                   'False, because lm_head.weight differs from the embedding')
 
 
 def load_tokenizer(folder):
@@ -324,8 +347,8 @@ def load_chat_template(folder, described=None):
     if os.path.exists(jinja_path):
         template = vocabulary.read_utf8(jinja_path)
     if isinstance(template, list):  # several, by name
-        template = {entry.get('name'): entry.get('template')
-                    for entry in template if isinstance(entry, dict)}.get('default')
+        template = next((entry.get('template') for entry in template
+                         if isinstance(entry, dict) and entry.get('name') == 'default'), None)
     if not isinstance(template, str | None) or not isinstance(content, dict):
         raise UserError(f'{path} is damaged: expected an object whose chat_template is a text; '
                         f'copy it again')

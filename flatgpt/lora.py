@@ -118,6 +118,13 @@ def adapters(model):
             if name.endswith(('.lora_a', '.lora_b'))}
 
 
+def check_rank(weights, rank):
+    """Raise UserError unless adapters have a rank; add() takes memory for it."""
+    if wrong := [name for name, tensor in weights.items()
+                 if name.endswith('.lora_a') and tensor.shape[:1] != (rank,)]:
+        raise UserError(f'rank={rank}, but {wrong[0]} has another; train the adapters again')
+
+
 def load_adapters(model, weights):
     """Load the result of adapters(). Raises UserError for another model's."""
     expected = {name: tensor.shape for name, tensor in adapters(model).items()}

@@ -150,12 +150,31 @@ def momentum_at(step, momentum):
     return first + (momentum - first) * min(1.0, step / 300)
 
 
-def load_optimizer(optimizer, saved):
-    """Load a saved state_dict. Raises UserError if it is of other parameters."""
+def load_optimizer(optimizer, saved, may_be_empty=False):
+    """Load a saved state_dict, its moments compared with the parameters.
+
+    Kernels would write past the end of smaller ones. may_be_empty: whether no update may have been
+    saved. Raises UserError if it is of other parameters.
+    """
     groups = optimizer.state_dict()['param_groups']  # hyperparameters stay those of this run
-    if [g['params'] for g in groups] != [g['params'] for g in saved['param_groups']]:
-        raise UserError('the optimizer state in the checkpoint is of another set of parameters')
-    optimizer.load_state_dict({'state': saved['state'], 'param_groups': groups})
+    expected = {}
+    for numbers, group in zip(groups, optimizer.param_groups, strict=True):
+        names = ('momentum_buffer',) if 'momentum' in group else ('exp_avg', 'exp_avg_sq')
+        expected |= {i: {'step': (torch.float32, ()), **dict.fromkeys(names, (p.dtype, p.shape))}
+                     for i, p in zip(numbers['params'], group['params'], strict=True)}
+    # nanoGPT's steps may be plain numbers
+    state = {i: {name: torch.as_tensor(moment) for name, moment in moments.items()}
+             for i, moments in saved['state'].items()}
+    actual = {i: {name: (moment.dtype, moment.shape) for name, moment in moments.items()}
+              for i, moments in state.items()}
+    if ([g['params'] for g in groups] != [g['params'] for g in saved['param_groups']]
+            or actual != expected and (actual or not may_be_empty)):
+        i = next((i for i in expected if actual.get(i) != expected[i]), len(expected))
+        raise UserError(f'the optimizer state in the checkpoint is of another set of parameters: '
+                        f'for number {i} it has {actual.get(i)}, expected {expected.get(i)}; '
+                        f'to train the weights with new moments: --init_from=ITS_FOLDER and '
+                        f'another --out_dir')
+    optimizer.load_state_dict({'state': state, 'param_groups': groups})
 
 
 def schedule(config):

@@ -6,7 +6,6 @@ Open a model: of a run, of nanoGPT, or in Hugging Face's layout.
     model, described = finetune('out', config, meta, data_dir)  # train.py: to start a new run
 """
 
-import json
 import math
 import os
 from dataclasses import fields
@@ -18,8 +17,10 @@ from config.presets import PRESETS
 from configurator import UserError
 from flatgpt import huggingface, lora
 from flatgpt.checkpoint import load, no_checkpoint
+from flatgpt.entries import without_memory
 from flatgpt.parallel import from_environment
 from model import GPT, GPTConfig, padded_vocab_size
+from tokenizer import vocabulary
 
 NANOGPT_FIELDS = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size')
 # the settings of train.py that the weights of a model fix
@@ -89,8 +90,7 @@ def tokenizer_of(state):
     data_dir = os.path.join('data', state.get('config', {}).get('dataset', ''))
     vocab_size = state['model_args']['vocab_size']
     if os.path.exists(path := os.path.join(data_dir, 'meta.json')):
-        with open(path, encoding='utf-8') as file:
-            meta = json.load(file)
+        meta = vocabulary.read_json(path)
         if meta['vocab_size'] == vocab_size:
             return tokenizer.from_dict(meta['tokenizer'])
     if os.path.exists(path := os.path.join(data_dir, 'meta.pkl')):
@@ -102,42 +102,57 @@ def tokenizer_of(state):
     return tokenizer.load('gpt2')
 
 
-def model_of(state, path, dropout):
+def model_of(state, path, dropout, inner=()):
     """Build the GPT of a checkpoint, on the CPU, with its adapters if it has any.
 
     state: load(path). Raises UserError naming the fields and weights that are missing, unknown or
-    of another shape, and for a reward model.
+    of another shape, and for a reward model. inner: see base_model().
     """
     if state.get('reward_model'):
         out_dir = os.path.dirname(path) or '.'
         raise UserError(f'{path} is a reward model, which scores answers and writes none; use it '
                         f'with python -m posttrain.rl --reward_model={out_dir}. The language model '
-                        f'that it began with is in {state["config"]["init_from"]}')
+                        f'that it began with is in {state.get("config", {}).get("init_from")}')
     if 'lora' in state:
-        return with_adapters(state, path, dropout)
-    args = state['model_args']
+        return with_adapters(state, path, dropout, inner)
+    if missing := [name for name in NANOGPT_FIELDS if name not in state['model_args']]:
+        raise UserError(f'{path} holds no model of this repository or of nanoGPT: model_args lacks '
+                        f'{", ".join(missing)}')
+    return build(GPT, state, path, dropout)
+
+
+def build(kind, state, path, dropout):
+    """Build the GPT, or Critic, of a checkpoint's model_args, with its weights.
+
+    Names and shapes are compared before memory is taken. Raises UserError naming the wrong ones.
+    """
     try:
-        if missing := [name for name in NANOGPT_FIELDS if name not in args]:
-            raise TypeError(f'model_args lacks {", ".join(missing)}')
-        model = GPT(GPTConfig(**{**args, 'dropout': dropout}))
+        config = GPTConfig(**{**state['model_args'], 'dropout': dropout})
+        shapes = without_memory(kind, config, len(state['model']))
+        shapes.load_state_dict(state['model'], assign=True)
+        model = kind(config)
         model.load_state_dict(state['model'])
-    except (TypeError, RuntimeError) as error:  # RuntimeError: torch lists the wrong weights
+    except (TypeError, ValueError, RuntimeError) as error:  # torch lists the wrong weights
         problems = ' '.join(str(error).split())
         raise UserError(f'{path} holds no model of this repository or of nanoGPT: '
                         f'{problems[:400]}') from error
     return model
 
 
-def with_adapters(state, path, dropout):
+def with_adapters(state, path, dropout, inner=()):
     """Build a LoRA run's GPT with its adapters. Raises UserError without the base."""
     settings = state['lora']
+    if os.path.realpath(path) in inner:
+        raise UserError(f'{path} has adapters for the model that they belong to themselves; train '
+                        f'them again')
     places = [settings['init_from']]
-    if settings.get('from_here'):  # relative to the adapters, where both folders were moved
+    if settings['from_here']:  # relative to the adapters, where both folders were moved
         places.append(os.path.normpath(os.path.join(os.path.dirname(path), settings['from_here'])))
     places = [place for place in dict.fromkeys(places) if os.path.isdir(place)] or places[:1]
     for place in places:
         try:
-            model, _ = base_model(place, dropout, needs_tokenizer=False)
+            model, _ = base_model(huggingface.find(place, may_download=False), dropout,
+                                  needs_tokenizer=False, inner=(*inner, os.path.realpath(path)))
         except UserError as error:
             raise UserError(f'{path} has adapters for the model in {place}, which cannot be '
                             f'loaded: {error}') from error
@@ -146,25 +161,28 @@ def with_adapters(state, path, dropout):
     else:
         raise UserError(f'{path} has adapters for the model that was in {" or ".join(places)}, '
                         f'which has other weights now; restore it, or train the adapters again')
-    if state['model_args']['block_size'] != model.config.block_size:
-        model.crop_block_size(state['model_args']['block_size'])
+    block_size = state['model_args'].get('block_size', model.config.block_size)
+    if block_size != model.config.block_size:
+        model.crop_block_size(block_size)
+    lora.check_rank(state['model'], settings['rank'])
     lora.add(model, settings['rank'], settings['alpha'], settings['targets'], settings['int8'])
     lora.load_adapters(model, state['model'])
     return model
 
 
-def base_model(init_from, dropout=0.0, needs_tokenizer=True):
+def base_model(init_from, dropout=0.0, needs_tokenizer=True, inner=()):
     """Open the model that a finetuning begins with, adapters merged into it.
 
     -> (model on the CPU, {'tokenizer', 'chat_template'}), both None if unknown. init_from: the
     folder of a run, or a name for huggingface.find(). needs_tokenizer: see huggingface.load().
+    inner: real paths of the adapters whose base this is.
     """
     path = checkpoint_path(init_from, init_from)
     if path is None:
         model, described, chat_template = huggingface.load(init_from, dropout, needs_tokenizer)
         return model, {'tokenizer': described, 'chat_template': chat_template}
     state = load(path)
-    model = lora.merge(model_of(state, path, dropout))
+    model = lora.merge(model_of(state, path, dropout, inner))
     return model, {'tokenizer': state.get('tokenizer'), 'chat_template': state.get('chat_template')}
 
 
@@ -229,9 +247,9 @@ def resume(path, config, meta, data_dir):
     another script wrote it.
     """
     state = load(path)
-    out_dir = os.path.dirname(path)
+    out_dir, settings = os.path.dirname(path), state.get('config', {})
     if 'reference' in state:
-        script = 'posttrain.dpo' if state['config'].get('algorithm') == 'dpo' else 'posttrain.rl'
+        script = 'posttrain.dpo' if settings.get('algorithm') == 'dpo' else 'posttrain.rl'
         raise UserError(f'{path} is a run of {script}, which continues with: python -m {script} '
                         f'--init_from=resume --out_dir={out_dir}. To finetune its model: '
                         f'--init_from={out_dir} and another --out_dir')
@@ -239,12 +257,12 @@ def resume(path, config, meta, data_dir):
     check_architecture(model, config, ARCHITECTURE, path)
     lora.check_resumes(state.get('lora'), config, path)
     if 'optimizer' in state:
-        check_same(config['optimizer'], state.get('config', {}), path)
+        check_same(config['optimizer'], settings, path)
     saved, n_ids, vocab_size = state.get('tokenizer'), meta['vocab_size'], model.config.vocab_size
     if saved and meta['tokenizer'] and saved != meta['tokenizer']:
         raise UserError(f'{path} was trained with another tokenizer ({saved["kind"]}, vocab_size '
                         f'{vocab_size}) than that of {data_dir} ({meta["tokenizer"]["kind"]}, '
-                        f'{n_ids}); resume with --dataset={state["config"]["dataset"]}')
+                        f'{n_ids}); resume with --dataset={settings.get("dataset")}')
     # nanoGPT's checkpoints have no tokenizer to compare
     if not saved and n_ids and vocab_size not in (n_ids, padded_vocab_size(n_ids)):
         raise UserError(f'{path} has a vocabulary of {vocab_size}, {data_dir} one of {n_ids}; '

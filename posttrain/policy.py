@@ -15,7 +15,7 @@ import torch
 
 from configurator import UserError
 from data import conversations
-from flatgpt import checkpoint, lora, runtime
+from flatgpt import checkpoint, entries, huggingface, lora, runtime
 from flatgpt.generate import NotNumbers
 from flatgpt.pretrained import model_of, open_model, path_in
 from model import GPT
@@ -124,6 +124,8 @@ def open_policy(init_from, state, path, device, autocast):
     reference's weights have changed since the run began, or if its chat template ends answers
     without a token.
     """
+    if state and not os.path.exists(path_in(init_from)):  # a name that the checkpoint holds
+        init_from = huggingface.find(init_from, may_download=False)
     reference, tokenizer, template, line = open_chat_model(init_from)
     print(f'reference: {line}')
     digest = lora.digest(reference)
@@ -150,6 +152,8 @@ def resume(path, config):
         kind = 'a reward model' if state.get('reward_model') else 'a language model of train.py'
         raise UserError(f'{path} is {kind}, which this command cannot resume; to begin with a '
                         f'language model: --init_from=ITS_FOLDER and another --out_dir')
+    content = entries.PPO if config['algorithm'] == 'ppo' else entries.Posttraining
+    entries.check_content(state, content, path)
     for name in KEPT if config['task'] else KEPT[:2]:
         now = config.get(name)
         if (before := state['config'].get(name, now)) != now:

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from configurator import UserError
-from flatgpt import checkpoint, huggingface
-from flatgpt.pretrained import path_in, tokenizer_of
+from flatgpt import checkpoint, entries, huggingface
+from flatgpt.pretrained import build, path_in, tokenizer_of
 from model import GPT, GPTConfig
 from posttrain.pairs import ending_of
 from posttrain.rollouts import to_rows
@@ -94,9 +94,8 @@ def critic_of(state, path, dropout=0.0):
     """Build a checkpoint's reward model, on the CPU. Raises UserError if it has none."""
     if not state.get('reward_model'):
         raise UserError(f'{path} is a language model; expected a reward model, {TRAIN_ONE}')
-    critic = Critic(GPTConfig(**{**state['model_args'], 'dropout': dropout}))
-    critic.load_state_dict(state['model'])
-    return critic
+    entries.check_content(state, entries.Posttraining, path)
+    return build(Critic, state, path, dropout)
 
 
 def open_reward_model(out_dir, tokenizer, template):

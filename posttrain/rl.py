@@ -40,6 +40,7 @@ from configurator import (
 from data.shuffle import train_items
 from flatgpt import checkpoint, lora, optim, output
 from flatgpt.generate import Sampling, uniforms
+from flatgpt.pretrained import build
 from posttrain import losses
 from posttrain.pairs import ending_of
 from posttrain.policy import check_out_dir, open_machine, open_policy, resume, stop_if_broken
@@ -125,18 +126,21 @@ if reward_model:
     judge_digest, ending = lora.digest(judge), ending_of(policy.template, policy.tokenizer)
     judge.to(torch_device).requires_grad_(False)
 if state and state.get('judge') != judge_digest:
-    before = state['config']['reward_model']
+    before = state['config'].get('reward_model')
     before = f'the reward model that was in {before}' if before else 'its task'
     raise UserError(f'{ckpt_path} was rewarded by {before}, not by reward_model={reward_model!r} '
                     f'with its present weights; resume with the former, or start a new run in '
                     f'another --out_dir')
 if algorithm == 'ppo':
     value_model = Critic.from_gpt(policy.model)
+    if state:
+        values = build(Critic, {**state, 'model': state['value_model']}, ckpt_path, 0.0)
+        value_model.load_state_dict(values.state_dict())
     value_opt = optim.adamw(value_model, weight_decay, critic_lr, (beta1, beta2))
 if state:
-    optim.load_optimizer(opt, state['optimizer'])
+    # the policy waits for critic_warmup, and learns from no equal rewards
+    optim.load_optimizer(opt, state['optimizer'], may_be_empty=algorithm == 'ppo' or skip_equal)
     if algorithm == 'ppo':
-        value_model.load_state_dict(state['value_model'])
         optim.load_optimizer(value_opt, state['value_optimizer'])
 
 # learning rates, as shares of the highest; the policy waits until the value function has learned

@@ -223,7 +223,7 @@ def test_incomplete(tmp_path, key, value):
     """A key is missing (None) or holds something else."""
     state = {**make_state(), key: value}
     torch.save({k: v for k, v in state.items() if v is not None}, tmp_path / 'ckpt.pt')
-    refused(tmp_path / 'ckpt.pt', 'is no checkpoint', f'it has no {key}')
+    refused(tmp_path / 'ckpt.pt', 'is no checkpoint', f'it has no {key}' if value is None else f'{key}')
 
 
 def test_model_of():

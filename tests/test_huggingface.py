@@ -410,7 +410,7 @@ def test_damaged_config(tmp_path):
     build('gpt2').save_pretrained(tmp_path)
     for damaged in ('', '{"model_type": "gpt2"', '[1, 2]', 'null'):
         (tmp_path / 'config.json').write_text(damaged)
-        with pytest.raises(UserError, match='config.json is damaged .*copy it again'):
+        with pytest.raises(UserError, match='config.json is damaged'):
             GPT.from_pretrained(str(tmp_path))
     (tmp_path / 'config.json').unlink()
     with pytest.raises(UserError, match='has no config.json; expected a folder in Hugging Face'):

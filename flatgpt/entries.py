@@ -1,0 +1,241 @@
+"""
+Check the entries of a file by rules, before anything uses them.
+
+    class Progress(TypedDict):
+        step: Natural
+        weights: dict[str, Tensor]
+
+    progress = conform(torch.load(path), Progress)  # UserError('step=-1: expected 0 or more')
+
+A rule is one of configurator's, Tensor, list[rule], tuple[rule, rule], dict[rule, rule], a
+TypedDict, or a union of these. An entry that a TypedDict does not name is kept as it is.
+"""
+
+import operator
+from functools import reduce
+from types import UnionType
+from typing import TypedDict, Union, get_args, get_origin, get_type_hints, is_typeddict
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from configurator import Count, Natural, NonNegative, Positive, Share, UserError, fitted
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def conform(value, rule, name=''):
+    """Return `value`, its containers copied, where it follows a rule.
+
+    name: of the value, for errors; '' for the whole content. A float may be a tensor of one
+    number. Raises UserError naming the first entry that is missing or outside its rule.
+    """
+    if rule is float and isinstance(value, Tensor) and dense(value, name).numel() == 1:
+        value = value.item()
+    parts = get_args(rule) if get_origin(rule) in (Union, UnionType) else (rule,)
+    for part in parts:
+        kind, of = get_origin(part) or part, get_args(part)
+        if kind is Tensor and isinstance(value, Tensor):
+            return dense(value, name)
+        if kind is list and of and isinstance(value, list | tuple):
+            return [conform(item, of[0], f'{name}[{i}]') for i, item in enumerate(value)]
+        if kind is tuple and isinstance(value, list | tuple) and len(value) == len(of):
+            return tuple(conform(item, rule, f'{name}[{i}]')
+                         for i, (item, rule) in enumerate(zip(value, of, strict=True)))
+        if kind is dict and of and isinstance(value, dict):
+            return {conform(key, of[0], f'a key of {name}'):
+                    conform(item, of[1], f'{name}[{key!r:.80}]') for key, item in value.items()}
+        if is_typeddict(kind) and isinstance(value, dict):
+            return conform_entries(value, kind, name)
+    try:
+        return fitted(value, reduce(operator.or_, map(plain, parts)))
+    except UserError as error:
+        is_short = isinstance(value, bool | int | float | str | None)
+        shown = f'={value!r:.80}' if is_short else f' is a {type(value).__name__}'
+        raise UserError(f'{name or "it"}{shown}: {error}') from None
+
+
+def conform_entries(values, rule, name):
+    """Return a dict whose entries follow a TypedDict."""
+    if missing := sorted(rule.__required_keys__ - values.keys()):
+        raise UserError(f'{name or "it"} has no {", ".join(missing)}')
+    rules = get_type_hints(rule, include_extras=True)
+    return {**values, **{key: conform(values[key], rules[key], f'{name}.{key}'.lstrip('.'))
+                         for key in rules if key in values}}
+
+
+def check_content(content, rule, path):
+    """Return the content of a checkpoint where it follows a TypedDict. Raises UserError."""
+    try:
+        return conform(content, rule)
+    except UserError as error:
+        raise UserError(f'{path} is no checkpoint: {error}; expected a dict with the keys '
+                        f'{", ".join(sorted(rule.__required_keys__))}') from None
+
+
+def plain(rule):
+    """Return the type of a container's rule, for errors; other rules as they are."""
+    kind = dict if is_typeddict(rule) else get_origin(rule)
+    return kind if kind in (list, tuple, dict) else rule
+
+
+def dense(tensor, name):
+    """Return a tensor of floats whose elements lie side by side in memory of its own.
+
+    Kernels write past the end of others: sparse, expanded, or without memory (meta).
+    """
+    is_dense = (type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
+                and tensor.device.type == 'cpu' and tensor.dtype in FLOATS
+                and tensor.is_contiguous())
+    if not is_dense:
+        raise UserError(f'{name} is a tensor of {tensor.dtype}, {tensor.layout}, on '
+                        f'{tensor.device}, expected floats on the CPU, side by side')
+    return tensor
+
+
+class NoDraws(TorchFunctionMode):
+    """Leave out the initialisation of parameters."""
+
+    def __torch_function__(self, func, kinds, args=(), kwargs=None):
+        # on the device 'meta' the first draw would import sympy, which takes 2 s
+        is_draw = getattr(func, '__module__', None) == 'torch.nn.init'
+        return None if is_draw else func(*args, **kwargs or {})
+
+
+def without_memory(kind, config, n_tensors):
+    """Build the GPT or Critic of a config, with shapes but neither memory nor weights.
+
+    n_tensors: those in its file. Raises UserError for more layers, if they take long to build.
+    """
+    if config.n_layer > max(100, n_tensors):
+        raise UserError(f'n_layer={config.n_layer:,}, but the file has {n_tensors:,} tensors')
+    with torch.device('meta'), NoDraws():
+        return kind(config)
+
+
+# The entries of checkpoints that are read. See checkpoint.py for their meaning --------------------
+
+class Tokenizer(TypedDict):
+    """Describe a tokenizer, for tokenizer.from_dict()."""
+
+    kind: str
+
+
+class Settings(TypedDict, total=False):
+    """Name the settings of a run that later commands read."""
+
+    init_from: str
+    dataset: str
+    optimizer: str
+    algorithm: str
+    reward_model: str
+
+
+class Sizes(TypedDict, total=False):
+    """Name the fields of GPTConfig that are read beside it."""
+
+    block_size: Count
+    vocab_size: Count
+
+
+class Group(TypedDict):
+    """Name the parameters of an optimizer's group, by number."""
+
+    params: list[int]
+
+
+class Optimizer(TypedDict):
+    """Hold the state_dict() of an optimizer: moments by a parameter's number."""
+
+    state: dict[int, dict[str, Tensor | float]]
+    param_groups: list[Group]
+
+
+class Scaler(TypedDict):
+    """Hold the state_dict() of a GradScaler. That of one that is off is empty."""
+
+    scale: Positive
+    growth_factor: Positive
+    backoff_factor: Share
+    growth_interval: Count
+    _growth_tracker: Natural
+
+
+class Scaled(TypedDict):
+    """Name the entry of a run in float16."""
+
+    scaler: Scaler
+
+
+class Adapters(TypedDict):
+    """Describe LoRA's adapters, see lora.start()."""
+
+    init_from: str
+    from_here: str | None
+    digest: str
+    rank: Count
+    alpha: Positive
+    targets: list[str]
+    int8: bool
+
+
+class Pairs(TypedDict):
+    """Identify the pairs that a reward model or dpo learned from."""
+
+    sha256: str
+    val_fraction: float
+
+
+class Required(TypedDict):
+    """Name what nanoGPT's checkpoints have too."""
+
+    model: dict[str, Tensor]
+    model_args: Sizes
+    iter_num: Natural
+    best_val_loss: float
+
+
+class Checkpoint(Required, total=False):
+    """Name the entries of a checkpoint."""
+
+    version: Natural
+    optimizer: Optimizer
+    config: Settings
+    tokenizer: Tokenizer | None
+    chat_template: str | None
+    evals_since_best: Natural
+    train_time: NonNegative
+    seen: Natural | None
+    data: str
+    wandb_id: str | None
+    lora: Adapters
+    reward_model: bool
+    measure: str
+    reference: str
+    judge: str | None
+    pairs: Pairs
+    value_model: dict[str, Tensor]
+    value_optimizer: Optimizer
+
+
+class Origin(Settings):
+    """Name the model that a run began with."""
+
+    init_from: str
+
+
+class Posttraining(TypedDict):
+    """Name what reward models, rl and dpo need beside the weights."""
+
+    optimizer: Optimizer
+    config: Origin
+    tokenizer: Tokenizer
+    chat_template: str | None
+
+
+class PPO(Posttraining):
+    """Name what rl needs with algorithm='ppo'."""
+
+    value_model: dict[str, Tensor]
+    value_optimizer: Optimizer

@@ -112,6 +112,7 @@ SINCE_UNICODE_9 = """
     1d127-1d128 1d250-1d252 1d25b-1d25c 1d25f 1d280-1d281 1e08f 1e130-1e136 1e2ae 1e2ec-1e2ef
     1e4ec-1e4ef 1e5ee-1e5ef 1e6e3 1e6e6 1e6ee-1e6ef 1e6f5
 """
+LONG_MARKS = regex.compile(r'\p{M}{100,}')
 NOT_NORMALIZED = regex.compile(f'([{"".join(map(chr, code_points(SINCE_UNICODE_9)))}])')
 
 
@@ -122,7 +123,19 @@ def normalize(text: str, form: str | None) -> str:
     text = to_utf8(text).decode('utf-8')
     if form is None or unicodedata.is_normalized(form, text):
         return text
-    return ''.join(unicodedata.normalize(form, part) for part in NOT_NORMALIZED.split(text))
+    return ''.join(map(nfc, NOT_NORMALIZED.split(text)))
+
+
+def nfc(text: str) -> str:
+    """Return text in the normal form NFC. unicodedata alone takes n^2 to sort n marks."""
+    return unicodedata.normalize('NFC', LONG_MARKS.sub(sort_marks, text))
+
+
+def sort_marks(match) -> str:
+    """Decompose a match of LONG_MARKS, and bring its marks into their canonical order."""
+    chars = ''.join(unicodedata.normalize('NFD', char) for char in match[0])
+    runs = itertools.groupby(chars, lambda char: unicodedata.combining(char) > 0)
+    return ''.join(char for _, run in runs for char in sorted(run, key=unicodedata.combining))
 
 
 def find_pattern(pattern: str | None) -> str | None:

@@ -35,7 +35,7 @@ from tqdm import tqdm
 from configurator import Count, Natural, NonNegative, Range, Seed, UserError, fit, override
 from data import scoring
 from data.datasets import folder_of
-from data.tokens import to_device
+from data.tokens import evenly, to_device
 from flatgpt import output, runtime
 from flatgpt.pretrained import dataset_of, open_model
 from flatgpt.quantize import for_decoding
@@ -56,6 +56,7 @@ text_key = 'text'  # the field of .jsonl, .csv, .tsv and .parquet that holds the
 stride: Natural | None = None  # tokens from a window to the next; None or 0: block_size
 block_size: Count | None = None  # context, tokens; None: the model's; longer only with pos='rope'
 max_tokens: Annotated[int, Range(least=2)] | None = None  # evaluate the first tokens alone
+eval_tokens: Natural = 0  # predict about so many, in windows spaced evenly over the text; 0: all
 # a task
 task = ''  # tiny_chat, gsm8k, multiple_choice, hellaswag, or your own file tasks/NAME.py
 n: Count = 500  # questions at most
@@ -78,7 +79,7 @@ config = override(globals())
 # rules between settings
 OF_ANSWERS = {'num_samples', 'reward_model', 'temperature', 'tools'}
 OF_TASKS = {*OF_ANSWERS, 'n', 'kinds', 'shots', 'max_new_tokens', 'seed'}
-OF_TEXTS = {'dataset', 'text_key', 'stride', 'max_tokens'}
+OF_TEXTS = {'dataset', 'text_key', 'stride', 'max_tokens', 'eval_tokens'}
 for name in sorted(config.given & (OF_TEXTS if task else OF_TASKS)):
     remedy = f'texts, not for --task={task}' if task else 'tasks; name one: --task=tiny_chat'
     raise UserError(f'{name}={config[name]!r} is for {remedy}')
@@ -168,6 +169,8 @@ def loss_on_text():
         text = scoring.open_split(data_dir, split or 'val', text_tokenizer)
     vocab_size = min(text.vocab_size or math.inf, model.config.vocab_size)
     windows, window, step = scoring.windows_over(text, max_tokens, block_size, stride)
+    n_windows, windows.starts = len(windows), evenly(windows.starts, eval_tokens, step)
+    share = f' evenly spaced of {n_windows:,}' if len(windows) < n_windows else ''
     # tokens in a batch; fp16 and int8 compute all of its logits at once: 256 MB
     all_logits = dtype == 'float16' or quantize
     at_once = min(2**13, 2**26 // model.config.vocab_size) if all_logits else 2**13
@@ -203,14 +206,16 @@ def loss_on_text():
     bits = f'{bits_per_byte:.4f} bits per byte' if n_bytes else f'bits per byte unknown: {reason}'
     change = math.exp(loss - plain_loss) - 1 if quantize else None
     against = f', {100 * change:+.3f}% perplexity against {dtype}' if quantize else ''
-    print(fit(f'{text.source}: {n_predicted:,} tokens predicted in {len(windows):,} window(s) of '
-              f'{window}, stride {step}, on {torch_device}, {seconds:.1f} s', indent='  '))
+    print(fit(f'{text.source}: {n_predicted:,} tokens predicted in {len(windows):,}{share} '
+              f'window(s) of {window}, stride {step}, on {torch_device}, {seconds:.1f} s',
+              indent='  '))
     print(fit(f'{quantize or dtype}{against}: loss {loss:.4f} nats a token, perplexity '
               f'{math.exp(loss):.6g}, {bits}', indent='  '))
     return {'loss': loss, 'perplexity': math.exp(loss), 'bits_per_byte': bits_per_byte,
             'tokens': n_predicted, 'bytes': n_bytes, 'windows': len(windows), 'block_size': window,
-            'stride': step, 'model': line, 'text': text.source, 'dtype': quantize or dtype,
-            'perplexity_change': change, 'device': str(torch_device), 'seconds': round(seconds, 3)}
+            'stride': step, 'eval_tokens': eval_tokens, 'model': line, 'text': text.source,
+            'dtype': quantize or dtype, 'perplexity_change': change, 'device': str(torch_device),
+            'seconds': round(seconds, 3)}
 
 
 try:

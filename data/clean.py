@@ -35,7 +35,6 @@ import json
 import os
 import re
 import time
-import unicodedata
 import zlib
 
 import numpy as np
@@ -45,7 +44,7 @@ from configurator import UserError, nearest
 from data.documents import find_files, read_documents, text_size
 from data.encode import make_parser, positive, run
 from flatgpt import files
-from tokenizer.patterns import batches
+from tokenizer.patterns import batches, nfc
 from tokenizer.workers import Workers, core_count
 
 BATCH_CHARS = 1 << 19  # one task of a worker: costs more than its transfer, small in memory
@@ -63,7 +62,7 @@ INVISIBLE = re.compile('[\x00-\x08\x0e-\x1f\x7f-\x9f\u200b\u2060\ufeff]')
 
 def normalize(text: str) -> str:
     """Return the text in NFC, with plain line ends and no control characters."""
-    return unicodedata.normalize('NFC', INVISIBLE.sub('', LINE_ENDS.sub('\n', text)))
+    return nfc(INVISIBLE.sub('', LINE_ENDS.sub('\n', text)))
 
 
 # Language ---------------------------------------------------------------------------------------

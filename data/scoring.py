@@ -9,7 +9,7 @@ Prepare a text or a split for eval.py: tokens, windows, bytes.
 
 import os
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, islice
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from configurator import UserError
 from data.datasets import load_meta, prepare_command
 from data.documents import find_files, is_rows, read_documents, read_text
 from data.encode import SEPARATOR
-from data.tokens import gather, open_tokens, row_of, whole_windows
+from data.tokens import gather, open_tokens, row_of
 from flatgpt import huggingface
 from tokenizer.chat import bos_ids
 
@@ -40,17 +40,17 @@ def open_file(path, text_key, text_tokenizer, max_tokens=None):
     Special tokens in the text are ordinary text. Each document ends with a blank line, whatever
     the tokenizer, so all tokenizers read the same bytes. Raises UserError for fewer than 2 ids.
     """
-    arrays = [np.array(bos_ids(text_tokenizer), dtype=np.int64)]
-    n_tokens = len(arrays[0])
+    dtype = tokenizer.id_dtype(text_tokenizer.vocab_size)  # 2 or 4 bytes of memory a token
+    ids = bytearray(np.array(bos_ids(text_tokenizer), dtype).tobytes())
     for piece in text_tokenizer.cut_safely(read_pieces(path, text_key)):
-        arrays.append(text_tokenizer.encode_array(piece))
-        n_tokens += len(arrays[-1])
-        if max_tokens is not None and n_tokens >= max_tokens:
+        ids += text_tokenizer.encode_array(piece).tobytes()
+        if max_tokens is not None and len(ids) >= max_tokens * dtype.itemsize:
             break
-    if n_tokens < 2:
-        raise UserError(f'{path} has {n_tokens} token(s); expected 2 or more, because the first is '
-                        f'not predicted')
-    return Text(path, np.concatenate(arrays))
+    tokens = np.frombuffer(ids, dtype)
+    if len(tokens) < 2:
+        raise UserError(f'{path} has {len(tokens)} token(s); expected 2 or more, because the first '
+                        f'is not predicted')
+    return Text(path, tokens)
 
 
 def read_pieces(path, text_key):
@@ -86,25 +86,42 @@ def open_split(data_dir, split, text_tokenizer):
     return Text(path, tokens, meta['vocab_size'])
 
 
-def sliding_windows(n_tokens, block_size, stride):
-    """Cover a text with overlapping windows; -> [(start, end, first), ...].
+@dataclass
+class Windows:
+    """Iterate over windows of a text, as (start, end, first).
 
-    A window has the tokens start ... end - 1 and scores those from `first` on. Windows start
-    `stride` tokens apart (1 to block_size), so every token but the first is scored once, with at
-    least block_size - stride tokens before it. With stride = block_size a window has one token
-    more, the target of its last one: these are whole_windows().
+    A window has the tokens start ... end - 1 and scores those from `first` on.
+    """
+
+    starts: range | np.ndarray
+    n_tokens: int  # of the text
+    length: int  # tokens of a window; at the end of the text it may be shorter
+    stride: int  # tokens from a window of the text to the next
+
+    def __len__(self):
+        return len(self.starts)
+
+    def __iter__(self):
+        n_before = max(1, self.length - self.stride)
+        for start in map(int, self.starts):
+            end = min(start + self.length, self.n_tokens)
+            yield start, end, start + n_before if start else 1
+
+
+def sliding_windows(n_tokens, block_size, stride):
+    """Cover a text with overlapping Windows.
+
+    They start `stride` tokens apart (1 to block_size), so every token but the first is scored
+    once, with at least block_size - stride tokens before it. With stride = block_size a window has
+    one token more, the target of its last one: these are whole_windows().
     """
     length = block_size + (stride == block_size)
-    windows, start, first = [], 0, 1
-    while first < n_tokens:
-        end = min(start + length, n_tokens)
-        windows.append((start, end, first))
-        start, first = start + stride, end
-    return windows
+    starts = range(0, max(n_tokens > 1, n_tokens - length + stride), stride)
+    return Windows(starts, n_tokens, length, stride)
 
 
 def windows_over(text, max_tokens, block_size, stride):
-    """Cut a Text into windows; -> ([(start, end, first scored)], block_size, stride).
+    """Cut a Text into Windows; -> (Windows, block_size, stride).
 
     max_tokens: None for all tokens; stride: None or 0 for block_size. A window of conversations is
     a row. Raises UserError if block_size is shorter, or for overlap.
@@ -121,8 +138,7 @@ def windows_over(text, max_tokens, block_size, stride):
     if row > block_size + 1:
         raise UserError(f'{text.source} has conversations in rows of {row} tokens; expected '
                         f'{block_size + 1} or fewer; prepare it with --block_size={block_size}')
-    starts = whole_windows(n_tokens, row - 1, row)
-    return [(start, start + row, start + 1) for start in starts], row - 1, row - 1
+    return Windows(range(0, n_tokens, row), n_tokens, row, row), row - 1, row - 1
 
 
 def batches(tokens, windows, vocab_size, batch_size=None, at_once=2**13):
@@ -131,10 +147,9 @@ def batches(tokens, windows, vocab_size, batch_size=None, at_once=2**13):
     batch_size: windows in a batch, None for as many as have at_once tokens.
     """
     for length, group in groupby(windows, key=lambda window: window[1] - window[0] - 1):
-        group = list(group)
         size = batch_size or max(1, at_once // length)
-        for i in range(0, len(group), size):
-            starts, _, first = map(np.array, zip(*group[i : i + size], strict=True))
+        while part := list(islice(group, size)):
+            starts, _, first = map(np.array, zip(*part, strict=True))
             x, y = gather(tokens, starts, length, vocab_size)
             positions = starts[:, None] + np.arange(1, length + 1)  # (B, T)
             y[torch.from_numpy(positions < first[:, None])] = -1

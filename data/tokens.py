@@ -130,13 +130,25 @@ def even_windows(n_windows, n_tokens, block_size, row=None):
     return np.linspace(0, n_tokens - block_size - 1, n_windows).astype(np.int64)
 
 
-def eval_windows(splits, eval_iters, batch_size, block_size):
+def evenly(starts, n_tokens, stride):
+    """Return evenly spaced ones of `starts`, always the same: n_tokens in windows of `stride`.
+
+    At least one, and all of them if n_tokens is 0 or enough for all. starts: a range or an array.
+    """
+    n_windows = max(1, n_tokens // stride)
+    if not n_tokens or n_windows >= len(starts):
+        return starts
+    return np.array([starts[i] for i in np.linspace(0, len(starts) - 1, n_windows).astype(int)])
+
+
+def eval_windows(splits, eval_iters, batch_size, block_size, eval_tokens=0):
     """Return an evaluation's first positions of windows, {'train': ..., 'val': ...}.
 
-    'val': the whole split; 'train': eval_iters batches, at most as many windows as val has.
+    'val': the whole split, or eval_tokens of it, see evenly(); 'train': eval_iters batches, at most
+    as many windows as val has.
     """
     row = row_of(splits['train'])
-    val = whole_windows(len(splits['val']), block_size, row)
+    val = evenly(whole_windows(len(splits['val']), block_size, row), eval_tokens, block_size)
     n_train = min(eval_iters * batch_size, max(len(val), batch_size))
     return {'train': even_windows(n_train, len(splits['train']), block_size, row), 'val': val}
 

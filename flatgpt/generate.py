@@ -140,7 +140,7 @@ def generate(model, prompts, sampling: Sampling, u=None):
                     ended[row], next_id[i] = drawn is None, 0 if drawn is None else drawn
         for row, i in zip(rows.tolist(), next_id[:, 0].tolist(), strict=True):
             ended[row] = ended[row] or i in sampling.stop_ids
-        logprobs = plain.gather(1, next_id) - plain.logsumexp(-1, keepdim=True)
+        logprobs = plain.log_softmax(-1).gather(1, next_id)
         if logprobs.isnan().any():
             raise NotNumbers('the logits are NaN: the weights are damaged, or need a wider range, '
                              '--dtype=float32')

@@ -13,7 +13,7 @@ import os
 
 from configurator import UserError
 from flatgpt.files import lock_folder, no_link, replace_file, unlock
-from tokenizer.vocabulary import unique
+from tokenizer.vocabulary import read_bytes, unique
 
 
 def iter_objects(path, bad=None):
@@ -75,34 +75,38 @@ class Results:
 
     The first line of {out}.part is `digest`, a hash of everything that the results depend on. A
     run with the same digest continues with the results that are there. finish() writes `out`.
-    Raises UserError if `out` exists, or if {out}.part is in use or of another digest.
+    Raises UserError if {out}.part is in use or of another digest, or if `out` exists without it.
     """
 
     def __init__(self, out, digest):
         self.out, self.part, self.done = out, f'{out}.part', {}
-        if os.path.exists(out):
-            raise UserError(f'{out} exists already; delete it, or name another --out')
         self.file = open(self.part, 'a+b', opener=no_link)
         self.lock = lock_folder(self.part, 'writing')
         self.file.seek(0)
-        lines, whole, first = self.file.readlines(), 0, to_line({'digest': digest})
-        if not lines:
-            lines = [first]
+        content, whole, first = self.file.read(), 0, to_line({'digest': digest})
+        if first.startswith(content):  # a new file, or one of a run killed before its first result
+            if os.path.exists(out):
+                self.close()
+                raise UserError(f'{out} exists already; delete it, or name another --out')
+            self.file.truncate(0)
             self.file.write(first)
-        if lines[0] != first:
+            content = first
+        if not content.startswith(first):
             raise UserError(f'{self.part} has results of other prompts, settings or another model; '
                             f'continue with those, delete it, or name another --out')
-        for line in lines:
+        for line in content.splitlines(keepends=True):
             if not line.endswith(b'\n'):  # a killed run wrote half of it
                 break
             try:
-                entry = read_object(line)
+                match read_object(line):
+                    case {'line': int(number), 'result': dict(result)}:
+                        self.done[number] = result
+                    case entry if line != first:
+                        raise UserError(f'expected a line and its result, got {str(entry)[:40]}')
             except UserError as error:
                 raise UserError(f'{self.part} is damaged; delete it, or name another --out: '
                                 f'{error}') from None
             whole += len(line)
-            if 'line' in entry:
-                self.done[entry['line']] = entry['result']
         self.file.truncate(whole)
         self.file.flush()
 
@@ -113,9 +117,20 @@ class Results:
         self.file.flush()
 
     def finish(self, objects):
-        """Write `out`: each of {line number: object} with its result, in order."""
-        lines = (to_line({**value, **self.done[number]}) for number, value in objects.items())
-        replace_file(self.out, b''.join(lines))
+        """Write `out`: each of {line number: object} with its result, in order.
+
+        Raises UserError if `out` is there with other content, of another program.
+        """
+        content = b''.join(to_line({**value, **self.done[number]})
+                           for number, value in objects.items())
+        if not os.path.exists(self.out):
+            replace_file(self.out, content)
+        elif read_bytes(self.out) != content:  # else a killed run had come as far as here
+            raise UserError(f'{self.out} exists by now; move it away, and the same command goes on')
+        self.close()
+
+    def close(self):
+        """Remove {out}.part, and release it."""
         self.file.close()
         os.remove(self.part)
         unlock(self.lock)

@@ -13,8 +13,7 @@ from configurator import UserError
 
 def token_logprobs(logits, ids):
     """Return log softmax(logits) at `ids`, in fp32. logits: (..., V); ids: (...)."""
-    logits = logits.float()
-    return logits.gather(-1, ids[..., None]).squeeze(-1) - logits.logsumexp(-1)
+    return F.log_softmax(logits.float(), dim=-1).gather(-1, ids[..., None]).squeeze(-1)
 
 
 def entropy(logits):

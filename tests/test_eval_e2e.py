@@ -2,6 +2,7 @@
 
 import json
 import math
+import tracemalloc
 from dataclasses import asdict
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 
 import tokenizer
 from config.presets import PRESETS
-from data import documents
+from data import documents, scoring
 from data.scoring import sliding_windows
 from data.tokens import whole_windows
 from flatgpt import checkpoint
@@ -38,13 +39,14 @@ SMALL = {'block_size': 16, 'n_layer': 2, 'n_head': 2, 'n_embd': 16}
     (4, 4, 2, [(0, 4, 1)]), (5, 4, 2, [(0, 4, 1), (2, 5, 4)]),
     (2, 4, 4, [(0, 2, 1)]), (1, 4, 4, []), (0, 4, 4, [])])
 def test_windows_by_hand(n_tokens, block_size, stride, expected):
-    assert sliding_windows(n_tokens, block_size, stride) == expected
+    windows = sliding_windows(n_tokens, block_size, stride)
+    assert list(windows) == expected and len(windows) == len(expected)
 
 
 @given(n_tokens=st.integers(2, 2000), block_size=st.integers(1, 100), data=st.data())
 def test_windows_score_each_token_once(n_tokens, block_size, data):
     stride = data.draw(st.integers(1, block_size))
-    windows = sliding_windows(n_tokens, block_size, stride)
+    windows = list(sliding_windows(n_tokens, block_size, stride))
     assert [i for _, end, first in windows for i in range(first, end)] == list(range(1, n_tokens))
     assert all(end - start <= block_size + (stride == block_size) for start, end, _ in windows)
     assert all(first - start >= max(1, block_size - stride)
@@ -210,6 +212,41 @@ def test_max_tokens(folder):
         assert [a[name] for a in found] == [short[name]] * 2
     assert short['tokens'] == 99
     assert evaluate(folder, input='short.txt', stride=3, max_tokens=1000)['loss'] == short['loss']
+
+
+def test_eval_tokens(folder):
+    """It bounds the windows: evenly spaced ones, the same each time, the first and the last among them."""
+    save(folder, model := random_gpt(len(CHARS)))
+    ids = encode(make_text(333))
+    (folder.path / 'text.txt').write_text(make_text(333))
+    windows = list(sliding_windows(len(ids), 16, 8))  # 41
+    some = [windows[i] for i in (0, 10, 20, 30, 40)]
+    expected = nats(lambda x: model(x, targets=x)[0].detach(), ids, some)
+    found = evaluate(folder, input='text.txt', stride=8, eval_tokens=47)
+    assert found['tokens'] == sum(end - first for _, end, first in some) and found['windows'] == 5
+    assert found['loss'] == pytest.approx(expected / found['tokens'], rel=1e-6)
+    assert 'in 5 evenly spaced of 41 window(s) of 16' in start(
+        folder, input='text.txt', stride=8, eval_tokens=47).ok().out.replace('\n  ', ' ')
+    whole = evaluate(folder, input='text.txt', stride=8)
+    assert evaluate(folder, input='text.txt', stride=8, eval_tokens=10**12)['loss'] == whole['loss']
+    assert evaluate(folder, input='text.txt', stride=8, eval_tokens=1)['windows'] == 1
+
+
+def test_windows_of_a_long_text_take_no_memory():
+    tracemalloc.start()
+    windows = sliding_windows(50_000_000, 1024, 1)
+    assert len(windows) == 49_998_977
+    x, _ = next(scoring.batches(np.zeros(50_000, np.uint16), windows, 1, batch_size=4))
+    assert x.shape == (4, 1023)
+    assert tracemalloc.get_traced_memory()[1] < 5e6
+    tracemalloc.stop()
+
+
+def test_a_text_takes_2_bytes_a_token(tmp_path):
+    (tmp_path / 'text.txt').write_text('The king said. ' * 20_000)
+    text = scoring.open_file(tmp_path / 'text.txt', 'text', tokenizer.load('byte'))
+    assert text.tokens.dtype == np.uint16 and len(text.tokens) == 300_000
+    assert text.tokens.tobytes() == np.array(list(b'The king said. ' * 20_000), np.uint16).tobytes()
 
 
 # Bytes --------------------------------------------------------------------------------------------

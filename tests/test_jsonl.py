@@ -63,8 +63,7 @@ def test_killed_anywhere(tmp_path):
     results.add(3, {'x': 3})
     results.file.close()
     whole = (tmp_path / 'out.part').read_bytes()
-    head = whole.index(b'\n') + 1
-    for n in range(head, len(whole) + 1):
+    for n in range(len(whole) + 1):
         path = tmp_path / f'{n}'
         (tmp_path / f'{n}.part').write_bytes(whole[:n])
         results = Results(path, 'd')
@@ -77,7 +76,52 @@ def test_killed_anywhere(tmp_path):
         assert len(path.read_bytes().splitlines()) == 2
 
 
-@pytest.mark.parametrize('content', [b'{"digest": "other"}\n', b'{"dig', b'notes of mine\n',
+def test_killed_at_its_end(tmp_path):
+    """After the last result, and on both sides of the rename, the same run ends in the same file."""
+    out, part = tmp_path / 'out', tmp_path / 'out.part'
+    results = Results(out, 'd')
+    results.add(1, {'x': 1})
+    results.add(3, {'x': 3})
+    whole = part.read_bytes()
+    results.finish(OBJECTS)
+    content = out.read_bytes()
+    for has_out in (False, True):
+        part.write_bytes(whole)
+        if not has_out:
+            out.unlink()
+        results = Results(out, 'd')
+        assert set(results.done) == set(OBJECTS)
+        results.finish(OBJECTS)
+        assert out.read_bytes() == content and not part.exists()
+
+
+def test_a_file_of_that_name_that_came_meanwhile(tmp_path):
+    results = Results(tmp_path / 'out', 'd')
+    results.add(1, {'x': 1})
+    results.add(3, {'x': 3})
+    (tmp_path / 'out').write_bytes(b'mine')
+    with pytest.raises(ValueError, match='out exists by now; move it away'):
+        results.finish(OBJECTS)
+    assert (tmp_path / 'out').read_bytes() == b'mine' and (tmp_path / 'out.part').exists()
+
+
+def test_no_link_is_followed(tmp_path):
+    (tmp_path / 'victim').write_bytes(b'')
+    (tmp_path / 'out.part').symlink_to(tmp_path / 'victim')
+    with pytest.raises(OSError):
+        Results(tmp_path / 'out', 'd')
+    assert (tmp_path / 'victim').read_bytes() == b''
+
+
+@pytest.mark.parametrize('line', [b'7', b'{"line": 1}', b'{"line": [], "result": {}}',
+                                  b'{"line": 1, "result": 7}'])
+def test_a_damaged_part(tmp_path, line):
+    (tmp_path / 'out.part').write_bytes(b'{"digest": "d"}\n' + line + b'\n')
+    with pytest.raises(ValueError, match='out.part is damaged'):
+        Results(tmp_path / 'out', 'd')
+
+
+@pytest.mark.parametrize('content', [b'{"digest": "other"}\n', b'{"dog', b'notes of mine\n',
                                      b'\xff\x00'])
 def test_a_part_of_another_run_is_left_alone(tmp_path, content):
     (tmp_path / 'out.part').write_bytes(content)

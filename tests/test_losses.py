@@ -22,6 +22,14 @@ def gradient(f, x):
 # of a model -----------------------------------------------------------------------------------------------------------
 
 
+def test_token_logprobs_of_large_logits():
+    """At logits near 1e4, where fp32 has steps of 0.001, they keep their digits."""
+    logits = torch.randn(64, 500) * 3 + 1e4
+    ids = torch.randint(500, (64,))
+    exact = -F.cross_entropy(logits.double(), ids, reduction='none')
+    assert ((losses.token_logprobs(logits, ids) - exact) / exact).abs().max() < 1e-6
+
+
 def test_token_logprobs():
     """log 1/4, 1/2 of logits log 1, log 2, log 1; cross-entropy otherwise; in fp32 whatever the logits are in."""
     logits = torch.tensor([[1.0, 2.0, 1.0], [1.0, 2.0, 1.0]]).log()

@@ -15,7 +15,7 @@ import tokenizer
 from data import datasets, device, encode
 from data import tokens as dataloader
 from data.shuffle import mix, shuffled
-from data.tokens import even_windows, gather, train_windows, whole_windows
+from data.tokens import eval_windows, even_windows, gather, train_windows, whole_windows
 
 seeds = st.integers(0, 2**63 - 1)
 
@@ -393,3 +393,13 @@ def test_prepare_that_fails(tmp_path, monkeypatch):
     (folder / 'prepare.py').write_text('raise SystemExit("no network")')
     with pytest.raises(ValueError, match='python data/novel/prepare.py failed'):
         datasets.prepare_if_missing('data/novel', True)
+
+
+@pytest.mark.parametrize('eval_tokens, expected', [
+    (0, range(0, 99, 4)), (100, range(0, 99, 4)), (20, [0, 24, 48, 72, 96]),
+    (12, [0, 48, 96]), (1, [0])])
+def test_eval_tokens(eval_tokens, expected):
+    """Windows of the whole split, evenly spaced."""
+    splits = {'train': np.zeros(1000, np.uint16), 'val': np.zeros(100, np.uint16)}
+    windows = eval_windows(splits, 2, 8, 4, eval_tokens)
+    assert windows['val'].tolist() == list(expected) and len(windows['train']) == min(16, max(8, len(expected)))

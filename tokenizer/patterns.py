@@ -8,6 +8,7 @@ Cut text into pieces: split patterns, Unicode versions, special tokens.
 
 import functools
 import itertools
+import math
 import unicodedata
 
 import numpy as np
@@ -33,6 +34,10 @@ PATTERNS = {
               r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"),
     # white space before a digit is one piece: there the digit is cut off first
     'smollm2': r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"}
+
+LINEAR = frozenset(PATTERNS.values())
+LONGEST_PATTERN = 20_000  # characters, with counts written out
+PATIENCE, SLOWEST = 5, 500_000  # seconds, and characters a second, for a pattern of your own
 
 # The names of special tokens, where a file does not mark them: <s>, <|im_end|>, [PAD].
 SPECIAL = regex.compile(r'<.*\p{L}.*>|\[.*\p{L}.*\]', regex.DOTALL)
@@ -112,6 +117,7 @@ SINCE_UNICODE_9 = """
     1d127-1d128 1d250-1d252 1d25b-1d25c 1d25f 1d280-1d281 1e08f 1e130-1e136 1e2ae 1e2ec-1e2ef
     1e4ec-1e4ef 1e5ee-1e5ef 1e6e3 1e6e6 1e6ee-1e6ef 1e6f5
 """
+LONG_MARKS = regex.compile(r'\p{M}{100,}')
 NOT_NORMALIZED = regex.compile(f'([{"".join(map(chr, code_points(SINCE_UNICODE_9)))}])')
 
 
@@ -122,7 +128,19 @@ def normalize(text: str, form: str | None) -> str:
     text = to_utf8(text).decode('utf-8')
     if form is None or unicodedata.is_normalized(form, text):
         return text
-    return ''.join(unicodedata.normalize(form, part) for part in NOT_NORMALIZED.split(text))
+    return ''.join(map(nfc, NOT_NORMALIZED.split(text)))
+
+
+def nfc(text: str) -> str:
+    """Return text in the normal form NFC. unicodedata alone takes n^2 to sort n marks."""
+    return unicodedata.normalize('NFC', LONG_MARKS.sub(sort_marks, text))
+
+
+def sort_marks(match) -> str:
+    """Decompose a match of LONG_MARKS, and bring its marks into their canonical order."""
+    chars = ''.join(unicodedata.normalize('NFD', char) for char in match[0])
+    runs = itertools.groupby(chars, lambda char: unicodedata.combining(char) > 0)
+    return ''.join(char for _, run in runs for char in sorted(run, key=unicodedata.combining))
 
 
 def find_pattern(pattern: str | None) -> str | None:
@@ -144,31 +162,53 @@ def find_pattern(pattern: str | None) -> str | None:
 def compile_pattern(pattern: str):
     """Compile a split pattern. Raises UserError."""
     try:
-        compiled = regex.compile(pattern)
-        fault = 'reads text backwards (flag r)' if compiled.flags & regex.REVERSE else None
-    except (regex.error, TypeError) as error:
+        # a{1000} is compiled as a thousand parts
+        size = len(pattern) * math.prod(int(n) or 1 for n in regex.findall(r'\{\s*(\d{1,9})', pattern))
+        if size > LONGEST_PATTERN:
+            fault = (f'takes {size:,} characters without its counts, such as {{2}}; expected '
+                     f'{LONGEST_PATTERN:,} or fewer')
+        elif regex.search(r'\(\?(?:R|[+-]?\d|&|P>)', pattern):
+            fault = 'calls itself or a group of its own'
+        else:
+            compiled = regex.compile(pattern)
+            if not compiled.flags & regex.REVERSE:
+                return compiled
+            fault = 'reads text backwards (flag r)'
+    except (regex.error, TypeError, ValueError, RecursionError) as error:
         fault = f'is not a regular expression: {error}'
-    if fault:
-        raise UserError(f'the split pattern {pattern!r} {fault}. Expected one of '
-                        f'{", ".join(PATTERNS)}, none, or a pattern of the package regex')
-    return compiled
+    raise bad_pattern(pattern, fault)
+
+
+def bad_pattern(pattern, fault) -> UserError:
+    """Return the error for a split pattern."""
+    shown = repr(pattern if len(str(pattern)) <= 300 else f'{pattern[:300]}...')
+    return UserError(f'the split pattern {shown} {fault}. Expected one of {", ".join(PATTERNS)}, '
+                     f'none, or a pattern of the package regex')
 
 
 def split(text: str, pattern: str | None) -> list[str]:
     """Cut text into pieces, which joined are the text again. pattern None: one piece.
 
-    Text between the matches of a pattern becomes pieces too, so that nothing is lost.
+    Text between the matches of a pattern becomes pieces too, so that nothing is lost. Raises
+    UserError where a pattern takes exponential time, as (a|a)*b does.
     """
     if pattern is None:
         return [text] if text else []
     compiled, newer = compile_pattern(pattern), has_newer(text)
-    if not newer:
-        pieces = compiled.findall(text)
-        if compiled.groups == 0 and sum(map(len, pieces)) == len(text) and '' not in pieces:
-            return pieces  # always so with the patterns above
-    ends = [0]
-    for match in compiled.finditer(text.translate(AS_IN_UNICODE_16) if newer else text):
-        ends += match.span()
+    # a time limit makes cutting three times slower; the patterns above need none
+    seconds = None if pattern in LINEAR else PATIENCE + len(text) / SLOWEST
+    try:
+        if not newer:
+            pieces = compiled.findall(text, timeout=seconds)
+            if compiled.groups == 0 and sum(map(len, pieces)) == len(text) and '' not in pieces:
+                return pieces  # always so with the patterns above
+        ends = [0]
+        for match in compiled.finditer(text.translate(AS_IN_UNICODE_16) if newer else text,
+                                       timeout=seconds):
+            ends += match.span()
+    except TimeoutError:
+        raise bad_pattern(pattern, f'took over {seconds:.3g} s to cut {len(text):,} characters; it '
+                                   f'tries too many ways') from None
     ends.append(len(text))
     return [text[start:end] for start, end in itertools.pairwise(ends) if start < end]
 

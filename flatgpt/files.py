@@ -6,14 +6,15 @@ import os
 import shutil
 
 from configurator import UserError
+from flatgpt.inputs import open_text
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, quota or file
 
 
 def read_text(path):
-    """Read a UTF-8 file -> text. Raises UserError."""
+    """Read a text file whole -> text. Raises UserError."""
     try:
-        with open(path, encoding='utf-8') as file:
+        with open_text(path) as file:
             return file.read()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f'{path} cannot be read: {error}') from error

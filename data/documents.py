@@ -40,10 +40,14 @@ BATCH_BYTES = 1 << 24     # ... they have more bytes than this together
 
 # Files ------------------------------------------------------------------------------------------
 
-def suffix_of(path) -> str:
-    """Return the suffix of a file's content, in lower case: '.csv' of a.csv.gz."""
+def split_suffix(path) -> tuple[str, str]:
+    """Split off the suffix of a file's content, in lower case: a.csv.gz -> ('a', '.csv')."""
     stem, suffix = os.path.splitext(path)
-    return suffix_of(stem) if suffix.lower() in PACKED_SUFFIXES else suffix.lower()
+    return split_suffix(stem) if suffix.lower() in PACKED_SUFFIXES else (stem, suffix.lower())
+
+
+def suffix_of(path) -> str:
+    return split_suffix(path)[1]
 
 
 def kind_of(path, text_key: str | None = None) -> str:
@@ -201,6 +205,9 @@ def read_documents(path, text_key: str = 'text', min_score: float | None = None,
         kind = kind_of(name, text_key)
         if min_score is not None and kind != 'parquet':
             raise UserError(f'{name} is not Parquet, which --min_score={min_score} needs')
+        if separator and kind != 'text':
+            raise UserError(f'{name} is a table with a document per row; --separator={separator} '
+                            f'is for texts: leave it out')
         for text in (read_column(name, text_key, min_score) if kind != 'text' else
                      read_parts(name, separator) if separator else
                      read_text(name, DOCUMENT_CHARS)):

@@ -43,7 +43,8 @@ output.protect(drop=True)
 out_dir = 'out'
 eval_interval: Count = 2000  # steps between evaluations; each is followed by a checkpoint
 log_interval: Count = 1  # steps between log lines
-eval_iters: Count = 200  # batches of train in an evaluation; val is always evaluated whole
+eval_iters: Count = 200  # batches of train in an evaluation
+eval_tokens: Natural = 0  # tokens of val in an evaluation, evenly spaced, the same ones; 0: all
 eval_only = False  # True: evaluate once and exit
 eval_first = True  # evaluate before the first step too
 always_save_checkpoint = True  # False: after an evaluation save only if val improved
@@ -145,13 +146,14 @@ if init_from == 'auto':
 def start():
     """Return the model that the run begins with, on the CPU, and its checkpoint.
 
-    Without a checkpoint the second is {}, or the tokenizer and chat template of a loaded model. A
-    setting that contradicts loaded weights is refused.
+    Without a checkpoint the second has the tokenizer and chat template of a loaded model. A setting
+    that contradicts loaded weights is refused.
     """
     torch.manual_seed(seed)
     if init_from == 'scratch':
         n_ids = meta['vocab_size'] or 50257  # GPT-2's, if the dataset records none
-        return GPT(GPTConfig(**architecture, vocab_size=padded_vocab_size(n_ids))), {}
+        return (GPT(GPTConfig(**architecture, vocab_size=padded_vocab_size(n_ids))),
+                {'tokenizer': pretrained.GPT2_TOKENIZER})
     if init_from == 'resume':
         return pretrained.resume(ckpt_path, config, meta, data_dir)
     return pretrained.finetune(init_from, config, meta, data_dir)
@@ -159,8 +161,6 @@ def start():
 
 model, state = start()
 text_tokenizer = meta['tokenizer'] or state.get('tokenizer')
-if not text_tokenizer and init_from in ('scratch', 'resume') and model.config.vocab_size >= 50257:
-    text_tokenizer = {'kind': 'tiktoken', 'name': 'gpt2'}  # nanoGPT's default without meta.pkl
 chat_template = meta['chat_template'] or state.get('chat_template')
 if lora_rank and init_from != 'resume':
     state['lora'] = lora.start(model, config, out_dir)
@@ -204,7 +204,8 @@ share = f', {sum(p.numel() for p in trained):,} of them are trained' if adapters
 world.print(f'{model.get_num_params() / 1e6:.2f}M parameters{share}')
 if not eval_only:
     epochs = max_iters * cut.tokens / len(splits['train'])
-    world.print(f'{max_iters} steps, {epochs:.2f} epochs')
+    world.print(f'{max_iters} steps, {epochs:.2f} epochs'
+                + f'; val loss over {eval_tokens:,} tokens of val' * (eval_tokens > 0))
     world.print(f'a step of {cut.tokens:,} tokens = {world.size} process(es) x {cut.micro_steps} '
                 f'micro-batch(es) x {cut.batch_size} x {block_size}')
 
@@ -214,11 +215,11 @@ def evaluate():
     """Return the mean loss in nats per token: {'train': ..., 'val': ...}.
 
     'train': over eval_iters batches of fixed windows, at most as many as val has; 'val': over the
-    whole split. The processes share the work. Dropout is off and nothing is compiled.
+    split or eval_tokens of it. The processes share the work. Dropout is off, nothing is compiled.
     """
     model.eval()
-    windows, losses = eval_windows(splits, eval_iters, cut.batch_size, block_size), {}
-    for split, starts in windows.items():
+    losses = {}
+    for split, starts in eval_windows(splits, eval_iters, cut, eval_tokens).items():
         with autocast, torch.compiler.set_stance('force_eager'):
             totals = sum_losses(model, splits[split], starts[world.rank :: world.size], cut, n_ids)
         loss, count = world.sum(totals)
@@ -279,11 +280,8 @@ while True:
     if run.is_due(eval_interval, max_iters, eval_first) or eval_only:
         bar.set_description('evaluating')
         gc.collect()
-        changed, is_shorter = datasets.changed_in_place(stamps)
-        if changed:
-            world.print(f'WARNING: {changed}')
-        if is_shorter:  # the next read could end the process
-            run.stop_reason = changed
+        if shorter := datasets.find_rewritten(stamps, world.print):
+            run.stop_reason = shorter  # the next read could end the process
             break
         losses = evaluate()
         bar.set_description()

@@ -11,7 +11,6 @@ part that runs out of time keeps what it has. --limit is in seconds. --dry runs
 tiny sizes on the CPU, as a check that everything runs.
 """
 
-import argparse
 import json
 import os
 import subprocess
@@ -20,6 +19,7 @@ import time
 
 from bench import bare, common, plot
 from configurator import UserError, explain_errors
+from data.encode import make_parser
 from flatgpt import runtime
 from flatgpt.files import replace_file
 from model import GPT, GPTConfig
@@ -254,8 +254,7 @@ def summary(args):
 
 def main():
     sys.excepthook = explain_errors
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parts = {f.__name__: f for f in (speed, char, recipe, summary)}
     parser.add_argument('part', choices=parts)
     parser.add_argument('--limit', type=float, default=540, help='seconds it may take (540)')

@@ -10,13 +10,13 @@ val loss is marked and named. Prints the lowest val loss of each run, then a
 JSON line. Needs matplotlib: pip install -c constraints.txt -e '.[plot]'
 """
 
-import argparse
 import json
 import math
 import os
 import sys
 
 from configurator import UserError, explain_errors
+from data.encode import make_parser
 
 # the palette of Okabe and Ito, which colour-blind readers can tell apart; markers for grey prints
 STYLES = [('#0072B2', 'o'), ('#D55E00', 's'), ('#009E73', '^'), ('#CC79A7', 'D'), ('#E69F00', 'v'),
@@ -158,8 +158,7 @@ def draw(folders, out, axis='step', ymax=None):
 
 def main():
     sys.excepthook = explain_errors
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument('folders', nargs='+', help='out_dir of each run')
     parser.add_argument('--out', default='loss.png', help='the picture to write (loss.png)')
     parser.add_argument('--x', default='step', choices=AXES, help='horizontal axis (step)')

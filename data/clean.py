@@ -6,7 +6,7 @@ r"""Clean a corpus: drop copies, other languages, and text of low quality.
     python -m data.clean --input=notes.jsonl --out=clean.jsonl --exact
     python data/text/prepare.py --input=clean.jsonl   # the next step
 
-Reads a folder of texts, .jsonl, .csv, .tsv or .parquet. Writes {"text": ...}
+Reads a folder of texts, .jsonl, .json, .csv, .tsv or .parquet. Writes {"text": ...}
 lines in the order of the input, and clean.report.json, which counts the texts
 that each rule removed, with examples. Both are written whole or not at all.
 
@@ -41,8 +41,8 @@ import numpy as np
 from tqdm import tqdm
 
 from configurator import UserError, nearest
-from data.documents import find_files, read_documents, text_size
-from data.encode import make_parser, positive, run
+from data.documents import describe_others, find_files, read_documents, text_size
+from data.encode import make_parser, names_of, positive, run
 from flatgpt import files
 from tokenizer.patterns import batches, nfc
 from tokenizer.workers import Workers, core_count
@@ -358,8 +358,8 @@ def clean(path, file, steps: Steps, *, text_key: str = 'text', num_proc: int = 1
     seen, near = set(), None if steps.near is None else NearDuplicates(steps.near)
     tasks = batches(enumerate(read_documents(path, text_key), 1), BATCH_CHARS,
                     length=lambda numbered: len(numbered[1]))
-    with tqdm(desc='cleaning', total=text_size(find_files(path)[0]), unit='B', unit_scale=True,
-              disable=None, leave=False, dynamic_ncols=True) as bar, \
+    with tqdm(desc='cleaning', total=text_size(find_files(path, text_key)[0]), unit='B',
+              unit_scale=True, disable=None, leave=False, dynamic_ncols=True) as bar, \
             contextlib.closing(in_order(tasks, steps, num_proc)) as results:
         for (number, original), finding in (
                 pair for task in results for pair in zip(*task, strict=True)):
@@ -486,19 +486,17 @@ def print_report(report):
 
 
 def main():
-    def names(text):
-        return tuple(filter(None, text.split(',')))
-
     parser = make_parser(__doc__)
     parser.prog = 'python -m data.clean'
     add = parser.add_argument
-    add('--input', required=True, help='a text, a folder, or a .jsonl, .csv, .tsv, .parquet file')
+    add('--input', required=True,
+        help='a text, a folder, or a .jsonl, .json, .csv, .tsv, .parquet file')
     add('--out', required=True, help='the .jsonl file to write')
     add('--text_key', default='text', help='field of a table that holds the text')
     add('--normalize', action='store_true', help='NFC, plain line ends, no control characters')
-    add('--language', type=names, default=(), help='languages to keep: en, or en,de,fr')
+    add('--language', type=names_of, default=(), help='languages to keep: en, or en,de,fr')
     add('--gopher', action='store_true', help='length, prose and repetition rules')
-    add('--gopher_skip', type=names, default=(), help='rules to skip: stop_words,hashes')
+    add('--gopher_skip', type=names_of, default=(), help='rules to skip: stop_words,hashes')
     add('--exact', action='store_true', help='drop copies')
     add('--near', type=float, nargs='?', const=0.8, help='drop documents this similar (0.8)')
     add('--num_proc', type=positive, default=core_count(), help='processes (one per core)')
@@ -508,10 +506,9 @@ def main():
     steps = Steps(*(getattr(args, name) for name in Steps._fields))
     check_steps(steps)
     check_out(args.out, args.input)
-    paths, n_others = find_files(args.input)
+    paths, n_others = find_files(args.input, args.text_key)
     if n_others:
-        print(f'{len(paths):,} files; {n_others:,} more are left out, because their suffix is not '
-              f'that of a text file')
+        print(describe_others(paths, n_others))
     report = clean_to(args.out, args.input, steps, text_key=args.text_key, num_proc=args.num_proc)
     print_report(report)
     print(f'wrote  {args.out} and {report_of(args.out)} in {time.time() - started:.1f} s')

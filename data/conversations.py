@@ -22,7 +22,14 @@ from flatgpt.files import lock_folder, unlock
 from tokenizer import chat
 
 SHAREGPT = {'human': 'user', 'user': 'user', 'gpt': 'assistant', 'assistant': 'assistant',
-            'system': 'system', 'tool': 'tool', 'function_response': 'tool'}
+            'system': 'system', 'developer': 'system', 'tool': 'tool', 'function_response': 'tool',
+            'observation': 'tool'}
+OPENAI = {'developer': 'system', 'function': 'tool'}  # other roles stay
+WEIGHTS = ('weight', 'loss', 'train', 'training')  # a message with one of them, 0 or false: no loss
+BESIDE = ('tool_calls', 'function_call', 'reasoning_content', 'reasoning', 'thinking', 'refusal',
+          'images', 'image', 'audio')  # what else a message may say
+READ = ('messages', 'conversations', 'system')
+READ_IN_MESSAGES = ('role', 'from', 'content', 'value', *WEIGHTS, *BESIDE)
 
 
 @dataclass
@@ -38,41 +45,58 @@ def messages_of(value):
     """Return the messages of a JSON object in the shape of OpenAI or ShareGPT.
 
     OpenAI: {"messages": [{"role", "content"}, ...]}. ShareGPT: {"conversations": [{"from",
-    "value"}, ...]}, perhaps with "system". "weight": 0 marks an answer without loss. Raises
-    UserError for another shape, an unknown role, and calls of tools outside the content.
+    "value"}, ...]}. "system" beside either is the first message. An answer with a "weight" of 0, or
+    "loss" or "train" false, has a weight of 0. Raises UserError for another shape, an unknown role,
+    and for calls of tools, images and others beside the text.
     """
-    if 'messages' in value:
-        messages = value['messages']  # chat.check_conversation() refuses what is no list
-        return list(map(read_message, messages)) if isinstance(messages, list) else messages
-    if not isinstance(value.get('conversations'), list):
+    turns = next((value[key] for key in READ[:2] if value.get(key) is not None), None)
+    if not isinstance(turns, list):
         raise UserError(f'no conversation; expected "messages" or "conversations", a list, but '
                         f'the object has {", ".join(map(repr, value)) or "no keys"}')
     messages = [{'role': 'system', 'content': value['system']}] if value.get('system') else []
-    for turn in value['conversations']:
-        role = turn.get('from') if isinstance(turn, dict) else None
-        if not isinstance(role, str) or role not in SHAREGPT:
-            raise UserError(f'{json.dumps(turn)[:60]} is not a turn; expected from, one of '
-                            f'{", ".join(SHAREGPT)}, and a value, such as '
-                            f'{{"from": "human", "value": "Hello"}}')
-        messages.append({'role': SHAREGPT[role], 'content': turn.get('value'), **weight_of(turn)})
-    return messages
+    return messages + list(map(read_message, turns))
 
 
 def read_message(message):
-    """Return an OpenAI message with its keys in one order, without names."""
-    if not isinstance(message, dict):
-        return message  # chat.check_conversation() refuses it
-    if call := message.get('tool_calls') or message.get('function_call'):
-        raise UserError(f'an answer calls a tool, {json.dumps(call)[:40]}, beside its content; '
-                        f'write the call into the content, in the words that the model is to learn')
-    return ({key: message[key] for key in ('role', 'content') if key in message}
-            | weight_of(message))
+    """Return a message of OpenAI or ShareGPT as {'role', 'content'}, and a weight that is not 1."""
+    # a table has null in place of what is missing
+    turn = ({key: value for key, value in message.items() if value is not None}
+            if isinstance(message, dict) else {})
+    role = turn.get('role', turn.get('from'))
+    if not isinstance(role, str) or 'role' not in turn and role not in SHAREGPT:
+        raise UserError(f'{json.dumps(message)[:60]} is not a turn; expected from, one of '
+                        f'{", ".join(SHAREGPT)}, and a value, such as '
+                        f'{{"from": "human", "value": "Hello"}}, or role and content')
+    for key in BESIDE:
+        if turn.get(key):
+            raise UserError(f'a message has {key}, {json.dumps(turn[key], default=str)[:40]}, '
+                            f'beside its content; write that into the content, in the words that '
+                            f'the model is to learn, or remove it')
+    weights = [turn[key] for key in WEIGHTS if turn.get(key, 1) != 1]
+    return {'role': (OPENAI if 'role' in turn else SHAREGPT).get(role, role),
+            'content': text_of(turn.get('content', turn.get('value')))} | (
+            {'weight': weights[0] or 0} if weights else {})
 
 
-def weight_of(message):
-    """Return {'weight': w}, or {} for a weight of 1, which is the default."""
-    weight = message.get('weight')
-    return {} if weight in (None, 1) else {'weight': weight}
+def text_of(content):
+    """Return a content as one text: OpenAI's list of parts is joined. Raises UserError."""
+    if not isinstance(content, list):
+        return content  # chat.check_conversation() refuses what is no text
+    texts = [part.get('text') if isinstance(part, dict) else part for part in content]
+    for part, text in zip(content, texts, strict=True):
+        if not isinstance(text, str):
+            raise UserError(f'a part of a content is no text: '
+                            f'{json.dumps(part, default=str)[:60]}; expected '
+                            f'{{"type": "text", "text": "Hello"}}')
+    return ''.join(texts)
+
+
+def unread_keys(value) -> set[str]:
+    """Return the keys of a conversation and its messages that messages_of() does not read."""
+    return ({key for key in value if key not in READ and value[key] is not None}
+            | {key for turns in map(value.get, READ[:2]) if isinstance(turns, list)
+               for turn in turns if isinstance(turn, dict)
+               for key in turn if key not in READ_IN_MESSAGES and turn[key] is not None})
 
 
 def check_tokenizer(tokenizer, name):
@@ -171,6 +195,7 @@ def write_dataset(out_dir, conversations, packing, **described):
     os.makedirs(out_dir, exist_ok=True)
     lock = lock_folder(out_dir)
     try:
+        encode.note_replaced(out_dir, meta)
         encode.publish(out_dir, [], files)
     finally:
         encode.remove_unfinished(out_dir)

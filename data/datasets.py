@@ -139,19 +139,22 @@ def stamps_of(data_dir):
             for path in token_files(data_dir) for stat in [os.stat(path)]}
 
 
-def changed_in_place(stamps):
-    """Compare stamps_of() with the disk; -> a line, None if nothing changed, and whether to stop.
+def find_rewritten(stamps, warn):
+    """Compare stamps_of() with the disk; -> a line about a file that became shorter, or None.
 
     A new preparation replaces the files, and a run keeps the old ones open. A file that is
-    rewritten in place changes what the run reads, and reading past a new end is a bus error.
+    rewritten in place changes what the run reads: warn(line). Reading past a new end is a bus
+    error.
     """
     for path, (inode, size, time_ns) in stamps.items():
         with contextlib.suppress(OSError):  # it is gone, and stays open
             now = os.stat(path)
             if now.st_ino == inode and (now.st_size, now.st_mtime_ns) != (size, time_ns):
                 line = f'{path} was rewritten: it had {size:,} bytes and has {now.st_size:,}'
-                return line, now.st_size < size
-    return None, False
+                warn(f'WARNING: {line}')
+                if now.st_size < size:
+                    return line
+    return None
 
 
 def prepare_command(data_dir, kind='text'):

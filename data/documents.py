@@ -1,19 +1,25 @@
 """Read texts and tables from files, and split them into train and val.
 
     for text in read_documents('notes/'): ...         # files of a folder, rows of tables
-    for where, row in read_records('a.csv'): ...      # rows of one table, as dicts
+    for where, row in read_records('a.csv.gz'): ...   # rows of one table, as dicts
     for split, text in split_documents(texts, 0.1): ...
 
-Everything streams: memory holds a piece of a text, or a few hundred rows of a table.
+The content of a file decides: gzip, bzip2, xz and zstd are unpacked (flatgpt/inputs.py), and JSON
+is recognised under any name. Everything streams: memory holds a piece of a text, or a few rows.
 """
 
 import csv
 import hashlib
+import io
 import itertools
+import json
 import os
+import re
+import shlex
 
 from configurator import UserError, nearest
 from flatgpt import jsonl
+from flatgpt.inputs import LONGEST, open_text, open_utf8, read_lines, regular_file
 from tokenizer.patterns import to_utf8
 
 TEXT_SUFFIXES = set("""
@@ -22,67 +28,124 @@ TEXT_SUFFIXES = set("""
     .cs .m .swift .go .rs .zig .rb .pl .php .lua .r .jl .hs .ml .clj .ex .exs .erl .lisp .el .f90
     .f .sh .bash .bat .ps1
 """.split())
-ROW_SUFFIXES = {'.jsonl', '.ndjson', '.csv', '.tsv', '.parquet'}
+LINES_SUFFIXES = {'.jsonl', '.ndjson'}
+ROW_SUFFIXES = {*LINES_SUFFIXES, '.csv', '.tsv', '.parquet'}
+PACKED_SUFFIXES = {'.gz', '.bz2', '.xz', '.zst'}
 PIECE_CHARS = 1 << 18     # a piece of running text: small enough to share out between the cores
 DOCUMENT_CHARS = 1 << 22  # a longer text file becomes several documents
+SPACE = re.compile('[ \t\n\r]*')  # between the values of JSON
+BATCH_ROWS = 16           # rows of Parquet in memory, fewer if ...
+BATCH_BYTES = 1 << 24     # ... they have more bytes than this together
 
 
 # Files ------------------------------------------------------------------------------------------
 
+def split_suffix(path) -> tuple[str, str]:
+    """Split off the suffix of a file's content, in lower case: a.csv.gz -> ('a', '.csv')."""
+    stem, suffix = os.path.splitext(path)
+    return split_suffix(stem) if suffix.lower() in PACKED_SUFFIXES else (stem, suffix.lower())
+
+
 def suffix_of(path) -> str:
-    return os.path.splitext(path)[1].lower()
+    return split_suffix(path)[1]
 
 
-def is_rows(path) -> bool:
-    """Return whether a file is a table, with a document per row."""
-    return suffix_of(path) in ROW_SUFFIXES
+def kind_of(path, text_key: str | None = None) -> str:
+    """Return 'text', 'json', 'csv' or 'parquet': a file without or with a document per row.
+
+    JSON is .json, .jsonl, .ndjson, and any other file that begins with an object in JSON that has
+    a string in the field text_key (None: any object).
+    """
+    suffix = suffix_of(path)
+    if suffix in ('.csv', '.tsv'):
+        return 'csv'
+    if suffix == '.parquet' or starts_with(path, b'PAR1'):
+        return 'parquet'
+    if suffix in LINES_SUFFIXES or suffix == '.json':
+        return 'json'
+    return 'json' if has_objects(path, text_key) else 'text'
 
 
-def find_files(path) -> tuple[list[str], int]:
+def starts_with(path, magic: bytes) -> bool:
+    with open(regular_file(path), 'rb') as file:
+        return file.read(len(magic)) == magic
+
+
+def has_objects(path, text_key: str | None = None) -> bool:
+    """Return whether a file begins with an object in JSON, with a string in text_key."""
+    try:
+        _, record = next(read_json(path), (None, {}))
+    except UserError:
+        return False
+    return bool(record) if text_key is None else isinstance(record.get(text_key), str)
+
+
+def find_files(path, text_key: str = 'text') -> tuple[list[str], int]:
     """List the texts and tables below a folder; -> (paths, number of other files).
 
-    Hidden files and folders are skipped. A path of a file is taken whatever its suffix. Raises
-    UserError when there is nothing to read.
+    Hidden files and folders are skipped. Links to folders are followed, each folder once. A .json
+    file counts if its objects have the field text_key. A path of a file is taken whatever its
+    suffix. Raises UserError when there is nothing to read, or a folder cannot be read.
     """
     path = os.fspath(path)
-    if os.path.isfile(path):
-        if os.path.getsize(path) == 0:
+    if os.path.exists(path) and not os.path.isdir(path):
+        if os.path.getsize(regular_file(path)) == 0:
             raise UserError(f'{path} is empty; expected a file with text')
         return [path], 0
     if not os.path.isdir(path):
         folder, name = os.path.split(path)
         names = os.listdir(folder or '.') if os.path.isdir(folder or '.') else []
         raise UserError(f'{path} does not exist{nearest(name, names)}')
-    known, files, n_others = TEXT_SUFFIXES | ROW_SUFFIXES, [], 0
-    for folder, subfolders, names in os.walk(path):
+    known, files, n_others, seen = TEXT_SUFFIXES | ROW_SUFFIXES, [], 0, set()
+    for folder, subfolders, names in os.walk(path, onerror=refuse, followlinks=True):
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in seen:  # reached by a link before
+            subfolders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
         subfolders[:] = sorted(name for name in subfolders if not name.startswith('.'))
-        names = sorted(name for name in names if not name.startswith('.'))
-        chosen = [os.path.join(folder, name) for name in names if suffix_of(name) in known]
+        paths = [os.path.join(folder, name) for name in sorted(names) if not name.startswith('.')]
+        chosen = [name for name in paths if suffix_of(name) in known
+                  or suffix_of(name) == '.json' and has_objects(name, text_key)]
+        if strange := [name for name in chosen if not os.path.isfile(name)]:
+            raise UserError(f'{strange[0]} is a broken link, a pipe or a device; expected files '
+                            f'below {path}: remove it')
         files += chosen
-        n_others += len(names) - len(chosen)
+        n_others += len(paths) - len(chosen)
     if not files:
         raise UserError(f'{path} has no text files, but {n_others} files with other suffixes. '
-                        f'Known suffixes: {" ".join(sorted(known))}. Give any other text file by '
-                        f'its name: --input=FILE')
+                        f'Known suffixes: {" ".join(sorted(known))}, packed or not. Give any other '
+                        f'text file by its name: --input=FILE')
     return files, n_others
 
 
+def refuse(error: OSError):
+    raise UserError(f'{error.filename} cannot be read: {error.strerror}') from error
+
+
+def describe_others(files, n_others: int) -> str:
+    """Return the words for the files of a folder that are left out."""
+    return (f'{len(files):,} files; {n_others:,} more are left out: their suffix is not that of a '
+            f'text, or they are .json without texts')
+
+
 def text_size(files) -> int | None:
-    """Return the bytes of text in files, None when some are tables."""
-    return None if any(map(is_rows, files)) else sum(map(os.path.getsize, files))
+    """Return the bytes of text in files, None when some are tables or packed."""
+    is_plain = all(os.path.splitext(name)[1].lower() in TEXT_SUFFIXES for name in files)
+    return sum(map(os.path.getsize, files)) if is_plain else None
 
 
 # Texts ------------------------------------------------------------------------------------------
 
 def read_text(path, size: int = PIECE_CHARS):
-    """Yield the text of one UTF-8 file in pieces of about `size` characters.
+    """Yield the text of one file in pieces of about `size` characters.
 
     Line ends become "\\n" and a byte order mark is dropped. A piece ends at a line end, unless
     the line is longer than half a piece. Raises UserError at bytes that are not UTF-8.
     """
     rest = ''
     try:
-        with open(path, encoding='utf-8-sig') as file:
+        with open_text(path) as file:
             while len(new := file.read(size)) == size:
                 text = rest + new
                 end = text.rfind('\n', len(text) // 2) + 1 or len(text)
@@ -97,9 +160,7 @@ def read_text(path, size: int = PIECE_CHARS):
 def not_utf8(path) -> UserError:
     """Return the error for a file that is not UTF-8: the place, and a remedy."""
     offset, bad = 0, ''
-    with open(path, 'rb') as file:
-        start = file.read(4096)
-        file.seek(0)
+    with open_utf8(path) as file:
         for line in file:  # b'\n' is never part of another character
             try:
                 line.decode()
@@ -108,29 +169,48 @@ def not_utf8(path) -> UserError:
                 bad = line[error.start:error.start + 4].hex(' ')
                 offset += error.start
                 break
-    where = f'{path} is not UTF-8: at byte {offset:,} there is {bad}.'
-    is_utf16 = start[:2] in (b'\xff\xfe', b'\xfe\xff')
-    if b'\0' in start and not is_utf16:
-        return UserError(f'{where} It looks like a binary file; expected text, .jsonl, .csv, .tsv '
-                         f'or .parquet')
-    return UserError(f'{where} Convert it, for example: iconv -f '
-                     f'{"utf-16" if is_utf16 else "latin1"} -t utf-8 "{path}" > utf8.txt')
+    return UserError(f'{path} is not UTF-8: at byte {offset:,} there is {bad}. If it is text, '
+                     f'convert it, for example: iconv -f latin1 -t utf-8 "{path}" > utf8.txt')
 
 
-def read_documents(path, text_key: str = 'text', min_score: float | None = None):
+def read_parts(path, separator: str):
+    """Yield the texts between the separators of one file, without line ends around them.
+
+    Raises UserError for a text longer than LONGEST characters.
+    """
+    parts = ['']
+    for piece in read_text(path, DOCUMENT_CHARS):
+        parts = (parts[0] + piece).split(separator)
+        yield from (part.strip('\n') for part in parts[:-1])
+        parts = parts[-1:]
+        if len(parts[0]) > LONGEST:
+            raise UserError(f'{path} has more than {LONGEST:,} characters without a '
+                            f'{separator!r}; expected it between documents: --separator=TEXT')
+    yield parts[0].strip('\n')
+
+
+def read_documents(path, text_key: str = 'text', min_score: float | None = None,
+                   separator: str | None = None):
     """Yield the documents, not blank, of a file, a folder, or a list of such.
 
-    A text file is one document; more than DOCUMENT_CHARS characters come in several. A table has
-    a document per row, in the field `text_key`. min_score: only rows of Parquet files whose
-    'score' is at least this. Raises UserError for input without text, not UTF-8, or damaged.
+    A text file is one document; more than DOCUMENT_CHARS characters come in several. A separator
+    cuts it into documents. A table has a document per row, in the field `text_key`. min_score:
+    only rows of Parquet files whose 'score' is at least this. Raises UserError for input without
+    text, not UTF-8, or damaged.
     """
     paths = [path] if isinstance(path, (str, os.PathLike)) else path
-    files, is_blank = [name for path in paths for name in find_files(path)[0]], True
+    files = [name for path in paths for name in find_files(path, text_key)[0]]
+    is_blank = True
     for name in files:
-        if min_score is not None and suffix_of(name) != '.parquet':
+        kind = kind_of(name, text_key)
+        if min_score is not None and kind != 'parquet':
             raise UserError(f'{name} is not Parquet, which --min_score={min_score} needs')
-        for text in (read_column(name, text_key, min_score) if is_rows(name)
-                     else read_text(name, DOCUMENT_CHARS)):
+        if separator and kind != 'text':
+            raise UserError(f'{name} is a table with a document per row; --separator={separator} '
+                            f'is for texts: leave it out')
+        for text in (read_column(name, text_key, min_score) if kind != 'text' else
+                     read_parts(name, separator) if separator else
+                     read_text(name, DOCUMENT_CHARS)):
             if text and not text.isspace():
                 is_blank = False
                 yield text
@@ -145,12 +225,12 @@ def read_documents(path, text_key: str = 'text', min_score: float | None = None)
 def read_column(path, text_key, min_score=None):
     """Yield the text in a field of each row of a table; rows without one are skipped."""
     names = [text_key] if min_score is None else [text_key, 'score']
-    records = read_parquet(path, names) if suffix_of(path) == '.parquet' else read_records(path)
-    for where, record in records:
+    is_parquet = kind_of(path, text_key) == 'parquet'
+    for where, record in read_parquet(path, names) if is_parquet else read_records(path):
         if text_key not in record:
             raise no_field(where, text_key, record)
         text = record[text_key]
-        if text is None or min_score is not None and not (record['score'] or 0) >= min_score:
+        if text is None or min_score is not None and not score_of(where, record) >= min_score:
             continue
         if not isinstance(text, str):
             raise UserError(f'{where} has {str(text)[:40]!r} as {text_key!r}; expected a string')
@@ -158,56 +238,231 @@ def read_column(path, text_key, min_score=None):
         yield text if text.isascii() else to_utf8(text).decode()
 
 
-def no_field(where, key, names) -> UserError:
-    """Return the error for a row or a file without a field."""
-    remedy = ('leave out --min_score, which needs it' if key == 'score' else 'name the field that '
-              f'holds the text: --text_key={next(filter(None, names), "NAME")}')
-    return UserError(f'{where} has no field {key!r}; it has: {", ".join(names) or "none"}; '
+def score_of(where, record) -> float:
+    """Return a row's score, 0 without one. Raises UserError for another value."""
+    if not isinstance(record['score'], int | float | None):
+        raise UserError(f'{where} has {str(record["score"])[:40]!r} as score; expected a number')
+    return record['score'] or 0
+
+
+def no_field(where, key, record) -> UserError:
+    """Return the error for a row without a field. It advises a field that holds text."""
+    texts = [name for name, value in record.items() if name and isinstance(value, str) and value
+             and not re.search('(id|ur[li]|hash|sha[0-9]*|md5|date|time|path|file)$', name, re.I)]
+    best = max(texts, default=None,
+               key=lambda name: (len(record[name].split()) > 1, len(record[name])))
+    if key == 'score':
+        remedy = 'leave out --min_score, which needs it'
+    elif not {'messages', 'conversations'}.isdisjoint(record):
+        remedy = 'for conversations: python data/chat/prepare.py --input=FILE'
+    elif best is None:
+        remedy = 'none of them holds a text; expected a field that does: --text_key=NAME'
+    else:
+        remedy = f'name the field that holds the text: {shlex.quote(f"--text_key={best}")}'
+    return UserError(f'{where} has no field {key!r}; it has: {", ".join(record) or "none"}; '
                      f'{remedy}')
 
 
-def read_records(path, columns: list[str] | None = None):
-    """Yield (where, dict) for each row of a .jsonl, .csv, .tsv or .parquet file.
+def read_records(path, columns: list[str] | None = None, bad: list[str] | None = None):
+    """Yield (where, dict) for each row of a table: JSON, CSV, TSV or Parquet.
 
     where: file and line, or row, for error messages. columns: the header of a .csv or .tsv whose
-    first line does not name columns[0]. Raises UserError with file and line.
+    first line does not name columns[0]. bad: see jsonl.iter_objects(). Raises UserError with file
+    and line.
     """
-    kind = suffix_of(path)
-    if kind in ('.jsonl', '.ndjson'):
-        for number, record in jsonl.iter_objects(path):
-            yield f'{path}, line {number}', record
-    elif kind in ('.csv', '.tsv'):
-        yield from read_csv(path, columns)
-    elif kind == '.parquet':
-        yield from read_parquet(path)
-    else:
-        raise UserError(f'{path}: expected a {", ".join(sorted(ROW_SUFFIXES))} file')
+    kind = kind_of(path)
+    if kind == 'text':
+        raise UserError(f'{path} is no table; expected JSON lines, an array of objects in JSON, '
+                        f'.csv, .tsv or .parquet')
+    yield from (read_csv(path, columns) if kind == 'csv' else
+                read_parquet(path) if kind == 'parquet' else read_json(path, bad))
 
+
+# JSON -------------------------------------------------------------------------------------------
+
+def read_json(path, bad: list[str] | None = None):
+    """Yield (where, object) for JSON lines, an array of objects, or single objects.
+
+    bad: see jsonl.iter_objects(); it is for lines. Raises UserError where the file begins with
+    neither { nor [.
+    """
+    with open_utf8(path) as file:
+        first = next(filter(bytes.strip, iter(lambda: file.readline(1 << 16), b'')), b'').lstrip()
+        is_lines = suffix_of(path) in LINES_SUFFIXES and not first.startswith(b'[')
+        if first.startswith(b'{') and not is_lines:
+            first += file.readline(LONGEST) * (not first.endswith(b'\n'))
+            is_lines = is_object(first)
+    if is_lines:
+        for number, record in jsonl.iter_objects(path, bad):
+            yield f'{path}, line {number}', record
+    elif first.startswith((b'{', b'[')):
+        yield from read_values(path)
+    elif first:
+        raise UserError(f'{path} is not JSON: it begins with '
+                        f'{first[:20].decode(errors="replace")!r}; expected {{ or [')
+
+
+def is_object(line: bytes) -> bool:
+    try:
+        jsonl.read_object(line)
+    except UserError:
+        return False
+    return True
+
+
+class Window:
+    """Hold the part of a text file that is being parsed, from `place` on."""
+
+    def __init__(self, path, file):
+        self.path, self.file, self.text, self.place, self.line = path, file, '', 0, 1
+
+    def grow(self, size) -> bool:
+        """Drop the text before the place, read `size` characters; -> whether there were any."""
+        try:
+            new = self.file.read(size)
+        except UnicodeDecodeError:
+            raise not_utf8(self.path) from None
+        self.line += self.text.count('\n', 0, self.place)
+        self.text, self.place = self.text[self.place:] + new, 0
+        return bool(new)
+
+    def skip(self, char: str = '') -> bool:
+        """Skip white space, and then a character; -> whether that was there."""
+        if len(self.text) - self.place < PIECE_CHARS:
+            self.grow(PIECE_CHARS)
+        self.place = SPACE.match(self.text, self.place).end()
+        is_there = self.text.startswith(char, self.place)
+        self.place += len(char) * is_there
+        return is_there
+
+    def is_read(self) -> bool:
+        return self.place == len(self.text)
+
+    def decode(self):
+        """Parse the JSON object at the place. Raises UserError."""
+        while True:
+            try:
+                value, self.place = jsonl.DECODER.raw_decode(self.text, self.place)
+                break
+            except json.JSONDecodeError as error:
+                n_chars = len(self.text) - self.place
+                if n_chars > LONGEST:
+                    raise UserError(f'it is longer than {LONGEST:,} characters, the most that a '
+                                    f'row may have; cut its text into several rows') from None
+                # near the end of the text, more of the file may complete the value
+                is_cut = error.pos > len(self.text) - 16 or error.msg.startswith('Unterminated')
+                if not is_cut or not self.grow(n_chars + PIECE_CHARS):
+                    line = self.line + self.text.count('\n', 0, error.pos)
+                    raise UserError(f'not JSON: {error.msg}, line {line}') from None
+            except (ValueError, RecursionError) as error:  # a key twice, a huge number
+                raise UserError(str(error).partition('; use')[0]) from None
+        if not isinstance(value, dict):
+            raise UserError(f'{json.dumps(value)[:40]} is not an object; expected {{"key": value}}')
+        return value
+
+
+def read_values(path):
+    """Yield (where, object) for an array of objects in JSON, or objects one after another.
+
+    Memory holds one object, of at most LONGEST characters, and twice as much while it is parsed.
+    """
+    with open_text(path) as file:
+        window = Window(path, file)
+        is_array = window.skip('[')
+        for number in itertools.count(1):
+            where = f'{path}, entry {number}'
+            if window.skip(']' if is_array else '') and (is_array or window.is_read()):
+                break
+            if is_array and number > 1 and not window.skip(','):
+                raise UserError(f'{where}: expected "," before it, or "]" at the end of the array; '
+                                f'is the file cut off?')
+            window.skip()
+            try:
+                value = window.decode()
+            except UserError as error:
+                raise UserError(f'{where}: {error}') from None
+            yield where, value
+        window.skip()
+        if not window.is_read():
+            raise UserError(f'{path} has text after its array; expected only the array')
+
+
+# CSV and Parquet --------------------------------------------------------------------------------
 
 def read_csv(path, columns=None):
-    """Yield (where, dict) for each row of a .csv or .tsv file; see read_records()."""
-    csv.field_size_limit(2**31 - 1)  # the default is less than a long document
+    """Yield (where, dict) for each row of a .csv or .tsv file; see read_records().
+
+    The delimiter is the one of comma, semicolon, tab and bar that cuts the first line into the
+    most fields. Raises UserError for a row with fields too few or too many, and for a quote that
+    is not closed.
+    """
+    csv.field_size_limit(LONGEST)  # the default is less than a long document
+
+    def lines():
+        return read_lines(path, io.TextIOWrapper(open_utf8(path), 'utf-8', newline=''))
+
     try:
-        with open(path, encoding='utf-8-sig', newline='') as file:
-            reader = csv.reader(file, delimiter='\t' if suffix_of(path) == '.tsv' else ',')
-            rows = filter(None, reader)  # without blank lines
-            first = [next(rows, [])]
-            if columns is None or columns[0] in first[0]:
-                columns = first.pop()
-            for row in itertools.chain(first, rows):
-                where = f'{path}, line {reader.line_num}'
-                if len(row) != len(columns):
-                    raise UserError(f'{where}: {len(row)} fields; expected {len(columns)}: '
-                                    f'{", ".join(columns)}')
-                yield where, dict(zip(columns, row, strict=True))
+        first = next((line for line in lines() if line.strip()), '')
+        own = '\t' if suffix_of(path) == '.tsv' else ','
+        delimiter = max([own, *',;\t|'],
+                        key=lambda char: len(next(csv.reader([first], delimiter=char), [])))
+        quoting = (csv.QUOTE_NONE if delimiter == '\t' and has_plain_quotes(lines(), first) else
+                   csv.QUOTE_MINIMAL)
+        reader = csv.reader(lines(), delimiter=delimiter, quoting=quoting, strict=True)
+        rows = read_rows(path, reader)
+        before = [next(rows, [])]
+        if columns is None or columns[0] in before[0]:
+            columns = before.pop()
+            if len(set(columns)) < len(columns):
+                raise UserError(f'{path} has two columns of one name: {", ".join(columns)}; '
+                                f'rename one')
+        for row in itertools.chain(before, rows):
+            where = f'{path}, line {reader.line_num}'
+            if len(row) != len(columns):
+                raise UserError(f'{where}: {len(row)} fields; expected {len(columns)}: '
+                                f'{", ".join(columns)}. A field with a {delimiter!r} in it has '
+                                f'quotes around it')
+            yield where, dict(zip(columns, row, strict=True))
     except UnicodeDecodeError:
         raise not_utf8(path) from None
-    except (OSError, csv.Error) as error:
-        raise UserError(f'{path} cannot be read as CSV: {error}') from None
+
+
+def has_plain_quotes(lines, header) -> bool:
+    """Return whether the quotes of a file with tabs are letters: not every line can be parsed.
+
+    Then each line has all fields, so that no field has line ends and needs quotes.
+    """
+    n_tabs, is_plain = header.count('\t'), False
+    for line in lines:
+        if line.strip('\r\n') and line.count('\t') != n_tabs:
+            return False
+        try:
+            is_plain = is_plain or not any(csv.reader([line], delimiter='\t', strict=True))
+        except csv.Error:
+            is_plain = True
+    return is_plain and n_tabs > 0
+
+
+def read_rows(path, reader):
+    """Yield the rows that are not blank. Raises UserError with the line where a bad one begins."""
+    while True:
+        start = reader.line_num + 1
+        try:
+            if row := next(reader):
+                yield row
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise UserError(f'{path}, line {start}: the row that begins here cannot be read '
+                            f'({error}). Is a quote not closed? A field with quotes in it is '
+                            f'written "a ""b"" c"') from None
 
 
 def read_parquet(path, names: list[str] | None = None):
-    """Yield (where, dict) for each row of a .parquet file, of all or some columns."""
+    """Yield (where, dict) for each row of a .parquet file, of all or some columns.
+
+    Memory holds BATCH_ROWS rows, or fewer of about BATCH_BYTES.
+    """
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -216,14 +471,20 @@ def read_parquet(path, names: list[str] | None = None):
                         f"pip install -e '.[data]'") from None
     number = 0
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(regular_file(path), buffer_size=1 << 20) as file:
             for name in names or ():
                 if name not in file.schema_arrow.names:
-                    raise no_field(path, name, file.schema_arrow.names)
-            for batch in file.iter_batches(batch_size=256, columns=names):
-                for record in batch.to_pylist():
-                    number += 1
-                    yield f'{path}, row {number}', record
+                    batch = next(file.iter_batches(1), pa.record_batch({}))
+                    empty = dict.fromkeys(file.schema_arrow.names)
+                    raise no_field(path, name, next(iter(batch.to_pylist()), empty))
+            for group in range(file.num_row_groups):
+                sizes = file.metadata.row_group(group)
+                row_bytes = sizes.total_byte_size // max(1, sizes.num_rows) + 1
+                n_rows = max(1, min(BATCH_ROWS, BATCH_BYTES // row_bytes))
+                for batch in file.iter_batches(n_rows, row_groups=[group], columns=names):
+                    for record in batch.to_pylist():
+                        number += 1
+                        yield f'{path}, row {number}', record
     except UnicodeDecodeError as error:
         bad = error.object[error.start:error.start + 4].hex(' ')
         raise UserError(f'{path} has a text after row {number} that is not UTF-8 ({error.reason}: '

@@ -15,12 +15,14 @@ the files in order, and the tokenizer.
 """
 
 import argparse
+import collections
 import contextlib
 import hashlib
 import itertools
 import json
 import os
 import re
+import shlex
 import stat
 import sys
 import time
@@ -34,7 +36,9 @@ from tqdm import tqdm
 import tokenizer as tokenizers
 from configurator import UserError
 from data.datasets import TOKEN_FILE
+from data.documents import split_suffix
 from flatgpt import files, output
+from tokenizer.base import ENDOFTEXT
 from tokenizer.patterns import batches, to_utf8
 
 BATCH_CHARS = 1 << 22   # a batch of text; memory holds two: one is encoded, the next is read
@@ -134,6 +138,7 @@ def write_dataset(out_dir, corpus: Corpus, tokenizer, meta_pkl: bytes | None = N
             contents = {'meta.json': (json.dumps(meta, indent=1) + '\n').encode(),
                         **({'meta.pkl': meta_pkl} if meta_pkl else {})}
             names = [name for shards in meta['files'].values() for name, _ in shards]
+            note_replaced(out_dir, meta)
             publish(out_dir, names, contents)
         return meta
     finally:
@@ -161,6 +166,9 @@ def encode_pieces(out_dir, corpus, tokenizer, settings) -> dict:
     writers = {split: ShardWriter(out_dir, split, eot, corpus.shard_tokens, shards[split])
                for split in shards}
     digest, sizes = hashlib.sha256(), {'train': 0, 'val': 0}
+    names = sorted({ENDOFTEXT, *tokenizer.special_tokens}, key=len, reverse=True)
+    special = re.compile(b'|'.join(re.escape(to_utf8(name)) for name in names))
+    written_out = collections.Counter()  # special tokens that the text spells
     pieces = corpus.pieces() if corpus.documents else cut_safely(corpus.pieces(), tokenizer)
     stream = read_batches(pieces, separator, digest)
     # disable=None: no bar unless stderr is a terminal
@@ -173,6 +181,7 @@ def encode_pieces(out_dir, corpus, tokenizer, settings) -> dict:
                 coming = reader.submit(next, stream, None)
                 for split, _, utf8 in batch:
                     sizes[split] += len(utf8)
+                    written_out.update(special.findall(utf8))
                     bar.update(len(utf8))
                 batch = [piece for piece in batch if not writers[piece[0]].skip(piece[2])]
                 arrays = tokenizer.encode_batch([text for _, text, _ in batch], corpus.workers)
@@ -187,11 +196,28 @@ def encode_pieces(out_dir, corpus, tokenizer, settings) -> dict:
         for writer in writers.values():
             writer.discard()
         raise
+    for name, count in written_out.most_common():
+        print(f'note: the text has {name.decode()!r} {count:,} times. It is encoded as these '
+              f'letters, not as a special token. If it stands between documents: '
+              f'data/text/prepare.py --separator={shlex.quote(name.decode())}', file=sys.stderr)
     names = {split: [[shard_name(split, i), shard[0]] for i, shard in enumerate(shards[split])]
              for split in shards}
     counts = {split: writers[split].pieces if corpus.documents else 1 for split in writers}
     return {'tokens': {split: sum(n for _, n in names[split]) for split in names}, 'files': names,
             'bytes': sizes, 'documents': counts, 'sha256': digest.hexdigest()}
+
+
+def note_replaced(out_dir, meta):
+    """Print a note where a dataset of another text is to be replaced."""
+    try:
+        with open(os.path.join(out_dir, 'meta.json'), encoding='utf-8') as file:
+            before = dict(json.load(file))
+    except (OSError, TypeError, ValueError):  # no dataset, or a damaged one
+        return
+    if before.get('sha256') != meta['sha256']:
+        print(f'note: {out_dir} held another text, {before.get("source")!r} of SHA-256 '
+              f'{str(before.get("sha256"))[:12]!r}; it is replaced. To keep both, write to another '
+              f'folder: --out_dir=FOLDER', file=sys.stderr)
 
 
 def cut_safely(pieces, tokenizer):
@@ -359,10 +385,34 @@ def positive(text) -> int:
                                      f'or 1e9')
 
 
-def make_parser(description: str) -> argparse.ArgumentParser:
-    """Return a parser that prints the docstring and refuses abbreviations."""
-    return argparse.ArgumentParser(description=description, allow_abbrev=False,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+def names_of(text) -> tuple[str, ...]:
+    """Parse an option as names with commas; spaces around them are dropped."""
+    return tuple(filter(None, map(str.strip, text.split(','))))
+
+
+PATHS = ('input', 'out', 'out_dir', 'template', 'tokenizer')
+
+
+class Once(argparse.Action):
+    """Store the value of an option, ~ expanded in PATHS; refuse it the second time."""
+
+    given = None
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if self.given is not None:
+            parser.error(f'{option_string} is given twice, as {self.given} and as {values}; '
+                         f'expected it once. For several files, name a folder')
+        self.given = values
+        # shells leave the ~ of --input=~/x as it is
+        setattr(namespace, self.dest, os.path.expanduser(values) if self.dest in PATHS else values)
+
+
+def make_parser(description: str, usage: str | None = None) -> argparse.ArgumentParser:
+    """Return a parser that prints the docstring, and refuses abbreviations and repetition."""
+    parser = argparse.ArgumentParser(description=description, usage=usage, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.register('action', None, Once)
+    return parser
 
 
 def add_options(parser, tokenizer: str, val_fraction: float | None = None,
@@ -405,9 +455,11 @@ def output_folder(name, path, out_dir=None):
     """
     if name is not None and out_dir:
         raise UserError(f'--name={name} and --out_dir={out_dir} both name the folder; give one')
+    if name is None and not out_dir and not os.path.isfile(path) and not os.path.isdir(path):
+        raise UserError(f'{path} gives the dataset no name; name it: --name=mytext')
     if name is None:
         stem = os.path.basename(os.path.abspath(out_dir or path))
-        stem = stem if out_dir else os.path.splitext(stem)[0]
+        stem = stem if out_dir else split_suffix(stem)[0]
         name = re.sub(r'[^\w.-]+', '_', stem).strip('._') or 'mytext'
     if out_dir:
         dataset, remedy = os.path.relpath(out_dir), 'folder: --out_dir=FOLDER'

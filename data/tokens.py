@@ -141,13 +141,14 @@ def evenly(starts, n_tokens, stride):
     return np.array([starts[i] for i in np.linspace(0, len(starts) - 1, n_windows).astype(int)])
 
 
-def eval_windows(splits, eval_iters, batch_size, block_size, eval_tokens=0):
+def eval_windows(splits, eval_iters, cut, eval_tokens=0):
     """Return an evaluation's first positions of windows, {'train': ..., 'val': ...}.
 
     'val': the whole split, or eval_tokens of it, see evenly(); 'train': eval_iters batches, at most
     as many windows as val has.
     """
     row = row_of(splits['train'])
+    block_size, batch_size = cut.block_size, cut.batch_size
     val = evenly(whole_windows(len(splits['val']), block_size, row), eval_tokens, block_size)
     n_train = min(eval_iters * batch_size, max(len(val), batch_size))
     return {'train': even_windows(n_train, len(splits['train']), block_size, row), 'val': val}

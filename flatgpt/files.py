@@ -8,14 +8,15 @@ import secrets
 import shutil
 
 from configurator import UserError
+from flatgpt.inputs import open_text
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, quota or file
 
 
 def read_text(path):
-    """Read a UTF-8 file -> text. Raises UserError."""
+    """Read a text file whole -> text. Raises UserError."""
     try:
-        with open(os.path.expanduser(path), encoding='utf-8') as file:
+        with open_text(os.path.expanduser(path)) as file:
             return file.read()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f'{path} cannot be read: {error}') from error

@@ -8,35 +8,33 @@
 """
 
 import json
-import math
 import os
 
 from configurator import UserError
 from flatgpt.files import lock_folder, no_link, replace_file, unlock
+from flatgpt.inputs import open_utf8, read_lines
 from tokenizer.vocabulary import read_bytes, unique
+
+DECODER = json.JSONDecoder(object_pairs_hook=unique)
 
 
 def iter_objects(path, bad=None):
     """Yield (line number, object) for each line that is not blank.
 
     bad: a list that takes the messages of lines without a JSON object. Without it, such a line
-    raises UserError with file and line.
+    raises UserError with file and line, as inputs.read_lines() does for a line too long.
     """
-    try:
-        with open(path, 'rb') as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                try:
-                    value = read_object(line)
-                except UserError as error:
-                    if bad is None:
-                        raise UserError(f'{path}, line {number}: {error}') from None
-                    bad.append(str(error))
-                else:
-                    yield number, value
-    except OSError as error:
-        raise UserError(f'{path} cannot be read: {error}') from error
+    for number, line in enumerate(read_lines(path, open_utf8(path)), 1):
+        if not line.strip():
+            continue
+        try:
+            value = read_object(line)
+        except UserError as error:
+            if bad is None:
+                raise UserError(f'{path}, line {number}: {error}') from None
+            bad.append(str(error))
+        else:
+            yield number, value
 
 
 def read_objects(path, bad=None):
@@ -47,21 +45,13 @@ def read_objects(path, bad=None):
 def read_object(line):
     """Parse one line, bytes, as a JSON object. Raises UserError with the reason."""
     try:
-        value = json.loads(line.decode('utf-8-sig'), object_pairs_hook=unique,
-                           parse_float=finite, parse_constant=finite)
+        value = DECODER.decode(line.decode())
     except json.JSONDecodeError as error:
         raise UserError(f'not JSON: {error.msg} at character {error.pos + 1}') from None
     except (ValueError, RecursionError) as error:  # not UTF-8, a huge number, too many brackets
         raise UserError(str(error).partition('; use')[0]) from None
     if not isinstance(value, dict):
         raise UserError(f'{json.dumps(value)[:40]} is not an object; expected {{"key": value}}')
-    return value
-
-
-def finite(text):
-    """Parse a number; refuse infinity and NaN, which JSON cannot hold."""
-    if not math.isfinite(value := float(text)):
-        raise ValueError(f'the number {text} is not finite')
     return value
 
 

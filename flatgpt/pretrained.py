@@ -22,6 +22,7 @@ from flatgpt.parallel import from_environment
 from model import GPT, GPTConfig, padded_vocab_size
 from tokenizer import vocabulary
 
+GPT2_TOKENIZER = {'kind': 'tiktoken', 'name': 'gpt2'}  # nanoGPT's, without a meta.pkl
 NANOGPT_FIELDS = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size')
 # the settings of train.py that the weights of a model fix
 ARCHITECTURE = [field.name for field in fields(GPTConfig)
@@ -267,10 +268,14 @@ def resume(path, config, meta, data_dir):
     if not saved and n_ids and vocab_size not in (n_ids, padded_vocab_size(n_ids)):
         raise UserError(f'{path} has a vocabulary of {vocab_size}, {data_dir} one of {n_ids}; '
                         f'resume with the --dataset that it was trained on')
-    same_name = state.get('config', {}).get('dataset') in (None, config['dataset'])
-    if not (state['data'] == meta['digest'] if 'data' in state else same_name):
-        from_environment().print(f'{data_dir} holds another text than at step {state["iter_num"]}: '
-                                 f'the lowest val loss starts anew')
+    if not saved and vocab_size >= 50257:
+        state['tokenizer'] = GPT2_TOKENIZER
+    same_name = settings.get('dataset') in (None, config['dataset'])
+    same_text = state['data'] == meta['digest'] if 'data' in state else same_name
+    if not same_text or settings.get('eval_tokens', 0) != config['eval_tokens']:
+        changed = 'other tokens of val count' if same_text else f'{data_dir} holds another text'
+        from_environment().print(f'{changed} than at step {state["iter_num"]}: the lowest val loss '
+                                 f'starts anew')
         state.update(best_val_loss=math.inf, evals_since_best=0)
     return model, state
 

@@ -2,6 +2,9 @@
 
     {"messages": [{"role": "user", "content": "2+2?"}], "chosen": "4", "rejected": "5"}
 
+TRL's shapes are read too: "prompt", a text or messages, in place of "messages", and "chosen" and
+"rejected" as messages, with the conversation before them or without.
+
     pairs = read_pairs('pairs.jsonl', template, tokenizer, 256, val_fraction=0.1)
     idx, mask = pair_rows([pairs['train'][i] for i in (3, 1, 4)], device)
 """
@@ -10,8 +13,8 @@ import json
 
 from configurator import UserError
 from data import download
-from data.documents import text_hash
-from flatgpt import jsonl
+from data.conversations import messages_of
+from data.documents import read_records, text_hash
 from posttrain.rollouts import to_rows
 from tokenizer import chat
 
@@ -27,11 +30,12 @@ def read_pairs(path, template, tokenizer, block_size, val_fraction):
     pair, or if a split is empty.
     """
     pairs, n_too_long = {'train': [], 'val': []}, 0
-    for number, record in jsonl.read_objects(path).items():
+    for where, record in read_records(path):
         try:
+            record = to_pair(record)
             pair = render_pair(record, template, tokenizer)
         except ValueError as error:
-            raise UserError(f'{path}, line {number}: {error}') from None
+            raise UserError(f'{where}: {error}') from None
         if max(len(ids) for ids, _ in pair) > block_size:
             n_too_long += 1
             continue
@@ -67,11 +71,40 @@ def check_pairs(path, val_fraction, state, ckpt_path):
     return pairs
 
 
+def to_pair(record):
+    """Return a pair in the shape of EXAMPLE, from that or one of TRL's. Raises UserError."""
+    answers = [record.get(key) for key in ('chosen', 'rejected')]
+    for key, answer in zip(('chosen', 'rejected'), answers, strict=True):
+        if not answer and answer != '' or not isinstance(answer, str | list | dict):
+            raise UserError(f'{key} is {json.dumps(answer)[:40]}; expected {EXAMPLE}')
+    # a dataset with the whole conversations in chosen and rejected may have one in "messages" too
+    keys = ('messages', 'conversations', 'prompt') if isinstance(answers[0], str) else (
+        'prompt', 'conversations')
+    before = next((record[key] for key in keys if record.get(key) is not None), None)
+    if before is None and isinstance(answers[0], str):
+        raise UserError(f'there is no conversation before chosen and rejected, only '
+                        f'{", ".join(record)}; expected {EXAMPLE}, or "prompt"')
+    before = [{'role': 'user', 'content': before}] if isinstance(before, str) else before or []
+    before = messages_of({'messages': before})
+    whole = []
+    for answer in answers:
+        turns = messages_of({'messages': [{'role': 'assistant', 'content': answer}]
+                             if isinstance(answer, str) else
+                             [answer] if isinstance(answer, dict) else answer})
+        is_whole = turns[0]['role'] != 'assistant' and before[-1:] == turns[:-1][-1:]
+        whole.append(turns if is_whole else before + turns)
+    if whole[0][:-1] != whole[1][:-1]:
+        raise UserError('chosen and rejected differ before their last message; expected two '
+                        'answers to one conversation')
+    if any(turns[-1]['role'] != 'assistant' for turns in whole):
+        raise UserError('chosen and rejected end with different roles; expected both to end with '
+                        "the assistant's answer")
+    return record | {'messages': whole[0][:-1], 'chosen': whole[0][-1]['content'],
+                     'rejected': whole[1][-1]['content']}
+
+
 def render_pair(record, template, tokenizer):
-    """Render a pair of read_pairs() from JSON. Raises UserError for a bad one."""
-    for key, kind in (('messages', list), ('chosen', str), ('rejected', str)):
-        if not isinstance(record.get(key), kind):
-            raise UserError(f'{key} is {json.dumps(record.get(key))[:40]}; expected {EXAMPLE}')
+    """Render a pair of the shape of EXAMPLE. Raises UserError for a bad one."""
     for key in ('chosen', 'rejected'):
         if not record[key].strip():
             raise UserError(f'{key} is empty; expected an answer')

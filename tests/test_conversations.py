@@ -56,7 +56,7 @@ def test_shapes():
     ({}, 'the object has no keys'),
     ({'conversations': [{'from': 'bing', 'value': 'a'}]}, 'expected from, one of human, user, gpt'),
     ({'messages': [{'role': 'assistant', 'content': 'I look.', 'tool_calls': [{'id': 'a'}]}]},
-     'calls a tool, [{"id": "a"}], beside its content; write the call into the content'),
+     'has tool_calls, [{"id": "a"}], beside its content; write that into the content'),
     ({'conversations': ['a']}, '"a" is not a turn'),
     ({'conversations': [{'from': ['gpt'], 'value': 'a'}]}, 'is not a turn')])
 def test_no_shape(value, said):
@@ -133,9 +133,9 @@ def prepare(folder, monkeypatch, capsys, **settings):
     None)."""
     script = load_script(ROOT / 'data/chat/prepare.py')
     monkeypatch.chdir(folder.path)
-    argv = ['--input=sums.jsonl', '--tokenizer=chat.json', '--out_dir=data/sums']
-    argv += [f'--{key}={value}' if value is not True else f'--{key}' for key,
-             value in settings.items()]
+    settings = {'input': 'sums.jsonl', 'tokenizer': 'chat.json', 'out_dir': 'data/sums', **settings}
+    argv = [f'--{key}={value}' if value is not True else f'--{key}' for key,
+            value in settings.items()]
     monkeypatch.setattr('sys.argv', ['prepare.py', *argv])
     error = None
     try:

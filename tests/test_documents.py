@@ -52,11 +52,10 @@ def test_invalid_utf8_says_where(tmp_path, before, after):
 
 def test_utf16_and_binary_files_are_recognised(tmp_path):
     (tmp_path / 'a.txt').write_bytes('hällo'.encode('utf-16'))
-    with pytest.raises(ValueError, match='iconv -f utf-16'):
-        list(documents.read_documents(tmp_path / 'a.txt'))
-    (tmp_path / 'b.gz').write_bytes(b'\x1f\x8b\x08\x00\x00')
+    assert list(documents.read_documents(tmp_path / 'a.txt')) == ['hällo']
+    (tmp_path / 'b.bin').write_bytes(b'\x7fELF\x02\x00\x00\x11\x00')
     with pytest.raises(ValueError, match='binary'):
-        list(documents.read_documents(tmp_path / 'b.gz'))
+        list(documents.read_documents(tmp_path / 'b.bin'))
 
 
 def test_folder(tmp_path):
@@ -130,13 +129,13 @@ def test_records(tmp_path):
     ('a.csv', b'a,b\n1,2\n1,2,3\n', 'a.csv, line 3: 3 fields; expected 2: a, b'),
     ('a.csv', b'a,b\n1,\xff\n', 'a.csv is not UTF-8: at byte 6 there is ff'),
     ('a.jsonl', b'{}\n[1]\n', 'a.jsonl, line 2: '),
-    ('a.txt', b'a', 'a.txt: expected a .csv, .jsonl'),
+    ('a.txt', b'a', 'a.txt is no table; expected JSON lines'),
 ])
 def test_broken_records(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         list(documents.read_records(tmp_path / name))
-    with pytest.raises(ValueError, match='none.csv cannot be read as CSV: .*No such file'):
+    with pytest.raises(ValueError, match='none.csv cannot be read: No such file'):
         list(documents.read_records(tmp_path / 'none.csv'))
 
 
@@ -147,7 +146,7 @@ def test_lone_surrogate_in_json(tmp_path):
 
 @pytest.mark.parametrize('content, message', [
     ('{"text": "a"}\n{"text": \n', 'a.jsonl, line 2: not JSON.*'),
-    ('["a"]\n', r'line 1: \["a"\] is not an object'),
+    ('["a"]\n', 'entry 1: "a" is not an object'),
     ('{"text": 5}\n', "line 1 has '5'.*expected a string"),
     ('{"body": "a"}\n', 'line 1 has no field.*--text_key=body'),
     ('{"text": ""}\n', 'has no text'),

@@ -17,8 +17,6 @@ OBJECTS = {1: {'a': 'é🙂'}, 3: {'b': '\ud800'}}
     (b'{"a": 1}\n{"a": }\n', 'line 2: not JSON: Expecting value at character 7'),
     (b'[1]', 'line 1: [1] is not an object'),
     (b'\n\n{"a": "\xff"}', "line 3: 'utf-8' codec can't decode"), (b'[' * 200_000, 'line 1: '),
-    (b'{"a": NaN}', 'line 1: the number NaN is not finite'),
-    (b'{"a": 1e999}', 'line 1: the number 1e999'),
     (b'{"a": 1} {"a": 2}', 'line 1: not JSON: Extra data'),
     (b'{"b": {"a": 1, "a": 2}}', 'line 1: the key "a" stands')])
 def test_lines_that_are_no_objects(tmp_path, content, said):
@@ -108,7 +106,7 @@ def test_a_file_of_that_name_that_came_meanwhile(tmp_path):
 def test_no_link_is_followed(tmp_path):
     (tmp_path / 'victim').write_bytes(b'')
     (tmp_path / 'out.part').symlink_to(tmp_path / 'victim')
-    with pytest.raises(OSError):
+    with pytest.raises(ValueError, match='is a symbolic link'):
         Results(tmp_path / 'out', 'd')
     assert (tmp_path / 'victim').read_bytes() == b''
 

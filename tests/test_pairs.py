@@ -72,7 +72,7 @@ def test_splits(tmp_path, capsys):
 @pytest.mark.parametrize('change, said', [
     ({'rejected': '4'}, 'chosen equals rejected, "4"'), ({'chosen': ' '}, 'chosen is empty'),
     ({'rejected': ''}, 'rejected is empty'), ({'chosen': 4}, 'chosen is 4; expected {"messages"'),
-    ({'messages': None}, 'messages is null'), ({'messages': []}, 'messages are a list of at least one'),
+    ({'messages': None}, 'there is no conversation before chosen and rejected'), ({'messages': []}, 'messages are a list of at least one'),
     ({'messages': [{'role': 'bot', 'content': '2'}]}, 'a role, one of system, user, assistant, tool'),
     ({'messages': [*PAIR['messages'], {'role': 'assistant', 'content': '4'}]}, "the assistant's own"),
     ({'messages': 2 * PAIR['messages']}, "both of role 'user'"),

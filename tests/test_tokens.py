@@ -15,7 +15,7 @@ import tokenizer
 from data import datasets, device, encode
 from data import tokens as dataloader
 from data.shuffle import mix, shuffled
-from data.tokens import eval_windows, even_windows, gather, train_windows, whole_windows
+from data.tokens import Cut, eval_windows, even_windows, gather, train_windows, whole_windows
 
 seeds = st.integers(0, 2**63 - 1)
 
@@ -401,5 +401,5 @@ def test_prepare_that_fails(tmp_path, monkeypatch):
 def test_eval_tokens(eval_tokens, expected):
     """Windows of the whole split, evenly spaced."""
     splits = {'train': np.zeros(1000, np.uint16), 'val': np.zeros(100, np.uint16)}
-    windows = eval_windows(splits, 2, 8, 4, eval_tokens)
+    windows = eval_windows(splits, 2, Cut(8, 4, 8), eval_tokens)
     assert windows['val'].tolist() == list(expected) and len(windows['train']) == min(16, max(8, len(expected)))

@@ -7,7 +7,6 @@ Show the tokens of a text, compare tokenizers, train one, export one.
     python -m tokenizer export --tokenizer=my.json --out=tokenizer.json
 """
 
-import argparse
 import os
 import shlex
 import sys
@@ -17,7 +16,7 @@ import unicodedata
 import tokenizer as tokenizers
 from configurator import UserError, nearest
 from data.documents import read_documents, read_text
-from data.encode import positive, run
+from data.encode import make_parser, names_of, positive, run
 from tokenizer import BPETokenizer, CharTokenizer, WordTokenizer, formats
 from tokenizer.base import ENDOFTEXT, id_dtype
 from tokenizer.patterns import to_utf8
@@ -146,22 +145,17 @@ def main():
     commands[arguments[0]](arguments[1:])
 
 
-def parser_for(description: str, usage: str) -> argparse.ArgumentParser:
-    """Make the parser of a command."""
-    return argparse.ArgumentParser(description=description, usage=usage, allow_abbrev=False,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
-
-
 def main_view(arguments):
     """Show the tokens of a text, or compare tokenizers."""
-    parser = parser_for('See the tokens of a text, or compare tokenizers. Commands: train, export\n'
-                        '(python -m tokenizer train --help).',
-                        'python -m tokenizer [--text=...] [--tokenizer=...]')
+    parser = make_parser('See the tokens of a text, or compare tokenizers. Commands: train, '
+                         'export\n(python -m tokenizer train --help).',
+                         'python -m tokenizer [--text=...] [--tokenizer=...]')
     parser.add_argument('--text', help='the text')
     parser.add_argument('--input', help='or a text file')
     parser.add_argument('--tokenizer', default='gpt2', help=f'{TOKENIZER_HELP} (gpt2)')
-    parser.add_argument('--compare', help='several, with commas: a table of counts; without a '
-                                          'text, of\nsamples in several languages and code')
+    parser.add_argument('--compare', type=names_of,
+                        help='several, with commas: a table of counts; without a text, of samples '
+                             'in several languages and code')
     parser.add_argument('--color', choices=['auto', 'always', 'never'], default='auto',
                         help='(auto)')
     args = parser.parse_args(arguments)
@@ -169,7 +163,7 @@ def main_view(arguments):
         raise UserError('got both --text and --input; expected one of them')
     text = ''.join(read_text(args.input)) if args.input else args.text
     if args.compare:
-        named = {name: tokenizers.load(name) for name in args.compare.split(',')}
+        named = {name: tokenizers.load(name) for name in args.compare}
         compare(named, {os.path.basename(args.input or 'text')[:16]: text} if text else SAMPLES)
     elif text is None:
         parser.print_help()
@@ -189,16 +183,16 @@ def check_folder(path):
 
 def main_train(arguments):
     """Train a tokenizer and save it."""
-    parser = parser_for('Train a tokenizer on text: a file, a folder, .jsonl, .csv or .parquet.',
+    parser = make_parser('Train a tokenizer on text: a file, a folder, .jsonl, .csv or .parquet.',
                         'python -m tokenizer train --input=FILE --vocab_size=N [--out=FILE]')
     parser.add_argument('--input', required=True,
-                        help='a text file, a folder, or a .jsonl, .csv, .tsv, .parquet file')
+                        help='a text, a folder, or a .jsonl, .json, .csv, .tsv, .parquet file')
     parser.add_argument('--kind', choices=['bpe', 'word', 'char'], default='bpe', help='(bpe)')
     parser.add_argument('--vocab_size', type=positive,
                         help='number of ids, special tokens included (bpe, word)')
     parser.add_argument('--pattern', help='bpe: how text is cut before merging: gpt2, gpt4, '
                                           'o200k, none, or a regular expression (gpt4)')
-    parser.add_argument('--special_tokens', help=f'bpe: with commas ({ENDOFTEXT})')
+    parser.add_argument('--special_tokens', type=names_of, help=f'bpe: with commas ({ENDOFTEXT})')
     parser.add_argument('--text_key', default='text',
                         help='field of the rows that holds the text (text)')
     parser.add_argument('--num_proc', type=positive, help='processes (one per core)')
@@ -224,8 +218,7 @@ def main_train(arguments):
     elif args.kind == 'word':
         trained = WordTokenizer.train(texts, args.vocab_size, args.num_proc)
     else:
-        names = ENDOFTEXT if args.special_tokens is None else args.special_tokens
-        special_tokens = [token for token in names.split(',') if token]
+        special_tokens = [ENDOFTEXT] if args.special_tokens is None else list(args.special_tokens)
         pattern = None if args.pattern == 'none' else args.pattern or 'gpt4'
         trained = BPETokenizer.train(texts, args.vocab_size, pattern, special_tokens, args.num_proc)
     trained.save(args.out)
@@ -240,7 +233,7 @@ def main_train(arguments):
 
 def main_export(arguments):
     """Write a tokenizer in another program's format."""
-    parser = parser_for('Write a tokenizer in another format: --out=NAME.tiktoken for tiktoken,\n'
+    parser = make_parser('Write a tokenizer in another format: --out=NAME.tiktoken for tiktoken,\n'
                         'tokenizer.json or a folder for Hugging Face, another .json for this '
                         'program.', 'python -m tokenizer export --tokenizer=... --out=...')
     parser.add_argument('--tokenizer', required=True, help=TOKENIZER_HELP)

@@ -1,4 +1,4 @@
-"""Prepare conversations: JSON lines of messages, in OpenAI's or ShareGPT's shape.
+"""Prepare conversations of messages, in OpenAI's or ShareGPT's shape.
 
     python data/chat/prepare.py --input=talks.jsonl --tokenizer=out-base
     python train.py config/sft.py --init_from=out-base --dataset=talks
@@ -7,6 +7,8 @@
                   {"role": "assistant", "content": "Hi!"}]}
     {"conversations": [{"from": "human", "value": "Hello"},
                        {"from": "gpt", "value": "Hi!"}]}
+
+The file is JSON lines, a JSON array, or Parquet with such columns.
 
 Writes train.bin and val.bin, the loss masks train_mask.bin and val_mask.bin (a
 byte per token: 1 for an answer and the token that ends it, else 0), and
@@ -21,8 +23,9 @@ tokenizer file. The format is the model's chat template, else the default one,
 which needs its special tokens, or --template=FILE, in Jinja. val.bin has every
 tenth conversation (--val_fraction), chosen by its content.
 
-An answer with "weight": 0, as OpenAI has it, carries no loss; "system" beside
-the turns, as ShareGPT has it, is the first message.
+An answer with "weight": 0, as OpenAI has it, or "loss" or "train" false, carries
+no loss; "system" beside the turns is the first message. Content is a text or a
+list of parts that are texts.
 
 A line that is not a conversation ends the script with an error that names it:
 an unknown role, two turns of one role in a row, an empty answer. --skip_bad
@@ -43,7 +46,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))  # so that it runs fr
 import tokenizer as tokenizers
 from configurator import UserError
 from data import conversations, documents, encode
-from flatgpt import checkpoint, huggingface, jsonl
+from flatgpt import checkpoint, huggingface
 from flatgpt.pretrained import path_in, tokenizer_of
 from tokenizer import chat
 
@@ -75,7 +78,7 @@ def open_tokenizer(source):
 def main():
     parser = encode.make_parser(__doc__)
     add = parser.add_argument
-    add('--input', required=True, help='a file of JSON lines')
+    add('--input', required=True, help='a file of JSON lines, a JSON array, or .parquet')
     add('--name', help='name of the dataset (that of the input)')
     add('--out_dir', help='folder to write to, in place of --name (data/NAME)')
     add('--tokenizer', required=True, help="a run's out_dir, a model's folder, or a tokenizer file")
@@ -100,22 +103,26 @@ def main():
 
     # render each conversation
     rendered, bad, digest = {'train': [], 'val': []}, [], hashlib.sha256()
-    for number, value in jsonl.iter_objects(args.input, bad if args.skip_bad else None):
+    unread = Counter()
+    for where, value in documents.read_records(args.input, bad=bad if args.skip_bad else None):
         try:
             messages = conversations.messages_of(value)
             row = conversations.render(messages, packing)
         except ValueError as error:
             if not args.skip_bad:
-                raise UserError(f'{args.input}, line {number}: {error} '
-                                f'(--skip_bad skips such lines)') from None
+                raise UserError(f'{where}: {error} (--skip_bad skips such lines)') from None
             bad.append(str(error))
             continue
+        unread.update(conversations.unread_keys(value))
         text = json.dumps(messages)
         digest.update(text.encode())
         split = 'val' if documents.text_hash(text) < args.val_fraction else 'train'
         rendered[split].append(row)
     for reason, count in Counter(reason[:60] for reason in bad).most_common(5):
         print(f'skipped {count:,}: {reason}', file=sys.stderr)
+    if unread:
+        print(f'not read: {", ".join(f"{key} ({n:,})" for key, n in unread.most_common(9))}',
+              file=sys.stderr)
     if not any(rendered.values()):
         raise UserError(f'{args.input} has no conversation'
                         + f', and {len(bad):,} lines that are not one' * bool(bad))

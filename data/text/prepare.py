@@ -6,7 +6,8 @@
     python train.py config/quickstart.py --dataset=mine --out_dir=out-mine
 
 A folder is read recursively: every file with the suffix of a text or a table.
-Tables are .jsonl, .csv, .tsv and .parquet; each row is a document.
+Tables are .jsonl, .json, .csv, .tsv and .parquet; each row is a document. JSON is
+recognised under any name. gzip, bzip2, xz and zstd are unpacked.
 
 --tokenizer chooses the vocabulary:
     byte   256 bytes: any text, any prompt, no network
@@ -45,9 +46,11 @@ FEW = 100  # documents; a tenth of fewer would not represent the others
 def main():
     parser = encode.make_parser(__doc__)
     add = parser.add_argument
-    add('--input', required=True, help='a text, a folder, or a .jsonl, .csv, .tsv, .parquet file')
+    add('--input', required=True,
+        help='a text, a folder, or a .jsonl, .json, .csv, .tsv, .parquet file')
     add('--name', help='name of the dataset (that of the input)')
     add('--text_key', default='text', help='field of a table that holds the text')
+    add('--separator', help="text between the documents of a text file, such as '<|endoftext|>'")
     add('--out_dir', help='folder to write to, in place of --name (data/NAME)')
     encode.add_options(parser, tokenizer='byte', val_fraction=0.1)
     args = parser.parse_args()
@@ -55,17 +58,21 @@ def main():
     # find the input and the folder to write to
     started = time.time()
     documents.check_fraction(args.val_fraction)
-    files, n_others = documents.find_files(args.input)
+    files, n_others = documents.find_files(args.input, args.text_key)
     dataset, name, out_dir = encode.output_folder(args.name, args.input, args.out_dir)
     if n_others:
-        print(f'{len(files):,} files; {n_others:,} more are left out, because their suffix is not '
-              f'that of a text file', file=sys.stderr)
+        print(documents.describe_others(files, n_others), file=sys.stderr)
 
     # choose how to split
     def read():
-        return documents.read_documents(args.input, args.text_key)
+        return documents.read_documents(args.input, args.text_key, separator=args.separator)
 
-    is_text = len(files) == 1 and not documents.is_rows(files[0])
+    is_text = (len(files) == 1 and not args.separator
+               and documents.kind_of(files[0], args.text_key) == 'text')
+    if is_text and documents.has_objects(files[0]):
+        print(f'note: {files[0]} begins with JSON that has no text in {args.text_key!r}, so the '
+              f'JSON itself is the text; if a field holds the text: --text_key=NAME',
+              file=sys.stderr)
     if is_text:
         how = 'the end of the text'
     elif sum(1 for _ in itertools.islice(read(), FEW)) < FEW:

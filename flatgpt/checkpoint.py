@@ -22,27 +22,19 @@ import signal
 import sys
 import time
 import zipfile
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 
 import torch
 
 from configurator import UserError, explain_errors
 from flatgpt import parallel
 from flatgpt.entries import Checkpoint, Scaled, check_content
-from flatgpt.files import (
-    link_file,
-    lock_folder,
-    no_link,
-    remove,
-    replace_file,
-    replacing,
-    temporaries_of,
-)
+from flatgpt.files import no_link, replacing
+from flatgpt.outdir import lock_run, open_folder
 from flatgpt.runtime import out_of_memory
 from flatgpt.tracking import Tracker
 
 VERSION = 1  # version of the layout above; nanoGPT's files have no such key
-FILES = ('best.pt', 'log.jsonl', 'config.json', 'ckpt.pt')  # of a run, in its out_dir
 STOP = ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1', 'SIGUSR2', 'SIGXCPU')  # of users and clusters
 
 
@@ -136,80 +128,6 @@ def load(path):
     if 'version' not in state:
         state['model_args'] = {**state['model_args'], 'mlp': 'gelu_erf'}  # nanoGPT's exact GELU
     return state
-
-
-@contextmanager
-def explain_unwritable(out_dir):
-    """Raise UserError for an OSError of a folder that cannot be written."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f'out_dir={out_dir!r} cannot be written: {error}; free some space, or '
-                        f'choose another --out_dir') from error
-
-
-def lock_run(out_dir):
-    """Create and lock out_dir. Raises UserError if another process trains in it."""
-    with explain_unwritable(out_dir):
-        os.makedirs(out_dir, exist_ok=True)
-        lock_folder(out_dir, 'training in')
-
-
-def open_folder(out_dir, settings, step, version):
-    """Make out_dir, which is locked, ready for a run, and write `settings` to its config.json.
-
-    version: layout version of the checkpoint that the run resumes, None for a new run. A new run
-    moves the files of an earlier one to previous-N; -> that folder, or None. nanoGPT's ckpt.pt
-    (version 0) is the only copy of its best weights, so it becomes best.pt too. Raises UserError
-    if out_dir cannot be written; then nothing has moved.
-    """
-    best, _, config, last = paths = [os.path.join(out_dir, name) for name in FILES]
-    moved_to = None
-    with explain_unwritable(out_dir):
-        for path in paths:
-            remove(temporaries_of(path))
-        with replacing(config) as file:
-            file.write(json.dumps(settings, indent=2).encode())
-            file.flush()
-            os.fsync(file.fileno())
-            if version is None:
-                moved_to = put_aside(out_dir)
-            elif version == 0 and not os.path.exists(best):
-                link_file(last, best)
-            keep_log_until(out_dir, step)
-    return moved_to
-
-
-def put_aside(out_dir):
-    """Move the files of an earlier run to out_dir/previous-N; -> that folder, or None."""
-    there = [name for name in FILES if os.path.exists(os.path.join(out_dir, name))]
-    if not {'ckpt.pt', 'best.pt'} & set(there):
-        return None
-    n = 1
-    while os.path.exists(folder := os.path.join(out_dir, f'previous-{n}')):
-        n += 1
-    os.makedirs(folder)
-    for name in there:  # ckpt.pt is the last: until then the run can be resumed
-        os.replace(os.path.join(out_dir, name), os.path.join(folder, name))
-    return folder
-
-
-def keep_log_until(out_dir, step):
-    """Drop the lines of log.jsonl from `step` on, which a resumed run repeats.
-
-    Lines that are no record go too: half of one, where the machine lost power.
-    """
-    path, kept = os.path.join(out_dir, 'log.jsonl'), []
-    if not os.path.lexists(path):
-        return
-    for line in open(path, 'rb') if os.path.isfile(path) else ():
-        with suppress(ValueError, RecursionError):
-            record = json.loads(line)
-            # an evaluation at step n precedes update n and was saved with it
-            if (isinstance(record, dict) and type(record.get('step')) is int
-                    and record['step'] < step + ('val_loss' in record and step > 0)):
-                kept.append(line.rstrip(b'\n') + b'\n')
-    replace_file(path, b''.join(kept))
 
 
 class Run:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import CHARS, ROOT, write_dataset
 
-from flatgpt import checkpoint, pretrained
+from flatgpt import checkpoint, outdir, pretrained
 from model import GPT, GPTConfig
 from tokenizer import CharTokenizer
 
@@ -68,7 +68,7 @@ def test_best_without_hard_links(tmp_path, monkeypatch):
     assert files(tmp_path) == ['best.pt', 'ckpt.pt']
     assert (tmp_path / 'best.pt').read_bytes() == (tmp_path / 'ckpt.pt').read_bytes()
     (tmp_path / 'best.pt').unlink()
-    checkpoint.open_folder(str(tmp_path), {}, 0, version=0)
+    outdir.open_folder(str(tmp_path), {}, 0, version=0)
     assert (tmp_path / 'best.pt').read_bytes() == (tmp_path / 'ckpt.pt').read_bytes()
 
 
@@ -133,7 +133,7 @@ def test_a_start_removes_what_a_kill_left(tmp_path):
     half = '.0123456789abcdef.tmp'
     for name in ('best.pt', f'ckpt.pt{half}', f'best.pt{half}', f'log.jsonl{half}', f'config.json{half}', f'mine{half}'):
         (folder / name).write_text('x')
-    checkpoint.open_folder(str(folder), {}, 3, version=1)
+    outdir.open_folder(str(folder), {}, 3, version=1)
     assert files(folder) == ['best.pt', 'config.json', f'mine{half}']
 
 
@@ -289,14 +289,14 @@ def test_tokenizer_of(tmp_path, monkeypatch):
 # the run's folder -----------------------------------------------------------------------------------------------------
 
 def test_put_aside(tmp_path):
-    assert checkpoint.put_aside(str(tmp_path)) is None
+    assert outdir.put_aside(str(tmp_path)) is None
     (tmp_path / 'log.jsonl').write_text('0')
-    assert checkpoint.put_aside(str(tmp_path)) is None and files(tmp_path) == ['log.jsonl']
+    assert outdir.put_aside(str(tmp_path)) is None and files(tmp_path) == ['log.jsonl']
     for n in (1, 2, 3):
         for name in ('ckpt.pt', 'best.pt', 'log.jsonl', 'config.json')[: 5 - n]:
             (tmp_path / name).write_text(f'{name} {n}')
         (tmp_path / 'mine.txt').write_text('stays')
-        assert checkpoint.put_aside(str(tmp_path)) == str(tmp_path / f'previous-{n}')
+        assert outdir.put_aside(str(tmp_path)) == str(tmp_path / f'previous-{n}')
         assert files(tmp_path) == ['mine.txt', *(f'previous-{i + 1}' for i in range(n))]
     assert files(tmp_path / 'previous-1') == ['best.pt', 'ckpt.pt', 'config.json', 'log.jsonl']
     assert files(tmp_path / 'previous-3') == ['best.pt', 'ckpt.pt']
@@ -306,7 +306,7 @@ def test_put_aside(tmp_path):
 @pytest.fixture
 def unlocked(monkeypatch):
     """A run keeps its folder locked until its process ends; here several runs share one, so none locks it."""
-    monkeypatch.setattr(checkpoint, 'lock_folder', lambda path, doing: None)
+    monkeypatch.setattr(outdir, 'lock_folder', lambda path, doing: None)
 
 
 def test_open_folder_to_resume(tmp_path, unlocked):
@@ -315,29 +315,29 @@ def test_open_folder_to_resume(tmp_path, unlocked):
     folder.mkdir()
     torch.save(make_state(1), folder / 'ckpt.pt')
     nanogpts = (folder / 'ckpt.pt').read_bytes()
-    checkpoint.open_folder(str(folder), {'seed': 1}, 1, version=0)
+    outdir.open_folder(str(folder), {'seed': 1}, 1, version=0)
     assert files(folder) == ['best.pt', 'ckpt.pt', 'config.json']
     checkpoint.save(str(folder), make_state(2), is_best=False)
     assert (folder / 'best.pt').read_bytes() == nanogpts != (folder / 'ckpt.pt').read_bytes()
     torch.save(make_state(3), folder / 'ckpt.pt')
-    checkpoint.open_folder(str(folder), {'seed': 2}, 3, version=0)
+    outdir.open_folder(str(folder), {'seed': 2}, 3, version=0)
     assert (folder / 'best.pt').read_bytes() == nanogpts
     assert json.loads((folder / 'config.json').read_text()) == {'seed': 2}
     (folder / 'best.pt').unlink()
-    checkpoint.open_folder(str(folder), {}, 3, version=1)  # a state of flatgpt's that was never evaluated is no best
+    outdir.open_folder(str(folder), {}, 3, version=1)  # a state of flatgpt's that was never evaluated is no best
     assert not (folder / 'best.pt').exists()
 
 
 def test_open_folder_to_start_anew(tmp_path, unlocked):
     folder = tmp_path / 'a' / 'out'
-    checkpoint.lock_run(str(folder))
-    assert checkpoint.open_folder(str(folder), {'seed': 1}, 0, version=None) is None
+    outdir.lock_run(str(folder))
+    assert outdir.open_folder(str(folder), {'seed': 1}, 0, version=None) is None
     assert files(folder) == ['config.json']
     checkpoint.save(str(folder), make_state(1), is_best=True)
     (folder / f'ckpt.pt.{"0" * 16}.tmp').write_text('half')
     write_log(folder, 3)
     before = (folder / 'log.jsonl').read_text()
-    assert checkpoint.open_folder(str(folder), {'seed': 2}, 0, version=None) == str(folder / 'previous-1')
+    assert outdir.open_folder(str(folder), {'seed': 2}, 0, version=None) == str(folder / 'previous-1')
     assert files(folder) == ['config.json', 'previous-1']
     assert files(folder / 'previous-1') == ['best.pt', 'ckpt.pt', 'config.json', 'log.jsonl']
     assert (folder / 'previous-1' / 'log.jsonl').read_text() == before
@@ -357,8 +357,8 @@ def test_folder_that_can_not_be_written(tmp_path, monkeypatch, call, version):
     with monkeypatch.context() as patch:
         patch.setattr(os, call, fail)
         with pytest.raises(ValueError, match='cannot be written: .*No space left.*--out_dir'):
-            checkpoint.lock_run(str(tmp_path))
-            checkpoint.open_folder(str(tmp_path), {'seed': 2}, 1, version)
+            outdir.lock_run(str(tmp_path))
+            outdir.open_folder(str(tmp_path), {'seed': 2}, 1, version)
     after = {path.name: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file() and '.tmp' not in path.name}
     assert {**after, 'best.pt': before['ckpt.pt']} == {**before, 'best.pt': before['ckpt.pt']}
 
@@ -381,7 +381,7 @@ def test_keep_log_until(tmp_path, at):
     it, before the checkpoint was saved; all other lines, and half a line, go.
     """
     lines = write_log(tmp_path, 13)
-    checkpoint.keep_log_until(str(tmp_path), at)
+    outdir.keep_log_until(str(tmp_path), at)
     kept = [json.loads(line) for line in (tmp_path / 'log.jsonl').read_text().splitlines()]
     assert kept == [line for line in lines if line['step'] < at or (line['step'] == at and 'val_loss' in line)]
 
@@ -389,10 +389,10 @@ def test_keep_log_until(tmp_path, at):
 def test_keep_log_until_the_beginning(tmp_path):
     """A run from scratch evaluates at step 0 itself: nothing of a run that died before its first checkpoint stays."""
     write_log(tmp_path, 3)
-    checkpoint.keep_log_until(str(tmp_path), 0)
+    outdir.keep_log_until(str(tmp_path), 0)
     assert not (tmp_path / 'log.jsonl').exists() or (tmp_path / 'log.jsonl').read_text() == ''
 
 
 def test_keep_log_without_a_log(tmp_path):
-    checkpoint.keep_log_until(str(tmp_path), 5)
+    outdir.keep_log_until(str(tmp_path), 5)
     assert files(tmp_path) == []

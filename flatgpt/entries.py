@@ -213,6 +213,7 @@ class Checkpoint(Required, total=False):
     reward_model: bool
     measure: str
     reference: str
+    questions: str | None
     judge: str | None
     pairs: Pairs
     value_model: dict[str, Tensor]

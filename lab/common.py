@@ -18,7 +18,7 @@ import torch
 
 from config.presets import PRESETS
 from configurator import UserError
-from flatgpt import optim, parallel, runtime
+from flatgpt import optim, output, parallel, runtime
 from flatgpt.files import replace_file
 from model import GPTConfig
 
@@ -33,6 +33,7 @@ def start(out, threads=None):
     threads: 1 for models so small that a second thread waits more than it computes. The numbers
     then do not depend on the number of cores. Raises UserError if the folder cannot be written.
     """
+    output.protect()
     try:
         os.makedirs(out, exist_ok=True)
         if not os.access(out, os.W_OK):

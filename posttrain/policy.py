@@ -6,6 +6,8 @@
 """
 
 import copy
+import hashlib
+import json
 import math
 import os
 from contextlib import AbstractContextManager, contextmanager
@@ -25,7 +27,7 @@ from posttrain.tools import generate_with_tools
 from tokenizer import chat
 
 # a run keeps these settings when it resumes: best.pt is chosen by their questions and answers
-KEPT = ('algorithm', 'task', 'input', 'kinds', 'eval_examples', 'tools', 'max_new_tokens', 'seed')
+KEPT = ('algorithm', 'task', 'kinds', 'eval_examples', 'tools', 'max_new_tokens', 'seed')
 
 
 @dataclass
@@ -39,12 +41,14 @@ class Policy:
     template: str
     stop_ids: set  # ids that end an answer
     autocast: AbstractContextManager
+    questions: str | None = None  # SHA-256 of the val prompts, which choose best.pt
 
     def prompts_of(self, task, questions, max_new_tokens, context, tools=False):
         """Return [(example, prompt ids), ...] of a task, for answers of max_new_tokens.
 
         context: tokens that a prompt and its answer may take. Longer prompts are left out, and
-        their number is printed. Raises UserError if no prompt is left.
+        their number is printed. Raises UserError if no prompt is left, and if the val prompts are
+        not those that the run began with.
         """
         name, split, room = task.__name__.split('.')[-1], questions.split, context - max_new_tokens
         functions, keys = ('examples', 'evaluate', 'reward'), ('messages',)
@@ -63,6 +67,13 @@ class Policy:
             raise UserError(f'task={name}: no {split} prompt has room in a context of {context} '
                             f'tokens with max_new_tokens={max_new_tokens}; lower that, or take a '
                             f'model with a longer context')
+        if split == 'val':
+            digest = hashlib.sha256(json.dumps(fitting, default=str).encode()).hexdigest()
+            if self.questions not in (None, digest):
+                raise UserError(f'task={name}: the val questions are not those that chose best.pt; '
+                                f'resume with the former --input, or start a new run in another '
+                                f'--out_dir')
+            self.questions = digest
         return fitting
 
     def answer(self, prompts, sampling, u, tools=False, batch_size=256):
@@ -99,8 +110,8 @@ class Policy:
     def state(self, **more):
         """Return the policy's entries of a checkpoint, and the entries `more`."""
         return {'model': self.model.state_dict(), 'model_args': asdict(self.model.config),
-                'reference': self.digest, 'tokenizer': self.tokenizer.to_dict(),
-                'chat_template': self.template, **more}
+                'reference': self.digest, 'questions': self.questions,
+                'tokenizer': self.tokenizer.to_dict(), 'chat_template': self.template, **more}
 
 
 def open_chat_model(init_from):
@@ -138,7 +149,8 @@ def open_policy(init_from, state, path, device, autocast):
                         f'so a model cannot learn when to stop; expected one, such as <|im_end|>')
     model = model_of(state, path, dropout=0.0).eval() if state else copy.deepcopy(reference)
     reference.to(device).requires_grad_(False)
-    return Policy(model.to(device), reference, digest, tokenizer, template, stop_ids, autocast)
+    return Policy(model.to(device), reference, digest, tokenizer, template, stop_ids, autocast,
+                  state.get('questions'))
 
 
 def resume(path, config):
@@ -152,13 +164,13 @@ def resume(path, config):
         kind = 'a reward model' if state.get('reward_model') else 'a language model of train.py'
         raise UserError(f'{path} is {kind}, which this command cannot resume; to begin with a '
                         f'language model: --init_from=ITS_FOLDER and another --out_dir')
-    content = entries.PPO if config['algorithm'] == 'ppo' else entries.Posttraining
-    entries.check_content(state, content, path)
     for name in KEPT if config['task'] else KEPT[:2]:
         now = config.get(name)
-        if (before := state['config'].get(name, now)) != now:
+        if (before := state.get('config', {}).get(name, now)) != now:
             raise UserError(f'{name}={now!r}, but {path} is of a run with {name}={before!r}; '
                             f'resume with that, or start a new run in another --out_dir')
+    content = entries.PPO if config['algorithm'] == 'ppo' else entries.Posttraining
+    entries.check_content(state, content, path)
     return state
 
 

@@ -8,7 +8,11 @@ import signal
 
 import numpy as np
 import pytest
+import test_dpo_e2e
+import test_reward_e2e
+import test_rl_e2e
 import torch
+from chat_models import make_chats
 from conftest import encode, make_text, write_dataset
 
 LONG = {'max_iters': 10**6, 'lr_decay_iters': 10**6, 'eval_interval': 10**6, 'eval_first': False}
@@ -228,3 +232,15 @@ def test_a_resumed_run_continues_its_wandb_run(folder):
     folder.train('config.py', wandb_log=True, init_from='resume', max_iters=22).ok()
     calls = [json.loads(line) for line in (folder.path / 'calls').read_text().splitlines()]
     assert calls == [[None, None], ['first', 'allow']]
+
+
+# posttraining ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('script, settings', [('reward', test_reward_e2e.SMALL), ('rl', test_rl_e2e.SMALL),
+                                              ('dpo', test_dpo_e2e.SMALL)])
+def test_posttraining_outlives_its_output(tmp_path, script, settings):
+    chats = make_chats(tmp_path)
+    (chats.path / 'config.py').write_text(f'import os, sys\n{LOSSES["pipe without a reader"]}\n')
+    run = chats.start(f'posttrain.{script}', 'config.py', **{**settings, 'out_dir': 'out', 'max_iters': 2}).wait()
+    assert run.code == 0 and chats.checkpoint()['iter_num'] == 2
+    assert sum('warning' in record for record in chats.log()) == 1

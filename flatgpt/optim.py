@@ -167,15 +167,17 @@ def load_optimizer(optimizer, saved, may_be_empty=False):
              for i, moments in saved['state'].items()}
     actual = {i: {name: (moment.dtype, moment.shape) for name, moment in moments.items()}
               for i, moments in state.items()}
-    wrong = [i for i in {**expected, **actual} if actual.get(i) != expected.get(i)
-             or not 0 <= state[i]['step'] < math.inf]
     if ([g['params'] for g in groups] != [g['params'] for g in saved['param_groups']]
-            or wrong and (actual or not may_be_empty)):
-        first = f'for number {wrong[0]} it has {state.get(wrong[0])!s:.100}, expected ' \
-                f'{expected.get(wrong[0])}; ' if wrong else ''
+            or actual != expected and (actual or not may_be_empty)):
+        i = next((i for i in expected if actual.get(i) != expected[i]), len(expected))
         raise UserError(f'the optimizer state in the checkpoint is of another set of parameters: '
-                        f'{first}to train the weights with new moments: --init_from=ITS_FOLDER '
-                        f'and another --out_dir')
+                        f'for number {i} it has {actual.get(i)}, expected {expected.get(i)}; '
+                        f'to train the weights with new moments: --init_from=ITS_FOLDER and '
+                        f'another --out_dir')
+    for moments in state.values():
+        if not 0 <= moments['step'] < math.inf:
+            raise UserError(f'the optimizer state in the checkpoint has step={moments["step"]}, '
+                            f'expected 0 or more; restore a copy')
     optimizer.load_state_dict({'state': state, 'param_groups': groups})
 
 

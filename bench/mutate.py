@@ -240,7 +240,9 @@ def repack(data, rng):
                 content = mutate_bytes(content, rng)
             if name == chosen and how == 'grow':
                 content += bytes(10**7)
-            new.writestr(name, content, zipfile.ZIP_DEFLATED if how in ('deflate', 'grow') else 0)
+            # a ZipInfo has no time of day: a case is always the same
+            new.writestr(zipfile.ZipInfo(name), content,
+                         zipfile.ZIP_DEFLATED if how in ('deflate', 'grow') else 0)
     return file.getvalue()
 
 

@@ -22,6 +22,7 @@ from typing import Annotated, TypedDict, Union, get_args, get_origin, get_type_h
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from configurator import Count, Natural, NonNegative, Positive, Range, Share, UserError, fitted
 
@@ -43,6 +44,9 @@ def read_torch(path):
             raise UserError('its content is compressed, which torch.save does not do')
         if bad := archive.testzip():  # torch checks no checksums
             raise UserError(f'the checksum of {bad} is wrong')
+    # here torch.load would search its own long message, in a time that grows as the square
+    if unsafe := get_unsafe_globals_in_checkpoint(path):
+        raise pickle.UnpicklingError(f'it names {unsafe[0]:.80}')
     room = sum(entry.file_size for entry in entries if '/data/' in entry.filename)
 
     def in_memory(storage, location):

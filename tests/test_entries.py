@@ -194,6 +194,15 @@ def test_compressed_archive(unpack):
         run()
 
 
+def test_long_name_of_a_class(unpack):
+    """torch.load searches its message by patterns that take minutes for such a name."""
+    run, started = unpack('ckpt'), time.perf_counter()
+    repack('out/ckpt.pt', lambda name, content: (name, content.replace(b'_rebuild_tensor_v2', b'[' * 100_000, 1)))
+    with pytest.raises(UserError, match='out/ckpt.pt is damaged or truncated, or holds more than tensors'):
+        run()
+    assert time.perf_counter() - started < 5
+
+
 @pytest.mark.parametrize('size', [0, 4, 100_000])
 def test_storage_of_another_size_than_its_bytes(unpack, size):
     """torch.load alone reads what lies behind the bytes in memory."""

@@ -69,7 +69,8 @@ class Meta(Required, total=False):
 
 def check_meta(meta):
     """Raise UserError for entries of meta.json that contradict each other."""
-    for split, files in meta.get('files', {}).items():
+    for split in ('train', 'val') if 'files' in meta else ():
+        files = meta['files'][split]
         if sum(n for _, n in files) != meta['tokens'][split] or not all(
                 re.fullmatch(rf'{split}(-\d{{5}})?\.bin', name) for name, _ in files):
             raise UserError(f'the files of {split}, {files}, do not hold '

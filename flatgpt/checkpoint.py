@@ -28,7 +28,7 @@ import torch
 
 from configurator import UserError, explain_errors
 from flatgpt import parallel
-from flatgpt.entries import Checkpoint, Scaled, check_content
+from flatgpt.entries import Checkpoint, Scaled, check_content, read_torch
 from flatgpt.files import no_link, replacing
 from flatgpt.outdir import lock_run, open_folder
 from flatgpt.runtime import out_of_memory
@@ -61,34 +61,6 @@ def no_checkpoint(path):
                      f'--out_dir={out_dir}) or name another --out_dir')
 
 
-def read(path):
-    """Read a file of torch.save; its checksums and sizes come before its content.
-
-    The tensors together take no more memory than the file has bytes.
-    """
-    room = size = os.path.getsize(path)
-    if not zipfile.is_zipfile(path):
-        raise pickle.UnpicklingError('not a file of torch.save')
-    with zipfile.ZipFile(path) as archive:
-        entries = archive.infolist()
-        if any(entry.compress_type for entry in entries) or sum(
-                entry.file_size for entry in entries) > size:
-            raise UserError(f'its content is larger than its {size:,} bytes')
-        if bad := archive.testzip():  # torch checks no checksums
-            raise UserError(f'the checksum of {bad} is wrong')
-
-    def in_memory(storage, location):
-        """Copy a storage from the mapped file to memory of its own."""
-        nonlocal room
-        room -= storage.nbytes()
-        if room < 0:
-            raise UserError(f'its tensors are larger than its {size:,} bytes')
-        return storage.clone()
-
-    # mapped: torch reads storages beyond their bytes in the file otherwise
-    return torch.load(path, map_location=in_memory, weights_only=True, mmap=True)
-
-
 def load(path):
     """Read the checkpoint at `path`; -> dict, its tensors on the CPU.
 
@@ -99,7 +71,7 @@ def load(path):
     if not os.path.isfile(path):
         raise no_checkpoint(path)
     try:
-        state = read(path)
+        state = read_torch(path)
     except (PermissionError, MemoryError):
         raise
     except Exception as error:  # RuntimeError, EOFError, UnpicklingError, KeyError, zipfile's ...
@@ -114,14 +86,17 @@ def load(path):
                   'ckpt.pt': 'take the last one with --which=last',
                   None: 'restore a copy (there is no best.pt here)'}[other]
         raise UserError(f'{path} {fact}; {remedy}') from error
+    version = state.get('version') if isinstance(state, dict) else None
+    if isinstance(version, int) and version > VERSION:
+        raise UserError(f'{path} has layout version {version}; this flatgpt reads up to '
+                        f'{VERSION}. Update flatgpt')
     state = check_content(state, Checkpoint, path)
     if state.get('scaler'):  # {}: there was none
         check_content(state, Scaled, path)
     if math.isnan(state['best_val_loss']):
         raise UserError(f'{path} has best_val_loss=nan, below which no loss is; restore a copy')
-    if state.get('version', 0) > VERSION:
-        raise UserError(f'{path} has layout version {state["version"]}; this flatgpt reads up to '
-                        f'{VERSION}. Update flatgpt')
+    if sum(weight.nbytes for weight in state['model'].values()) > 2 * os.path.getsize(path):
+        raise UserError(f'{path} has weights larger than the file; restore a copy')  # tied: twice
     # .attn.bias is nanoGPT's causal mask, which it stores where torch has no fused attention
     state['model'] = {name.removeprefix('module.').removeprefix('_orig_mod.'): weight
                       for name, weight in state['model'].items() if not name.endswith('.attn.bias')}

@@ -1,28 +1,65 @@
 """
-Check the entries of a file by rules, before anything uses them.
+Read files of torch, and check the entries of any file by rules before they are used.
 
     class Progress(TypedDict):
         step: Natural
         weights: dict[str, Tensor]
 
-    progress = conform(torch.load(path), Progress)  # UserError('step=-1: expected 0 or more')
+    progress = conform(read_torch(path), Progress)  # UserError('step=-1: expected 0 or more')
 
 A rule is one of configurator's, Tensor, list[rule], tuple[rule, rule], dict[rule, rule], a
 TypedDict, or a union of these. An entry that a TypedDict does not name is kept as it is.
 """
 
 import operator
+import os
+import pickle
+import zipfile
 from functools import reduce
 from types import UnionType
-from typing import TypedDict, Union, get_args, get_origin, get_type_hints, is_typeddict
+from typing import Annotated, TypedDict, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.serialization import get_unsafe_globals_in_checkpoint
 
-from configurator import Count, Natural, NonNegative, Positive, Share, UserError, fitted
+from configurator import Count, Natural, NonNegative, Positive, Range, Share, UserError, fitted
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def read_torch(path):
+    """Read a file of torch.save; its checksums and sizes come before its content.
+
+    The tensors take the memory that they have in the file. Raises what zipfile, pickle and torch
+    raise, and UserError for sizes that contradict the file.
+    """
+    if not zipfile.is_zipfile(path):
+        raise pickle.UnpicklingError('not a file of torch.save')
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        if (any(entry.compress_type for entry in entries)
+                or sum(entry.file_size for entry in entries) > os.path.getsize(path)):
+            raise UserError('its content is compressed, which torch.save does not do')
+        if bad := archive.testzip():  # torch checks no checksums
+            raise UserError(f'the checksum of {bad} is wrong')
+    # here torch.load would search its own long message, in a time that grows as the square
+    if unsafe := get_unsafe_globals_in_checkpoint(path):
+        raise pickle.UnpicklingError(f'it names {unsafe[0]:.80}')
+    room = sum(entry.file_size for entry in entries if '/data/' in entry.filename)
+
+    def in_memory(storage, location):
+        """Copy a storage from the mapped file to memory of its own."""
+        nonlocal room
+        room -= storage.nbytes()
+        return storage.clone() if room >= 0 else storage
+
+    # mapped: torch reads storages beyond their bytes in the file otherwise
+    content = torch.load(path, map_location=in_memory, weights_only=True, mmap=True)
+    if room:
+        raise UserError('its tensors have other sizes than their bytes in the file')
+    return content
 
 
 def conform(value, rule, name=''):
@@ -53,7 +90,7 @@ def conform(value, rule, name=''):
     except UserError as error:
         is_short = isinstance(value, bool | int | float | str | None)
         shown = f'={value!r:.80}' if is_short else f' is a {type(value).__name__}'
-        raise UserError(f'{name or "it"}{shown}: {error}') from None
+        raise UserError(f'{name or "its content"}{shown}: {error}') from None
 
 
 def conform_entries(values, rule, name):
@@ -192,7 +229,7 @@ class Required(TypedDict):
 
     model: dict[str, Tensor]
     model_args: Sizes
-    iter_num: Natural
+    iter_num: Annotated[int, Range(least=0, below=2**40)]
     best_val_loss: float
 
 

@@ -174,6 +174,10 @@ def load_optimizer(optimizer, saved, may_be_empty=False):
                         f'for number {i} it has {actual.get(i)}, expected {expected.get(i)}; '
                         f'to train the weights with new moments: --init_from=ITS_FOLDER and '
                         f'another --out_dir')
+    for moments in state.values():
+        if not 0 <= moments['step'] < math.inf:
+            raise UserError(f'the optimizer state in the checkpoint has step={moments["step"]}, '
+                            f'expected 0 or more; restore a copy')
     optimizer.load_state_dict({'state': state, 'param_groups': groups})
 
 

@@ -1,5 +1,6 @@
 """Inputs that would take hours or all memory: bounded, or refused. Run: pytest tests/test_sizes.py"""
 
+import base64
 import time
 import unicodedata
 
@@ -7,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import tokenizer
 from configurator import UserError
-from tokenizer import patterns
+from tokenizer import BPETokenizer, base, patterns
 
 # Normal forms -------------------------------------------------------------------------------------
 MARKS = [*map(chr, range(0x300, 0x370)), *'़゙ְًཱཱི〪𑄧\u3099\u09be\u0903']
@@ -56,3 +58,48 @@ def test_patterns_of_much_memory(pattern, said):
     with pytest.raises(UserError, match=said) as refused:
         patterns.find_pattern(pattern)
     assert len(str(refused.value)) < 700
+
+
+# Long tokens --------------------------------------------------------------------------------------
+
+@given(st.lists(st.text('ab<', min_size=1, max_size=5), max_size=6, unique=True))
+def test_overlaps_are_those_of_all_pairs(tokens):
+    def overlap(a, b):
+        return a in b or any(a.startswith(b[i:]) for i in range(1, len(b)))
+
+    expected = any(overlap(a, b) for a in tokens for b in tokens if a != b)
+    assert (base.find_overlap(tokens) is not None) == expected
+
+
+def test_long_special_tokens():
+    """One of 8,000 characters took hours to be compared with the others."""
+    started = time.perf_counter()
+    tok = BPETokenizer([], 'gpt4', {f'<|{"x" * 8000}|>': 256, '<|a|>': 257})
+    assert tok.encode(f'a<|{"x" * 8000}|>b', 'all') == [97, 256, 98]
+    assert len(list(tok.encode_iterable(['a <|xx '] * 100_000, 'all'))) == 700_000
+    with pytest.raises(UserError, match='have 100,001 characters; expected 100,000 or fewer'):
+        BPETokenizer([], None, {'x' * 100_001: 256})
+    with pytest.raises(UserError, match='overlap') as refused:
+        BPETokenizer([], None, {'x' * 8000: 256, 'x' * 8001: 257})
+    assert len(str(refused.value)) < 400
+    assert time.perf_counter() - started < 5
+
+
+def ranks_file(path, tokens):
+    path.write_bytes(b''.join(b'%s %d\n' % (base64.b64encode(token), i)
+                              for i, token in enumerate(tokens)))
+    return path
+
+
+def test_long_tokens(tmp_path):
+    """One of 16 kB took minutes to be read; in a tokenizer of one's own it is slow at most."""
+    powers = [bytes([97]) * 2**k for k in range(1, 15)]
+    path = ranks_file(tmp_path / 'a.tiktoken', [*(bytes([byte]) for byte in range(256)), *powers])
+    with pytest.raises(UserError, match='longest of 270 tokens has 16,384 bytes.*100,000,000 or'):
+        tokenizer.load(path)
+    tok = BPETokenizer([(token[::2], token[::2]) for token in powers])
+    started = time.perf_counter()
+    assert tok.decode(tok.encode_array('a' * 100_000)) == 'a' * 100_000
+    assert time.perf_counter() - started < 5
+    path = ranks_file(path, [*(bytes([byte]) for byte in range(256)), *powers[:9]])
+    assert tokenizer.load(path).encode('a' * 512) == [264]

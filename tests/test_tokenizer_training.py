@@ -267,11 +267,11 @@ def test_many_special_tokens():
 
 
 @pytest.mark.parametrize('described', [
-    {'merge_ids': [2**31]}, {'byte_ids': [*range(255), 2**33]},
-    {'special_tokens': {'<|x|>': 2**31}}])
+    {'merge_ids': [10**7]}, {'byte_ids': [*range(255), 2**33]},
+    {'special_tokens': {'<|x|>': 10**7}}])
 def test_ids_beyond_what_files_hold_are_refused(described):
     values = {'kind': 'bpe', 'pattern': None, 'special_tokens': {}, 'merges': ['a b'], **described}
-    with pytest.raises(ValueError, match='2,147,483,647'):
+    with pytest.raises(ValueError, match='9,999,999'):
         tokenizer.from_dict(values)
 
 

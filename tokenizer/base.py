@@ -4,6 +4,7 @@ Define the interface of every tokenizer: ids, special tokens, streams, files.
 A subclass defines `kind`, `vocab_size`, encode_array(), decode_bytes() and to_dict().
 """
 
+import bisect
 import functools
 import hashlib
 import itertools
@@ -19,7 +20,8 @@ from tokenizer.patterns import split_specials, to_utf8
 
 ENDOFTEXT = '<|endoftext|>'
 FILE_FORMAT, FILE_VERSION = 'flatgpt tokenizer', 1
-MAX_ID = 2**31 - 1      # the largest id that token files and models hold
+MAX_ID = 9_999_999      # the largest id; memory grows with it, and no vocabulary has a tenth of it
+MAX_SPECIAL_CHARS = 100_000  # in all special tokens
 STREAM_CHARS = 1 << 16  # encode_iterable() encodes about so many characters at a time
 
 
@@ -175,11 +177,15 @@ def check_specials(special_tokens: dict[str, int]):
     for token, i in special_tokens.items():
         if not isinstance(token, str) or not token or type(i) is not int or not 0 <= i <= MAX_ID:
             raise UserError(f'special tokens are {{text: id}} with ids from 0 to {MAX_ID:,}, '
-                            f'got {token!r}: {i!r}')
+                            f'got {shown(token)}: {shown(i)}')
         if to_utf8(token) != token.encode('utf-8', 'surrogatepass'):
-            raise UserError(f'the special token {token!r} has half a surrogate pair')
+            raise UserError(f'the special token {shown(token)} has half a surrogate pair')
+    if (n_chars := sum(map(len, special_tokens))) > MAX_SPECIAL_CHARS:
+        raise UserError(f'the special tokens have {n_chars:,} characters; expected '
+                        f'{MAX_SPECIAL_CHARS:,} or fewer, since each text is searched for them')
     if len(set(special_tokens.values())) < len(special_tokens):
-        raise UserError(f'two special tokens have the same id: {special_tokens}; expected one each')
+        raise UserError(f'two special tokens have the same id: {shown(special_tokens)}; expected '
+                        f'one each')
     if overlap := find_overlap(special_tokens):
         raise UserError(f'special tokens overlap: {overlap}. Give them other names, such as '
                         f'<|one|> and <|two|>')
@@ -187,19 +193,32 @@ def check_specials(special_tokens: dict[str, int]):
 
 def find_overlap(tokens) -> str | None:
     """Return how two of the tokens overlap, or None."""
-    beginnings = {}
-    for token in tokens:
-        for end in range(1, len(token)):
-            beginnings.setdefault(token[:end], set()).add(token)
-    for token in tokens:
-        for start, end in itertools.combinations(range(len(token) + 1), 2):
-            part = token[start:end]
-            if part != token and part in tokens:
-                return f'{part!r} stands in {token!r}'
-            others = beginnings.get(part, set()) - {token} if start and end == len(token) else ()
-            if others:
-                return f'{part!r} ends {token!r} and begins {min(others)!r}'
+    ordered = sorted(tokens)
+    for token, following in itertools.pairwise(ordered):
+        if following.startswith(token):
+            return f'{shown(token)} stands in {shown(following)}'
+    # No token begins another one now. So of all tokens only the one before an end of a token, in
+    # their order, can begin that end, and those that the end begins come next.
+    for token in ordered:
+        for start in range(1, len(token)):
+            end = token[start:]
+            i = bisect.bisect_right(ordered, end)
+            if i and end.startswith(ordered[i - 1]):
+                return f'{shown(ordered[i - 1])} stands in {shown(token)}'
+            others = [other for other in ordered[i:i + 2] if other != token]
+            if others and others[0].startswith(end):
+                return f'{shown(end)} ends {shown(token)} and begins {shown(others[0])}'
     return None
+
+
+def shown(value) -> str:
+    """Write a value for an error message, in at most 100 characters."""
+    return clip(repr(value))
+
+
+def clip(text: str) -> str:
+    """Cut text to 100 characters, for an error message."""
+    return text if len(text) <= 100 else text[:97] + '...'
 
 
 def read_texts(texts):

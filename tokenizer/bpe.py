@@ -136,6 +136,7 @@ def learn(counts: dict[str, int], n_merges: int) -> list[tuple[int, int]]:
 
 NO_MERGE = 1 << 60  # greater than every id
 LONG = 1000         # bytes; join() is faster up to here, join_long() beyond
+MOST_SQUARES = 10**8  # of the lengths of all tokens; published vocabularies have 2 * 10**7
 
 
 class Merges:
@@ -255,6 +256,11 @@ def final_parts(token: bytes, rank) -> list[bytes]:
         if i < len(ranks):
             ranks[i] = rank(parts[i], parts[i + 1])
     return parts
+
+
+def are_long(tokens) -> bool:
+    """Return whether final_parts(), whose time is quadratic, takes too long for tokens."""
+    return sum(len(token) ** 2 for token in tokens) > MOST_SQUARES
 
 
 def recover_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:

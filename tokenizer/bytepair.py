@@ -16,7 +16,7 @@ import numpy as np
 from configurator import UserError, nearest
 from tokenizer import fast
 from tokenizer.base import MAX_ID, Tokenizer, check_ids, check_specials, id_dtype, read_texts
-from tokenizer.bpe import Merges, count_pieces, in_bytes, learn, recover_merges
+from tokenizer.bpe import Merges, are_long, count_pieces, in_bytes, learn, recover_merges
 from tokenizer.patterns import PATTERNS, find_pattern, from_printable, normalize, printable, split
 from tokenizer.vocabulary import Vocabulary
 from tokenizer.workers import encode_in_processes
@@ -203,7 +203,8 @@ class BPETokenizer(MergeTokenizer):
         """
         ranks = {token: rank for rank, token in enumerate(self._tokens)}
         return ((self.pattern is None or self.pattern in PATTERNS.values())
-                and not self.ignore_merges and recover_merges(ranks) == self.merges)
+                and not self.ignore_merges and not are_long(ranks)
+                and recover_merges(ranks) == self.merges)
 
     def _array(self, ranks) -> np.ndarray:
         return (ranks if self._ids is None else self._ids[ranks]).astype(id_dtype(self.vocab_size))

@@ -120,6 +120,7 @@ def read_tiktoken(path, pattern: str | None = 'gpt4', special_tokens=None) -> di
             raise UserError(f'{path}, line {number}: the token {token[:40]!r} has rank {rank}, '
                             f'but already rank {ids[token]}; fetch the file again')
         ids[token] = rank
+    vocabulary.check_lengths(path, ids)
     merges = recover_merges(ids)
     return vocabulary.Vocabulary(path, ids, merges, special_tokens or {}).describe(
         find_pattern(pattern), ignore_merges=len(merges) < len(ids) - 256)
@@ -131,6 +132,7 @@ def write_tiktoken(values: dict, path):
     Raises UserError when tiktoken would encode some text differently with these ranks.
     """
     ids, merges = vocabulary.tokens_of(values)
+    vocabulary.check_lengths(path, ids)
     by_rank = recover_merges(ids)  # what tiktoken merges, in its order
     rank = vocabulary.rank_in({pair: i for i, pair in enumerate(merges)})
     reached = [(left, right) for left, right in merges

@@ -163,7 +163,8 @@ def compile_pattern(pattern: str):
     """Compile a split pattern. Raises UserError."""
     try:
         # a{1000} is compiled as a thousand parts
-        size = len(pattern) * math.prod(int(n) or 1 for n in regex.findall(r'\{\s*(\d{1,9})', pattern))
+        counts = regex.findall(r'\{\s*(\d{1,9})', pattern)
+        size = len(pattern) * math.prod(int(n) or 1 for n in counts)
         if size > LONGEST_PATTERN:
             fault = (f'takes {size:,} characters without its counts, such as {{2}}; expected '
                      f'{LONGEST_PATTERN:,} or fewer')

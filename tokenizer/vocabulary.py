@@ -26,8 +26,8 @@ from collections import Counter
 from dataclasses import dataclass
 
 from configurator import UserError
-from tokenizer.base import MAX_ID
-from tokenizer.bpe import final_parts
+from tokenizer.base import MAX_ID, clip
+from tokenizer.bpe import MOST_SQUARES, are_long, final_parts
 from tokenizer.patterns import from_printable, printable
 
 READABLE = ("tiktoken's *.tiktoken, Hugging Face's tokenizer.json (byte-level BPE), GPT-2's "
@@ -120,6 +120,15 @@ class Vocabulary:
         return merges, bool(never_made)
 
 
+def check_lengths(path, tokens):
+    """Raise UserError for tokens so long that finding their merges takes minutes."""
+    if are_long(tokens):
+        raise UserError(f'{path}: the longest of {len(tokens):,} tokens has '
+                        f'{max(map(len, tokens)):,} bytes, and the squares of all lengths sum to '
+                        f'{sum(len(token) ** 2 for token in tokens):,}; expected '
+                        f'{MOST_SQUARES:,} or less')
+
+
 def rank_in(order: dict[tuple[bytes, bytes], int]):
     """Return the rank() that final_parts() takes, for merges {(left, right): place}."""
     return lambda left, right: order.get((left, right), math.inf)
@@ -139,6 +148,7 @@ def from_alphabet(path, vocab: dict[str, int], pairs, special_tokens):
                 raise UserError(f'{path}: the token {text!r} (id {i}) is neither special nor '
                                 f"written in GPT-2's byte alphabet; expected a byte-level "
                                 f'vocabulary') from None
+    check_lengths(path, tokens.values())
     merges = []
     for place, pair in pairs:
         if (not isinstance(pair, list) or len(pair) != 2
@@ -217,5 +227,4 @@ def to_json(values) -> str:
 
 def short(value) -> str:
     """Write a value for an error message, in at most 100 characters."""
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 100 else text[:97] + '...'
+    return clip(json.dumps(value, ensure_ascii=False))

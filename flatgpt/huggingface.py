@@ -142,7 +142,7 @@ def read_config(folder):
         raise UserError(f'{folder} has no config.json; expected a folder in Hugging Face layout, '
                         f'with config.json and model.safetensors')
     try:
-        with open(path, encoding='utf-8') as f:
+        with open(path, encoding='utf-8-sig') as f:
             hf = dict(json.load(f))
     except (TypeError, ValueError) as error:
         raise UserError(f'{path} is damaged ({error}); copy it again') from error

@@ -247,8 +247,9 @@ def score_of(where, record) -> float:
 
 def no_field(where, key, record) -> UserError:
     """Return the error for a row without a field. It advises a field that holds text."""
-    texts = [name for name, value in record.items() if name and isinstance(value, str) and value
-             and not re.search('(id|ur[li]|hash|sha[0-9]*|md5|date|time|path|file)$', name, re.I)]
+    texts = [name for name, value in record.items() if isinstance(value, str)
+             and any(map(str.isalpha, value))
+             and not re.search('(^|id|ur[li]|hash|sha[0-9]*|md5|date|time|path|file)$', name, re.I)]
     best = max(texts, default=None,
                key=lambda name: (len(record[name].split()) > 1, len(record[name])))
     if key == 'score':
@@ -328,9 +329,9 @@ class Window:
 
     def skip(self, char: str = '') -> bool:
         """Skip white space, and then a character; -> whether that was there."""
-        if len(self.text) - self.place < PIECE_CHARS:
-            self.grow(PIECE_CHARS)
         self.place = SPACE.match(self.text, self.place).end()
+        while self.is_read() and self.grow(PIECE_CHARS):
+            self.place = SPACE.match(self.text).end()
         is_there = self.text.startswith(char, self.place)
         self.place += len(char) * is_there
         return is_there
@@ -471,7 +472,8 @@ def read_parquet(path, names: list[str] | None = None):
                         f"pip install -e '.[data]'") from None
     number = 0
     try:
-        with pq.ParquetFile(regular_file(path), buffer_size=1 << 20) as file:
+        # a page of a column at a time; by default Arrow reads whole groups of rows ahead
+        with pq.ParquetFile(regular_file(path), buffer_size=1 << 20, pre_buffer=False) as file:
             for name in names or ():
                 if name not in file.schema_arrow.names:
                     batch = next(file.iter_batches(1), pa.record_batch({}))

@@ -64,8 +64,8 @@ def read_message(message):
             if isinstance(message, dict) else {})
     role = turn.get('role', turn.get('from'))
     if not isinstance(role, str) or 'role' not in turn and role not in SHAREGPT:
-        raise UserError(f'{json.dumps(message)[:60]} is not a turn; expected from, one of '
-                        f'{", ".join(SHAREGPT)}, and a value, such as '
+        raise UserError(f'{json.dumps(message, default=str)[:60]} is not a turn; expected from, '
+                        f'one of {", ".join(SHAREGPT)}, and a value, such as '
                         f'{{"from": "human", "value": "Hello"}}, or role and content')
     for key in BESIDE:
         if turn.get(key):
@@ -80,8 +80,11 @@ def read_message(message):
 
 def text_of(content):
     """Return a content as one text: OpenAI's list of parts is joined. Raises UserError."""
+    if isinstance(content, str | None):
+        return content  # chat.check_conversation() refuses None
     if not isinstance(content, list):
-        return content  # chat.check_conversation() refuses what is no text
+        raise UserError(f'a content is no text: {json.dumps(content, default=str)[:60]}; expected '
+                        f'a text, or a list of parts')
     texts = [part.get('text') if isinstance(part, dict) else part for part in content]
     for part, text in zip(content, texts, strict=True):
         if not isinstance(text, str):

@@ -98,11 +98,10 @@ def find_files(path, text_key: str = 'text') -> tuple[list[str], int]:
         raise UserError(f'{path} does not exist{nearest(name, names)}')
     known, files, n_others, seen = TEXT_SUFFIXES | ROW_SUFFIXES, [], 0, set()
     for folder, subfolders, names in os.walk(path, onerror=refuse, followlinks=True):
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in seen:  # reached by a link before
+        if os.path.realpath(folder) in seen:  # a link leads to it
             subfolders.clear()
             continue
-        seen.add((status.st_dev, status.st_ino))
+        seen.add(os.path.realpath(folder))
         subfolders[:] = sorted(name for name in subfolders if not name.startswith('.'))
         paths = [os.path.join(folder, name) for name in sorted(names) if not name.startswith('.')]
         chosen = [name for name in paths if suffix_of(name) in known
@@ -131,8 +130,9 @@ def describe_others(files, n_others: int) -> str:
 
 def text_size(files) -> int | None:
     """Return the bytes of text in files, None when some are tables or packed."""
-    is_plain = all(os.path.splitext(name)[1].lower() in TEXT_SUFFIXES for name in files)
-    return sum(map(os.path.getsize, files)) if is_plain else None
+    others = {*ROW_SUFFIXES, *PACKED_SUFFIXES, '.json'}
+    is_text = not any(os.path.splitext(name)[1].lower() in others for name in files)
+    return sum(map(os.path.getsize, files)) if is_text else None
 
 
 # Texts ------------------------------------------------------------------------------------------
@@ -247,8 +247,9 @@ def score_of(where, record) -> float:
 
 def no_field(where, key, record) -> UserError:
     """Return the error for a row without a field. It advises a field that holds text."""
-    texts = [name for name, value in record.items() if name and isinstance(value, str) and value
-             and not re.search('(id|ur[li]|hash|sha[0-9]*|md5|date|time|path|file)$', name, re.I)]
+    texts = [name for name, value in record.items() if isinstance(value, str)
+             and any(map(str.isalpha, value))
+             and not re.search('(^|id|ur[li]|hash|sha[0-9]*|md5|date|time|path|file)$', name, re.I)]
     best = max(texts, default=None,
                key=lambda name: (len(record[name].split()) > 1, len(record[name])))
     if key == 'score':
@@ -328,9 +329,9 @@ class Window:
 
     def skip(self, char: str = '') -> bool:
         """Skip white space, and then a character; -> whether that was there."""
-        if len(self.text) - self.place < PIECE_CHARS:
-            self.grow(PIECE_CHARS)
         self.place = SPACE.match(self.text, self.place).end()
+        while self.is_read() and self.grow(PIECE_CHARS):
+            self.place = SPACE.match(self.text).end()
         is_there = self.text.startswith(char, self.place)
         self.place += len(char) * is_there
         return is_there
@@ -413,9 +414,7 @@ def read_csv(path, columns=None):
         before = [next(rows, [])]
         if columns is None or columns[0] in before[0]:
             columns = before.pop()
-            if len(set(columns)) < len(columns):
-                raise UserError(f'{path} has two columns of one name: {", ".join(columns)}; '
-                                f'rename one')
+            check_columns(path, columns)
         for row in itertools.chain(before, rows):
             where = f'{path}, line {reader.line_num}'
             if len(row) != len(columns):
@@ -425,6 +424,12 @@ def read_csv(path, columns=None):
             yield where, dict(zip(columns, row, strict=True))
     except UnicodeDecodeError:
         raise not_utf8(path) from None
+
+
+def check_columns(path, columns):
+    """Raise UserError for two columns of one name, of which a dict would drop one."""
+    if len(set(columns)) < len(columns):
+        raise UserError(f'{path} has two columns of one name: {", ".join(columns)}; rename one')
 
 
 def has_plain_quotes(lines, header) -> bool:
@@ -471,12 +476,14 @@ def read_parquet(path, names: list[str] | None = None):
                         f"pip install -e '.[data]'") from None
     number = 0
     try:
-        with pq.ParquetFile(regular_file(path), buffer_size=1 << 20) as file:
+        # a page of a column at a time; by default Arrow reads whole groups of rows ahead
+        with pq.ParquetFile(regular_file(path), buffer_size=1 << 20, pre_buffer=False) as file:
+            columns = file.schema_arrow.names
+            check_columns(path, columns)
             for name in names or ():
-                if name not in file.schema_arrow.names:
+                if name not in columns:
                     batch = next(file.iter_batches(1), pa.record_batch({}))
-                    empty = dict.fromkeys(file.schema_arrow.names)
-                    raise no_field(path, name, next(iter(batch.to_pylist()), empty))
+                    raise no_field(path, name, *batch.to_pylist() or [dict.fromkeys(columns)])
             for group in range(file.num_row_groups):
                 sizes = file.metadata.row_group(group)
                 row_bytes = sizes.total_byte_size // max(1, sizes.num_rows) + 1

@@ -22,8 +22,11 @@ from tqdm import tqdm
 from configurator import UserError
 from data.documents import find_files
 from flatgpt.files import explain_full_disk, lock_folder, no_link, unlock
+from flatgpt.inputs import regular_file
 
-RETRY_SECONDS = 2  # before the next attempt
+RETRY_SECONDS = 2    # before the next attempt
+MOST_BYTES = 10**8   # of one file, so that a download ends whatever the server sends
+MOST_SECONDS = 3600  # for one file
 
 SHAKESPEARE = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 SHAKESPEARE_SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
@@ -33,14 +36,14 @@ def download(url: str, path, sha256: str, instead: str):
     """Download a file and check it. An earlier attempt is continued from {path}.part.
 
     Retries while each attempt brings some bytes. Raises UserError when offline, when the server
-    refuses, when the disk is full, and for another checksum.
+    refuses, when the disk is full, beyond MOST_BYTES or MOST_SECONDS, and for another checksum.
     """
-    part = f'{path}.part'
+    part, ends = f'{path}.part', time.monotonic() + MOST_SECONDS
     size = size_of(part)
     while True:
         try:
             with explain_full_disk(os.path.dirname(os.path.abspath(path)), path):
-                total = fetch(url, part)
+                total = fetch(url, part, ends)
             if size_of(part) >= total:
                 break
             problem = f'it ended at {size_of(part):,} of {total:,} bytes'
@@ -66,8 +69,11 @@ def download(url: str, path, sha256: str, instead: str):
     os.replace(part, path)
 
 
-def fetch(url, part) -> int:
-    """Append to `part` the bytes of url that it lacks; -> the size of the whole."""
+def fetch(url, part, ends) -> int:
+    """Append to `part` the bytes of url that it lacks; -> the size of the whole.
+
+    ends: the time.monotonic() at which to stop. Raises UserError then, and beyond MOST_BYTES.
+    """
     size = size_of(part)
     request = urllib.request.Request(url, headers={'User-Agent': 'flatgpt',
                                                    'Range': f'bytes={size}-'})
@@ -86,9 +92,16 @@ def fetch(url, part) -> int:
         with open(part, 'ab' if size else 'wb', opener=no_link) as file, tqdm(
                 desc=f'downloading {name}', total=total, initial=size, unit='B', unit_scale=True,
                 disable=None, leave=False, dynamic_ncols=True) as bar:
-            while block := answer.read(1 << 16):
+            while block := answer.read1(1 << 16):
                 file.write(block)
                 bar.update(len(block))
+                if file.tell() > MOST_BYTES:
+                    os.remove(part)
+                    raise UserError(f'{url} sends more than {MOST_BYTES:,} bytes, the most that is '
+                                    f'taken, so this is not the file; it was removed')
+                if time.monotonic() > ends:
+                    raise UserError(f'{url} takes longer than {MOST_SECONDS:,} seconds; what is '
+                                    f'there is kept, run again to continue')
             file.flush()
             os.fsync(file.fileno())
     return size_of(part) if total is None else total
@@ -100,7 +113,7 @@ def size_of(path) -> int:
 
 def file_sha256(path) -> str:
     digest = hashlib.sha256()
-    with open(path, 'rb') as file:
+    with open(regular_file(path), 'rb') as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()

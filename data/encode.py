@@ -401,7 +401,8 @@ class Once(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
         if self.given is not None:
             parser.error(f'{option_string} is given twice, as {self.given} and as {values}; '
-                         f'expected it once. For several files, name a folder')
+                         f'expected it once'
+                         + '. For several files: a folder of them' * (self.dest == 'input'))
         self.given = values
         # shells leave the ~ of --input=~/x as it is
         setattr(namespace, self.dest, os.path.expanduser(values) if self.dest in PATHS else values)

@@ -35,6 +35,7 @@ from torch.nn import functional as F
 
 from bench.common import table
 from configurator import Natural, UserError, override
+from flatgpt import files
 from flatgpt.pretrained import open_model
 from lab import common
 from model import rotate
@@ -78,14 +79,7 @@ class Text:
 
 def read_text():
     """Return the text of the settings. Raises UserError if its file cannot be read."""
-    if not text.startswith('FILE:'):
-        return text
-    try:
-        with open(text[len('FILE:') :], encoding='utf-8') as f:
-            return f.read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f'text={text!r}: {error}; expected FILE:path of a text file in UTF-8'
-                        ) from None
+    return files.read_text(text.removeprefix('FILE:')) if text.startswith('FILE:') else text
 
 
 @torch.no_grad()

@@ -40,7 +40,8 @@ def read_pairs(path, template, tokenizer, block_size, val_fraction):
             n_too_long += 1
             continue
         turns = [(message['role'], message['content']) for message in record['messages']]
-        group = json.dumps(turns if record.get('group') is None else record['group'])
+        group = json.dumps(turns if record.get('group') is None else record['group'],
+                           default=str)
         pairs['val' if text_hash(group) < val_fraction else 'train'].append(pair)
     n_pairs = n_too_long + sum(map(len, pairs.values()))
     for split in pairs:
@@ -76,7 +77,7 @@ def to_pair(record):
     answers = [record.get(key) for key in ('chosen', 'rejected')]
     for key, answer in zip(('chosen', 'rejected'), answers, strict=True):
         if not answer and answer != '' or not isinstance(answer, str | list | dict):
-            raise UserError(f'{key} is {json.dumps(answer)[:40]}; expected {EXAMPLE}')
+            raise UserError(f'{key} is {json.dumps(answer, default=str)[:40]}; expected {EXAMPLE}')
     # a dataset with the whole conversations in chosen and rejected may have one in "messages" too
     keys = ('messages', 'conversations', 'prompt') if isinstance(answers[0], str) else (
         'prompt', 'conversations')

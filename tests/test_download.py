@@ -293,3 +293,17 @@ def test_fineweb_edu(tmp_path, hub):
                             HF_ENDPOINT='http://127.0.0.1:9')
     assert '148 documents' in printed  # 74 of 150 a shard have a score of 4.5 or 5.5
     assert meta['source'] == '10BT, score of at least 4.0'
+
+
+# without end ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('limit, value, said, kept', [
+    ('MOST_BYTES', 200_000, 'sends more than 200,000 bytes', False),
+    ('MOST_SECONDS', -1, 'takes longer than -1 seconds; what is there is kept', True)])
+def test_a_download_ends(tmp_path, server, monkeypatch, limit, value, said, kept):
+    monkeypatch.setattr(download, limit, value)
+    with pytest.raises(ValueError, match=said):
+        download.download(server.url + '/file', tmp_path / 'f', SHA, 'COMMAND')
+    assert (tmp_path / 'f.part').exists() == kept
+    assert not (tmp_path / 'f').exists()

@@ -189,9 +189,9 @@ def read_bytes(path) -> bytes:
 
 
 def read_utf8(path) -> str:
-    """Read a text file. Raises UserError at bytes that are not UTF-8."""
+    """Read a text file, without a mark. Raises UserError at bytes that are not UTF-8."""
     try:
-        return read_bytes(path).decode('utf-8')
+        return read_bytes(path).decode('utf-8-sig')
     except UnicodeDecodeError as error:
         raise UserError(f'{path}: byte {error.start} is not UTF-8 ({error.object[error.start]:#04x}'
                         f'); the file is damaged: fetch it again') from None

@@ -244,7 +244,8 @@ def open_tensors(folder, stack):
     except ImportError:
         raise UserError('the package safetensors is not installed: '
                         "pip install -c constraints.txt -e '.[hf]'") from None
-    names = sorted(name for name in os.listdir(folder) if name.endswith('.safetensors'))
+    names = sorted(name for name in os.listdir(folder) if name.endswith('.safetensors')
+                   and os.path.isfile(os.path.join(folder, name)))  # opening a pipe would wait
     shards = [name for name in names if re.fullmatch(r'model-\d+-of-\d+\.safetensors', name)]
     names = ['model.safetensors'] if 'model.safetensors' in names else shards or names
     if not names:

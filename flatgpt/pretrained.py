@@ -89,11 +89,11 @@ def tokenizer_of(state):
     if state.get('tokenizer') is not None:
         return tokenizer.from_dict(state['tokenizer'])
     data_dir = os.path.join('data', state.get('config', {}).get('dataset', ''))
-    vocab_size = state['model_args']['vocab_size']
+    vocab_size = state['model_args'].get('vocab_size', 0)
     if os.path.exists(path := os.path.join(data_dir, 'meta.json')):
         meta = vocabulary.read_json(path)
-        if meta['vocab_size'] == vocab_size:
-            return tokenizer.from_dict(meta['tokenizer'])
+        if isinstance(meta, dict) and meta.get('vocab_size') == vocab_size:
+            return tokenizer.from_dict(meta.get('tokenizer'))
     if os.path.exists(path := os.path.join(data_dir, 'meta.pkl')):
         if (char_tokenizer := tokenizer.from_meta_pkl(path)).vocab_size == vocab_size:
             return char_tokenizer

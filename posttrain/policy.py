@@ -164,13 +164,14 @@ def resume(path, config):
         kind = 'a reward model' if state.get('reward_model') else 'a language model of train.py'
         raise UserError(f'{path} is {kind}, which this command cannot resume; to begin with a '
                         f'language model: --init_from=ITS_FOLDER and another --out_dir')
+    entries.check_content(state, entries.Posttraining, path)
     for name in KEPT if config['task'] else KEPT[:2]:
         now = config.get(name)
-        if (before := state.get('config', {}).get(name, now)) != now:
+        if (before := state['config'].get(name, now)) != now:
             raise UserError(f'{name}={now!r}, but {path} is of a run with {name}={before!r}; '
                             f'resume with that, or start a new run in another --out_dir')
-    content = entries.PPO if config['algorithm'] == 'ppo' else entries.Posttraining
-    entries.check_content(state, content, path)
+    if config['algorithm'] == 'ppo':
+        entries.check_content(state, entries.PPO, path)
     return state
 
 

@@ -59,7 +59,8 @@ def open_tokenizer(source):
     path = path_in(source)
     if os.path.exists(path):
         state = checkpoint.load(path)
-        return tokenizer_of(state), state.get('chat_template'), state['model_args']['block_size']
+        block_size = state['model_args'].get('block_size')
+        return tokenizer_of(state), state.get('chat_template'), block_size
     if os.path.isfile(os.path.join(source, 'config.json')):
         described = huggingface.load_tokenizer(source)
         if described is None:

@@ -80,15 +80,16 @@ class BPETokenizer(MergeTokenizer):
             raise UserError(f"normalizer is {shown(self.normalizer)}; expected 'NFC' or None")
         for token in [*self.visible_tokens, *([] if self.bos_token is None else [self.bos_token])]:
             if not isinstance(token, str) or token not in self.special_tokens:
-                raise UserError(f'bos_token or visible_tokens has {shown(token)}, which is no special '
-                                f'token; expected {", ".join(self.special_tokens) or "none"}')
+                raise UserError(f'bos_token or visible_tokens has {shown(token)}, which is no '
+                                f'special token; expected '
+                                f'{", ".join(self.special_tokens) or "none"}')
         # The rank of a token is its place among the 256 bytes and then the merges.
         rank = {bytes([byte]): byte for byte in range(256)}
         pairs = []
         for i, (left, right) in enumerate(self.merges):
             if left not in rank or right not in rank:
-                raise UserError(f'merge {i} joins {shown(left)} and {shown(right)}; expected bytes or '
-                                f'earlier merges')
+                raise UserError(f'merge {i} joins {shown(left)} and {shown(right)}; expected bytes '
+                                f'or earlier merges')
             if left + right in rank:
                 raise UserError(f'merge {i} makes the token {shown(left + right)}, which exists')
             pairs.append((rank[left], rank[right]))

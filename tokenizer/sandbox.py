@@ -5,9 +5,9 @@ Run chat templates, which come with models from anybody, within bounds.
     text = render(template, messages, ...)
 
 Jinja's sandbox keeps a template from files and code, but not from taking all memory and time:
-'x' * 10**10, loops in loops, {% set x = x ~ x %}. Here each value that a template makes has a bounded size, and
-so has the sum over all operations. An operation whose result may be larger than the sum of what it
-reads, such as center(1000), is allowed where the product of the sizes is small.
+'x' * 10**10, loops in loops, {% set x = x ~ x %}. Here each value that a template makes has a
+bounded size, and so has the sum over all operations. An operation whose result may be larger than
+the sum of what it reads, such as center(1000), is allowed where the product of the sizes is small.
 """
 
 import functools
@@ -241,7 +241,8 @@ def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=Fa
 def compile_template(text, extensions=()):
     """Compile a template with the functions that transformers gives it."""
     if len(text) > LONGEST:
-        raise jinja2.TemplateError(f'it has {len(text):,} characters; expected {LONGEST:,} or fewer')
+        raise jinja2.TemplateError(f'it has {len(text):,} characters; expected {LONGEST:,} or '
+                                   f'fewer')
     return Sandbox(trim_blocks=True, lstrip_blocks=True,
                    extensions=[*extensions, 'jinja2.ext.loopcontrols']).from_string(text)
 

@@ -50,15 +50,26 @@ def open_model(init_from, out_dir, which='best'):
             raise UserError(f'{init_from} has no tokenizer.json, and its vocab_size of '
                             f"{model.config.vocab_size} is not GPT-2's 50257; copy the "
                             f"model's tokenizer.json into the folder")
+        check_finite(model, init_from)
         return model.eval(), tokenizer.from_dict(described), chat_template, init_from
     state = load(path)
     model = lora.merge(model_of(state, path, dropout=0.0))
+    check_finite(model, path)
     # best_val_loss is the lowest of the run so far: the model's own in best.pt, except nanoGPT's
     measure, loss = state.get('measure', 'val loss'), float(state['best_val_loss'])
     if not (path.endswith('best.pt') and 'version' in state):
         measure = f'lowest {measure} so far'
     line = f'{path}: step {state["iter_num"]}' + (f', {measure} {loss:.4f}' if loss < 1e9 else '')
     return model.eval(), tokenizer_of(state), state.get('chat_template'), line
+
+
+def check_finite(model, source):
+    """Raise UserError naming the first weight with NaN or infinity in it."""
+    for name, weight in model.state_dict().items():
+        if weight.is_floating_point() and not all(map(math.isfinite, torch.aminmax(weight))):
+            raise UserError(f'{source}: the weight {name} has NaN or infinity in it, so the model '
+                            f'computes nothing; use an earlier checkpoint, --which=last or '
+                            f'--which=best, or train again with a lower --learning_rate')
 
 
 def checkpoint_path(init_from, out_dir, which='best'):

@@ -576,9 +576,14 @@ def test_the_dataset_it_was_trained_on(folder):
     start(folder).refused('out/best.pt does not name the dataset', '--dataset=NAME', '--input')
 
 
-def test_broken_weights(folder):
+@pytest.mark.parametrize('value', [np.nan, np.inf])
+def test_broken_weights(folder, value):
     model = uniform_gpt(len(CHARS))
     with torch.no_grad():
-        model.lm_head.weight[3] = np.nan
+        model.transformer.h[1].mlp.c_fc.weight[0, 3] = value
     save(folder, model)
-    start(folder).refused('the loss is nan', 'weights are broken')
+    for script, settings in (('eval.py', {'device': 'cpu'}), ('flatgpt.export', {'out': 'hf'}),
+                             ('sample.py', {'device': 'cpu'})):
+        folder.start(script, **settings, out_dir='out').wait().refused(
+            'out/best.pt: the weight transformer.h.1.mlp.c_fc.weight has NaN or infinity in it')
+    assert not (folder.path / 'hf').exists()

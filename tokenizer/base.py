@@ -234,7 +234,7 @@ def write_file(path, text: str):
     """Write text to path, the whole of it or nothing. Raises UserError."""
     temporary = f'{path}.{secrets.token_hex(8)}.tmp'
     try:
-        with open(temporary, 'x', encoding='utf-8', newline='') as file:
+        with open(temporary, 'x', encoding='utf-8', errors='backslashreplace', newline='') as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

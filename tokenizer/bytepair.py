@@ -15,7 +15,7 @@ import numpy as np
 
 from configurator import UserError, nearest
 from tokenizer import fast
-from tokenizer.base import MAX_ID, Tokenizer, check_ids, check_specials, id_dtype, read_texts
+from tokenizer.base import MAX_ID, Tokenizer, check_ids, check_specials, id_dtype, read_texts, shown
 from tokenizer.bpe import Merges, are_long, count_pieces, in_bytes, learn, recover_merges
 from tokenizer.patterns import PATTERNS, find_pattern, from_printable, normalize, printable, split
 from tokenizer.vocabulary import Vocabulary
@@ -77,20 +77,21 @@ class BPETokenizer(MergeTokenizer):
         self.visible_tokens = list(self.visible_tokens or ())
         check_specials(self.special_tokens)
         if self.normalizer not in (None, 'NFC'):
-            raise UserError(f"normalizer is {self.normalizer!r}; expected 'NFC' or None")
+            raise UserError(f"normalizer is {shown(self.normalizer)}; expected 'NFC' or None")
         for token in [*self.visible_tokens, *([] if self.bos_token is None else [self.bos_token])]:
             if not isinstance(token, str) or token not in self.special_tokens:
-                raise UserError(f'bos_token or visible_tokens has {token!r}, which is no special '
-                                f'token; expected {", ".join(self.special_tokens) or "none"}')
+                raise UserError(f'bos_token or visible_tokens has {shown(token)}, which is no '
+                                f'special token; expected '
+                                f'{", ".join(self.special_tokens) or "none"}')
         # The rank of a token is its place among the 256 bytes and then the merges.
         rank = {bytes([byte]): byte for byte in range(256)}
         pairs = []
         for i, (left, right) in enumerate(self.merges):
             if left not in rank or right not in rank:
-                raise UserError(f'merge {i} joins {left!r} and {right!r}; expected bytes or '
-                                f'earlier merges')
+                raise UserError(f'merge {i} joins {shown(left)} and {shown(right)}; expected bytes '
+                                f'or earlier merges')
             if left + right in rank:
-                raise UserError(f'merge {i} makes the token {left + right!r}, which exists')
+                raise UserError(f'merge {i} makes the token {shown(left + right)}, which exists')
             pairs.append((rank[left], rank[right]))
             rank[left + right] = 256 + i
         self._merges, self._tokens = Merges(pairs), list(rank)
@@ -166,7 +167,7 @@ class BPETokenizer(MergeTokenizer):
                 left, right = merge.split(' ')
                 merges.append((from_printable(left), from_printable(right)))
             except (AttributeError, ValueError, KeyError):
-                raise UserError(f"merge {i} is {merge!r}; expected two tokens in GPT-2's byte "
+                raise UserError(f"merge {i} is {shown(merge)}; expected two tokens in GPT-2's byte "
                                 f"alphabet with a space between, such as 'Ġ t'") from None
         return cls(merges, **{key: value for key, value in values.items()
                               if key in cls.__dataclass_fields__ and key != 'merges'})

@@ -17,7 +17,6 @@ model of text can continue it:
 import functools
 import json
 import re
-from datetime import datetime
 
 from configurator import UserError
 from tokenizer.patterns import split_specials
@@ -104,12 +103,12 @@ def render_conversation(messages, template, tokenizer):
     """
     check_conversation(messages)
     hidden, shown, marks = hide_specials(messages, tokenizer)
-    # comments removed; then the template marks the answers, or else they are searched
-    if re.search(r'\{%[-+]?\s*generation\b', re.sub(r'\{#.*?#\}', '', template, flags=re.DOTALL)):
-        text = apply_template(template, tokenizer, hidden, False, marks)
+    text = apply_template(template, tokenizer, hidden, False, marks)
+    # the template marks the answers, or else they are searched
+    if compiled(template, *marks).environment.has_marks:
         parts = re.split(f'[{"".join(marks)}]', text)
     else:
-        parts = find_answers(hidden, template, tokenizer)
+        parts = find_answers(text, hidden, template, tokenizer)
     unweighted = []  # ranges of the text
     for i, message in enumerate(messages):
         if message['role'] == 'assistant' and message.get('weight') == 0:
@@ -130,12 +129,12 @@ def render_conversation(messages, template, tokenizer):
     return ids, mask
 
 
-def find_answers(messages, template, tokenizer):
-    """Render a conversation to parts of text, of which the odd ones are answers.
+def find_answers(text, messages, template, tokenizer):
+    """Cut the text of a conversation into parts, of which the odd ones are answers.
 
     An answer is the text that its message adds, up to the token that ends it.
     """
-    parts, text, done = [], apply_template(template, tokenizer, messages, False), 0
+    parts, done = [], 0
     ending_ids, _ = find_endings(template, tokenizer)
     endings = [token for token, i in tokenizer.special_tokens.items() if i in ending_ids]
     for i, message in enumerate(messages):
@@ -268,9 +267,11 @@ def apply_template(template, tokenizer, messages, add_generation_prompt, marks=(
     """Render messages to text, with {% generation %} parts between the marks."""
     bos_token, eos_token = ends_of_text(tokenizer)
     try:
-        return compiled(template, *marks).render(
-            messages=messages, add_generation_prompt=add_generation_prompt, tools=None,
-            documents=None, bos_token=bos_token, eos_token=eos_token)
+        from tokenizer import sandbox
+
+        return sandbox.render(
+            compiled(template, *marks), messages, add_generation_prompt=add_generation_prompt,
+            tools=None, documents=None, bos_token=bos_token, eos_token=eos_token)
     except Exception as error:  # Jinja's, the template's own, or from its operations on messages
         raise UserError(f"the model's chat template cannot render this conversation: "
                         f'{error}') from error
@@ -283,37 +284,26 @@ def compiled(template, begin='', end=''):
     It writes begin and end around {% generation %} parts. A template comes with a model, from
     anybody, so it runs in a sandbox.
     """
-    import jinja2
-    import jinja2.ext
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from jinja2 import ext, nodes
 
-    class Generation(jinja2.ext.Extension):
+    from tokenizer import sandbox
+
+    class Generation(ext.Extension):
         """Parse {% generation %} ... {% endgeneration %}, the marks of answers."""
 
         tags = {'generation'}
 
         def parse(self, parser):
             line = next(parser.stream).lineno
+            self.environment.has_marks = True
             body = parser.parse_statements(('name:endgeneration',), drop_needle=True)
             call = self.call_method('enclose')
-            return jinja2.nodes.CallBlock(call, [], [], body).set_lineno(line)
+            return nodes.CallBlock(call, [], [], body).set_lineno(line)
 
         def enclose(self, caller):
             return begin + caller() + end
 
-    def raise_exception(message):
-        raise jinja2.TemplateError(message)
-
-    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
-                          sort_keys=sort_keys)  # Jinja's own filter escapes HTML
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, 'jinja2.ext.loopcontrols'])
-    environment.filters['tojson'] = tojson
-    environment.globals['raise_exception'] = raise_exception
-    environment.globals['strftime_now'] = lambda format: datetime.now().strftime(format)
-    return environment.from_string(template)
+    return sandbox.compile_template(template, [Generation])
 
 
 def find_endings(template, tokenizer):

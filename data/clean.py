@@ -6,9 +6,9 @@ r"""Clean a corpus: drop copies, other languages, and text of low quality.
     python -m data.clean --input=notes.jsonl --out=clean.jsonl --exact
     python data/text/prepare.py --input=clean.jsonl   # the next step
 
-Reads a folder of texts, .jsonl, .json, .csv, .tsv or .parquet. Writes {"text": ...}
-lines in the order of the input, and clean.report.json, which counts the texts
-that each rule removed, with examples. Both are written whole or not at all.
+Reads a folder of texts, .jsonl, .json, .csv, .tsv or .parquet. Writes lines
+{"text": ...} in the order of the input, and clean.report.json, which counts the
+texts that each rule removed, with examples: both whole or not at all.
 
 Every step is optional. They run in this order:
     --normalize  Unicode NFC, plain line ends, no control characters

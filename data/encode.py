@@ -456,7 +456,8 @@ def output_folder(name, path, out_dir=None):
     """
     if name is not None and out_dir:
         raise UserError(f'--name={name} and --out_dir={out_dir} both name the folder; give one')
-    if name is None and not out_dir and not os.path.isfile(path) and not os.path.isdir(path):
+    is_pipe = os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
+    if name is None and not out_dir and is_pipe:
         raise UserError(f'{path} gives the dataset no name; name it: --name=mytext')
     if name is None:
         stem = os.path.basename(os.path.abspath(out_dir or path))

@@ -110,8 +110,8 @@ def no_text(path, start) -> UserError:
     """Return the error for a file with a NUL near its start: its kind, and a remedy."""
     at = [start[i::4].count(0) / len(start) for i in range(4)]  # shares of NULs by place
     encoding = ('utf-32le' if at[2] + at[3] > 0.4 else 'utf-32be' if at[0] + at[1] > 0.4 else
-                'utf-16le' if at[1] + at[3] > 0.02 + 8 * (at[0] + at[2]) else
-                'utf-16be' if at[0] + at[2] > 0.02 + 8 * (at[1] + at[3]) else None)
+                'utf-16le' if at[1] + at[3] > 0.05 + 8 * (at[0] + at[2]) else
+                'utf-16be' if at[0] + at[2] > 0.05 + 8 * (at[1] + at[3]) else None)
     kind = ('Parquet: name it .parquet' if start.startswith(b'PAR1') else
             'a ZIP archive: unzip' if start.startswith(b'PK') else
             'a tar archive: tar -xf' if start[257:262] == b'ustar' else

@@ -92,14 +92,14 @@ def to_pair(record):
         turns = messages_of({'messages': [{'role': 'assistant', 'content': answer}]
                              if isinstance(answer, str) else
                              [answer] if isinstance(answer, dict) else answer})
-        is_whole = turns[0]['role'] != 'assistant' and before[-1:] == turns[:-1][-1:]
+        is_whole = turns[0]['role'] != 'assistant' and before and before[-1] in turns
         whole.append(turns if is_whole else before + turns)
     if whole[0][:-1] != whole[1][:-1]:
         raise UserError('chosen and rejected differ before their last message; expected two '
                         'answers to one conversation')
     if any(turns[-1]['role'] != 'assistant' for turns in whole):
-        raise UserError('chosen and rejected end with different roles; expected both to end with '
-                        "the assistant's answer")
+        raise UserError('the last message of chosen or rejected is not of the assistant; expected '
+                        'two answers')
     return record | {'messages': whole[0][:-1], 'chosen': whole[0][-1]['content'],
                      'rejected': whole[1][-1]['content']}
 

@@ -12,6 +12,12 @@ from data import clean, documents, encode
 from tokenizer import ByteTokenizer
 
 
+def once(defaults, arguments):
+    """Return options for a command line: the arguments, and the defaults that they do not set."""
+    given = {argument.partition('=')[0] for argument in arguments}
+    return [option for option in defaults if option.partition('=')[0] not in given] + list(arguments)
+
+
 def words(count, seed=0):
     """Some lines of made-up text."""
     rng = random.Random(seed)

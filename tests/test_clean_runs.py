@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from corpora import SENTENCES, prose
+from corpora import SENTENCES, once, prose
 
 from data import clean
 from flatgpt.files import Busy, lock_folder
@@ -163,8 +163,8 @@ def test_refusals(args, said, tmp_path, monkeypatch, capsys):
         pytest.importorskip('py3langid')
     write_rows(tmp_path / 'in.jsonl', ['b', 'c'])
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, 'argv', ['clean.py', '--input=in.jsonl', '--out=clean.jsonl',
-                                      '--num_proc=1', *args])
+    defaults = ['--input=in.jsonl', '--out=clean.jsonl', '--num_proc=1']
+    monkeypatch.setattr(sys, 'argv', ['clean.py', *once(defaults, args)])
     with pytest.raises(ValueError) as error:
         clean.main()
     for text in said:

@@ -1,6 +1,7 @@
 """data/conversations.py and data/chat: shapes, packing, masks, training. Run: pytest
 tests/test_conversations.py"""
 
+import gzip
 import json
 
 import numpy as np
@@ -330,3 +331,79 @@ def test_what_does_not_fit(trained):
     (trained.path / 'data' / 'sums' / 'val_mask.bin').write_bytes(b'1')
     trained.train(init_from='base', **SFT).refused(
         'val_mask.bin has 1 bytes', 'data/chat/prepare.py --input=FILE')
+
+
+# what a conversation may hold --------------------------------------------------------------------
+
+
+def turns(**keys):
+    return {'messages': [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b', **keys}]}
+
+
+@pytest.mark.parametrize('keys, weight', [
+    ({}, None), ({'weight': 1}, None), ({'loss': True, 'train': True, 'weight': None}, None), ({'weight': 1.0}, None),
+    ({'weight': 0}, 0), ({'weight': 0.0}, 0), ({'loss': False}, 0), ({'train': False}, 0), ({'training': 0}, 0),
+    ({'weight': 1, 'loss': False}, 0), ({'loss': 'false'}, 'false'), ({'weight': 0.5}, 0.5)])
+def test_weights(keys, weight):
+    """0 and false are a weight of 0; another value stays, and is refused when the loss mask is made."""
+    assert conversations.messages_of(turns(**keys))[1].get('weight') == weight
+    shared = {'conversations': [{'from': 'human', 'value': 'a'}, {'from': 'gpt', 'value': 'b', **keys}]}
+    assert conversations.messages_of(shared) == conversations.messages_of(turns(**keys))
+    if weight:
+        with pytest.raises(ValueError, match='message 2 has a weight of'):
+            chat.check_conversation(conversations.messages_of(turns(**keys)))
+
+
+@pytest.mark.parametrize('content, text', [
+    ('a', 'a'), (None, None), ([], ''), ([{'type': 'text', 'text': 'a'}], 'a'), (['a', {'text': 'b', 'type': None}], 'ab')])
+def test_contents(content, text):
+    value = {'messages': [{'role': 'user', 'content': content}]}
+    assert conversations.messages_of(value) == [{'role': 'user', 'content': text}]
+
+
+@pytest.mark.parametrize('value, said', [
+    (turns(reasoning_content='hm'), 'a message has reasoning_content, "hm", beside its content'),
+    (turns(tool_calls=[{'id': b'x'}]), 'a message has tool_calls'), (turns(refusal='no'), 'has refusal'),
+    ({'conversations': [{'from': 'gpt', 'value': 'a', 'tool_calls': [1]}]}, 'has tool_calls, [1], beside'),
+    ({'conversations': [{'from': 'function_call', 'value': '{}'}]}, 'is not a turn'),
+    ({'messages': [{'role': 'user', 'content': [{'type': 'image_url', 'image_url': {'url': 'x'}}]}]},
+     'a part of a content is no text: {"type": "image_url"'),
+    ({'messages': [{'role': 'user', 'content': 5}]}, 'a content is no text: 5'),
+    ({'messages': [{'role': 'user', 'content': b'x'}]}, 'a content is no text'),
+    ({'messages': None, 'prompt': 'a'}, 'no conversation; expected "messages" or "conversations"')])
+def test_contents_that_are_refused(value, said):
+    with pytest.raises(ValueError) as error:
+        conversations.messages_of(value)
+    assert said in str(error.value)
+
+
+def test_roles_and_system():
+    value = {'messages': [{'role': 'developer', 'content': 's'}, {'role': 'function', 'content': 't'}]}
+    assert [message['role'] for message in conversations.messages_of(value)] == ['system', 'tool']
+    with_system = {'system': 's', **turns()}
+    assert conversations.messages_of(with_system)[0] == {'role': 'system', 'content': 's'}
+    nulls = {'messages': None, 'conversations': [{'role': None, 'from': 'human', 'value': 'a', 'tool_calls': None}]}
+    assert conversations.messages_of(nulls) == [{'role': 'user', 'content': 'a'}]
+
+
+def test_other_files_and_unread_keys(data, monkeypatch, capsys):
+    """An array, gzip and Parquet give the bytes of the lines. What is not read is named."""
+    rows = [json.loads(line) for line in (data.path / 'sums.jsonl').read_text().splitlines()]
+    prepare(data, monkeypatch, capsys, out_dir='data/lines')
+    (data.path / 'array.json').write_text(json.dumps([{**row, 'tools': ['x'], 'score': float('nan')} for row in rows]))
+    (data.path / 'lines.gz').write_bytes(gzip.compress((data.path / 'sums.jsonl').read_bytes()))
+    names = ['array.json', 'lines.gz']
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+        pq.write_table(pa.Table.from_pylist(rows), data.path / 'rows.parquet')
+        names.append('rows.parquet')
+    except ImportError:
+        pass
+    for name in names:
+        printed, error = prepare(data, monkeypatch, capsys, input=name, out_dir=f'data/{name}')
+        assert error is None
+        for file in ('train.bin', 'val.bin', 'train_mask.bin', 'val_mask.bin'):
+            assert (data.path / 'data' / name / file).read_bytes() == (data.path / 'data/lines' / file).read_bytes()
+        assert (f'not read: tools ({len(rows)}), score ({len(rows)})' in printed.err or
+                f'not read: score ({len(rows)}), tools ({len(rows)})' in printed.err) == (name == 'array.json')

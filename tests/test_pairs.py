@@ -1,9 +1,11 @@
 """pairs.py: reading, splitting and rendering preference pairs. Run: pytest tests/test_pairs.py"""
 
+import json
+
 import pytest
 from chat_models import ASSISTANT, END, PAIR, START, TOKENIZER, USER, write_pairs
 
-from posttrain.pairs import ending_of, read_pairs, render_answer, render_pair
+from posttrain.pairs import ending_of, read_pairs, render_answer, render_pair, to_pair
 from tokenizer import chat
 
 
@@ -98,3 +100,56 @@ def test_nothing_left(tmp_path):
         read(path, block_size=8)
     with pytest.raises(ValueError, match='none of the others is in val'):
         read(path, val_fraction=0.001)
+
+
+SYSTEM, USER_TURN = {'role': 'system', 'content': 's'}, {'role': 'user', 'content': 'q'}
+
+
+def answer(text):
+    return {'role': 'assistant', 'content': text}
+
+
+@pytest.mark.parametrize('record', [
+    {'prompt': 'q', 'chosen': 'x', 'rejected': 'y'}, {'prompt': [USER_TURN], 'chosen': 'x', 'rejected': 'y'},
+    {'prompt': [USER_TURN], 'chosen': [answer('x')], 'rejected': [answer('y')]},
+    {'chosen': [USER_TURN, answer('x')], 'rejected': [USER_TURN, answer('y')]},
+    {'prompt': 'q', 'messages': [USER_TURN, answer('x')], 'chosen': [USER_TURN, answer('x')],
+     'rejected': [USER_TURN, answer('y')]},
+    {'prompt': 'q', 'chosen': answer('x'), 'rejected': answer('y')},
+    {'prompt': 'q', 'chosen': [{'role': 'assistant', 'content': [{'type': 'text', 'text': 'x'}]}],
+     'rejected': 'y'},
+    {'conversations': [{'from': 'human', 'value': 'q'}], 'chosen': {'from': 'gpt', 'value': 'x'},
+     'rejected': {'from': 'gpt', 'value': 'y'}}])
+def test_shapes_of_others(record):
+    pair = to_pair(record)
+    assert (pair['messages'], pair['chosen'], pair['rejected']) == ([USER_TURN], 'x', 'y')
+
+
+def test_longer_conversations_of_others():
+    before = [USER_TURN, answer('1'), {'role': 'user', 'content': 'r'}]
+    pair = to_pair({'prompt': 'q', 'chosen': [*before, answer('x')], 'rejected': [*before, answer('y')]})
+    assert pair['messages'] == before
+    pair = to_pair({'prompt': [SYSTEM, USER_TURN], 'chosen': [answer('x')], 'rejected': [answer('y')]})
+    assert pair['messages'] == [SYSTEM, USER_TURN]
+
+
+@pytest.mark.parametrize('record, said', [
+    ({'chosen': 'x', 'rejected': 'y'}, 'no conversation before chosen and rejected, only chosen, rejected'),
+    ({'prompt': 'q', 'chosen': 'x'}, 'rejected is null; expected {"messages"'),
+    ({'prompt': 'q', 'chosen': [], 'rejected': 'y'}, 'chosen is []'),
+    ({'prompt': 'q', 'chosen': b'x', 'rejected': 'y'}, 'chosen is "b\'x\'"'),
+    ({'chosen': [USER_TURN], 'rejected': [USER_TURN]}, 'is not of the assistant'),
+    ({'chosen': [USER_TURN, answer('x')], 'rejected': [SYSTEM, USER_TURN, answer('y')]}, 'differ before their last'),
+    ({'prompt': 'q', 'chosen': ['x'], 'rejected': ['y']}, '"x" is not a turn')])
+def test_shapes_of_nobody(record, said):
+    with pytest.raises(ValueError) as error:
+        to_pair(record)
+    assert said in str(error.value)
+
+
+def test_pairs_from_other_files(tmp_path):
+    """An array of JSON gives the pairs of the lines."""
+    values = [{**PAIR, 'messages': [{'role': 'user', 'content': str(i)}]} for i in range(20)]
+    expected = read(write_pairs(tmp_path / 'pairs.jsonl', values))
+    (tmp_path / 'pairs.json').write_text(json.dumps(values, indent=1))
+    assert read(tmp_path / 'pairs.json') == expected

@@ -16,7 +16,7 @@ import time
 import numpy as np
 import pytest
 from conftest import ROOT, load_or_skip
-from corpora import ids, names, words
+from corpora import ids, names, once, words
 
 import tokenizer
 from data import datasets, documents, download, encode
@@ -178,8 +178,8 @@ def test_text_refuses(copy, tmp_path, arguments, message):
     (copy / 'data' / 'theirs' / 'train.bin').write_bytes(b'precious')
     before = sorted(str(path) for path in copy.rglob('*'))
     (tmp_path / 'a.txt').write_text(words(100), encoding='utf-8')
-    assert re.search(message, prepare(copy, 'text', '--input=a.txt', *arguments, cwd=tmp_path,
-                                      ok=False))
+    assert re.search(message, prepare(copy, 'text', *once(['--input=a.txt'], arguments),
+                                      cwd=tmp_path, ok=False))
     assert sorted(str(path) for path in copy.rglob('*')) == before
 
 

@@ -180,7 +180,7 @@ def test_splits_of_a_file(tmp_path):
     (gsm8k, 'a.jsonl', '{"question": 3, "answer": "#### 18"}', 'expected a "question" and an "answer" that ends'),
     (gsm8k, 'a.jsonl', '', 'has no questions'), (gsm8k, 'a.csv', '', 'has no questions'),
     (gsm8k, 'a.jsonl', 'no', 'line 1: not JSON'),
-    (gsm8k, 'a.txt', 'no', "a.txt: expected a .csv, .jsonl"),
+    (gsm8k, 'a.txt', 'no', 'a.txt is no table; expected JSON lines'),
     (gsm8k, 'a.parquet', 'no', 'a.parquet cannot be read as Parquet'),
     (multiple_choice, 'a.csv', 'q,a,b,c,A\n', 'a.csv, line 1: 5 fields; expected 6: question, A, B, C, D, answer'),
     (multiple_choice, 'a.csv', 'q,a,b,c,d,E\n', "line 1: the answer is 'E', and the choices are A, B, C, D; expected"),
@@ -216,7 +216,7 @@ def test_no_questions(tmp_path, task, name, content, said):
     ({'split': 'all'}, 'no questions of its own; name a file, --input=FILE, with a "question"'),
     ({'split': 'dev', 'input': 'a.jsonl'}, "split='dev': expected one of train, val, test, all"),
     ({'split': 'all', 'input': 'none.jsonl'}, 'none.jsonl can'),
-    ({'split': 'all', 'input': 'none.csv'}, 'none.csv cannot be read as CSV')])
+    ({'split': 'all', 'input': 'none.csv'}, 'none.csv cannot be read: No such file')])
 def test_no_file(arguments, said):
     with pytest.raises(ValueError) as error:
         multiple_choice.examples(n=5, **arguments)

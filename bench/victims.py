@@ -144,7 +144,12 @@ def dataset_result(name):
 def printed_result(place):
     """Return what was printed, without the seconds."""
     with open(f'{place}/w/out.txt', encoding='utf-8') as file:
-        words = file.read().split()
+        return without_numbers(file.read())
+
+
+def without_numbers(text):
+    """Return a text's words without numbers, such as seconds."""
+    words = text.split()
     return ' '.join(word for word in words if not word.strip('},').replace('.', '').isdigit())
 
 
@@ -261,6 +266,17 @@ def build_library(folder):
     return path
 
 
+def python_stream(descriptor):
+    """Return the stream that Python makes of a descriptor when it starts."""
+    try:
+        os.fstat(descriptor)
+        errors = 'backslashreplace' if descriptor == 2 else None
+        return open(descriptor, 'w' if descriptor else 'r', closefd=False, errors=errors,
+                    buffering=1 if descriptor == 2 or os.isatty(descriptor) else -1)
+    except OSError:
+        return None
+
+
 class Server:
     """Fork children that run scripts in a place, which has the folder w for what they write."""
 
@@ -300,24 +316,22 @@ class Server:
     def execute(self, command, fault, output=None, setup=None):
         """Become `python command` or `python -m command`; -> its exit status.
 
-        output: the file that takes its output. setup: function to call before it.
+        output: the file that takes its standard output. setup: function that changes descriptors
+        first, and may return (stdout, stderr).
         """
         os.chdir(self.place)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         output = os.open(output or f'{self.place}/out.txt', os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(output, 1)
         os.dup2(os.open(f'{self.place}/err.txt', os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        sys.stdin, sys.stdout, sys.stderr = (open(fd, 'w' if fd else 'r', closefd=False)
-                                             for fd in range(3))
+        streams = setup() if setup else None
+        sys.stdin, *standard = (python_stream(fd) for fd in range(3))
+        sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__ = streams or standard
         script, *arguments = command
         is_file = script.endswith('.py')
         script = os.path.join(common.ROOT, script) if is_file else script
         sys.argv = [script, *arguments]
-        if setup:
-            setup()
         if self.library:
             shared = ctypes.addressof(ctypes.c_char.from_buffer(self.shared))
             self.library.arm(f'{self.place}/w'.encode(), fault[1], fault[0], shared)
@@ -338,8 +352,10 @@ class Server:
         try:
             threading._shutdown()
             atexit._run_exitfuncs()
-            sys.stdout.flush()
-        except BaseException:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+        except BaseException as error:
+            os.write(2, f'Exception ignored: {error!r}'.encode())
             code = code or 120
         return code
 

@@ -35,6 +35,7 @@ import tokenizer as tokenizers
 from configurator import UserError
 from data.datasets import TOKEN_FILE
 from flatgpt import files, output
+from tokenizer.base import remove_temporaries
 from tokenizer.patterns import batches, to_utf8
 
 BATCH_CHARS = 1 << 22   # a batch of text; memory holds two: one is encoded, the next is read
@@ -322,7 +323,8 @@ def load_progress(out_dir, settings, itemsize) -> dict:
 def remove_unfinished(out_dir):
     """Remove an unfinished preparation, its progress file first."""
     progress = os.path.join(out_dir, PROGRESS)
-    files.remove([progress, *files.temporaries_of(progress)])
+    files.remove([progress])
+    remove_temporaries(progress)
     files.remove(os.path.join(out_dir, name) for name in os.listdir(out_dir)
                  if re.fullmatch(rf'\.({TOKEN_FILE.pattern}|meta\.json|meta\.pkl)\.tmp', name))
 

@@ -31,14 +31,15 @@ from flatgpt import parallel
 from flatgpt.files import (
     link_file,
     lock_folder,
+    move_aside,
     no_link,
-    remove,
+    put_back,
     replace_file,
     replacing,
-    temporaries_of,
 )
 from flatgpt.runtime import out_of_memory
 from flatgpt.tracking import Tracker
+from tokenizer.base import remove_temporaries
 
 VERSION = 1  # version of the layout above; nanoGPT's files have no such key
 FILES = ('best.pt', 'log.jsonl', 'config.json', 'ckpt.pt')  # of a run, in its out_dir
@@ -142,8 +143,9 @@ def open_folder(out_dir, settings, step, version):
     best, _, config, last = paths = [os.path.join(out_dir, name) for name in FILES]
     moved_to = None
     with explain_unwritable(out_dir):
+        put_back(out_dir)
         for path in paths:
-            remove(temporaries_of(path))
+            remove_temporaries(path)
         with replacing(config) as file:
             file.write(json.dumps(settings, indent=2).encode())
             file.flush()
@@ -159,15 +161,7 @@ def open_folder(out_dir, settings, step, version):
 def put_aside(out_dir):
     """Move the files of an earlier run to out_dir/previous-N; -> that folder, or None."""
     there = [name for name in FILES if os.path.exists(os.path.join(out_dir, name))]
-    if not {'ckpt.pt', 'best.pt'} & set(there):
-        return None
-    n = 1
-    while os.path.exists(folder := os.path.join(out_dir, f'previous-{n}')):
-        n += 1
-    os.makedirs(folder)
-    for name in there:  # ckpt.pt is the last: until then the run can be resumed
-        os.replace(os.path.join(out_dir, name), os.path.join(folder, name))
-    return folder
+    return move_aside(out_dir, there) if {'ckpt.pt', 'best.pt'} & set(there) else None
 
 
 def keep_log_until(out_dir, step):
@@ -217,7 +211,7 @@ class Run:
             if moved_to:
                 print(f'{out_dir} held an earlier run; it is now in {moved_to}')
         self.stop_reason = self.requested = None
-        self.signal_time, self.output_lost = 0.0, False
+        self.signal_time, self.output_lost, self.unwritten = 0.0, False, b''
         for name in STOP:
             number = getattr(signal, name, None)  # Windows has two of them
             if number and (name == 'SIGINT' or signal.getsignal(number) != signal.SIG_IGN):  # nohup
@@ -258,22 +252,27 @@ class Run:
         return is_new and (self.step % interval == 0 or self.step >= last)
 
     def log(self, **record):
-        """Append a line to log.jsonl. A full disk prints a warning and stops nothing."""
-        path = os.path.join(self.out_dir, 'log.jsonl')
+        """Append a line to log.jsonl, which a full disk delays with a warning."""
         if (lost := getattr(sys.stdout, 'lost', None)) and not self.output_lost:
             self.output_lost, record['warning'] = True, f'standard output was lost: {lost}'
-        line = (json.dumps(record) + '\n').encode()
+        self.unwritten += (json.dumps(record) + '\n').encode()
+        self.write_log()
+        if self.wandb:
+            self.wandb.log(record)
+
+    def write_log(self):
+        """Append the lines that are not in log.jsonl yet."""
+        path = os.path.join(self.out_dir, 'log.jsonl')
         try:
             self.keep_folder()
             with open(path, 'ab', buffering=0, opener=no_link) as file:
                 size = file.tell()
-                if file.write(line) < len(line):
+                if file.write(self.unwritten) < len(self.unwritten):
                     file.truncate(size)  # no half lines
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self.unwritten = b''
         except (OSError, UserError) as error:
-            self.say(f'WARNING: {path} lacks the line of step {record["step"]}: {error}')
-        if self.wandb:
-            self.wandb.log(record)
+            self.say(f'WARNING: {path} lacks the last lines until its disk takes them: {error}')
 
     def keep_folder(self):
         """Make out_dir again if somebody has deleted it."""
@@ -310,6 +309,8 @@ class Run:
             state.update(iter_num=self.step, best_val_loss=self.best_val_loss, seen=self.seen,
                          evals_since_best=self.evals_since_best, train_time=self.train_time,
                          config=dict(self.settings), wandb_id=self.wandb_id)
+            if self.unwritten:  # what resumes from this checkpoint does not repeat these steps
+                self.write_log()
             try:
                 self.keep_folder()
                 save(self.out_dir, state, is_best)

@@ -92,7 +92,7 @@ def terminal(n_lines, *descriptors, controls=False, nohup=False):
             if nohup:
                 signal.signal(signal.SIGHUP, signal.SIG_IGN)
             if controls:
-                os.login_tty(slave) if hasattr(os, 'login_tty') else take_terminal(slave)
+                take_terminal(slave)
             for fd in descriptors:
                 os.dup2(slave, fd)
             os.close(master)
@@ -100,6 +100,9 @@ def terminal(n_lines, *descriptors, controls=False, nohup=False):
         def meanwhile(child):
             os.close(slave)
             read_lines(master, n_lines)
+            before = len(server.steps())
+            while controls and server.is_run and len(server.steps()) <= before + 1:
+                read_lines(master, 1)
             os.close(master)
         return setup, meanwhile
     return make
@@ -178,7 +181,7 @@ def closed_streams():
 
 
 def signalled(name, ignored=False, setup=None):
-    """Send a signal when a run has printed a step, or else after a moment."""
+    """Send a signal when a run has logged a step, or else after a moment."""
     number = getattr(signal, name)
 
     def make(server):
@@ -189,8 +192,8 @@ def signalled(name, ignored=False, setup=None):
                 setup()
 
         def meanwhile(child):
-            end = time.monotonic() + (20 if server.is_run else 0.15)
-            while time.monotonic() < end and server.is_run and not server.steps():
+            end, before = time.monotonic() + 20, len(server.steps())
+            while time.monotonic() < end and server.is_run and len(server.steps()) <= before + 1:
                 time.sleep(0.01)
             time.sleep(0.1)
             os.kill(child, number)

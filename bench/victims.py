@@ -12,6 +12,7 @@ and importing torch would take most of a case's time.
 
 import atexit
 import ctypes
+import gc
 import hashlib
 import importlib
 import json
@@ -79,17 +80,18 @@ class Script:
 
 
 def run_result(place):
-    """Return the bits of a run's checkpoints, and its log's steps and losses."""
+    """Return hashes of a run's checkpoints, and its log's steps and losses."""
     out = f'{place}/w/out'
-    return {**{name: checkpoint_digest(f'{out}/{name}') for name in ('ckpt.pt', 'best.pt')},
-            'log': logged(f'{out}/log.jsonl')}
+    last, best = (checkpoint.load(f'{out}/{name}') for name in ('ckpt.pt', 'best.pt'))
+    records = {name: {key: value for key, value in state.items()
+                      if key not in ('train_time', 'config', 'model', 'optimizer')}
+               for name, state in (('ckpt.pt', last), ('best.pt', best))}
+    return {'weights': digest_of([last['model'], last['optimizer']]),
+            'log': logged(f'{out}/log.jsonl'), 'best': digest_of([best['model'], records])}
 
 
-def checkpoint_digest(path):
-    """Hash everything in a checkpoint that does not depend on time, path or machine."""
-    state = checkpoint.load(path)
-    for key in ('train_time', 'config', 'wandb_id'):
-        state.pop(key, None)
+def digest_of(value):
+    """Hash nested dicts and lists of tensors and plain values."""
     digest = hashlib.sha256()
 
     def add(value):
@@ -105,7 +107,7 @@ def checkpoint_digest(path):
         else:
             digest.update(repr(value).encode())
 
-    add(state)
+    add(value)
     return digest.hexdigest()
 
 
@@ -284,6 +286,8 @@ class Server:
         torch.set_num_threads(1)
         for name in MODULES:
             importlib.import_module(name)
+        gc.collect()
+        gc.freeze()  # a child would copy the pages that its collector visits
         self.place, self.library = os.path.abspath(place), None
         self.shared = mmap.mmap(-1, 1 << 17)  # struct record
 
@@ -320,6 +324,7 @@ class Server:
         first, and may return (stdout, stderr).
         """
         os.chdir(self.place)
+        atexit._clear()  # what the modules of this process have registered, for its own end
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         output = os.open(output or f'{self.place}/out.txt', os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(output, 1)

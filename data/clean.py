@@ -419,7 +419,6 @@ def clean_to(out, path, steps: Steps, **options) -> dict:
     lock = files.lock_folder(folder, 'cleaning a corpus into')
     try:
         with files.explain_full_disk(folder, f'{out}, about the size of the input'):
-            files.remove(files.temporaries_of(out))
             with files.replacing(out) as file:
                 report = clean(path, file, steps, **options)
                 content = json.dumps(report, indent=1, ensure_ascii=False) + '\n'

@@ -38,7 +38,7 @@ from configurator import UserError
 from data.datasets import TOKEN_FILE
 from data.documents import split_suffix
 from flatgpt import files, output
-from tokenizer.base import ENDOFTEXT
+from tokenizer.base import ENDOFTEXT, remove_temporaries
 from tokenizer.patterns import batches, to_utf8
 
 BATCH_CHARS = 1 << 22   # a batch of text; memory holds two: one is encoded, the next is read
@@ -348,7 +348,8 @@ def load_progress(out_dir, settings, itemsize) -> dict:
 def remove_unfinished(out_dir):
     """Remove an unfinished preparation, its progress file first."""
     progress = os.path.join(out_dir, PROGRESS)
-    files.remove([progress, *files.temporaries_of(progress)])
+    files.remove([progress])
+    remove_temporaries(progress)
     files.remove(os.path.join(out_dir, name) for name in os.listdir(out_dir)
                  if re.fullmatch(rf'\.({TOKEN_FILE.pattern}|meta\.json|meta\.pkl)\.tmp', name))
 

@@ -134,7 +134,7 @@ class Run:
             if moved_to:
                 print(f'{out_dir} held an earlier run; it is now in {moved_to}')
         self.stop_reason = self.requested = None
-        self.signal_time, self.output_lost = 0.0, False
+        self.signal_time, self.output_lost, self.unwritten = 0.0, False, b''
         for name in STOP:
             number = getattr(signal, name, None)  # Windows has two of them
             if number and (name == 'SIGINT' or signal.getsignal(number) != signal.SIG_IGN):  # nohup
@@ -175,22 +175,27 @@ class Run:
         return is_new and (self.step % interval == 0 or self.step >= last)
 
     def log(self, **record):
-        """Append a line to log.jsonl. A full disk prints a warning and stops nothing."""
-        path = os.path.join(self.out_dir, 'log.jsonl')
+        """Append a line to log.jsonl, which a full disk delays with a warning."""
         if (lost := getattr(sys.stdout, 'lost', None)) and not self.output_lost:
             self.output_lost, record['warning'] = True, f'standard output was lost: {lost}'
-        line = (json.dumps(record) + '\n').encode()
+        self.unwritten += (json.dumps(record) + '\n').encode()
+        self.write_log()
+        if self.wandb:
+            self.wandb.log(record)
+
+    def write_log(self):
+        """Append the lines that are not in log.jsonl yet."""
+        path = os.path.join(self.out_dir, 'log.jsonl')
         try:
             self.keep_folder()
             with open(path, 'ab', buffering=0, opener=no_link) as file:
                 size = file.tell()
-                if file.write(line) < len(line):
+                if file.write(self.unwritten) < len(self.unwritten):
                     file.truncate(size)  # no half lines
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self.unwritten = b''
         except (OSError, UserError) as error:
-            self.say(f'WARNING: {path} lacks the line of step {record["step"]}: {error}')
-        if self.wandb:
-            self.wandb.log(record)
+            self.say(f'WARNING: {path} lacks the last lines until its disk takes them: {error}')
 
     def keep_folder(self):
         """Make out_dir again if somebody has deleted it."""
@@ -227,6 +232,8 @@ class Run:
             state.update(iter_num=self.step, best_val_loss=self.best_val_loss, seen=self.seen,
                          evals_since_best=self.evals_since_best, train_time=self.train_time,
                          config=dict(self.settings), wandb_id=self.wandb_id)
+            if self.unwritten:  # what resumes from this checkpoint does not repeat these steps
+                self.write_log()
             try:
                 self.keep_folder()
                 save(self.out_dir, state, is_best)

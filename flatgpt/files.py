@@ -3,13 +3,13 @@
 import contextlib
 import errno
 import os
-import re
-import secrets
 import shutil
 
 from configurator import UserError
 from flatgpt.inputs import open_text
+from tokenizer.base import temporary_name
 
+MOVING = 'previous.tmp'  # the folder of files that move_aside() is moving
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, quota or file
 
 
@@ -52,10 +52,9 @@ def replacing(path, *more):
     """Yield a binary file that takes the name `path` when the block ends well.
 
     more: further names of it, given before `path`. After any crash each name has the old file or
-    the new one, whole. Until the end the new file has a name beside `path` that nobody can foresee;
-    temporaries_of() finds those of killed processes.
+    the new one, whole. Until the end the new file has a temporary_name().
     """
-    temporary = f'{path}.{secrets.token_hex(8)}.tmp'
+    temporary = temporary_name(path)
     try:
         with open(temporary, 'xb', opener=no_link) as file:
             yield file
@@ -78,7 +77,7 @@ def replace_file(path, content: bytes):
 
 def link_file(path, name):
     """Give the file at `path` a second name: a link, or a copy where there are no links."""
-    temporary = f'{name}.{secrets.token_hex(8)}.tmp'
+    temporary = temporary_name(name)
     try:
         try:
             os.link(path, temporary)
@@ -93,11 +92,32 @@ def link_file(path, name):
         raise
 
 
-def temporaries_of(path):
-    """Return the files that killed processes left of replacing(path)."""
-    folder, name = os.path.split(os.path.abspath(path))
-    return [os.path.join(folder, other) for other in os.listdir(folder)
-            if re.fullmatch(re.escape(name) + r'\.[0-9a-f]{16}\.tmp', other)]
+def move_aside(folder, names):
+    """Move files of a folder to previous-N in it, all or none; -> that folder.
+
+    After a crash or an error in between, put_back() restores them.
+    """
+    n, moving = 1, os.path.join(folder, MOVING)
+    while os.path.exists(target := os.path.join(folder, f'previous-{n}')):
+        n += 1
+    os.makedirs(moving)
+    try:
+        for name in names:
+            os.replace(os.path.join(folder, name), os.path.join(moving, name))
+        os.rename(moving, target)
+    except OSError:
+        put_back(folder)
+        raise
+    return target
+
+
+def put_back(folder):
+    """Return the files of an unfinished move_aside() to their folder."""
+    moving = os.path.join(folder, MOVING)
+    if os.path.isdir(moving):
+        for name in os.listdir(moving):
+            os.replace(os.path.join(moving, name), os.path.join(folder, name))
+        os.rmdir(moving)
 
 
 def sync_folder(path):

@@ -14,7 +14,6 @@ and model.py lacks is refused by name.
 import json
 import os
 import re
-import secrets
 import shutil
 from contextlib import ExitStack, nullcontext, suppress
 
@@ -26,7 +25,7 @@ from flatgpt.entries import without_memory
 from flatgpt.files import sync_folder
 from model import GPT, ROPE_SCALINGS, GPTConfig
 from tokenizer import chat, formats, tokenizer_json, vocabulary
-from tokenizer.base import write_file
+from tokenizer.base import temporary_name, write_file
 from tokenizer.patterns import PATTERNS, batches
 
 GPT2_NAMES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
@@ -429,7 +428,7 @@ def save(model, described, chat_template, folder, dtype=torch.float32):
     if isinstance(ids['eos_token_id'], list):
         hf['eos_token_id'] = ids['eos_token_id'][0]
 
-    temporary = f'{folder.rstrip("/")}.{secrets.token_hex(8)}.tmp'
+    temporary = temporary_name(folder.rstrip('/'))
     try:
         os.makedirs(temporary)
         formats.write_hf_folder(described, temporary, entries)

@@ -10,7 +10,8 @@ import os
 from contextlib import contextmanager, suppress
 
 from configurator import UserError
-from flatgpt.files import link_file, lock_folder, remove, replace_file, replacing, temporaries_of
+from flatgpt.files import link_file, lock_folder, move_aside, put_back, replace_file, replacing
+from tokenizer.base import remove_temporaries
 
 FILES = ('best.pt', 'log.jsonl', 'config.json', 'ckpt.pt')  # of a run, in its out_dir
 
@@ -43,8 +44,9 @@ def open_folder(out_dir, settings, step, version):
     best, _, config, last = paths = [os.path.join(out_dir, name) for name in FILES]
     moved_to = None
     with explain_unwritable(out_dir):
+        put_back(out_dir)
         for path in paths:
-            remove(temporaries_of(path))
+            remove_temporaries(path)
         with replacing(config) as file:
             file.write(json.dumps(settings, indent=2).encode())
             file.flush()
@@ -60,15 +62,7 @@ def open_folder(out_dir, settings, step, version):
 def put_aside(out_dir):
     """Move the files of an earlier run to out_dir/previous-N; -> that folder, or None."""
     there = [name for name in FILES if os.path.exists(os.path.join(out_dir, name))]
-    if not {'ckpt.pt', 'best.pt'} & set(there):
-        return None
-    n = 1
-    while os.path.exists(folder := os.path.join(out_dir, f'previous-{n}')):
-        n += 1
-    os.makedirs(folder)
-    for name in there:  # ckpt.pt is the last: until then the run can be resumed
-        os.replace(os.path.join(out_dir, name), os.path.join(folder, name))
-    return folder
+    return move_aside(out_dir, there) if {'ckpt.pt', 'best.pt'} & set(there) else None
 
 
 def keep_log_until(out_dir, step):

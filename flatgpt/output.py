@@ -27,7 +27,10 @@ class Output:
         return len(text)
 
     def isatty(self):
-        return not getattr(self.stream, 'closed', False) and self.stream.isatty()
+        try:
+            return self.stream.isatty()
+        except (AttributeError, ValueError):  # a notebook's, or closed
+            return False
 
     def flush(self):
         self.attempt(self.stream.flush)
@@ -59,7 +62,7 @@ def protect(drop=False):
         stream = getattr(sys, name)
         if isinstance(stream, Output):
             stream = stream.stream
-        if stream is None:
+        if stream is None or getattr(stream, 'closed', False):
             stream = open(os.devnull, 'w', encoding='utf-8')
         if isinstance(stream, io.TextIOWrapper):  # a notebook has streams of its own
             stream.reconfigure(errors='replace', line_buffering=True)

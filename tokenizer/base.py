@@ -10,7 +10,10 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import secrets
+import shutil
+from contextlib import suppress
 
 import numpy as np
 import regex
@@ -230,9 +233,25 @@ def read_texts(texts):
         yield to_utf8(text).decode('utf-8')
 
 
+def remove_temporaries(path):
+    """Remove the files and folders that killed processes left of writing `path`."""
+    folder, name = os.path.split(os.path.abspath(path))
+    with suppress(OSError):  # no such folder, or files of another user
+        for other in os.listdir(folder):
+            if re.fullmatch(re.escape(name) + r'\.[0-9a-f]{16}\.tmp', other):
+                left = os.path.join(folder, other)
+                shutil.rmtree(left) if os.path.isdir(left) else os.remove(left)
+
+
+def temporary_name(path):
+    """Return a name beside `path` that nobody can foresee, under which to write it first."""
+    remove_temporaries(path)
+    return f'{path}.{secrets.token_hex(8)}.tmp'
+
+
 def write_file(path, text: str):
     """Write text to path, the whole of it or nothing. Raises UserError."""
-    temporary = f'{path}.{secrets.token_hex(8)}.tmp'
+    temporary = temporary_name(path)
     try:
         with open(temporary, 'x', encoding='utf-8', errors='backslashreplace', newline='') as file:
             file.write(text)
@@ -240,7 +259,6 @@ def write_file(path, text: str):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+        remove_temporaries(path)
         raise UserError(f'{path} could not be written ({error.strerror}); the file before it is '
                         f'untouched. Write to another folder, or free some space') from None

@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shlex
+import sys
 
 from configurator import UserError, nearest
 from flatgpt import jsonl
@@ -122,10 +123,13 @@ def refuse(error: OSError):
     raise UserError(f'{error.filename} cannot be read: {error.strerror}') from error
 
 
-def describe_others(files, n_others: int) -> str:
-    """Return the words for the files of a folder that are left out."""
-    return (f'{len(files):,} files; {n_others:,} more are left out: their suffix is not that of a '
-            f'text, or they are .json without texts')
+def list_files(path, text_key: str = 'text') -> list[str]:
+    """Return the paths of find_files(); print how many files of a folder are left out."""
+    files, n_others = find_files(path, text_key)
+    if n_others:
+        print(f'{len(files):,} files; {n_others:,} more are left out: their suffix is not that of '
+              f'a text, or they are .json without texts', file=sys.stderr)
+    return files
 
 
 def text_size(files) -> int | None:

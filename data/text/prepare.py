@@ -58,10 +58,8 @@ def main():
     # find the input and the folder to write to
     started = time.time()
     documents.check_fraction(args.val_fraction)
-    files, n_others = documents.find_files(args.input, args.text_key)
+    files = documents.list_files(args.input, args.text_key)
     dataset, name, out_dir = encode.output_folder(args.name, args.input, args.out_dir)
-    if n_others:
-        print(documents.describe_others(files, n_others), file=sys.stderr)
 
     # choose how to split
     def read():

@@ -20,7 +20,7 @@ import sys
 
 from configurator import UserError, nearest
 from flatgpt import jsonl
-from flatgpt.inputs import LONGEST, open_text, open_utf8, read_lines, regular_file
+from flatgpt.inputs import LONGEST, open_text, open_utf8, read_lines, regular_file, start_of
 from tokenizer.patterns import to_utf8
 
 TEXT_SUFFIXES = set("""
@@ -60,16 +60,11 @@ def kind_of(path, text_key: str | None = None) -> str:
     suffix = suffix_of(path)
     if suffix in ('.csv', '.tsv'):
         return 'csv'
-    if suffix == '.parquet' or starts_with(path, b'PAR1'):
+    if suffix == '.parquet' or start_of(path).startswith(b'PAR1'):
         return 'parquet'
     if suffix in LINES_SUFFIXES or suffix == '.json':
         return 'json'
     return 'json' if has_objects(path, text_key) else 'text'
-
-
-def starts_with(path, magic: bytes) -> bool:
-    with open(regular_file(path), 'rb') as file:
-        return file.read(len(magic)) == magic
 
 
 def has_objects(path, text_key: str | None = None) -> bool:

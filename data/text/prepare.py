@@ -7,7 +7,8 @@
 
 A folder is read recursively: every file with the suffix of a text or a table.
 Tables are .jsonl, .json, .csv, .tsv and .parquet; each row is a document. JSON is
-recognised under any name. gzip, bzip2, xz and zstd are unpacked.
+recognised under any name. gzip, bzip2, xz and zstd are unpacked. --separator
+cuts a text file into documents.
 
 --tokenizer chooses the vocabulary:
     byte   256 bytes: any text, any prompt, no network

@@ -41,7 +41,7 @@ import numpy as np
 from tqdm import tqdm
 
 from configurator import UserError, nearest
-from data.documents import describe_others, find_files, read_documents, text_size
+from data.documents import find_files, list_files, read_documents, text_size
 from data.encode import make_parser, names_of, positive, run
 from flatgpt import files
 from tokenizer.patterns import batches, nfc
@@ -505,9 +505,7 @@ def main():
     steps = Steps(*(getattr(args, name) for name in Steps._fields))
     check_steps(steps)
     check_out(args.out, args.input)
-    paths, n_others = find_files(args.input, args.text_key)
-    if n_others:
-        print(describe_others(paths, n_others))
+    list_files(args.input, args.text_key)
     report = clean_to(args.out, args.input, steps, text_key=args.text_key, num_proc=args.num_proc)
     print_report(report)
     print(f'wrote  {args.out} and {report_of(args.out)} in {time.time() - started:.1f} s')

@@ -16,10 +16,11 @@ import json
 import os
 import re
 import shlex
+import sys
 
 from configurator import UserError, nearest
 from flatgpt import jsonl
-from flatgpt.inputs import LONGEST, open_text, open_utf8, read_lines, regular_file
+from flatgpt.inputs import LONGEST, open_text, open_utf8, read_lines, regular_file, start_of
 from tokenizer.patterns import to_utf8
 
 TEXT_SUFFIXES = set("""
@@ -59,16 +60,11 @@ def kind_of(path, text_key: str | None = None) -> str:
     suffix = suffix_of(path)
     if suffix in ('.csv', '.tsv'):
         return 'csv'
-    if suffix == '.parquet' or starts_with(path, b'PAR1'):
+    if suffix == '.parquet' or start_of(path).startswith(b'PAR1'):
         return 'parquet'
     if suffix in LINES_SUFFIXES or suffix == '.json':
         return 'json'
     return 'json' if has_objects(path, text_key) else 'text'
-
-
-def starts_with(path, magic: bytes) -> bool:
-    with open(regular_file(path), 'rb') as file:
-        return file.read(len(magic)) == magic
 
 
 def has_objects(path, text_key: str | None = None) -> bool:
@@ -122,10 +118,13 @@ def refuse(error: OSError):
     raise UserError(f'{error.filename} cannot be read: {error.strerror}') from error
 
 
-def describe_others(files, n_others: int) -> str:
-    """Return the words for the files of a folder that are left out."""
-    return (f'{len(files):,} files; {n_others:,} more are left out: their suffix is not that of a '
-            f'text, or they are .json without texts')
+def list_files(path, text_key: str = 'text') -> list[str]:
+    """Return the paths of find_files(); print how many files of a folder are left out."""
+    files, n_others = find_files(path, text_key)
+    if n_others:
+        print(f'{len(files):,} files; {n_others:,} more are left out: their suffix is not that of '
+              f'a text, or they are .json without texts', file=sys.stderr)
+    return files
 
 
 def text_size(files) -> int | None:

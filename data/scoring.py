@@ -17,7 +17,7 @@ import torch
 import tokenizer
 from configurator import UserError
 from data.datasets import load_meta, prepare_command
-from data.documents import find_files, kind_of, read_documents, read_text
+from data.documents import kind_of, list_files, read_documents, read_text
 from data.encode import SEPARATOR
 from data.tokens import gather, open_tokens, row_of
 from flatgpt import huggingface
@@ -55,7 +55,7 @@ def open_file(path, text_key, text_tokenizer, max_tokens=None):
 
 def read_pieces(path, text_key):
     """Yield the text of a file or a folder in pieces."""
-    files, _ = find_files(path, text_key)
+    files = list_files(path, text_key)
     if len(files) == 1 and kind_of(files[0], text_key) == 'text':
         yield from read_text(files[0])
     else:

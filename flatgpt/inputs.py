@@ -92,6 +92,11 @@ def read_blocks(path, source, opener):
         raise UserError(f'{path} cannot be read: {error}; if it is damaged, get it again') from None
 
 
+def start_of(path) -> bytes:
+    """Return the first bytes of a file, as they are. Raises UserError."""
+    return next(read_blocks(path, regular_file(path), open), b'')
+
+
 # Encodings --------------------------------------------------------------------------------------
 
 def recode(path, blocks, encoding):
@@ -146,10 +151,9 @@ def open_utf8(path):
     Raises UserError for what regular_file() refuses, and for a NUL near the start, which binary
     files and UTF-16 without a mark have. Bytes that are not UTF-8 pass: readers find their place.
     """
-    source = regular_file(path)
-    start = next(read_blocks(path, source, open), b'')
+    start = start_of(path)
     opener = next((opener for magic, opener in PACKED.items() if re.match(magic, start)), open)
-    blocks = read_blocks(path, source, opener)
+    blocks = read_blocks(path, regular_file(path), opener)
     start = next(blocks, b'')
     mark = next((mark for mark in MARKS if start.startswith(mark)), b'')
     if not mark and b'\0' in start:

@@ -47,7 +47,9 @@ def read_object(line):
     try:
         value = DECODER.decode(line.decode())
     except json.JSONDecodeError as error:
-        raise UserError(f'not JSON: {error.msg} at character {error.pos + 1}') from None
+        kind = "an array of several lines, not an object (jq -c '.[]' makes lines of it)"
+        raise UserError(kind if line.lstrip().startswith(b'[') else
+                        f'not JSON: {error.msg} at character {error.pos + 1}') from None
     except (ValueError, RecursionError) as error:  # not UTF-8, a huge number, too many brackets
         raise UserError(str(error).partition('; use')[0]) from None
     if not isinstance(value, dict):

@@ -14,6 +14,7 @@ import threading
 import pytest
 from conftest import ROOT
 
+from configurator import UserError
 from data import documents, encode
 from flatgpt import files, inputs
 
@@ -123,6 +124,19 @@ def test_files_without_permission(tmp_path):
     (tmp_path / 'a' / 'b').chmod(0)
     with pytest.raises(ValueError, match='b cannot be read: Permission denied'):
         documents.find_files(tmp_path / 'a')
+
+
+def test_errors_of_the_disk_are_of_the_user(tmp_path, monkeypatch):
+    """A file that cannot be opened gives no traceback, whatever its kind."""
+    (tmp_path / 'a.txt').write_text('x')
+
+    def fail(path, mode):
+        raise PermissionError(13, 'Permission denied')
+
+    monkeypatch.setattr(inputs, 'open', fail, raising=False)
+    for read in (inputs.open_utf8, documents.kind_of, files.read_text):
+        with pytest.raises(UserError, match='a.txt cannot be read: .*Permission denied'):
+            read(tmp_path / 'a.txt')
 
 
 @POSIX

@@ -15,7 +15,7 @@ OBJECTS = {1: {'a': 'é🙂'}, 3: {'b': '\ud800'}}
 
 @pytest.mark.parametrize('content, said', [
     (b'{"a": 1}\n{"a": }\n', 'line 2: not JSON: Expecting value at character 7'),
-    (b'[1]', 'line 1: [1] is not an object'),
+    (b'[1]', 'line 1: [1] is not an object'), (b'[\n{"a": 1}\n]', 'line 1: an array of several lines'),
     (b'\n\n{"a": "\xff"}', "line 3: 'utf-8' codec can't decode"), (b'[' * 200_000, 'line 1: '),
     (b'{"a": 1} {"a": 2}', 'line 1: not JSON: Extra data'),
     (b'{"b": {"a": 1, "a": 2}}', 'line 1: the key "a" stands')])

@@ -15,7 +15,7 @@ import unicodedata
 
 import tokenizer as tokenizers
 from configurator import UserError, nearest
-from data.documents import read_documents, read_text
+from data.documents import list_files, read_documents, read_text
 from data.encode import make_parser, names_of, positive, run
 from tokenizer import BPETokenizer, CharTokenizer, WordTokenizer, formats
 from tokenizer.base import ENDOFTEXT, id_dtype
@@ -212,7 +212,7 @@ def main_train(arguments):
                         f'--out={args.out}/tokenizer.json')
 
     started = time.time()
-    texts = read_documents(args.input, args.text_key)
+    texts = read_documents(list_files(args.input, args.text_key), args.text_key)
     if args.kind == 'char':
         trained = CharTokenizer.from_text(texts)
     elif args.kind == 'word':

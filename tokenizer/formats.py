@@ -66,7 +66,7 @@ def read(path) -> dict:
             raise UserError(f'the folder {path} holds no vocabulary ({content}); expected '
                             f'{vocabulary.READABLE}')
         path = os.path.join(path, tiktokens[0])
-    content = vocabulary.read_bytes(path)
+    content = vocabulary.read_bytes(path).removeprefix(b'\xef\xbb\xbf')
     first_line = content.split(b'\n', 1)[0].split()
     if content.lstrip()[:1] == b'{':
         file = vocabulary.read_json(path)

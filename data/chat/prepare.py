@@ -23,9 +23,9 @@ tokenizer file. The format is the model's chat template, else the default one,
 which needs its special tokens, or --template=FILE, in Jinja. val.bin has every
 tenth conversation (--val_fraction), chosen by its content.
 
-An answer with "weight": 0, as OpenAI has it, or "loss" or "train" false, carries
-no loss; "system" beside the turns is the first message. Content is a text or a
-list of parts that are texts.
+An answer with "weight": 0, as OpenAI has it, or "loss" or "train" false,
+carries no loss; "system" beside the turns is the first message. Content is a
+text or a list of parts that are texts.
 
 A line that is not a conversation ends the script with an error that names it:
 an unknown role, two turns of one role in a row, an empty answer. --skip_bad

@@ -7,7 +7,8 @@
 
 A folder is read recursively: every file with the suffix of a text or a table.
 Tables are .jsonl, .json, .csv, .tsv and .parquet; each row is a document. JSON is
-recognised under any name. gzip, bzip2, xz and zstd are unpacked.
+recognised under any name. gzip, bzip2, xz and zstd are unpacked. --separator
+cuts a text file into documents.
 
 --tokenizer chooses the vocabulary:
     byte   256 bytes: any text, any prompt, no network
@@ -58,10 +59,8 @@ def main():
     # find the input and the folder to write to
     started = time.time()
     documents.check_fraction(args.val_fraction)
-    files, n_others = documents.find_files(args.input, args.text_key)
+    files = documents.list_files(args.input, args.text_key)
     dataset, name, out_dir = encode.output_folder(args.name, args.input, args.out_dir)
-    if n_others:
-        print(documents.describe_others(files, n_others), file=sys.stderr)
 
     # choose how to split
     def read():

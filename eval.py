@@ -25,6 +25,7 @@ choice are acc and acc_norm of lm-evaluation-harness.
 
 import json
 import math
+import os
 import sys
 import time
 from typing import Annotated, Literal
@@ -33,7 +34,19 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from configurator import Count, Natural, NonNegative, Range, Seed, UserError, fit, override
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # python -P leaves it out
+
+from configurator import (
+    Count,
+    Natural,
+    NonNegative,
+    Range,
+    Seed,
+    UserError,
+    fit,
+    override,
+    printable,
+)
 from data import scoring
 from data.datasets import folder_of
 from data.tokens import evenly, to_device
@@ -147,8 +160,8 @@ def accuracy():
     print(f'{task}, {origin}: {len(examples):,} questions, {prompting}, {quantize or dtype}, on '
           f'{torch_device}\n\n{"kind":24}  {"n":>6}  {"right":>6}  {"accuracy":>8}  95% interval')
     for kind, row in result['kinds'].items():
-        print(f'{kind[:24]:24}  {row["n"]:6,}  {row["right"]:6,}  {row["accuracy"]:8.1%}  '
-              f'{row["low"]:6.1%} to {row["high"]:.1%}')
+        print(f'{printable(kind)[:24]:24}  {row["n"]:6,}  {row["right"]:6,}  '
+              f'{row["accuracy"]:8.1%}  {row["low"]:6.1%} to {row["high"]:.1%}')
     for name, value in result['others'].items():
         print(f'{name}: {value:.1%}')
     if n_shots:

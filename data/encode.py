@@ -31,7 +31,7 @@ import numpy as np
 from tqdm import tqdm
 
 import tokenizer as tokenizers
-from configurator import UserError
+from configurator import UserError, printable
 from flatgpt import files
 from tokenizer.patterns import batches, to_utf8
 
@@ -433,11 +433,11 @@ def run(main):
         print('\ninterrupted', file=sys.stderr)
         sys.exit(130)
     except files.Busy as error:
-        print(f'error: {error}', file=sys.stderr)
+        print(f'error: {printable(error)}', file=sys.stderr)
         # train.py waits for the other process at this exit code
         sys.exit(os.EX_TEMPFAIL if hasattr(os, 'EX_TEMPFAIL') else 1)
     except BrokenPipeError:  # the reader of the output, such as head, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's last flush
         sys.exit(1)
     except (UserError, OSError) as error:
-        sys.exit(f'error: {error}')
+        sys.exit(f'error: {printable(error)}')

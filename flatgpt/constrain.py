@@ -419,7 +419,8 @@ class Matcher:
         if self.may_end or len(self.ending) < remaining and not is_last_draw:
             return torch.from_numpy(mask)
         ids = self.vocabulary.to_ids(self.ending)
-        assert len(ids) <= remaining, f'{remaining} tokens are fewer than check_length() allows'
+        if len(ids) > remaining:
+            raise ValueError(f'{remaining} tokens are fewer than check_length() allows')
         if len(ids) == remaining or is_last_draw:
             drawable = np.flatnonzero(mask).tolist()
             if len(drawable) > MAX_VERIFIED or is_last_draw:
@@ -436,8 +437,8 @@ class Matcher:
             self.refused += [i] * (i < len(self.vocabulary.tokens))
             return False
         self.search_state, self.ending = after
-        is_consumed = self.state.consume_token(i)
-        assert is_consumed, f'token {i} is allowed as bytes only: {self.state.get_error()}'
+        if not self.state.consume_token(i):
+            raise ValueError(f'token {i} is allowed as bytes only: {self.state.get_error()}')
         self.text, self.refused = self.text + self.vocabulary.tokens[i], []
         return True
 

@@ -73,7 +73,7 @@ max_tokens: Annotated[int, Range(least=2)] | None = None  # evaluate the first t
 eval_tokens: Natural = 0  # predict about so many, in windows spaced evenly over the text; 0: all
 # a task
 task = ''  # tiny_chat, gsm8k, multiple_choice, hellaswag, or your own file tasks/NAME.py
-n: Count = 500  # questions at most
+n: Annotated[int, Range(least=1, most=10**6)] = 500  # questions at most
 kinds = ''  # kinds of questions, such as addition,spelling; '': all
 shots: Natural | None = None  # solved examples before the question; None: 0 for a chat model, or 4
 max_new_tokens: Count = 128  # tokens in an answer

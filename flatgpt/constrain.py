@@ -40,6 +40,7 @@ MAX_ALIKE = 2  # texts of one length and with the same next symbols that a searc
 MAX_VERIFIED = 64  # tokens that are searched after before they are drawn
 MAX_REFUSED = 8  # draws for one token; then the ending is written
 LONGEST_MATCH = 4096  # characters, of a regular expression
+MOST_CHOICES = 10_000  # their grammar takes seconds; 30,000 take a minute
 
 # cost of a symbol in a search, by its first byte: low if it closes, high if it opens
 PENALTY = np.full(256, 6)
@@ -235,6 +236,9 @@ class Constraint:
         if choices is not None:
             if isinstance(choices, str) or not choices:
                 raise UserError(f"choices is {choices!r}: expected a list of texts, ['yes', 'no']")
+            if len(choices) > MOST_CHOICES:
+                raise UserError(f'choices: {len(choices):,} texts; expected {MOST_CHOICES:,} or '
+                                f'fewer')
             self.choices = [self.check_choice(choice) for choice in choices]
             grammar = 'start: ' + ' | '.join(json.dumps(choice) for choice in choices)
         elif regex is not None:

@@ -22,6 +22,7 @@ import ast
 import difflib
 import math
 import os
+import re
 import sys
 import textwrap
 import tokenize
@@ -89,7 +90,7 @@ def override(settings, argv=None):
         source = f.read()
     page = read_page(source)
     if '--help' in argv or '-h' in argv:
-        print(fit(settings['__doc__'].strip()), 'Settings, each set by --key=value:',
+        print(fit(ast.get_docstring(ast.parse(source))), 'Settings, each set by --key=value:',
               page_text(source, page), sep='\n\n')
         raise SystemExit(0)
     rules = {key: rule_of(node, settings) for key, node in page.items()}
@@ -122,11 +123,16 @@ def override(settings, argv=None):
 def explain_errors(kind, error, trace):
     """Print a UserError, and Ctrl-C, without a traceback. For sys.excepthook."""
     if issubclass(kind, UserError):
-        print(f'error: {error}', file=sys.stderr)
+        print(f'error: {printable(str(error)[:4000])}', file=sys.stderr)
     elif issubclass(kind, KeyboardInterrupt):
         print('\nstopped by Ctrl-C', file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
+
+
+def printable(text):
+    """Escape control characters but line ends and tabs: names could command a terminal."""
+    return re.sub(r'[\x00-\x08\x0b-\x1f\x7f-\x9f]', lambda char: f'\\x{ord(char[0]):02x}', text)
 
 
 def nearest(name, names):

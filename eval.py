@@ -25,6 +25,8 @@ choice are acc and acc_norm of lm-evaluation-harness.
 
 import json
 import math
+import os
+import sys
 import time
 from typing import Annotated, Literal
 
@@ -32,7 +34,19 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from configurator import Count, Natural, NonNegative, Range, Seed, UserError, fit, override
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # python -P leaves it out
+
+from configurator import (
+    Count,
+    Natural,
+    NonNegative,
+    Range,
+    Seed,
+    UserError,
+    fit,
+    override,
+    printable,
+)
 from data import scoring
 from data.datasets import folder_of
 from data.tokens import evenly, to_device
@@ -59,7 +73,7 @@ max_tokens: Annotated[int, Range(least=2)] | None = None  # evaluate the first t
 eval_tokens: Natural = 0  # predict about so many, in windows spaced evenly over the text; 0: all
 # a task
 task = ''  # tiny_chat, gsm8k, multiple_choice, hellaswag, or your own file tasks/NAME.py
-n: Count = 500  # questions at most
+n: Annotated[int, Range(least=1, most=10**6)] = 500  # questions at most
 kinds = ''  # kinds of questions, such as addition,spelling; '': all
 shots: Natural | None = None  # solved examples before the question; None: 0 for a chat model, or 4
 max_new_tokens: Count = 128  # tokens in an answer
@@ -146,8 +160,8 @@ def accuracy():
     print(f'{task}, {origin}: {len(examples):,} questions, {prompting}, {quantize or dtype}, on '
           f'{torch_device}\n\n{"kind":24}  {"n":>6}  {"right":>6}  {"accuracy":>8}  95% interval')
     for kind, row in result['kinds'].items():
-        print(f'{kind[:24]:24}  {row["n"]:6,}  {row["right"]:6,}  {row["accuracy"]:8.1%}  '
-              f'{row["low"]:6.1%} to {row["high"]:.1%}')
+        print(f'{printable(kind)[:24]:24}  {row["n"]:6,}  {row["right"]:6,}  '
+              f'{row["accuracy"]:8.1%}  {row["low"]:6.1%} to {row["high"]:.1%}')
     for name, value in result['others'].items():
         print(f'{name}: {value:.1%}')
     if n_shots:

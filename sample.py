@@ -10,7 +10,11 @@ All samples are one batch. The first is printed as it grows, the others at the e
 A file of prompts: python -m flatgpt.batch. A conversation: python -m posttrain.chat.
 """
 
+import os
+import sys
 from typing import Literal
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # python -P leaves it out
 
 from configurator import Count, Natural, NonNegative, Positive, Probability, Seed, Share, override
 from flatgpt import decoding, output

@@ -34,7 +34,7 @@ import numpy as np
 from tqdm import tqdm
 
 import tokenizer as tokenizers
-from configurator import UserError
+from configurator import UserError, printable
 from data.datasets import TOKEN_FILE
 from data.documents import split_suffix
 from flatgpt import files, output
@@ -493,8 +493,8 @@ def run(main):
         print('\ninterrupted', file=sys.stderr)
         sys.exit(130)
     except files.Busy as error:
-        print(f'error: {error}', file=sys.stderr)
+        print(f'error: {printable(error)}', file=sys.stderr)
         # train.py waits for the other process at this exit code
         sys.exit(os.EX_TEMPFAIL if hasattr(os, 'EX_TEMPFAIL') else 1)
     except (UserError, OSError) as error:
-        sys.exit(f'error: {error}')
+        sys.exit(f'error: {printable(error)}')

@@ -6,6 +6,7 @@ A dataset is a folder with train.bin and val.bin, headerless arrays of token ids
 no loader state, and the number of processes does not change the data.
 """
 
+import errno
 import os
 from dataclasses import dataclass
 
@@ -80,7 +81,14 @@ def open_tokens(data_dir, split, meta, block_size):
                             f'belongs to another preparation; {again}')
         if not size:  # np.memmap needs a byte
             return np.empty(0, dtype)
-        return np.asarray(np.memmap(path, dtype, mode='r'))  # a plain array indexes faster
+        try:
+            return np.asarray(np.memmap(path, dtype, mode='r'))  # a plain array indexes faster
+        except OSError as error:
+            if error.errno != errno.EMFILE:
+                raise
+            raise UserError(f'{path}: too many open files; each of the {len(files)} files of the '
+                            f'split stays open. Raise the limit, ulimit -n {4 * len(files)}, or '
+                            f'prepare the dataset again with larger --shard_tokens') from None
 
     files = meta['files'][split] if meta['files'] else [[f'{split}.bin', None]]
     arrays = [mapped(name, meta['dtype'], n_tokens) for name, n_tokens in files]

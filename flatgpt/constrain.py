@@ -40,6 +40,7 @@ MAX_ALIKE = 2  # texts of one length and with the same next symbols that a searc
 MAX_VERIFIED = 64  # tokens that are searched after before they are drawn
 MAX_REFUSED = 8  # draws for one token; then the ending is written
 LONGEST_MATCH = 4096  # characters, of a regular expression
+MOST_CHOICES = 10_000  # their grammar takes seconds; 30,000 take a minute
 
 # cost of a symbol in a search, by its first byte: low if it closes, high if it opens
 PENALTY = np.full(256, 6)
@@ -235,6 +236,9 @@ class Constraint:
         if choices is not None:
             if isinstance(choices, str) or not choices:
                 raise UserError(f"choices is {choices!r}: expected a list of texts, ['yes', 'no']")
+            if len(choices) > MOST_CHOICES:
+                raise UserError(f'choices: {len(choices):,} texts; expected {MOST_CHOICES:,} or '
+                                f'fewer')
             self.choices = [self.check_choice(choice) for choice in choices]
             grammar = 'start: ' + ' | '.join(json.dumps(choice) for choice in choices)
         elif regex is not None:
@@ -419,7 +423,8 @@ class Matcher:
         if self.may_end or len(self.ending) < remaining and not is_last_draw:
             return torch.from_numpy(mask)
         ids = self.vocabulary.to_ids(self.ending)
-        assert len(ids) <= remaining, f'{remaining} tokens are fewer than check_length() allows'
+        if len(ids) > remaining:
+            raise ValueError(f'{remaining} tokens are fewer than check_length() allows')
         if len(ids) == remaining or is_last_draw:
             drawable = np.flatnonzero(mask).tolist()
             if len(drawable) > MAX_VERIFIED or is_last_draw:
@@ -436,8 +441,8 @@ class Matcher:
             self.refused += [i] * (i < len(self.vocabulary.tokens))
             return False
         self.search_state, self.ending = after
-        is_consumed = self.state.consume_token(i)
-        assert is_consumed, f'token {i} is allowed as bytes only: {self.state.get_error()}'
+        if not self.state.consume_token(i):
+            raise ValueError(f'token {i} is allowed as bytes only: {self.state.get_error()}')
         self.text, self.refused = self.text + self.vocabulary.tokens[i], []
         return True
 

@@ -10,14 +10,13 @@ Set up sample.py, flatgpt.batch and posttrain.chat: machine and constraints.
 import itertools
 import json
 import math
-import re
 import sys
 import textwrap
 from contextlib import contextmanager
 
 import torch
 
-from configurator import UserError
+from configurator import UserError, printable
 from flatgpt import pretrained, runtime
 from flatgpt.constrain import Constraint
 from flatgpt.files import read_text
@@ -129,6 +128,4 @@ def split_texts(name, value, separator=None):
 
 def for_terminal(text):
     """Escape control characters at a terminal; in a pipe nothing."""
-    if not sys.stdout.isatty():
-        return text
-    return re.sub(r'[\x00-\x08\x0b-\x1f\x7f-\x9f]', lambda char: f'\\x{ord(char[0]):02x}', text)
+    return printable(text) if sys.stdout.isatty() else text

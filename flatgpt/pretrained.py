@@ -14,7 +14,7 @@ import torch
 
 import tokenizer
 from config.presets import PRESETS
-from configurator import UserError
+from configurator import UserError, printable
 from flatgpt import huggingface, lora
 from flatgpt.checkpoint import load, no_checkpoint
 from flatgpt.entries import without_memory
@@ -51,7 +51,7 @@ def open_model(init_from, out_dir, which='best'):
                             f"{model.config.vocab_size} is not GPT-2's 50257; copy the "
                             f"model's tokenizer.json into the folder")
         check_finite(model, init_from)
-        return model.eval(), tokenizer.from_dict(described), chat_template, init_from
+        return model.eval(), tokenizer.from_dict(described), chat_template, printable(init_from)
     state = load(path)
     model = lora.merge(model_of(state, path, dropout=0.0))
     check_finite(model, path)
@@ -60,7 +60,7 @@ def open_model(init_from, out_dir, which='best'):
     if not (path.endswith('best.pt') and 'version' in state):
         measure = f'lowest {measure} so far'
     line = f'{path}: step {state["iter_num"]}' + (f', {measure} {loss:.4f}' if loss < 1e9 else '')
-    return model.eval(), tokenizer_of(state), state.get('chat_template'), line
+    return model.eval(), tokenizer_of(state), state.get('chat_template'), printable(line)
 
 
 def check_finite(model, source):

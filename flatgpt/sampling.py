@@ -13,6 +13,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from configurator import UserError
+
+MOST_TOKENS = 10**7  # of all samples of a prompt
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -33,6 +37,13 @@ class Sampling:
     crop_prompt: bool = False  # keep the end of a prompt that exceeds the context
     constraint: object = None  # a constrain.Constraint that each sample satisfies
     cache_dtype: torch.dtype | None = None  # precision of the KV cache; None: the weights'
+
+    def __post_init__(self):
+        n_tokens = self.num_samples * max(1, self.max_new_tokens)
+        if n_tokens > MOST_TOKENS:  # each has a random number in memory from the start
+            raise UserError(f'num_samples={self.num_samples} and max_new_tokens='
+                            f'{self.max_new_tokens} are {n_tokens:,} tokens; expected '
+                            f'{MOST_TOKENS:,} or fewer')
 
 
 def sample_next(logits, sampling, u=None):

@@ -23,6 +23,7 @@ from configurator import (
     Share,
     UserError,
     override,
+    printable,
 )
 from flatgpt import decoding, output
 from flatgpt.generate import generate_texts
@@ -158,7 +159,7 @@ def converse(answer, template, tokenizer, room, system=''):
             messages = kept
             reply = stream(answer(ids, number))
         except UserError as error:  # another message may be possible
-            print(f'error: {error}')
+            print(f'error: {printable(error)}')
         number += 1
         if reply:
             messages.append({'role': 'assistant', 'content': reply})

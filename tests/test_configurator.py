@@ -2,6 +2,9 @@
 
 import contextlib
 import io
+import os
+import subprocess
+import sys
 import textwrap
 from typing import Literal
 
@@ -285,3 +288,28 @@ def test_settings_given_are_shown_line_by_line(tmp_path):
 def test_only_one_process_speaks(tmp_path, monkeypatch):
     monkeypatch.setenv('RANK', '1')
     assert resolve(tmp_path, '--batch_size=3')[1] == ''
+
+
+def test_help_without_docstrings(tmp_path, capsys):
+    """python -OO leaves them out of the program, not out of its source."""
+    (tmp_path / 'script.py').write_text('"""\nDo one thing.\n"""\nrate = 1.0  # of it\nconfig = override(globals())\n')
+    with pytest.raises(SystemExit) as stopped:
+        configurator.override({'__file__': str(tmp_path / 'script.py'), '__doc__': None, 'rate': 1.0}, ['--help'])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out.startswith('Do one thing.\n\nSettings')
+
+
+def test_errors_command_no_terminal(capsys):
+    """Names and values from files may hold escape codes."""
+    name = '\x1b]0;title\x07\x1b[2J\x9b31m\x7fé\n\tend'
+    configurator.explain_errors(configurator.UserError, configurator.UserError(name + 'x' * 10_000), None)
+    said = capsys.readouterr().err
+    assert said.startswith('error: \\x1b]0;title\\x07\\x1b[2J\\x9b31m\\x7fé\n\tend') and len(said) < 4100
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('script', ['train.py', 'sample.py', 'eval.py'])
+def test_scripts_without_their_folder_on_the_path(script, tmp_path):
+    done = subprocess.run([sys.executable, '-OO', str(ROOT / script), '--help'], cwd=tmp_path, text=True,
+                          env={**os.environ, 'PYTHONSAFEPATH': '1', 'PYTHONPATH': ''}, capture_output=True)
+    assert done.returncode == 0 and 'out_dir' in done.stdout, done.stderr

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 import tokenizer
 from configurator import UserError
+from flatgpt.constrain import Constraint
+from flatgpt.sampling import Sampling
 from tokenizer import BPETokenizer, base, patterns
 
 # Normal forms -------------------------------------------------------------------------------------
@@ -103,3 +105,19 @@ def test_long_tokens(tmp_path):
     assert time.perf_counter() - started < 5
     path = ranks_file(path, [*(bytes([byte]) for byte in range(256)), *powers[:9]])
     assert tokenizer.load(path).encode('a' * 512) == [264]
+
+
+# Samples ------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('lengths', [{'max_new_tokens': 10**12}, {'num_samples': 10**9},
+                                     {'num_samples': 10**9, 'max_new_tokens': 0},
+                                     {'num_samples': 10**4, 'max_new_tokens': 1001}])
+def test_samples_of_much_memory(lengths):
+    with pytest.raises(UserError, match='tokens; expected 10,000,000 or fewer'):
+        Sampling(**lengths)
+
+
+def test_many_choices():
+    pytest.importorskip('llguidance')
+    with pytest.raises(UserError, match='10,001 texts; expected 10,000 or fewer'):
+        Constraint(tokenizer.ByteTokenizer(), choices=[f'c{i}' for i in range(10_001)])

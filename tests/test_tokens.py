@@ -1,5 +1,6 @@
 """Test data/tokens.py: the windows of a batch, and errors for damaged data. Run: pytest tests/test_tokens.py"""
 
+import errno
 import json
 import os
 import pickle
@@ -403,3 +404,13 @@ def test_eval_tokens(eval_tokens, expected):
     splits = {'train': np.zeros(1000, np.uint16), 'val': np.zeros(100, np.uint16)}
     windows = eval_windows(splits, 2, Cut(8, 4, 8), eval_tokens)
     assert windows['val'].tolist() == list(expected) and len(windows['train']) == min(16, max(8, len(expected)))
+
+
+def test_more_shards_than_files_may_be_open(tmp_path, monkeypatch):
+    def memmap(*arguments, **options):
+        raise OSError(errno.EMFILE, 'Too many open files')
+
+    (tmp_path / 'train.bin').write_bytes(bytes(100))
+    monkeypatch.setattr(np, 'memmap', memmap)
+    with pytest.raises(ValueError, match='each of the 1 files .* ulimit -n 4, .* larger --shard_tokens'):
+        dataloader.open_tokens(tmp_path, 'train', {'row': None, 'dtype': np.dtype(np.uint16), 'files': None}, 8)

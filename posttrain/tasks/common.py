@@ -297,9 +297,9 @@ def answer(model, tokenizer, prompts, how):
         batch = prompts[first : first + at_once]
         numbers, samples = range(first, first + len(batch)), range(how.num_samples)
         if how.tools:
+            sampling = Sampling(how.max_new_tokens, how.temperature, stop_ids=stop_ids)
             u = torch.stack([uniforms(how.seed, number, sample, how.max_new_tokens)
                              for number in numbers for sample in samples])
-            sampling = Sampling(how.max_new_tokens, how.temperature, stop_ids=stop_ids)
             repeated = [ids for ids in batch for _ in samples]
             for ids in generate_with_tools(model, tokenizer, repeated, sampling, u)[0]:
                 text = tokenizer.decode(ids[:-1] if ids[-1] in stop_ids else ids)

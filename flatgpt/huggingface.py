@@ -131,7 +131,7 @@ def load_model(folder, dropout=0.0):
         try:
             config = GPTConfig(**fields_of(hf, folder), dropout=dropout)
             model = without_memory(GPT, config, len(tensors))
-        except (ValueError, RuntimeError) as error:  # RuntimeError: sizes that overflow
+        except ValueError as error:
             path = os.path.join(folder, 'config.json')
             raise UserError(f'{path} is not valid: {error}') from error
         sources = match(model, tensors, hf, folder)

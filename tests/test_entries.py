@@ -223,7 +223,7 @@ def test_weights_that_share_their_bytes(tmp_path):
 
 @pytest.mark.parametrize('field, value', [
     ('n_layer', 10**5), ('n_layer', 10**12), ('vocab_size', 10**9), ('block_size', 10**9), ('n_embd', 2**20),
-    ('n_inner', 10**10), ('n_kv_head', 1), ('head_dim', 10**9), ('n_embd', 2**62), ('n_layer', -1), ('n_head', 2.0)])
+    ('n_inner', 10**10), ('n_kv_head', 1), ('head_dim', 10**9), ('n_embd', 2**62), ('n_embd', 2**64), ('n_layer', -1), ('n_head', 2.0)])
 def test_sizes_of_models_are_compared_before_memory_is_taken(field, value, unpack):
     for kind in ('ckpt', 'reward'):
         run, started = unpack(kind, lambda state: state['model_args'].update({field: value})), time.perf_counter()
@@ -335,7 +335,8 @@ def test_types_of_token_files(tmp_path, dtype):
 
 
 @pytest.mark.parametrize('change, said', [
-    ({'vocab_size': 10**9}, 'its tokenizer has .* ids'), ({'row': 1}, 'row=1'), ({'row': -5}, 'row=-5'), ({'tokens': {'train': -1, 'val': 20}}, 'tokens.train=-1'),
+    ({'vocab_size': 10**9}, 'its tokenizer has .* ids'), ({'row': 1}, 'row=1'), ({'row': -5}, 'row=-5'), ({'row': 101}, 'no whole rows of 101'), ({'row': 25}, 'no whole rows of 25'),
+    ({'tokens': {'train': -1, 'val': 20}}, 'tokens.train=-1'),
     ({'files': {'train': [['../train.bin', 100]], 'val': [['val.bin', 20]]}}, 'the files of train'),
     ({'files': {'train': [['/etc/passwd', 100]], 'val': [['val.bin', 20]]}}, 'the files of train'),
     ({'files': {'train': [['val.bin', 100]], 'val': [['val.bin', 20]]}}, 'the files of train'),

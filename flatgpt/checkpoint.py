@@ -5,8 +5,8 @@ A checkpoint is one file with a dict of tensors and plain values. It has nanoGPT
 optimizer, model_args, iter_num, best_val_loss, config) and version, tokenizer, chat_template,
 scaler, evals_since_best, train_time. With LoRA, `model` holds the adapters and `lora` names their
 base. A reward model has `reward_model`: True. `measure` names the quantity in best_val_loss where
-it is no loss. Files are read with weights_only=True, which refuses anything that could run code, and checked by
-the rules in entries.py.
+it is no loss. Files are read with weights_only=True, which refuses anything that could run code,
+and their entries follow the rules in entries.py.
 
 In out_dir, ckpt.pt is the last checkpoint, from which a run resumes, and best.pt the one with the
 lowest validation loss. No random state is saved: batches and dropout are functions of (seed, step).

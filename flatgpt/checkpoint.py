@@ -99,8 +99,10 @@ def load(path):
         raise no_checkpoint(path)
     try:
         state = read_torch(path)
-    except (PermissionError, MemoryError):
+    except PermissionError:
         raise
+    except MemoryError as error:
+        raise UserError(f'{path} needs more memory than there is, or is damaged') from error
     except Exception as error:  # RuntimeError, EOFError, UnpicklingError, KeyError, zipfile's ...
         why = ': '.join([type(error).__name__, *str(error).splitlines()[:1]])[:200]
         fact = f'is damaged or truncated ({why})'

@@ -224,7 +224,7 @@ def rope_of(hf, folder):
     kind = rope.get('rope_type', rope.get('type', 'default'))  # transformers 4 first wrote type
     if kind == 'default':
         return base, None
-    if kind not in ROPE_SCALINGS:
+    if kind not in [*ROPE_SCALINGS]:  # it may be unhashable
         refuse(folder, key, rope, f"rope_type 'default', {', '.join(map(repr, ROPE_SCALINGS))}")
     numbers = {name: rope.get(name) for name in ROPE_SCALINGS[kind]}
     if not all(isinstance(value, int | float) for value in numbers.values()):

@@ -203,6 +203,18 @@ def test_long_name_of_a_class(unpack):
     assert time.perf_counter() - started < 5
 
 
+class Huge:
+    """Unpickled, it asks for more memory than any machine has."""
+
+    def __reduce__(self):
+        return bytearray, (2**60,)
+
+
+def test_memory_that_is_refused(unpack):
+    with pytest.raises(UserError, match='out/ckpt.pt needs more memory than there is, or is damaged'):
+        unpack('ckpt', lambda state: state.update(more=Huge()))()
+
+
 @pytest.mark.parametrize('size', [0, 4, 100_000])
 def test_storage_of_another_size_than_its_bytes(unpack, size):
     """torch.load alone reads what lies behind the bytes in memory."""
@@ -243,7 +255,7 @@ def test_shapes_alone_take_no_memory_and_no_random_numbers():
     ('hf_gpt2', 'n_layer', 10**5), ('hf_gpt2', 'n_embd', 2**40), ('hf_gpt2', 'n_embd', 2**62), ('hf_gpt2', 'vocab_size', 10**9),
     ('hf_llama', 'num_hidden_layers', 10**5), ('hf_llama', 'num_hidden_layers', 10**400), ('hf_llama', 'hidden_size', 2**40),
     ('hf_llama', 'vocab_size', 10**9), ('hf_llama', 'rope_theta', 10**400), ('hf_llama', 'max_position_embeddings', None),
-    ('hf_gpt2', 'layer_types', 5), ('hf_llama', 'layer_types', [[]]), ('hf_llama', 'rope_scaling', {'rope_type': 'linear', 'factor': 10**400})])
+    ('hf_gpt2', 'layer_types', 5), ('hf_llama', 'rope_scaling', {'rope_type': []}), ('hf_llama', 'layer_types', [[]]), ('hf_llama', 'rope_scaling', {'rope_type': 'linear', 'factor': 10**400})])
 def test_sizes_of_hugging_faces_models(kind, key, value, unpack):
     run, started = unpack(kind), time.perf_counter()
     with open('model/config.json') as file:

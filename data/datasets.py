@@ -75,6 +75,9 @@ def check_meta(meta):
                 re.fullmatch(rf'{split}(-\d{{5}})?\.bin', name) for name, _ in files):
             raise UserError(f'the files of {split}, {files}, do not hold '
                             f'{meta["tokens"][split]:,} tokens')
+    row, tokens = meta.get('row') or 1, meta['tokens']
+    if tokens['train'] < row or tokens['train'] % row or tokens['val'] % row:
+        raise UserError(f'tokens={tokens} are no whole rows of {row}')
     described, vocab_size = meta['tokenizer'], meta['vocab_size']
     # OpenAI's vocabularies would be downloaded; they have at most 200,019 ids
     is_published = described['kind'] == 'tiktoken'

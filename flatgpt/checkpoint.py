@@ -6,7 +6,7 @@ optimizer, model_args, iter_num, best_val_loss, config) and version, tokenizer, 
 scaler, evals_since_best, train_time, seen, wandb_id, and data, a hash of the text. With LoRA,
 `model` holds the adapters and `lora` names their base. A reward model has `reward_model`: True.
 `measure` names the quantity in best_val_loss where it is no loss. Files are read with
-weights_only=True, which refuses anything that could run code.
+weights_only=True, which refuses anything that could run code, and checked by entries.py.
 
 In out_dir, ckpt.pt is the last checkpoint, from which a run resumes, and best.pt the one with the
 lowest validation loss. No random state is saved: batches and dropout are functions of (seed, step).
@@ -72,8 +72,10 @@ def load(path):
         raise no_checkpoint(path)
     try:
         state = read_torch(path)
-    except (PermissionError, MemoryError):
+    except PermissionError:
         raise
+    except MemoryError as error:
+        raise UserError(f'{path} needs more memory than there is, or is damaged') from error
     except Exception as error:  # RuntimeError, EOFError, UnpicklingError, KeyError, zipfile's ...
         why = ': '.join([type(error).__name__, *str(error).splitlines()[:1]])[:200]
         fact = f'is damaged or truncated ({why})'

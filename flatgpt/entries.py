@@ -143,12 +143,16 @@ class NoDraws(TorchFunctionMode):
 def without_memory(kind, config, n_tensors):
     """Build the GPT or Critic of a config, with shapes but neither memory nor weights.
 
-    n_tensors: those in its file. Raises UserError for more layers, if they take long to build.
+    n_tensors: those in its file. Raises UserError for sizes beyond 64 bits, and for more layers, if
+    they take long to build.
     """
     if config.n_layer > max(100, n_tensors):
         raise UserError(f'n_layer={config.n_layer:,}, but the file has {n_tensors:,} tensors')
-    with torch.device('meta'), NoDraws():
-        return kind(config)
+    try:
+        with torch.device('meta'), NoDraws():
+            return kind(config)
+    except (RuntimeError, TypeError) as error:
+        raise UserError(f'sizes beyond 64 bits: {str(error).splitlines()[0][:100]}') from error
 
 
 # The entries of checkpoints that are read. See checkpoint.py for their meaning --------------------

@@ -169,7 +169,7 @@ def load_optimizer(optimizer, saved, may_be_empty=False):
               for i, moments in state.items()}
     if ([g['params'] for g in groups] != [g['params'] for g in saved['param_groups']]
             or actual != expected and (actual or not may_be_empty)):
-        i = next((i for i in expected if actual.get(i) != expected[i]), len(expected))
+        i = next((i for i in (*expected, *actual) if actual.get(i) != expected.get(i)), None)
         raise UserError(f'the optimizer state in the checkpoint is of another set of parameters: '
                         f'for number {i} it has {actual.get(i)}, expected {expected.get(i)}; '
                         f'to train the weights with new moments: --init_from=ITS_FOLDER and '

@@ -73,8 +73,10 @@ def test_conform():
     ({'n': -1}, 'n=-1: expected 0 or more'), ({'n': True}, 'n=True: expected int'), ({'n': 1.0}, 'n=1.0: expected int'),
     ({'names': 'x'}, "names='x': expected list"), ({'names': [1]}, r'names\[0\]=1: expected str'),
     ({'pairs': [['a']]}, r'pairs\[0\] is a list: expected tuple'), ({'pairs': [['a', -1]]}, r'pairs\[0\]\[1\]=-1'),
-    ({'by_number': {'3': {'n': 2}}}, "a key of by_number='3': expected int"), ({'kind': 'c'}, "kind='c': expected 'a', 'b' or"),
-    ({'by_number': {3: {}}}, r'by_number\[3\] has no n'), ({'loss': 10**400}, 'loss=1000'), ({'loss': '2'}, "loss='2': expected float"),
+    ({'by_number': {'3': {'n': 2}}}, "a key of by_number='3': expected int"),
+    ({'kind': 'c'}, "kind='c': expected 'a', 'b' or"),
+    ({'by_number': {3: {}}}, r'by_number\[3\] has no n'), ({'loss': 10**400}, 'loss=1000'),
+    ({'loss': '2'}, "loss='2': expected float"),
     ({'loss': torch.zeros(2)}, 'loss is a Tensor: expected float'), ({'kind': []}, 'kind is a list: expected')])
 def test_conform_refuses(change, said):
     with pytest.raises(UserError, match=said):
@@ -203,6 +205,18 @@ def test_long_name_of_a_class(unpack):
     assert time.perf_counter() - started < 5
 
 
+class Huge:
+    """Unpickled, it asks for more memory than any machine has."""
+
+    def __reduce__(self):
+        return bytearray, (2**60,)
+
+
+def test_memory_that_is_refused(unpack):
+    with pytest.raises(UserError, match='out/ckpt.pt needs more memory than there is, or is damaged'):
+        unpack('ckpt', lambda state: state.update(more=Huge()))()
+
+
 @pytest.mark.parametrize('size', [0, 4, 100_000])
 def test_storage_of_another_size_than_its_bytes(unpack, size):
     """torch.load alone reads what lies behind the bytes in memory."""
@@ -223,7 +237,8 @@ def test_weights_that_share_their_bytes(tmp_path):
 
 @pytest.mark.parametrize('field, value', [
     ('n_layer', 10**5), ('n_layer', 10**12), ('vocab_size', 10**9), ('block_size', 10**9), ('n_embd', 2**20),
-    ('n_inner', 10**10), ('n_kv_head', 1), ('head_dim', 10**9), ('n_embd', 2**62), ('n_layer', -1), ('n_head', 2.0)])
+    ('n_inner', 10**10), ('n_kv_head', 1), ('head_dim', 10**9), ('n_embd', 2**62), ('n_embd', 2**64),
+    ('n_layer', -1), ('n_head', 2.0)])
 def test_sizes_of_models_are_compared_before_memory_is_taken(field, value, unpack):
     for kind in ('ckpt', 'reward'):
         run, started = unpack(kind, lambda state: state['model_args'].update({field: value})), time.perf_counter()
@@ -240,10 +255,14 @@ def test_shapes_alone_take_no_memory_and_no_random_numbers():
 
 
 @pytest.mark.parametrize('kind, key, value', [
-    ('hf_gpt2', 'n_layer', 10**5), ('hf_gpt2', 'n_embd', 2**40), ('hf_gpt2', 'n_embd', 2**62), ('hf_gpt2', 'vocab_size', 10**9),
-    ('hf_llama', 'num_hidden_layers', 10**5), ('hf_llama', 'num_hidden_layers', 10**400), ('hf_llama', 'hidden_size', 2**40),
-    ('hf_llama', 'vocab_size', 10**9), ('hf_llama', 'rope_theta', 10**400), ('hf_llama', 'max_position_embeddings', None),
-    ('hf_gpt2', 'layer_types', 5), ('hf_llama', 'layer_types', [[]]), ('hf_llama', 'rope_scaling', {'rope_type': 'linear', 'factor': 10**400})])
+    ('hf_gpt2', 'n_layer', 10**5), ('hf_gpt2', 'n_embd', 2**40), ('hf_gpt2', 'n_embd', 2**62),
+    ('hf_gpt2', 'vocab_size', 10**9),
+    ('hf_llama', 'num_hidden_layers', 10**5), ('hf_llama', 'num_hidden_layers', 10**400),
+    ('hf_llama', 'hidden_size', 2**40),
+    ('hf_llama', 'vocab_size', 10**9), ('hf_llama', 'rope_theta', 10**400),
+    ('hf_llama', 'max_position_embeddings', None),
+    ('hf_gpt2', 'layer_types', 5), ('hf_llama', 'rope_scaling', {'rope_type': []}),
+    ('hf_llama', 'layer_types', [[]]), ('hf_llama', 'rope_scaling', {'rope_type': 'linear', 'factor': 10**400})])
 def test_sizes_of_hugging_faces_models(kind, key, value, unpack):
     run, started = unpack(kind), time.perf_counter()
     with open('model/config.json') as file:
@@ -291,9 +310,11 @@ def test_adapters_of_themselves(unpack):
 
 
 @pytest.mark.parametrize('change, said', [
-    ({'rank': 10**9}, 'rank=1000000000, but .* has another'), ({'rank': 0}, 'lora.rank=0'), ({'alpha': math.inf}, 'lora.alpha=inf'),
+    ({'rank': 10**9}, 'rank=1000000000, but .* has another'), ({'rank': 0}, 'lora.rank=0'),
+    ({'alpha': math.inf}, 'lora.alpha=inf'),
     ({'targets': 'c_attn'}, "lora.targets='c_attn': expected list"), ({'init_from': 5}, 'lora.init_from=5'),
-    ({'targets': []}, 'the adapters are of another model'), ({'int8': 'yes'}, 'lora.int8'), ({'digest': None}, 'lora.digest=None')])
+    ({'targets': []}, 'the adapters are of another model'), ({'int8': 'yes'}, 'lora.int8'),
+    ({'digest': None}, 'lora.digest=None')])
 def test_descriptions_of_adapters(change, said, unpack):
     run = unpack('lora', lambda state: state['lora'].update(change))
     with pytest.raises(UserError, match=said):
@@ -303,7 +324,8 @@ def test_descriptions_of_adapters(change, said, unpack):
 # checkpoints of the other scripts -------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('kind, key', [
-    ('reward', 'config'), ('reward', 'chat_template'), ('rl', 'config'), ('rl', 'value_model'), ('rl', 'value_optimizer'),
+    ('reward', 'config'), ('reward', 'chat_template'), ('rl', 'config'), ('rl', 'value_model'),
+    ('rl', 'value_optimizer'),
     ('rl', 'optimizer')])
 def test_entries_that_are_missing(kind, key, unpack):
     run = unpack(kind, lambda state: {name: value for name, value in state.items() if name != key})
@@ -312,9 +334,12 @@ def test_entries_that_are_missing(kind, key, unpack):
 
 
 @pytest.mark.parametrize('key, value', [
-    ('iter_num', -1), ('iter_num', 2**40), ('best_val_loss', math.nan), ('best_val_loss', torch.zeros(3)), ('tokenizer', {}),
-    ('tokenizer', 'gpt2'), ('chat_template', 7), ('config', {'dataset': 7}), ('config', [1]), ('optimizer', {'state': {}}),
-    ('evals_since_best', 'x'), ('train_time', math.nan), ('version', 'x'), ('version', 99), ('model_args', {'block_size': '16'}),
+    ('iter_num', -1), ('iter_num', 2**40), ('best_val_loss', math.nan), ('best_val_loss', torch.zeros(3)),
+    ('tokenizer', {}),
+    ('tokenizer', 'gpt2'), ('chat_template', 7), ('config', {'dataset': 7}), ('config', [1]),
+    ('optimizer', {'state': {}}),
+    ('evals_since_best', 'x'), ('train_time', math.nan), ('version', 'x'), ('version', 99),
+    ('model_args', {'block_size': '16'}),
     ('lora', {}), ('reward_model', 1), ('measure', None)])
 def test_values_of_the_wrong_kind(key, value, unpack):
     run = unpack('ckpt', lambda state: state.update({key: value}))
@@ -335,7 +360,9 @@ def test_types_of_token_files(tmp_path, dtype):
 
 
 @pytest.mark.parametrize('change, said', [
-    ({'vocab_size': 10**9}, 'its tokenizer has .* ids'), ({'row': 1}, 'row=1'), ({'row': -5}, 'row=-5'), ({'tokens': {'train': -1, 'val': 20}}, 'tokens.train=-1'),
+    ({'vocab_size': 10**9}, 'its tokenizer has .* ids'), ({'row': 1}, 'row=1'), ({'row': -5}, 'row=-5'),
+    ({'row': 101}, 'no whole rows of 101'), ({'row': 25}, 'no whole rows of 25'),
+    ({'tokens': {'train': -1, 'val': 20}}, 'tokens.train=-1'),
     ({'files': {'train': [['../train.bin', 100]], 'val': [['val.bin', 20]]}}, 'the files of train'),
     ({'files': {'train': [['/etc/passwd', 100]], 'val': [['val.bin', 20]]}}, 'the files of train'),
     ({'files': {'train': [['val.bin', 100]], 'val': [['val.bin', 20]]}}, 'the files of train'),

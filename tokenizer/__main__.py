@@ -18,6 +18,7 @@ import tokenizer as tokenizers
 from configurator import UserError, nearest
 from data.documents import read_documents, read_text
 from data.encode import positive, run
+from flatgpt import output
 from tokenizer import BPETokenizer, CharTokenizer, WordTokenizer, formats
 from tokenizer.base import ENDOFTEXT, id_dtype
 from tokenizer.patterns import to_utf8
@@ -154,6 +155,7 @@ def parser_for(description: str, usage: str) -> argparse.ArgumentParser:
 
 def main_view(arguments):
     """Show the tokens of a text, or compare tokenizers."""
+    output.protect()  # a filter, which ends with its reader
     parser = parser_for('See the tokens of a text, or compare tokenizers. Commands: train, export\n'
                         '(python -m tokenizer train --help).',
                         'python -m tokenizer [--text=...] [--tokenizer=...]')

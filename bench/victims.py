@@ -40,7 +40,7 @@ from tokenizer import BPETokenizer, ByteTokenizer, chat
 
 # what a process imports before it is forked
 MODULES = ('torch._dynamo', 'torch.distributed', 'torch.nn.parallel', 'tqdm', 'regex', 'tiktoken',
-           'jinja2', 'safetensors.torch', 'data.device', 'data.clean', 'data.conversations',
+           'jinja2', 'safetensors.torch', 'data.device', 'data.encode', 'data.conversations',
            'data.scoring', 'flatgpt.decoding', 'flatgpt.huggingface', 'flatgpt.lora',
            'flatgpt.optim', 'posttrain.losses', 'posttrain.policy', 'posttrain.reward_model',
            'posttrain.tasks.tiny_chat')
@@ -156,7 +156,7 @@ def without_numbers(text):
 
 
 def scripts():
-    """Return the scripts that write, and those that print."""
+    """Return all scripts; those that print come last."""
     half = [*TRAIN, '--max_iters=2']
     other = [*TRAIN, '--seed=1', '--max_iters=2']
     reward = ['posttrain.reward', *POSTTRAIN, '--data=pairs.jsonl', '--val_fraction=0.3',
@@ -197,6 +197,8 @@ def scripts():
         Script('export', ['flatgpt.export', '--out_dir=base', '--out=w/hf'], files_result,
                once=True),
         Script('eval', ['eval.py', '--out_dir=base', '--device=cpu', '--dataset=tiny'],
+               printed_result, prints=True),
+        Script('tokenizer view', ['tokenizer', '--text=a text', '--tokenizer=byte'],
                printed_result, prints=True),
         Script('sample', ['sample.py', *DECODE, '--num_samples=3'], printed_result, prints=True)]
 
@@ -279,6 +281,20 @@ def python_stream(descriptor):
         return None
 
 
+def exit_status(function):
+    """Call a function; -> the exit status of a process that ends with it."""
+    try:
+        function()
+    except SystemExit as error:
+        if isinstance(error.code, str):
+            print(error.code, file=sys.stderr)
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        return 1
+    return 0
+
+
 class Server:
     """Fork children that run scripts in a place, which has the folder w for what they write."""
 
@@ -340,29 +356,14 @@ class Server:
         if self.library:
             shared = ctypes.addressof(ctypes.c_char.from_buffer(self.shared))
             self.library.arm(f'{self.place}/w'.encode(), fault[1], fault[0], shared)
-        code = 0
-        try:
-            if is_file:
-                runpy.run_path(script, run_name='__main__')
-            else:
-                runpy.run_module(script, run_name='__main__', alter_sys=True)
-        except SystemExit as error:
-            code = error.code if isinstance(error.code, int) else int(error.code is not None)
-            if isinstance(error.code, str):
-                print(error.code, file=sys.stderr)
-        except BaseException:
-            code = 1
-            sys.excepthook(*sys.exc_info())
-        # the end of Python
-        try:
-            threading._shutdown()
-            atexit._run_exitfuncs()
-            if sys.stdout is not None:
-                sys.stdout.flush()
-        except BaseException as error:
-            os.write(2, f'Exception ignored: {error!r}'.encode())
-            code = code or 120
-        return code
+        if is_file:
+            code = exit_status(lambda: runpy.run_path(script, run_name='__main__'))
+        else:
+            code = exit_status(lambda: runpy.run_module(script, run_name='__main__',
+                                                        alter_sys=True))
+        for end in (threading._shutdown, atexit._run_exitfuncs, sys.stdout and sys.stdout.flush):
+            code = code or end and exit_status(end)
+        return code or 0
 
     def wait(self, child, seconds=60):
         """Wait for a child; -> its exit status, negative for a signal, None for a hang."""

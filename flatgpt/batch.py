@@ -33,11 +33,13 @@ from configurator import (
     UserError,
     override,
 )
-from flatgpt import decoding, jsonl
+from flatgpt import decoding, jsonl, output
 from flatgpt.files import read_text
 from flatgpt.generate import generate_texts
 from flatgpt.sampling import Sampling, likeliest, majority
 from tokenizer.chat import encode_prompt, find_endings, render
+
+output.protect(drop=True)
 
 # settings -----------------------------------------------------------------------------------------
 init_from = 'resume'  # 'resume': out_dir; or 'gpt2' to 'gpt2-xl', a Hugging Face folder, a hub id

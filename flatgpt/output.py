@@ -35,10 +35,10 @@ class Output:
     def flush(self):
         self.attempt(self.stream.flush)
 
-    def attempt(self, function, *arguments):
+    def attempt(self, function, *arguments, **options):
         """Call a function of the stream."""
         try:
-            function(*arguments)
+            function(*arguments, **options)
         except (OSError, ValueError) as error:  # ValueError: the stream is closed
             is_first, self.lost = self.lost is None, self.lost or str(error)
             if is_first and not self.drop:
@@ -64,6 +64,8 @@ def protect(drop=False):
             stream = stream.stream
         if stream is None or getattr(stream, 'closed', False):
             stream = open(os.devnull, 'w', encoding='utf-8')
+        output = Output(stream, drops)
         if isinstance(stream, io.TextIOWrapper):  # a notebook has streams of its own
-            stream.reconfigure(errors='replace', line_buffering=True)
-        setattr(sys, name, Output(stream, drops))
+            # this writes what was printed before
+            output.attempt(stream.reconfigure, errors='replace', line_buffering=True)
+        setattr(sys, name, output)

@@ -115,6 +115,31 @@ def test_streams_that_are_no_files(monkeypatch):
     assert bare.text == 'a\n' and not sys.stdout.isatty() and not sys.stderr.isatty()
 
 
+def test_what_was_printed_before_and_cannot_be_written(monkeypatch):
+    """A warning of an import that went to a full disk does not end the script."""
+    class Full(io.RawIOBase):
+        is_full = True
+
+        def writable(self):
+            return True
+
+        def write(self, data):
+            if self.is_full:
+                raise OSError(28, 'No space left on device')
+            return len(data)
+
+    streams = [io.TextIOWrapper(io.BufferedWriter(Full())) for _ in range(2)]
+    for name, stream in zip(('stdout', 'stderr'), streams, strict=True):
+        stream.write('a warning')
+        monkeypatch.setattr(sys, name, stream)
+    protect(drop=True)
+    assert all('No space left' in stream.lost for stream in (sys.stdout, sys.stderr))
+    monkeypatch.setattr(sys, 'stdout', streams[0])
+    with pytest.raises(SystemExit, match='could not be written: .*No space left'):
+        protect()
+    Full.is_full = False  # the garbage collector tries again
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not (sys.platform == 'linux' and shutil.which('cc')), reason='needs Linux and a C compiler')
 @pytest.mark.parametrize('script', ['train resumed', 'prepare text over', 'batch', 'export'])

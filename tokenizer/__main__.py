@@ -17,6 +17,7 @@ import tokenizer as tokenizers
 from configurator import UserError, nearest
 from data.documents import list_files, read_documents, read_text
 from data.encode import make_parser, names_of, positive, run
+from flatgpt import output
 from tokenizer import BPETokenizer, CharTokenizer, WordTokenizer, formats
 from tokenizer.base import ENDOFTEXT, id_dtype
 from tokenizer.patterns import to_utf8
@@ -147,6 +148,7 @@ def main():
 
 def main_view(arguments):
     """Show the tokens of a text, or compare tokenizers."""
+    output.protect()  # a filter, which ends with its reader
     parser = make_parser('See the tokens of a text, or compare tokenizers. Commands: train, '
                          'export\n(python -m tokenizer train --help).',
                          'python -m tokenizer [--text=...] [--tokenizer=...]')

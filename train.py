@@ -334,10 +334,9 @@ while True:
         loss, norm = numbers()
         loss, stop_requests = world.sum([loss / world.size, run.requested is not None])
         if not math.isfinite(loss) or (not math.isfinite(norm) and not scaler.is_enabled()):
-            rates = '--muon_lr and --learning_rate' if optimizer == 'muon' else '--learning_rate'
             run.stop_not_finite(
                 f'loss is {loss}, norm of the gradient {norm} (learning rate {step_lr:.3g})',
-                f'Try a lower {rates}, a longer warmup, or --dtype=float32')
+                'Try a lower --learning_rate or --muon_lr, a longer warmup, or --dtype=float32')
         if stop_requests:
             run.stop_reason = run.requested or 'stopped by SIGTERM'  # another process's
         records.append({'step': step, 'loss': loss, 'lr': step_lr, 'grad_norm': norm,

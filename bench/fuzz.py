@@ -84,5 +84,5 @@ print(common.table([['kind', *GOOD, *BAD], *(
     [*counts.items(), ('all', total)])]))
 for place, found in faults.items():
     print(f'{len(found)} x {place} (number {", ".join(map(str, found[:3]))})')
-common.finish('fuzz', cases, seed=seed, counts=counts, total=total)
+common.finish('fuzz', len(numbers), seed=seed, counts=counts, total=total)
 raise SystemExit(any(total[outcome] for outcome in ('changed', 'memory', 'hang', 'crash')))

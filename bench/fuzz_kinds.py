@@ -130,8 +130,7 @@ def train_kinds():
     described = tokenizers.CharTokenizer(chars).to_dict()
     yield Kind('nanogpt', {'out/ckpt.pt': packed(theirs),
                            'data/tiny/meta.pkl': pickle.dumps(meta_pkl)},
-               {'out/ckpt.pt': 'torch', 'data/tiny/meta.pkl': 'pickle'},
-               lambda: resume(settings(), described), ('out/ckpt.pt',))
+               {'out/ckpt.pt': 'torch'}, lambda: resume(settings(), described), ('out/ckpt.pt',))
 
     base = packed(state)
     adapted = make_model()

@@ -1,12 +1,15 @@
 """bench/fuzz.py: its outcomes, and all kinds of damaged files through their readers. Run: pytest tests/test_fuzz.py"""
 
+import json
 import os
 import random
+import subprocess
 import sys
 import time
 from collections import Counter
 
 import pytest
+from conftest import ROOT
 
 from bench import fuzz_cases, fuzz_kinds, mutate
 from configurator import UserError
@@ -105,3 +108,14 @@ def test_many_cases(kinds):
         outcomes = fuzz_cases.run_cases(kinds[name], 7, range(200))
         refuse_bad(kinds[name], 7, outcomes)
         assert Counter(o.name for o in outcomes)['refused'] or name == 'progress'  # which is prepared anew
+
+
+@pytest.mark.slow
+def test_script():
+    command = [sys.executable, '-m', 'bench.fuzz', '--kind=tokenizer']
+    done = subprocess.run([*command, '--cases=30'], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and 'tokenizer' in done.stdout, done.stderr
+    counts = json.loads(done.stdout.splitlines()[-1])['total']
+    assert sum(counts.values()) == 30 and counts['refused'] > 20
+    done = subprocess.run([*command, '--number=7'], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and 'refused: own.json' in done.stdout, done.stdout + done.stderr

@@ -23,7 +23,17 @@ from data import datasets, encode
 from data import tokens as token_files
 from data.chat import prepare as prepare_chat
 from data.text import prepare as prepare_text
-from flatgpt import checkpoint, constrain, huggingface, jsonl, lora, optim, parallel, pretrained
+from flatgpt import (
+    checkpoint,
+    constrain,
+    huggingface,
+    jsonl,
+    lora,
+    optim,
+    outdir,
+    parallel,
+    pretrained,
+)
 from model import GPT, GPTConfig
 from posttrain import pairs, policy, reward_model
 from posttrain.tasks import common as tasks
@@ -364,7 +374,7 @@ def output_kinds():
                    for i in range(20))
 
     def trim():
-        checkpoint.keep_log_until('.', 10)
+        outdir.keep_log_until('.', 10)
         with open('log.jsonl', 'rb') as file:
             return file.read()
 

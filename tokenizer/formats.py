@@ -18,9 +18,11 @@ turn their text into ids everywhere; encode() and tiktoken do so only when allow
 import base64
 import binascii
 import hashlib
+import io
 import itertools
 import os
 import pickle
+import pickletools
 
 from configurator import UserError
 from tokenizer import vocabulary
@@ -198,7 +200,11 @@ def from_meta_pkl(path) -> CharTokenizer:
     command = f'Make it again: python {os.path.dirname(path) or "."}/prepare.py'
     try:
         with open(path, 'rb') as file:
-            meta = PlainUnpickler(file).load()
+            content = file.read()
+        for opcode, number, _ in pickletools.genops(content):
+            if 'PUT' in opcode.name and number > len(content):  # its place in an array
+                raise pickle.UnpicklingError(f'it numbers an object {number:,}')
+        meta = PlainUnpickler(io.BytesIO(content)).load()
     except FileNotFoundError:
         raise UserError(f'{path} does not exist. {command}') from None
     except Exception as error:  # damaged pickles raise nearly anything
@@ -206,6 +212,7 @@ def from_meta_pkl(path) -> CharTokenizer:
                         f'{command}') from None
     stoi = meta.get('stoi') if isinstance(meta, dict) else None
     valid = (isinstance(stoi, dict) and type(meta.get('vocab_size')) is int
+             and len(stoi) == meta['vocab_size']
              and all(type(char) is str and type(i) is int for char, i in stoi.items())
              and sorted(stoi.values()) == list(range(meta['vocab_size']))
              and meta.get('itos') == {i: char for char, i in stoi.items()})

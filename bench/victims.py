@@ -155,6 +155,11 @@ def without_numbers(text):
     return ' '.join(word for word in words if not word.strip('},').replace('.', '').isdigit())
 
 
+def without_input(command):
+    """Return a command without its --input, which it takes once."""
+    return [argument for argument in command if not argument.startswith('--input=')]
+
+
 def scripts():
     """Return all scripts; those that print come last."""
     half = [*TRAIN, '--max_iters=2']
@@ -179,10 +184,11 @@ def scripts():
         Script('dpo', ['posttrain.dpo', *POSTTRAIN, '--pairs=pairs.jsonl', '--val_fraction=0.3',
                        '--prompts_per_step=4'], run_result),
         Script('prepare text', PREPARE, docs),
-        Script('prepare text over another', PREPARE, docs, [[*PREPARE, '--input=old.jsonl']]),
+        Script('prepare text over another', PREPARE, docs,
+               [[*without_input(PREPARE), '--input=old.jsonl']]),
         Script('prepare chat', CHAT, dataset_result('talks')),
         Script('prepare chat over another', CHAT, dataset_result('talks'),
-               [[*CHAT, '--input=old_talks.jsonl']]),
+               [[*without_input(CHAT), '--input=old_talks.jsonl']]),
         Script('clean', ['data.clean', '--input=docs.jsonl', '--out=w/clean.jsonl', '--exact',
                          '--num_proc=1'], files_result,
                [['data.clean', '--input=old.jsonl', '--out=w/clean.jsonl', '--exact',

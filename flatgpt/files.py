@@ -106,17 +106,18 @@ def move_aside(folder, names):
             os.replace(os.path.join(folder, name), os.path.join(moving, name))
         os.rename(moving, target)
     except OSError:
-        put_back(folder)
+        put_back(folder, names)
         raise
     return target
 
 
-def put_back(folder):
+def put_back(folder, names):
     """Return the files of an unfinished move_aside() to their folder."""
     moving = os.path.join(folder, MOVING)
-    if os.path.isdir(moving):
-        for name in os.listdir(moving):
-            os.replace(os.path.join(moving, name), os.path.join(folder, name))
+    if os.path.isdir(moving) and not os.path.islink(moving):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(os.path.join(moving, name), os.path.join(folder, name))
         os.rmdir(moving)
 
 

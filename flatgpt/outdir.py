@@ -44,7 +44,7 @@ def open_folder(out_dir, settings, step, version):
     best, _, config, last = paths = [os.path.join(out_dir, name) for name in FILES]
     moved_to = None
     with explain_unwritable(out_dir):
-        put_back(out_dir)
+        put_back(out_dir, FILES)
         for path in paths:
             remove_temporaries(path)
         with replacing(config) as file:

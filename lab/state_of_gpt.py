@@ -39,7 +39,7 @@ from typing import Annotated
 from bench.common import table as aligned
 from configurator import Count, Positive, Range, Seed, UserError, override
 from data import download
-from flatgpt import checkpoint, jsonl
+from flatgpt import checkpoint, jsonl, outdir
 from flatgpt.files import replace_file
 from lab import common
 from posttrain.tasks.common import wilson
@@ -196,7 +196,7 @@ def run_all(home):
                 outdated.add(later)
         done = {other: done[other] for other in done if other not in outdated}
         # before the record: a stage killed at once must not resume from an older checkpoint
-        if not was_begun and (aside := checkpoint.put_aside(folder)):
+        if not was_begun and (aside := outdir.put_aside(folder)):
             print(f'the earlier run was moved to {aside}')
         done[name] = {**job, 'seconds': None, 'found': None}
         save()

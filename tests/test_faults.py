@@ -46,12 +46,26 @@ def test_a_run_is_moved_whole_or_not_at_all(tmp_path, monkeypatch, at, error):
         move_aside(str(tmp_path), RUN)
     monkeypatch.undo()
     if isinstance(error, Killed):
-        put_back(str(tmp_path))
+        put_back(str(tmp_path), RUN)
     assert files(tmp_path) == sorted(RUN)
     move_aside(str(tmp_path), RUN)
     assert files(tmp_path) == ['previous-1'] and files(tmp_path / 'previous-1') == sorted(RUN)
-    put_back(str(tmp_path))
+    put_back(str(tmp_path), RUN)
     assert files(tmp_path) == ['previous-1']
+
+
+def test_a_link_is_no_unfinished_move(tmp_path):
+    victim = tmp_path / 'victim'
+    victim.mkdir()
+    (victim / 'ckpt.pt').write_text('mine')
+    out = tmp_path / 'out'
+    out.mkdir()
+    (out / 'ckpt.pt').write_text('ours')
+    (out / 'previous.tmp').symlink_to(victim)
+    put_back(str(out), RUN)
+    with pytest.raises(OSError, match='exists'):
+        move_aside(str(out), ['ckpt.pt'])
+    assert (victim / 'ckpt.pt').read_text() == 'mine' and (out / 'ckpt.pt').read_text() == 'ours'
 
 
 def test_lines_that_the_disk_refused_are_written_later(tmp_path, monkeypatch, capsys):
@@ -90,6 +104,7 @@ def test_temporary_files_of_killed_processes_go(tmp_path, write):
     for name in (*others, f'{path.name}.{"0" * 16}.tmp'):
         (tmp_path / name).write_text('x')
     (tmp_path / f'{path.name}.{"1" * 16}.tmp').mkdir()
+    (tmp_path / f'{path.name}.{"2" * 16}.tmp').symlink_to(tmp_path)
     write(path)
     assert files(tmp_path) == sorted([*others, path.name])
 

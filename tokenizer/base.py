@@ -240,7 +240,8 @@ def remove_temporaries(path):
         for other in os.listdir(folder):
             if re.fullmatch(re.escape(name) + r'\.[0-9a-f]{16}\.tmp', other):
                 left = os.path.join(folder, other)
-                shutil.rmtree(left) if os.path.isdir(left) else os.remove(left)
+                is_folder = os.path.isdir(left) and not os.path.islink(left)
+                shutil.rmtree(left) if is_folder else os.remove(left)
 
 
 def temporary_name(path):

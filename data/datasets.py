@@ -21,11 +21,11 @@ import numpy as np
 
 import tokenizer
 from configurator import Count, Natural, Range, UserError, nearest
+from data import TOKEN_FILE
 from flatgpt.entries import Tokenizer, conform
 from tokenizer import vocabulary
 
 DATA = os.path.dirname(os.path.abspath(__file__))
-TOKEN_FILE = re.compile(r'(train|val)(-\d{5}|_mask)?\.bin')
 
 
 def folder_of(dataset):

@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 import tokenizer as tokenizers
 from configurator import UserError, printable
-from data.datasets import TOKEN_FILE
+from data import TOKEN_FILE
 from data.documents import split_suffix
 from flatgpt import files, output
 from tokenizer.base import ENDOFTEXT, remove_temporaries

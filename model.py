@@ -78,8 +78,8 @@ class GPTConfig:
                 value = self.rope_scaling.get(name)
                 is_number = isinstance(value, int | float) and 0 < value < 1e30
                 if self.pos != 'rope' or not is_number:
-                    raise UserError(f'rope_scaling: {name} is {value!r}, expected a number from 0 '
-                                    f"to 1e30, beside pos='rope'; known are {ROPE_SCALINGS}")
+                    raise UserError(f'rope_scaling: {name} is {value!r}, expected a number above 0 '
+                                    f"and below 1e30, beside pos='rope'; known are {ROPE_SCALINGS}")
         if self.qk_norm_weight and not self.qk_norm:
             raise UserError('qk_norm_weight=True: expected qk_norm=True too')
         if not self.window_pattern or set(self.window_pattern) - set('SL'):

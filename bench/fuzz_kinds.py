@@ -26,6 +26,7 @@ from data.text import prepare as prepare_text
 from flatgpt import (
     checkpoint,
     constrain,
+    entries,
     huggingface,
     jsonl,
     lora,
@@ -167,7 +168,7 @@ def posttrain_kinds():
     def score():
         judge, line = reward_model.open_reward_model('out', BYTES, chat.TEMPLATE)
         saved = checkpoint.load('out/ckpt.pt')
-        resumed = reward_model.critic_of(saved, 'out/ckpt.pt')
+        resumed = reward_model.critic_of(saved, 'out/ckpt.pt', 0.0, entries.Posttraining)
         optimizer = optim.create(resumed, settings(), 'float32', ALONE)
         optim.load_optimizer(optimizer, saved['optimizer'])
         learn(resumed, optimizer)

@@ -267,13 +267,18 @@ class Origin(Settings):
     init_from: str
 
 
-class Posttraining(TypedDict):
-    """Name what reward models, rl and dpo need beside the weights."""
+class Speaker(TypedDict):
+    """Name what a reward model needs to score answers, beside the weights."""
+
+    tokenizer: Tokenizer
+    chat_template: str | None
+
+
+class Posttraining(Speaker):
+    """Name what a run of reward, rl or dpo needs to go on."""
 
     optimizer: Optimizer
     config: Origin
-    tokenizer: Tokenizer
-    chat_template: str | None
 
 
 class PPO(Posttraining):

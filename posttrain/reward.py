@@ -26,7 +26,7 @@ import torch
 
 from configurator import Count, Fraction, Natural, NonNegative, Share, UserError, fit, override
 from data.shuffle import train_items
-from flatgpt import checkpoint, optim, output, parallel
+from flatgpt import checkpoint, entries, optim, output, parallel
 from flatgpt.pretrained import check_same, tokenizer_of
 from posttrain.losses import bradley_terry_loss, preferred
 from posttrain.pairs import check_pairs, ending_of, pair_rows, read_pairs
@@ -85,7 +85,8 @@ ckpt_path = os.path.join(out_dir, 'ckpt.pt')
 state = {}
 if init_from == 'resume':
     state = checkpoint.load(ckpt_path)
-    model, tokenizer = critic_of(state, ckpt_path, dropout), tokenizer_of(state)
+    model = critic_of(state, ckpt_path, dropout, entries.Posttraining)
+    tokenizer = tokenizer_of(state)
     template, init_from = state['chat_template'], state['config']['init_from']
     check_same(optimizer, state['config'], ckpt_path)
 else:

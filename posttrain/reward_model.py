@@ -90,11 +90,14 @@ def ratings_of(critic, messages, texts, template, tokenizer):
     return ratings
 
 
-def critic_of(state, path, dropout=0.0):
-    """Build a checkpoint's reward model, on the CPU. Raises UserError if it has none."""
+def critic_of(state, path, dropout=0.0, needed=entries.Speaker):
+    """Build a checkpoint's reward model, on the CPU.
+
+    needed: the rule of its other entries. Raises UserError if it lacks one, or is no reward model.
+    """
     if not state.get('reward_model'):
         raise UserError(f'{path} is a language model; expected a reward model, {TRAIN_ONE}')
-    entries.check_content(state, entries.Posttraining, path)
+    entries.check_content(state, needed, path)
     return build(Critic, state, path, dropout)
 
 

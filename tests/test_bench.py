@@ -182,7 +182,7 @@ def test_last_line_is_json(capsys):
 
 
 @pytest.mark.parametrize('name', sorted(
-    path.stem for path in (ROOT / 'bench').glob('*.py') if path.stem not in ('__init__', 'bare', 'common', 'victims')))
+    path.stem for path in (ROOT / 'bench').glob('*.py') if path.stem not in ('__init__', 'bare', 'common', 'fuzz_cases', 'fuzz_kinds', 'mutate', 'victims')))
 def test_scripts_explain_themselves(folder, name):
     out = folder.start(f'bench.{name}', '--help').ok().out
     assert f'$ python -m bench.{name}' in out and 'config = ' not in out
@@ -331,6 +331,6 @@ def test_ablation_says_what_is_wrong(folder):
                            ({'config_file': 'nowhere.py'}, "config_file='nowhere.py': there is no such file")):
         folder.start('bench.ablation', **settings).refused(text)
     runs = folder.path / 'runs.jsonl'
-    for damaged in ('{"config": "a.py"}', 'null', '[1', '\0'):
+    for damaged, text in (('{"config": "a.py"}', ', line 1'), ('null', ', line 1'), ('[1', ', line 1'), ('\0', ' is not text')):
         runs.write_text(damaged + '\n')
-        folder.start('bench.ablation', out='runs.jsonl', config_file='runs.jsonl').refused('runs.jsonl, line 1')
+        folder.start('bench.ablation', out='runs.jsonl', config_file='runs.jsonl').refused('runs.jsonl' + text)

@@ -535,13 +535,13 @@ def test_gpt2s_tokenizer_by_name_and_from_a_file(folder):
     ({'task': 'tiny_chat', 'num_samples': 3},
      ['temperature=0.0: expected above 0 with several samples']),
     ({'reward_model': 'judge'}, ["reward_model='judge' is for tasks"]),
-    ({'task': 'tiny_chat', 'n': 0}, ['n=0: expected 1 or more']),
+    ({'task': 'tiny_chat', 'n': 0}, ['n=0: expected at least 1 and at most 1000000']),
     ({'task': 'tiny_chat', 'split': 'all'}, ["split='all': expected one of train, val, test"]),
     ({'task': 'tiny_chat', 'shots': -1}, ['shots=-1: expected 0 or more']),
     ({'task': 'tiny_chat', 'kinds': 'sums'}, ["there is no 'sums'; expected some of addition"]),
     ({'task': 'tiny_chat', 'input': 'one'}, ['tiny_chat generates its questions']),
     ({'task': 'gsm8k'}, ['name a file, --input=FILE, with a "question"']),
-    ({'task': 'gsm8k', 'input': 'none.jsonl'}, ["No such file or directory: 'none.jsonl'"]),
+    ({'task': 'gsm8k', 'input': 'none.jsonl'}, ['none.jsonl cannot be read: No such file']),
     ({'task': 'hellaswag', 'input': 'scenes.jsonl'},
      ['a question has 20 tokens, and the context has room for 16'])])
 def test_refused(refusing, settings, said):

@@ -81,6 +81,8 @@ def execute(script, argv, cwd, env, output):
     os.dup2(fd, 2)
     sys.stdout, sys.stderr = open(1, 'w', buffering=1, closefd=False), open(2, 'w', buffering=1, closefd=False)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the fork server ignores it
+    if hasattr(signal, 'SIGHUP'):
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where pytest runs under nohup
     os.environ.update(env)
     os.chdir(cwd)
     sys.argv = [script, *argv]

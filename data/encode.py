@@ -99,8 +99,8 @@ def make_tokenizer(name: str, corpus: Corpus, vocab_size: int | None = None):
 
 # Writing ----------------------------------------------------------------------------------------
 # An unfinished preparation leaves its finished shards under temporary names, and PROGRESS:
-# {'settings': a hash, 'shards': {split: [[tokens, pieces, sha256], ...]}}. `pieces` and `sha256`
-# are those of all text of the split up to the end of the shard.
+# {'shards': {split: [[tokens, pieces, sha256], ...]}, 'sha256': of these and the settings}.
+# `pieces` and a shard's `sha256` are those of all text of the split up to the end of the shard.
 
 PROGRESS = '.progress.json'
 
@@ -187,7 +187,7 @@ def encode_pieces(out_dir, corpus, tokenizer, settings) -> dict:
                 arrays = tokenizer.encode_batch([text for _, text, _ in batch], corpus.workers)
                 for (split, _, utf8), ids in zip(batch, arrays, strict=True):
                     if writers[split].write(ids, utf8):
-                        progress = {'settings': settings, 'shards': shards}
+                        progress = {'shards': shards, 'sha256': digest_of(settings, shards)}
                         files.replace_file(os.path.join(out_dir, PROGRESS),
                                            json.dumps(progress).encode())
         for writer in writers.values():
@@ -314,6 +314,11 @@ def temporary(out_dir, name) -> str:
     return os.path.join(out_dir, f'.{name}.tmp')
 
 
+def digest_of(settings, shards) -> str:
+    """Return the hash by which PROGRESS is known to be whole."""
+    return hashlib.sha256(json.dumps([settings, shards], sort_keys=True).encode()).hexdigest()
+
+
 def load_progress(out_dir, settings, itemsize) -> dict:
     """Return the finished shards of an unfinished preparation with the same settings.
 
@@ -329,7 +334,7 @@ def load_progress(out_dir, settings, itemsize) -> dict:
                       for split in ('train', 'val')}
             found = {(split, i): os.lstat(temporary(out_dir, shard_name(split, i)))
                      for split in shards for i in range(len(shards[split]))}
-            is_usable = progress['settings'] == settings and all(
+            is_usable = progress['sha256'] == digest_of(settings, shards) and all(
                 stat.S_ISREG(file.st_mode) and file.st_size == shards[split][i][0] * itemsize
                 for (split, i), file in found.items())
         except (KeyError, OSError, TypeError, ValueError):

@@ -238,8 +238,7 @@ def test_time_to_loss_of_a_run(peer):
         share = ours[f'reached_{kind}']['median'] / theirs[kind]['median']
         assert ours[f'reached_{kind}_of_peer']['median'] == pytest.approx(share, rel=0.05)
         assert ours[f'reached_{kind}']['median'] <= ours[kind]['median']
-        if ours[kind]['median'] != pytest.approx(theirs[kind]['median'], rel=0.1):  # medians are rounded
-            assert record['full'][f'rounds_within_peer_{kind}'] == (ours[kind]['median'] <= theirs[kind]['median'])
+        assert record['full'][f'rounds_within_peer_{kind}'] == (ours[kind]['median'] <= theirs[kind]['median'])
     assert 0 < ours['reached_train_s']['median'] < ours['reached_wall_s']['median']
     table = out[out.index('nanoGPT: val loss') :].splitlines()[:-1]
     assert len(table) == 18 and max(map(len, table)) <= 80

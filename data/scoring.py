@@ -59,7 +59,7 @@ def read_pieces(path, text_key):
     if len(files) == 1 and kind_of(files[0], text_key) == 'text':
         yield from read_text(files[0])
     else:
-        for text in read_documents(files, text_key):
+        for text in read_documents(path, text_key):
             yield text + SEPARATOR
 
 

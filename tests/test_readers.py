@@ -7,6 +7,8 @@ import csv
 import io
 import json
 import random
+import subprocess
+import sys
 
 import pytest
 from conftest import ROOT, load_script
@@ -14,7 +16,7 @@ from corpora import words
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import documents, encode
+from data import documents, encode, scoring
 
 ROWS = [{'id': f'a{i}', 'text': f'text {i} "é" 🙂\n'} for i in range(7)]
 TEXTS = [row['text'] for row in ROWS]
@@ -262,3 +264,15 @@ def test_random_bytes_are_read_or_refused(tmp_path):
                 read(tmp_path / name)
             except ValueError as error:
                 assert type(error).__name__ == 'UserError' and name in str(error)
+
+
+def test_an_empty_file_in_a_folder_is_no_error(tmp_path):
+    """Only a file that is named alone must have text."""
+    folder = tmp_path / 'in'
+    folder.mkdir()
+    (folder / 'a.txt').write_text('the cat sat on the mat\n' * 20)
+    (folder / 'empty.txt').touch()
+    assert ''.join(scoring.read_pieces(str(folder), 'text')).startswith('the cat')
+    done = subprocess.run([sys.executable, '-m', 'tokenizer', 'train', f'--input={folder}', '--vocab_size=260',
+                           f'--out={tmp_path}/t.json'], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and (tmp_path / 't.json').exists(), done.stderr

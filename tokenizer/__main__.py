@@ -214,7 +214,8 @@ def main_train(arguments):
                         f'--out={args.out}/tokenizer.json')
 
     started = time.time()
-    texts = read_documents(list_files(args.input, args.text_key), args.text_key)
+    list_files(args.input, args.text_key)  # prints what is left out
+    texts = read_documents(args.input, args.text_key)
     if args.kind == 'char':
         trained = CharTokenizer.from_text(texts)
     elif args.kind == 'word':

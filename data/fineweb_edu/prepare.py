@@ -42,8 +42,8 @@ def main():
 
     # read
     if args.input:
-        paths = documents.list_files(args.input)
-        source = os.path.basename(os.path.abspath(args.input))
+        documents.list_files(args.input)  # prints what is left out
+        paths, source = args.input, os.path.basename(os.path.abspath(args.input))
     else:
         folder = f'sample/{args.sample}'
         shards = download.HubFolder(REPO, folder, args.revision, args.shards)

@@ -39,8 +39,8 @@ def main():
 
     # read
     if args.input:
-        paths = documents.list_files(args.input)
-        source = os.path.basename(os.path.abspath(args.input))
+        documents.list_files(args.input)  # prints what is left out
+        paths, source = args.input, os.path.basename(os.path.abspath(args.input))
     else:
         paths, commit = download.get_shards(SHARDS, os.path.join(args.out_dir, 'shards'),
                                             'python data/openwebtext/prepare.py --input=FOLDER')

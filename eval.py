@@ -49,6 +49,7 @@ from configurator import (
 )
 from data import scoring
 from data.datasets import folder_of
+from data.encode import names_of
 from data.tokens import evenly, to_device
 from flatgpt import output, runtime
 from flatgpt.pretrained import dataset_of, open_model
@@ -122,7 +123,7 @@ model.to(torch_device)
 def accuracy():
     """Print the accuracy on the task; -> the JSON line's dict."""
     # the questions
-    source, kind_names = split or ('all' if input else 'test'), tasks.kinds_of(kinds)
+    source, kind_names = split or ('all' if input else 'test'), names_of(kinds)
     examples = tasks.examples_of(questions, tasks.Questions(source, n, seed, input, kind_names))
     if not examples:
         raise UserError(f'{input or task} has no question for --split={source}')

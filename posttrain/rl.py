@@ -37,6 +37,7 @@ from configurator import (
     fit,
     override,
 )
+from data.encode import names_of
 from data.shuffle import train_items
 from flatgpt import checkpoint, lora, optim, output
 from flatgpt.generate import Sampling, uniforms
@@ -154,7 +155,7 @@ context = policy.model.config.block_size
 if judge:  # it scores an answer that was cut off at one more token
     context = min(context, judge.config.block_size - 1)
 train_prompts, val_prompts = (
-    policy.prompts_of(questions, tasks.Questions(split, n, seed, input, tasks.kinds_of(kinds)),
+    policy.prompts_of(questions, tasks.Questions(split, n, seed, input, names_of(kinds)),
                       max_new_tokens, context, tools)
     for split, n in (('train', train_examples), ('val', eval_examples)))
 

@@ -104,11 +104,6 @@ def check_split(split, splits=SPLITS):
         raise UserError(f'split={split!r}: expected one of {", ".join(splits)}')
 
 
-def kinds_of(text):
-    """Parse a setting: 'addition, spelling' -> ('addition', 'spelling'); '' -> ()."""
-    return tuple(kind.strip() for kind in text.split(',') if kind.strip())
-
-
 def check_kinds(kinds, known):
     """Raise UserError for a kind that is not known."""
     for kind in kinds:

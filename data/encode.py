@@ -498,8 +498,8 @@ def run(main):
         print('\ninterrupted', file=sys.stderr)
         sys.exit(130)
     except files.Busy as error:
-        print(f'error: {printable(str(error))}', file=sys.stderr)
+        print(f'error: {printable(error)}', file=sys.stderr)
         # train.py waits for the other process at this exit code
         sys.exit(os.EX_TEMPFAIL if hasattr(os, 'EX_TEMPFAIL') else 1)
     except (UserError, OSError) as error:
-        sys.exit(f'error: {printable(str(error))}')
+        sys.exit(f'error: {printable(error)}')

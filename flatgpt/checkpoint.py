@@ -151,13 +151,9 @@ class Run:
             with suppress(OSError):  # not print, which the signal may have interrupted
                 os.write(2, b'\nfinishing this step, then saving; Ctrl-C again stops at once\n')
         self.signal_time = time.monotonic()
-        self.request(f'stopped by {signal.Signals(number).name}')
-
-    def request(self, reason):
-        """Ask the run to stop after this step, for a reason to print."""
-        self.requested = reason
+        self.requested = f'stopped by {signal.Signals(number).name}'
         if self.world.size == 1:
-            self.stop_reason = reason
+            self.stop_reason = self.requested
 
     def drawn(self, n):
         """Return how many items the steps so far have drawn. n: of one step."""

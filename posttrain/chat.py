@@ -159,7 +159,7 @@ def converse(answer, template, tokenizer, room, system=''):
             messages = kept
             reply = stream(answer(ids, number))
         except UserError as error:  # another message may be possible
-            print(f'error: {printable(str(error))}')
+            print(f'error: {printable(error)}')
         number += 1
         if reply:
             messages.append({'role': 'assistant', 'content': reply})

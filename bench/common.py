@@ -14,6 +14,8 @@ import sys
 import time
 from importlib import metadata
 
+import numpy as np
+
 from configurator import UserError
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -126,6 +128,18 @@ def val_loss(path, data_dir):
 
 
 # Tables -------------------------------------------------------------------------------------------
+
+
+def make_dataset(folder, n_train, seed):
+    """Write a byte dataset of random text, FOLDER/data/tiny, with a short val split."""
+    os.makedirs(f'{folder}/data/tiny')
+    generator = np.random.default_rng(seed)
+    tokens = {'train': n_train, 'val': 40}
+    for split, count in tokens.items():
+        generator.integers(97, 123, count).astype('<u2').tofile(f'{folder}/data/tiny/{split}.bin')
+    with open(f'{folder}/data/tiny/meta.json', 'w', encoding='utf-8') as file:
+        json.dump({'dtype': 'uint16', 'vocab_size': 256, 'tokens': tokens,
+                   'tokenizer': {'kind': 'byte'}}, file)
 
 
 def spread(values, digits=3):

@@ -32,8 +32,6 @@ import tempfile
 import threading
 import time
 
-import numpy as np
-
 from bench import common
 from configurator import Count, Positive, Seed, UserError, override
 from flatgpt import checkpoint
@@ -49,18 +47,6 @@ TRAIN = [sys.executable, os.path.join(common.ROOT, 'train.py'), '--dataset=tiny'
          '--dtype=float32', '--compile=False', '--n_layer=1', '--n_head=1', '--n_embd=32',
          '--block_size=16', '--batch_size=2', '--gradient_accumulation_steps=1',
          '--eval_interval=1', '--eval_iters=1', '--warmup_iters=0', '--learning_rate=1e-3']
-
-
-def make_dataset(folder):
-    """Write a byte dataset of random text, with a short val split."""
-    os.makedirs(f'{folder}/data/tiny')
-    generator = np.random.default_rng(seed)
-    tokens = {'train': 10_000, 'val': 40}
-    for split, count in tokens.items():
-        generator.integers(97, 123, count).astype('<u2').tofile(f'{folder}/data/tiny/{split}.bin')
-    with open(f'{folder}/data/tiny/meta.json', 'w', encoding='utf-8') as f:
-        json.dump({'dtype': 'uint16', 'vocab_size': 256, 'tokens': tokens,
-                   'tokenizer': {'kind': 'byte'}}, f)
 
 
 def logged_steps(out_dir):
@@ -206,7 +192,7 @@ def full_disk(folder, tmpfs):
 if sys.platform == 'win32':
     raise UserError('bench.kill needs SIGKILL and RLIMIT_FSIZE; run it on Linux or macOS')
 with tempfile.TemporaryDirectory() as folder:
-    make_dataset(folder)
+    common.make_dataset(folder, 10_000, seed)
     counts, failures = kill_runs(folder)
     disks = {'RLIMIT_FSIZE': full_disk(folder, tmpfs=False)}
     disks['tmpfs'] = 'could not be tried: no unshare'

@@ -29,7 +29,6 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
-import numpy as np
 import torch
 
 from bench import common
@@ -223,14 +222,7 @@ def make_place(place):
         with open(f'{place}/{name}', 'w', encoding='utf-8') as file:
             file.writelines(json.dumps(value) + '\n' for value in objects)
 
-    os.makedirs(f'{place}/data/tiny')
-    generator = np.random.default_rng(0)
-    tokens = {'train': 3000, 'val': 40}
-    for split, count in tokens.items():
-        generator.integers(97, 123, count).astype('<u2').tofile(f'{place}/data/tiny/{split}.bin')
-    with open(f'{place}/data/tiny/meta.json', 'w', encoding='utf-8') as file:
-        json.dump({'dtype': 'uint16', 'vocab_size': 256, 'tokens': tokens,
-                   'tokenizer': {'kind': 'byte'}}, file)
+    common.make_dataset(place, 3000, 0)
     with open(f'{place}/text.txt', 'w', encoding='utf-8') as file:
         file.write(text(5000))
     for name, n in (('docs', 120), ('old', 110)):

@@ -207,7 +207,7 @@ def read_documents(path, text_key: str = 'text', min_score: float | None = None,
         if separator and kind != 'text':
             raise UserError(f'{name} is a table with a document per row; --separator={separator} '
                             f'is for texts: leave it out')
-        for text in (read_column(name, text_key, min_score) if kind != 'text' else
+        for text in (read_column(name, kind, text_key, min_score) if kind != 'text' else
                      read_parts(name, separator) if separator else
                      read_text(name, DOCUMENT_CHARS)):
             if text and not text.isspace():
@@ -221,11 +221,14 @@ def read_documents(path, text_key: str = 'text', min_score: float | None = None,
 
 # Tables -----------------------------------------------------------------------------------------
 
-def read_column(path, text_key, min_score=None):
-    """Yield the text in a field of each row of a table; rows without one are skipped."""
+def read_column(path, kind, text_key, min_score=None):
+    """Yield the text in a field of each row of a table; rows without one are skipped.
+
+    kind: kind_of(path, text_key).
+    """
     names = [text_key] if min_score is None else [text_key, 'score']
-    is_parquet = kind_of(path, text_key) == 'parquet'
-    for where, record in read_parquet(path, names) if is_parquet else read_records(path):
+    for where, record in (read_parquet(path, names) if kind == 'parquet' else
+                          read_csv(path) if kind == 'csv' else read_json(path)):
         if text_key not in record:
             raise no_field(where, text_key, record)
         text = record[text_key]

@@ -131,7 +131,7 @@ def explain_errors(kind, error, trace):
 
 
 def printable(text):
-    """Escape control characters but line ends and tabs: names could command a terminal."""
+    """Escape the control characters that could command a terminal."""
     return re.sub(r'[\x00-\x08\x0b-\x1f\x7f-\x9f]',
                   lambda char: f'\\x{ord(char[0]):02x}', str(text))
 

@@ -49,7 +49,7 @@ FAULTS = {name: getattr(victims, name) for name in ('KILL', 'TERM', 'NO_SPACE', 
 
 @dataclass
 class Undisturbed:
-    """Hold what a script finds and leaves: a folder, contents, its result, and file names."""
+    """Hold what a script finds and leaves: folder, contents, result, file names."""
 
     folder: str
     before: dict

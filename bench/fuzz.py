@@ -43,7 +43,7 @@ config = override(globals())
 
 
 def place_of(outcome):
-    """Return where a fault was raised: the last line of its traceback in this repository."""
+    """Return the last line of a traceback that is in this repository."""
     places = re.findall(rf'{re.escape(common.ROOT)}/(.+)", line (\d+)', outcome.reason)
     places = [f'{path}:{line}' for path, line in places if not path.startswith('bench/fuzz_cases')]
     last = (outcome.reason.strip().splitlines() or [''])[-1]

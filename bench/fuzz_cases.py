@@ -1,5 +1,7 @@
 """
-Run damaged files through their readers, in processes with limits, and sort the outcomes.
+Run damaged files through their readers, and sort the outcomes.
+
+The readers run in processes with limits.
 
     outcomes = run_cases(kind, seed=0, numbers=range(100))  # [Outcome, ...]
 
@@ -91,7 +93,10 @@ def damaged(kind, seed, number):
 
 
 def run_case(kind, seed, number, valid):
-    """Run a case; -> (name of its outcome, reason). valid: the fingerprint without damage."""
+    """Run a case; -> (name of its outcome, reason).
+
+    valid: the fingerprint without damage.
+    """
     files, may_differ = damaged(kind, seed, number)
     write_files(files)
     try:

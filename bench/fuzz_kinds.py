@@ -1,5 +1,5 @@
 """
-Make small valid files of every kind that is read here, and read them as the scripts do.
+Make small valid files of every kind, and read them as the scripts do.
 
     kinds = make_kinds('folder')  # {name: fuzz_cases.Kind}; the folder is for temporary files
 """
@@ -115,7 +115,7 @@ def resume(config, described=None):
 # Checkpoints --------------------------------------------------------------------------------------
 
 def train_kinds():
-    """Make checkpoints of train.py: with AdamW, with Muon, nanoGPT's, and with adapters."""
+    """Make checkpoints with AdamW, with Muon, of nanoGPT, and with adapters."""
     model = make_model()
     adamw = optim.create(model, settings(), 'float32', ALONE)
     learn(model, adamw)

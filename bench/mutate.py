@@ -213,7 +213,7 @@ def write_torch(tree):
 
 
 def read_safetensors(data):
-    """Return the header of a file of safetensors, with the other bytes as its last entry."""
+    """Return the header of a safetensors file, the other bytes as last entry."""
     n, = struct.unpack('<Q', data[:8])
     return {**json.loads(data[8 : 8 + n]), 'rest': data[8 + n :]}
 
@@ -252,7 +252,7 @@ FORMATS = {'bytes': None, 'json': (json.loads, to_json), 'jsonl': (read_lines, w
 
 
 def mutate(data, form, rng):
-    """Damage a file; -> (its new content, whether its checksums, if any, are still right)."""
+    """Damage a file; -> (its new content, whether its checksums still fit)."""
     if FORMATS[form] is None or rng.random() < 0.5:
         if form == 'torch' and rng.random() < 0.5:
             return repack(data, rng), True

@@ -58,7 +58,10 @@ def opened(path, flags, *descriptors):
 
 
 def piped(n_lines, *descriptors, blocking=True):
-    """Let descriptors be a pipe whose reader goes after n lines; None: it reads nothing."""
+    """Let descriptors be a pipe whose reader goes after n lines.
+
+    None: it reads nothing.
+    """
     def make(server):
         reading, writing = os.pipe()
         if not blocking:  # and full

@@ -1,5 +1,5 @@
 """
-Run every script of the project in forked children, for bench.faults and bench.streams.
+Run every script in forked children, for bench.faults and bench.streams.
 
     place = make_place(folder)          # datasets, models and texts that the scripts read
     server = Server(place)              # this process, with everything imported
@@ -294,7 +294,7 @@ def exit_status(function):
 
 
 class Server:
-    """Fork children that run scripts in a place, which has the folder w for what they write."""
+    """Fork children that run scripts in a place and write to its folder w."""
 
     def __init__(self, place):
         torch.set_num_threads(1)

@@ -58,7 +58,10 @@ def messages_of(value):
 
 
 def read_message(message):
-    """Return a message of OpenAI or ShareGPT as {'role', 'content'}, and a weight that is not 1."""
+    """Return a message as {'role', 'content'}, and a weight that is not 1.
+
+    message: of OpenAI or ShareGPT.
+    """
     # a table has null in place of what is missing
     turn = ({key: value for key, value in message.items() if value is not None}
             if isinstance(message, dict) else {})
@@ -79,7 +82,7 @@ def read_message(message):
 
 
 def text_of(content):
-    """Return a content as one text: OpenAI's list of parts is joined. Raises UserError."""
+    """Join OpenAI's list of parts into one text. Raises UserError."""
     if isinstance(content, str | None):
         return content  # chat.check_conversation() refuses None
     if not isinstance(content, list):
@@ -95,7 +98,7 @@ def text_of(content):
 
 
 def unread_keys(value) -> set[str]:
-    """Return the keys of a conversation and its messages that messages_of() does not read."""
+    """Return the keys of a conversation that messages_of() does not read."""
     return ({key for key in value if key not in READ and value[key] is not None}
             | {key for turns in map(value.get, READ[:2]) if isinstance(turns, list)
                for turn in turns if isinstance(turn, dict)

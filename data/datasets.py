@@ -115,7 +115,7 @@ def load_meta(data_dir):
 
 
 def digest_of(data_dir, meta):
-    """Return a hash of a dataset's text and its split, to recognise it under another path.
+    """Hash a dataset's text and its split, to recognise it under any path.
 
     meta: the content of meta.json. Without the text's own SHA-256 in it, the sizes of train.bin
     and val.bin and their first and last megabyte are hashed.
@@ -138,13 +138,13 @@ def token_files(data_dir):
 
 
 def stamps_of(data_dir):
-    """Return {path: (inode, size, time of the last change)} of a dataset's token files."""
+    """Return {path: (inode, size, time of change)} of a dataset's token files."""
     return {path: (stat.st_ino, stat.st_size, stat.st_mtime_ns)
             for path in token_files(data_dir) for stat in [os.stat(path)]}
 
 
 def find_rewritten(stamps, warn):
-    """Compare stamps_of() with the disk; -> a line about a file that became shorter, or None.
+    """Compare stamps_of() with the disk; -> a line about a shorter file, or None.
 
     A new preparation replaces the files, and a run keeps the old ones open. A file that is
     rewritten in place changes what the run reads: warn(line). Reading past a new end is a bus

@@ -42,7 +42,7 @@ BATCH_BYTES = 1 << 24     # ... they have more bytes than this together
 # Files ------------------------------------------------------------------------------------------
 
 def split_suffix(path) -> tuple[str, str]:
-    """Split off the suffix of a file's content, in lower case: a.csv.gz -> ('a', '.csv')."""
+    """Split off the suffix of the content: a.csv.gz -> ('a', '.csv')."""
     stem, suffix = os.path.splitext(path)
     return split_suffix(stem) if suffix.lower() in PACKED_SUFFIXES else (stem, suffix.lower())
 
@@ -52,7 +52,7 @@ def suffix_of(path) -> str:
 
 
 def kind_of(path, text_key: str | None = None) -> str:
-    """Return 'text', 'json', 'csv' or 'parquet': a file without or with a document per row.
+    """Return 'text', or 'json', 'csv', 'parquet' with a document per row.
 
     JSON is .json, .jsonl, .ndjson, and any other file that begins with an object in JSON that has
     a string in the field text_key (None: any object).
@@ -173,7 +173,7 @@ def not_utf8(path) -> UserError:
 
 
 def read_parts(path, separator: str):
-    """Yield the texts between the separators of one file, without line ends around them.
+    """Yield the texts between separators, without line ends around them.
 
     Raises UserError for a text longer than LONGEST characters.
     """
@@ -320,7 +320,7 @@ class Window:
         self.path, self.file, self.text, self.place, self.line = path, file, '', 0, 1
 
     def grow(self, size) -> bool:
-        """Drop the text before the place, read `size` characters; -> whether there were any."""
+        """Drop the text before the place, read `size` more; -> whether there is any."""
         try:
             new = self.file.read(size)
         except UnicodeDecodeError:
@@ -365,7 +365,7 @@ class Window:
 
 
 def read_values(path):
-    """Yield (where, object) for an array of objects in JSON, or objects one after another.
+    """Yield (where, object) for a JSON array, or objects one after another.
 
     Memory holds one object, of at most LONGEST characters, and twice as much while it is parsed.
     """
@@ -435,7 +435,9 @@ def check_columns(path, columns):
 
 
 def has_plain_quotes(lines, header) -> bool:
-    """Return whether the quotes of a file with tabs are letters: not every line can be parsed.
+    """Return whether the quotes of a file with tabs are letters.
+
+    They are where not every line can be parsed with them.
 
     Then each line has all fields, so that no field has line ends and needs quotes.
     """
@@ -451,7 +453,10 @@ def has_plain_quotes(lines, header) -> bool:
 
 
 def read_rows(path, reader):
-    """Yield the rows that are not blank. Raises UserError with the line where a bad one begins."""
+    """Yield the rows that are not blank.
+
+    Raises UserError with the line where a bad one begins.
+    """
     while True:
         start = reader.line_num + 1
         try:

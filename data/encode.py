@@ -415,7 +415,10 @@ class Once(argparse.Action):
 
 
 def make_parser(description: str, usage: str | None = None) -> argparse.ArgumentParser:
-    """Return a parser that prints the docstring, and refuses abbreviations and repetition."""
+    """Return a parser that refuses abbreviations and repetition.
+
+    description: printed by --help as it is.
+    """
     parser = argparse.ArgumentParser(description=description, usage=usage, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.register('action', None, Once)

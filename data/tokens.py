@@ -139,7 +139,7 @@ def even_windows(n_windows, n_tokens, block_size, row=None):
 
 
 def evenly(starts, n_tokens, stride):
-    """Return evenly spaced ones of `starts`, always the same: n_tokens in windows of `stride`.
+    """Return evenly spaced `starts`: n_tokens in windows of `stride`.
 
     At least one, and all of them if n_tokens is 0 or enough for all. starts: a range or an array.
     """
@@ -255,7 +255,7 @@ def cut_step(config, block_size, n_processes):
 
 @dataclass
 class Batches:
-    """Draw this process's micro-batches of a step -> ([(x, y, share), ...], n_targets).
+    """Draw this process's micro-batches -> ([(x, y, share), ...], n_targets).
 
     seen: tokens that the steps before have drawn. x, y: (batch_size, block_size) on the device.
     share: the part of the step's targets that is in the micro-batch, times the number of

@@ -1,5 +1,5 @@
 """
-Read files of torch, and check the entries of any file by rules before they are used.
+Read files of torch, and check the entries of any file by rules.
 
     class Progress(TypedDict):
         step: Natural
@@ -103,7 +103,7 @@ def conform_entries(values, rule, name):
 
 
 def check_content(content, rule, path):
-    """Return the content of a checkpoint where it follows a TypedDict. Raises UserError."""
+    """Return a checkpoint's content if it follows a TypedDict. Raises UserError."""
     try:
         return conform(content, rule)
     except UserError as error:

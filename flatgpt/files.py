@@ -76,7 +76,7 @@ def replace_file(path, content: bytes):
 
 
 def link_file(path, name):
-    """Give the file at `path` a second name: a link, or a copy where there are no links."""
+    """Give a file a second name: a link, or a copy where there are no links."""
     temporary = temporary_name(name)
     try:
         try:

@@ -267,7 +267,7 @@ def bare(name):
 
 
 def match(model, tensors, hf, folder):
-    """Match the weights of a model with `tensors` of open_tensors(), before memory is taken.
+    """Match a model's weights with open_tensors()'s, before memory is taken.
 
     -> {name: (file, name in the file)}. Raises UserError unless all names, shapes and types fit.
     """
@@ -298,7 +298,10 @@ def match(model, tensors, hf, folder):
 
 
 def copy_weights(model, sources, folder):
-    """Copy the tensors of match() into a model. Raises UserError for a head that is not tied."""
+    """Copy the tensors of match() into a model.
+
+    Raises UserError for a head that is not tied.
+    """
     for name, weight in weights_of(model).items():
         if name in sources:
             file, stored = sources.pop(name)

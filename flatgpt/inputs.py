@@ -83,7 +83,7 @@ PACKED = {rb'\x1f\x8b\x08': gzip.open, rb'BZh[1-9]1AY&SY': bz2.open, rb'\xfd7zXZ
 
 
 def read_blocks(path, source, opener):
-    """Yield the bytes of a file. Raises UserError, also where a packed file is damaged."""
+    """Yield the bytes of a file. Raises UserError, also for a damaged archive."""
     try:
         with opener(source, 'rb') as file:
             while block := file.read(BLOCK):

@@ -34,7 +34,9 @@ def lock_run(out_dir):
 
 
 def open_folder(out_dir, settings, step, version):
-    """Make out_dir, which is locked, ready for a run, and write `settings` to its config.json.
+    """Make out_dir ready for a run, and write `settings` to its config.json.
+
+    out_dir: locked by lock_run().
 
     version: layout version of the checkpoint that the run resumes, None for a new run. A new run
     moves the files of an earlier one to previous-N; -> that folder, or None. nanoGPT's ckpt.pt

@@ -73,7 +73,7 @@ def check_pairs(path, val_fraction, state, ckpt_path):
 
 
 def to_pair(record):
-    """Return a pair in the shape of EXAMPLE, from that or one of TRL's. Raises UserError."""
+    """Return a pair, in one of TRL's shapes too, as EXAMPLE. Raises UserError."""
     answers = [record.get(key) for key in ('chosen', 'rejected')]
     for key, answer in zip(('chosen', 'rejected'), answers, strict=True):
         if not answer and answer != '' or not isinstance(answer, str | list | dict):

@@ -245,7 +245,7 @@ def remove_temporaries(path):
 
 
 def temporary_name(path):
-    """Return a name beside `path` that nobody can foresee, under which to write it first."""
+    """Return an unforeseeable name beside `path`, to write under it first."""
     remove_temporaries(path)
     return f'{path}.{secrets.token_hex(8)}.tmp'
 

@@ -259,7 +259,7 @@ def final_parts(token: bytes, rank) -> list[bytes]:
 
 
 def are_long(tokens) -> bool:
-    """Return whether final_parts(), whose time is quadratic, takes too long for tokens."""
+    """Return whether final_parts(), quadratic in time, takes too long."""
     return sum(len(token) ** 2 for token in tokens) > MOST_SQUARES
 
 

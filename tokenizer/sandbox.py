@@ -45,7 +45,10 @@ COMPARING = ('in', 'eq', '==', 'equalto', 'ne', '!=', 'lt', '<', 'lessthan', 'le
 
 
 def size_of(value, most=math.inf) -> int:
-    """Return the size of a value, at least 1; where it exceeds `most`, any number above that."""
+    """Return the size of a value, at least 1.
+
+    Where it exceeds `most`, any number above that.
+    """
     if isinstance(value, str):  # nearly always
         return len(value) + 1
     size, waiting = 1, [value]

@@ -133,10 +133,9 @@ if state and state.get('judge') != judge_digest:
                     f'with its present weights; resume with the former, or start a new run in '
                     f'another --out_dir')
 if algorithm == 'ppo':
-    value_model = Critic.from_gpt(policy.model)
-    if state:
-        values = build(Critic, {**state, 'model': state['value_model']}, ckpt_path, 0.0)
-        value_model.load_state_dict(values.state_dict())
+    values = {**state, 'model': state['value_model']} if state else {}
+    value_model = (build(Critic, values, ckpt_path, 0.0).to(torch_device) if state else
+                   Critic.from_gpt(policy.model))
     value_opt = optim.adamw(value_model, weight_decay, critic_lr, (beta1, beta2))
 if state:
     # the policy waits for critic_warmup, and learns from no equal rewards

@@ -105,11 +105,10 @@ MODERN = {'pos': 'rope', 'norm': 'rmsnorm', 'mlp': 'swiglu', 'n_kv_head': 2, 'wi
 
 
 @pytest.mark.filterwarnings('ignore')  # of torch.compile's own modules
-@pytest.mark.parametrize('options, dtype', [
-    ({}, torch.float32), pytest.param(MODERN, torch.float32, marks=pytest.mark.slow),
-    pytest.param(MODERN, torch.bfloat16, marks=pytest.mark.slow),
-    pytest.param(MODERN, torch.int8, marks=pytest.mark.slow)])
-def test_for_decoding(options, dtype):
+@pytest.mark.parametrize('compile', [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('options, dtype', [({}, torch.float32), (MODERN, torch.float32), (MODERN, torch.bfloat16),
+                                            (MODERN, torch.int8)])
+def test_for_decoding(options, dtype, compile):
     """In fp32 the same greedy tokens, compiled or not; in fewer bits nearly the same logits; step for step the same
     from the cache as from the whole context."""
     torch._dynamo.reset()
@@ -118,19 +117,18 @@ def test_for_decoding(options, dtype):
     idx = torch.randint(40, (1, 6), generator=torch.Generator().manual_seed(0))
     expected = [plain(idx[:, :n])[0] for n in range(1, 7)]
     spread = torch.cat(expected).std()
-    for compile in (False, True):
-        model = sharpened(tiny(n_head=4, n_embd=32, vocab_size=40, **options)).eval()
-        quantize.for_decoding(model, dtype, compile)
-        logits = [model(idx[:, :n])[0] for n in range(1, 7)]
-        for got, want in zip(logits, expected, strict=True):
-            assert (got - want).abs().max() < tolerance * spread
-        steps = list(generate(model, idx[:, :3], Sampling(20, 0, cache_dtype=torch.float32)))
-        whole = torch.cat((idx[:, :3], *(ids for ids, _, _ in steps)), dim=1)
-        for n, (ids, logprob, _) in enumerate(steps):
-            want = model(whole[:, max(0, 3 + n - 16) : 3 + n])[0][0, -1].log_softmax(-1)[ids[0, 0]]
-            assert (logprob[0, 0] - want).abs() < max(1e-4, tolerance / 2) * spread
-        if dtype == torch.float32:
-            assert torch.equal(whole, plain.generate(idx[:, :3], 20, temperature=0))
+    model = sharpened(tiny(n_head=4, n_embd=32, vocab_size=40, **options)).eval()
+    quantize.for_decoding(model, dtype, compile)
+    logits = [model(idx[:, :n])[0] for n in range(1, 7)]
+    for got, want in zip(logits, expected, strict=True):
+        assert (got - want).abs().max() < tolerance * spread
+    steps = list(generate(model, idx[:, :3], Sampling(20, 0, cache_dtype=torch.float32)))
+    whole = torch.cat((idx[:, :3], *(ids for ids, _, _ in steps)), dim=1)
+    for n, (ids, logprob, _) in enumerate(steps):
+        want = model(whole[:, max(0, 3 + n - 16) : 3 + n])[0][0, -1].log_softmax(-1)[ids[0, 0]]
+        assert (logprob[0, 0] - want).abs() < max(1e-4, tolerance / 2) * spread
+    if dtype == torch.float32:
+        assert torch.equal(whole, plain.generate(idx[:, :3], 20, temperature=0))
 
 
 def test_quantize_rows():

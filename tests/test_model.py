@@ -71,7 +71,8 @@ def test_no_gradient_to_later_inputs_behind_a_cache(past, n):
 
 @pytest.mark.filterwarnings('ignore')  # of torch.compile's own modules
 @pytest.mark.parametrize('options', [
-    {'n_head': 2}, {**ARCHITECTURES['modern'], 'n_head': 4, 'n_kv_head': 2, 'window': 40, 'residual_lambdas': True}])
+    pytest.param({'n_head': 2}, marks=pytest.mark.slow),
+    {**ARCHITECTURES['modern'], 'n_head': 4, 'n_kv_head': 2, 'window': 40, 'residual_lambdas': True}])
 def test_compiled_block(options):
     """Compiled as train.py does on the CPU: same numbers as eager, no gradient to later inputs."""
     torch._dynamo.reset()

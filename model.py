@@ -123,7 +123,7 @@ class Context(NamedTuple):
     value_embedding: Tensor | None = None  # (B, T, G * D), added to the values
     x0: Tensor | None = None  # (B, T, C), the embeddings
     past: tuple | None = None  # keys and values of earlier tokens, flatgpt's LayerCache
-    mask: Tensor | None = None  # (B or 1, 1, T, S), whether a query sees a key; None: causal
+    mask: Tensor | int | None = None  # of ops.attention(); None: the block's window
 
 
 def rotate(x, rotation):
@@ -301,7 +301,8 @@ class GPT(nn.Module):
         n = T if cache is None else cache.length + T
         if n > c.block_size:
             raise UserError(f'a context of {n} tokens is longer than block_size={c.block_size}')
-        positions, masks = torch.arange(T, device=idx.device), {}
+        positions = torch.arange(T, device=idx.device)
+        masks = {window: ops.mask_in_window(window, T, c, idx.device) for window in {c.window, 0}}
         if cache is not None:
             positions = cache.start(B, T)  # (T,), or (B, T) behind prompts of different lengths
             masks = {window: cache.mask(T, window) for window in {c.window, 0}}
@@ -315,7 +316,7 @@ class GPT(nn.Module):
         for layer, block in enumerate(self.transformer.h):
             vte = self.transformer.vte[str(layer)](idx) if c.has_value_embedding(layer) else None
             past = None if cache is None else cache.layer(layer, T)
-            x = block(x, Context(rotation, vte, x0, past, masks.get(block.attn.window)))
+            x = block(x, Context(rotation, vte, x0, past, masks[block.attn.window]))
         x = self.transformer.ln_f(x)
         if cache is not None:
             cache.advance(T)

@@ -7,16 +7,24 @@ those of the plain form; bench/results has the times behind each choice. Shapes:
 """
 
 import math
+from functools import cache
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import (
+    BlockMask,
+    create_block_mask,
+    create_mask,
+    flex_attention,
+)
 
 SHORT = 256  # positions up to which CPU attention in fp32 beats bf16, by up to twice
 CACHED = 512  # positions up to which the weights of blocked attention stay in the CPU's cache
+is_training_compiled = False  # runtime.compile_training() sets it
 CHUNK = 2**25  # logits that a loss holds at once: 128 MB in fp32
+ADDS_IN_FP32 = hasattr(torch.ops.aten.addmm, 'dtype_out')  # torch 2.8: products of bf16, on a GPU
 
 # Attention ----------------------------------------------------------------------------------------
 
@@ -26,20 +34,22 @@ def attention(q, k, v, mask=0, dropout=0.0):
 
     q: (B, H, T, D), the last T of S positions. k, v: (B, G, S, D), each for H / G query heads.
     mask: the window, the number of positions a query sees, its own included, 0 for all; or
-    (B or 1, 1, T, S) of bool, True where a query sees a key. dropout: probability of each weight.
+    (B or 1, 1, T, S) of bool, True where a query sees a key; or mask_in_window(). dropout:
+    probability of each weight.
     """
-    form = plain_attention
-    T, D = q.shape[2:]
-    # compiled, of a whole sequence without a cache
-    is_square = torch.compiler.is_compiling() and not torch.is_tensor(mask) and T == k.size(2)
-    if q.device.type == 'cpu':
+    form, T, is_compiled = plain_attention, q.size(2), torch.compiler.is_compiling()
+    if isinstance(mask, BlockMask):
+        if is_compiled:
+            form = flex_attention_in_window
+        else:
+            mask = create_mask(mask.mask_mod, None, None, T, T, q.device)  # (1, 1, T, T)
+    elif q.device.type == 'cpu':
+        # a whole sequence without a cache
+        is_square = is_compiled and not torch.is_tensor(mask) and T == k.size(2)
         if is_square and (min(T, mask or T) <= CACHED or dropout):
             form = blocked_attention
         elif T == 1 and torch.is_tensor(mask) and not dropout:
             form = single_query_attention
-    elif q.device.type == 'cuda':
-        if is_square and 0 < mask < T and D in (16, 32, 64, 128, 256) and not dropout:
-            form = flex_attention_in_window
     return form(q.to(k.dtype), k, v, mask, dropout).to(q.dtype)  # cached keys may have fewer bits
 
 
@@ -105,14 +115,31 @@ def single_query_attention(q, k, v, mask, dropout=0.0):
     return y.flatten(1, 2).unsqueeze(2)  # (B, H, 1, D)
 
 
-def flex_attention_in_window(q, k, v, window, dropout=0.0):
+def flex_attention_in_window(q, k, v, blocks, dropout=0.0):
     """Attend by FlexAttention, which skips keys outside the window, without dropout.
 
     A mask of all pairs would cost as much as attention to all ("Flex Attention", Dong et al. 2024).
     """
-    T = q.size(2)  # the compiler computes the blocks once for all layers
-    blocks = create_block_mask(lambda b, h, i, j: visible(i, j, window), None, None, T, T, q.device)
     return flex_attention(q, k, v, block_mask=blocks, enable_gqa=k.size(1) < q.size(1))
+
+
+def mask_in_window(window, T, config, device):
+    """Return attention()'s mask of T positions without a cache, computed once for all layers.
+
+    It is the window itself, or the blocks of keys for FlexAttention in compiled blocks on a GPU.
+    config: a GPTConfig.
+    """
+    can_flex = (device.type == 'cuda' and config.head_size in (16, 32, 64, 128, 256)
+                and not config.dropout)
+    if can_flex and 0 < window < T and (is_training_compiled or torch.compiler.is_compiling()):
+        return blocks_in_window(window, T, device)
+    return window
+
+
+@cache
+def blocks_in_window(window, T, device):
+    """Return the blocks of (T, T) in which a query sees a key of its window."""
+    return create_block_mask(lambda b, h, i, j: visible(i, j, window), None, None, T, T, device)
 
 
 def visible(query, key, window):
@@ -184,9 +211,9 @@ def head_cross_entropy(x, head, targets, softcap):
     if not is_large or product_dtype(head.weight) == torch.float16:
         return cross_entropy(softcapped(head(x), softcap), targets)
     is_training = torch.is_grad_enabled()
-    needs = is_training, is_training and head.weight.requires_grad  # any gradient, the weight's
-    rows, ids = x.flatten(0, 1), targets.flatten()  # (N, C), (N,)
-    return ChunkedCrossEntropy.apply(rows, head.weight, ids, softcap, needs) / n_targets(targets)
+    needs = [is_training, is_training and head.weight.requires_grad]
+    rows, ids = x.flatten(0, 1).to(product_dtype(head.weight)), targets.flatten()  # (N, C), (N,)
+    return sum_cross_entropy(rows, head.weight, ids, softcap, needs)[0] / n_targets(targets)
 
 
 def n_targets(targets):
@@ -200,41 +227,88 @@ def product_dtype(weight):
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
-class ChunkedCrossEntropy(torch.autograd.Function):
+def loss_and_gradient(logits, target, softcap):
+    """Return the summed cross-entropy of logits (N, V), and its gradient by them.
+
+    target: (N, 1). softcap: see softcapped(); here tanh(x) is 2 sigmoid(2x) - 1, which compiles to
+    half as many instructions.
+    """
+    ids, counts = torch.arange(logits.size(1), device=logits.device), target >= 0
+    at_target = softcapped(logits.gather(1, target.clamp(min=0)), softcap).float()
+    if 0 < softcap <= 64:  # then no exponential overflows, and no pass for the highest is needed
+        z, highest = softcap * (2 * torch.sigmoid(2 / softcap * logits.float()) - 1), 0.0
+    else:
+        z = softcapped(logits, softcap).float()
+        highest = z.amax(-1, keepdim=True)
+    e = (z - highest).exp()
+    total = e.sum(-1, keepdim=True)
+    p = e * (counts / total)  # 0 in rows without a target
+    d = torch.where(ids == target, p - 1, p)  # by the capped logits, then by the logits
+    d = d * (1 - (z / softcap).square()) if softcap else d
+    loss = torch.where(counts, total.log() + highest - at_target, 0.0).sum()
+    return loss, d.to(logits.dtype)
+
+
+@cache
+def compiled_loss_and_gradient():
+    """Return loss_and_gradient(), compiled for the shapes of each call."""
+    return torch.compile(loss_and_gradient, dynamic=False)
+
+
+def sum_in_chunks(x: Tensor, weight: Tensor, targets: Tensor, softcap: float,
+                  needs: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
     """Sum the cross-entropy of N rows in chunks, without holding all logits at once.
 
-    The fp32 logits of 64 x 1024 tokens of GPT-2 take 13 GB, and their gradient as much. Gradients
-    are computed with the loss: to compute the logits again in the backward pass would cost a third
-    more ("Cut Your Losses", Wijmans et al. 2024; "Liger Kernel", Hsu et al. 2024).
+    x: (N, C), in the precision of the products; weight: (V, C); targets: (N,). needs: whether to
+    compute dx, dw. -> the sum, dx (N, C), dw (V, C). The fp32 logits of 64 x 1024 tokens of GPT-2
+    take 13 GB, and their gradient as much. Gradients are computed with the loss: to compute the
+    logits again in the backward pass would cost a third more ("Cut Your Losses", Wijmans et al.
+    2024; "Liger Kernel", Hsu et al. 2024).
     """
+    w, total = weight.to(x.dtype), torch.zeros((), device=x.device)
+    dx, dw = torch.empty_like(x) if needs[0] else x.new_empty(0), torch.zeros_like(weight)
+    n = max(1, (4 if x.is_cuda else 1) * CHUNK // len(w))  # a GPU's products need more rows
+    for start in range(0, len(x), n):
+        rows, target = x[start : start + n], targets[start : start + n, None]
+        logits = rows @ w.T  # (n, V)
+        if not needs[0]:
+            ids = target[:, 0].clamp(min=-1)
+            total += F.cross_entropy(softcapped(logits, softcap).float(), ids, ignore_index=-1,
+                                     reduction='sum')
+            continue
+        compute = compiled_loss_and_gradient() if is_training_compiled else loss_and_gradient
+        loss, d = compute(logits, target, softcap)
+        total += loss
+        torch.mm(d, w, out=dx[start : start + n])
+        if needs[1] and x.is_cuda and x.dtype != dw.dtype and ADDS_IN_FP32:
+            torch.addmm(dw, d.T, rows, out_dtype=dw.dtype, out=dw)
+        elif needs[1]:
+            dw += d.T @ rows
+    return total, dx, dw if needs[1] else weight.new_empty(0)
 
-    @staticmethod
-    def forward(ctx, x, weight, targets, softcap, needs):  # (N, C), (V, C), (N,)
-        dtype, (needs_gradient, needs_dw) = product_dtype(weight), needs
-        w, ids = weight.to(dtype), torch.arange(len(weight), device=x.device)
-        total = torch.zeros((), device=x.device)
-        dx, dw = [], torch.zeros_like(weight) if needs_dw else None
-        n_chunks = -(-len(x) * len(w) // CHUNK)
-        if torch.compiler.is_compiling():
-            n_chunks = min(16, n_chunks)  # the code of each is compiled for itself
-        chunks = x.to(dtype).chunk(n_chunks), targets[:, None].chunk(n_chunks)
-        for rows, target in zip(*chunks, strict=True):
-            logits = softcapped(rows @ w.T, softcap).float()  # (rows, V)
-            log_p, counts = F.log_softmax(logits, dim=-1), target >= 0
-            total -= torch.where(counts, log_p.gather(1, target.clamp(min=0)), 0.0).sum()
-            if needs_gradient:
-                p = log_p.exp()
-                d = torch.where(ids == target, p - 1, p)  # by the capped logits, then by the logits
-                d = (d * (1 - (logits / softcap).square()) if softcap else d).to(dtype)  # (rows, V)
-                dx.append((d @ w) * counts)
-                if needs_dw:
-                    dw += d.T @ (rows * counts)
-        if needs_gradient:
-            ctx.save_for_backward(torch.cat(dx).to(x.dtype), dw)
-        return total
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_total):
-        dx, dw = ctx.saved_tensors
-        return d_total * dx, None if dw is None else d_total * dw, None, None, None
+def shapes_of_sum(x, weight, targets, softcap, needs):
+    """Return tensors of the shapes that sum_in_chunks() returns."""
+    dx, dw = (torch.empty_like(y) if is_needed else y.new_empty(0)
+              for y, is_needed in zip((x, weight), needs, strict=True))
+    return x.new_empty((), dtype=torch.float32), dx, dw
+
+
+def keep_gradients(ctx, inputs, output):
+    """Save dx and dw for the backward pass."""
+    ctx.save_for_backward(*output[1:])
+    ctx.needs = inputs[4]
+
+
+@once_differentiable
+def scale_gradients(ctx, d_total, *_):
+    """Return the gradients by the inputs of sum_in_chunks()."""
+    dx, dw = ctx.saved_tensors
+    return d_total * dx, d_total * dw if ctx.needs[1] else None, None, None, None
+
+
+# an operator of its own: torch.compile would merge the chunks of a function, and hold all of them
+sum_cross_entropy = torch.library.custom_op(
+    'flatgpt::sum_in_chunks', sum_in_chunks, mutates_args=())
+sum_cross_entropy.register_fake(shapes_of_sum)
+sum_cross_entropy.register_autograd(scale_gradients, setup_context=keep_gradients)

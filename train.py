@@ -22,7 +22,6 @@ from dataclasses import asdict
 from typing import Literal
 
 import torch
-from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # python -P leaves it out
@@ -137,10 +136,10 @@ if init_from == 'scratch':
     GPTConfig(**architecture)  # refuses impossible sizes before any data is prepared
 else:
     pretrained.check_source(init_from, ckpt_path)
-datasets.prepare_if_missing(data_dir, is_first=world.local_rank == 0)
-meta, stamps = datasets.load_meta(data_dir), datasets.stamps_of(data_dir)
 parallel.connect(world, torch_device, backend)
 runtime.use_machine(torch_device)
+datasets.prepare_if_missing(data_dir, is_first=world.local_rank == 0)
+meta, stamps = datasets.load_meta(data_dir), datasets.stamps_of(data_dir)
 if init_from == 'auto':
     init_from = 'resume' if parallel.all_find(world, ckpt_path) else 'scratch'
 
@@ -167,6 +166,9 @@ chat_template = meta['chat_template'] or state.get('chat_template')
 if lora_rank and init_from != 'resume':
     state['lora'] = lora.start(model, config, out_dir)
 adapters = state.get('lora')  # describes them for the checkpoint; None: all weights are trained
+facts = {'data': meta['digest'], 'step': state.get('iter_num'), 'seen': state.get('seen')}
+paths = ('out_dir', 'dataset', 'init_from', 'device')  # may differ between machines
+world.check_alike({**facts, **{k: v for k, v in config.items() if k not in paths}})
 block_size = pretrained.context_of(model, config, init_from, meta)
 cut = cut_step(config, block_size, world.size)
 
@@ -249,19 +251,17 @@ run.explain_out_of_memory(smaller, 'One sequence does not fit: lower --block_siz
 state = None  # the loaded tensors are no longer needed
 
 # the training step, compiled if that works here
-step_model = model
 if use_compile:
     world.print('compiling the training step (--compile=False starts at once)')
 
-    def try_step(compiled):
+    def try_step():
         x, y, _ = batches(run.drawn(cut.tokens))[0][0]
         with autocast:
-            compiled(x, y, return_logits=False)[1].backward()
+            model(x, y, return_logits=False)[1].backward()
 
-    step_model = runtime.compile_training(model, try_step)
+    runtime.compile_training(model, try_step)
     opt.zero_grad(set_to_none=True)
-if world.size > 1:
-    step_model = DDP(step_model, [torch_device.index] if torch_device.type == 'cuda' else None)
+step_model = parallel.average_gradients(model, world, torch_device)
 
 # the loop -----------------------------------------------------------------------------------------
 bar = tqdm(total=max_iters, initial=run.step, unit='step', dynamic_ncols=True, smoothing=0.05,
@@ -312,8 +312,8 @@ while True:
     next_batch = prefetch.submit(batches, tokens_seen)
     loss_sum = torch.zeros((), device=torch_device)
     for micro_step, (x, y, share) in enumerate(micro_batches):
-        if world.size > 1:  # average gradients over the processes once, with the last micro-batch
-            step_model.require_backward_grad_sync = micro_step == cut.micro_steps - 1
+        # DDP averages the gradients once, with the last micro-batch
+        step_model.require_backward_grad_sync = micro_step == cut.micro_steps - 1
         with autocast:
             loss = step_model(x, y, return_logits=False)[1] * share
         loss_sum += loss.detach()

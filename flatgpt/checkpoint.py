@@ -18,16 +18,13 @@ import math
 import os
 import pickle
 import shlex
-import signal
 import sys
-import time
 import zipfile
-from contextlib import suppress
 
 import torch
 
 from configurator import UserError, explain_errors
-from flatgpt import parallel
+from flatgpt import parallel, signals
 from flatgpt.entries import Checkpoint, Scaled, check_content, read_torch
 from flatgpt.files import no_link, replacing
 from flatgpt.outdir import lock_run, open_folder
@@ -35,7 +32,6 @@ from flatgpt.runtime import out_of_memory
 from flatgpt.tracking import Tracker
 
 VERSION = 1  # version of the layout above; nanoGPT's files have no such key
-STOP = ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1', 'SIGUSR2', 'SIGXCPU')  # of users and clusters
 
 
 def save(out_dir, state, is_best):
@@ -112,10 +108,9 @@ class Run:
 
     step: updates done; saved_step: that of ckpt.pt; train_time: seconds without evaluations; seen:
     tokens, pairs or prompts drawn so far, None in old checkpoints. They continue from `state`, the
-    checkpoint that the run resumes. From its construction on, the signals in STOP only set
-    `requested`; a second Ctrl-C, more than a second later, stops at once. The loop obeys
-    stop_reason between two steps. A single process takes it from `requested`; several must agree
-    on it first. folder: False writes nothing.
+    checkpoint that the run resumes. From its construction on, signals only set `requested`, see
+    signals.catch(). The loop obeys stop_reason between two steps. A single process takes it from
+    `requested`; several must agree on it first. folder: False writes nothing.
     """
 
     def __init__(self, out_dir, settings, state=None, world=None, folder=True):
@@ -136,24 +131,14 @@ class Run:
             if moved_to:
                 print(f'{out_dir} held an earlier run; it is now in {moved_to}')
         self.stop_reason = self.requested = None
-        self.signal_time, self.output_lost, self.unwritten = 0.0, False, b''
-        for name in STOP:
-            number = getattr(signal, name, None)  # Windows has two of them
-            if number and (name == 'SIGINT' or signal.getsignal(number) != signal.SIG_IGN):  # nohup
-                signal.signal(number, self.on_signal)
+        self.output_lost, self.unwritten = False, b''
+        signals.catch(self.request, self.world.is_main)
 
-    def on_signal(self, number, frame):
+    def request(self, reason):
         """Ask the run to stop after this step."""
-        waited = time.monotonic() - self.signal_time
-        if number == signal.SIGINT and self.requested == 'stopped by SIGINT' and waited > 1:
-            raise KeyboardInterrupt
-        if self.world.is_main and number == signal.SIGINT and self.requested is None:
-            with suppress(OSError):  # not print, which the signal may have interrupted
-                os.write(2, b'\nfinishing this step, then saving; Ctrl-C again stops at once\n')
-        self.signal_time = time.monotonic()
-        self.requested = f'stopped by {signal.Signals(number).name}'
+        self.requested = reason
         if self.world.size == 1:
-            self.stop_reason = self.requested
+            self.stop_reason = reason
 
     def drawn(self, n):
         """Return how many items the steps so far have drawn. n: of one step."""

@@ -16,6 +16,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
+from torch.nn.parallel import DistributedDataParallel as DDP
 
 from configurator import UserError, fit
 
@@ -44,6 +45,20 @@ class World:
             dist.all_reduce(total)  # on the CPU, over gloo: no synchronisation with a GPU
         return total.tolist()
 
+    def check_alike(self, facts):
+        """Compare {name: value} over the processes. Raises UserError if they differ."""
+        # 48 bits of a hash are exact in fp64
+        local = [int(hashlib.sha256(repr(value).encode()).hexdigest()[:12], 16)
+                 for value in facts.values()]
+        rows = [local if rank == self.rank else [0] * len(local) for rank in range(self.size)]
+        columns = zip(*self.sum(rows), strict=True)
+        for (name, value), digests in zip(facts.items(), columns, strict=True):
+            others = [rank for rank, d in enumerate(digests) if d != digests[self.rank]]
+            if others:
+                raise UserError(f'process {self.rank} has {name}={value!r}, and process '
+                                f'{others[0]} another; expected one for all: start them with one '
+                                f'command, and with out_dir and dataset on a disk they share')
+
 
 def from_environment():
     """Return the World that torchrun describes, or that of a single process."""
@@ -57,18 +72,24 @@ def connect(world, device, backend):
         return
     if sys.platform == 'win32':
         os.environ.setdefault('USE_LIBUV', '0')  # torch's Windows builds have no libuv
-    if device.type == 'cuda':
-        torch.cuda.set_device(device)
-        # a gloo group beside nccl, for the few numbers that live on the CPU
-        if backend != 'gloo':
-            backend = 'cpu:gloo,cuda:nccl'
-    else:
-        if backend == 'nccl':
-            world.print('backend nccl needs GPUs; using gloo')
-        backend = 'gloo'
+    on_gpu = device.type == 'cuda'
+    if backend == 'nccl' and not on_gpu:
+        world.print('backend nccl needs GPUs; using gloo')
+    # gloo beside nccl, for the few numbers that live on the CPU
+    backend = 'cpu:gloo,cuda:nccl' if on_gpu and backend != 'gloo' else 'gloo'
     store = next(rendezvous('env://'))[0]
     store = dist.PrefixStore(meet(store, world), store)  # each attempt has its own keys
-    dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size)
+    # as long as one prepares data or saves; torchrun ends all when one dies
+    dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size,
+                            timeout=timedelta(days=1), device_id=device if on_gpu else None)
+
+
+def average_gradients(model, world, device):
+    """Wrap a model so that its backward pass averages gradients over the processes."""
+    if world.size == 1:
+        return model
+    return DDP(model, [device] if device.type == 'cuda' else None, broadcast_buffers=False,
+               gradient_as_bucket_view=True)
 
 
 def meet(store, world, patience=1800):

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 
 import torch
 
+import ops
 from configurator import UserError
 from tokenizer.workers import core_count
 
@@ -17,8 +18,8 @@ DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch
 def choose_device(device, local_rank=0):
     """Return the torch.device of a setting; 'auto': the best accelerator, or the CPU.
 
-    Under torchrun each process takes the GPU of its local rank. Raises UserError for a device that
-    is not here.
+    Under torchrun each process takes the GPU of its local rank. A GPU becomes the current device.
+    Raises UserError for a device that is not here.
     """
     if device == 'auto':
         has_mps = torch.backends.mps.is_available()
@@ -38,6 +39,7 @@ def choose_device(device, local_rank=0):
         if chosen.index >= torch.cuda.device_count():
             raise UserError(f'device={chosen}: this machine has {torch.cuda.device_count()} GPUs; '
                             f'start at most as many processes on it (--nproc_per_node)')
+        torch.cuda.set_device(chosen)  # streams, graphs and synchronize() take the current one
     if chosen.type == 'mps' and not torch.backends.mps.is_available():
         raise UserError(f'device={device!r}: torch {torch.__version__} can use no Apple GPU here; '
                         f'use --device=cpu')
@@ -149,18 +151,17 @@ def compile_or_eager(try_step):
 
 
 def compile_training(model, try_step):
-    """Compile a model for training; -> compiled module, or the model if that fails.
+    """Compile the blocks and the loss of a model in place; -> whether that worked.
 
-    try_step: function of that module that takes a first step. On the CPU the blocks share one
-    compilation, which takes a fifth of the whole model's; ops.Dropout needs fallback_random there.
+    try_step: function that takes a first step. Blocks of one kind share a compilation, which takes
+    a fifth of the whole model's; each block's gradients are ready for DDP when its backward ends.
     """
-    if model.lm_head.weight.device.type == 'cpu':
-        compiled = model
-        for block in model.transformer.h:
-            block.compile(dynamic=False, options={'fallback_random': True})
-    else:
-        compiled = torch.compile(model, dynamic=False, fullgraph=True)
-    return compiled if compile_or_eager(lambda: try_step(compiled)) else model
+    # ops.Dropout needs fallback_random on the CPU
+    options = {'fallback_random': True} if model.lm_head.weight.device.type == 'cpu' else None
+    for block in model.transformer.h:
+        block.compile(dynamic=False, options=options)
+    ops.is_training_compiled = True
+    return compile_or_eager(try_step)
 
 
 def read_later(values):

@@ -30,6 +30,7 @@ def gpus(monkeypatch):
         monkeypatch.setattr(torch.cuda, 'is_available', lambda: count > 0)
         monkeypatch.setattr(torch.cuda, 'device_count', lambda: count)
         monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device=None: capability)
+        monkeypatch.setattr(torch.cuda, 'set_device', lambda device: monkeypatch.setenv('CURRENT', str(device)))
     monkeypatch.delenv('LOCAL_RANK', raising=False)
     pretend()
     return pretend
@@ -58,6 +59,7 @@ def test_device_without_a_gpu(no_gpu, monkeypatch):
 def test_device_with_gpus(gpus, monkeypatch):
     assert choose_device('auto') == choose_device('cuda') == torch.device('cuda:0')
     assert choose_device('cuda:1') == torch.device('cuda:1') and choose_device('cpu') == CPU
+    assert os.environ['CURRENT'] == 'cuda:1'  # streams and CUDA graphs take the current device
     with pytest.raises(ValueError, match='device=cuda:2: this machine has 2 GPUs'):
         choose_device('cuda:2')
     monkeypatch.setenv('LOCAL_RANK', '1')

@@ -214,6 +214,7 @@ def test_seeds(finished, folder):
     folder.train(out_dir='negative', seed=-5, max_iters=2).ok()  # any int is a seed
 
 
+@pytest.mark.slow
 def test_compiled(folder):
     """The compiled step: the same losses as eager, and exact on resuming with dropout. A cold cache takes a while."""
     changes = {'max_iters': 4, 'eval_interval': 2, 'warmup_iters': 0}
@@ -277,7 +278,36 @@ def test_second_ctrl_c_is_obeyed(folder):
     run.kill(signal.SIGINT)
     time.sleep(1.2)
     assert run.kill(signal.SIGINT).wait(20).code != 0
-    assert 'stopped by Ctrl-C' in run.out and 'Traceback' not in run.out
+    assert 'stopped at once; the last checkpoint stays' in run.out and 'Traceback' not in run.out
+
+
+@pytest.mark.parametrize('name', ['step', 'learning_rate', 'data'])
+def test_processes_that_differ_are_refused(folder, name):
+    """Two machines without a shared disk resume different checkpoints, differ in a setting, or in the text."""
+    folder.train(out_dir='out-0', max_iters=10).ok()
+    folder.train(out_dir='out-1', max_iters=10 + 5 * (name == 'step')).ok()
+    write_dataset(folder.path / 'data' / 'other', encode(make_text(3000, seed=3)), encode(make_text(333, seed=1)))
+    (folder.path / 'config.py').write_text(
+        'import os\nout_dir = "out-" + os.environ["RANK"]\nlearning_rate = 1e-2\ndataset = "tiny"\n'
+        + {'step': '', 'learning_rate': 'learning_rate *= 1 + int(os.environ["RANK"])\n',
+           'data': 'dataset = ["tiny", "other"][int(os.environ["RANK"])]\n'}[name])
+    changes = {'out_dir': None, 'learning_rate': None, 'dataset': None, 'init_from': 'resume'}
+    before = {path: path.read_bytes() for path in folder.path.glob('out-*/*')}
+    for run in folder.start_two('config.py', **changes):
+        run.refused(f'has {name}=', 'another; expected one for all')
+    assert {path: path.read_bytes() for path in folder.path.glob('out-*/*')} == before
+
+
+def test_second_sigterm_is_obeyed_by_a_process_that_waits(folder):
+    """A process waits in C++ for one that hangs, where Python runs no handler."""
+    runs = folder.start_two(max_iters=100000, eval_interval=100000, log_interval=1)
+    runs[0].wait_for(STEP.format(3))
+    runs[1].kill(signal.SIGSTOP)
+    time.sleep(0.5)
+    runs[0].kill(signal.SIGTERM)
+    time.sleep(1.2)
+    assert runs[0].kill(signal.SIGTERM).wait(20).code == 128 + signal.SIGTERM
+    runs[1].kill(signal.SIGKILL).wait()
 
 
 def test_kills_lose_nothing(folder):
@@ -304,6 +334,7 @@ def test_kills_lose_nothing(folder):
     assert sorted(os.listdir(folder.path / 'out')) == ['best.pt', 'ckpt.pt', 'config.json', 'log.jsonl']
 
 
+@pytest.mark.slow
 def test_torchrun_brings_a_run_back(folder):
     """A real torchrun, one of whose workers dies once: --max-restarts=1 with init_from=auto finishes the run."""
     (folder.path / 'config.py').write_text(

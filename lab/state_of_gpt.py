@@ -49,7 +49,7 @@ seed: Seed = 1  # of weights, batches and answers; the questions do not depend o
 out = 'out-lab'  # folder of the picture and the numbers; the rest is in its folder state_of_gpt
 n: Annotated[int, Range(least=7)] = 700  # held-out questions, a seventh of each kind
 num_samples: Annotated[int, Range(least=2)] = 8  # answers per question for the vote and best of n
-share: Positive = 1.0  # of the steps of every stage
+share: Positive = 1.0  # of the steps of every stage; below 1 also of its data
 n_layer: Count | None = None  # of the model; None: that of config/tiny_web.py, as for n_embd
 n_embd: Count | None = None
 config = override(globals())
@@ -67,7 +67,10 @@ def script(name, recipe='', **options):
     """Return a script's command, with `share` of the steps of a config/ recipe."""
     recipe = os.path.join(ROOT, 'config', recipe) if recipe else ''
     if recipe and share != 1:
-        options['max_iters'] = max(2, round(share * runpy.run_path(recipe)['max_iters']))
+        settings = runpy.run_path(recipe)
+        options['max_iters'] = max(2, round(share * settings['max_iters']))
+        if share < 1 and 'eval_examples' in settings:
+            options['eval_examples'] = max(7, round(share * settings['eval_examples']))
     program = [os.path.relpath(os.path.join(ROOT, name))] if name.endswith('.py') else ['-m', name]
     return ['python', *program, *([os.path.relpath(recipe)] if recipe else []),
             *(f'--{key}={value}' for key, value in options.items() if value is not None)]
@@ -85,9 +88,12 @@ def stages(home):
         init_from = folder[start] if start else None
         return script(name, recipe, init_from=init_from, seed=seed, **options)
 
+    # what data/tiny_chat/prepare.py makes by default
+    amounts = {'conversations': 50_000, 'pairs': 30_000, 'documents': 30_000} if share < 1 else {}
+    amounts = {name: max(400, round(share * amount)) for name, amount in amounts.items()}
     sampled = {'num_samples': num_samples, 'temperature': 1.0, 'reward_model': folder['reward']}
     return [
-        ('data', script('data/tiny_chat/prepare.py', out_dir=folder['data'])),
+        ('data', script('data/tiny_chat/prepare.py', out_dir=folder['data'], **amounts)),
         ('texts', script('data/text/prepare.py', out_dir=folder['texts'],
                          input=os.path.join(folder['data'], 'corpus.jsonl'),
                          tokenizer=os.path.join(folder['data'], 'chat.json'),

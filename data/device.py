@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from data.tokens import Rows, arrays_of, open_tokens, to_device, unknown_id
+from data.tokens import Rows, Shards, open_tokens, to_device, unknown_id
 
 
 def open_splits(data_dir, meta, block_size, device, n_ids):
@@ -27,6 +27,11 @@ def fits_on(device, splits):
         return False
     free, _ = torch.cuda.mem_get_info(device)
     return sum(array.nbytes for array in arrays) < min(2**30, free / 10)
+
+
+def arrays_of(tokens):
+    """Return the arrays that tokens are made of."""
+    return tokens.arrays if isinstance(tokens, Shards) else [tokens]
 
 
 class DeviceTokens:

@@ -207,11 +207,6 @@ def to_device(batch, device):
     return tuple(t.to(device, non_blocking=device.type == 'cuda') for t in batch)
 
 
-def arrays_of(tokens):
-    """Return the arrays that tokens are made of."""
-    return tokens.arrays if isinstance(tokens, Shards) else [tokens]
-
-
 # Steps --------------------------------------------------------------------------------------------
 
 

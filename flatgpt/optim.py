@@ -40,6 +40,8 @@ def adamw(model, weight_decay, learning_rate, betas):
 # step is the momentum of a matrix with all singular values brought to about 1, so that rare
 # directions of the gradient count as much as frequent ones.
 
+BATCH = 2**26  # numbers that are orthogonalized at once: 128 MB in bf16
+
 
 def muon(model, config, dtype, world):
     """Build Muon for the matrices of blocks, and AdamW without decay for the rest.
@@ -87,46 +89,64 @@ class Muon(torch.optim.AdamW):
         self.dtype, self.world = dtype, world
 
     @torch.no_grad()
-    def step(self):
-        """Update all parameters. The gradients of the matrices become None."""
+    def step(self, closure=None):
+        """Update all parameters. The gradients of the matrices are overwritten and dropped."""
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
         for group in self.param_groups:
             if 'momentum' in group:
                 self.step_matrices(group)
         super().step()
+        return loss
 
     def step_matrices(self, group):
-        """Update the matrices of a group."""
-        by_shape = {}  # (rows, columns) of the wide form -> [(part of a parameter, its direction)]
-        for p, rows in zip(group['params'], group['parts'], strict=True):
-            if p.grad is None:
-                continue
-            state = self.state[p]
-            if not state:
-                state['step'], state['momentum_buffer'] = torch.zeros(()), torch.zeros_like(p)
-            momentum = momentum_at(int(state['step']), group['momentum'])
-            state['step'] += 1
-            state['momentum_buffer'].lerp_(p.grad, 1 - momentum)
-            direction = p.grad.lerp(state['momentum_buffer'], momentum)  # Nesterov's
+        """Update the matrices of a group, a batch of one shape at a time."""
+        pairs = [(p, rows) for p, rows in zip(group['params'], group['parts'], strict=True)
+                 if p.grad is not None]
+        params, by_shape = [p for p, _ in pairs], {}
+        if not params:
+            return
+        for p in params:
+            if not self.state[p]:
+                self.state[p] = {'step': torch.zeros(()), 'momentum_buffer': torch.zeros_like(p)}
+        # all have taken as many steps
+        momentum = momentum_at(int(self.state[params[0]]['step']), group['momentum'])
+        gradients = [p.grad for p in params]
+        buffers = [self.state[p]['momentum_buffer'] for p in params]
+        torch._foreach_add_([self.state[p]['step'] for p in params], 1)
+        torch._foreach_lerp_(buffers, gradients, 1 - momentum)
+        torch._foreach_lerp_(gradients, buffers, momentum)  # Nesterov's
+        torch._foreach_mul_(params, 1 - group['lr'] * group['weight_decay'])
+        for p, rows in pairs:
+            for pair in zip(p.split(rows), p.grad.split(rows), strict=True):
+                by_shape.setdefault(tuple(sorted(pair[0].shape)), []).append(pair)
             p.grad = None  # AdamW skips p
-            p.mul_(1 - group['lr'] * group['weight_decay'])
-            for part, part_direction in zip(p.split(rows), direction.split(rows), strict=True):
-                by_shape.setdefault(tuple(sorted(part.shape)), []).append((part, part_direction))
-        for pairs in by_shape.values():
-            directions = torch.stack([wide(direction) for _, direction in pairs])  # (K, m, n)
-            for (part, _), step in zip(pairs, self.orthogonalize_shared(directions), strict=True):
-                scale = max(1.0, part.size(0) / part.size(1)) ** 0.5
-                wide(part).sub_(step, alpha=group['lr'] * scale)
+        computed = []  # all are started before the first is used: exchange and products overlap
+        for (m, n), pairs in by_shape.items():
+            size = max(1, BATCH // (m * n * self.world.size)) * self.world.size
+            for batch in (pairs[i : i + size] for i in range(0, len(pairs), size)):
+                parts, directions = zip(*batch, strict=True)
+                computed.append((parts, *self.orthogonalize_shared(directions)))
+        for parts, directions, exchange in computed:  # (K, m, n)
+            if exchange:
+                exchange.wait()
+            steps = list(directions.to(parts[0].dtype))
+            torch._foreach_mul_(steps, [max(1.0, x.size(0) / x.size(1)) ** 0.5 for x in parts])
+            torch._foreach_add_([wide(part) for part in parts], steps, alpha=-group['lr'])
 
-    def orthogonalize_shared(self, x):
-        """Return orthogonalize(x), (K, m, n), of which each process computes a share."""
+    def orthogonalize_shared(self, directions):
+        """Orthogonalize matrices, of which each process computes a share.
+
+        -> (K, m, n), and the exchange to wait for, or None.
+        """
+        n, share = len(directions), -(-len(directions) // self.world.size)
+        local = directions[self.world.rank * share :][:share] or directions[:1]
+        local = orthogonalize(torch.stack([wide(x) for x in local]), self.dtype)
         if self.world.size == 1:
-            return orthogonalize(x, self.dtype)
-        n, share = len(x), -(-len(x) // self.world.size)
-        x = torch.cat((x, x.new_zeros(share * self.world.size - n, *x.shape[1:])))  # equal shares
-        local = orthogonalize(x[self.world.rank * share :][:share], self.dtype)
-        gathered = local.new_empty(x.shape)
-        dist.all_gather_into_tensor(gathered, local)
-        return gathered[:n]
+            return local, None
+        local = torch.cat((local, local.new_zeros(share - len(local), *local.shape[1:])))
+        x = local.new_empty(share * self.world.size, *local.shape[1:])
+        return x[:n], dist.all_gather(list(x.chunk(self.world.size)), local, async_op=True)
 
 
 def wide(x):

@@ -230,6 +230,26 @@ def test_momentum_by_hand():
         assert p.grad is None and optimizer.state[p]['step'] == step + 1
 
 
+def test_muon_in_batches_and_with_a_closure(monkeypatch):
+    """However many matrices are orthogonalized at once, the steps are the same; step() returns the closure's loss."""
+    models = [modern(), modern()]
+    optimizers = list(map(muon, models))
+    backward(models[0])
+    optimizers[0].step()
+    monkeypatch.setattr(optim, 'BATCH', 1)
+    sizes = []
+    monkeypatch.setattr(optim, 'orthogonalize', lambda x, dtype, f=optim.orthogonalize: sizes.append(len(x)) or f(x, dtype))
+
+    def closure():
+        assert torch.is_grad_enabled()
+        backward(models[1])
+        return 1.5
+
+    assert optimizers[1].step(closure) == 1.5 and set(sizes) == {1}
+    for p, q in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(p, q, atol=1e-6, rtol=1e-5)
+
+
 def test_muon_goes_on_where_it_was():
     """Through a checkpoint, bit for bit; the rates are those of the new settings."""
     models = [modern(), modern()]

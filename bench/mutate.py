@@ -144,7 +144,8 @@ def vary(container, key, rng):
     elif isinstance(value, bool) or value is None:
         container[key] = not value
     elif isinstance(value, int | float):
-        container[key] = rng.choice((-value, value + 1, value - 1, 1000 * value, value / 3, 0))
+        third = value / 3 if abs(value) < 2**1000 else 0.5  # no float is larger
+        container[key] = rng.choice((-value, value + 1, value - 1, 1000 * value, third, 0))
     elif isinstance(value, str):
         i = rng.randrange(len(value) + 1)
         container[key] = rng.choice((value[:i], value[i:], value * 2, value + 'x', value.upper(),

@@ -337,7 +337,7 @@ def load_progress(out_dir, settings, itemsize) -> dict:
             is_usable = progress['sha256'] == digest_of(settings, shards) and all(
                 stat.S_ISREG(file.st_mode) and file.st_size == shards[split][i][0] * itemsize
                 for (split, i), file in found.items())
-        except (KeyError, OSError, TypeError, ValueError):
+        except (KeyError, OSError, OverflowError, TypeError, ValueError):
             is_usable = False
         if is_usable:
             print(f'continuing the unfinished preparation in {out_dir}: '

@@ -3,14 +3,14 @@ Train a byte-level GPT on the source code of Python's standard library.
 
     $ python train.py config/quickstart.py
 
-It needs no network: every machine has this text. The model has 1.9M parameters. 1,000 steps take
-two and a half minutes on two cores of an AMD EPYC and reach a val loss of 1.18 nats per byte. The
-sample at the end has the form of Python, but not its sense. --max_iters=2000 takes twice the time.
+It needs no network: every machine has this text. The model has 1.9M parameters. 600 steps take one
+and a half minutes on two cores with bf16, five on two without, and reach a val loss of 1.25 nats
+per byte. The sample at the end has the form of Python, but not its sense. 1,000 steps reach 1.18.
 """
 
 out_dir = 'out-quickstart'
 dataset = 'python_stdlib'
-eval_interval = 500
+eval_interval = 300
 eval_iters = 100
 eval_first = False
 log_interval = 100
@@ -25,4 +25,4 @@ block_size = 128
 
 batch_size = 16
 gradient_accumulation_steps = 1
-max_iters = 1000
+max_iters = 600

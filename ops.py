@@ -284,6 +284,7 @@ def sum_in_chunks(x: Tensor, weight: Tensor, targets: Tensor, softcap: float,
             torch.addmm(dw, d.T, rows, out_dtype=dw.dtype, out=dw)
         elif needs[1]:
             dw += d.T @ rows
+        del logits, d  # before the next ones are there
     return total, dx, dw if needs[1] else weight.new_empty(0)
 
 

@@ -88,8 +88,7 @@ def average_gradients(model, world, device):
     """Wrap a model so that its backward pass averages gradients over the processes."""
     if world.size == 1:
         return model
-    return DDP(model, [device] if device.type == 'cuda' else None, broadcast_buffers=False,
-               gradient_as_bucket_view=True)
+    return DDP(model, [device] if device.type == 'cuda' else None, gradient_as_bucket_view=True)
 
 
 def meet(store, world, patience=1800):

@@ -108,6 +108,7 @@ TESTED = {
 # NOT_RUN: the reason.
 NOT_RUN = {
     'pip install torch *': 'installs another build of torch',
+    'pip install --no-deps triton*': 'almost a gigabyte',
     'pytest*': 'this is it',
     'vllm serve *': 'other software',
     'python convert_hf_to_gguf.py *': 'other software',

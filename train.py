@@ -141,7 +141,7 @@ runtime.use_machine(torch_device)
 datasets.prepare_if_missing(data_dir, is_first=world.local_rank == 0)
 meta, stamps = datasets.load_meta(data_dir), datasets.stamps_of(data_dir)
 if init_from == 'auto':
-    init_from = 'resume' if parallel.all_find(world, ckpt_path) else 'scratch'
+    init_from = 'resume' if os.path.exists(ckpt_path) else 'scratch'
 
 
 def start():

@@ -6,7 +6,8 @@ import torch
 
 # dense bf16 or fp16 FLOP/s of the vendors' datasheets; the first name in the device's name wins
 PEAK_FLOPS = {
-    'B200': 2250e12, 'H200': 989e12, 'H100 PCIe': 756e12, 'H100 NVL': 835e12, 'H100': 989e12,
+    'GB300': 2500e12, 'GB200': 2500e12, 'GH200': 989e12, 'B300': 2250e12, 'B200': 2250e12,
+    'H200': 989e12, 'H100 PCIe': 756e12, 'H100 NVL': 835e12, 'H100': 989e12,
     'H800': 989e12, 'H20': 148e12, 'A100': 312e12, 'A800': 312e12, 'A40': 150e12, 'A10G': 70e12,
     'A10': 125e12, 'L40S': 362e12, 'L40': 181e12, 'L4': 121e12, 'RTX 6000 Ada': 364e12,
     'RTX A6000': 155e12, 'RTX 5090': 210e12, 'RTX 4090': 165e12, 'RTX 4080': 97e12,

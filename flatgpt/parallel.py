@@ -123,12 +123,3 @@ def disconnect():
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
-
-
-def all_find(world, path):
-    """Return whether `path` exists. Raises UserError if only some processes find it."""
-    n_found = int(world.sum([os.path.exists(path)])[0])
-    if n_found not in (0, world.size):
-        raise UserError(f'{n_found} of {world.size} processes find {path}; expected all or none: '
-                        f'out_dir must be on a disk that they share')
-    return n_found > 0

@@ -15,12 +15,16 @@ from tokenizer.workers import core_count
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
 
-def choose_device(device, local_rank=0):
+def choose_device(device, local_rank=None):
     """Return the torch.device of a setting; 'auto': the best accelerator, or the CPU.
 
     Under torchrun each process takes the GPU of its local rank. A GPU becomes the current device.
-    Raises UserError for a device that is not here.
+    Raises UserError for a device that is not here, and under torchrun without a local_rank.
     """
+    n_processes = int(os.environ.get('WORLD_SIZE', 1))
+    if local_rank is None and n_processes > 1:
+        raise UserError(f'{n_processes} processes were started, but this script runs in one; start '
+                        f'it with python in place of torchrun')
     if device == 'auto':
         has_mps = torch.backends.mps.is_available()
         device = 'cuda' if torch.cuda.is_available() else 'mps' if has_mps else 'cpu'
@@ -35,7 +39,9 @@ def choose_device(device, local_rank=0):
                             f'Use --device=auto or --device=cpu; for an NVIDIA GPU install a CUDA '
                             f'build of torch (pytorch.org)')
         if chosen.index is None or 'LOCAL_RANK' in os.environ:
-            chosen = torch.device('cuda', local_rank)
+            # Slurm can show each task a GPU of its own alone
+            is_alone = 'SLURM_PROCID' in os.environ and torch.cuda.device_count() == 1
+            chosen = torch.device('cuda', 0 if is_alone else local_rank or 0)
         if chosen.index >= torch.cuda.device_count():
             raise UserError(f'device={chosen}: this machine has {torch.cuda.device_count()} GPUs; '
                             f'start at most as many processes on it (--nproc_per_node)')

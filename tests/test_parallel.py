@@ -66,6 +66,18 @@ def test_device_with_gpus(gpus, monkeypatch):
     assert choose_device('auto', 1) == choose_device('cuda', 1) == choose_device('cuda:0', 1) == torch.device('cuda:1')
     with pytest.raises(ValueError, match='--nproc_per_node'):
         choose_device('cuda', 2)
+    gpus(count=1)
+    monkeypatch.setenv('SLURM_PROCID', '1')  # srun --gpus-per-task=1
+    assert choose_device('auto', 1) == torch.device('cuda:0')
+
+
+def test_scripts_of_one_process_refuse_torchrun(folder, monkeypatch):
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    assert choose_device('cpu', 1) == CPU
+    for script in ('sample.py', 'eval.py'):
+        folder.train(max_iters=2, env={'WORLD_SIZE': '1'}).ok()
+        folder.start(script, out_dir='out', env={'WORLD_SIZE': '2', 'RANK': '1', 'LOCAL_RANK': '1'}).refused(
+            '2 processes were started, but this script runs in one; start it with python in place of torchrun')
 
 
 @pytest.mark.parametrize('capability, expected', [((9, 0), 'bfloat16'), ((8, 0), 'bfloat16'), ((7, 5), 'float16'),

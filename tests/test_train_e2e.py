@@ -6,6 +6,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -281,17 +282,20 @@ def test_second_ctrl_c_is_obeyed(folder):
     assert 'stopped at once; the last checkpoint stays' in run.out and 'Traceback' not in run.out
 
 
-@pytest.mark.parametrize('name', ['step', 'learning_rate', 'data'])
+@pytest.mark.parametrize('name', ['step', 'learning_rate', 'data', 'auto'])
 def test_processes_that_differ_are_refused(folder, name):
-    """Two machines without a shared disk resume different checkpoints, differ in a setting, or in the text."""
+    """Two machines without a shared disk: of checkpoints, a setting, the text; one has a checkpoint, one none."""
     folder.train(out_dir='out-0', max_iters=10).ok()
     folder.train(out_dir='out-1', max_iters=10 + 5 * (name == 'step')).ok()
     write_dataset(folder.path / 'data' / 'other', encode(make_text(3000, seed=3)), encode(make_text(333, seed=1)))
     (folder.path / 'config.py').write_text(
         'import os\nout_dir = "out-" + os.environ["RANK"]\nlearning_rate = 1e-2\ndataset = "tiny"\n'
         + {'step': '', 'learning_rate': 'learning_rate *= 1 + int(os.environ["RANK"])\n',
-           'data': 'dataset = ["tiny", "other"][int(os.environ["RANK"])]\n'}[name])
+           'data': 'dataset = ["tiny", "other"][int(os.environ["RANK"])]\n', 'auto': 'init_from = "auto"\n'}[name])
     changes = {'out_dir': None, 'learning_rate': None, 'dataset': None, 'init_from': 'resume'}
+    if name == 'auto':
+        shutil.rmtree(folder.path / 'out-1')
+        changes['init_from'], name = None, 'step'
     before = {path: path.read_bytes() for path in folder.path.glob('out-*/*')}
     for run in folder.start_two('config.py', **changes):
         run.refused(f'has {name}=', 'another; expected one for all')

@@ -20,6 +20,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import ops
 from configurator import Count, Fraction, Natural, NonNegative, Positive, UserError, check_fields
@@ -241,7 +242,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.has_compiled_step = False  # flatgpt/quantize.py compiles it
+        self.has_compiled_step = self.recompute = False  # flatgpt/quantize.py and train.py set them
         # in the order of the optimizer's state in nanoGPT's checkpoints
         self.transformer = nn.ModuleDict({'wte': nn.Embedding(config.vocab_size, config.n_embd)})
         if config.pos == 'learned':
@@ -316,7 +317,9 @@ class GPT(nn.Module):
         for layer, block in enumerate(self.transformer.h):
             vte = self.transformer.vte[str(layer)](idx) if c.has_value_embedding(layer) else None
             past = None if cache is None else cache.layer(layer, T)
-            x = block(x, Context(rotation, vte, x0, past, masks[block.attn.window]))
+            inputs = x, Context(rotation, vte, x0, past, masks[block.attn.window])
+            again = self.recompute and self.training  # "Sublinear Memory Cost", Chen et al. 2016
+            x = checkpoint(block, *inputs, use_reentrant=False) if again else block(*inputs)
         x = self.transformer.ln_f(x)
         if cache is not None:
             cache.advance(T)

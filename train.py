@@ -112,6 +112,7 @@ backend: Literal['auto', 'nccl', 'gloo'] = 'auto'  # nccl between GPUs, gloo bet
 device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps', ...
 dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # float16 with a gradient scaler
 compile: bool | Literal['auto'] = 'auto'  # torch.compile the training step
+recompute: Literal['none', 'block'] = 'none'  # block: less memory, a third more computation
 config = override(globals())
 # --------------------------------------------------------------------------------------------------
 
@@ -174,6 +175,7 @@ cut = cut_step(config, block_size, world.size)
 
 # device, precision, optimizer
 model.to(torch_device)
+model.recompute = recompute == 'block'
 precision, precision_reason = runtime.choose_dtype(dtype, torch_device)
 autocast = runtime.autocast(precision, torch_device)
 scaler = torch.amp.GradScaler(torch_device.type, enabled=precision == 'float16')
@@ -271,12 +273,10 @@ prefetch = ThreadPoolExecutor(max_workers=1)  # reads the next batch while the c
 next_batch = prefetch.submit(batches, run.drawn(cut.tokens))
 unread = []  # (step, tokens, rate, numbers) of the steps whose numbers are still on the GPU
 # the garbage collector would pause a step to visit torch's objects: it runs at evaluations instead
-if use_compile:
-    gc.collect()
+gc.collect()
 gc.freeze()
 gc.disable()
-logged_step, logged_time = run.step, run.train_time
-t0 = time.perf_counter()
+logged_step, logged_time, t0 = run.step, run.train_time, time.perf_counter()
 while True:
     # evaluate and save
     if run.is_due(eval_interval, max_iters, eval_first) or eval_only:

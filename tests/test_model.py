@@ -92,6 +92,30 @@ def test_compiled_block(options):
         torch.testing.assert_close(q.grad, p.grad, atol=1e-4, rtol=1e-4, msg=lambda m, name=name: f'{name}: {m}')
 
 
+@pytest.mark.parametrize('name', ARCHITECTURES)
+def test_recomputed_blocks(name):
+    """The same gradients, bit for bit, while the backward pass keeps a fraction of the tensors."""
+    model = tiny(**{**ARCHITECTURES[name], 'n_layer': 6, 'n_head': 2, 'dropout': 0.1, 'residual_lambdas': True}).train()
+    idx = torch.randint(40, (2, 16), generator=torch.Generator().manual_seed(0))
+    kept, gradients = [], []
+    for model.recompute in (False, True):
+        sizes = {}
+
+        def keep(tensor, sizes=sizes):
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        torch.manual_seed(1)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = model(idx, idx)[1]
+        loss.backward()
+        kept.append(sum(sizes.values()))
+        gradients.append([p.grad for p in model.parameters()])
+        model.zero_grad(set_to_none=True)
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert kept[1] < kept[0] / 2, kept
+
+
 # the cache ----------------------------------------------------------------------------------------
 
 @settings(max_examples=20)

@@ -229,6 +229,17 @@ def test_compiled(folder):
     same_state(folder.checkpoint('half'), folder.checkpoint('whole'))
 
 
+@pytest.mark.parametrize('changes', [{'dropout': 0.2}, {'preset': 'modern', 'value_embeddings': True,
+                                                       'residual_lambdas': True, 'n_head': 4}])
+def test_recomputed_blocks_give_the_same_weights(folder, changes):
+    """Bit for bit, also through a resume without it; and less is kept for the backward pass."""
+    changes = {**changes, 'max_iters': 6, 'eval_interval': 3, 'warmup_iters': 0}
+    folder.train(out_dir='kept', **changes).ok()
+    folder.train(recompute='block', **{**changes, 'max_iters': 3, 'lr_decay_iters': 20}).ok()
+    folder.train(init_from='resume', **changes).ok()
+    same_state(folder.checkpoint(), folder.checkpoint('kept'))
+
+
 def test_compiler_that_fails(folder):
     """Training goes on without it, and says so."""
     (folder.path / 'config.py').write_text(

@@ -28,6 +28,7 @@ import ops
 from bench import common, pretended
 from config.presets import PRESETS
 from configurator import Count, override
+from flatgpt.quantize import DecodeLinear
 from model import GPT, GPTConfig
 
 # Settings -----------------------------------------------------------------------------------------
@@ -44,7 +45,8 @@ MODERN = {key: value for key, value in PRESETS['modern'].items()
 MODELS = {'gpt2': {'bias': False}, 'modern': MODERN, 'speedrun': {
     **MODERN, 'value_embeddings': True, 'residual_lambdas': True, 'window': 256,
     'window_pattern': 'SSSL'}}
-SIZES = {'float32': 4, 'bfloat16': 2, 'int64': 8, 'int32': 4, 'bool': 1, 'uint64': 8}
+SIZES = {name: getattr(torch, name).itemsize for name in (
+    'float32', 'bfloat16', 'int64', 'int32', 'int8', 'bool', 'uint64')}
 NEW = r"(\w+) = (?:empty_strided_cuda|rand_strided)\(\(([^)]*)\), \([^)]*\),.*torch\.(\w+)\)"
 REUSED = r'(\w+) = (?:reinterpret_tensor\()?(\w+)[,;].*del \w+  # reuse'
 PEAK, PRODUCTS = 989e12, 700e12  # FLOP/s of an H200 in bf16: its data sheet; large products
@@ -162,6 +164,15 @@ def lower_loss(gpt, n_tokens):
             watch.largest + temporaries)
 
 
+def bytes_per_int8_weight():
+    """Return the bytes that a product of one position moves for each int8 weight."""
+    torch._dynamo.reset()
+    with FakeTensorMode(), torch.device('cuda'), torch.no_grad():
+        linear = DecodeLinear(torch.nn.Linear(768, 3072), torch.int8, is_packed=False)
+        graph, = pretended.lower(torch.compile(linear), torch.empty(1, 1, 768))
+    return read(graph)[1] / linear.weight.numel()
+
+
 def measure(name):
     """Return the figures of a model's forward and backward pass."""
     c = GPTConfig(**{**MODELS[name], 'n_layer': n_layer, 'vocab_size': vocab_size,
@@ -203,7 +214,9 @@ def main():
     for name, f in results.items():
         print(f'{name}: head and loss hold {f["loss_mb"]:,} MB; at least {f["ms"]} ms, at most '
               f'{f["tokens_per_s"]:,} tokens/s, MFU {f["mfu"]:.1%}')
-    common.finish('lowering', 1, settings=dict(config), results=results)
+    per_weight = bytes_per_int8_weight()
+    print(f'decoding in int8: {per_weight:.2f} bytes a weight')
+    common.finish('lowering', 1, settings=dict(config), results=results, int8_bytes=per_weight)
 
 
 if __name__ == '__main__':

@@ -56,7 +56,9 @@ class DecodeLinear(nn.Module):
     def forward(self, x):
         shape, x = x.shape[:-1], x.flatten(0, -2)  # (positions, K)
         n, scale, bias = len(x), self.scale, self.bias
-        if n == 1 and x.device.type == 'cpu' and torch.compiler.is_compiling():
+        # a GPU's library has no product of int8 with bf16: the weights would be written in bf16 first
+        is_fused = x.device.type == 'cpu' or scale is not None
+        if n == 1 and is_fused and torch.compiler.is_compiling():
             y = (x.float() * self.weight.float()).sum(-1)
         elif self.packed is not None:
             rows = F.pad(x, (0, 0, 0, 4 - n)) if n < 4 else x  # 4 rows are faster than fewer

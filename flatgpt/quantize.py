@@ -56,7 +56,7 @@ class DecodeLinear(nn.Module):
     def forward(self, x):
         shape, x = x.shape[:-1], x.flatten(0, -2)  # (positions, K)
         n, scale, bias = len(x), self.scale, self.bias
-        # a GPU's library has no product of int8 with bf16: the weights would be written in bf16 first
+        # a GPU's library would need the int8 weights in bf16, written first
         is_fused = x.device.type == 'cpu' or scale is not None
         if n == 1 and is_fused and torch.compiler.is_compiling():
             y = (x.float() * self.weight.float()).sum(-1)

@@ -302,11 +302,11 @@ class GPT(nn.Module):
         n = T if cache is None else cache.length + T
         if n > c.block_size:
             raise UserError(f'a context of {n} tokens is longer than block_size={c.block_size}')
-        positions = torch.arange(T, device=idx.device)
-        masks = {window: ops.mask_in_window(window, T, c, idx.device) for window in {c.window, 0}}
+        positions, masks = torch.arange(T, device=idx.device), {}
         if cache is not None:
             positions = cache.start(B, T)  # (T,), or (B, T) behind prompts of different lengths
-            masks = {window: cache.mask(T, window) for window in {c.window, 0}}
+        for w in {c.window, 0}:
+            masks[w] = cache.mask(T, w) if cache else ops.mask_in_window(w, T, c, idx.device)
         rotation = self.rotation(positions) if c.pos == 'rope' else None
         x = self.transformer.wte(idx)  # (B, T, C)
         if c.pos == 'learned':
@@ -318,8 +318,8 @@ class GPT(nn.Module):
             vte = self.transformer.vte[str(layer)](idx) if c.has_value_embedding(layer) else None
             past = None if cache is None else cache.layer(layer, T)
             inputs = x, Context(rotation, vte, x0, past, masks[block.attn.window])
-            again = self.recompute and self.training  # "Sublinear Memory Cost", Chen et al. 2016
-            x = checkpoint(block, *inputs, use_reentrant=False) if again else block(*inputs)
+            recomputes = self.recompute and self.training  # "Sublinear Memory", Chen et al. 2016
+            x = checkpoint(block, *inputs, use_reentrant=False) if recomputes else block(*inputs)
         x = self.transformer.ln_f(x)
         if cache is not None:
             cache.advance(T)

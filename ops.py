@@ -10,21 +10,28 @@ import math
 from functools import cache
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import (
     BlockMask,
     create_block_mask,
-    create_mask,
     flex_attention,
 )
 
 SHORT = 256  # positions up to which CPU attention in fp32 beats bf16, by up to twice
 CACHED = 512  # positions up to which the weights of blocked attention stay in the CPU's cache
 is_training_compiled = False  # runtime.compile_training() sets it
-CHUNK = 2**25  # logits that a loss holds at once: 128 MB in fp32
-ADDS_IN_FP32 = hasattr(torch.ops.aten.addmm, 'dtype_out')  # torch 2.8: products of bf16, on a GPU
+CHUNK = 2**25  # logits that a loss holds at once, four times as many on a GPU: 128 MB in fp32
+# torch adds products of bf16 to fp32 on an NVIDIA GPU
+ADDS_IN_FP32 = torch.__version__ >= (2, 10) and torch.version.hip is None
+
+
+@cache
+def compiled(function):
+    """Return a function, compiled for the shapes of each call."""
+    return torch.compile(function, dynamic=False)
+
 
 # Attention ----------------------------------------------------------------------------------------
 
@@ -39,12 +46,9 @@ def attention(q, k, v, mask=0, dropout=0.0):
     """
     form, T, is_compiled = plain_attention, q.size(2), torch.compiler.is_compiling()
     if isinstance(mask, BlockMask):
-        if is_compiled:
-            form = flex_attention_in_window
-        else:
-            mask = create_mask(mask.mask_mod, None, None, T, T, q.device)  # (1, 1, T, T)
+        form = flex_attention_in_window
     elif q.device.type == 'cpu':
-        # a whole sequence without a cache
+        # the mask is of a whole sequence without a cache
         is_square = is_compiled and not torch.is_tensor(mask) and T == k.size(2)
         if is_square and (min(T, mask or T) <= CACHED or dropout):
             form = blocked_attention
@@ -124,22 +128,22 @@ def flex_attention_in_window(q, k, v, blocks, dropout=0.0):
 
 
 def mask_in_window(window, T, config, device):
-    """Return attention()'s mask of T positions without a cache, computed once for all layers.
+    """Return attention()'s mask of T positions, computed once for all layers.
 
-    It is the window itself, or the blocks of keys for FlexAttention in compiled blocks on a GPU.
+    It is the window itself, or FlexAttention's blocks of keys to train compiled blocks on a GPU.
     config: a GPTConfig.
     """
     can_flex = (device.type == 'cuda' and config.head_size in (16, 32, 64, 128, 256)
-                and not config.dropout)
-    if can_flex and 0 < window < T and (is_training_compiled or torch.compiler.is_compiling()):
-        return blocks_in_window(window, T, device)
-    return window
+                and not config.dropout and is_training_compiled and torch.is_grad_enabled())
+    return blocks_in_window(window, T, device) if can_flex and 0 < window < T else window
 
 
 @cache
 def blocks_in_window(window, T, device):
     """Return the blocks of (T, T) in which a query sees a key of its window."""
-    return create_block_mask(lambda b, h, i, j: visible(i, j, window), None, None, T, T, device)
+    # eager, it holds several T x T tensors
+    create = compiled(create_block_mask) if T > 8192 else create_block_mask
+    return create(lambda b, h, i, j: visible(i, j, window), None, None, T, T, device)
 
 
 def visible(query, key, window):
@@ -201,6 +205,11 @@ def cross_entropy(logits, targets):
     return total / n_targets(targets)
 
 
+def capped_cross_entropy(logits, targets, softcap):
+    """Return cross_entropy() of capped logits."""
+    return cross_entropy(softcapped(logits, softcap), targets)
+
+
 def head_cross_entropy(x, head, targets, softcap):
     """Return cross_entropy(softcapped(head(x), softcap), targets), in chunks if large.
 
@@ -209,7 +218,10 @@ def head_cross_entropy(x, head, targets, softcap):
     is_large = type(head) is nn.Linear and targets.numel() * head.out_features > CHUNK
     # in fp16 a GradScaler's factor would come too late for the gradients computed here
     if not is_large or product_dtype(head.weight) == torch.float16:
-        return cross_entropy(softcapped(head(x), softcap), targets)
+        compute = capped_cross_entropy
+        if x.is_cuda and is_training_compiled and torch.is_grad_enabled():
+            compute = compiled(compute)
+        return compute(head(x), targets, softcap)
     is_training = torch.is_grad_enabled()
     needs = [is_training, is_training and head.weight.requires_grad]
     rows, ids = x.flatten(0, 1).to(product_dtype(head.weight)), targets.flatten()  # (N, C), (N,)
@@ -249,14 +261,7 @@ def loss_and_gradient(logits, target, softcap):
     return loss, d.to(logits.dtype)
 
 
-@cache
-def compiled_loss_and_gradient():
-    """Return loss_and_gradient(), compiled for the shapes of each call."""
-    return torch.compile(loss_and_gradient, dynamic=False)
-
-
-def sum_in_chunks(x: Tensor, weight: Tensor, targets: Tensor, softcap: float,
-                  needs: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+def sum_in_chunks(x, weight, targets, softcap, needs):
     """Sum the cross-entropy of N rows in chunks, without holding all logits at once.
 
     x: (N, C), in the precision of the products; weight: (V, C); targets: (N,). needs: whether to
@@ -266,8 +271,11 @@ def sum_in_chunks(x: Tensor, weight: Tensor, targets: Tensor, softcap: float,
     2024; "Liger Kernel", Hsu et al. 2024).
     """
     w, total = weight.to(x.dtype), torch.zeros((), device=x.device)
-    dx, dw = torch.empty_like(x) if needs[0] else x.new_empty(0), torch.zeros_like(weight)
-    n = max(1, (4 if x.is_cuda else 1) * CHUNK // len(w))  # a GPU's products need more rows
+    dx = torch.empty_like(x) if needs[0] else x.new_empty(0)
+    dw = torch.zeros_like(weight) if needs[1] else weight.new_empty(0)
+    compute = compiled(loss_and_gradient) if is_training_compiled else loss_and_gradient
+    # a GPU's products need more rows; compiled, no temporaries come with them
+    n = max(1, (4 if x.is_cuda and is_training_compiled else 1) * CHUNK // len(w))
     for start in range(0, len(x), n):
         rows, target = x[start : start + n], targets[start : start + n, None]
         logits = rows @ w.T  # (n, V)
@@ -275,8 +283,8 @@ def sum_in_chunks(x: Tensor, weight: Tensor, targets: Tensor, softcap: float,
             ids = target[:, 0].clamp(min=-1)
             total += F.cross_entropy(softcapped(logits, softcap).float(), ids, ignore_index=-1,
                                      reduction='sum')
+            del logits
             continue
-        compute = compiled_loss_and_gradient() if is_training_compiled else loss_and_gradient
         loss, d = compute(logits, target, softcap)
         total += loss
         torch.mm(d, w, out=dx[start : start + n])
@@ -284,8 +292,8 @@ def sum_in_chunks(x: Tensor, weight: Tensor, targets: Tensor, softcap: float,
             torch.addmm(dw, d.T, rows, out_dtype=dw.dtype, out=dw)
         elif needs[1]:
             dw += d.T @ rows
-        del logits, d  # before the next ones are there
-    return total, dx, dw if needs[1] else weight.new_empty(0)
+        del logits, d  # the next ones would be held beside them
+    return total, dx, dw
 
 
 def shapes_of_sum(x, weight, targets, softcap, needs):
@@ -297,19 +305,22 @@ def shapes_of_sum(x, weight, targets, softcap, needs):
 
 def keep_gradients(ctx, inputs, output):
     """Save dx and dw for the backward pass."""
+    ctx.set_materialize_grads(False)  # no zeros for the gradients by dx and dw
+    ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[1:])
-    ctx.needs = inputs[4]
 
 
 @once_differentiable
 def scale_gradients(ctx, d_total, *_):
     """Return the gradients by the inputs of sum_in_chunks()."""
     dx, dw = ctx.saved_tensors
-    return d_total * dx, d_total * dw if ctx.needs[1] else None, None, None, None
+    d_weight = d_total * dw if ctx.needs_input_grad[1] else None
+    return d_total * dx, d_weight, None, None, None
 
 
 # an operator of its own: torch.compile would merge the chunks of a function, and hold all of them
 sum_cross_entropy = torch.library.custom_op(
-    'flatgpt::sum_in_chunks', sum_in_chunks, mutates_args=())
+    'flatgpt::sum_in_chunks', sum_in_chunks, mutates_args=(), schema='(Tensor x, Tensor weight, '
+    'Tensor targets, float softcap, bool[] needs) -> (Tensor, Tensor, Tensor)')
 sum_cross_entropy.register_fake(shapes_of_sum)
 sum_cross_entropy.register_autograd(scale_gradients, setup_context=keep_gradients)

@@ -167,9 +167,6 @@ chat_template = meta['chat_template'] or state.get('chat_template')
 if lora_rank and init_from != 'resume':
     state['lora'] = lora.start(model, config, out_dir)
 adapters = state.get('lora')  # describes them for the checkpoint; None: all weights are trained
-facts = {'data': meta['digest'], 'step': state.get('iter_num'), 'seen': state.get('seen')}
-paths = ('out_dir', 'dataset', 'init_from', 'device')  # may differ between machines
-world.check_alike({**facts, **{k: v for k, v in config.items() if k not in paths}})
 block_size = pretrained.context_of(model, config, init_from, meta)
 cut = cut_step(config, block_size, world.size)
 
@@ -177,6 +174,9 @@ cut = cut_step(config, block_size, world.size)
 model.to(torch_device)
 model.recompute = recompute == 'block'
 precision, precision_reason = runtime.choose_dtype(dtype, torch_device)
+facts = {'data': meta['digest'], 'step': state.get('iter_num'), 'seen': state.get('seen')}
+local = ('out_dir', 'dataset', 'init_from', 'device')  # may differ between machines
+world.check_alike({**facts, **{k: config[k] for k in config if k not in local}, 'dtype': precision})
 autocast = runtime.autocast(precision, torch_device)
 scaler = torch.amp.GradScaler(torch_device.type, enabled=precision == 'float16')
 opt = optim.create(model, config, precision, world)
@@ -312,7 +312,7 @@ while True:
     next_batch = prefetch.submit(batches, tokens_seen)
     loss_sum = torch.zeros((), device=torch_device)
     for micro_step, (x, y, share) in enumerate(micro_batches):
-        # DDP averages the gradients once, with the last micro-batch
+        # DDP, not a plain model, reads this: it averages gradients with the last micro-batch alone
         step_model.require_backward_grad_sync = micro_step == cut.micro_steps - 1
         with autocast:
             loss = step_model(x, y, return_logits=False)[1] * share

@@ -73,20 +73,17 @@ class Step:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=s['dtype'] == 'float16')
         self.autocast = runtime.autocast(s['dtype'], self.device)
         self.unread = None
-        self.compiled = self.model
-        if s['compile'] and self.device.type == 'cpu':
-            for block in self.model.transformer.h:
-                block.compile(**COMPILE)
-        elif s['compile']:
-            self.compiled = torch.compile(self.model, dynamic=False, fullgraph=True)
         shape = s['batch_size'], s['block_size']
         self.micro_steps = max(1, s.get('total_batch_size', 0) // math.prod(shape))
         self.tokens = self.micro_steps * math.prod(shape)
         self.x, self.y = torch.randint(s['vocab_size'], (2, *shape), device=self.device)
+        if s['compile']:
+            runtime.compile_training(self.model, lambda: self.backward(self.forward()))
+            self.optimizer.zero_grad(set_to_none=True)
 
     def forward(self):
         with self.autocast:
-            return self.compiled(self.x, self.y, return_logits=False)[1] / self.micro_steps
+            return self.model(self.x, self.y, return_logits=False)[1] / self.micro_steps
 
     def backward(self, loss):
         self.scaler.scale(loss).backward()

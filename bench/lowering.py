@@ -1,5 +1,5 @@
 """
-Count what inductor makes of a training step for a GPU, on a machine without one.
+Count what inductor makes of a training step for a GPU, without a GPU.
 
     $ pip install --no-deps triton==3.8.0 && python -m bench.lowering
     $ python -m bench.lowering --model=speedrun
@@ -17,6 +17,7 @@ import re
 import weakref
 from collections import Counter
 from typing import Literal
+from unittest import mock
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -61,7 +62,7 @@ def flash_attention(q, k, v, **options):
 
 
 def read(graph):
-    """Return (launches, bytes that Triton's kernels move, largest memory that it allocates)."""
+    """Return (launches, bytes that Triton's kernels move, largest memory allocated)."""
     sizes = {name: math.prod(int(n) for n in shape.split(',') if n.strip()) * SIZES[dtype]
              for name, shape, dtype in re.findall(NEW, graph.code)}
     body = graph.code[graph.code.index('def call('):].split('\nrunner =')[0]
@@ -87,7 +88,7 @@ def read(graph):
 
 
 class Watch(TorchDispatchMode):
-    """Count the launches of eager operators, the bytes they move and the memory they hold."""
+    """Count the launches of eager operators, the bytes they move, their memory."""
 
     def __init__(self):
         super().__init__()
@@ -142,7 +143,7 @@ def lower_blocks(gpt, idx):
 
 
 def lower_loss(gpt, n_tokens):
-    """Return (launches, bytes, largest memory) of the head and the loss, with gradients."""
+    """Return (launches, bytes, largest memory) of head and loss, with gradients."""
     head, softcap, chunks = gpt.lm_head.weight, float(gpt.config.logit_softcap), []
     x = torch.empty(n_tokens, gpt.config.n_embd, dtype=torch.bfloat16)
 
@@ -151,8 +152,7 @@ def lower_loss(gpt, n_tokens):
         chunks.append((logits.shape, target.shape))
         return torch.empty(()), torch.empty_like(logits)
 
-    ops.compiled_loss_and_gradient = lambda: chunk
-    with torch.no_grad(), Watch() as watch:
+    with torch.no_grad(), Watch() as watch, mock.patch.object(ops, 'compiled', lambda f: chunk):
         ops.sum_in_chunks(x, head, torch.zeros(n_tokens, dtype=torch.long), softcap, [True, True])
     torch._dynamo.reset()
     logits = torch.empty(chunks[0][0], dtype=torch.bfloat16)

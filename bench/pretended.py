@@ -1,5 +1,5 @@
 """
-Pretend to one H200 on a machine without a GPU, to read the code that inductor generates for it.
+Pretend to one H200, to read the code that inductor generates for it.
 
     pretend()                                 # before torch compiles anything
     with FakeTensorMode():
@@ -12,6 +12,7 @@ internals: it is made for torch 2.13.
 """
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -61,10 +62,13 @@ def build_stub(folder):
 
 
 def pretend():
-    """Make this process's torch believe in one H200. Raises UserError without Triton.
+    """Give this process a device like one H200, for the compiler alone.
 
-    It starts the process again: the device must be there before torch is imported.
+    It starts the process again: the device must be there before torch is imported. Raises UserError
+    where torch is another version or has CUDA, and without g++ or Triton.
     """
+    if torch.version.cuda or torch.__version__ < (2, 13) or not shutil.which('g++'):
+        raise UserError(f'torch {torch.__version__}: expected a CPU build of torch 2.13, and g++')
     try:
         from triton.backends.compiler import GPUTarget
         from triton.runtime import driver

@@ -42,8 +42,8 @@ def read_torch(path):
         if (any(entry.compress_type for entry in entries)
                 or sum(entry.file_size for entry in entries) > os.path.getsize(path)):
             raise UserError('its content is compressed, which torch.save does not do')
-        # torch checks no checksums; one process of a machine does, and its error ends all
-        is_first = os.environ.get('LOCAL_RANK', '0') == '0'
+        # torch checks no checksums; under torchrun one process does, and its error ends all
+        is_first = os.environ.get('WORLD_SIZE', '1') == '1' or os.environ.get('LOCAL_RANK') == '0'
         if is_first and (bad := archive.testzip()):
             raise UserError(f'the checksum of {bad} is wrong')
     # here torch.load would search its own long message, in a time that grows as the square

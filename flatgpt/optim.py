@@ -40,7 +40,8 @@ def adamw(model, weight_decay, learning_rate, betas):
 # step is the momentum of a matrix with all singular values brought to about 1, so that rare
 # directions of the gradient count as much as frequent ones.
 
-BATCH = 2**26  # numbers that are orthogonalized at once: 128 MB in bf16
+BATCH = 2**26  # numbers that a process orthogonalizes at once: 128 MB in bf16
+gather = getattr(dist, 'all_gather_single', dist.all_gather_into_tensor)  # before torch 2.13
 
 
 def muon(model, config, dtype, world):
@@ -90,7 +91,7 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """Update all parameters. The gradients of the matrices are overwritten and dropped."""
+        """Update all parameters. The matrices' gradients are overwritten."""
         with torch.enable_grad():
             loss = None if closure is None else closure()
         for group in self.param_groups:
@@ -101,15 +102,11 @@ class Muon(torch.optim.AdamW):
 
     def step_matrices(self, group):
         """Update the matrices of a group, a batch of one shape at a time."""
-        pairs = [(p, rows) for p, rows in zip(group['params'], group['parts'], strict=True)
-                 if p.grad is not None]
-        params, by_shape = [p for p, _ in pairs], {}
-        if not params:
-            return
+        params, by_shape = group['params'], {}
         for p in params:
             if not self.state[p]:
                 self.state[p] = {'step': torch.zeros(()), 'momentum_buffer': torch.zeros_like(p)}
-        # all have taken as many steps
+        # all matrices have taken the same number of steps
         momentum = momentum_at(int(self.state[params[0]]['step']), group['momentum'])
         gradients = [p.grad for p in params]
         buffers = [self.state[p]['momentum_buffer'] for p in params]
@@ -117,36 +114,41 @@ class Muon(torch.optim.AdamW):
         torch._foreach_lerp_(buffers, gradients, 1 - momentum)
         torch._foreach_lerp_(gradients, buffers, momentum)  # Nesterov's
         torch._foreach_mul_(params, 1 - group['lr'] * group['weight_decay'])
-        for p, rows in pairs:
+        for p, rows in zip(params, group['parts'], strict=True):
             for pair in zip(p.split(rows), p.grad.split(rows), strict=True):
                 by_shape.setdefault(tuple(sorted(pair[0].shape)), []).append(pair)
             p.grad = None  # AdamW skips p
-        computed = []  # all are started before the first is used: exchange and products overlap
+        waiting = None  # the exchange of a batch overlaps with the products of the next
         for (m, n), pairs in by_shape.items():
-            size = max(1, BATCH // (m * n * self.world.size)) * self.world.size
+            size = max(1, BATCH // (m * n)) * self.world.size
             for batch in (pairs[i : i + size] for i in range(0, len(pairs), size)):
                 parts, directions = zip(*batch, strict=True)
-                computed.append((parts, *self.orthogonalize_shared(directions)))
-        for parts, directions, exchange in computed:  # (K, m, n)
+                started = parts, *self.orthogonalize_shared(directions)
+                self.apply(waiting, group['lr'])
+                waiting = started
+        self.apply(waiting, group['lr'])
+
+    def orthogonalize_shared(self, directions):
+        """Share matrices among processes; -> (orthogonal (K, m, n), exchange or None)."""
+        n, share = len(directions), -(-len(directions) // self.world.size)
+        local = [wide(x) for x in directions[self.world.rank * share :][:share]]
+        local += [torch.zeros_like(wide(directions[0]))] * (share - len(local))  # equal shares
+        local = orthogonalize(torch.stack(local), self.dtype)
+        if self.world.size == 1:
+            return local, None
+        x = local.new_empty(share * self.world.size, *local.shape[1:])
+        return x[:n], gather(x, local, async_op=True)
+
+    @staticmethod
+    def apply(started, lr):
+        """Take the steps of a batch: (parts of parameters, (K, m, n), exchange), or None."""
+        if started:
+            parts, directions, exchange = started
             if exchange:
                 exchange.wait()
             steps = list(directions.to(parts[0].dtype))
             torch._foreach_mul_(steps, [max(1.0, x.size(0) / x.size(1)) ** 0.5 for x in parts])
-            torch._foreach_add_([wide(part) for part in parts], steps, alpha=-group['lr'])
-
-    def orthogonalize_shared(self, directions):
-        """Orthogonalize matrices, of which each process computes a share.
-
-        -> (K, m, n), and the exchange to wait for, or None.
-        """
-        n, share = len(directions), -(-len(directions) // self.world.size)
-        local = directions[self.world.rank * share :][:share] or directions[:1]
-        local = orthogonalize(torch.stack([wide(x) for x in local]), self.dtype)
-        if self.world.size == 1:
-            return local, None
-        local = torch.cat((local, local.new_zeros(share - len(local), *local.shape[1:])))
-        x = local.new_empty(share * self.world.size, *local.shape[1:])
-        return x[:n], dist.all_gather(list(x.chunk(self.world.size)), local, async_op=True)
+            torch._foreach_add_([wide(part) for part in parts], steps, alpha=-lr)
 
 
 def wide(x):

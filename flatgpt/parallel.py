@@ -47,17 +47,15 @@ class World:
 
     def check_alike(self, facts):
         """Compare {name: value} over the processes. Raises UserError if they differ."""
-        # 48 bits of a hash are exact in fp64
-        local = [int(hashlib.sha256(repr(value).encode()).hexdigest()[:12], 16)
-                 for value in facts.values()]
-        rows = [local if rank == self.rank else [0] * len(local) for rank in range(self.size)]
-        columns = zip(*self.sum(rows), strict=True)
-        for (name, value), digests in zip(facts.items(), columns, strict=True):
-            others = [rank for rank, d in enumerate(digests) if d != digests[self.rank]]
-            if others:
-                raise UserError(f'process {self.rank} has {name}={value!r}, and process '
-                                f'{others[0]} another; expected one for all: start them with one '
-                                f'command, and with out_dir and dataset on a disk they share')
+        everyone = [facts] * self.size
+        if self.size > 1:
+            dist.all_gather_object(everyone, facts)
+        for rank, others in enumerate(everyone):
+            for name in facts:
+                if repr(others[name]) != repr(everyone[0][name]):
+                    raise UserError(f'process {rank} has {name}={others[name]!r}, expected '
+                                    f'{everyone[0][name]!r} as in process 0: start all with one '
+                                    f'command, and out_dir and dataset on a disk that they share')
 
 
 def from_environment():
@@ -79,7 +77,7 @@ def connect(world, device, backend):
     backend = 'cpu:gloo,cuda:nccl' if on_gpu and backend != 'gloo' else 'gloo'
     store = next(rendezvous('env://'))[0]
     store = dist.PrefixStore(meet(store, world), store)  # each attempt has its own keys
-    # as long as one prepares data or saves; torchrun ends all when one dies
+    # one process may prepare data or save for hours; torchrun ends all of them when one dies
     dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size,
                             timeout=timedelta(days=1), device_id=device if on_gpu else None)
 
@@ -96,11 +94,10 @@ def meet(store, world, patience=1800):
 
     Raises UserError when some do not come within `patience` seconds.
 
-    torchrun's store outlives the workers that it restarts and still holds the addresses of the
-    dead ones. TORCHELASTIC_RESTART_COUNT does not distinguish the attempts: the agent of each
-    machine counts the failures of its own workers only (torch 2.6 to 2.13,
-    distributed/elastic/agent). So each process writes a name of its own, then all the names that
-    it reads. Once all have read the same names, all are alive.
+    torchrun's store outlives the workers that it restarts and still holds the addresses of the dead
+    ones; TORCHELASTIC_RESTART_COUNT differs between machines (torch 2.6 to 2.13). So each process
+    writes a name of its own, then all the names that it reads. Once all have read the same names,
+    all are alive.
     """
     store.set(f'name of {world.rank}', os.urandom(8).hex())
     end = time.monotonic() + patience

@@ -39,8 +39,9 @@ def choose_device(device, local_rank=None):
                             f'Use --device=auto or --device=cpu; for an NVIDIA GPU install a CUDA '
                             f'build of torch (pytorch.org)')
         if chosen.index is None or 'LOCAL_RANK' in os.environ:
-            # Slurm can show each task a GPU of its own alone
-            is_alone = 'SLURM_PROCID' in os.environ and torch.cuda.device_count() == 1
+            # srun --gpus-per-task=1 shows each task a GPU of its own
+            is_task = os.environ.get('SLURM_LOCALID') == os.environ.get('LOCAL_RANK', '')
+            is_alone = is_task and torch.cuda.device_count() == 1
             chosen = torch.device('cuda', 0 if is_alone else local_rank or 0)
         if chosen.index >= torch.cuda.device_count():
             raise UserError(f'device={chosen}: this machine has {torch.cuda.device_count()} GPUs; '
@@ -157,17 +158,18 @@ def compile_or_eager(try_step):
 
 
 def compile_training(model, try_step):
-    """Compile the blocks and the loss of a model in place; -> whether that worked.
+    """Compile the blocks and the loss of a model in place, if that works.
 
     try_step: function that takes a first step. Blocks of one kind share a compilation, which takes
     a fifth of the whole model's; each block's gradients are ready for DDP when its backward ends.
     """
     # ops.Dropout needs fallback_random on the CPU
-    options = {'fallback_random': True} if model.lm_head.weight.device.type == 'cpu' else None
+    on_cpu = model.lm_head.weight.device.type == 'cpu'
     for block in model.transformer.h:
-        block.compile(dynamic=False, options=options)
+        block.compile(dynamic=False, fullgraph=not on_cpu,
+                      options={'fallback_random': True} if on_cpu else None)
     ops.is_training_compiled = True
-    return compile_or_eager(try_step)
+    ops.is_training_compiled = compile_or_eager(try_step)
 
 
 def read_later(values):

@@ -1,4 +1,4 @@
-"""Turn the signals of users and clusters into requests that a loop obeys between two steps."""
+"""Turn signals into requests that a loop obeys between two steps."""
 
 import os
 import signal
@@ -31,21 +31,24 @@ def catch(request, is_main):
         number = getattr(signal, name, None)  # Windows has two of them
         if number and (name == 'SIGINT' or signal.getsignal(number) != signal.SIG_IGN):
             signal.signal(number, on_signal)
-    # Python runs no handler while it waits in C++ for another process; a thread hears all
+    # Python runs no handler while it waits in C++ for another process, but a thread can
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     signal.set_wakeup_fd(writer.detach(), warn_on_full_buffer=False)
-    threading.Thread(target=obey_second, args=(reader,), daemon=True).start()
+    if hasattr(os, 'register_at_fork'):  # else a child's signals would be written there too
+        os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
+    threading.Thread(target=obey_second, args=(reader, is_main), daemon=True).start()
 
 
-def obey_second(reader):
-    """Read the numbers of signals, and end the process at the second Ctrl-C or SIGTERM."""
+def obey_second(reader, is_main):
+    """End the process at the second Ctrl-C or SIGTERM, read from a socket."""
     first = {}
-    while True:
-        for number in reader.recv(64):
+    while numbers := reader.recv(64):
+        for number in numbers:
             now = time.monotonic()
-            # torchrun and its shell may both forward one signal
+            # torchrun and a shell may both forward one signal
             if number in AT_ONCE and now - first.setdefault(number, now) > 1:
-                with suppress(OSError):
-                    os.write(2, b'\nstopped at once; the last checkpoint stays as it is\n')
+                if is_main:
+                    with suppress(OSError):
+                        os.write(2, b'\nstopped at once, without saving\n')
                 os._exit(128 + number)

@@ -78,7 +78,7 @@ def activations(config, B, T, item=2):
     heads += 4 * qk * (c.qk_norm and item < 4)  # normed q and k are copies in fp32
     activation = item * (3 if c.mlp == 'swiglu' else 1) * n_out
     logits = 4 * c.vocab_size * (2 if c.logit_softcap else 1)
-    if B * T * c.vocab_size > CHUNK:  # ops.ChunkedCrossEntropy keeps a gradient instead
+    if B * T * c.vocab_size > CHUNK:  # ops.sum_in_chunks keeps a gradient instead
         logits = 4 * c.n_embd
     layer = 2 * norm + inputs + heads + activation
     return B * T * layer, B * T * (norm + item * c.n_embd + logits)

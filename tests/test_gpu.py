@@ -9,8 +9,9 @@ from tiny_models import ARCHITECTURES
 import ops
 from config.presets import PRESETS
 from data import datasets
+from data import device as data_device
 from data import tokens as dataloader
-from flatgpt import quantize
+from flatgpt import quantize, runtime
 from flatgpt.generate import Sampling, generate
 from model import GPT, GPTConfig
 
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='there is 
                                           'value_embeddings': True}])
 @pytest.mark.parametrize('preset', PRESETS)
 def test_compiled_equals_eager(preset, options, monkeypatch):
-    """As one graph, with FlexAttention in the windows and the loss in chunks: loss and gradients of the CPU."""
+    """As train.py compiles it, FlexAttention in the windows and the loss in chunks: loss and gradients of the CPU."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     here = GPT(GPTConfig(**{**ARCHITECTURES[preset], 'n_layer': 3, 'n_head': 4, 'n_embd': 128, 'block_size': 256,
@@ -33,8 +34,17 @@ def test_compiled_equals_eager(preset, options, monkeypatch):
     expected = here(idx, idx)[1]
     expected.backward()
     monkeypatch.setattr(ops, 'CHUNK', 100_000)
-    loss = torch.compile(there, fullgraph=True, dynamic=False)(idx.to(DEVICE), idx.to(DEVICE), return_logits=False)[1]
-    loss.backward()
+    monkeypatch.setattr(ops, 'is_training_compiled', False)  # restored at the end
+    losses = []
+
+    def step():
+        there.zero_grad()
+        losses.append(there(idx.to(DEVICE), idx.to(DEVICE), return_logits=False)[1])
+        losses[-1].backward()
+
+    runtime.compile_training(there, step)
+    assert ops.is_training_compiled
+    loss = losses[-1].detach()
     torch.testing.assert_close(loss.cpu(), expected.detach(), atol=1e-3, rtol=0)
     for (name, p), q in zip(here.named_parameters(), there.parameters(), strict=True):
         error = (q.grad.cpu() - p.grad).norm() / p.grad.norm()
@@ -44,7 +54,7 @@ def test_compiled_equals_eager(preset, options, monkeypatch):
 def test_tokens_on_the_gpu_give_the_same_batches(folder):
     data_dir = str(folder.path / 'data' / 'tiny')
     tokens = dataloader.open_tokens(data_dir, 'train', datasets.load_meta(data_dir), 16)
-    on_gpu = dataloader.DeviceTokens(tokens, DEVICE, 100)
+    on_gpu = data_device.DeviceTokens(tokens, DEVICE, 100)
     starts = dataloader.whole_windows(len(tokens), 16)
     for a, b in zip(dataloader.gather(tokens, starts, 16, 100), dataloader.gather(on_gpu, starts, 16, 100),
                     strict=True):

@@ -67,7 +67,7 @@ def test_device_with_gpus(gpus, monkeypatch):
     with pytest.raises(ValueError, match='--nproc_per_node'):
         choose_device('cuda', 2)
     gpus(count=1)
-    monkeypatch.setenv('SLURM_PROCID', '1')  # srun --gpus-per-task=1
+    monkeypatch.setenv('SLURM_LOCALID', '1')  # srun --gpus-per-task=1
     assert choose_device('auto', 1) == torch.device('cuda:0')
 
 

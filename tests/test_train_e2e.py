@@ -290,7 +290,7 @@ def test_second_ctrl_c_is_obeyed(folder):
     run.kill(signal.SIGINT)
     time.sleep(1.2)
     assert run.kill(signal.SIGINT).wait(20).code != 0
-    assert 'stopped at once; the last checkpoint stays' in run.out and 'Traceback' not in run.out
+    assert 'stopped at once, without saving' in run.out and 'Traceback' not in run.out
 
 
 @pytest.mark.parametrize('name', ['step', 'learning_rate', 'data', 'auto'])
@@ -309,7 +309,7 @@ def test_processes_that_differ_are_refused(folder, name):
         changes['init_from'], name = None, 'step'
     before = {path: path.read_bytes() for path in folder.path.glob('out-*/*')}
     for run in folder.start_two('config.py', **changes):
-        run.refused(f'has {name}=', 'another; expected one for all')
+        run.refused(f'process 1 has {name}=', 'as in process 0: start all with one command')
     assert {path: path.read_bytes() for path in folder.path.glob('out-*/*')} == before
 
 

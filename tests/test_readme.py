@@ -120,6 +120,7 @@ NOT_RUN = {
     'python sample.py --init_from=gpt2-xl *': 'network',
     'torchrun --standalone --nproc_per_node=8 *': '8 GPUs',
     'torchrun --nproc_per_node=8 *': '16 GPUs',
+    'srun *': 'a cluster',
     **{f'python -m bench.{name}*': 'minutes' for name in (
         'attention', 'kill', 'prepare', 'rollout', 'round_trip', 'start', 'tokenizer')},
 }

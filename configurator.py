@@ -66,6 +66,7 @@ Fraction = Annotated[float, Range(least=0, below=1)]  # dropout, a momentum
 Share = Annotated[float, Range(above=0, most=1)]  # a part of something that is not empty
 Probability = Annotated[float, Range(least=0, most=1)]
 Seed = Annotated[int, Range(least=0, below=2**63)]
+TEXTS = ('start', 'sample_prompt', 'stop', 'regex', 'vote', 'choices')  # a ~/ in them is no folder
 
 
 class Settings(dict):
@@ -202,9 +203,11 @@ def kinds_of(rule):
 
 
 def checked(key, value, rule, where):
-    """Return fitted(value, rule). Raises SystemExit naming where a bad value was set."""
+    """Return fitted(value, rule), ~/ of a path expanded. Raises SystemExit naming `where`."""
     try:
-        return fitted(value, rule)
+        value = fitted(value, rule)
+        is_path = isinstance(value, str) and value.startswith('~/') and key not in TEXTS
+        return os.path.expanduser(value) if is_path else value  # the shell has left it as it was
     except UserError as error:
         fact = where if where.startswith(f'--{key}=') else f'{where}: {key}={value!r}'
         raise SystemExit(f'{fact}: {error}') from None
@@ -236,8 +239,7 @@ def fitted(value, rule):
             name = 'None' if kind is type(None) else kind.__name__
             choices = map(str, bounds if bounds and type(value) is kind else [name])
         if fits:
-            is_path = kind is str and value.startswith('~/')  # the shell has left it as it was
-            return os.path.expanduser(value) if is_path else value
+            return value
         expected += choices
     *first, last = expected
     raise UserError('expected ' + (f'{", ".join(first)} or {last}' if first else last))

@@ -17,6 +17,7 @@ import sys
 
 from configurator import UserError, explain_errors
 from data.encode import make_parser
+from flatgpt import output
 
 # the palette of Okabe and Ito, which colour-blind readers can tell apart; markers for grey prints
 STYLES = [('#0072B2', 'o'), ('#D55E00', 's'), ('#009E73', '^'), ('#CC79A7', 'D'), ('#E69F00', 'v'),
@@ -158,6 +159,7 @@ def draw(folders, out, axis='step', ymax=None):
 
 def main():
     sys.excepthook = explain_errors
+    output.protect()
     parser = make_parser(__doc__)
     parser.add_argument('folders', nargs='+', help='out_dir of each run')
     parser.add_argument('--out', default='loss.png', help='the picture to write (loss.png)')

@@ -49,7 +49,10 @@ def messages_of(value):
     "loss" or "train" false, has a weight of 0. Raises UserError for another shape, an unknown role,
     and for calls of tools, images and others beside the text.
     """
-    turns = next((value[key] for key in READ[:2] if value.get(key) is not None), None)
+    present = [key for key in READ[:2] if value.get(key) is not None]
+    if len(present) > 1:
+        raise UserError(f'a conversation has {" and ".join(present)}; expected one of them')
+    turns = value[present[0]] if present else None
     if not isinstance(turns, list):
         raise UserError(f'no conversation; expected "messages" or "conversations", a list, but '
                         f'the object has {", ".join(map(repr, value)) or "no keys"}')
@@ -70,6 +73,9 @@ def read_message(message):
         raise UserError(f'{json.dumps(message, default=str)[:60]} is not a turn; expected from, '
                         f'one of {", ".join(SHAREGPT)}, and a value, such as '
                         f'{{"from": "human", "value": "Hello"}}, or role and content')
+    for keys in (('role', 'from'), ('content', 'value')):
+        if all(turn.get(key) for key in keys):
+            raise UserError(f'a message has {" and ".join(keys)}; expected one of them')
     for key in BESIDE:
         if turn.get(key):
             raise UserError(f'a message has {key}, {json.dumps(turn[key], default=str)[:40]}, '
@@ -88,9 +94,13 @@ def text_of(content):
     if not isinstance(content, list):
         raise UserError(f'a content is no text: {json.dumps(content, default=str)[:60]}; expected '
                         f'a text, or a list of parts')
-    texts = [part.get('text') if isinstance(part, dict) else part for part in content]
-    for part, text in zip(content, texts, strict=True):
-        if not isinstance(text, str):
+    parts = [part if isinstance(part, dict) else {'text': part} for part in content]
+    texts = [part.get('text') for part in parts]
+    for part, text in zip(parts, texts, strict=True):
+        is_text = str(part.get('type') or 'text').endswith('text')  # input_text, output_text
+        others = [key for key in part if key not in ('type', 'text') and part[key]]
+        others += [key for key in WEIGHTS if part.get(key, 1) != 1]
+        if not isinstance(text, str) or not is_text or others:
             raise UserError(f'a part of a content is no text: '
                             f'{json.dumps(part, default=str)[:60]}; expected '
                             f'{{"type": "text", "text": "Hello"}}')

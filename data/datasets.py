@@ -133,8 +133,12 @@ def digest_of(data_dir, meta):
 
 def token_files(data_dir):
     """Return the paths of a dataset's token files, sorted."""
-    return [os.path.join(data_dir, name) for name in sorted(os.listdir(data_dir))
-            if TOKEN_FILE.fullmatch(name)]
+    paths = [os.path.join(data_dir, name) for name in sorted(os.listdir(data_dir))
+             if TOKEN_FILE.fullmatch(name)]
+    for path in paths:
+        if not os.path.isfile(path):
+            raise UserError(f'{path} is a pipe, a folder or a device; expected a regular file')
+    return paths
 
 
 def stamps_of(data_dir):

@@ -437,13 +437,13 @@ def check_columns(path, columns):
 def has_plain_quotes(lines, header) -> bool:
     """Return whether the quotes of a file with tabs are letters.
 
-    They are where not every line can be parsed with them.
-
-    Then each line has all fields, so that no field has line ends and needs quotes.
+    They are where not every line can be parsed with them, and each line has all fields: then no
+    field has line ends and needs quotes. A tab that begins a line after an open quote is taken for
+    the indentation of a quoted text.
     """
     n_tabs, is_plain = header.count('\t'), False
     for line in lines:
-        if line.strip('\r\n') and line.count('\t') != n_tabs:
+        if line.strip('\r\n') and line.count('\t') != n_tabs or is_plain and line[0] == '\t':
             return False
         try:
             is_plain = is_plain or not any(csv.reader([line], delimiter='\t', strict=True))

@@ -133,9 +133,8 @@ def whole_windows(n_tokens, block_size, row=None):
 
 def even_windows(n_windows, n_tokens, block_size, row=None):
     """Return the first positions of n_windows evenly spaced windows, always the same."""
-    if row:
-        return np.linspace(0, n_tokens // row - 1, n_windows).astype(np.int64) * row
-    return np.linspace(0, n_tokens - block_size - 1, n_windows).astype(np.int64)
+    last, unit = (n_tokens // row - 1, row) if row else (n_tokens - block_size - 1, 1)
+    return np.linspace(0, last, n_windows).astype(np.int64) * unit
 
 
 def evenly(starts, n_tokens, stride):

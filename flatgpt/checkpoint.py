@@ -27,7 +27,7 @@ from configurator import UserError, explain_errors
 from flatgpt import parallel, signals
 from flatgpt.entries import Checkpoint, Scaled, check_content, read_torch
 from flatgpt.files import no_link, replacing
-from flatgpt.outdir import lock_run, open_folder
+from flatgpt.outdir import identity, lock_run, open_folder, put_aside
 from flatgpt.runtime import out_of_memory
 from flatgpt.tracking import Tracker
 
@@ -91,8 +91,8 @@ def load(path):
     state = check_content(state, Checkpoint, path)
     if state.get('scaler'):  # {}: there was none
         check_content(state, Scaled, path)
-    if math.isnan(state['best_val_loss']):
-        raise UserError(f'{path} has best_val_loss=nan, below which no loss is; restore a copy')
+    if not state['best_val_loss'] > -math.inf:
+        raise UserError(f'{path} has best_val_loss={state["best_val_loss"]}; restore a copy')
     if sum(weight.nbytes for weight in state['model'].values()) > 2 * os.path.getsize(path):
         raise UserError(f'{path} has weights larger than the file; restore a copy')  # tied: twice
     # .attn.bias is nanoGPT's causal mask, which it stores where torch has no fused attention
@@ -123,13 +123,15 @@ class Run:
         self.train_time, self.seen = state.get('train_time', 0.0), state.get('seen')
         self.wandb_id = state.get('wandb_id')
         if self.world.is_main and folder:
-            lock_run(out_dir)  # what can fail comes before what moves files
+            self.folder = lock_run(out_dir)  # what can fail comes before what moves files
             if settings.get('wandb_log'):
                 self.wandb = Tracker(settings, self.wandb_id)
                 self.wandb_id = self.wandb.id
             moved_to = open_folder(out_dir, settings, self.step, state.get('version', 0))
+            if self.step and self.best_val_loss == math.inf:  # its loss compares with no other
+                moved_to = put_aside(out_dir, ['best.pt'])
             if moved_to:
-                print(f'{out_dir} held an earlier run; it is now in {moved_to}')
+                print(f'{out_dir} held files of an earlier run; they are now in {moved_to}')
         self.stop_reason = self.requested = None
         self.output_lost, self.unwritten = False, b''
         signals.catch(self.request, self.world.is_main)
@@ -181,11 +183,11 @@ class Run:
             self.say(f'WARNING: {path} lacks the last lines until its disk takes them: {error}')
 
     def keep_folder(self):
-        """Make out_dir again if somebody has deleted it."""
-        if not os.path.isdir(self.out_dir):
+        """Make out_dir again if somebody has deleted or replaced it."""
+        if identity(self.out_dir) != self.folder:
             self.say(f'WARNING: {self.out_dir} is gone; it is made again')
-            lock_run(self.out_dir)
-            open_folder(self.out_dir, self.settings, self.step, VERSION)
+            self.folder = lock_run(self.out_dir)
+            open_folder(self.out_dir, self.settings, self.step, None)
 
     def evaluated(self, val_loss, state_of, always_save=True):
         """Save after an evaluation: always, or else only if val_loss is the lowest so far.
@@ -233,9 +235,7 @@ class Run:
         if self.tried_step < self.step:
             self.save(state_of)
         if self.world.is_main and self.stop_reason:
-            resume = {'init_from': 'resume'} if self.saved_step else {}
-            print(f'{self.stop_reason} after step {self.step}. To go on:\n'
-                  f'  {self.command(**resume)}')
+            print(f'{self.stop_reason} after step {self.step}. To go on:\n  {self.command()}')
         return not self.stop_reason
 
     def check_saved(self):
@@ -258,17 +258,16 @@ class Run:
         def explain(kind, error, trace):
             if not out_of_memory(error):
                 return explain_errors(kind, error, trace)
-            resume = {'init_from': 'resume'} if self.saved_step else {}
-            remedy = (f'The same steps in smaller pieces:\n  {self.command(**smaller, **resume)}'
+            remedy = (f'The same steps in smaller pieces:\n  {self.command(**smaller)}'
                       if smaller else otherwise)
             why = str(error).splitlines()[0][:120]
             print(f'out of memory at step {self.step} ({why}). {remedy}', file=sys.stderr)
 
         sys.excepthook = explain
 
-    @staticmethod
-    def command(**changes):
-        """Return this run's command line with some settings changed."""
+    def command(self, **changes):
+        """Return the command that continues this run, with some settings changed."""
+        changes |= {'init_from': 'resume'} if self.saved_step else {}
         kept = [a for a in sys.argv[1:] if a.removeprefix('--').split('=')[0] not in changes]
         size, local = parallel.from_environment().size, int(os.environ.get('LOCAL_WORLD_SIZE', 1))
         launch = ['python']

@@ -11,6 +11,7 @@ A rule is one of configurator's, Tensor, list[rule], tuple[rule, rule], dict[rul
 TypedDict, or a union of these. An entry that a TypedDict does not name is kept as it is.
 """
 
+import math
 import operator
 import os
 import pickle
@@ -24,7 +25,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
-from configurator import Count, Natural, NonNegative, Positive, Range, Share, UserError, fitted
+from configurator import Count, Natural, Positive, Range, Share, UserError, fitted
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -230,6 +231,24 @@ class Pairs(TypedDict):
     val_fraction: float
 
 
+def check_moments(state):
+    """Raise UserError for moments that no update leaves: NaN, infinite, a negative square."""
+    storages, n_moments = set(), 0
+    for i, moments in state.items():
+        for name, value in moments.items():
+            low, high = map(float, torch.aminmax(value)) if value.numel() else (0.0, 0.0)
+            least = 0.0 if name in ('step', 'exp_avg_sq') else -math.inf
+            if not least <= low <= high < math.inf or low == -math.inf:
+                raise UserError(f'the optimizer state in the checkpoint has {name} of {low:g} to '
+                                f'{high:g} for parameter {i}; expected finite numbers, a step and '
+                                f'squares of at least 0; restore a copy')
+            n_moments += value.numel() > 0
+            storages |= {value.untyped_storage().data_ptr()} if value.numel() else set()
+    if len(storages) < n_moments:
+        raise UserError('the optimizer state in the checkpoint has two moments in one place; '
+                        'restore a copy')
+
+
 class Required(TypedDict):
     """Name what nanoGPT's checkpoints have too."""
 
@@ -248,8 +267,8 @@ class Checkpoint(Required, total=False):
     tokenizer: Tokenizer | None
     chat_template: str | None
     evals_since_best: Natural
-    train_time: NonNegative
-    seen: Natural | None
+    train_time: Annotated[float, Range(least=0, below=1e12)]  # seconds
+    seen: Annotated[int, Range(least=0, below=2**62)] | None
     data: str
     wandb_id: str | None
     lora: Adapters

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from configurator import UserError
+from flatgpt.entries import check_moments
 
 
 def create(model, config, precision, world):
@@ -196,10 +197,7 @@ def load_optimizer(optimizer, saved, may_be_empty=False):
                         f'for number {i} it has {actual.get(i)}, expected {expected.get(i)}; '
                         f'to train the weights with new moments: --init_from=ITS_FOLDER and '
                         f'another --out_dir')
-    for moments in state.values():
-        if not 0 <= moments['step'] < math.inf:
-            raise UserError(f'the optimizer state in the checkpoint has step={moments["step"]}, '
-                            f'expected 0 or more; restore a copy')
+    check_moments(state)
     optimizer.load_state_dict({'state': state, 'param_groups': groups})
 
 

@@ -27,10 +27,18 @@ def explain_unwritable(out_dir):
 
 
 def lock_run(out_dir):
-    """Create and lock out_dir. Raises UserError if another process trains in it."""
+    """Create and lock out_dir; -> its identity(). Raises UserError if another run is in it."""
     with explain_unwritable(out_dir):
         os.makedirs(out_dir, exist_ok=True)
         lock_folder(out_dir, 'training in')
+        return identity(out_dir)
+
+
+def identity(path):
+    """Return what distinguishes a folder from another of its name; None if it is gone."""
+    with suppress(OSError):
+        return os.stat(path).st_dev, os.stat(path).st_ino
+    return None
 
 
 def open_folder(out_dir, settings, step, version):
@@ -61,9 +69,9 @@ def open_folder(out_dir, settings, step, version):
     return moved_to
 
 
-def put_aside(out_dir):
-    """Move the files of an earlier run to out_dir/previous-N; -> that folder, or None."""
-    there = [name for name in FILES if os.path.exists(os.path.join(out_dir, name))]
+def put_aside(out_dir, names=FILES):
+    """Move files of an earlier run to out_dir/previous-N; -> that folder, or None."""
+    there = [name for name in names if os.path.exists(os.path.join(out_dir, name))]
     return move_aside(out_dir, there) if {'ckpt.pt', 'best.pt'} & set(there) else None
 
 

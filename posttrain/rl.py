@@ -256,7 +256,7 @@ while True:
         if run.saved_step < run.step:  # the policy itself is sound
             run.save(state_of_run)
         source = f'the reward model in {reward_model}' if judge else f'reward() of tasks/{task}.py'
-        bad, command = rewards[~rewards.isfinite()][0], run.command(init_from='resume')
+        bad, command = rewards[~rewards.isfinite()][0], run.command()
         remedy = f'; correct it, and continue:\n  {command}' if run.step else ''
         raise SystemExit(f'step {run.step}: {source} returned {bad} for an answer, expected a '
                          f'finite number{remedy}')

@@ -163,6 +163,8 @@ def test_home_folder(tmp_path, monkeypatch):
     path = write(tmp_path, "init_from = '~/base'")
     namespace = resolve(tmp_path, '--out_dir=~/a b', path)[0]
     assert namespace['out_dir'] == f'{tmp_path}/home/a b' and namespace['init_from'] == f'{tmp_path}/home/base'
+    for name in ('start', 'stop', 'regex'):  # no paths
+        assert configurator.checked(name, '~/', str, 'config.py') == '~/'
     for text in ('~', 'a~/b', '~a/b', ' ~/b'):
         assert resolve(tmp_path, f'--out_dir={text}')[0]['out_dir'] == text
 

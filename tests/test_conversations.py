@@ -369,6 +369,12 @@ def test_contents(content, text):
     ({'messages': [{'role': 'user', 'content': [{'type': 'image_url', 'image_url': {'url': 'x'}}]}]},
      'a part of a content is no text: {"type": "image_url"'),
     ({'messages': [{'role': 'user', 'content': 5}]}, 'a content is no text: 5'),
+    *(({'messages': [{'role': 'user', 'content': [part]}]}, 'a part of a content is no text') for part in (
+        {'type': 'image_url', 'text': '', 'image_url': {'url': 'x'}}, {'type': 'reasoning', 'text': 'hm'},
+        {'type': 'text', 'text': 'x', 'weight': 0})),
+    ({**turns(), 'conversations': [{'from': 'human', 'value': 'a'}]}, 'has messages and conversations; expected one'),
+    (turns(value='b'), 'a message has content and value; expected one'),
+    (turns(**{'from': 'human'}), 'a message has role and from; expected one'),
     ({'messages': [{'role': 'user', 'content': b'x'}]}, 'a content is no text'),
     ({'messages': None, 'prompt': 'a'}, 'no conversation; expected "messages" or "conversations"')])
 def test_contents_that_are_refused(value, said):

@@ -120,7 +120,9 @@ MOMENTS = {
     'shape': lambda m: {**m, 'exp_avg': torch.zeros(1)}, 'larger': lambda m: {**m, 'exp_avg': torch.zeros(500, 8)},
     'dtype': lambda m: {**m, 'exp_avg_sq': m['exp_avg_sq'].bfloat16()}, 'more': lambda m: {**m, 'max_exp_avg_sq': m['exp_avg']},
     'fewer': lambda m: {'step': m['step'], 'exp_avg': m['exp_avg']}, 'none': lambda m: {},
-    'steps': lambda m: {**m, 'step': torch.zeros(3)}, 'nan': lambda m: {**m, 'step': torch.tensor(math.nan)}}
+    'steps': lambda m: {**m, 'step': torch.zeros(3)}, 'nan': lambda m: {**m, 'step': torch.tensor(math.nan)},
+    'NaN': lambda m: {**m, 'exp_avg': m['exp_avg'] * math.nan}, 'infinite': lambda m: {**m, 'exp_avg_sq': m['exp_avg_sq'] + math.inf},
+    'negative': lambda m: {**m, 'exp_avg_sq': m['exp_avg_sq'] - 1}, 'shared': lambda m: {**m, 'exp_avg_sq': m['exp_avg'].zero_()}}
 
 
 @pytest.mark.parametrize('kind, how', [*(('ckpt', how) for how in MOMENTS), *(
@@ -335,6 +337,7 @@ def test_entries_that_are_missing(kind, key, unpack):
 
 @pytest.mark.parametrize('key, value', [
     ('iter_num', -1), ('iter_num', 2**40), ('best_val_loss', math.nan), ('best_val_loss', torch.zeros(3)),
+    ('best_val_loss', -math.inf), ('seen', 10**30), ('train_time', 1e308),
     ('tokenizer', {}),
     ('tokenizer', 'gpt2'), ('chat_template', 7), ('config', {'dataset': 7}), ('config', [1]),
     ('optimizer', {'state': {}}),

@@ -129,8 +129,10 @@ def test_longer_conversations_of_others():
     before = [USER_TURN, answer('1'), {'role': 'user', 'content': 'r'}]
     pair = to_pair({'prompt': 'q', 'chosen': [*before, answer('x')], 'rejected': [*before, answer('y')]})
     assert pair['messages'] == before
-    pair = to_pair({'prompt': [SYSTEM, USER_TURN], 'chosen': [answer('x')], 'rejected': [answer('y')]})
-    assert pair['messages'] == [SYSTEM, USER_TURN]
+    answers = {'chosen': [answer('x')], 'rejected': [answer('y')]}
+    for record in ({'prompt': [SYSTEM, USER_TURN]}, {'messages': [SYSTEM, USER_TURN]},
+                   {'prompt': 'q', 'system': SYSTEM['content']}):
+        assert to_pair({**record, **answers})['messages'] == [SYSTEM, USER_TURN]
 
 
 @pytest.mark.parametrize('record, said', [
@@ -140,7 +142,11 @@ def test_longer_conversations_of_others():
     ({'prompt': 'q', 'chosen': b'x', 'rejected': 'y'}, 'chosen is "b\'x\'"'),
     ({'chosen': [USER_TURN], 'rejected': [USER_TURN]}, 'is not of the assistant'),
     ({'chosen': [USER_TURN, answer('x')], 'rejected': [SYSTEM, USER_TURN, answer('y')]}, 'differ before their last'),
-    ({'prompt': 'q', 'chosen': ['x'], 'rejected': ['y']}, '"x" is not a turn')])
+    ({'prompt': 'q', 'chosen': ['x'], 'rejected': ['y']}, '"x" is not a turn'),
+    ({'prompt': 'q', 'messages': [USER_TURN], 'chosen': 'x', 'rejected': 'y'}, 'a pair has messages and prompt'),
+    ({'prompt': [SYSTEM, USER_TURN], 'chosen': [USER_TURN, answer('x')], 'rejected': [USER_TURN, answer('y')]},
+     'that are not those of "prompt"'),
+    ({'prompt': 'q', 'chosen': {**answer('x'), 'weight': 0}, 'rejected': 'y'}, 'has a weight')])
 def test_shapes_of_nobody(record, said):
     with pytest.raises(ValueError) as error:
         to_pair(record)

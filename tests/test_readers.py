@@ -148,6 +148,7 @@ def test_broken_csv(tmp_path, content, said):
     ('text\tid\n"Hello\t1\nmore\t2\nsaid bye"\t3\n', ['"Hello', 'more', 'said bye"']),
     ('id\ttext\n1\t"He said ""hi"""\n2\tplain\n', ['He said "hi"', 'plain']),
     ('id\ttext\n1\t"a\tb"\n2\t"c\nd"\n', ['a\tb', 'c\nd']),
+    ('id\ttext\n1\t"def f():\n\treturn 1"\n2\tplain\n', ['def f():\n\treturn 1', 'plain']),
     ('id\ttext\r\n1\t"open\r\n\r\n2\tb\r\n', ['"open', 'b']), ('text\n"a\nb"\n"c"\n', ['a\nb', 'c'])])
 def test_quotes_in_tsv(tmp_path, content, texts):
     """They are letters where lines and tabs suffice, and CSV's where a field has those in it."""

@@ -483,7 +483,7 @@ def test_always_save_checkpoint(folder):
 def test_an_earlier_run_is_moved(tiny_run):
     before = {f.name: f.read_bytes() for f in (tiny_run.path / 'out').iterdir()}
     run = tiny_run.train(max_iters=2).ok()
-    assert 'out held an earlier run; it is now in out/previous-1' in run.out
+    assert 'out held files of an earlier run; they are now in out/previous-1' in run.out
     assert {f.name: f.read_bytes() for f in (tiny_run.path / 'out' / 'previous-1').iterdir()} == before
     assert tiny_run.checkpoint()['iter_num'] == 2 and len(tiny_run.log()) == 4
     tiny_run.train(max_iters=3, init_from='auto').ok()  # resumes, so there is nothing to move

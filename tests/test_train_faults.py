@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import time
 
 import numpy as np
 import pytest
@@ -104,6 +105,41 @@ def test_a_deleted_folder_is_made_again(folder):
     folder.train().refused('another process is training in out')
     run.stop()
     assert folder.checkpoint()['iter_num'] > 3 and folder.log() and (folder.path / 'out' / 'config.json').exists()
+
+
+def test_a_replaced_folder_keeps_what_it_holds(folder):
+    """Another run made a folder of the same name meanwhile: its files are moved, not overwritten."""
+    run = folder.start_train(**{**LONG, 'log_interval': 10**6, 'eval_interval': 10**6})
+    run.wait_for('compile False')
+    while not (folder.path / 'out' / 'log.jsonl').exists():
+        time.sleep(0.01)
+    time.sleep(0.5)
+    (folder.path / 'out').rename(folder.path / 'moved')
+    folder.train(seed=7).ok()
+    other = (folder.path / 'out' / 'ckpt.pt').read_bytes()
+    run.stop()
+    assert 'out is gone; it is made again' in run.out
+    assert (folder.path / 'out' / 'previous-1' / 'ckpt.pt').read_bytes() == other
+    assert folder.checkpoint()['config']['seed'] == 1337
+
+
+def test_best_of_another_text_is_kept(tiny_run):
+    """Where the lowest val loss starts anew, the earlier best.pt is moved."""
+    best = (tiny_run.path / 'out' / 'best.pt').read_bytes()
+    run = tiny_run.train(init_from='resume', max_iters=30, eval_tokens=32).ok()
+    assert 'the lowest val loss starts anew' in run.out and 'they are now in out/previous-1' in run.out
+    assert (tiny_run.path / 'out' / 'previous-1' / 'best.pt').read_bytes() == best
+
+
+def test_pipes_in_place_of_a_dataset_are_refused(folder):
+    for name in ('meta.json', 'train.bin'):
+        path = folder.path / 'data' / 'tiny' / name
+        content = path.read_bytes()
+        path.unlink()
+        os.mkfifo(path)
+        folder.start_train().wait(60).refused('is a pipe, a folder or a device; expected a regular file')
+        path.unlink()
+        path.write_bytes(content)
 
 
 def test_links_are_not_followed(folder):

@@ -22,6 +22,8 @@ that makes it.
 
 import json
 import math
+import os
+import stat
 from collections import Counter
 from dataclasses import dataclass
 
@@ -180,8 +182,10 @@ def tokens_of(values: dict) -> tuple[dict[bytes, int], list[tuple[bytes, bytes]]
 
 
 def read_bytes(path) -> bytes:
-    """Read a file. Raises UserError where there is none."""
+    """Read a file. Raises UserError where there is none, and for a pipe or a device."""
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise UserError(f'{path} is a pipe, a folder or a device; expected a regular file')
         with open(path, 'rb') as file:
             return file.read()
     except FileNotFoundError:

@@ -182,7 +182,7 @@ def test_last_line_is_json(capsys):
 
 
 @pytest.mark.parametrize('name', sorted(
-    path.stem for path in (ROOT / 'bench').glob('*.py') if path.stem not in ('__init__', 'bare', 'common', 'fuzz_cases', 'fuzz_kinds', 'mutate', 'victims')))
+    path.stem for path in (ROOT / 'bench').glob('*.py') if path.stem not in ('__init__', 'bare', 'common', 'fuzz_cases', 'fuzz_kinds', 'mutate', 'pretended', 'victims')))
 def test_scripts_explain_themselves(folder, name):
     out = folder.start(f'bench.{name}', '--help').ok().out
     assert f'$ python -m bench.{name}' in out and 'config = ' not in out

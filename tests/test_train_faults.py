@@ -100,7 +100,8 @@ def test_a_filter_ends_with_its_reader(tiny_run):
 def test_a_deleted_folder_is_made_again(folder):
     run = folder.start_train(**LONG)
     run.wait_for('iter 3: ')
-    shutil.rmtree(folder.path / 'out')
+    (folder.path / 'out').rename(folder.path / 'gone')  # at once: the run could write while files are removed
+    shutil.rmtree(folder.path / 'gone')
     run.wait_for('out is gone; it is made again')
     folder.train().refused('another process is training in out')
     run.stop()

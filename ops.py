@@ -199,10 +199,14 @@ def softcapped(logits, cap):
 
 def cross_entropy(logits, targets):
     """Return the mean cross-entropy in nats of logits (B, T, V), of targets >= 0."""
+    return total_cross_entropy(logits, targets) / n_targets(targets)
+
+
+def total_cross_entropy(logits, targets):
+    """Return the summed cross-entropy of logits (..., V), of targets >= 0."""
     # in fp32: a bf16 log-sum-exp would round the loss itself to three digits
     logits, ids = logits.float().view(-1, logits.size(-1)), targets.reshape(-1).clamp(min=-1)
-    total = F.cross_entropy(logits, ids, ignore_index=-1, reduction='sum')
-    return total / n_targets(targets)
+    return F.cross_entropy(logits, ids, ignore_index=-1, reduction='sum')
 
 
 def capped_cross_entropy(logits, targets, softcap):
@@ -270,29 +274,26 @@ def sum_in_chunks(x, weight, targets, softcap, needs):
     logits again in the backward pass would cost a third more ("Cut Your Losses", Wijmans et al.
     2024; "Liger Kernel", Hsu et al. 2024).
     """
-    w, total = weight.to(x.dtype), torch.zeros((), device=x.device)
-    dx = torch.empty_like(x) if needs[0] else x.new_empty(0)
-    dw = torch.zeros_like(weight) if needs[1] else weight.new_empty(0)
+    w, (total, dx, dw) = weight.to(x.dtype), shapes_of_sum(x, weight, targets, softcap, needs)
+    total.zero_(), dw.zero_()
     compute = compiled(loss_and_gradient) if is_training_compiled else loss_and_gradient
     # a GPU's products need more rows; compiled, no temporaries come with them
     n = max(1, (4 if x.is_cuda and is_training_compiled else 1) * CHUNK // len(w))
     for start in range(0, len(x), n):
         rows, target = x[start : start + n], targets[start : start + n, None]
         logits = rows @ w.T  # (n, V)
-        if not needs[0]:
-            ids = target[:, 0].clamp(min=-1)
-            total += F.cross_entropy(softcapped(logits, softcap).float(), ids, ignore_index=-1,
-                                     reduction='sum')
-            del logits
-            continue
-        loss, d = compute(logits, target, softcap)
+        if needs[0]:
+            loss, d = compute(logits, target, softcap)
+            torch.mm(d, w, out=dx[start : start + n])
+            if needs[1] and x.is_cuda and x.dtype != dw.dtype and ADDS_IN_FP32:
+                torch.addmm(dw, d.T, rows, out_dtype=dw.dtype, out=dw)
+            elif needs[1]:
+                dw += d.T @ rows
+            del d
+        else:
+            loss = total_cross_entropy(softcapped(logits, softcap), target)
         total += loss
-        torch.mm(d, w, out=dx[start : start + n])
-        if needs[1] and x.is_cuda and x.dtype != dw.dtype and ADDS_IN_FP32:
-            torch.addmm(dw, d.T, rows, out_dtype=dw.dtype, out=dw)
-        elif needs[1]:
-            dw += d.T @ rows
-        del logits, d  # the next ones would be held beside them
+        del logits  # the next ones would be held beside them
     return total, dx, dw
 
 

@@ -49,15 +49,23 @@ def messages_of(value):
     "loss" or "train" false, has a weight of 0. Raises UserError for another shape, an unknown role,
     and for calls of tools, images and others beside the text.
     """
-    present = [key for key in READ[:2] if value.get(key) is not None]
-    if len(present) > 1:
-        raise UserError(f'a conversation has {" and ".join(present)}; expected one of them')
-    turns = value[present[0]] if present else None
+    turns = one_of(READ[:2], value, 'a conversation')
     if not isinstance(turns, list):
         raise UserError(f'no conversation; expected "messages" or "conversations", a list, but '
                         f'the object has {", ".join(map(repr, value)) or "no keys"}')
     messages = [{'role': 'system', 'content': value['system']}] if value.get('system') else []
     return messages + list(map(read_message, turns))
+
+
+def one_of(keys, value, name):
+    """Return the entry of a dict under the only one of `keys` that it has, or None.
+
+    Raises UserError, with the `name` of the dict, if it has several.
+    """
+    present = [key for key in keys if value.get(key) is not None]
+    if len(present) > 1:
+        raise UserError(f'{name} has {" and ".join(present)}; expected one of them')
+    return value[present[0]] if present else None
 
 
 def read_message(message):

@@ -24,6 +24,7 @@ from configurator import Count, Natural, Range, UserError, nearest
 from data import TOKEN_FILE
 from flatgpt.entries import Tokenizer, conform
 from tokenizer import vocabulary
+from tokenizer.base import check_regular
 
 DATA = os.path.dirname(os.path.abspath(__file__))
 
@@ -136,8 +137,7 @@ def token_files(data_dir):
     paths = [os.path.join(data_dir, name) for name in sorted(os.listdir(data_dir))
              if TOKEN_FILE.fullmatch(name)]
     for path in paths:
-        if not os.path.isfile(path):
-            raise UserError(f'{path} is a pipe, a folder or a device; expected a regular file')
+        check_regular(path)
     return paths
 
 

@@ -13,7 +13,7 @@ import json
 
 from configurator import UserError
 from data import download
-from data.conversations import messages_of, read_message
+from data.conversations import messages_of, one_of, read_message
 from data.documents import read_records, text_hash
 from posttrain.rollouts import to_rows
 from tokenizer import chat
@@ -81,10 +81,7 @@ def to_pair(record):
     # a dataset with the whole conversations in chosen and rejected may have one in "messages" too
     is_whole = isinstance(answers[0], list) and read_message(answers[0][0])['role'] != 'assistant'
     keys = ('prompt', 'conversations') if is_whole else ('messages', 'conversations', 'prompt')
-    present = [key for key in keys if record.get(key) is not None]
-    if len(present) > 1:
-        raise UserError(f'a pair has {" and ".join(present)}; expected one of them')
-    before = record[present[0]] if present else None
+    before = one_of(keys, record, 'a pair')
     if before is None and not is_whole:
         raise UserError(f'there is no conversation before chosen and rejected, only '
                         f'{", ".join(record)}; expected {EXAMPLE}, or "prompt"')
@@ -95,18 +92,15 @@ def to_pair(record):
         turns = messages_of({'messages': [{'role': 'assistant', 'content': answer}]
                              if isinstance(answer, str) else
                              [answer] if isinstance(answer, dict) else answer})
-        places = range(len(turns) - len(before))
-        before_answer = before
-        if turns[0]['role'] != 'assistant' and any(
-                turns[i : i + len(before)] == before for i in places):
-            before_answer = []  # the turns hold it already
-        elif before and turns[0]['role'] != 'assistant':
+        if turns[0]['role'] == 'assistant':
+            turns = before + turns
+        elif not any(turns[i : i + len(before)] == before for i in range(len(turns))):
             raise UserError('chosen or rejected has messages before its answer that are not those '
                             'of "prompt"; expected the answer alone, or all of "prompt" and the '
                             'answer')
-        whole.append(before_answer + turns)
-        if 'weight' in whole[-1][-1]:
+        if 'weight' in turns[-1]:
             raise UserError('chosen or rejected has a weight; pairs have none: leave out the pair')
+        whole.append(turns)
     if whole[0][:-1] != whole[1][:-1]:
         raise UserError('chosen and rejected differ before their last message; expected two '
                         'answers to one conversation')

@@ -46,6 +46,12 @@ def check_ids(ids, vocab_size: int) -> np.ndarray:
     return ids
 
 
+def check_regular(path):
+    """Raise UserError for a pipe, a folder or a device: opening one may wait forever."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f'{path} is a pipe, a folder or a device; expected a regular file')
+
+
 class Tokenizer:
     """Encode and decode text. The package's docstring lists the methods."""
 

@@ -22,13 +22,11 @@ that makes it.
 
 import json
 import math
-import os
-import stat
 from collections import Counter
 from dataclasses import dataclass
 
 from configurator import UserError
-from tokenizer.base import MAX_ID, clip
+from tokenizer.base import MAX_ID, check_regular, clip
 from tokenizer.bpe import MOST_SQUARES, are_long, final_parts
 from tokenizer.patterns import from_printable, printable
 
@@ -183,9 +181,8 @@ def tokens_of(values: dict) -> tuple[dict[bytes, int], list[tuple[bytes, bytes]]
 
 def read_bytes(path) -> bytes:
     """Read a file. Raises UserError where there is none, and for a pipe or a device."""
+    check_regular(path)
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise UserError(f'{path} is a pipe, a folder or a device; expected a regular file')
         with open(path, 'rb') as file:
             return file.read()
     except FileNotFoundError:

@@ -203,7 +203,7 @@ def kinds_of(rule):
 
 
 def checked(key, value, rule, where):
-    """Return fitted(value, rule), ~/ of a path expanded. Raises SystemExit naming `where`."""
+    """Return fitted(value, rule), ~/ of a path expanded. Raises SystemExit."""
     try:
         value = fitted(value, rule)
         is_path = isinstance(value, str) and value.startswith('~/') and key not in TEXTS

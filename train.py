@@ -175,8 +175,7 @@ model.to(torch_device)
 model.recompute = recompute == 'block'
 precision, precision_reason = runtime.choose_dtype(dtype, torch_device)
 facts = {'data': meta['digest'], 'step': state.get('iter_num'), 'seen': state.get('seen')}
-local = ('out_dir', 'dataset', 'init_from', 'device')  # may differ between machines
-world.check_alike({**facts, **{k: config[k] for k in config if k not in local}, 'dtype': precision})
+world.check_alike({**facts, **config, 'dtype': precision})
 autocast = runtime.autocast(precision, torch_device)
 scaler = torch.amp.GradScaler(torch_device.type, enabled=precision == 'float16')
 opt = optim.create(model, config, precision, world)
@@ -273,7 +272,8 @@ prefetch = ThreadPoolExecutor(max_workers=1)  # reads the next batch while the c
 next_batch = prefetch.submit(batches, run.drawn(cut.tokens))
 unread = []  # (step, tokens, rate, numbers) of the steps whose numbers are still on the GPU
 # the garbage collector would pause a step to visit torch's objects: it runs at evaluations instead
-gc.collect()
+if use_compile:
+    gc.collect()
 gc.freeze()
 gc.disable()
 logged_step, logged_time, t0 = run.step, run.train_time, time.perf_counter()

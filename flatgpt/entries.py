@@ -232,19 +232,20 @@ class Pairs(TypedDict):
 
 
 def check_moments(state):
-    """Raise UserError for moments that no update leaves: NaN, infinite, a negative square."""
-    storages, n_moments = set(), 0
+    """Raise UserError for moments that no update leaves: NaN, infinite, shared."""
+    places = []
     for i, moments in state.items():
         for name, value in moments.items():
-            low, high = map(float, torch.aminmax(value)) if value.numel() else (0.0, 0.0)
+            if not value.numel():
+                continue
+            low, high = map(float, torch.aminmax(value))
             least = 0.0 if name in ('step', 'exp_avg_sq') else -math.inf
             if not least <= low <= high < math.inf or low == -math.inf:
                 raise UserError(f'the optimizer state in the checkpoint has {name} of {low:g} to '
                                 f'{high:g} for parameter {i}; expected finite numbers, a step and '
                                 f'squares of at least 0; restore a copy')
-            n_moments += value.numel() > 0
-            storages |= {value.untyped_storage().data_ptr()} if value.numel() else set()
-    if len(storages) < n_moments:
+            places.append(value.untyped_storage().data_ptr())
+    if len(set(places)) < len(places):
         raise UserError('the optimizer state in the checkpoint has two moments in one place; '
                         'restore a copy')
 

@@ -27,7 +27,7 @@ def explain_unwritable(out_dir):
 
 
 def lock_run(out_dir):
-    """Create and lock out_dir; -> its identity(). Raises UserError if another run is in it."""
+    """Create and lock out_dir; -> its identity(). Raises UserError if a run is in it."""
     with explain_unwritable(out_dir):
         os.makedirs(out_dir, exist_ok=True)
         lock_folder(out_dir, 'training in')
@@ -37,7 +37,8 @@ def lock_run(out_dir):
 def identity(path):
     """Return what distinguishes a folder from another of its name; None if it is gone."""
     with suppress(OSError):
-        return os.stat(path).st_dev, os.stat(path).st_ino
+        stat = os.stat(path)
+        return stat.st_dev, stat.st_ino
     return None
 
 

@@ -20,6 +20,8 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from configurator import UserError, fit
 
+LOCAL = {'out_dir', 'dataset', 'init_from', 'device'}  # settings that may differ between machines
+
 
 @dataclass
 class World:
@@ -52,7 +54,7 @@ class World:
             dist.all_gather_object(everyone, facts)
         for rank, others in enumerate(everyone):
             for name in facts:
-                if repr(others[name]) != repr(everyone[0][name]):
+                if name not in LOCAL and repr(others[name]) != repr(everyone[0][name]):
                     raise UserError(f'process {rank} has {name}={others[name]!r}, expected '
                                     f'{everyone[0][name]!r} as in process 0: start all with one '
                                     f'command, and out_dir and dataset on a disk that they share')

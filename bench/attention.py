@@ -46,6 +46,8 @@ only = ''  # internal, for those processes: 'keep' or 'return'
 config = override(globals())
 # --------------------------------------------------------------------------------------------------
 
+COMPILE = {'dynamic': False, 'options': {'fallback_random': True}}  # as train.py, on the CPU
+
 
 def inputs(shape, device):
     """Return q, k, v as projected, (B, T, 3, H, D), and dy, (B, H, T, D)."""
@@ -63,7 +65,7 @@ def attention_on_cpu(shape, p):
     def step(f):
         return lambda: torch.autograd.grad(f(*qkv.permute(2, 0, 3, 1, 4)), qkv, dy)
 
-    ways = [step(torch_s), step(torch.compile(ours, **bare.COMPILE)), step(ours)]
+    ways = [step(torch_s), step(torch.compile(ours, **COMPILE)), step(ours)]
     for f in ways:
         f(), f()
     times = [[bare.milliseconds(f) for f in ways] for _ in range(n)]
@@ -145,7 +147,7 @@ def one_step_process():
     torch.manual_seed(0)
     model = GPT(GPTConfig(256, 65, 6, 6, 384, dropout=0.2, bias=False))
     for block in model.transformer.h:
-        block.compile(**bare.COMPILE)
+        block.compile(**COMPILE)
     x, y = torch.randint(65, (2, 64, 256))
 
     def step():

@@ -33,7 +33,6 @@ from model import GPT, GPTConfig
 OPTIMIZER = {'optimizer': 'adamw', 'learning_rate': 6e-4, 'muon_lr': 0.02, 'embedding_lr': 0.02,
              'momentum': 0.95, 'weight_decay': 0.1, 'beta1': 0.9, 'beta2': 0.95, 'grad_clip': 1.0,
              'seed': 1337}
-COMPILE = {'dynamic': False, 'options': {'fallback_random': True}}  # as train.py, on the CPU
 PARTS = ('forward', 'backward', 'clip', 'optimizer')
 # the profiler's names of operators; _scaled_mm multiplies fp8
 PRODUCTS = ('aten::mm', 'aten::addmm', 'aten::bmm', 'aten::baddbmm', 'aten::_scaled_mm')

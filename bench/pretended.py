@@ -11,6 +11,7 @@ Triton, which torch's CPU build leaves out: pip install --no-deps triton. It pat
 internals: it is made for torch 2.13.
 """
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -48,6 +49,17 @@ class Lowered(Exception):
 GRAPHS = []
 
 
+def missing():
+    """Return what this machine lacks to pretend, or ''."""
+    if torch.version.cuda or torch.__version__ < (2, 13):
+        return f"this is torch {torch.__version__}; expected 2.13's build for the CPU"
+    if not shutil.which('g++'):
+        return 'there is no g++; install it'
+    if importlib.util.find_spec('triton') is None:
+        return 'there is no Triton: pip install --no-deps triton'
+    return ''
+
+
 def build_stub(folder):
     """Compile pretended.cpp into a folder; -> the library."""
     source = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'pretended.cpp')
@@ -65,15 +77,13 @@ def pretend():
     """Give this process a device like one H200, for the compiler alone.
 
     It starts the process again: the device must be there before torch is imported. Raises UserError
-    where torch is another version or has CUDA, and without g++ or Triton.
+    where it lacks something.
     """
-    if torch.version.cuda or torch.__version__ < (2, 13) or not shutil.which('g++'):
-        raise UserError(f'torch {torch.__version__}: expected a CPU build of torch 2.13, and g++')
-    try:
-        from triton.backends.compiler import GPUTarget
-        from triton.runtime import driver
-    except ImportError as error:
-        raise UserError('lowering for a GPU needs Triton: pip install --no-deps triton') from error
+    if lack := missing():
+        raise UserError(f'no GPU can be pretended: {lack}')
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
     if 'pretended.so' not in os.environ.get('LD_PRELOAD', ''):
         with tempfile.TemporaryDirectory() as folder:
             raise SystemExit(subprocess.run([sys.executable, *sys.orig_argv[1:]], env={

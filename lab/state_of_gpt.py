@@ -39,6 +39,7 @@ from typing import Annotated
 from bench.common import table as aligned
 from configurator import Count, Positive, Range, Seed, UserError, override
 from data import download
+from data.tiny_chat.prepare import AMOUNTS
 from flatgpt import checkpoint, jsonl, outdir
 from flatgpt.files import replace_file
 from lab import common
@@ -88,9 +89,9 @@ def stages(home):
         init_from = folder[start] if start else None
         return script(name, recipe, init_from=init_from, seed=seed, **options)
 
-    # what data/tiny_chat/prepare.py makes by default
-    amounts = {'conversations': 50_000, 'pairs': 30_000, 'documents': 30_000} if share < 1 else {}
-    amounts = {name: max(400, round(share * amount)) for name, amount in amounts.items()}
+    # at least 400, since a twentieth of the conversations is held out
+    amounts = {name: max(400, round(share * amount))
+               for name, amount in AMOUNTS.items() if share < 1}
     sampled = {'num_samples': num_samples, 'temperature': 1.0, 'reward_model': folder['reward']}
     return [
         ('data', script('data/tiny_chat/prepare.py', out_dir=folder['data'], **amounts)),

@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import os
-import shutil
 import subprocess
 import sys
 
@@ -13,6 +12,7 @@ from conftest import ROOT
 from tiny_models import ARCHITECTURES
 
 import ops
+from bench import pretended
 from flatgpt import parallel
 from model import GPT, GPTConfig
 
@@ -21,9 +21,7 @@ BLOCKS = {'gpt2': (32, 32.6), 'modern': (33, 32.7)}
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    importlib.util.find_spec('triton') is None or torch.version.cuda is not None or torch.__version__ < (2, 13)
-    or not shutil.which('g++'), reason="needs torch 2.13's CPU build, g++, and triton: pip install --no-deps triton")
+@pytest.mark.skipif(bool(pretended.missing()), reason=pretended.missing() or 'nothing is missing')
 def test_a_step_for_an_h200():
     """Launches and bytes of the table, within 5%; head and loss of 32 x 1024 tokens hold less than 900 MB."""
     triton = os.path.dirname(os.path.dirname(importlib.util.find_spec('triton').origin))

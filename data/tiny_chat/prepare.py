@@ -46,6 +46,7 @@ SMALL_TALK = [
     ('Who are you?', 'I am a small model that can add, spell, reverse, count and sort.'),
     ('What can you do?',
      'I can add, subtract, spell, reverse, count, sort, and look things up in a table.')]
+AMOUNTS = {'conversations': 50_000, 'pairs': 30_000, 'documents': 30_000}  # by default
 LONGEST = 240  # characters of a conversation with two questions, to fit into a row of 257 tokens
 REFUSALS = ['I can not answer that.', 'Sorry, I do not know.', 'I am only a small model.']
 LONG_ANSWERS = [
@@ -176,9 +177,9 @@ def make_texts(n, seed):
 def main():
     parser = encode.make_parser(__doc__)
     add, count = parser.add_argument, encode.positive
-    add('--conversations', type=count, default=50_000, help='to finetune on (50,000)')
-    add('--pairs', type=count, default=30_000, help='pairs of answers (30,000)')
-    add('--documents', type=count, default=30_000, help='texts to pretrain on (30,000)')
+    for name, what in (('conversations', 'to finetune on'), ('pairs', 'pairs of answers'),
+                       ('documents', 'texts to pretrain on')):
+        add(f'--{name}', type=count, default=AMOUNTS[name], help=f'{what} ({AMOUNTS[name]:,})')
     add('--block_size', type=count, default=256, help='context to pack for (256)')
     add('--steps', type=float, default=0.9,
         help='share of sums with steps, a third elsewhere (0.9)')

@@ -4,6 +4,8 @@ Run: pytest tests/test_inputs.py
 """
 
 import bz2
+import csv
+import functools
 import gzip
 import lzma
 import os
@@ -158,7 +160,9 @@ def test_links_to_folders(tmp_path):
         documents.find_files(tmp_path / 'a')
 
 
-def test_a_long_line(tmp_path, monkeypatch):
+def test_a_long_line(tmp_path, monkeypatch, request):
+    # reading a CSV file sets the limit of the process
+    request.addfinalizer(functools.partial(csv.field_size_limit, csv.field_size_limit()))
     monkeypatch.setattr(inputs, 'LONGEST', 100)
     monkeypatch.setattr(documents, 'LONGEST', 100)
     monkeypatch.setattr(documents, 'PIECE_CHARS', 10)

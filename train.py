@@ -31,8 +31,20 @@ from config.presets import PRESETS
 from configurator import Count, Fraction, Natural, NonNegative, Positive, Share, UserError, override
 from data import datasets
 from data.device import open_splits
-from data.tokens import Batches, cut_step, eval_windows, sum_losses
-from flatgpt import checkpoint, flops, lora, optim, output, parallel, pretrained, runtime
+from data.tokens import Batches, cut_step, eval_windows, share_of, sum_losses
+from flatgpt import (
+    checkpoint,
+    entries,
+    flops,
+    lora,
+    optim,
+    output,
+    owners,
+    parallel,
+    pretrained,
+    runtime,
+    sharded,
+)
 from flatgpt.generate import Sampling, generate_texts
 from model import GPT, GPTConfig, padded_vocab_size
 
@@ -113,6 +125,7 @@ device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps', ...
 dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # float16 with a gradient scaler
 compile: bool | Literal['auto'] = 'auto'  # torch.compile the training step
 recompute: Literal['none', 'block'] = 'none'  # block: less memory, a third more computation
+shard: Literal['none', 'full', 'hybrid'] = 'none'  # the model over processes; hybrid: of a machine
 config = override(globals())
 # --------------------------------------------------------------------------------------------------
 
@@ -127,6 +140,8 @@ lora.check_settings(config, init_from, out_dir)
 
 # this process, its device, its data
 world = parallel.from_environment()
+sharded.check_settings(config, world)
+is_sharded = config['shard'] != 'none'
 if from_preset:
     world.print(f'preset {preset}: ' + ', '.join(f'{k}={v!r}' for k, v in from_preset.items()))
 torch_device = runtime.choose_device(device, world.local_rank)
@@ -148,14 +163,15 @@ if init_from == 'auto':
 def start():
     """Return the model that the run begins with, on the CPU, and its checkpoint.
 
-    Without a checkpoint the second has the tokenizer and chat template of a loaded model. A setting
-    that contradicts loaded weights is refused.
+    A model to be sharded may have no memory yet. Without a checkpoint the second has the tokenizer
+    and chat template of a loaded model. A setting that contradicts loaded weights is refused.
     """
     torch.manual_seed(seed)
     if init_from == 'scratch':
         n_ids = meta['vocab_size'] or 50257  # GPT-2's, if the dataset records none
-        return (GPT(GPTConfig(**architecture, vocab_size=padded_vocab_size(n_ids))),
-                {'tokenizer': pretrained.GPT2_TOKENIZER})
+        with sharded.deferred(is_sharded):
+            model = GPT(GPTConfig(**architecture, vocab_size=padded_vocab_size(n_ids)))
+        return model, {'tokenizer': pretrained.GPT2_TOKENIZER}
     if init_from == 'resume':
         return pretrained.resume(ckpt_path, config, meta, data_dir)
     return pretrained.finetune(init_from, config, meta, data_dir)
@@ -171,17 +187,22 @@ block_size = pretrained.context_of(model, config, init_from, meta)
 cut = cut_step(config, block_size, world.size)
 
 # device, precision, optimizer
-model.to(torch_device)
-model.recompute = recompute == 'block'
 precision, precision_reason = runtime.choose_dtype(dtype, torch_device)
+if is_sharded:
+    sharded.place(model, config['shard'], world, precision, torch_device)
+else:
+    model.to(torch_device)
+model.recompute = recompute == 'block'
 facts = {'data': meta['digest'], 'step': state.get('iter_num'), 'seen': state.get('seen')}
 world.check_alike({**facts, **config, 'dtype': precision})
 autocast = runtime.autocast(precision, torch_device)
 scaler = torch.amp.GradScaler(torch_device.type, enabled=precision == 'float16')
 opt = optim.create(model, config, precision, world)
+if is_sharded and init_from == 'resume':
+    sharded.restore(model, opt, ckpt_path, state)
 if 'optimizer' in state:
     # a gradient scaler may have left out all steps so far
-    optim.load_optimizer(opt, state['optimizer'], may_be_empty=bool(state.get('scaler')))
+    entries.load_optimizer(opt, state['optimizer'], may_be_empty=bool(state.get('scaler')))
 if state.get('scaler'):
     scaler.load_state_dict(state['scaler'])
 has_short_rows = meta['row'] and block_size < model.config.block_size  # the context has room
@@ -226,7 +247,8 @@ def evaluate():
     losses = {}
     for split, starts in eval_windows(splits, eval_iters, cut, eval_tokens).items():
         with autocast, torch.compiler.set_stance('force_eager'):
-            totals = sum_losses(model, splits[split], starts[world.rank :: world.size], cut, n_ids)
+            starts = share_of(starts, len(splits[split]), world)
+            totals = sum_losses(model, splits[split], starts, cut, n_ids)
         loss, count = world.sum(totals)
         if split == 'val' and not count:
             raise UserError(f'{data_dir}: no token of val carries loss; prepare more of it')
@@ -319,7 +341,7 @@ while True:
         loss_sum += loss.detach()
         scaler.scale(loss).backward()
     scaler.unscale_(opt)
-    norm = torch.nn.utils.get_total_norm([p.grad for p in trained])
+    norm = owners.norm_of(trained)
     if grad_clip and (torch_device.type == 'cuda' or norm > grad_clip):  # no wait for a GPU's norm
         torch.nn.utils.clip_grads_with_norm_(trained, grad_clip, norm)
 
@@ -381,9 +403,11 @@ if world.is_main and is_complete:
     best = f'; best val loss {run.best_val_loss:.4f}' if math.isfinite(run.best_val_loss) else ''
     print(f'{run.step} steps, {run.train_time:.1f} s of training{best}')
     if sample_tokens and text_tokenizer:
-        model.eval()
         torch.compiler.set_stance('force_eager')
         try:
+            if is_sharded:  # this process has a part of it
+                model = pretrained.open_model('resume', out_dir, 'last')[0].to(torch_device)
+            model.eval()
             sampling = Sampling(sample_tokens, 0.8, top_k=200, crop_prompt=True)
             *_, samples = generate_texts(model, tokenizer.from_dict(text_tokenizer),
                                          [sample_prompt], sampling)

@@ -101,7 +101,7 @@ def resume(config, described=None):
     optimizer = optim.create(model, config, 'float32', ALONE)
     if 'optimizer' in state:
         may_be_empty = bool(state.get('scaler'))
-        optim.load_optimizer(optimizer, state['optimizer'], may_be_empty)
+        entries.load_optimizer(optimizer, state['optimizer'], may_be_empty)
     block_size = pretrained.context_of(model, config, 'resume', meta)
     if block_size != model.config.block_size:
         model.crop_block_size(block_size)
@@ -170,7 +170,7 @@ def posttrain_kinds():
         saved = checkpoint.load('out/ckpt.pt')
         resumed = reward_model.critic_of(saved, 'out/ckpt.pt', 0.0, entries.Posttraining)
         optimizer = optim.create(resumed, settings(), 'float32', ALONE)
-        optim.load_optimizer(optimizer, saved['optimizer'])
+        entries.load_optimizer(optimizer, saved['optimizer'])
         learn(resumed, optimizer)
         ratings = reward_model.ratings_of(judge, MESSAGES[:1], ['4', '5'], chat.TEMPLATE, BYTES)
         return [dict(resumed.state_dict()), ratings, line, saved['chat_template'],
@@ -194,7 +194,7 @@ def posttrain_kinds():
         values = pretrained.build(reward_model.Critic, content, 'out/ckpt.pt', 0.0)
         for learns, key in ((opened.model, 'optimizer'), (values, 'value_optimizer')):
             optimizer = optim.adamw(learns, 0.1, 1e-3, (0.9, 0.95))
-            optim.load_optimizer(optimizer, saved[key], key == 'optimizer')
+            entries.load_optimizer(optimizer, saved[key], key == 'optimizer')
             learn(learns, optimizer)
         return [dict(opened.model.state_dict()), dict(values.state_dict()), opened.template]
 

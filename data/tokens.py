@@ -161,6 +161,15 @@ def eval_windows(splits, eval_iters, cut, eval_tokens=0):
     return {'train': even_windows(n_train, len(splits['train']), block_size, row), 'val': val}
 
 
+def share_of(starts, n_tokens, world):
+    """Return this process's part of an evaluation's windows, equally many in all processes.
+
+    Windows past the end, which have no targets, fill the parts up: shards are gathered together.
+    """
+    filled = np.append(starts, np.full(-len(starts) % world.size, n_tokens))
+    return filled[world.rank :: world.size]
+
+
 # From windows to tensors --------------------------------------------------------------------------
 
 

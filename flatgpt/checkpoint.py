@@ -8,6 +8,8 @@ scaler, evals_since_best, train_time, seen, wandb_id, and data, a hash of the te
 `measure` names the quantity in best_val_loss where it is no loss. Files are read with
 weights_only=True, which refuses anything that could run code, and checked by entries.py.
 
+A sharded run's files name a folder with the tensors, see shards.py.
+
 In out_dir, ckpt.pt is the last checkpoint, from which a run resumes, and best.pt the one with the
 lowest validation loss. No random state is saved: batches and dropout are functions of (seed, step).
 """
@@ -20,6 +22,8 @@ import pickle
 import shlex
 import sys
 import zipfile
+from functools import partial
+from threading import Lock
 
 import torch
 
@@ -27,8 +31,10 @@ from configurator import UserError, explain_errors
 from flatgpt import parallel, signals
 from flatgpt.entries import Checkpoint, Scaled, check_content, read_torch
 from flatgpt.files import no_link, replacing
-from flatgpt.outdir import identity, lock_run, open_folder, put_aside
+from flatgpt.outdir import identity, lock_run, open_folder, put_aside, remove_shards
+from flatgpt.owners import local
 from flatgpt.runtime import out_of_memory
+from flatgpt.saving import Saver
 from flatgpt.tracking import Tracker
 
 VERSION = 1  # version of the layout above; nanoGPT's files have no such key
@@ -57,11 +63,12 @@ def no_checkpoint(path):
                      f'--out_dir={out_dir}) or name another --out_dir')
 
 
-def load(path):
+def load(path, part='all'):
     """Read the checkpoint at `path`; -> dict, its tensors on the CPU.
 
-    Prefixes of torch.compile and DDP are removed from the names of the weights. Raises UserError
-    for a file that is missing, damaged, incomplete, more than data, or of a newer version.
+    part: of a sharded one, see shards.read(). Prefixes of torch.compile and DDP are removed from
+    the names of the weights. Raises UserError for a file that is missing, damaged, incomplete, more
+    than data, or of a newer version.
     """
     out_dir = os.path.dirname(path) or '.'
     if not os.path.isfile(path):
@@ -95,6 +102,10 @@ def load(path):
         raise UserError(f'{path} has best_val_loss={state["best_val_loss"]}; restore a copy')
     if sum(weight.nbytes for weight in state['model'].values()) > 2 * os.path.getsize(path):
         raise UserError(f'{path} has weights larger than the file; restore a copy')  # tied: twice
+    if 'shards' in state:
+        from flatgpt import shards
+
+        state = shards.read(path, state, part)
     # .attn.bias is nanoGPT's causal mask, which it stores where torch has no fused attention
     state['model'] = {name.removeprefix('module.').removeprefix('_orig_mod.'): weight
                       for name, weight in state['model'].items() if not name.endswith('.attn.bias')}
@@ -129,11 +140,12 @@ class Run:
                 self.wandb_id = self.wandb.id
             moved_to = open_folder(out_dir, settings, self.step, state.get('version', 0))
             if self.step and self.best_val_loss == math.inf:  # its loss compares with no other
-                moved_to = put_aside(out_dir, ['best.pt'])
+                moved_to = put_aside(out_dir, best_alone=True)
             if moved_to:
                 print(f'{out_dir} held files of an earlier run; they are now in {moved_to}')
         self.stop_reason = self.requested = None
         self.output_lost, self.unwritten = False, b''
+        self.saved_best, self.saver, self.lock = self.best_val_loss, Saver(), Lock()
         signals.catch(self.request, self.world.is_main)
 
     def request(self, reason):
@@ -184,10 +196,11 @@ class Run:
 
     def keep_folder(self):
         """Make out_dir again if somebody has deleted or replaced it."""
-        if identity(self.out_dir) != self.folder:
-            self.say(f'WARNING: {self.out_dir} is gone; it is made again')
-            self.folder = lock_run(self.out_dir)
-            open_folder(self.out_dir, self.settings, self.step, None)
+        with self.lock:  # a save runs in a thread
+            if identity(self.out_dir) != self.folder:
+                self.say(f'WARNING: {self.out_dir} is gone; it is made again')
+                self.folder = lock_run(self.out_dir)
+                open_folder(self.out_dir, self.settings, self.step, None)
 
     def evaluated(self, val_loss, state_of, always_save=True):
         """Save after an evaluation: always, or else only if val_loss is the lowest so far.
@@ -197,43 +210,61 @@ class Run:
         """
         if not math.isfinite(val_loss):
             self.stop_not_finite(f'val loss is {val_loss}')
-        former, is_best = self.best_val_loss, val_loss < self.best_val_loss
+        self.saver.wait()
+        self.best_val_loss = self.saved_best  # the best is the best on disk
+        is_best = val_loss < self.best_val_loss
         self.evals_since_best = 0 if is_best else self.evals_since_best + 1
         if self.step and (is_best or always_save):
-            self.best_val_loss = min(val_loss, former)
-            if not self.save(state_of, is_best):
-                self.best_val_loss = former  # the best is the best on disk
+            self.best_val_loss = min(val_loss, self.best_val_loss)
+            self.save(state_of, is_best)
 
     def save(self, state_of, is_best=False):
-        """Write ckpt.pt; -> whether that worked. A full disk prints a warning.
+        """Write ckpt.pt, in a thread if memory has room; see written().
 
         Weights that are not finite stop the run unsaved.
         """
         self.tried_step, state = self.step, state_of()
         weights = [*state['model'].values(), *state.get('value_model', {}).values()]
-        if not torch.stack([weight.isfinite().all() for weight in weights]).all():
+        is_sharded = any(weight is not local(weight) for weight in weights)
+        is_finite = torch.stack([local(weight).isfinite().all() for weight in weights]).all()
+        if self.world.sum([not is_finite])[0]:
             self.stop_not_finite('the weights are not finite')
-        if self.world.is_main:
-            state.update(iter_num=self.step, best_val_loss=self.best_val_loss, seen=self.seen,
-                         evals_since_best=self.evals_since_best, train_time=self.train_time,
-                         config=dict(self.settings), wandb_id=self.wandb_id)
-            if self.unwritten:  # what resumes from this checkpoint does not repeat these steps
-                self.write_log()
-            try:
+        state.update(iter_num=self.step, best_val_loss=self.best_val_loss, seen=self.seen,
+                     evals_since_best=self.evals_since_best, train_time=self.train_time,
+                     config=dict(self.settings), wandb_id=self.wandb_id)
+        if self.unwritten:  # what resumes from this checkpoint does not repeat these steps
+            self.write_log()
+        if self.world.is_main or is_sharded:
+            self.saver.start(partial(self.write, is_best, is_sharded), state)
+        else:
+            self.saved_step, self.saved_best = self.step, self.best_val_loss
+
+    def write(self, is_best, is_sharded, state):
+        """Write a checkpoint. A full disk prints a warning."""
+        step = state['iter_num']
+        try:
+            if is_sharded:
+                from flatgpt import shards  # takes a second to import
+
+                state = shards.write(self.out_dir, state, self.world.writers)
+            if self.world.is_main:
                 self.keep_folder()
                 save(self.out_dir, state, is_best)
-            except (OSError, UserError) as error:
-                self.say(f'WARNING: {self.path} could not be saved at step {self.step} ({error}). '
-                         f'The one before is untouched; free some space before the next save')
-                return False
-            self.say(f'saved {self.path} at step {self.step}' + ' (best so far)' * is_best)
-        self.saved_step = self.step
-        return True
+                remove_shards(self.out_dir)
+        except (OSError, UserError) as error:
+            self.say(f'WARNING: {self.path} could not be saved at step {step} ({error}). '
+                     f'The one before is untouched; free some space before the next save')
+            return
+        self.saved_step, self.saved_best = step, state['best_val_loss']
+        if self.world.is_main:
+            self.say(f'saved {self.path} at step {step}' + ' (best so far)' * is_best)
 
     def finish(self, state_of):
         """Save the last state; -> whether the run is complete, else print its command."""
         if self.tried_step < self.step:
             self.save(state_of)
+        self.saver.wait()
+        self.best_val_loss = self.saved_best
         if self.world.is_main and self.stop_reason:
             print(f'{self.stop_reason} after step {self.step}. To go on:\n  {self.command()}')
         return not self.stop_reason
@@ -245,6 +276,7 @@ class Run:
 
     def stop_not_finite(self, fact, remedy='Try a lower --learning_rate, or --dtype=float32'):
         """End the run without saving; the last checkpoint stays as it is."""
+        self.saver.wait()
         where = (f'{self.path} is of step {self.saved_step}' if self.saved_step
                  else 'there is no checkpoint yet')
         raise SystemExit(f'step {self.step}: {fact}. Stopped without saving; {where}. {remedy}')
@@ -267,6 +299,7 @@ class Run:
 
     def command(self, **changes):
         """Return the command that continues this run, with some settings changed."""
+        self.saver.wait()
         changes |= {'init_from': 'resume'} if self.saved_step else {}
         kept = [a for a in sys.argv[1:] if a.removeprefix('--').split('=')[0] not in changes]
         size, local = parallel.from_environment().size, int(os.environ.get('LOCAL_WORLD_SIZE', 1))

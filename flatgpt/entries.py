@@ -26,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from configurator import Count, Natural, Positive, Range, Share, UserError, fitted
+from flatgpt.owners import local
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -236,6 +237,7 @@ def check_moments(state):
     places = []
     for i, moments in state.items():
         for name, value in moments.items():
+            value = local(value)
             if not value.numel():
                 continue
             low, high = map(float, torch.aminmax(value))
@@ -248,6 +250,41 @@ def check_moments(state):
     if len(set(places)) < len(places):
         raise UserError('the optimizer state in the checkpoint has two moments in one place; '
                         'restore a copy')
+
+
+def load_optimizer(optimizer, saved, may_be_empty=False):
+    """Load a saved state_dict, its moments compared with the parameters.
+
+    Kernels would write past the end of smaller ones. may_be_empty: whether no update may have been
+    saved. Raises UserError if it is of other parameters.
+    """
+    groups = optimizer.state_dict()['param_groups']  # hyperparameters stay those of this run
+    expected = {}
+    for numbers, group in zip(groups, optimizer.param_groups, strict=True):
+        names = ('momentum_buffer',) if 'momentum' in group else ('exp_avg', 'exp_avg_sq')
+        expected |= {i: {'step': (torch.float32, ()), **dict.fromkeys(names, (p.dtype, p.shape))}
+                     for i, p in zip(numbers['params'], group['params'], strict=True)}
+    # nanoGPT's steps may be plain numbers
+    state = {i: {name: torch.as_tensor(moment) for name, moment in moments.items()}
+             for i, moments in saved['state'].items()}
+    actual = {i: {name: (moment.dtype, moment.shape) for name, moment in moments.items()}
+              for i, moments in state.items()}
+    if ([g['params'] for g in groups] != [g['params'] for g in saved['param_groups']]
+            or actual != expected and (actual or not may_be_empty)):
+        i = next((i for i in (*expected, *actual) if actual.get(i) != expected.get(i)), None)
+        raise UserError(f'the optimizer state in the checkpoint is of another set of parameters: '
+                        f'for number {i} it has {actual.get(i)}, expected {expected.get(i)}; '
+                        f'to train the weights with new moments: --init_from=ITS_FOLDER and '
+                        f'another --out_dir')
+    check_moments(state)
+    optimizer.load_state_dict({'state': state, 'param_groups': groups})
+
+
+class Shards(TypedDict):
+    """Name the folder with the tensors of a sharded checkpoint, and its files' CRC-32."""
+
+    folder: str
+    checksums: dict[str, Natural]
 
 
 class Required(TypedDict):
@@ -273,6 +310,7 @@ class Checkpoint(Required, total=False):
     data: str
     wandb_id: str | None
     lora: Adapters
+    shards: Shards
     reward_model: bool
     measure: str
     reference: str

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from configurator import UserError
-from flatgpt.entries import check_moments
+from flatgpt.owners import local, map_whole
 
 
 def create(model, config, precision, world):
@@ -103,23 +103,31 @@ class Muon(torch.optim.AdamW):
 
     def step_matrices(self, group):
         """Update the matrices of a group, a batch of one shape at a time."""
-        params, by_shape = group['params'], {}
-        for p in params:
+        for p in group['params']:
             if not self.state[p]:
                 self.state[p] = {'step': torch.zeros(()), 'momentum_buffer': torch.zeros_like(p)}
+        states = [self.state[p] for p in group['params']]
         # all matrices have taken the same number of steps
-        momentum = momentum_at(int(self.state[params[0]]['step']), group['momentum'])
-        gradients = [p.grad for p in params]
-        buffers = [self.state[p]['momentum_buffer'] for p in params]
-        torch._foreach_add_([self.state[p]['step'] for p in params], 1)
+        momentum = momentum_at(int(states[0]['step']), group['momentum'])
+        params, gradients, buffers = (
+            [local(x) for x in tensors] for tensors in (
+                group['params'], (p.grad for p in group['params']),
+                (state['momentum_buffer'] for state in states)))
+        torch._foreach_add_([state['step'] for state in states], 1)
         torch._foreach_lerp_(buffers, gradients, 1 - momentum)
         torch._foreach_lerp_(gradients, buffers, momentum)  # Nesterov's
         torch._foreach_mul_(params, 1 - group['lr'] * group['weight_decay'])
-        for p, rows in zip(params, group['parts'], strict=True):
-            for pair in zip(p.split(rows), p.grad.split(rows), strict=True):
-                by_shape.setdefault(tuple(sorted(pair[0].shape)), []).append(pair)
+        step = self.step_whole if params[0] is group['params'][0] else self.step_shards
+        step(group, params, gradients)
+        for p in group['params']:
             p.grad = None  # AdamW skips p
-        waiting = None  # the exchange of a batch overlaps with the products of the next
+
+    def step_whole(self, group, params, directions):
+        """Take orthogonal steps; the processes share the work and exchange results."""
+        by_shape, waiting = {}, None  # the exchange of a batch overlaps with the next's products
+        for p, direction, rows in zip(params, directions, group['parts'], strict=True):
+            for pair in zip(p.split(rows), direction.split(rows), strict=True):
+                by_shape.setdefault(tuple(sorted(pair[0].shape)), []).append(pair)
         for (m, n), pairs in by_shape.items():
             size = max(1, BATCH // (m * n)) * self.world.size
             for batch in (pairs[i : i + size] for i in range(0, len(pairs), size)):
@@ -129,16 +137,38 @@ class Muon(torch.optim.AdamW):
                 waiting = started
         self.apply(waiting, group['lr'])
 
+    def step_shards(self, group, params, directions):
+        """Take orthogonal steps of shards; each matrix has an owner, who has it whole."""
+        by_shape, batches = {}, []
+        for i, (p, rows) in enumerate(zip(group['params'], group['parts'], strict=True)):
+            by_shape.setdefault((p.shape, *rows), []).append(i)
+        processes = group['params'][0].device_mesh['shard'].get_group()
+        for (shape, *rows), numbers in by_shape.items():
+            size = max(1, BATCH // shape.numel()) * processes.size()
+            batches += [(numbers[i : i + size], rows) for i in range(0, len(numbers), size)]
+
+        def orthogonal(whole, i):
+            """Return the steps (n, rows, columns) of the matrices of batch i."""
+            parts = whole.split(batches[i][1], dim=1)
+            return torch.cat([orthogonalize(part, self.dtype) * tallness(part[0])
+                              for part in parts], dim=1)
+
+        shards = [([directions[i] for i in numbers], sum(rows)) for numbers, rows in batches]
+        for (numbers, _), steps in zip(batches, map_whole(orthogonal, shards, processes),
+                                       strict=True):
+            steps = [step.to(params[0].dtype) for step in steps]
+            torch._foreach_add_([params[i] for i in numbers], steps, alpha=-group['lr'])
+
     def orthogonalize_shared(self, directions):
         """Share matrices among processes; -> (orthogonal (K, m, n), exchange or None)."""
         n, share = len(directions), -(-len(directions) // self.world.size)
-        local = [wide(x) for x in directions[self.world.rank * share :][:share]]
-        local += [torch.zeros_like(wide(directions[0]))] * (share - len(local))  # equal shares
-        local = orthogonalize(torch.stack(local), self.dtype)
+        batch = [wide(x) for x in directions[self.world.rank * share :][:share]]
+        batch += [torch.zeros_like(wide(directions[0]))] * (share - len(batch))  # equal shares
+        batch = orthogonalize(torch.stack(batch), self.dtype)
         if self.world.size == 1:
-            return local, None
-        x = local.new_empty(share * self.world.size, *local.shape[1:])
-        return x[:n], gather(x, local, async_op=True)
+            return batch, None
+        x = batch.new_empty(share * self.world.size, *batch.shape[1:])
+        return x[:n], gather(x, batch, async_op=True)
 
     @staticmethod
     def apply(started, lr):
@@ -148,7 +178,7 @@ class Muon(torch.optim.AdamW):
             if exchange:
                 exchange.wait()
             steps = list(directions.to(parts[0].dtype))
-            torch._foreach_mul_(steps, [max(1.0, x.size(0) / x.size(1)) ** 0.5 for x in parts])
+            torch._foreach_mul_(steps, [tallness(part) for part in parts])
             torch._foreach_add_([wide(part) for part in parts], steps, alpha=-lr)
 
 
@@ -157,8 +187,15 @@ def wide(x):
     return x.T if x.size(0) > x.size(1) else x
 
 
+def tallness(x):
+    """Return the factor of a matrix's step, sqrt(rows / columns) of tall ones."""
+    return max(1.0, x.size(0) / x.size(1)) ** 0.5
+
+
 def orthogonalize(x, dtype, steps=5):
-    """Map each U S V^T of x (K, m, n), m <= n, to about U V^T: S of 0.7 to 1.2."""
+    """Map each U S V^T of x (K, m, n) to about U V^T: S of 0.7 to 1.2."""
+    if x.size(1) > x.size(2):
+        return orthogonalize(x.mT, dtype, steps).mT
     a, b, c = 3.4445, -4.7750, 2.0315  # x -> a x + b x^3 + c x^5, the steepest at 0
     x = (x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)).to(dtype)
     for _ in range(steps):  # Newton and Schulz's iteration
@@ -171,34 +208,6 @@ def momentum_at(step, momentum):
     """Return Muon's momentum, lower in 300 steps: early gradients age fast."""
     first = min(0.85, momentum)
     return first + (momentum - first) * min(1.0, step / 300)
-
-
-def load_optimizer(optimizer, saved, may_be_empty=False):
-    """Load a saved state_dict, its moments compared with the parameters.
-
-    Kernels would write past the end of smaller ones. may_be_empty: whether no update may have been
-    saved. Raises UserError if it is of other parameters.
-    """
-    groups = optimizer.state_dict()['param_groups']  # hyperparameters stay those of this run
-    expected = {}
-    for numbers, group in zip(groups, optimizer.param_groups, strict=True):
-        names = ('momentum_buffer',) if 'momentum' in group else ('exp_avg', 'exp_avg_sq')
-        expected |= {i: {'step': (torch.float32, ()), **dict.fromkeys(names, (p.dtype, p.shape))}
-                     for i, p in zip(numbers['params'], group['params'], strict=True)}
-    # nanoGPT's steps may be plain numbers
-    state = {i: {name: torch.as_tensor(moment) for name, moment in moments.items()}
-             for i, moments in saved['state'].items()}
-    actual = {i: {name: (moment.dtype, moment.shape) for name, moment in moments.items()}
-              for i, moments in state.items()}
-    if ([g['params'] for g in groups] != [g['params'] for g in saved['param_groups']]
-            or actual != expected and (actual or not may_be_empty)):
-        i = next((i for i in (*expected, *actual) if actual.get(i) != expected.get(i)), None)
-        raise UserError(f'the optimizer state in the checkpoint is of another set of parameters: '
-                        f'for number {i} it has {actual.get(i)}, expected {expected.get(i)}; '
-                        f'to train the weights with new moments: --init_from=ITS_FOLDER and '
-                        f'another --out_dir')
-    check_moments(state)
-    optimizer.load_state_dict({'state': state, 'param_groups': groups})
 
 
 def schedule(config):

@@ -7,13 +7,44 @@ Make the folder of a run ready: lock it, put an earlier run aside, keep its log.
 
 import json
 import os
+import re
+import shutil
 from contextlib import contextmanager, suppress
 
 from configurator import UserError
-from flatgpt.files import link_file, lock_folder, move_aside, put_back, replace_file, replacing
+from flatgpt.entries import read_torch
+from flatgpt.files import (
+    MOVING,
+    link_file,
+    lock_folder,
+    move_aside,
+    put_back,
+    replace_file,
+    replacing,
+)
 from tokenizer.base import remove_temporaries
 
 FILES = ('best.pt', 'log.jsonl', 'config.json', 'ckpt.pt')  # of a run, in its out_dir
+SHARDS = re.compile(r'shards-\d{1,12}')  # its folders with the tensors of a sharded checkpoint
+
+
+def files_in(out_dir):
+    """Return the names of a run's files and folders that exist."""
+    names = os.listdir(out_dir) if os.path.isdir(out_dir) else []
+    return sorted(filter(SHARDS.fullmatch, names)) + [name for name in FILES if name in names]
+
+
+def shards_of(path):
+    """Return the name of the folder with the tensors of a checkpoint, None without one."""
+    return read_torch(path).get('shards', {}).get('folder') if os.path.exists(path) else None
+
+
+def remove_shards(out_dir):
+    """Remove the folders of shards that no checkpoint in out_dir names."""
+    if folders := list(filter(SHARDS.fullmatch, os.listdir(out_dir))):
+        named = {shards_of(os.path.join(out_dir, name)) for name in ('ckpt.pt', 'best.pt')}
+        for name in set(folders) - named:
+            shutil.rmtree(os.path.join(out_dir, name), ignore_errors=True)
 
 
 @contextmanager
@@ -55,7 +86,7 @@ def open_folder(out_dir, settings, step, version):
     best, _, config, last = paths = [os.path.join(out_dir, name) for name in FILES]
     moved_to = None
     with explain_unwritable(out_dir):
-        put_back(out_dir, FILES)
+        put_back(out_dir, files_in(os.path.join(out_dir, MOVING)))
         for path in paths:
             remove_temporaries(path)
         with replacing(config) as file:
@@ -70,10 +101,21 @@ def open_folder(out_dir, settings, step, version):
     return moved_to
 
 
-def put_aside(out_dir, names=FILES):
-    """Move files of an earlier run to out_dir/previous-N; -> that folder, or None."""
-    there = [name for name in names if os.path.exists(os.path.join(out_dir, name))]
-    return move_aside(out_dir, there) if {'ckpt.pt', 'best.pt'} & set(there) else None
+def put_aside(out_dir, best_alone=False):
+    """Move files of an earlier run to out_dir/previous-N; -> that folder, or None.
+
+    best_alone: move best.pt, and its shards if ckpt.pt has others.
+    """
+    there, links = files_in(out_dir), []
+    if best_alone:
+        best, last = (shards_of(os.path.join(out_dir, name)) for name in ('best.pt', 'ckpt.pt'))
+        links = [best] if best and best == last else []
+        there = [name for name in there if name in {'best.pt', best} - {last}]
+    moved_to = move_aside(out_dir, there) if {'ckpt.pt', 'best.pt'} & set(there) else None
+    for name in links if moved_to else ():
+        shutil.copytree(os.path.join(out_dir, name), os.path.join(moved_to, name),
+                        copy_function=link_file)
+    return moved_to
 
 
 def keep_log_until(out_dir, step):

@@ -25,11 +25,15 @@ LOCAL = {'out_dir', 'dataset', 'init_from', 'device'}  # settings that may diffe
 
 @dataclass
 class World:
-    """Describe this process. rank: over all machines; local_rank: on this one."""
+    """Describe this process. rank: over all machines; local_rank: on this one.
+
+    writers: the group in which threads write a sharded checkpoint.
+    """
 
     rank: int = 0
     local_rank: int = 0
     size: int = 1
+    writers: object = None
 
     @property
     def is_main(self):
@@ -86,7 +90,7 @@ def connect(world, device, backend):
 
 def average_gradients(model, world, device):
     """Wrap a model so that its backward pass averages gradients over the processes."""
-    if world.size == 1:
+    if world.size == 1 or hasattr(next(model.parameters()), 'device_mesh'):  # FSDP does it itself
         return model
     return DDP(model, [device] if device.type == 'cuda' else None, gradient_as_bucket_view=True)
 

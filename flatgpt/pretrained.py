@@ -52,7 +52,7 @@ def open_model(init_from, out_dir, which='best'):
                             f"model's tokenizer.json into the folder")
         check_finite(model, init_from)
         return model.eval(), tokenizer.from_dict(described), chat_template, printable(init_from)
-    state = load(path)
+    state = load(path, part='model')
     model = lora.merge(model_of(state, path, dropout=0.0))
     check_finite(model, path)
     # best_val_loss is the lowest of the run so far: the model's own in best.pt, except nanoGPT's
@@ -142,6 +142,8 @@ def build(kind, state, path, dropout):
         config = GPTConfig(**{**state['model_args'], 'dropout': dropout})
         shapes = without_memory(kind, config, len(state['model']))
         shapes.load_state_dict(state['model'], assign=True)
+        if next(shapes.parameters()).is_meta:  # shards.restore() fills it
+            return without_memory(kind, config, len(state['model']))
         model = kind(config)
         model.load_state_dict(state['model'])
     except (TypeError, ValueError, RuntimeError) as error:  # torch lists the wrong weights
@@ -193,7 +195,7 @@ def base_model(init_from, dropout=0.0, needs_tokenizer=True, inner=()):
     if path is None:
         model, described, chat_template = huggingface.load(init_from, dropout, needs_tokenizer)
         return model, {'tokenizer': described, 'chat_template': chat_template}
-    state = load(path)
+    state = load(path, part='model')
     model = lora.merge(model_of(state, path, dropout, inner))
     return model, {'tokenizer': state.get('tokenizer'), 'chat_template': state.get('chat_template')}
 
@@ -225,6 +227,10 @@ def context_of(model, config, init_from, meta):
     if block_size > model.config.block_size and model.config.pos == 'learned':
         raise UserError(f'block_size={block_size}: expected at most {model.config.block_size}, the '
                         f'positions of the model of --init_from={init_from}')
+    is_cut = block_size < model.config.block_size and not meta['row']
+    if is_cut and model.config.pos == 'learned' and config['shard'] != 'none':
+        raise UserError(f'block_size={block_size} cuts the {model.config.block_size} positions of '
+                        f'the model, which takes a run with --shard=none')
     return block_size
 
 
@@ -258,7 +264,7 @@ def resume(path, config, meta, data_dir):
     UserError if the settings, the tokenizer or the vocabulary contradict the checkpoint, or if
     another script wrote it.
     """
-    state = load(path)
+    state = load(path, part='all' if config['shard'] == 'none' else 'shapes')
     out_dir, settings = os.path.dirname(path), state.get('config', {})
     if 'reference' in state:
         script = 'posttrain.dpo' if settings.get('algorithm') == 'dpo' else 'posttrain.rl'

@@ -166,8 +166,9 @@ def compile_training(model, try_step):
     # ops.Dropout needs fallback_random on the CPU
     on_cpu = model.lm_head.weight.device.type == 'cpu'
     for block in model.transformer.h:
-        block.compile(dynamic=False, fullgraph=not on_cpu,
-                      options={'fallback_random': True} if on_cpu else None)
+        # not block.compile(), which would compile FSDP's hooks too
+        block.forward = torch.compile(block.forward, dynamic=False, fullgraph=not on_cpu,
+                                      options={'fallback_random': True} if on_cpu else None)
     ops.is_training_compiled = True
     ops.is_training_compiled = compile_or_eager(try_step)
 

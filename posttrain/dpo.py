@@ -24,7 +24,7 @@ import torch
 
 from configurator import Count, Fraction, Natural, NonNegative, Share, UserError, fit, override
 from data.shuffle import train_items
-from flatgpt import checkpoint, optim, output
+from flatgpt import checkpoint, entries, optim, output
 from flatgpt.generate import Sampling
 from posttrain import losses
 from posttrain.pairs import check_pairs, pair_rows, read_pairs
@@ -88,7 +88,7 @@ init_from = state['config']['init_from'] if state else init_from
 policy = open_policy(init_from, state, ckpt_path, torch_device, autocast)
 opt = optim.adamw(policy.model, weight_decay, learning_rate, (beta1, beta2))
 if state:
-    optim.load_optimizer(opt, state['optimizer'])
+    entries.load_optimizer(opt, state['optimizer'])
 schedule = optim.Schedule(1.0, warmup_iters, max_iters, final_share)
 
 # the pairs, and the questions

@@ -98,7 +98,7 @@ model.to(torch_device)
 model.value_head.bias.requires_grad_(False)  # only differences of scores count
 opt = optim.create(model, config, precision, parallel.World(0, 0, 1))
 if state:
-    optim.load_optimizer(opt, state['optimizer'])
+    entries.load_optimizer(opt, state['optimizer'])
 schedule = optim.Schedule(learning_rate, warmup_iters, max_iters, min_lr)
 
 # the pairs

@@ -39,7 +39,7 @@ from configurator import (
 )
 from data.encode import names_of
 from data.shuffle import train_items
-from flatgpt import checkpoint, lora, optim, output
+from flatgpt import checkpoint, entries, lora, optim, output
 from flatgpt.generate import Sampling, uniforms
 from flatgpt.pretrained import build
 from posttrain import losses
@@ -139,9 +139,9 @@ if algorithm == 'ppo':
     value_opt = optim.adamw(value_model, weight_decay, critic_lr, (beta1, beta2))
 if state:
     # the policy waits for critic_warmup, and learns from no equal rewards
-    optim.load_optimizer(opt, state['optimizer'], may_be_empty=algorithm == 'ppo' or skip_equal)
+    entries.load_optimizer(opt, state['optimizer'], may_be_empty=algorithm == 'ppo' or skip_equal)
     if algorithm == 'ppo':
-        optim.load_optimizer(value_opt, state['value_optimizer'])
+        entries.load_optimizer(value_opt, state['value_optimizer'])
 
 # learning rates, as shares of the highest; the policy waits until the value function has learned
 wait = critic_warmup if algorithm == 'ppo' else 0
@@ -253,7 +253,7 @@ while True:
     # reward them
     rewards = rewards_of(examples, prompts, answers, texts)
     if not rewards.isfinite().all():
-        if run.saved_step < run.step:  # the policy itself is sound
+        if run.tried_step < run.step:  # the policy itself is sound
             run.save(state_of_run)
         source = f'the reward model in {reward_model}' if judge else f'reward() of tasks/{task}.py'
         bad, command = rewards[~rewards.isfinite()][0], run.command()

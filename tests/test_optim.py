@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import ARCHITECTURES
 
-from flatgpt import optim, pretrained
+from flatgpt import entries, optim, pretrained
 from flatgpt.parallel import World
 from model import GPT, GPTConfig
 
@@ -71,7 +71,7 @@ def test_load_optimizer_takes_moments_not_hyperparameters(gpt):
     backward(gpt)
     old.step()
     new = optim.adamw(gpt, 0.2, 5e-3, (0.8, 0.9))
-    optim.load_optimizer(new, old.state_dict())
+    entries.load_optimizer(new, old.state_dict())
     assert [(g['lr'], g['betas'], g['weight_decay']) for g in new.param_groups] == [
         (5e-3, (0.8, 0.9), 0.2), (5e-3, (0.8, 0.9), 0.0)]
     for p in gpt.parameters():
@@ -94,7 +94,7 @@ def test_load_optimizer_of_plain_adamw(gpt):
     expected = {name: p.detach().clone() for name, p in gpt.named_parameters()}
     gpt.load_state_dict(before, strict=False)
     new = optim.adamw(gpt, 0.1, 1e-3, (0.9, 0.95))
-    optim.load_optimizer(new, saved)
+    entries.load_optimizer(new, saved)
     backward(gpt, seed=1)
     new.step()
     for name, p in gpt.named_parameters():
@@ -104,7 +104,7 @@ def test_load_optimizer_of_plain_adamw(gpt):
 def test_load_optimizer_of_another_model(gpt):
     other = GPT(GPTConfig(block_size=8, vocab_size=10, n_layer=1, n_head=2, n_embd=8))
     with pytest.raises(ValueError, match='another set of parameters'):
-        optim.load_optimizer(optim.adamw(gpt, 0.1, 1e-3, (0.9, 0.95)),
+        entries.load_optimizer(optim.adamw(gpt, 0.1, 1e-3, (0.9, 0.95)),
                              optim.adamw(other, 0.1, 1e-3, (0.9, 0.95)).state_dict())
 
 
@@ -258,7 +258,7 @@ def test_muon_goes_on_where_it_was():
         if step == 2:
             saved = copy.deepcopy(half.state_dict())
             half = muon(models[1], weight_decay=0.0)
-            optim.load_optimizer(half, saved)
+            entries.load_optimizer(half, saved)
         for model, optimizer in zip(models, (whole, half), strict=True):
             backward(model, seed=step)
             set_rates(optimizer, 1e-3)
@@ -266,7 +266,7 @@ def test_muon_goes_on_where_it_was():
     for p, q in zip(*(model.parameters() for model in models), strict=True):
         assert torch.equal(p, q)
     with pytest.raises(ValueError, match='another set of parameters'):
-        optim.load_optimizer(muon(models[0]), optim.adamw(models[1], 0.1, 1e-3, (0.9, 0.95)).state_dict())
+        entries.load_optimizer(muon(models[0]), optim.adamw(models[1], 0.1, 1e-3, (0.9, 0.95)).state_dict())
 
 
 def test_muon_leaves_overflowing_steps_out():

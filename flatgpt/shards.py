@@ -1,0 +1,199 @@
+"""
+Write and read a checkpoint's tensors in parts, each process its own.
+
+    state = write(out_dir, state, group)  # all processes; -> the content of ckpt.pt
+    state = read(path, state)                   # whole tensors, in one process
+    load(path, folder, tensors)                 # all processes, each its parts
+
+The tensors are in out_dir/shards-STEP, in the layout of torch.distributed.checkpoint, which any
+number of processes can read. ckpt.pt holds everything else, names the folder, and is renamed last:
+until then the checkpoint before is the valid one.
+"""
+
+import glob
+import os
+import pickle
+import re
+import shutil
+import zlib
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import metadata as kinds
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+
+from configurator import UserError
+from flatgpt.entries import FLOATS
+from flatgpt.files import sync_folder
+from flatgpt.outdir import SHARDS
+
+FILE = re.compile(r'__\d{1,9}_\d{1,9}\.distcp|\.metadata')
+TENSOR = re.compile(r'model\..+|optimizer\.\d{1,9}\.(exp_avg|exp_avg_sq|momentum_buffer)')
+TIED = 'lm_head.weight', 'transformer.wte.weight'  # one tensor with tie_embeddings
+
+
+class Unpickler(pickle.Unpickler):
+    """Read .metadata, which may hold the classes of torch.distributed.checkpoint alone."""
+
+    def find_class(self, module, name):
+        known = {**vars(kinds), '_StorageInfo': _StorageInfo, 'Size': torch.Size,
+                 **{str(dtype).removeprefix('torch.'): dtype for dtype in FLOATS},
+                 'strided': torch.strided}
+        places = kinds.__name__, _StorageInfo.__module__, 'torch', 'torch._C'
+        if module not in places or name not in known or name in ('os', 'Any', 'field'):
+            raise pickle.UnpicklingError(f'it names {module}.{name}')
+        return known[name]
+
+
+class Reader(dcp.FileSystemReader):
+    """Read the parts of tensors from files whose checksums are right."""
+
+    def read_metadata(self, *args, **kwargs):
+        """Return the description of all tensors. Raises what pickle raises, and UserError."""
+        with open(os.path.join(self.path, '.metadata'), 'rb') as file:
+            described = Unpickler(file).load()
+        room = sum(os.path.getsize(path) for path in glob.glob(os.path.join(self.path, '*')))
+        for name, tensor in described.state_dict_metadata.items():
+            if not (isinstance(tensor, kinds.TensorStorageMetadata) and TENSOR.fullmatch(name)):
+                raise UserError(f'it names {name}, which is no tensor of a model or an optimizer')
+            if tensor.properties.dtype not in FLOATS:
+                raise UserError(f'{name} is of {tensor.properties.dtype}, expected floats')
+            room -= tensor.size.numel() * tensor.properties.dtype.itemsize
+        files = {place.relative_path for place in described.storage_data.values()}
+        if room < 0 or not all(map(FILE.fullmatch, files)):
+            raise UserError('it describes tensors that are not in its files')
+        described.storage_meta = kinds.StorageMeta(load_id=self.load_id)
+        return described
+
+
+def checksum(path):
+    """Return the CRC-32 of a file; a second per gigabyte."""
+    crc = 0
+    with open(path, 'rb') as file:
+        while piece := file.read(1 << 22):
+            crc = zlib.crc32(piece, crc)
+    return crc
+
+
+def parts_of(state):
+    """Split a checkpoint's content into ({name: sharded tensor}, the rest)."""
+    rest = {**state, 'model': {}}
+    tensors = {f'model.{name}': tensor for name, tensor in state['model'].items()}
+    if state['model_args']['tie_embeddings']:
+        del tensors[f'model.{TIED[0]}']
+    optimizer = state['optimizer']
+    rest['optimizer'] = {**optimizer, 'state': {
+        i: {name: value for name, value in moments.items() if not hasattr(value, 'device_mesh')}
+        for i, moments in optimizer['state'].items()}}
+    tensors |= {f'optimizer.{i}.{name}': value for i, moments in optimizer['state'].items()
+                for name, value in moments.items() if hasattr(value, 'device_mesh')}
+    return tensors, rest
+
+
+def write(out_dir, state, group):
+    """Write the tensors of a state, in all processes; -> the content of its ckpt.pt.
+
+    group: of gloo, which no other thread uses. Raises OSError in all processes if a disk is full;
+    then the new folder is gone.
+    """
+    tensors, rest = parts_of(state)
+    folder = os.path.join(out_dir, f'shards-{state["iter_num"]}')
+    is_main = dist.get_rank(group) == 0
+    try:
+        if is_main:
+            shutil.rmtree(folder, ignore_errors=True)  # of a save that a crash ended
+        dist.barrier(group)
+        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder), process_group=group)
+        own = f'__{dist.get_rank(group)}_0.distcp'
+        names = [own] + ['.metadata'] * is_main
+        sums = {name: checksum(path) for name in names
+                if os.path.exists(path := os.path.join(folder, name))}
+        everyone = [None] * dist.get_world_size(group)
+        dist.all_gather_object(everyone, sums, group)
+    except dcp.CheckpointException as error:  # equal in all processes
+        if is_main:
+            shutil.rmtree(folder, ignore_errors=True)
+        causes = [cause for cause, _ in error.failures.values()]
+        if not all(isinstance(cause, OSError) or 'inline_container' in str(cause)
+                   for cause in causes):
+            raise
+        raise OSError(str(causes[0]).splitlines()[0]) from error
+    sync_folder(folder)
+    sums = {name: crc for some in everyone for name, crc in some.items()}
+    return {**rest, 'shards': {'folder': os.path.basename(folder), 'checksums': sums}}
+
+
+def named_folder(path, state):
+    """Return the folder that a checkpoint names. Raises UserError for another name's."""
+    folder, names = state['shards']['folder'], sorted(state['shards']['checksums'])
+    if not SHARDS.fullmatch(folder) or not all(map(FILE.fullmatch, names)):
+        raise UserError(f'{path} names the shards {folder}: {", ".join(names[:3])}; expected '
+                        f'shards-STEP with .metadata and files such as __0_0.distcp')
+    return os.path.join(os.path.dirname(path), folder)
+
+
+def folder_of(path, state, rank=0, size=1):
+    """Return the folder with the tensors of the checkpoint at `path`, its files checked.
+
+    rank, size: of the processes that share the work. Raises UserError for a file that is missing
+    or has changed.
+    """
+    folder, shards = named_folder(path, state), state['shards']
+    for name in sorted(shards['checksums'])[rank::size]:
+        file = os.path.join(folder, name)
+        if not os.path.isfile(file) or checksum(file) != shards['checksums'][name]:
+            fact = 'has another checksum' if os.path.exists(file) else 'is missing'
+            raise UserError(f'{file} {fact}, so the checkpoint {path} is damaged; restore a copy, '
+                            f'or use the other one (--which=last, --which=best)')
+    return folder
+
+
+def described_in(path, folder):
+    """Return {name: (size, dtype)} of a folder's tensors. Raises UserError."""
+    try:
+        described = Reader(folder).read_metadata().state_dict_metadata
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # what pickle raises, and whatever a wrong content leads to
+        raise UserError(f'{folder} is damaged, or holds more than tensors, which could run code: '
+                        f'refused ({type(error).__name__}: {error}); restore a copy of '
+                        f'{path} and its folder') from error
+    return {name: (tensor.size, tensor.properties.dtype) for name, tensor in described.items()}
+
+
+def read(path, state, part='all'):
+    """Add the tensors of its shards to the content of ckpt.pt; -> the content.
+
+    part: 'all'; 'model', without moments; 'shapes' of the weights, for sharded.restore(). Raises
+    UserError.
+    """
+    has_memory = part != 'shapes'
+    folder = folder_of(path, state) if has_memory else named_folder(path, state)
+    tensors = {name: torch.empty(size, dtype=dtype, device='cpu' if has_memory else 'meta')
+               for name, (size, dtype) in described_in(path, folder).items()
+               if part == 'all' or name.startswith('model.')}
+    if has_memory:
+        load(path, folder, tensors, no_dist=True)
+    for name, tensor in tensors.items():
+        kind, _, name = name.partition('.')
+        if kind == 'model':
+            state['model'][name] = tensor
+        else:
+            i, moment = name.split('.')
+            state['optimizer']['state'].setdefault(int(i), {})[moment] = tensor
+    if state['model_args'].get('tie_embeddings', True) and TIED[1] in state['model']:
+        state['model'][TIED[0]] = state['model'][TIED[1]]
+    return state
+
+
+def load(path, folder, tensors, no_dist=False):
+    """Fill tensors, whole or sharded, from a folder. Raises UserError."""
+    try:
+        dcp.load(tensors, storage_reader=Reader(folder), planner=DefaultLoadPlanner(),
+                 no_dist=no_dist)
+    except dcp.CheckpointException as error:
+        cause, _ = next(iter(error.failures.values()))
+        raise UserError(f'{folder}, the shards of {path}, cannot be loaded: {cause}; restore a '
+                        f'copy') from error

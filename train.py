@@ -32,20 +32,8 @@ from configurator import Count, Fraction, Natural, NonNegative, Positive, Share,
 from data import datasets
 from data.device import open_splits
 from data.tokens import Batches, cut_step, eval_windows, share_of, sum_losses
-from flatgpt import (
-    checkpoint,
-    entries,
-    flops,
-    lora,
-    optim,
-    output,
-    owners,
-    parallel,
-    pretrained,
-    runtime,
-    sharded,
-)
-from flatgpt.generate import Sampling, generate_texts
+from flatgpt import checkpoint, flops, lora, optim, output, parallel, pretrained, runtime, sharded
+from flatgpt.generate import print_sample
 from model import GPT, GPTConfig, padded_vocab_size
 
 # a full disk or a closed terminal must not end the run: lines that cannot be printed are dropped
@@ -140,8 +128,7 @@ lora.check_settings(config, init_from, out_dir)
 
 # this process, its device, its data
 world = parallel.from_environment()
-sharded.check_settings(config, world)
-is_sharded = config['shard'] != 'none'
+is_sharded = sharded.check_settings(config, world)
 if from_preset:
     world.print(f'preset {preset}: ' + ', '.join(f'{k}={v!r}' for k, v in from_preset.items()))
 torch_device = runtime.choose_device(device, world.local_rank)
@@ -188,21 +175,15 @@ cut = cut_step(config, block_size, world.size)
 
 # device, precision, optimizer
 precision, precision_reason = runtime.choose_dtype(dtype, torch_device)
-if is_sharded:
-    sharded.place(model, config['shard'], world, precision, torch_device)
-else:
-    model.to(torch_device)
+sharded.place(model, config['shard'], world, precision, torch_device)
 model.recompute = recompute == 'block'
 facts = {'data': meta['digest'], 'step': state.get('iter_num'), 'seen': state.get('seen')}
 world.check_alike({**facts, **config, 'dtype': precision})
 autocast = runtime.autocast(precision, torch_device)
 scaler = torch.amp.GradScaler(torch_device.type, enabled=precision == 'float16')
 opt = optim.create(model, config, precision, world)
-if is_sharded and init_from == 'resume':
-    sharded.restore(model, opt, ckpt_path, state)
 if 'optimizer' in state:
-    # a gradient scaler may have left out all steps so far
-    entries.load_optimizer(opt, state['optimizer'], may_be_empty=bool(state.get('scaler')))
+    pretrained.restore(model, opt, ckpt_path, state)
 if state.get('scaler'):
     scaler.load_state_dict(state['scaler'])
 has_short_rows = meta['row'] and block_size < model.config.block_size  # the context has room
@@ -341,7 +322,7 @@ while True:
         loss_sum += loss.detach()
         scaler.scale(loss).backward()
     scaler.unscale_(opt)
-    norm = owners.norm_of(trained)
+    norm = parallel.norm_of(trained)
     if grad_clip and (torch_device.type == 'cuda' or norm > grad_clip):  # no wait for a GPU's norm
         torch.nn.utils.clip_grads_with_norm_(trained, grad_clip, norm)
 
@@ -404,16 +385,9 @@ if world.is_main and is_complete:
     print(f'{run.step} steps, {run.train_time:.1f} s of training{best}')
     if sample_tokens and text_tokenizer:
         torch.compiler.set_stance('force_eager')
-        try:
-            if is_sharded:  # this process has a part of it
-                model = pretrained.open_model('resume', out_dir, 'last')[0].to(torch_device)
-            model.eval()
-            sampling = Sampling(sample_tokens, 0.8, top_k=200, crop_prompt=True)
-            *_, samples = generate_texts(model, tokenizer.from_dict(text_tokenizer),
-                                         [sample_prompt], sampling)
-            print(f'---------------\n{sample_prompt}{samples[0].text}\n---------------')
-        except UserError as error:  # the run is done and saved; a wrong prompt must not fail it
-            print(f'no sample: {error}')
+        if is_sharded:  # this process has a part of the model
+            model = pretrained.open_model('resume', out_dir, 'last')[0].to(torch_device)
+        print_sample(model, tokenizer.from_dict(text_tokenizer), sample_prompt, sample_tokens)
     script = ['-m', 'posttrain.chat'] if meta['row'] else ['sample.py']
     prompt = [f'--start={sample_prompt}'] if sample_prompt.strip() and not meta['row'] else []
     if run.saved_step:

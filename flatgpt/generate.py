@@ -18,7 +18,7 @@ from flatgpt.sampling import Sample, Sampling, likeliest, majority, penalize, sa
 from tokenizer.chat import encode_prompt
 
 __all__ = ['KVCache', 'NotNumbers', 'Sample', 'Sampling', 'encode_prompt', 'generate',
-           'generate_texts', 'likeliest', 'majority', 'sample_next', 'uniforms']
+           'generate_texts', 'likeliest', 'majority', 'print_sample', 'sample_next', 'uniforms']
 
 PREFILL_ROWS = {'cpu': 16}  # prompts of different lengths at once; elsewhere 256, as launches cost
 
@@ -189,3 +189,13 @@ def generate_texts(model, tokenizer, prompts, sampling: Sampling, numbers=None):
         yield samples
         if all(sample.finish for sample in samples):
             return
+
+
+def print_sample(model, tokenizer, prompt, n):
+    """Print a prompt and n more tokens, or why there is no sample."""
+    try:
+        sampling = Sampling(n, 0.8, top_k=200, crop_prompt=True)
+        *_, samples = generate_texts(model.eval(), tokenizer, [prompt], sampling)
+        print(f'---------------\n{prompt}{samples[0].text}\n---------------')
+    except UserError as error:  # a run that is done and saved does not fail for a wrong prompt
+        print(f'no sample: {error}')

@@ -23,12 +23,6 @@ def like(parameter, whole):
                              src_data_rank=None)
 
 
-def norm_of(params):
-    """Return the norm of all gradients together, of all processes where they are sharded."""
-    norm = torch.nn.utils.get_total_norm([p.grad for p in params])
-    return norm.full_tensor() if hasattr(norm, 'full_tensor') else norm
-
-
 class Owners:
     """Divide matrices of one shape, sharded by rows, among the processes of a group.
 

@@ -95,6 +95,12 @@ def average_gradients(model, world, device):
     return DDP(model, [device] if device.type == 'cuda' else None, gradient_as_bucket_view=True)
 
 
+def norm_of(params):
+    """Return the norm of all gradients together, of all processes where they are sharded."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in params])
+    return norm.full_tensor() if hasattr(norm, 'full_tensor') else norm
+
+
 def meet(store, world, patience=1800):
     """Wait for all processes of this attempt; -> a name that only this attempt has.
 

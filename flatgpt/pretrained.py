@@ -15,9 +15,9 @@ import torch
 import tokenizer
 from config.presets import PRESETS
 from configurator import UserError, printable
-from flatgpt import huggingface, lora
+from flatgpt import huggingface, lora, sharded
 from flatgpt.checkpoint import load, no_checkpoint
-from flatgpt.entries import without_memory
+from flatgpt.entries import load_optimizer, without_memory
 from flatgpt.parallel import from_environment
 from model import GPT, GPTConfig, padded_vocab_size
 from tokenizer import vocabulary
@@ -317,6 +317,14 @@ def finetune(init_from, config, meta, data_dir):
                         f'({meta["tokenizer"]["kind"]}), {init_from} has another, of {vocab_size}; '
                         f'prepare the text with its tokenizer: --tokenizer={name}')
     return model, described
+
+
+def restore(model, optimizer, path, state):
+    """Load the moments of the checkpoint at `path`, and a sharded model's weights."""
+    if hasattr(model.lm_head.weight, 'device_mesh'):
+        sharded.restore(model, optimizer, path, state)
+    # a gradient scaler may have left out all steps so far
+    load_optimizer(optimizer, state['optimizer'], may_be_empty=bool(state.get('scaler')))
 
 
 def crop_moments(optimizer, model, n):

@@ -63,17 +63,21 @@ class Deferred:
 
 
 def check_settings(config, world):
-    """Set shard to 'none' for a single process. Raises UserError for what excludes it."""
+    """Return whether to shard; shard becomes 'none' for a single process.
+
+    Raises UserError for settings that exclude it.
+    """
     if world.size == 1:
         config['shard'] = 'none'
     if config['shard'] == 'none':
-        return
+        return False
     if config['lora_rank']:
         raise UserError(f'lora_rank={config["lora_rank"]} trains few weights, which are not '
                         f'sharded: use --shard=none')
     if config['shard'] == 'hybrid' and world.size % machine_size():
         raise UserError(f"shard='hybrid' needs equal machines; {world.size} processes are no "
                         f'multiple of {machine_size()}: use --shard=full')
+    return True
 
 
 def machine_size():
@@ -82,12 +86,15 @@ def machine_size():
 
 
 def place(model, shard, world, precision, device):
-    """Shard a model in place, and move it to the device.
+    """Move a model to the device, and shard it in place.
 
-    shard: 'full' divides by all processes, 'hybrid' by those of a machine ("HSDP"), where links
-    are fast; machines then hold equal parts. A model without memory gets initial weights. Raises
-    UserError for the precision float16.
+    shard: 'none'; 'full' divides by all processes, 'hybrid' by those of a machine ("HSDP"), where
+    links are fast; machines then hold equal parts. A model without memory gets initial weights.
+    Raises UserError for shards in float16.
     """
+    if shard == 'none':
+        model.to(device)
+        return
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 

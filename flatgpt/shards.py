@@ -12,16 +12,17 @@ until then the checkpoint before is the valid one.
 
 import glob
 import os
+import pathlib
 import pickle
 import re
 import shutil
+import warnings
 import zlib
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import metadata as kinds
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from configurator import UserError
@@ -37,14 +38,17 @@ TIED = 'lm_head.weight', 'transformer.wte.weight'  # one tensor with tie_embeddi
 class Unpickler(pickle.Unpickler):
     """Read .metadata, which may hold the classes of torch.distributed.checkpoint alone."""
 
+    known = {f'{kind.__module__}.{kind.__qualname__}': kind for kind in (
+        kinds.Metadata, kinds.MetadataIndex, kinds.TensorStorageMetadata, kinds.TensorProperties,
+        kinds.ChunkStorageMetadata, kinds.StorageMeta, kinds._MEM_FORMAT_ENCODING, _StorageInfo,
+        torch.Size, torch.serialization._get_layout)} | {str(dtype): dtype for dtype in FLOATS}
+
     def find_class(self, module, name):
-        known = {**vars(kinds), '_StorageInfo': _StorageInfo, 'Size': torch.Size,
-                 **{str(dtype).removeprefix('torch.'): dtype for dtype in FLOATS},
-                 'strided': torch.strided}
-        places = kinds.__name__, _StorageInfo.__module__, 'torch', 'torch._C'
-        if module not in places or name not in known or name in ('os', 'Any', 'field'):
+        if module.startswith('pathlib') and name in ('PosixPath', 'WindowsPath'):
+            return pathlib.PurePath  # of the folder where it was written
+        if f'{module}.{name}' not in self.known:
             raise pickle.UnpicklingError(f'it names {module}.{name}')
-        return known[name]
+        return self.known[f'{module}.{name}']
 
 
 class Reader(dcp.FileSystemReader):
@@ -191,8 +195,9 @@ def read(path, state, part='all'):
 def load(path, folder, tensors, no_dist=False):
     """Fill tensors, whole or sharded, from a folder. Raises UserError."""
     try:
-        dcp.load(tensors, storage_reader=Reader(folder), planner=DefaultLoadPlanner(),
-                 no_dist=no_dist)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore', UserWarning)  # that it reads in one process
+            dcp.load(tensors, storage_reader=Reader(folder), no_dist=no_dist)
     except dcp.CheckpointException as error:
         cause, _ = next(iter(error.failures.values()))
         raise UserError(f'{folder}, the shards of {path}, cannot be loaded: {cause}; restore a '

@@ -59,7 +59,7 @@ def muon(model, scale=1.0):
     settings = dict(PRESETS['modern'])
     for name in ('learning_rate', 'muon_lr', 'embedding_lr'):
         settings[name] *= scale
-    return optim.muon(model, settings, torch.float32, parallel.World(0, 0, 1))
+    return optim.create(model, settings, 'float32', parallel.World(0, 0, 1))
 
 
 def train(model, get_batch, steps, optimizer=None, compile=False):

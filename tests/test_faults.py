@@ -91,7 +91,9 @@ def test_lines_that_the_disk_refused_are_written_later(tmp_path, monkeypatch, ca
     assert capsys.readouterr().out.count('WARNING') == 4
     is_full, run.step = False, 6
     state = make_state(6)
-    assert run.save(lambda: state) and steps() == [0, 1, 2, 3, 4, 5]
+    run.save(lambda: state)
+    run.saver.wait()
+    assert run.saved_step == 6 and steps() == [0, 1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize('write', [

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import ARCHITECTURES
 
+import flatgpt.muon
 from flatgpt import entries, optim, pretrained
 from flatgpt.parallel import World
 from model import GPT, GPTConfig
@@ -127,7 +128,7 @@ def modern(**changes):
 def muon(model, weight_decay=0.0, dtype=torch.float32, momentum=0.85, world=ALONE):
     config = {'weight_decay': weight_decay, 'learning_rate': 1e-3, 'muon_lr': 2e-2, 'embedding_lr': 5e-3,
               'beta1': 0.9, 'beta2': 0.95, 'momentum': momentum}
-    return optim.muon(model, config, dtype, world)
+    return flatgpt.muon.create(model, config, dtype, world)
 
 
 def set_rates(optimizer, lr):
@@ -141,7 +142,7 @@ def test_orthogonalize_against_the_svd(shape):
     """The singular vectors stay, and a singular value becomes what five quintics make of it."""
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 37
     u, s, vt = torch.linalg.svd(x, full_matrices=False)
-    got = optim.orthogonalize(x, torch.float64)
+    got = flatgpt.muon.orthogonalize(x, torch.float64)
     expected = s / s.square().sum(-1, keepdim=True).sqrt()
     for _ in range(5):
         expected = 3.4445 * expected - 4.775 * expected**3 + 2.0315 * expected**5
@@ -153,10 +154,10 @@ def test_orthogonalize_against_the_svd(shape):
 @pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
 def test_orthogonalize_in_less_than_float64(dtype, tolerance):
     x = torch.randn(5, 32, 48, generator=torch.Generator().manual_seed(1)) * 1e-4
-    got = optim.orthogonalize(x, dtype)
+    got = flatgpt.muon.orthogonalize(x, dtype)
     assert got.dtype == dtype
-    torch.testing.assert_close(got.double(), optim.orthogonalize(x.double(), torch.float64), atol=tolerance, rtol=0)
-    assert torch.equal(optim.orthogonalize(torch.zeros(2, 3, 4), dtype), torch.zeros(2, 3, 4, dtype=dtype))
+    torch.testing.assert_close(got.double(), flatgpt.muon.orthogonalize(x.double(), torch.float64), atol=tolerance, rtol=0)
+    assert torch.equal(flatgpt.muon.orthogonalize(torch.zeros(2, 3, 4), dtype), torch.zeros(2, 3, 4, dtype=dtype))
 
 
 def test_what_muon_updates():
@@ -215,8 +216,8 @@ def test_updates_are_torchs():
 
 
 def test_momentum_by_hand():
-    assert [optim.momentum_at(step, 0.95) for step in (0, 150, 300, 9999)] == pytest.approx([0.85, 0.9, 0.95, 0.95])
-    assert [optim.momentum_at(step, 0.5) for step in (0, 150, 300)] == [0.5] * 3
+    assert [flatgpt.muon.momentum_at(step, 0.95) for step in (0, 150, 300, 9999)] == pytest.approx([0.85, 0.9, 0.95, 0.95])
+    assert [flatgpt.muon.momentum_at(step, 0.5) for step in (0, 150, 300)] == [0.5] * 3
     model = modern()
     optimizer = muon(model, momentum=0.95)
     p = optimizer.param_groups[0]['params'][0]
@@ -236,9 +237,9 @@ def test_muon_in_batches_and_with_a_closure(monkeypatch):
     optimizers = list(map(muon, models))
     backward(models[0])
     optimizers[0].step()
-    monkeypatch.setattr(optim, 'BATCH', 1)
+    monkeypatch.setattr(flatgpt.muon, 'BATCH', 1)
     sizes = []
-    monkeypatch.setattr(optim, 'orthogonalize', lambda x, dtype, f=optim.orthogonalize: sizes.append(len(x)) or f(x, dtype))
+    monkeypatch.setattr(flatgpt.muon, 'orthogonalize', lambda x, dtype, f=flatgpt.muon.orthogonalize: sizes.append(len(x)) or f(x, dtype))
 
     def closure():
         assert torch.is_grad_enabled()
@@ -306,7 +307,7 @@ def test_create(precision, dtype):
     config = {'weight_decay': 0.1, 'learning_rate': 1e-3, 'muon_lr': 2e-2, 'embedding_lr': 5e-3, 'beta1': 0.9,
               'beta2': 0.95}
     ours = optim.create(modern(), {**config, 'optimizer': 'muon'}, precision, ALONE)
-    assert isinstance(ours, optim.Muon) and ours.dtype == dtype and ours.param_groups[0]['momentum'] == 0.95
+    assert isinstance(ours, flatgpt.muon.Muon) and ours.dtype == dtype and ours.param_groups[0]['momentum'] == 0.95
     ours, theirs = optim.create(modern(), {**config, 'optimizer': 'adamw'}, precision, ALONE), optim.adamw(
         modern(), 0.1, 1e-3, (0.9, 0.95))
     for a, b in zip(ours.param_groups, theirs.param_groups, strict=True):

@@ -5,11 +5,15 @@ The folder has config.json, safetensors, tokenizer.json, generation_config.json.
 
     $ python -m flatgpt.export --out_dir=out-shakespeare-char --out=my-gpt
     $ python -m flatgpt.export --which=last --dtype=bfloat16 --out=my-gpt
+    $ python -m flatgpt.export --out_dir=out-8b --consolidate --out=out-8b-whole
 
 transformers loads the folder and computes the same logits. Models with learned
 positions, LayerNorm and GELU get GPT-2's layout. Models with RoPE, RMSNorm and
 SwiGLU, such as --preset=llama, get Llama's, or Qwen's with QK-norm. An option
 that neither layout has, such as logit_softcap, is refused by name.
+
+--consolidate writes a run's folder instead: ckpt.pt in one file, with all
+tensors of a sharded checkpoint (train.py --shard), moments included.
 """
 
 import os
@@ -18,8 +22,8 @@ from typing import Literal
 import torch
 
 from configurator import UserError, fit, override
-from flatgpt import huggingface, output
-from flatgpt.pretrained import open_model
+from flatgpt import checkpoint, huggingface, output
+from flatgpt.pretrained import open_model, path_in
 
 output.protect()
 
@@ -29,11 +33,25 @@ out_dir = 'out'  # where train.py wrote ckpt.pt and best.pt
 which: Literal['best', 'last'] = 'best'  # best.pt if it exists, or ckpt.pt
 out = ''  # the folder to write; it must not exist yet
 dtype: Literal['float32', 'bfloat16', 'float16'] = 'float32'  # precision of the written weights
+consolidate = False  # write out/ckpt.pt, a checkpoint in one file
 config = override(globals())
 # --------------------------------------------------------------------------------------------------
 
 if not out:
     raise UserError("out='': expected the folder to write, such as --out=my-gpt")
+
+if consolidate:
+    path = path_in(out_dir, which)
+    state = checkpoint.load(path)
+    state.pop('shards', None)
+    if os.path.exists(out):
+        raise UserError(f'{out} exists; name another --out, or remove it')
+    os.makedirs(out)
+    checkpoint.save(out, state, is_best=which == 'best')
+    print(f'{path}: step {state["iter_num"]}')
+    print(f'wrote {os.path.join(out, "ckpt.pt")}: one file, '
+          f'{os.path.getsize(os.path.join(out, "ckpt.pt")) / 1e6:.1f} MB')
+    raise SystemExit
 
 model, text_tokenizer, chat_template, line = open_model(init_from, out_dir, which)
 print(line)

@@ -197,18 +197,18 @@ class Folder:
         settings = {key: value for key, value in {**TINY, **changes}.items() if value is not None}
         return self.start('train.py', *files, env=env, **settings)
 
-    def start_two(self, *files, **changes):
-        """The same by two processes, in the environment that torchrun would give them; -> both."""
+    def start_two(self, *files, n=2, **changes):
+        """The same by two processes, or n, in the environment that torchrun would give them; -> all."""
         with socket.socket() as s:
             s.bind(('localhost', 0))
             port = s.getsockname()[1]
         return [self.start_train(*files, **changes, env={
-            'RANK': str(rank), 'LOCAL_RANK': str(rank), 'WORLD_SIZE': '2', 'LOCAL_WORLD_SIZE': '2',
-            'MASTER_ADDR': 'localhost', 'MASTER_PORT': str(port)}) for rank in range(2)]
+            'RANK': str(rank), 'LOCAL_RANK': str(rank), 'WORLD_SIZE': str(n), 'LOCAL_WORLD_SIZE': str(n),
+            'MASTER_ADDR': 'localhost', 'MASTER_PORT': str(port)}) for rank in range(n)]
 
-    def train_two(self, *files, **changes):
-        """Both, to their end; -> the first."""
-        return [run.ok() for run in self.start_two(*files, **changes)][0]
+    def train_two(self, *files, n=2, **changes):
+        """All of them, to their end; -> the first."""
+        return [run.ok() for run in self.start_two(*files, n=n, **changes)][0]
 
     def sample(self, **settings):
         """sample.py to its end."""

@@ -15,6 +15,8 @@ from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from configurator import UserError
@@ -42,6 +44,21 @@ class Draws(TorchFunctionMode):
         if hasattr(tensor, 'device_mesh'):
             tensor.to_local().copy_(like(tensor, whole).to_local())
         return tensor
+
+
+class LayerNorm(nn.LayerNorm):
+    """Normalise in the input's precision, fp32, with weights that may be in bf16."""
+
+    def forward(self, x):
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), bias, self.eps)
+
+
+class RMSNorm(nn.RMSNorm):
+    """Normalise in the input's precision, fp32, with weights that may be in bf16."""
+
+    def forward(self, x):
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 def deferred(is_sharded):
@@ -108,6 +125,9 @@ def place(model, shard, world, precision, device):
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     if precision == 'bfloat16':
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+        for module in model.transformer.h.modules():
+            kinds = {nn.LayerNorm: LayerNorm, nn.RMSNorm: RMSNorm}
+            module.__class__ = kinds.get(type(module), type(module))
     world.writers = dist.new_group(backend='gloo')
     is_empty = model.lm_head.weight.is_meta
     for block in model.transformer.h:

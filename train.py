@@ -108,6 +108,7 @@ min_lr: NonNegative = 6e-5  # usually learning_rate / 10
 decay_fraction: Share = 0.2  # wsd: part of lr_decay_iters in which the rate falls
 # machine
 seed = 1337  # fixes weights, batches and dropout
+deterministic = False  # the same bits in each run on a GPU, slower; on a CPU they always are
 backend: Literal['auto', 'nccl', 'gloo'] = 'auto'  # nccl between GPUs, gloo between CPUs
 device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps', ...
 dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # float16 with a gradient scaler
@@ -140,7 +141,7 @@ if init_from == 'scratch':
 else:
     pretrained.check_source(init_from, ckpt_path)
 parallel.connect(world, torch_device, backend)
-runtime.use_machine(torch_device)
+runtime.use_machine(torch_device, deterministic)
 datasets.prepare_if_missing(data_dir, is_first=world.local_rank == 0)
 meta, stamps = datasets.load_meta(data_dir), datasets.stamps_of(data_dir)
 if init_from == 'auto':
@@ -328,19 +329,19 @@ while True:
 
     # read loss and norm before the update, which could ruin the weights; agree on when to stop.
     # On a GPU they are those of the step before, so that it does not idle
-    numbers = runtime.read_later(torch.stack((loss_sum, norm)))
+    stop = torch.full_like(norm, run.requested is not None)
+    numbers = runtime.read_later(world.mean(torch.stack((loss_sum, norm, stop))))
     unread.append((run.step, tokens_seen, lr, numbers))
     records, keeps_one = [], torch_device.type == 'cuda' and not run.stop_reason
     keeps_one = keeps_one and (run.step + 1) % eval_interval and run.step + 1 < max_iters
     while len(unread) > bool(keeps_one):
         step, tokens, step_lr, numbers = unread.pop(0)
-        loss, norm = numbers()
-        loss, stop_requests = world.sum([loss / world.size, run.requested is not None])
+        loss, norm, stop = numbers()
         if not math.isfinite(loss) or (not math.isfinite(norm) and not scaler.is_enabled()):
             run.stop_not_finite(
                 f'loss is {loss}, norm of the gradient {norm} (learning rate {step_lr:.3g})',
                 'Try a lower --learning_rate or --muon_lr, a longer warmup, or --dtype=float32')
-        if stop_requests:
+        if stop:
             run.stop_reason = run.requested or 'stopped by SIGTERM'  # another process's
         records.append({'step': step, 'loss': loss, 'lr': step_lr, 'grad_norm': norm,
                         'tokens': tokens})

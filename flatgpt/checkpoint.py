@@ -226,8 +226,9 @@ class Run:
         self.tried_step, state = self.step, state_of()
         weights = [*state['model'].values(), *state.get('value_model', {}).values()]
         is_sharded = any(weight is not local(weight) for weight in weights)
-        is_finite = torch.stack([local(weight).isfinite().all() for weight in weights]).all()
-        if self.world.sum([not is_finite])[0]:
+        are_finite = [torch.stack(local(weight).aminmax()).isfinite().all() for weight in weights
+                      if local(weight).numel()]
+        if self.world.sum([not torch.stack(are_finite).all()])[0]:
             self.stop_not_finite('the weights are not finite')
         state.update(iter_num=self.step, best_val_loss=self.best_val_loss, seen=self.seen,
                      evals_since_best=self.evals_since_best, train_time=self.train_time,

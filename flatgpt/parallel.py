@@ -51,6 +51,12 @@ class World:
             dist.all_reduce(total)  # on the CPU, over gloo: no synchronisation with a GPU
         return total.tolist()
 
+    def mean(self, numbers):
+        """Average a tensor over the processes, on its device and without waiting for it."""
+        if self.size > 1:
+            dist.all_reduce(numbers.div_(self.size))
+        return numbers
+
     def check_alike(self, facts):
         """Compare {name: value} over the processes. Raises UserError if they differ."""
         everyone = [facts] * self.size

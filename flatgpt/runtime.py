@@ -105,9 +105,17 @@ def choose_compile(setting, device, flops):
     return True, 'a long enough run'
 
 
-def use_machine(device):
-    """Set torch up for the device: threads and kept memory on a CPU, TF32 on a GPU."""
+def use_machine(device, deterministic=False):
+    """Set torch up for the device: threads and kept memory on a CPU, TF32 on a GPU.
+
+    deterministic: give the same bits in each run on a GPU too, where the order of additions is
+    free in fast kernels. Raises RuntimeError at an operation that has no such kernel.
+    """
     use_cores()
+    if deterministic:
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # read at cuBLAS's first call
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
     if device.type == 'cpu':
         keep_freed_memory()
     if device.type == 'cuda':

@@ -22,20 +22,29 @@ def tensors_in(value):
         yield from tensors_in(item)
 
 
-def copied(value, copies):
+def copied(value, former, copies):
     """Return a copy of nested dicts and lists whose tensors are on the CPU.
 
-    copies: {} at first. Tensors of one place, such as tied weights, stay in one place.
+    former: the copy before, whose memory is used again, since new memory is slow. copies: {} at
+    first. Tensors of one place, such as tied weights, stay in one place.
     """
     if isinstance(value, torch.Tensor):
-        place = local(value).data_ptr(), value.shape, value.stride()
+        source = local(value.detach())
+        place = source.data_ptr(), source.shape, source.stride()
         if place not in copies or not place[0]:  # an empty tensor has no place
-            copies[place] = value.detach().to('cpu', copy=True)
+            target = local(former)
+            if (isinstance(target, torch.Tensor) and target.shape == source.shape
+                    and target.dtype == source.dtype):
+                target.copy_(source)
+            else:
+                former = value.detach().to('cpu', copy=True)
+            copies[place] = former
         return copies[place]
     if isinstance(value, dict):
-        return {key: copied(item, copies) for key, item in value.items()}
+        former = former if isinstance(former, dict) else {}
+        return {key: copied(item, former.get(key), copies) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(copied(item, copies) for item in value)
+        return type(value)(copied(item, None, copies) for item in value)
     return value
 
 
@@ -52,16 +61,17 @@ class Saver:
     """Run one write at a time, in a thread if memory has room for a copy of its state."""
 
     def __init__(self):
-        self.thread, self.running = ThreadPoolExecutor(max_workers=1), None
+        self.thread, self.running, self.copy = ThreadPoolExecutor(max_workers=1), None, {}
 
     def start(self, write, state):
         """Call write(state), now or in a thread."""
         self.wait()
         n_bytes = sum(local(tensor).nbytes for tensor in tensors_in(state))
-        if n_bytes > free_memory() / 2:
+        if not self.copy and n_bytes > free_memory() / 2:
             write(state)
         else:
-            self.running = self.thread.submit(write, copied(state, {}))
+            self.copy = copied(state, self.copy, {})
+            self.running = self.thread.submit(write, {**self.copy})
 
     def wait(self):
         """Wait until the last write has ended, and raise what it has raised."""

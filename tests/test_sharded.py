@@ -332,3 +332,29 @@ def test_output_is_plain(saved):
     """ckpt.pt holds plain values and small tensors alone."""
     buffer = io.BytesIO((saved / 'ckpt.pt').read_bytes())
     assert torch.load(buffer, weights_only=True)['model'] == {} and (saved / 'ckpt.pt').stat().st_size < 20_000
+
+
+@pytest.mark.parametrize('name', ['gpt2', 'modern'])
+def test_blocks_of_a_sharded_model_compile_once(alone, name):
+    """The hooks of FSDP stay outside: one whole graph for each kind of block, over steps and an evaluation."""
+    torch._dynamo.reset()
+    with sharded.deferred(True):
+        model = GPT(GPTConfig(**{**ARCHITECTURES[name], 'vocab_size': 64, 'block_size': 32, 'n_layer': 5, 'n_head': 2,
+                                 'n_embd': 16, 'window': 8, 'window_pattern': 'SL'}))
+    sharded.place(model, 'full', alone, 'bfloat16', CPU)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    for block in model.transformer.h:
+        block.forward = torch.compile(block.forward, dynamic=False, fullgraph=True, backend=backend)
+    idx = torch.randint(64, (2, 32))
+    for _ in range(3):
+        with torch.autocast('cpu', torch.bfloat16):
+            model(idx, idx, return_logits=False)[1].backward()
+        assert len(graphs) == 2  # with the window, and without
+        assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+    with torch.no_grad(), torch.compiler.set_stance('force_eager'), torch.autocast('cpu', torch.bfloat16):
+        assert model.eval()(idx, idx)[1].isfinite()

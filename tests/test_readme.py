@@ -55,6 +55,7 @@ RUN = {
     # pretrain
     'python train.py config/quickstart.py*': TRAIN,
     'torchrun --standalone --nproc_per_node=2 *': TRAIN.replace('max_iters=2', 'max_iters=4'),
+    'python -m flatgpt.export --out_dir=out-shards *': '',
     'python train.py config/train_shakespeare_char.py*': TRAIN,
     'python -m bench.plot out-quickstart *': '',
     # sample and evaluate

@@ -88,9 +88,6 @@ def check_settings(config, world):
         config['shard'] = 'none'
     if config['shard'] == 'none':
         return False
-    if config['lora_rank']:
-        raise UserError(f'lora_rank={config["lora_rank"]} trains few weights, which are not '
-                        f'sharded: use --shard=none')
     if config['shard'] == 'hybrid' and world.size % machine_size():
         raise UserError(f"shard='hybrid' needs equal machines; {world.size} processes are no "
                         f'multiple of {machine_size()}: use --shard=full')
@@ -107,7 +104,7 @@ def place(model, shard, world, precision, device):
 
     shard: 'none'; 'full' divides by all processes, 'hybrid' by those of a machine ("HSDP"), where
     links are fast; machines then hold equal parts. A model without memory gets initial weights.
-    Raises UserError for shards in float16.
+    Raises UserError for shards in float16 or with LoRA.
     """
     if shard == 'none':
         model.to(device)
@@ -115,6 +112,8 @@ def place(model, shard, world, precision, device):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+    if not all(p.requires_grad for p in model.parameters()):
+        raise UserError(f"shard={shard!r}: LoRA's frozen weights are not sharded; use --shard=none")
     if precision == 'float16':
         raise UserError('dtype=float16 scales gradients, which shards do not: use '
                         '--dtype=bfloat16 or --dtype=float32')

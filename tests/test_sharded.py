@@ -14,10 +14,10 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from test_checkpoint import make_state
-from tiny_models import ARCHITECTURES
+from tiny_models import ARCHITECTURES, tiny
 
 from configurator import Settings, UserError
-from flatgpt import checkpoint, optim, outdir, owners, pretrained, sharded
+from flatgpt import checkpoint, lora, optim, outdir, owners, pretrained, sharded
 from flatgpt.parallel import World
 from model import GPT, GPTConfig
 
@@ -168,14 +168,16 @@ def test_weights_of_a_sharded_model_are_those_of_a_whole_one(alone, name):
 
 
 def test_float16_and_lora_have_no_shards(alone, monkeypatch):
+    model = tiny()
     with pytest.raises(UserError, match='dtype=float16.*--dtype=bfloat16'):
-        sharded.place(None, 'full', alone, 'float16', CPU)
-    config = {'shard': 'full', 'lora_rank': 8}
-    with pytest.raises(UserError, match='lora_rank=8.*--shard=none'):
-        sharded.check_settings(config, World(size=2))
+        sharded.place(model, 'full', alone, 'float16', CPU)
+    lora.add(model, 2, 4.0, ['c_attn'])
+    with pytest.raises(UserError, match='LoRA.*--shard=none'):
+        sharded.place(model, 'full', alone, 'float32', CPU)
     monkeypatch.setenv('LOCAL_WORLD_SIZE', '4')
     with pytest.raises(UserError, match='6 processes are no multiple of 4: use --shard=full'):
-        sharded.check_settings({'shard': 'hybrid', 'lora_rank': 0}, World(size=6))
+        sharded.check_settings({'shard': 'hybrid'}, World(size=6))
+    config = {'shard': 'full'}
     assert not sharded.check_settings(config, World()) and config['shard'] == 'none'
 
 

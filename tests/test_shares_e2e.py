@@ -1,7 +1,11 @@
 """posttrain, eval.py and flatgpt.batch in several processes do what one does. Run: pytest tests/test_shares_e2e.py"""
 
+import json
+import re
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -130,3 +134,97 @@ def test_a_folder_in_use(chats):
     first.refused('another process is training in out right now')
     assert second.refused().out == ''
     other.stop()
+
+
+# evaluating ---------------------------------------------------------------------------------------
+
+
+def evaluate(folder, size, **settings):
+    """eval.py in `size` processes; -> the JSON line of the first, which alone prints, without its time."""
+    processes = [folder.start('eval.py', device='cpu', out_dir='chat', **settings, env=env)
+                 for env in (environments(size) if size > 1 else [None])]
+    first, *others = [process.ok() for process in processes]
+    assert [other.out for other in others] == [''] * (size - 1)
+    return {**json.loads(first.out.splitlines()[-1]), 'seconds': 0}
+
+
+@pytest.mark.parametrize('settings', [{}, {'stride': 7, 'batch_size': 3}, {'quantize': 'int8'}])
+def test_loss_of_a_text(chats, settings):
+    """Also of fewer windows than processes."""
+    for name, length in (('long.txt', 700), ('short.txt', 40)):
+        (chats.path / name).write_text(('the cat sat on a mat, and ran; ' * 40)[:length])
+        one, two, three = (evaluate(chats, size, input=name, **settings) for size in (1, 2, 3))
+        assert one['windows'] >= (20 if name == 'long.txt' else 2)
+        sums = 'loss', 'perplexity', 'bits_per_byte', 'perplexity_change'
+        for result in (two, three):
+            assert abs(result['loss'] - one['loss']) < 1e-6
+            assert {**result, **dict.fromkeys(sums)} == {**one, **dict.fromkeys(sums)}
+
+
+KEYS = "{'kind': 'odd' if i % 2 else 'even', 'context': f'Q: {i}', 'solution': 'a', 'answer': 'a', 'messages'"
+LETTERS = TASK.replace("{'messages'", KEYS) + '''
+
+def extract(text):
+    return text[:1] or None
+
+
+def evaluate(example, text):
+    return text[:1] in 'abcdefghijklm'
+'''
+
+
+def test_accuracy_on_a_task(chats):
+    """The same answers, of samples of their own: as many are right of each kind, alone, together and by reward."""
+    (chats.path / 'tasks' / 'letters.py').write_text(LETTERS)
+    run(chats, 'reward', out_dir='judge')
+    settings = {'task': 'letters', 'n': 11, 'num_samples': 3, 'temperature': 1.0, 'max_new_tokens': 6,
+                'reward_model': 'judge', 'batch_size': 6}
+    one, two = (evaluate(chats, size, **settings) for size in (1, 2))
+    assert two == one and 0 < one['right'] < one['n'] == 11 and len(one['kinds']) == 3
+    assert len({one['accuracy_of_any'], one['accuracy_of_one'], one['accuracy_of_majority']}) == 3
+
+
+def test_accuracy_of_choices(chats):
+    rows = [{'question': f'{i} or {7 * i % 5}?', 'choices': [str(i), 'ab', 'c' * (i % 3 + 1)], 'answer': i % 3}
+            for i in range(8)]
+    (chats.path / 'choices.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    one, *others = (evaluate(chats, size, task='multiple_choice', input='choices.jsonl', shots=1) for size in (1, 2, 3))
+    assert others == [one] * 2 and 0 < one['right'] < one['n'] == 8
+    assert evaluate(chats, 2, task='multiple_choice', input='choices.jsonl', n=1, shots=1)['n'] == 1
+
+
+# files of prompts ---------------------------------------------------------------------------------
+
+
+def batch(folder, n, **settings):
+    """flatgpt.batch in n processes; -> all of them."""
+    settings = {'prompts': 'in.jsonl', 'out_dir': 'chat', 'device': 'cpu', 'max_new_tokens': 12, 'batch_size': 3,
+                'num_samples': 1, 'temperature': 1.0, 'logprobs': True, **settings}
+    return [folder.start('flatgpt.batch', **settings, env=env) for env in (environments(n) if n > 1 else [None])]
+
+
+def test_prompts_are_shared(chats):
+    """The same bytes, log-probabilities included; also of a run that was killed and goes on with more processes."""
+    lines = [{'id': i, 'messages': [{'role': 'user', 'content': 'q' * (i % 7 + 1)}]} for i in range(40)]
+    (chats.path / 'in.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    part, outs = chats.path / 'killed.jsonl.part', {}
+    for n in (1, 2, 3):
+        first, *others = [process.ok() for process in batch(chats, n, out=f'{n}.jsonl')]
+        assert [other.out for other in others] == [''] * (n - 1)
+        outs[n] = (chats.path / f'{n}.jsonl').read_bytes(), re.search(r'40 prompts, \d+ tokens', first.out)[0]
+    assert outs[1] == outs[2] == outs[3]
+    first, second = batch(chats, 2, out='1.jsonl')
+    first.refused('1.jsonl exists already; delete it, or name another --out')
+    assert second.refused().out.count('\n') == 0
+    killed = batch(chats, 2, out='killed.jsonl', batch_size=1)
+    while not part.exists() or part.read_bytes().count(b'\n') < 4:
+        time.sleep(0.002)
+    for process in killed:
+        process.kill(signal.SIGKILL).wait()
+    kept = [json.loads(line) for line in part.read_bytes().splitlines()[1:-1]]
+    assert 0 < len(kept) < 40
+    for process in batch(chats, 3, out='killed.jsonl'):
+        process.ok()
+    texts = [[sample['text'] for line in (chats.path / name).read_text().splitlines()
+              for sample in json.loads(line)['samples']] for name in ('1.jsonl', 'killed.jsonl')]
+    assert texts[0] == texts[1] and not part.exists()

@@ -61,7 +61,9 @@ RUN = {
     # sample and evaluate
     'python sample.py --out_dir=out-quickstart *': SAMPLE,
     'python -m flatgpt.batch --out_dir=out-quickstart *': SAMPLE,
+    'torchrun --standalone --nproc_per_node=2 -m flatgpt.batch *': SAMPLE,
     'python eval.py --out_dir=out-quickstart*': '--device=cpu',
+    'torchrun --standalone --nproc_per_node=2 -- eval.py *': '--device=cpu',
     # export
     'python -m flatgpt.export --out_dir=out-llama --out=my-gpt': '',
     'python -m flatgpt.export --out_dir=out-llama --out=my-gpt *': '--out=my-gpt-in-bf16',
@@ -77,6 +79,8 @@ RUN = {
     'python -m posttrain.reward config/reward_tiny_chat.py': f'{ALIGN} --batch_size=4',
     'python -m posttrain.rl config/ppo_tiny_chat.py': f'{ALIGN} {ANSWER}',
     'python -m posttrain.rl config/grpo_tiny_chat.py': f'{ALIGN} {ANSWER} --group_size=2',
+    'torchrun --standalone --nproc_per_node=2 -m posttrain.rl *':
+        f'{ALIGN} {ANSWER} --group_size=2',
     'python -m posttrain.dpo --init_from=out-sft-tiny-chat *': f'{ALIGN} --minibatch_size=4',
     'python eval.py --out_dir=out-sft-tiny-chat --task=tiny_chat': ASK,
     'python eval.py --out_dir=out-grpo-tiny-chat --task=tiny_chat': ASK,

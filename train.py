@@ -31,8 +31,9 @@ from config.presets import PRESETS
 from configurator import Count, Fraction, Natural, NonNegative, Positive, Share, UserError, override
 from data import datasets
 from data.device import open_splits
-from data.tokens import Batches, cut_step, eval_windows, sum_losses
+from data.tokens import Batches, eval_windows, sum_losses
 from flatgpt import checkpoint, flops, lora, optim, output, parallel, pretrained, runtime
+from flatgpt.cut import cut_step
 from flatgpt.generate import Sampling, generate_texts
 from model import GPT, GPTConfig, padded_vocab_size
 

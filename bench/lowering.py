@@ -29,7 +29,7 @@ import ops
 from bench import common, pretended
 from config.presets import PRESETS
 from configurator import Count, override
-from flatgpt.flops import PEAK_FLOPS
+from flatgpt.flops import GPUS
 from flatgpt.quantize import DecodeLinear
 from model import GPT, GPTConfig
 
@@ -195,7 +195,7 @@ def measure(name):
     launches, moved = (sum(part[i] for part in parts) for i in (1, 2))
     flops = gpt.flops_per_token() * n_tokens
     seconds = flops / PRODUCTS + moved / BANDWIDTH
-    mfu = flops / PEAK_FLOPS['H200'] / seconds
+    mfu = flops / GPUS['H200'].flops / seconds
     return {'parts': parts, 'launches': launches, 'moved_gb': round(moved / 1e9, 1),
             'loss_mb': round(loss_memory / 2**20), 'ms': round(seconds * 1e3, 1),
             'tokens_per_s': round(n_tokens / seconds), 'mfu': round(mfu, 3)}

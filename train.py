@@ -35,6 +35,7 @@ from data.tokens import Batches, eval_windows, sum_losses
 from flatgpt import checkpoint, flops, lora, optim, output, parallel, pretrained, runtime
 from flatgpt.cut import cut_step
 from flatgpt.generate import Sampling, generate_texts
+from flatgpt.plan import explain_plan
 from model import GPT, GPTConfig, padded_vocab_size
 
 # a full disk or a closed terminal must not end the run: lines that cannot be printed are dropped
@@ -114,6 +115,7 @@ device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps', ...
 dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # float16 with a gradient scaler
 compile: bool | Literal['auto'] = 'auto'  # torch.compile the training step
 recompute: Literal['none', 'block'] = 'none'  # block: less memory, a third more computation
+plan: bool | str = False  # predict memory and time here, or on '8xH200', '2x8xH100'; then exit
 config = override(globals())
 # --------------------------------------------------------------------------------------------------
 
@@ -128,6 +130,9 @@ lora.check_settings(config, init_from, out_dir)
 
 # this process, its device, its data
 world = parallel.from_environment()
+if plan:
+    world.print(explain_plan(config, datasets.sizes_of(datasets.folder_of(dataset)), world))
+    raise SystemExit
 if from_preset:
     world.print(f'preset {preset}: ' + ', '.join(f'{k}={v!r}' for k, v in from_preset.items()))
 torch_device = runtime.choose_device(device, world.local_rank)

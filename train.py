@@ -31,9 +31,11 @@ from config.presets import PRESETS
 from configurator import Count, Fraction, Natural, NonNegative, Positive, Share, UserError, override
 from data import datasets
 from data.device import open_splits
-from data.tokens import Batches, cut_step, eval_windows, share_of, sum_losses
+from data.tokens import Batches, eval_windows, share_of, sum_losses
 from flatgpt import checkpoint, flops, lora, optim, output, parallel, pretrained, runtime, sharded
+from flatgpt.cut import cut_step
 from flatgpt.generate import print_sample
+from flatgpt.plan import explain_plan
 from model import GPT, GPTConfig, padded_vocab_size
 
 # a full disk or a closed terminal must not end the run: lines that cannot be printed are dropped
@@ -115,6 +117,7 @@ dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # float16 wit
 compile: bool | Literal['auto'] = 'auto'  # torch.compile the training step
 recompute: Literal['none', 'block'] = 'none'  # block: less memory, a third more computation
 shard: Literal['none', 'full', 'hybrid'] = 'none'  # the model over processes; hybrid: of a machine
+plan: bool | str = False  # predict memory and time here, or on '8xH200', '2x8xH100'; then exit
 config = override(globals())
 # --------------------------------------------------------------------------------------------------
 
@@ -129,6 +132,9 @@ lora.check_settings(config, init_from, out_dir)
 
 # this process, its device, its data
 world = parallel.from_environment()
+if plan:
+    world.print(explain_plan(config, datasets.sizes_of(datasets.folder_of(dataset)), world))
+    raise SystemExit
 is_sharded = sharded.check_settings(config, world)
 if from_preset:
     world.print(f'preset {preset}: ' + ', '.join(f'{k}={v!r}' for k, v in from_preset.items()))

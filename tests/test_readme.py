@@ -56,6 +56,8 @@ RUN = {
     'python train.py config/quickstart.py*': TRAIN,
     'torchrun --standalone --nproc_per_node=2 *': TRAIN.replace('max_iters=2', 'max_iters=4'),
     'python -m flatgpt.export --out_dir=out-shards *': '',
+    'python train.py config/quickstart.py --plan': TRAIN,
+    'python train.py config/train_gpt2.py --plan=*': '',
     'python train.py config/train_shakespeare_char.py*': TRAIN,
     'python -m bench.plot out-quickstart *': '',
     # sample and evaluate
@@ -127,7 +129,7 @@ NOT_RUN = {
     'torchrun --nproc_per_node=8 *': '16 GPUs',
     'srun *': 'a cluster',
     **{f'python -m bench.{name}*': 'minutes' for name in (
-        'attention', 'kill', 'prepare', 'rollout', 'round_trip', 'start', 'tokenizer')},
+        'attention', 'kill', 'plan', 'prepare', 'rollout', 'round_trip', 'start', 'tokenizer')},
 }
 ENGLISH = (
     'The lamp of the harbour was lit every evening by a man who lived alone with his dog. He knew '

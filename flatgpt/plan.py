@@ -23,7 +23,7 @@ from configurator import UserError
 from flatgpt import costs, huggingface, pretrained, runtime
 from flatgpt.cut import cut_step
 from flatgpt.flops import GPU, GPUS, Machine, gpu_named, machine_named
-from flatgpt.optim import BATCH
+from flatgpt.muon import BATCH
 from model import GPTConfig, padded_vocab_size
 
 # what the libraries take beside tensors: Python and torch; on a GPU CUDA's kernels, cuBLAS and NCCL
@@ -158,7 +158,7 @@ def update(setup):
         return 0
     counts, most, before = {}, 0, 0
     for n, rows in ((2, q), (2, (qkv - q) // 2), (n_in // n_out + 1, n_out)):
-        shape = tuple(sorted((rows, c.n_embd)))  # wide, as optim.Muon computes
+        shape = tuple(sorted((rows, c.n_embd)))  # wide, as Muon computes
         counts[shape] = counts.get(shape, 0) + n * c.n_layer
     for (m, n), count in counts.items():
         count = min(count, max(1, BATCH // (m * n)))
@@ -277,7 +277,7 @@ def machine_here(device, dtype):
     x = torch.ones(1024, 1024, dtype=runtime.DTYPES[dtype])
     y = torch.ones(2**23)
     flops, n_bytes = 2 * 1024**3 / fastest(lambda: x @ x), 12 * 2**23 / fastest(lambda: y + y)
-    gpu = GPU(flops / PRODUCTS, free_memory(), n_bytes / BANDWIDTH, math.inf, math.inf)
+    gpu = GPU(flops / PRODUCTS, runtime.free_memory(), n_bytes / BANDWIDTH, math.inf, math.inf)
     return Machine(f'this {device.type.upper()}', gpu)
 
 
@@ -289,22 +289,6 @@ def fastest(function):
         function()
         times.append(time.perf_counter() - start)
     return min(times)
-
-
-def free_memory():
-    """Return the bytes that this process can still take, with those that it has."""
-    free = math.inf
-    if hasattr(os, 'sysconf') and 'SC_PHYS_PAGES' in os.sysconf_names:
-        free = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
-    if os.path.exists('/proc/meminfo'):
-        with open('/proc/meminfo', encoding='utf-8') as file:
-            free = next(1024 * int(line.split()[1]) for line in file
-                        if line.startswith('MemAvailable'))
-    limit = '/sys/fs/cgroup/memory.max'  # a container's
-    if os.path.exists(limit):
-        with open(limit, encoding='utf-8') as file:
-            free = min(free, float(file.read().replace('max', 'inf')))
-    return free
 
 
 def setup_of(config, model, machine, how):

@@ -1,6 +1,7 @@
 """Choose and set up the machine: device, precision, compilation, memory."""
 
 import ctypes
+import math
 import os
 import shutil
 import sys
@@ -142,6 +143,22 @@ def keep_freed_memory():
             M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from malloc.h
             libc.mallopt(M_MMAP_MAX, 0)
             libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def free_memory():
+    """Return the bytes that this process can still take, with those that it has."""
+    free = math.inf
+    if hasattr(os, 'sysconf') and 'SC_PHYS_PAGES' in os.sysconf_names:
+        free = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+    if os.path.exists('/proc/meminfo'):
+        with open('/proc/meminfo', encoding='utf-8') as file:
+            free = next(1024 * int(line.split()[1]) for line in file
+                        if line.startswith('MemAvailable'))
+    limit = '/sys/fs/cgroup/memory.max'  # a container's
+    if os.path.exists(limit):
+        with open(limit, encoding='utf-8') as file:
+            free = min(free, float(file.read().replace('max', 'inf')))
+    return free
 
 
 def compile_or_eager(try_step):

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from flatgpt import runtime
 from flatgpt.owners import local
 
 
@@ -48,15 +49,6 @@ def copied(value, former, copies):
     return value
 
 
-def free_memory():
-    """Return the bytes of memory that are available, 0 where Linux's count is missing."""
-    try:
-        with open('/proc/meminfo') as file:
-            return next(1024 * int(line.split()[1]) for line in file if 'MemAvailable' in line)
-    except (OSError, StopIteration):
-        return 0
-
-
 class Saver:
     """Run one write at a time, in a thread if memory has room for a copy of its state."""
 
@@ -67,7 +59,7 @@ class Saver:
         """Call write(state), now or in a thread."""
         self.wait()
         n_bytes = sum(local(tensor).nbytes for tensor in tensors_in(state))
-        if not self.copy and n_bytes > free_memory() / 2:
+        if not self.copy and n_bytes > runtime.free_memory() / 2:
             write(state)
         else:
             self.copy = copied(state, self.copy, {})

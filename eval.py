@@ -49,7 +49,7 @@ from configurator import (
     override,
     printable,
 )
-from data import scoring
+from data import mixture, scoring
 from data.datasets import folder_of
 from data.encode import names_of
 from data.tokens import evenly, to_device
@@ -185,7 +185,11 @@ def loss_on_text():
     if input:
         text = scoring.open_file(input, text_key, text_tokenizer, max_tokens)
     else:
-        data_dir = folder_of(dataset or dataset_of(init_from, out_dir, which))
+        name = dataset or dataset_of(init_from, out_dir, which)
+        if len(names := list(mixture.parse(name))) > 1:
+            raise UserError(f'dataset={name!r} is a mixture of {", ".join(names)}; expected one, '
+                            f'such as --dataset={names[0]}')
+        data_dir = folder_of(name)
         text = scoring.open_split(data_dir, split or 'val', text_tokenizer)
     vocab_size = min(text.vocab_size or math.inf, model.config.vocab_size)
     windows, window, step = scoring.windows_over(text, max_tokens, block_size, stride)

@@ -29,9 +29,8 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # python -P leav
 import tokenizer
 from config.presets import PRESETS
 from configurator import Count, Fraction, Natural, NonNegative, Positive, Share, UserError, override
-from data import datasets
-from data.device import open_splits
-from data.tokens import Batches, eval_windows, share_of, sum_losses
+from data import datasets, mixture
+from data.tokens import Batches, share_of, sum_losses
 from flatgpt import checkpoint, flops, lora, optim, output, parallel, pretrained, runtime, sharded
 from flatgpt.cut import cut_step
 from flatgpt.generate import print_sample
@@ -60,7 +59,9 @@ wandb_log = False
 wandb_project = 'owt'
 wandb_run_name = 'gpt2'
 # data
-dataset = 'openwebtext'  # a folder under data/, or a path
+dataset = 'openwebtext'  # a folder under data/ or a path; several: 'web:0.7,code:0.3', by share
+anneal_dataset = ''  # the datasets of the last steps, as the learning rate falls
+anneal_fraction: Share = 0.2  # part of lr_decay_iters with anneal_dataset
 total_batch_size: Natural = 0  # tokens per step, all processes; 0: see gradient_accumulation_steps
 gradient_accumulation_steps: Count = 5 * 8  # micro-batches per step, over all processes
 batch_size: Count = 12  # sequences per micro-batch: as many as fit; does not change the mathematics
@@ -131,15 +132,14 @@ rate_at = optim.schedule(config)  # step -> learning rate
 lora.check_settings(config, init_from, out_dir)
 
 # this process, its device, its data
-world = parallel.from_environment()
+world, data = parallel.from_environment(), mixture.Data(config)
 if plan:
-    world.print(explain_plan(config, datasets.sizes_of(datasets.folder_of(dataset)), world))
+    world.print(explain_plan(config, datasets.sizes_of(data.path), world))
     raise SystemExit
 is_sharded = sharded.check_settings(config, world)
 if from_preset:
     world.print(f'preset {preset}: ' + ', '.join(f'{k}={v!r}' for k, v in from_preset.items()))
 torch_device = runtime.choose_device(device, world.local_rank)
-data_dir = datasets.folder_of(dataset)
 ckpt_path = os.path.join(out_dir, 'ckpt.pt')
 architecture = {name: config[name] for name in GPTConfig.__dataclass_fields__ if name in config}
 if init_from == 'scratch':
@@ -148,8 +148,7 @@ else:
     pretrained.check_source(init_from, ckpt_path)
 parallel.connect(world, torch_device, backend)
 runtime.use_machine(torch_device, deterministic)
-datasets.prepare_if_missing(data_dir, is_first=world.local_rank == 0)
-meta, stamps = datasets.load_meta(data_dir), datasets.stamps_of(data_dir)
+meta = data.prepare(is_first=world.local_rank == 0)
 if init_from == 'auto':
     init_from = 'resume' if os.path.exists(ckpt_path) else 'scratch'
 
@@ -167,8 +166,8 @@ def start():
             model = GPT(GPTConfig(**architecture, vocab_size=padded_vocab_size(n_ids)))
         return model, {'tokenizer': pretrained.GPT2_TOKENIZER}
     if init_from == 'resume':
-        return pretrained.resume(ckpt_path, config, meta, data_dir)
-    return pretrained.finetune(init_from, config, meta, data_dir)
+        return pretrained.resume(ckpt_path, config, meta, data.path)
+    return pretrained.finetune(init_from, config, meta, data.path)
 
 
 model, state = start()
@@ -203,8 +202,9 @@ use_compile, compile_reason = runtime.choose_compile(compile, torch_device, work
 
 # data: micro-batches of this process, as a function of the step
 n_ids = min(meta['vocab_size'] or math.inf, model.config.vocab_size)  # ids of the data are below
-splits = open_splits(data_dir, meta, block_size, torch_device, n_ids)
-batches = Batches(splits['train'], cut, seed, n_ids, torch_device, world)
+train_tokens = data.open(cut, torch_device, n_ids, lr_decay_iters or max_iters)
+batches = Batches(train_tokens, cut, seed, n_ids, torch_device, world)
+windows = data.windows(eval_iters, cut, eval_tokens)  # of an evaluation
 
 # one dict of resolved settings, for the screen, config.json and the checkpoint
 resolved = {**config, 'init_from': init_from, 'total_batch_size': cut.tokens,
@@ -217,30 +217,27 @@ trained = [p for p in model.parameters() if p.requires_grad]
 share = f', {sum(p.numel() for p in trained):,} of them are trained' if adapters else ''
 world.print(f'{model.get_num_params() / 1e6:.2f}M parameters{share}')
 if not eval_only:
-    epochs = max_iters * cut.tokens / len(splits['train'])
-    world.print(f'{max_iters} steps, {epochs:.2f} epochs'
-                + f'; val loss over {eval_tokens:,} tokens of val' * (eval_tokens > 0))
-    world.print(f'a step of {cut.tokens:,} tokens = {world.size} process(es) x {cut.micro_steps} '
-                f'micro-batch(es) x {cut.batch_size} x {block_size}')
+    for line in data.describe(cut, max_iters, eval_tokens, world.size):
+        world.print(line)
 
 
 @torch.no_grad()
 def evaluate():
-    """Return the mean loss in nats per token: {'train': ..., 'val': ...}.
+    """Return the mean losses in nats per token, {'train': {dataset: ...}, 'val': ...}.
 
-    'train': over eval_iters batches of fixed windows, at most as many as val has; 'val': over the
+    train: over eval_iters batches of fixed windows, at most as many as val has; val: over the
     split or eval_tokens of it. The processes share the work. Dropout is off, nothing is compiled.
     """
     model.eval()
-    losses = {}
-    for split, starts in eval_windows(splits, eval_iters, cut, eval_tokens).items():
+    losses = {'train': {}, 'val': {}}
+    for split, name, tokens, starts in windows:
         with autocast, torch.compiler.set_stance('force_eager'):
-            starts = share_of(starts, len(splits[split]), world)
-            totals = sum_losses(model, splits[split], starts, cut, n_ids)
+            starts = share_of(starts, len(tokens), world)
+            totals = sum_losses(model, tokens, starts, cut, n_ids)
         loss, count = world.sum(totals)
         if split == 'val' and not count:
-            raise UserError(f'{data_dir}: no token of val carries loss; prepare more of it')
-        losses[split] = loss / max(1, count)
+            raise UserError(f'{name}: no token of val carries loss; prepare more of it')
+        losses[split][name] = loss / max(1, count)
     model.train()
     return losses
 
@@ -292,20 +289,22 @@ while True:
     if run.is_due(eval_interval, max_iters, eval_first) or eval_only:
         bar.set_description('evaluating')
         gc.collect()
-        if shorter := datasets.find_rewritten(stamps, world.print):
+        if shorter := datasets.find_rewritten(data.stamps, world.print):
             run.stop_reason = shorter  # the next read could end the process
             break
         losses = evaluate()
+        train_loss, val_loss = (data.mean(losses[split]) for split in ('train', 'val'))
         bar.set_description()
         if world.is_main:
-            bar.write(f'step {run.step}: train loss {losses["train"]:.4f}, '
-                      f'val loss {losses["val"]:.4f}')
+            bar.write(f'step {run.step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}'
+                      + data.line(losses['val']))
         if eval_only:
             break
-        if world.is_main and math.isfinite(losses['val']):
-            run.log(step=run.step, train_loss=losses['train'], val_loss=losses['val'],
-                    train_time=round(run.train_time, 3))
-        run.evaluated(losses['val'], state_of_run, always_save_checkpoint)
+        if world.is_main and math.isfinite(val_loss):
+            run.log(step=run.step, train_loss=train_loss, val_loss=val_loss,
+                    train_time=round(run.train_time, 3),
+                    **data.record(losses['val'], cut, run.drawn(cut.tokens)))
+        run.evaluated(val_loss, state_of_run, always_save_checkpoint)
         if patience and run.evals_since_best >= patience:
             run.stop_reason = f'val loss has not improved for {patience} evaluations'
         t0 = time.perf_counter()  # evaluating and saving is not training time

@@ -171,6 +171,18 @@ def share_of(starts, n_tokens, world):
     return filled[world.rank :: world.size]
 
 
+def draw(tokens, first, n, block_size, seed):
+    """Return the first positions of the next n training windows, (n,).
+
+    first: how many were drawn before. tokens may be several datasets, see mixture.Sources.
+    """
+    if hasattr(tokens, 'draw'):
+        return tokens.draw(first, n, block_size, seed)
+    if row := row_of(tokens):
+        return train_items(first, n, len(tokens) // row, seed) * row
+    return train_windows(first, n, len(tokens), block_size, seed)
+
+
 # From windows to tensors --------------------------------------------------------------------------
 
 
@@ -180,7 +192,7 @@ def gather(tokens, starts, block_size, vocab_size):
     Past the end of the tokens x is 0 and y is -1, which the loss ignores; y is -1 also where the
     mask of Rows is 0. Raises UserError on an id that the model has no embedding for.
     """
-    if hasattr(tokens, 'gather'):  # device.DeviceTokens
+    if hasattr(tokens, 'gather'):  # device.DeviceTokens, mixture.Sources
         return tokens.gather(starts, block_size)
     index = np.asarray(starts)[:, None] + np.arange(block_size + 1)
     ids = tokens[np.minimum(index, len(tokens) - 1)].astype(np.int64)
@@ -197,6 +209,8 @@ def gather(tokens, starts, block_size, vocab_size):
 
 def count_targets(tokens, starts, block_size):
     """Return the number of targets in the training windows at `starts`."""
+    if hasattr(tokens, 'count_targets'):
+        return tokens.count_targets(starts, block_size)
     if not isinstance(tokens, Rows):
         return len(starts) * block_size
     return int(tokens.mask[starts[:, None] + np.arange(1, block_size + 1)].sum())
@@ -238,11 +252,7 @@ class Batches:
 
     def __call__(self, seen):
         cut, world, first = self.cut, self.world, seen // self.cut.block_size
-        if row := row_of(self.tokens):
-            starts = train_items(first, cut.sequences, len(self.tokens) // row, self.seed) * row
-        else:
-            starts = train_windows(first, cut.sequences, len(self.tokens), cut.block_size,
-                                   self.seed)
+        starts = draw(self.tokens, first, cut.sequences, cut.block_size, self.seed)
         n_targets = count_targets(self.tokens, starts, cut.block_size)
         parts = starts.reshape(world.size, cut.micro_steps, cut.batch_size)[world.rank]
         micro_batches = []

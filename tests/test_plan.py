@@ -4,12 +4,13 @@ import re
 from dataclasses import replace
 
 import pytest
+import torch
 from conftest import ROOT, TINY, load_script
 
 from bench import bare
 from config.presets import PRESETS
 from configurator import UserError
-from flatgpt import costs, lora, optim, parallel, plan
+from flatgpt import costs, lora, muon, parallel, plan
 from flatgpt.flops import GPUS, machine_named
 from model import GPT, GPTConfig
 
@@ -93,23 +94,23 @@ def test_lora_trains_the_adapters():
 
 
 def test_orthogonalization_is_muons(monkeypatch):
-    """The FLOPs of the products that optim.orthogonalize() takes in a step of Muon."""
+    """The FLOPs of the products that muon.orthogonalize() takes in a step of Muon."""
     config = GPTConfig(n_layer=2, n_head=4, n_kv_head=2, n_embd=32, vocab_size=64, block_size=16, bias=False,
                        mlp='swiglu')
     model, flops = GPT(config), []
     settings = {'learning_rate': 1e-3, **{key: PRESETS['modern'][key] for key in (
         'muon_lr', 'embedding_lr', 'weight_decay', 'beta1', 'beta2')}}
-    orthogonalize = optim.orthogonalize
+    orthogonalize = muon.orthogonalize
 
     def count(x, dtype):
         k, m, n = x.shape
         flops.append(5 * 2 * k * m * m * (2 * n + m))  # X X^T, its square, and their product with X
         return orthogonalize(x, dtype)
 
-    monkeypatch.setattr(optim, 'orthogonalize', count)
-    optimizer = optim.muon(model, settings, optim.torch.float32, parallel.World())
+    monkeypatch.setattr(muon, 'orthogonalize', count)
+    optimizer = muon.create(model, settings, torch.float32, parallel.World())
     for p in model.parameters():
-        p.grad = optim.torch.ones_like(p)
+        p.grad = torch.ones_like(p)
     optimizer.step()
     assert plan.orthogonalization(plan.Setup(config, 1, optimizer='muon')) == sum(flops)
 

@@ -1,0 +1,269 @@
+"""
+Mix datasets by share: which one fills a sequence is a function of the sequence's number.
+
+    shares = parse('web:0.7,code:0.2,books:0.1')  # {'web': 0.7, ...}; a plain name: {name: 1.0}
+    mixture = Mixture(shares, sequences=512)
+    mixture.sources(first, n)                     # (n,), the number of each sequence's dataset
+
+A pattern of 100 steps repeats, so the shares of any 100 steps are exact to one sequence. In it
+each dataset's sequences lie evenly. Each dataset is visited in shuffled epochs of its own.
+"""
+
+import hashlib
+import math
+import os
+import re
+import zlib
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from configurator import UserError
+from data import datasets
+from data.device import open_splits
+from data.tokens import count_targets, draw, eval_windows, gather
+from flatgpt import huggingface
+
+STEPS = 100  # of the pattern
+MOST_EPOCHS = 4  # more repeat a text too often ("Scaling Data-Constrained ...", Muennighoff 2023)
+
+
+def parse(dataset):
+    """Return {name or path: share of the sequences}, the shares together 1.
+
+    A plain name, or a path that exists, has share 1. Raises UserError for a share that is no
+    number or negative, for shares that are all 0, and for a name given twice.
+    """
+    is_mixture = ',' in dataset or re.fullmatch(r'.+:[\d.eE+-]+', dataset)
+    if os.path.exists(dataset) or not is_mixture:
+        return {dataset: 1.0}
+    shares = {}
+    for part in dataset.split(','):
+        name, _, share = part.strip().rpartition(':')
+        try:
+            shares[name], is_twice = float(share), name in shares
+        except ValueError:
+            name = ''
+        if not name:
+            raise UserError(f'dataset={dataset!r}: {part.strip()!r} has no share; expected '
+                            f'NAME:SHARE, as in web:0.7,code:0.3')
+        if is_twice:
+            raise UserError(f'dataset={dataset!r} names {name} twice; expected each dataset once')
+        if not 0 <= shares[name] < math.inf:
+            raise UserError(f'dataset={dataset!r}: the share of {name} is {share}; expected 0 or '
+                            f'more')
+    total = sum(shares.values())
+    if not total:
+        raise UserError(f'dataset={dataset!r}: all shares are 0; expected one above 0')
+    return {name: share / total for name, share in shares.items() if share}
+
+
+def apportion(shares, n):
+    """Divide n seats by the method of largest remainders; -> counts, (len(shares),)."""
+    quotas = np.array(shares) * n
+    counts = np.floor(quotas).astype(np.int64)
+    order = np.argsort(counts - quotas, kind='stable')  # the largest remainder first
+    counts[order[: n - counts.sum()]] += 1
+    return counts
+
+
+class Mixture:
+    """Assign sequences to sources; sequences: of a step."""
+
+    def __init__(self, shares, sequences):
+        self.period = STEPS * sequences
+        self.counts = apportion(shares, self.period)
+        # the k-th of c sequences is at (k + 1/2) / c of the pattern, or the next free place
+        places = np.concatenate([(np.arange(c) + 0.5) / c for c in self.counts])
+        owners = np.repeat(np.arange(len(shares)), self.counts)
+        self.pattern = owners[np.argsort(places, kind='stable')]
+        before = np.cumsum(self.pattern[:, None] == np.arange(len(shares)), axis=0)
+        self.before = np.concatenate([np.zeros_like(before[:1]), before])  # (period + 1, sources)
+
+    def sources(self, first, n):
+        """Return the source of each of n sequences, (n,)."""
+        return self.pattern[(first + np.arange(n)) % self.period]
+
+    def drawn(self, n):
+        """Return how many of the first n sequences are of each source."""
+        return n // self.period * self.counts + self.before[n % self.period]
+
+
+@dataclass
+class Annealed:
+    """Assign sequences by one Mixture, and from sequence `start` on by another."""
+
+    early: Mixture
+    late: Mixture
+    start: int
+
+    def sources(self, first, n):
+        """Return the source of each of n sequences, (n,)."""
+        n_early = min(n, max(0, self.start - first))
+        return np.concatenate((self.early.sources(first, n_early), self.late.sources(
+            max(0, first - self.start), n - n_early)))
+
+    def drawn(self, n):
+        """Return how many of the first n sequences are of each source."""
+        return self.early.drawn(min(n, self.start)) + self.late.drawn(max(0, n - self.start))
+
+
+@dataclass
+class Sources:
+    """Index the tokens of several datasets as one, and draw their windows by a Mixture."""
+
+    names: list
+    tokens: list
+    mixture: Mixture | Annealed
+    n_ids: int  # see tokens.gather()
+    ends: np.ndarray = field(init=False)
+
+    def __post_init__(self):
+        self.ends = np.cumsum([len(tokens) for tokens in self.tokens])
+
+    def __len__(self):
+        return int(self.ends[-1])
+
+    def draw(self, first, n, block_size, seed):
+        """Return the first positions of the next n windows, (n,); see tokens.draw()."""
+        sources, before = self.mixture.sources(first, n), self.mixture.drawn(first)
+        starts = np.empty(n, np.int64)
+        for i, (name, tokens) in enumerate(zip(self.names, self.tokens, strict=True)):
+            chosen = np.flatnonzero(sources == i)
+            own_seed = seed ^ zlib.crc32(name.encode())
+            starts[chosen] = self.ends[i] - len(tokens) + draw(
+                tokens, int(before[i]), len(chosen), block_size, own_seed)
+        return starts
+
+    def split(self, starts):
+        """Yield (places in starts, tokens, first positions there) of each source."""
+        sources = np.searchsorted(self.ends, starts, side='right')
+        for i in np.unique(sources):
+            places = np.flatnonzero(sources == i)
+            yield places, self.tokens[i], starts[places] - (self.ends[i] - len(self.tokens[i]))
+
+    def gather(self, starts, block_size):
+        """Return tokens.gather()'s x and y, (windows, block_size)."""
+        order, parts = [], []
+        for places, tokens, own_starts in self.split(starts):
+            order.append(places)
+            parts.append(gather(tokens, own_starts, block_size, self.n_ids))
+        # small datasets may be on a GPU, large ones are not
+        device = next((x.device for x, _ in parts if x.is_cuda), torch.device('cpu'))
+        back = torch.from_numpy(np.argsort(np.concatenate(order))).to(device)
+        return tuple(torch.cat([part.to(device) for part in column])[back]
+                     for column in zip(*parts, strict=True))
+
+    def count_targets(self, starts, block_size):
+        """Return the number of targets in the windows at `starts`."""
+        return sum(count_targets(tokens, own_starts, block_size)
+                   for _, tokens, own_starts in self.split(starts))
+
+
+# Of a run -----------------------------------------------------------------------------------------
+
+
+class Data:
+    """Hold the datasets of a run: {name: share}, folders, and their common meta.
+
+    config: train.py's dataset, anneal_dataset and anneal_fraction. Raises UserError for them.
+    """
+
+    def __init__(self, config):
+        self.shares = parse(config['dataset'])
+        self.late = parse(config['anneal_dataset']) if config['anneal_dataset'] else {}
+        self.fraction = config['anneal_fraction']
+        if self.late and not config['decay_lr']:
+            raise UserError('anneal_dataset takes over where the learning rate decays, but '
+                            'decay_lr=False; leave one out')
+        self.names = list({**self.shares, **self.late})
+        self.folders = {name: datasets.folder_of(name) for name in self.names}
+        self.path = next(iter(self.folders.values()))  # the first, for errors
+
+    def prepare(self, is_first):
+        """Prepare what is missing -> the common meta, see datasets.load_meta()."""
+        for folder in self.folders.values():
+            datasets.prepare_if_missing(folder, is_first)
+        self.metas = {name: datasets.load_meta(folder) for name, folder in self.folders.items()}
+        self.stamps = {path: stamp for folder in self.folders.values()
+                       for path, stamp in datasets.stamps_of(folder).items()}
+        self.meta = {}
+        for name, meta in self.metas.items():
+            self.add(name, meta)
+        if len(self.names) > 1:
+            facts = [self.shares, self.late, [meta['digest'] for meta in self.metas.values()]]
+            self.meta['digest'] = hashlib.sha256(repr(facts).encode()).hexdigest()
+        return self.meta
+
+    def add(self, name, meta):
+        """Take over what the datasets before do not name. Raises UserError for differences."""
+        for key, value in meta.items():
+            other = self.meta.get(key)
+            if value is None or other is None:
+                self.meta[key] = other if value is None else value
+            elif key in ('row', 'chat_template') and value != other or (
+                    key == 'tokenizer' and not huggingface.same_tokenizer(value, other)):
+                raise UserError(f'{name} has another {key} than {self.names[0]}: expected equal '
+                                f'ones; prepare both alike')
+
+    def open(self, cut, device, n_ids, last_step):
+        """Open the token files; last_step: the one where the learning rate is at its lowest."""
+        self.splits = {name: open_splits(self.folders[name], self.metas[name], cut.block_size,
+                                         device, n_ids) for name in self.names}
+        early, late = (Mixture([shares.get(name, 0.0) for name in self.names], cut.sequences)
+                       if shares else None for shares in (self.shares, self.late))
+        start = cut.sequences * (last_step - round(self.fraction * last_step))
+        self.mixture = Annealed(early, late, start) if late else early
+        tokens = [splits['train'] for splits in self.splits.values()]
+        if len(tokens) == 1:
+            return tokens[0]
+        return Sources(self.names, tokens, self.mixture, n_ids)
+
+    def windows(self, eval_iters, cut, eval_tokens):
+        """Return [(split, name, tokens, first positions)], see tokens.eval_windows()."""
+        return [(split, name, self.splits[name][split], starts) for name in self.names
+                for split, starts in eval_windows(self.splits[name], eval_iters, cut,
+                                                  eval_tokens).items()]
+
+    def mean(self, losses):
+        """Average {name: loss} by the shares of the datasets."""
+        if len(self.shares) == 1:
+            return losses[next(iter(self.shares))]
+        return sum(share * losses[name] for name, share in self.shares.items())
+
+    def progress(self, cut, seen):
+        """Return {name: (tokens drawn, epochs)} after so many tokens."""
+        drawn = self.mixture.drawn(seen // cut.block_size) * cut.block_size
+        return {name: (int(n), n / len(self.splits[name]['train']))
+                for name, n in zip(self.names, drawn, strict=True)}
+
+    def line(self, losses):
+        """Return {name: loss} as the rest of a line, empty for a single dataset."""
+        parts = (f'{os.path.basename(os.path.normpath(name))} {loss:.4f}'
+                 for name, loss in losses.items())
+        return f' ({", ".join(parts)})' * (len(self.names) > 1)
+
+    def record(self, losses, cut, seen):
+        """Return an evaluation's entry for the log, {} for a single dataset.
+
+        losses: {name: val loss}; seen: tokens so far.
+        """
+        if len(self.names) == 1:
+            return {}
+        return {'sources': {name: {'val_loss': losses[name], 'tokens': n, 'epochs': epochs}
+                            for name, (n, epochs) in self.progress(cut, seen).items()}}
+
+    def describe(self, cut, max_iters, eval_tokens, n_processes):
+        """Return lines about a run: steps, epochs, and datasets that it reads too often."""
+        progress, several = self.progress(cut, max_iters * cut.tokens), len(self.names) > 1
+        epochs = ', '.join(f'{epochs:.2f} epochs' + f' of {name}' * several
+                           for name, (_, epochs) in progress.items())
+        lines = [f'{max_iters} steps, {epochs}'
+                 + f'; val loss over {eval_tokens:,} tokens of val' * (eval_tokens > 0),
+                 f'a step of {cut.tokens:,} tokens = {n_processes} process(es) x '
+                 f'{cut.micro_steps} micro-batch(es) x {cut.batch_size} x {cut.block_size}']
+        return lines + [f'WARNING: {name} is read {epochs:.1f} times in this run; more than '
+                        f'{MOST_EPOCHS} teach little: lower its share, or add text'
+                        for name, (_, epochs) in progress.items()
+                        if several and epochs > MOST_EPOCHS]

@@ -19,6 +19,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from typing import Literal
 
 import torch
@@ -32,7 +33,7 @@ from configurator import Count, Fraction, Natural, NonNegative, Positive, Share,
 from data import datasets
 from data.device import open_splits
 from data.tokens import Batches, eval_windows, sum_losses
-from flatgpt import checkpoint, flops, lora, optim, output, parallel, pretrained, runtime
+from flatgpt import checkpoint, fit, flops, lora, optim, output, parallel, pretrained, runtime
 from flatgpt.cut import cut_step
 from flatgpt.generate import Sampling, generate_texts
 from flatgpt.plan import explain_plan
@@ -63,7 +64,7 @@ wandb_run_name = 'gpt2'
 dataset = 'openwebtext'  # a folder under data/, or a path
 total_batch_size: Natural = 0  # tokens per step, all processes; 0: see gradient_accumulation_steps
 gradient_accumulation_steps: Count = 5 * 8  # micro-batches per step, over all processes
-batch_size: Count = 12  # sequences per micro-batch: as many as fit; does not change the mathematics
+batch_size: Count | Literal['auto'] = 12  # sequences per micro-batch; auto: as many as fit
 block_size: Count = 1024  # context length, tokens
 # model; GPTConfig describes each field
 preset: Literal['gpt2', 'llama', 'modern'] = 'gpt2'  # config/presets.py; modern learns fastest
@@ -207,6 +208,8 @@ batches = Batches(splits['train'], cut, seed, n_ids, torch_device, world)
 resolved = {**config, 'init_from': init_from, 'total_batch_size': cut.tokens,
             'batch_size': cut.batch_size, 'block_size': block_size, 'device': str(torch_device),
             'dtype': precision, 'compile': use_compile}
+if batch_size == 'auto':
+    world.print(fit.choose_batch(cut, resolved, model, world))
 threads = f' (threads: {torch.get_num_threads()})' if torch_device.type == 'cpu' else ''
 world.print(f'device {torch_device}{threads}, dtype {precision} ({precision_reason}), '
             f'compile {use_compile} ({compile_reason})')
@@ -253,22 +256,41 @@ def state_of_run():
 # the folder of the run: an earlier run's files are moved, not overwritten
 run = checkpoint.Run(out_dir, resolved, state if init_from == 'resume' else None, world,
                      folder=not eval_only)
-smaller = {'batch_size': cut.smaller, 'total_batch_size': cut.tokens} if cut.smaller else {}
-run.explain_out_of_memory(smaller, 'One sequence does not fit: lower --block_size or --n_embd')
+fit.explain(cut, run)
 state = None  # the loaded tensors are no longer needed
 
 # the training step, compiled if that works here
-if use_compile:
-    world.print('compiling the training step (--compile=False starts at once)')
+is_auto = batch_size == 'auto'
 
-    def try_step():
-        x, y, _ = batches(run.drawn(cut.tokens))[0][0]
+
+def try_step():
+    for x, y, _ in batches(run.drawn(cut.tokens))[0][: 1 + is_auto]:  # one adds to gradients
         with autocast:
             model(x, y, return_logits=False)[1].backward()
 
-    runtime.compile_training(model, try_step)
-    opt.zero_grad(set_to_none=True)
+
+if use_compile:
+    world.print('compiling the training step (--compile=False starts at once)')
+    try_step = partial(runtime.compile_training, model, try_step)
+if use_compile or is_auto:
+    fit.begin(cut, try_step, run, opt, is_auto)
 step_model = parallel.average_gradients(model, world, torch_device)
+
+
+
+def accumulate(micro_batches):
+    """Sum up the gradient of the step's mean loss in .grad; -> the loss."""
+    torch.manual_seed(seed + 1_000_003 * (run.step + 1) + world.rank)  # dropout: (seed, step) alone
+    loss_sum = torch.zeros((), device=torch_device)
+    for micro_step, (x, y, share) in enumerate(micro_batches):
+        # DDP, not a plain model, reads this: it averages gradients with the last micro-batch alone
+        step_model.require_backward_grad_sync = micro_step == cut.micro_steps - 1
+        with autocast:
+            loss = step_model(x, y, return_logits=False)[1] * share
+        loss_sum += loss.detach()
+        scaler.scale(loss).backward()
+    return loss_sum
+
 
 # the loop -----------------------------------------------------------------------------------------
 bar = tqdm(total=max_iters, initial=run.step, unit='step', dynamic_ncols=True, smoothing=0.05,
@@ -308,22 +330,19 @@ while True:
     if run.step >= max_iters or run.stop_reason:
         break
 
-    # forward and backward over the micro-batches; .grad sums up the gradient of the mean loss
-    torch.manual_seed(seed + 1_000_003 * (run.step + 1) + world.rank)  # dropout: (seed, step) alone
+    # forward and backward over the micro-batches
     lr = rate_at(run.step)
     for group in opt.param_groups:
         group['lr'] = lr * group['lr_scale']
     micro_batches, n_targets = next_batch.result()
     tokens_seen = run.seen + cut.tokens
     next_batch = prefetch.submit(batches, tokens_seen)
-    loss_sum = torch.zeros((), device=torch_device)
-    for micro_step, (x, y, share) in enumerate(micro_batches):
-        # DDP, not a plain model, reads this: it averages gradients with the last micro-batch alone
-        step_model.require_backward_grad_sync = micro_step == cut.micro_steps - 1
-        with autocast:
-            loss = step_model(x, y, return_logits=False)[1] * share
-        loss_sum += loss.detach()
-        scaler.scale(loss).backward()
+    while (loss_sum := fit.attempt(cut, world.size == 1, accumulate, micro_batches)) is None:
+        next_batch.result()  # it reads the cut, which changes now
+        bar.write(fit.halve(cut, run))
+        opt.zero_grad(set_to_none=True)
+        micro_batches, _ = batches(run.seen)
+        next_batch = prefetch.submit(batches, tokens_seen)
     scaler.unscale_(opt)
     norm = torch.nn.utils.get_total_norm([p.grad for p in trained])
     if grad_clip and (torch_device.type == 'cuda' or norm > grad_clip):  # no wait for a GPU's norm

@@ -292,7 +292,7 @@ def fastest(function):
 
 
 def free_memory():
-    """Return the bytes that this process can still take, with those that it has."""
+    """Return the bytes of memory that this process can still take."""
     free = math.inf
     if hasattr(os, 'sysconf') and 'SC_PHYS_PAGES' in os.sysconf_names:
         free = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
@@ -373,7 +373,11 @@ def explain_plan(config, sizes, world):
     model = replace(model, block_size=context)
     machine, precision, how = machine_of(config, world)
     setup = setup_of(config, model, machine, how)
-    most, parts = room(machine, how), need(setup)
+    most = room(machine, how)
+    if config['batch_size'] == 'auto':
+        batch_size = largest_batch(setup, most) or 1
+        setup = replace(setup, batch_size=batch_size, micro_steps=setup.micro_steps // batch_size)
+    parts = need(setup)
     place = next(name for name, other in places(setup).items() if other == parts)
     needed, n = sum(parts.values()), parameters(setup)[0]
     tokens = setup.tokens * setup.micro_steps * setup.n_processes

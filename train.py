@@ -14,11 +14,11 @@ saves and prints the command that continues. A missing dataset is prepared first
 import gc
 import math
 import os
-import shlex
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from typing import Literal
 
 import torch
@@ -27,14 +27,15 @@ from tqdm import tqdm
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # python -P leaves it out
 
 import tokenizer
-from config.presets import PRESETS
+from config import presets
 from configurator import Count, Fraction, Natural, NonNegative, Positive, Share, UserError, override
 from data import datasets, mixture
-from data.tokens import Batches, share_of, sum_losses
-from flatgpt import checkpoint, flops, lora, optim, output, parallel, pretrained, runtime, sharded
+from data.tokens import Batches
+from flatgpt import checkpoint, fit, flops, lora, optim, output, parallel, pretrained, runtime
 from flatgpt.cut import cut_step
-from flatgpt.generate import print_sample
+from flatgpt.generate import command_to_try, print_sample
 from flatgpt.plan import explain_plan
+from flatgpt.sharded import deferred, place, should_shard
 from model import GPT, GPTConfig, padded_vocab_size
 
 # a full disk or a closed terminal must not end the run: lines that cannot be printed are dropped
@@ -64,7 +65,7 @@ anneal_dataset = ''  # the datasets of the last steps, as the learning rate fall
 anneal_fraction: Share = 0.2  # part of lr_decay_iters with anneal_dataset
 total_batch_size: Natural = 0  # tokens per step, all processes; 0: see gradient_accumulation_steps
 gradient_accumulation_steps: Count = 5 * 8  # micro-batches per step, over all processes
-batch_size: Count = 12  # sequences per micro-batch: as many as fit; does not change the mathematics
+batch_size: Count | Literal['auto'] = 12  # sequences per micro-batch; auto: as many as fit
 block_size: Count = 1024  # context length, tokens
 # model; GPTConfig describes each field
 preset: Literal['gpt2', 'llama', 'modern'] = 'gpt2'  # config/presets.py; modern learns fastest
@@ -123,8 +124,7 @@ config = override(globals())
 # --------------------------------------------------------------------------------------------------
 
 # the preset sets the settings that nobody set
-from_preset = {key: value for key, value in PRESETS[preset].items() if key not in config.given}
-config.update(from_preset)
+from_preset = presets.fill(config)
 globals().update(from_preset)
 
 # rules between settings
@@ -136,7 +136,7 @@ world, data = parallel.from_environment(), mixture.Data(config)
 if plan:
     world.print(explain_plan(config, datasets.sizes_of(data.path), world))
     raise SystemExit
-is_sharded = sharded.check_settings(config, world)
+is_sharded = should_shard(config, world)
 if from_preset:
     world.print(f'preset {preset}: ' + ', '.join(f'{k}={v!r}' for k, v in from_preset.items()))
 torch_device = runtime.choose_device(device, world.local_rank)
@@ -162,7 +162,7 @@ def start():
     torch.manual_seed(seed)
     if init_from == 'scratch':
         n_ids = meta['vocab_size'] or 50257  # GPT-2's, if the dataset records none
-        with sharded.deferred(is_sharded):
+        with deferred(is_sharded):
             model = GPT(GPTConfig(**architecture, vocab_size=padded_vocab_size(n_ids)))
         return model, {'tokenizer': pretrained.GPT2_TOKENIZER}
     if init_from == 'resume':
@@ -181,7 +181,7 @@ cut = cut_step(config, block_size, world.size)
 
 # device, precision, optimizer
 precision, precision_reason = runtime.choose_dtype(dtype, torch_device)
-sharded.place(model, config['shard'], world, precision, torch_device)
+place(model, config['shard'], world, precision, torch_device)
 model.recompute = recompute == 'block'
 facts = {'data': meta['digest'], 'step': state.get('iter_num'), 'seen': state.get('seen')}
 world.check_alike({**facts, **config, 'dtype': precision})
@@ -204,12 +204,14 @@ use_compile, compile_reason = runtime.choose_compile(compile, torch_device, work
 n_ids = min(meta['vocab_size'] or math.inf, model.config.vocab_size)  # ids of the data are below
 train_tokens = data.open(cut, torch_device, n_ids, lr_decay_iters or max_iters)
 batches = Batches(train_tokens, cut, seed, n_ids, torch_device, world)
-windows = data.windows(eval_iters, cut, eval_tokens)  # of an evaluation
 
 # one dict of resolved settings, for the screen, config.json and the checkpoint
 resolved = {**config, 'init_from': init_from, 'total_batch_size': cut.tokens,
             'batch_size': cut.batch_size, 'block_size': block_size, 'device': str(torch_device),
             'dtype': precision, 'compile': use_compile}
+is_auto = batch_size == 'auto'
+if is_auto:
+    world.print(fit.choose_batch(cut, resolved, model, world))
 threads = f' (threads: {torch.get_num_threads()})' if torch_device.type == 'cpu' else ''
 world.print(f'device {torch_device}{threads}, dtype {precision} ({precision_reason}), '
             f'compile {use_compile} ({compile_reason})')
@@ -219,27 +221,7 @@ world.print(f'{model.get_num_params() / 1e6:.2f}M parameters{share}')
 if not eval_only:
     for line in data.describe(cut, max_iters, eval_tokens, world.size):
         world.print(line)
-
-
-@torch.no_grad()
-def evaluate():
-    """Return the mean losses in nats per token, {'train': {dataset: ...}, 'val': ...}.
-
-    train: over eval_iters batches of fixed windows, at most as many as val has; val: over the
-    split or eval_tokens of it. The processes share the work. Dropout is off, nothing is compiled.
-    """
-    model.eval()
-    losses = {'train': {}, 'val': {}}
-    for split, name, tokens, starts in windows:
-        with autocast, torch.compiler.set_stance('force_eager'):
-            starts = share_of(starts, len(tokens), world)
-            totals = sum_losses(model, tokens, starts, cut, n_ids)
-        loss, count = world.sum(totals)
-        if split == 'val' and not count:
-            raise UserError(f'{name}: no token of val carries loss; prepare more of it')
-        losses[split][name] = loss / max(1, count)
-    model.train()
-    return losses
+windows = data.windows(eval_iters, cut, eval_tokens)  # of an evaluation
 
 
 def state_of_run():
@@ -254,22 +236,37 @@ def state_of_run():
 # the folder of the run: an earlier run's files are moved, not overwritten
 run = checkpoint.Run(out_dir, resolved, state if init_from == 'resume' else None, world,
                      folder=not eval_only)
-smaller = {'batch_size': cut.smaller, 'total_batch_size': cut.tokens} if cut.smaller else {}
-run.explain_out_of_memory(smaller, 'One sequence does not fit: lower --block_size or --n_embd')
+fit.explain(cut, run)
 state = None  # the loaded tensors are no longer needed
 
 # the training step, compiled if that works here
-if use_compile:
-    world.print('compiling the training step (--compile=False starts at once)')
-
-    def try_step():
-        x, y, _ = batches(run.drawn(cut.tokens))[0][0]
+def try_step():
+    for x, y, _ in batches(run.drawn(cut.tokens))[0][: 1 + is_auto]:  # one adds to gradients
         with autocast:
             model(x, y, return_logits=False)[1].backward()
 
-    runtime.compile_training(model, try_step)
-    opt.zero_grad(set_to_none=True)
+
+if use_compile:
+    world.print('compiling the training step (--compile=False starts at once)')
+    try_step = partial(runtime.compile_training, model, try_step)
+if use_compile or is_auto:
+    fit.begin(cut, try_step, run, opt, is_auto)
 step_model = parallel.average_gradients(model, world, torch_device)
+
+
+def accumulate(micro_batches):
+    """Sum up the gradient of the step's mean loss in .grad; -> the loss."""
+    torch.manual_seed(seed + 1_000_003 * (run.step + 1) + world.rank)  # dropout: (seed, step) alone
+    loss_sum = torch.zeros((), device=torch_device)
+    for micro_step, (x, y, share) in enumerate(micro_batches):
+        # DDP, not a plain model, reads this: it averages gradients with the last micro-batch alone
+        step_model.require_backward_grad_sync = micro_step == cut.micro_steps - 1
+        with autocast:
+            loss = step_model(x, y, return_logits=False)[1] * share
+        loss_sum += loss.detach()
+        scaler.scale(loss).backward()
+    return loss_sum
+
 
 # the loop -----------------------------------------------------------------------------------------
 bar = tqdm(total=max_iters, initial=run.step, unit='step', dynamic_ncols=True, smoothing=0.05,
@@ -292,7 +289,7 @@ while True:
         if shorter := datasets.find_rewritten(data.stamps, world.print):
             run.stop_reason = shorter  # the next read could end the process
             break
-        losses = evaluate()
+        losses = data.evaluate(model, windows, cut, autocast, world)
         train_loss, val_loss = (data.mean(losses[split]) for split in ('train', 'val'))
         bar.set_description()
         if world.is_main:
@@ -311,26 +308,21 @@ while True:
     if run.step >= max_iters or run.stop_reason:
         break
 
-    # forward and backward over the micro-batches; .grad sums up the gradient of the mean loss
-    torch.manual_seed(seed + 1_000_003 * (run.step + 1) + world.rank)  # dropout: (seed, step) alone
+    # forward and backward over the micro-batches
     lr = rate_at(run.step)
     for group in opt.param_groups:
         group['lr'] = lr * group['lr_scale']
     micro_batches, n_targets = next_batch.result()
     tokens_seen = run.seen + cut.tokens
     next_batch = prefetch.submit(batches, tokens_seen)
-    loss_sum = torch.zeros((), device=torch_device)
-    for micro_step, (x, y, share) in enumerate(micro_batches):
-        # DDP, not a plain model, reads this: it averages gradients with the last micro-batch alone
-        step_model.require_backward_grad_sync = micro_step == cut.micro_steps - 1
-        with autocast:
-            loss = step_model(x, y, return_logits=False)[1] * share
-        loss_sum += loss.detach()
-        scaler.scale(loss).backward()
+    while (loss_sum := fit.attempt(cut, world.size == 1, accumulate, micro_batches)) is None:
+        next_batch.result()  # it reads the cut, which changes now
+        bar.write(fit.halve(cut, run))
+        opt.zero_grad(set_to_none=True)
+        micro_batches, _ = batches(run.seen)
+        next_batch = prefetch.submit(batches, tokens_seen)
     scaler.unscale_(opt)
-    norm = parallel.norm_of(trained)
-    if grad_clip and (torch_device.type == 'cuda' or norm > grad_clip):  # no wait for a GPU's norm
-        torch.nn.utils.clip_grads_with_norm_(trained, grad_clip, norm)
+    norm = parallel.clip(trained, grad_clip)
 
     # read loss and norm before the update, which could ruin the weights; agree on when to stop.
     # On a GPU they are those of the step before, so that it does not idle
@@ -394,10 +386,8 @@ if world.is_main and is_complete:
         if is_sharded:  # this process has a part of the model
             model = pretrained.open_model('resume', out_dir, 'last')[0].to(torch_device)
         print_sample(model, tokenizer.from_dict(text_tokenizer), sample_prompt, sample_tokens)
-    script = ['-m', 'posttrain.chat'] if meta['row'] else ['sample.py']
-    prompt = [f'--start={sample_prompt}'] if sample_prompt.strip() and not meta['row'] else []
     if run.saved_step:
-        print('try it:\n  ' + shlex.join(['python', *script, f'--out_dir={out_dir}', *prompt]))
+        print('try it:\n  ' + command_to_try(out_dir, sample_prompt, is_chat=bool(meta['row'])))
 if run.wandb:
     run.wandb.finish()
 if not eval_only:

@@ -29,6 +29,7 @@ CASES = {
     'activations': ('gpt2', SHAPE),
     'activations, modern': ('modern', SHAPE),
     'recompute': ('llama', {**SHAPE, 'recompute': True}),
+    'dropout': ('gpt2', {**SHAPE, 'dropout': 0.2}),
     'micro-batches': ('gpt2', {**SHAPE, 'batch_size': 2, 'total_batch_size': 1024}),
     'long context': ('modern', {**SHAPE, 'n_embd': 128, 'block_size': 1024, 'batch_size': 2}),
     'large vocabulary': ('gpt2', {**SHAPE, 'n_embd': 128, 'n_layer': 2, 'vocab_size': 50304}),

@@ -22,7 +22,7 @@ import torch
 from configurator import UserError
 from data import datasets
 from data.device import open_splits
-from data.tokens import count_targets, draw, eval_windows, gather
+from data.tokens import count_targets, draw, eval_windows, gather, share_of, sum_losses
 from flatgpt import huggingface
 
 STEPS = 100  # of the pattern
@@ -211,6 +211,7 @@ class Data:
         """Open the token files; last_step: the one where the learning rate is at its lowest."""
         self.splits = {name: open_splits(self.folders[name], self.metas[name], cut.block_size,
                                          device, n_ids) for name in self.names}
+        self.n_ids = n_ids
         early, late = (Mixture([shares.get(name, 0.0) for name in self.names], cut.sequences)
                        if shares else None for shares in (self.shares, self.late))
         start = cut.sequences * (last_step - round(self.fraction * last_step))
@@ -225,6 +226,26 @@ class Data:
         return [(split, name, self.splits[name][split], starts) for name in self.names
                 for split, starts in eval_windows(self.splits[name], eval_iters, cut,
                                                   eval_tokens).items()]
+
+    @torch.no_grad()
+    def evaluate(self, model, windows, cut, autocast, world):
+        """Return the mean losses in nats per token, {'train': {dataset: ...}, 'val': ...}.
+
+        windows: windows(). The processes share the work. Dropout is off, nothing is compiled.
+        """
+        model.eval()
+        losses = {'train': {}, 'val': {}}
+        for split, name, tokens, starts in windows:
+            with autocast, torch.compiler.set_stance('force_eager'):
+                starts = share_of(starts, len(tokens), world)
+                totals = sum_losses(model, tokens, starts, cut, self.n_ids)
+            loss, count = world.sum(totals)
+            if split == 'val' and not count:
+                raise UserError(f'{self.folders[name]}: no token of val carries loss; prepare more '
+                                f'of it')
+            losses[split][name] = loss / max(1, count)
+        model.train()
+        return losses
 
     def mean(self, losses):
         """Average {name: loss} by the shares of the datasets."""

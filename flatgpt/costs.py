@@ -5,7 +5,7 @@ Compute a GPT's FLOPs, parameters and memory from its shapes, part by part.
     costs.memory(GPTConfig(), 8, 1024)    # {'weights': ..., 'gradients': ..., ...}
 
 B sequences of T positions. Units are bytes and FLOPs, never MB or GFLOP. memory() is that of eager
-code without dropout and without recomputation.
+code without recomputation.
 """
 
 from typing import NamedTuple
@@ -79,9 +79,9 @@ EAGER = How()
 def activations(config, B, T, how=EAGER):
     """Return the bytes that autograd keeps: (of one layer, of all else).
 
-    The residual stream and the losses are in fp32. The (T, T) attention weights are not kept, but
-    for blocked_heads(): the kernels compute them twice. Holds for the architectures of
-    config.presets and similar ones, without dropout.
+    The residual stream and the losses are in fp32. The (T, T) attention weights are not kept where
+    kernels compute them twice; see blocked_heads() for the CPU. Holds for the architectures of
+    config.presets and similar ones.
     """
     c, (_, _, _, n_out) = config, widths(config)
     is_rms, item = c.norm == 'rmsnorm', how.item
@@ -95,7 +95,8 @@ def activations(config, B, T, how=EAGER):
     if how.compiled:
         return compiled_layer(config, B, T, how), rest
     activation = item * (3 if c.mlp == 'swiglu' else 1) * n_out
-    layer = B * T * (2 * norm + inputs_of_products(c, item) + activation)
+    mask = (1 if how.on_gpu else item) * 2 * c.n_embd * (c.dropout > 0)
+    layer = B * T * (2 * norm + inputs_of_products(c, item) + activation + mask)
     return layer + heads(config, B, T, how), rest
 
 
@@ -113,6 +114,8 @@ def heads(config, B, T, how):
     kept = 4 * c.n_head + item * (c.pos == 'rope') * qk  # rotated q and k are copies
     kept += item * qkv + 4 * qk * (c.qk_norm and item < 4)  # normed ones are copies in fp32
     kept += is_short * (item < 4) * ((4 - item) * qkv + 4 * q)
+    if c.dropout and not how.on_gpu:  # torch writes it out: weights, random numbers, their product
+        kept += 3 * c.n_head * T * (4 if is_short else item)
     return B * T * kept
 
 
@@ -126,7 +129,7 @@ def compiled_layer(config, B, T, how):
     stats = 4 * (2 if c.norm == 'layernorm' else 1)
     qk, n_heads = (qkv + q) // 2, c.n_head + c.kv_heads
     kept = 4 * c.n_embd + 2 * stats + inputs_of_products(c, item) + item * (c.n_embd + n_in)
-    if not how.on_gpu and T <= ops.CACHED:
+    if not how.on_gpu and (T <= ops.CACHED or c.dropout):
         kept += c.qk_norm * (item * qkv + 4 * n_heads)
         return B * T * kept + blocked_heads(config, B, T, item)
     kept += item * qkv + (c.pos == 'rope') * item * qk + 4 * c.n_head + 4 * n_heads * c.qk_norm
@@ -138,7 +141,7 @@ def blocked_heads(config, B, T, item):
     c, size = config, max(64, T // 8)
     ends = [min(start + size, T) for start in range(0, T, size)]
     pairs = sum(min(size, T - (end - size)) * end for end in ends)
-    weights = c.n_head * pairs * (4 + item * (item < 4))
+    weights = c.n_head * pairs * (4 + item * (item < 4 or c.dropout > 0))
     return B * (weights + item * c.head_size * (c.n_head * T + 2 * c.kv_heads * sum(ends)))
 
 

@@ -101,10 +101,16 @@ def average_gradients(model, world, device):
     return DDP(model, [device] if device.type == 'cuda' else None, gradient_as_bucket_view=True)
 
 
-def norm_of(params):
-    """Return the norm of all gradients together, of all processes where they are sharded."""
+def clip(params, most):
+    """Scale gradients down to a norm of at most `most`, unless it is 0; -> the norm before.
+
+    It is the norm of all gradients together, over all processes where they are sharded.
+    """
     norm = torch.nn.utils.get_total_norm([p.grad for p in params])
-    return norm.full_tensor() if hasattr(norm, 'full_tensor') else norm
+    norm = norm.full_tensor() if hasattr(norm, 'full_tensor') else norm
+    if most and (norm.is_cuda or norm > most):  # no wait for a GPU's norm
+        torch.nn.utils.clip_grads_with_norm_(params, most, norm)
+    return norm
 
 
 def meet(store, world, patience=1800):

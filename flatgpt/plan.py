@@ -1,13 +1,13 @@
 """
 Predict the memory and the time of a training step, without taking it.
 
-    setup = setup_of(model_config, config, n_processes=8, how=costs.How())
-    need(setup)                       # {'weights': bytes, ...} of a GPU where memory is fullest
-    seconds_of_step(setup, machine)   # {'compute': ..., 'exchange': ...}
+    setup = Setup(GPTConfig(), batch_size=12, micro_steps=5, n_processes=8)
+    need(setup)                                         # {'weights': bytes, ...} of a GPU
+    seconds_of_step(setup, machine_named('8xH200'))     # {'products': seconds, ...}
 
-Memory is fullest at one of three places: where the loss is computed, in the backward pass of a
-block, or in the update. bench/plan.py compares the prediction with measurements; the figures are in
-bench/results. Units are bytes and seconds.
+Memory is fullest where the loss is computed, in the backward pass of a block, or in the update.
+bench/plan.py compares the prediction with measurements; the figures are in bench/results. Units are
+bytes and seconds.
 """
 
 import math
@@ -97,7 +97,7 @@ def places(setup):
              'moments': (8 * n_trained - 4 * matrices) / s.n_shards}
     gradients = 4 * n_trained / s.n_shards
     # they stay while micro-batches add up, and in the buckets of DDP
-    before = gradients if s.micro_steps > 1 or s.n_processes > s.n_shards else 0
+    before = gradients if s.micro_steps > 1 or s.n_shards == 1 < s.n_processes else 0
     layer, rest = costs.activations(c, s.batch_size, c.block_size, s.how)
     residual = 4 * s.tokens * c.n_embd
     tables = sum(map(c.has_value_embedding, range(c.n_layer)))
@@ -357,7 +357,11 @@ def explain_plan(config, sizes, world):
     model = replace(model, block_size=context)
     machine, precision, how = machine_of(config, world)
     setup = setup_of(config, model, machine, how)
-    most, parts = room(machine, how), need(setup)
+    most = room(machine, how)
+    if config['batch_size'] == 'auto':
+        batch_size = largest_batch(setup, most) or 1
+        setup = replace(setup, batch_size=batch_size, micro_steps=setup.micro_steps // batch_size)
+    parts = need(setup)
     place = next(name for name, other in places(setup).items() if other == parts)
     needed, n = sum(parts.values()), parameters(setup)[0]
     tokens = setup.tokens * setup.micro_steps * setup.n_processes

@@ -120,8 +120,21 @@ def use_machine(device, deterministic=False):
     if device.type == 'cpu':
         keep_freed_memory()
     if device.type == 'cuda':
+        expand_segments()
         # TF32 keeps ten bits of fp32 factors, which is enough, and multiplies much faster
         torch.set_float32_matmul_precision('high')
+
+
+def expand_segments():
+    """Let segments of a GPU's memory grow, unless the user set the allocator up.
+
+    Tensors of changing sizes then leave smaller gaps. Works before the first tensor, on Linux.
+    """
+    names = ('PYTORCH_ALLOC_CONF', 'PYTORCH_CUDA_ALLOC_CONF', 'PYTORCH_HIP_ALLOC_CONF')
+    if sys.platform == 'linux' and not any(name in os.environ for name in names):
+        # before torch 2.9 it had the other name
+        apply = getattr(torch._C, '_accelerator_setAllocatorSettings', None)
+        (apply or torch.cuda.memory._set_allocator_settings)('expandable_segments:True')
 
 
 def use_cores():
@@ -146,7 +159,7 @@ def keep_freed_memory():
 
 
 def free_memory():
-    """Return the bytes that this process can still take, with those that it has."""
+    """Return the bytes of memory that this process can still take."""
     free = math.inf
     if hasattr(os, 'sysconf') and 'SC_PHYS_PAGES' in os.sysconf_names:
         free = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')

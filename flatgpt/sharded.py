@@ -79,7 +79,7 @@ class Deferred:
             mode.__exit__(*error)
 
 
-def check_settings(config, world):
+def should_shard(config, world):
     """Return whether to shard; shard becomes 'none' for a single process.
 
     Raises UserError for settings that exclude it.

@@ -23,7 +23,7 @@ SETUP = plan.Setup(EIGHT, 1, 8, 8, how=costs.How(compiled=True))
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 @pytest.mark.parametrize('name', [
-    'activations', 'activations, modern', 'recompute', 'micro-batches', 'weights',
+    'activations', 'activations, modern', 'recompute', 'micro-batches', 'weights', 'dropout',
     pytest.param('long context', marks=pytest.mark.slow), pytest.param('large vocabulary', marks=pytest.mark.slow)])
 def test_memory_is_that_of_a_step(name, dtype):
     """Within 10% of all tensors of a real step on this CPU, not compiled."""
@@ -37,6 +37,21 @@ def test_memory_is_that_of_a_step(name, dtype):
 def test_memory_is_that_of_a_compiled_step(name, dtype):
     s = bench.settings_of(name, dtype, compile=True)
     assert sum(bench.predict(s).values()) == pytest.approx(bare.in_own_process(s, only_memory=True)['tensors'], rel=0.1)
+
+
+@pytest.mark.parametrize('is_int8', [False, True])
+def test_memory_of_lora_is_that_of_a_step(monkeypatch, is_int8):
+    def with_adapters(config):
+        model = GPT(config)
+        lora.add(model, 8, 16.0, ['c_attn', 'c_fc', 'c_proj'], is_int8)
+        return model
+
+    monkeypatch.setattr(bare, 'GPT', with_adapters)
+    s = bench.settings_of('activations', 'float32', compile=False)
+    config = GPTConfig(**{name: s[name] for name in GPTConfig.__dataclass_fields__ if name in s})
+    setup = plan.Setup(config, s['batch_size'], how=costs.How(4, on_gpu=False),
+                       lora=(8, ['c_attn', 'c_fc', 'c_proj'], is_int8))
+    assert plan.total(setup) == pytest.approx(bare.measure_memory(s)['tensors'], rel=0.1)
 
 
 def test_8b_needs_shards():

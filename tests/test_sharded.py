@@ -176,9 +176,9 @@ def test_float16_and_lora_have_no_shards(alone, monkeypatch):
         sharded.place(model, 'full', alone, 'float32', CPU)
     monkeypatch.setenv('LOCAL_WORLD_SIZE', '4')
     with pytest.raises(UserError, match='6 processes are no multiple of 4: use --shard=full'):
-        sharded.check_settings({'shard': 'hybrid'}, World(size=6))
+        sharded.should_shard({'shard': 'hybrid'}, World(size=6))
     config = {'shard': 'full'}
-    assert not sharded.check_settings(config, World()) and config['shard'] == 'none'
+    assert not sharded.should_shard(config, World()) and config['shard'] == 'none'
 
 
 @given(n=st.integers(1, 5), rows=st.integers(1, 7), columns=st.integers(1, 3), batches=st.integers(0, 4))

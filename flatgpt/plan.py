@@ -423,14 +423,15 @@ def explain_time(setup, machine, max_iters, has_peak):
     flops = 3 * sum(costs.flops(setup.model, setup.model.block_size).values())
     mfu = f', MFU {flops * tokens / step / machine.gpu.flops:.0%}' if has_peak else ''
     parts = ', '.join(f'{name} {1e3 * part:,.0f}' for name, part in seconds.items() if part)
-    return [f'a step takes at least {1e3 * step:,.0f} ms ({parts})',
+    bound = 'at least' if has_peak else 'about'  # by a datasheet, or by measured speeds
+    return [f'a step takes {bound} {1e3 * step:,.0f} ms ({parts})',
             f'that is {tokens * setup.n_processes / step:,.0f} tokens/s{mfu}; '
             f'{max_iters:,} steps take {duration(max_iters * step)}']
 
 
 def duration(seconds):
-    """Format seconds as '3.2 days', '5.1 hours' or '12 minutes'."""
-    for name, unit in (('days', 86400), ('hours', 3600)):
+    """Format seconds as '3.2 days', '5.1 hours', '12.0 minutes' or '8.4 seconds'."""
+    for name, unit in (('days', 86400), ('hours', 3600), ('minutes', 60)):
         if seconds >= unit:
             return f'{seconds / unit:,.1f} {name}'
-    return f'{seconds / 60:,.1f} minutes'
+    return f'{seconds:.1f} seconds'

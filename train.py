@@ -28,7 +28,7 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # python -P leav
 
 import tokenizer
 from config import presets
-from configurator import Count, Fraction, Natural, NonNegative, Positive, Share, UserError, override
+from configurator import Count, Fraction, Natural, NonNegative, Positive, Share, override
 from data import datasets, mixture
 from data.tokens import Batches
 from flatgpt import checkpoint, fit, flops, lora, optim, output, parallel, pretrained, runtime

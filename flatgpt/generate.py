@@ -19,7 +19,8 @@ from flatgpt.sampling import Sample, Sampling, likeliest, majority, penalize, sa
 from tokenizer.chat import encode_prompt
 
 __all__ = ['KVCache', 'NotNumbers', 'Sample', 'Sampling', 'command_to_try', 'encode_prompt',
-           'generate', 'generate_texts', 'likeliest', 'majority', 'print_sample', 'sample_next', 'uniforms']
+           'generate', 'generate_texts', 'likeliest', 'majority', 'print_sample', 'sample_next',
+           'uniforms']
 
 PREFILL_ROWS = {'cpu': 16}  # prompts of different lengths at once; elsewhere 256, as launches cost
 

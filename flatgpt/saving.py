@@ -53,17 +53,24 @@ class Saver:
     """Run one write at a time, in a thread if memory has room for a copy of its state."""
 
     def __init__(self):
+        self.forget()
+
+    def forget(self):
+        """Begin anew without a copy."""
         self.thread, self.running, self.copy = ThreadPoolExecutor(max_workers=1), None, {}
 
     def start(self, write, state):
         """Call write(state), now or in a thread."""
         self.wait()
         n_bytes = sum(local(tensor).nbytes for tensor in tensors_in(state))
-        if not self.copy and n_bytes > runtime.free_memory() / 2:
-            write(state)
-        else:
-            self.copy = copied(state, self.copy, {})
-            self.running = self.thread.submit(write, {**self.copy})
+        if self.copy or n_bytes < runtime.free_memory() / 2:
+            try:
+                self.copy = copied(state, self.copy, {})
+                self.running = self.thread.submit(write, {**self.copy})
+                return
+            except (RuntimeError, MemoryError):  # no memory for a copy or a thread after all
+                self.forget()
+        write(state)
 
     def wait(self):
         """Wait until the last write has ended, and raise what it has raised."""

@@ -294,7 +294,7 @@ while True:
     idx, mask = to_rows([(ids, ids_mask) for ids, ids_mask, _ in rollouts], torch_device)
     lengths, actions = lengths_of(mask), mask[:, 1:]  # mask: (N, T); actions: (N, T - 1)
     if not rewards.isfinite().all():
-        if run.saved_step < run.step:  # the policy itself is sound
+        if run.tried_step < run.step:  # the policy itself is sound
             run.save(state_of_run)
         source = f'the reward model in {reward_model}' if judge else f'reward() of tasks/{task}.py'
         bad, command = rewards[~rewards.isfinite()][0], run.command()

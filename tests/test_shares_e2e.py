@@ -110,6 +110,18 @@ def test_an_error_in_one_process_ends_both(chats):
     assert first.wait().code == 1 and 'Error' not in first.out and 'Traceback' not in first.out
 
 
+def test_a_reward_that_is_no_number_ends_both(chats):
+    """One process alone has it; the state before is saved, and continues."""
+    (chats.path / 'tasks' / 'broken.py').write_text(TASK.replace(
+        '    return sum', "    import os\n    if os.path.exists('out/log.jsonl'):\n"
+        "        if os.environ.get('RANK') == '1' and open('out/log.jsonl').read().count('entropy') > 1:\n"
+        "            return float('nan')\n    return sum"))
+    for process in start(chats, 'grpo', 2, task='broken', max_iters=50, eval_interval=50):
+        process.refused('reward() of tasks/broken.py returned nan for an answer, expected a finite number')
+    assert chats.checkpoint()['iter_num'] == 2
+    assert start(chats, 'grpo', task='broken', init_from='resume', max_iters=3)[0].ok()
+
+
 @pytest.mark.parametrize('name, changes, said', [
     ('grpo', {'learning_rate': 1e30}, 'Stopped without saving'), ('dpo', {'learning_rate': 1e30}, 'Stopped without'),
     ('reward', {'learning_rate': 1e30}, 'Stopped without saving'),

@@ -69,7 +69,7 @@ def add_up(tensors, world):
         return
     buckets, room = [], 0
     for tensor in tensors:
-        if tensor.numel() > room:
+        if not buckets or tensor.numel() > room:
             buckets.append([])
             room = AT_ONCE
         buckets[-1].append(tensor)

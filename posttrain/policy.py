@@ -21,6 +21,7 @@ from flatgpt import checkpoint, entries, huggingface, lora, runtime, shares
 from flatgpt.generate import NotNumbers
 from flatgpt.pretrained import model_of, open_model, path_in
 from model import GPT
+from posttrain.rollout_server import RolloutServer
 from posttrain.rollouts import draw_answers, logprobs_of
 from posttrain.tasks import common as tasks
 from posttrain.tools import generate_with_tools
@@ -42,6 +43,7 @@ class Policy:
     stop_ids: set  # ids that end an answer
     autocast: AbstractContextManager
     questions: str | None = None  # SHA-256 of the val prompts, which choose best.pt
+    server: RolloutServer | None = None  # draws the answers in place of the model
 
     def prompts_of(self, task, questions, max_new_tokens, context, tools=False):
         """Return [(example, prompt ids), ...] of a task, for answers of max_new_tokens.
@@ -89,7 +91,8 @@ class Policy:
                 if tools:
                     drawn, drawn_masks = generate_with_tools(self.model, self.tokenizer, *batch)
                 else:
-                    drawn = draw_answers(self.model, *batch)
+                    drawn = (self.server.draw(*batch) if self.server else
+                             draw_answers(self.model, *batch))
                     drawn_masks = [[1] * len(answer) for answer in drawn]
             answers, masks = answers + drawn, masks + drawn_masks
         return answers, masks, [self.tokenizer.decode([i for i in ids if i not in self.stop_ids])

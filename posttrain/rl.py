@@ -50,6 +50,7 @@ from posttrain import losses
 from posttrain.pairs import ending_of
 from posttrain.policy import check_out_dir, open_machine, open_policy, resume, stop_if_broken
 from posttrain.reward_model import Critic, open_reward_model, scores_of
+from posttrain.rollout_server import RolloutServer
 from posttrain.rollouts import lengths_of, micro_batches, to_rows
 from posttrain.tasks import common as tasks
 
@@ -80,6 +81,8 @@ epochs: Count = 1  # passes over the answers of a step
 minibatch_size: Count = 128  # answers per update
 micro_batch_size: Count = 32  # answers at once, as many as fit; does not change the mathematics
 rollout_batch_size: Natural = 0  # answers drawn at once; 0: all of a step
+rollout_server = ''  # http://HOST:8000/v1 of vLLM, which draws the answers; '': this script
+rollout_folder = ''  # the model that it serves, of flatgpt.export; gets the weights of each step
 # losses
 kl_coef: NonNegative = 0.02  # weight of the KL: grpo in the loss, ppo in each token's reward
 clip: Fraction = 0.2  # limit of a step's change of a token's probability, as a factor
@@ -111,6 +114,9 @@ if algorithm == 'grpo' and group_size < 2:
                     f'answers to a prompt')
 if algorithm == 'ppo' and skip_equal:
     raise UserError('skip_equal=True: expected --algorithm=grpo')
+if rollout_server and (tools or not rollout_folder):
+    raise UserError(f'rollout_server={rollout_server!r}: expected the folder that the '
+                    f'server was started with, --rollout_folder=FOLDER, and no tools')
 check_out_dir(out_dir, init_from)
 
 # the machine, which may run this script in several processes
@@ -161,6 +167,13 @@ train_prompts, val_prompts = (
     policy.prompts_of(questions, tasks.Questions(split, n, seed, input, names_of(kinds)),
                       max_new_tokens, context, tools)
     for split, n in (('train', train_examples), ('val', eval_examples)))
+
+# the server that draws the answers
+if rollout_server:
+    if os.path.realpath(rollout_folder) == os.path.realpath(init_from):
+        raise UserError(f'rollout_folder={rollout_folder!r}: expected another folder than '
+                        f'--init_from, since the weights in it are replaced')
+    policy.server = RolloutServer.open(rollout_server, rollout_folder, policy)
 
 # the processes must agree on what they begin with
 n_answers = prompts_per_step * group_size
@@ -234,6 +247,12 @@ def state_of_run():
 
 # the loop -----------------------------------------------------------------------------------------
 while True:
+    # let the server read the weights of this step
+    if rollout_server:
+        with shares.together(world):
+            if world.is_main:
+                policy.server.load(policy.model)
+
     # evaluate and save
     if run.is_due(eval_interval, max_iters):
         with stop_if_broken(run):

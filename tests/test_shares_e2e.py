@@ -91,8 +91,10 @@ def test_torchrun(chats):
 def test_signal_to_one_of_two_processes(chats, name):
     """Both stop after the same step, and the command goes on with two."""
     (chats.path / 'config.py').write_text(
-        'import os, signal, threading\nif os.environ["RANK"] == "1":\n'
-        '    threading.Timer(2, os.kill, (os.getpid(), signal.SIGTERM)).start()\n')
+        'import os, signal, threading, time\ndef _stop():\n'
+        '    while not os.path.exists("out/log.jsonl"):\n        time.sleep(0.01)\n'
+        '    time.sleep(0.3)\n    os.kill(os.getpid(), signal.SIGTERM)\n'
+        'if os.environ["RANK"] == "1":\n    threading.Thread(target=_stop, daemon=True).start()\n')
     said = run(chats, name, 2, 'config.py', max_iters=100000, eval_interval=100000).out.splitlines()
     step = chats.checkpoint()['iter_num']
     assert said[-2] == f'stopped by SIGTERM after step {step}. To go on:' and 0 < step < 100000
@@ -106,6 +108,18 @@ def test_an_error_in_one_process_ends_both(chats):
     first, second = start(chats, 'grpo', 2, task='fails', eval_interval=5)
     assert second.wait().code == 1 and 'AssertionError: this one' in second.out
     assert first.wait().code == 1 and 'Error' not in first.out and 'Traceback' not in first.out
+
+
+def test_a_reward_that_is_no_number_ends_both(chats):
+    """One process alone has it; the state before is saved, and continues."""
+    (chats.path / 'tasks' / 'broken.py').write_text(TASK.replace(
+        '    return sum', "    import os\n    if os.path.exists('out/log.jsonl'):\n"
+        "        if os.environ.get('RANK') == '1' and open('out/log.jsonl').read().count('entropy') > 1:\n"
+        "            return float('nan')\n    return sum"))
+    for process in start(chats, 'grpo', 2, task='broken', max_iters=50, eval_interval=50):
+        process.refused('reward() of tasks/broken.py returned nan for an answer, expected a finite number')
+    assert chats.checkpoint()['iter_num'] == 2
+    assert start(chats, 'grpo', task='broken', init_from='resume', max_iters=3)[0].ok()
 
 
 @pytest.mark.parametrize('name, changes, said', [
@@ -134,6 +148,33 @@ def test_a_folder_in_use(chats):
     first.refused('another process is training in out right now')
     assert second.refused().out == ''
     other.stop()
+
+
+def test_exchanges_of_several_tensors(chats):
+    """Small ones together, large ones alone; a process without gradients has those of the other."""
+    (chats.path / 'worker.py').write_text('''\
+import torch
+from flatgpt import parallel, shares
+world, device = shares.join('cpu')
+shares.AT_ONCE = 10
+tensors = [torch.full(shape, 1.0 + world.rank) for shape in ((0,), (3, 2), (4,), (1,), (5, 5), (2, 1), ())]
+transposed = torch.arange(12.0).view(3, 4).T
+shares.add_up([*tensors, transposed], world)
+assert all((tensor == 3.0).all() for tensor in tensors)
+assert torch.equal(transposed, 2 * torch.arange(12.0).view(3, 4).T)
+model = torch.nn.Linear(2, 3)
+model.bias.requires_grad_(False)
+if world.is_main:
+    model.weight.grad = torch.ones(3, 2)
+shares.add_gradients(model, world)
+assert torch.equal(model.weight.grad, torch.ones(3, 2)) and model.bias.grad is None
+assert shares.gather([10 * i for i in range(5)[world.rank :: 2]], world) == [0, 10, 20, 30, 40]
+assert shares.from_main(world.rank, world) == 0
+parallel.disconnect()
+print('done')
+''')
+    first, second = [chats.start(str(chats.path / 'worker.py'), env=env) for env in environments(2)]
+    assert second.ok().out == '' and first.ok().out == 'done\n'
 
 
 # evaluating ---------------------------------------------------------------------------------------

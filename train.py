@@ -63,6 +63,7 @@ wandb_run_name = 'gpt2'
 dataset = 'openwebtext'  # a folder under data/ or a path; several: 'web:0.7,code:0.3', by share
 anneal_dataset = ''  # the datasets of the last steps, as the learning rate falls
 anneal_fraction: Share = 0.2  # part of lr_decay_iters with anneal_dataset
+documents: Literal['flat', 'shuffle', 'bos', 'mask'] = 'flat'  # their order and mask: data/README
 total_batch_size: Natural = 0  # tokens per step, all processes; 0: see gradient_accumulation_steps
 gradient_accumulation_steps: Count = 5 * 8  # micro-batches per step, over all processes
 batch_size: Count | Literal['auto'] = 12  # sequences per micro-batch; auto: as many as fit
@@ -183,6 +184,7 @@ cut = cut_step(config, block_size, world.size)
 precision, precision_reason = runtime.choose_dtype(dtype, torch_device)
 place(model, config['shard'], world, precision, torch_device)
 model.recompute = recompute == 'block'
+model.document_end = data.document_end() if documents == 'mask' else None
 facts = {'data': meta['digest'], 'step': state.get('iter_num'), 'seen': state.get('seen')}
 world.check_alike({**facts, **config, 'dtype': precision})
 autocast = runtime.autocast(precision, torch_device)

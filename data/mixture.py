@@ -14,18 +14,28 @@ import math
 import os
 import re
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+import tokenizer
 from configurator import UserError
-from data import datasets
+from data import datasets, order
 from data.device import open_splits
-from data.tokens import count_targets, draw, eval_windows, gather, share_of, sum_losses
-from flatgpt import huggingface
+from data.tokens import (
+    count_targets,
+    draw,
+    eval_windows,
+    gather,
+    open_tokens,
+    share_of,
+    sum_losses,
+)
+from flatgpt import huggingface, pretrained
 
 STEPS = 100  # of the pattern
+SOURCE = 57  # bits of a window in its source; the source's number comes above
 MOST_EPOCHS = 4  # more repeat a text too often ("Scaling Data-Constrained ...", Muennighoff 2023)
 
 
@@ -111,37 +121,30 @@ class Annealed:
 
 @dataclass
 class Sources:
-    """Index the tokens of several datasets as one, and draw their windows by a Mixture."""
+    """Draw the windows of several datasets by a Mixture."""
 
     names: list
     tokens: list
     mixture: Mixture | Annealed
     n_ids: int  # see tokens.gather()
-    ends: np.ndarray = field(init=False)
-
-    def __post_init__(self):
-        self.ends = np.cumsum([len(tokens) for tokens in self.tokens])
-
-    def __len__(self):
-        return int(self.ends[-1])
 
     def draw(self, first, n, block_size, seed):
-        """Return the first positions of the next n windows, (n,); see tokens.draw()."""
+        """Return the next n windows, (n,): their sources, and their first positions there."""
         sources, before = self.mixture.sources(first, n), self.mixture.drawn(first)
         starts = np.empty(n, np.int64)
         for i, (name, tokens) in enumerate(zip(self.names, self.tokens, strict=True)):
             chosen = np.flatnonzero(sources == i)
             own_seed = seed ^ zlib.crc32(name.encode())
-            starts[chosen] = self.ends[i] - len(tokens) + draw(
-                tokens, int(before[i]), len(chosen), block_size, own_seed)
+            starts[chosen] = i << SOURCE | draw(tokens, int(before[i]), len(chosen), block_size,
+                                                own_seed)
         return starts
 
     def split(self, starts):
         """Yield (places in starts, tokens, first positions there) of each source."""
-        sources = np.searchsorted(self.ends, starts, side='right')
+        sources = starts >> SOURCE
         for i in np.unique(sources):
             places = np.flatnonzero(sources == i)
-            yield places, self.tokens[i], starts[places] - (self.ends[i] - len(self.tokens[i]))
+            yield places, self.tokens[i], starts[places] & (1 << SOURCE) - 1
 
     def gather(self, starts, block_size):
         """Return tokens.gather()'s x and y, (windows, block_size)."""
@@ -156,7 +159,7 @@ class Sources:
                      for column in zip(*parts, strict=True))
 
     def count_targets(self, starts, block_size):
-        """Return the number of targets in the windows at `starts`."""
+        """Return the number of targets in windows."""
         return sum(count_targets(tokens, own_starts, block_size)
                    for _, tokens, own_starts in self.split(starts))
 
@@ -167,13 +170,14 @@ class Sources:
 class Data:
     """Hold the datasets of a run: {name: share}, folders, and their common meta.
 
-    config: train.py's dataset, anneal_dataset and anneal_fraction. Raises UserError for them.
+    config: train.py's dataset, anneal_dataset, anneal_fraction and documents. Raises UserError for
+    them.
     """
 
     def __init__(self, config):
         self.shares = parse(config['dataset'])
         self.late = parse(config['anneal_dataset']) if config['anneal_dataset'] else {}
-        self.fraction = config['anneal_fraction']
+        self.fraction, self.documents = config['anneal_fraction'], config['documents']
         if self.late and not config['decay_lr']:
             raise UserError('anneal_dataset takes over where the learning rate decays, but '
                             'decay_lr=False; leave one out')
@@ -211,15 +215,43 @@ class Data:
         """Open the token files; last_step: the one where the learning rate is at its lowest."""
         self.splits = {name: open_splits(self.folders[name], self.metas[name], cut.block_size,
                                          device, n_ids) for name in self.names}
-        self.n_ids = n_ids
+        self.n_ids, self.lost = n_ids, {}  # lost: shares of tokens with documents='bos'
         early, late = (Mixture([shares.get(name, 0.0) for name in self.names], cut.sequences)
                        if shares else None for shares in (self.shares, self.late))
         start = cut.sequences * (last_step - round(self.fraction * last_step))
         self.mixture = Annealed(early, late, start) if late else early
-        tokens = [splits['train'] for splits in self.splits.values()]
+        tokens = [self.ordered(name, cut.block_size) for name in self.names]
         if len(tokens) == 1:
             return tokens[0]
         return Sources(self.names, tokens, self.mixture, n_ids)
+
+    def document_end(self):
+        """Return the id that ends documents. Raises UserError without a tokenizer that has one."""
+        described = self.meta['tokenizer'] or pretrained.GPT2_TOKENIZER
+        end = tokenizer.from_dict(described).eot
+        if end is None:
+            raise UserError(f'documents={self.documents!r}: the tokenizer {described["kind"]!r} '
+                            f'has no <|endoftext|>, which ends documents; prepare them with '
+                            f'another, such as --tokenizer=bpe, or use --documents=flat')
+        return end
+
+    def ordered(self, name, block_size):
+        """Return a dataset's training tokens, in the order of the setting documents."""
+        if self.documents == 'flat':
+            return self.splits[name]['train']
+        if self.meta['row']:
+            raise UserError(f'documents={self.documents!r}: conversations are packed in rows; '
+                            f'expected documents=flat')
+        # whole documents are cut on the CPU
+        tokens = open_tokens(self.folders[name], 'train', self.metas[name], block_size)
+        ends = order.document_ends(tokens, self.document_end(), self.folders[name])
+        if self.documents == 'shuffle':
+            return order.Shuffled(tokens, ends, self.n_ids)
+        if self.documents == 'bos':
+            rows = order.Aligned(tokens, ends, self.n_ids, block_size)
+            self.lost[name] = rows.lost
+            return rows
+        return self.splits[name]['train']
 
     def windows(self, eval_iters, cut, eval_tokens):
         """Return [(split, name, tokens, first positions)], see tokens.eval_windows()."""
@@ -284,6 +316,8 @@ class Data:
                  + f'; val loss over {eval_tokens:,} tokens of val' * (eval_tokens > 0),
                  f'a step of {cut.tokens:,} tokens = {n_processes} process(es) x '
                  f'{cut.micro_steps} micro-batch(es) x {cut.batch_size} x {cut.block_size}']
+        lines += [f'{lost:.1%} of the tokens of {name} are behind the end of a row, and lost'
+                  for name, lost in self.lost.items()]
         return lines + [f'WARNING: {name} is read {epochs:.1f} times in this run; more than '
                         f'{MOST_EPOCHS} teach little: lower its share, or add text'
                         for name, (_, epochs) in progress.items()

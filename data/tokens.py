@@ -121,10 +121,14 @@ def train_windows(first, n_sequences, n_tokens, block_size, seed):
     the first and the last window are moved to the ends, so every token but the first is a target.
     """
     last = n_tokens - 1 - block_size  # where the last window begins
-    per_epoch = (last + 2 * block_size - 2) // block_size + 1  # enough for the largest offset
-    places, key = epoch_places(first, n_sequences, per_epoch, seed)
+    places, key = epoch_places(first, n_sequences, per_epoch(n_tokens, block_size), seed)
     offsets = (key % np.uint64(block_size)).astype(np.int64)
     return np.clip(places.astype(np.int64) * block_size - offsets, 0, last)
+
+
+def per_epoch(n_tokens, block_size):
+    """Return the number of windows of an epoch, enough for the largest offset."""
+    return (n_tokens + block_size - 3) // block_size + 1
 
 
 def whole_windows(n_tokens, block_size, row=None):
@@ -195,16 +199,22 @@ def gather(tokens, starts, block_size, vocab_size):
     if hasattr(tokens, 'gather'):  # device.DeviceTokens, mixture.Sources
         return tokens.gather(starts, block_size)
     index = np.asarray(starts)[:, None] + np.arange(block_size + 1)
-    ids = tokens[np.minimum(index, len(tokens) - 1)].astype(np.int64)
-    if ids.max() >= vocab_size:
-        place = np.unravel_index(ids.argmax(), ids.shape)
-        raise unknown_id(index[place], ids[place], vocab_size)
+    ids = ids_at(tokens, np.minimum(index, len(tokens) - 1), vocab_size)
     is_outside = index >= len(tokens)
     no_target = is_outside[:, 1:]
     if isinstance(tokens, Rows):
         no_target = no_target | (tokens.mask[np.minimum(index[:, 1:], len(tokens) - 1)] == 0)
     x, y = np.where(is_outside[:, :-1], 0, ids[:, :-1]), np.where(no_target, -1, ids[:, 1:])
     return torch.from_numpy(x), torch.from_numpy(y)
+
+
+def ids_at(tokens, index, vocab_size):
+    """Return the ids at positions, int64. Raises UserError on one without an embedding."""
+    ids = tokens[index].astype(np.int64)
+    if ids.max() >= vocab_size:
+        place = np.unravel_index(ids.argmax(), ids.shape)
+        raise unknown_id(index[place], ids[place], vocab_size)
+    return ids
 
 
 def count_targets(tokens, starts, block_size):

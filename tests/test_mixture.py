@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configurator import UserError
-from data.mixture import Annealed, Data, Mixture, Sources, apportion, parse
+from data.mixture import SOURCE, Annealed, Data, Mixture, Sources, apportion, parse
 from data.tokens import Batches, Rows, count_targets, draw, gather
 from flatgpt.cut import Cut
 from flatgpt.parallel import World
@@ -79,14 +79,13 @@ def test_batches_of_sources():
     """Windows lie in one source, each visits its own epochs, and targets count as in the source alone."""
     tokens = three_sources()
     sources = Sources(['a', 'b', 'c'], tokens, Mixture([0.5, 0.3, 0.2], 10), 200)
-    seen, ends = {0: [], 1: [], 2: []}, [100, 131, 194]
+    seen = {0: [], 1: [], 2: []}
     for step in range(20):
         starts = draw(sources, 10 * step, 10, 8, seed=3)
         x, y = gather(sources, starts, 8, 200)
         n_targets = 0
         for i, start in enumerate(starts):
-            k = int(np.searchsorted(ends, start, side='right'))
-            own = start - (ends[k] - len(tokens[k]))
+            k, own = int(start >> SOURCE), start & (1 << SOURCE) - 1
             seen[k].append(int(own))
             own_x, own_y = gather(tokens[k], np.array([own]), 8, 200)
             assert torch.equal(x[i], own_x[0]) and torch.equal(y[i], own_y[0])
@@ -154,7 +153,8 @@ def test_texts_and_conversations_mix(several, monkeypatch):
     """A nanoGPT folder without a tokenizer takes that of the others; a row fixes the context."""
     monkeypatch.chdir(several.path)
     write_dataset('data/plain', encode(make_text(500)), encode(make_text(100)), meta=None)
-    config = {'dataset': 'plain:0.5,tiny:0.5', 'anneal_dataset': '', 'anneal_fraction': 0.2, 'decay_lr': True}
+    config = {'dataset': 'plain:0.5,tiny:0.5', 'anneal_dataset': '', 'anneal_fraction': 0.2, 'decay_lr': True,
+              'documents': 'flat'}
     data = Data(config)
     meta = data.prepare(True)
     assert meta['tokenizer']['kind'] == 'char' and data.path.endswith('plain') and len(data.stamps) == 4

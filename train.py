@@ -204,7 +204,7 @@ use_compile, compile_reason = runtime.choose_compile(compile, torch_device, work
 
 # data: micro-batches of this process, as a function of the step
 n_ids = min(meta['vocab_size'] or math.inf, model.config.vocab_size)  # ids of the data are below
-train_tokens = data.open(cut, torch_device, n_ids, lr_decay_iters or max_iters)
+train_tokens = data.open(cut, torch_device, n_ids, lr_decay_iters or max_iters, state)
 batches = Batches(train_tokens, cut, seed, n_ids, torch_device, world)
 
 # one dict of resolved settings, for the screen, config.json and the checkpoint
@@ -223,7 +223,6 @@ world.print(f'{model.get_num_params() / 1e6:.2f}M parameters{share}')
 if not eval_only:
     for line in data.describe(cut, max_iters, eval_tokens, world.size):
         world.print(line)
-windows = data.windows(eval_iters, cut, eval_tokens)  # of an evaluation
 
 
 def state_of_run():
@@ -231,7 +230,8 @@ def state_of_run():
     state = {'model': lora.adapters(model) if adapters else model.state_dict(),
              'optimizer': opt.state_dict(), 'model_args': asdict(model.config),
              'tokenizer': text_tokenizer, 'chat_template': chat_template,
-             'scaler': scaler.state_dict(), 'data': meta['digest']}
+             'scaler': scaler.state_dict(), 'data': meta['digest'],
+             **data.state(cut, run.drawn(cut.tokens))}
     return {**state, 'lora': adapters} if adapters else state
 
 
@@ -251,7 +251,7 @@ def try_step():
 if use_compile:
     world.print('compiling the training step (--compile=False starts at once)')
     try_step = partial(runtime.compile_training, model, try_step)
-if use_compile or is_auto:
+if (use_compile or is_auto) and not eval_only:
     fit.begin(cut, try_step, run, opt, is_auto)
 step_model = parallel.average_gradients(model, world, torch_device)
 
@@ -291,6 +291,7 @@ while True:
         if shorter := datasets.find_rewritten(data.stamps, world.print):
             run.stop_reason = shorter  # the next read could end the process
             break
+        windows = data.windows(eval_iters, cut, eval_tokens)
         losses = data.evaluate(model, windows, cut, autocast, world)
         train_loss, val_loss = (data.mean(losses[split]) for split in ('train', 'val'))
         bar.set_description()
@@ -383,7 +384,7 @@ parallel.disconnect()
 if world.is_main and is_complete:
     best = f'; best val loss {run.best_val_loss:.4f}' if math.isfinite(run.best_val_loss) else ''
     print(f'{run.step} steps, {run.train_time:.1f} s of training{best}')
-    if sample_tokens and text_tokenizer:
+    if sample_tokens and text_tokenizer and run.saved_step == run.step:
         torch.compiler.set_stance('force_eager')
         if is_sharded:  # this process has a part of the model
             model = pretrained.open_model('resume', out_dir, 'last')[0].to(torch_device)

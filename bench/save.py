@@ -47,7 +47,7 @@ def main():
     # save it n times
     rows = [['save', 'stands still, s', 'whole, s', 'share']]
     with tempfile.TemporaryDirectory() as folder:
-        run = checkpoint.Run(shares.from_main(folder, world), {}, None, world)
+        run = checkpoint.Run(world.from_main(folder), {}, None, world)
         run.say = lambda line: None
         for i in range(n):
             run.step += 1

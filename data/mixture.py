@@ -1,5 +1,5 @@
 """
-Mix datasets by share: which one fills a sequence is a function of the sequence's number.
+Mix datasets by share, as a function of the sequence's number.
 
     shares = parse('web:0.7,code:0.2,books:0.1')  # {'web': 0.7, ...}; a plain name: {name: 1.0}
     mixture = Mixture(shares, sequences=512)
@@ -13,7 +13,6 @@ import hashlib
 import math
 import os
 import re
-import zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,8 +44,8 @@ def parse(dataset):
     A plain name, or a path that exists, has share 1. Raises UserError for a share that is no
     number or negative, for shares that are all 0, and for a name given twice.
     """
-    is_mixture = ',' in dataset or re.fullmatch(r'.+:[\d.eE+-]+', dataset)
-    if os.path.exists(dataset) or not is_mixture:
+    is_mixture = ',' in dataset or re.fullmatch(r'.+:[^/\\]*', dataset)
+    if not is_mixture or any(map(os.path.exists, (dataset, datasets.folder_of(dataset)))):
         return {dataset: 1.0}
     shares = {}
     for part in dataset.split(','):
@@ -79,11 +78,18 @@ def apportion(shares, n):
 
 
 class Mixture:
-    """Assign sequences to sources; sequences: of a step."""
+    """Assign sequences to sources.
+
+    sequences: of a step. Raises UserError for a share that gets none in STEPS steps.
+    """
 
     def __init__(self, shares, sequences):
         self.period = STEPS * sequences
         self.counts = apportion(shares, self.period)
+        for share, count in zip(shares, self.counts, strict=True):
+            if share > 0 and count == 0:
+                raise UserError(f'dataset: a share of {share:.3g} has no sequence in {STEPS} steps '
+                                f'of {sequences}; expected at least {1 / self.period:.2g}')
         # the k-th of c sequences is at (k + 1/2) / c of the pattern, or the next free place
         places = np.concatenate([(np.arange(c) + 0.5) / c for c in self.counts])
         owners = np.repeat(np.arange(len(shares)), self.counts)
@@ -123,18 +129,20 @@ class Annealed:
 class Sources:
     """Draw the windows of several datasets by a Mixture."""
 
-    names: list
     tokens: list
+    digests: list  # of the texts: each has an order of its own
     mixture: Mixture | Annealed
+    offsets: np.ndarray  # (sources,), see Data.open()
     n_ids: int  # see tokens.gather()
 
     def draw(self, first, n, block_size, seed):
         """Return the next n windows, (n,): their sources, and their first positions there."""
-        sources, before = self.mixture.sources(first, n), self.mixture.drawn(first)
+        sources = self.mixture.sources(first, n)
+        before = self.mixture.drawn(first) + self.offsets
         starts = np.empty(n, np.int64)
-        for i, (name, tokens) in enumerate(zip(self.names, self.tokens, strict=True)):
+        for i, (digest, tokens) in enumerate(zip(self.digests, self.tokens, strict=True)):
             chosen = np.flatnonzero(sources == i)
-            own_seed = seed ^ zlib.crc32(name.encode())
+            own_seed = seed ^ int(digest[:15], 16)
             starts[chosen] = i << SOURCE | draw(tokens, int(before[i]), len(chosen), block_size,
                                                 own_seed)
         return starts
@@ -183,7 +191,7 @@ class Data:
                             'decay_lr=False; leave one out')
         self.names = list({**self.shares, **self.late})
         self.folders = {name: datasets.folder_of(name) for name in self.names}
-        self.path = next(iter(self.folders.values()))  # the first, for errors
+        self.path = next(iter(self.folders.values()))  # the first: for errors and --plan
 
     def prepare(self, is_first):
         """Prepare what is missing -> the common meta, see datasets.load_meta()."""
@@ -195,13 +203,18 @@ class Data:
         self.meta = {}
         for name, meta in self.metas.items():
             self.add(name, meta)
+        # the order in which the names are given changes nothing
+        self.names.sort(key=lambda name: self.metas[name]['digest'])
         if len(self.names) > 1:
-            facts = [self.shares, self.late, [meta['digest'] for meta in self.metas.values()]]
+            facts = [(self.metas[name]['digest'], self.shares.get(name), self.late.get(name))
+                     for name in self.names]
             self.meta['digest'] = hashlib.sha256(repr(facts).encode()).hexdigest()
         return self.meta
 
     def add(self, name, meta):
-        """Take over what the datasets before do not name. Raises UserError for differences."""
+        """Add a dataset's meta to the common one. Raises UserError if they differ."""
+        if len(self.names) > 1:  # nanoGPT's folders without a meta.pkl have GPT-2's tokens
+            meta = {**meta, 'tokenizer': meta['tokenizer'] or pretrained.GPT2_TOKENIZER}
         for key, value in meta.items():
             other = self.meta.get(key)
             if value is None or other is None:
@@ -211,19 +224,45 @@ class Data:
                 raise UserError(f'{name} has another {key} than {self.names[0]}: expected equal '
                                 f'ones; prepare both alike')
 
-    def open(self, cut, device, n_ids, last_step):
-        """Open the token files; last_step: the one where the learning rate is at its lowest."""
+    def open(self, cut, device, n_ids, last_step, state):
+        """Open the token files -> the training tokens.
+
+        last_step: the one where the learning rate is lowest. state: of the checkpoint that the run
+        resumes, or {}. With other settings than before, each dataset and the last steps' datasets
+        go on at the place where they were.
+        """
         self.splits = {name: open_splits(self.folders[name], self.metas[name], cut.block_size,
                                          device, n_ids) for name in self.names}
         self.n_ids, self.lost = n_ids, {}  # lost: shares of tokens with documents='bos'
         early, late = (Mixture([shares.get(name, 0.0) for name in self.names], cut.sequences)
                        if shares else None for shares in (self.shares, self.late))
-        start = cut.sequences * (last_step - round(self.fraction * last_step))
-        self.mixture = Annealed(early, late, start) if late else early
+        # sequences until the datasets of the last steps take over
+        step, before = state.get('iter_num', 0), state.get('mixture', {'drawn': {}})
+        first = (state.get('seen') or step * cut.tokens) // cut.block_size
+        start_step = last_step - round(self.fraction * last_step)
+        self.start = first + cut.sequences * (start_step - step)
+        if not cut.sequences * step == first or start_step < step:  # another batch or schedule
+            was_reached = before.get('anneal_start', self.start) <= first
+            self.start = before.get('anneal_start', first) if was_reached else max(first,
+                                                                                   self.start)
+        self.mixture = Annealed(early, late, self.start) if late else early
+        drawn = self.mixture.drawn(first)
+        self.offsets = np.array([before['drawn'].get(self.metas[name]['digest'], n) - n
+                                 for name, n in zip(self.names, drawn.tolist(), strict=True)])
         tokens = [self.ordered(name, cut.block_size) for name in self.names]
         if len(tokens) == 1:
             return tokens[0]
-        return Sources(self.names, tokens, self.mixture, n_ids)
+        digests = [self.metas[name]['digest'] for name in self.names]
+        return Sources(tokens, digests, self.mixture, self.offsets, n_ids)
+
+    def state(self, cut, seen):
+        """Return an entry of the checkpoint, {} for a single dataset."""
+        if len(self.names) == 1:
+            return {}
+        drawn = self.mixture.drawn(seen // cut.block_size) + self.offsets
+        digests = [self.metas[name]['digest'] for name in self.names]
+        return {'mixture': {'anneal_start': max(0, self.start),
+                            'drawn': dict(zip(digests, drawn.tolist(), strict=True))}}
 
     def document_end(self):
         """Return the id that ends documents. Raises UserError without a tokenizer that has one."""
@@ -287,7 +326,7 @@ class Data:
 
     def progress(self, cut, seen):
         """Return {name: (tokens drawn, epochs)} after so many tokens."""
-        drawn = self.mixture.drawn(seen // cut.block_size) * cut.block_size
+        drawn = (self.mixture.drawn(seen // cut.block_size) + self.offsets) * cut.block_size
         return {name: (int(n), n / len(self.splits[name]['train']))
                 for name, n in zip(self.names, drawn, strict=True)}
 
@@ -318,7 +357,7 @@ class Data:
                  f'{cut.micro_steps} micro-batch(es) x {cut.batch_size} x {cut.block_size}']
         lines += [f'{lost:.1%} of the tokens of {name} are behind the end of a row, and lost'
                   for name, lost in self.lost.items()]
-        return lines + [f'WARNING: {name} is read {epochs:.1f} times in this run; more than '
-                        f'{MOST_EPOCHS} teach little: lower its share, or add text'
+        return lines + [f'WARNING: {name} is read {epochs:.1f} times in this run, expected at most '
+                        f'{MOST_EPOCHS}: lower its share, or add text'
                         for name, (_, epochs) in progress.items()
                         if several and epochs > MOST_EPOCHS]

@@ -176,7 +176,7 @@ smaller = 'batch_size' if batch_size > rows else 'best_of' if best_of else 'num_
 try:
     with shares.together(world):  # the main process alone writes
         results = jsonl.Results(out, digest) if world.is_main else None
-    done = shares.from_main(set(results.done) if results else None, world)
+    done = world.from_main(set(results.done) if results else None)
     bar = tqdm(total=len(lines), initial=len(done), unit='prompt', leave=False, dynamic_ncols=True,
                disable=None if world.is_main else True, miniters=0)
 

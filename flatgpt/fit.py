@@ -11,15 +11,17 @@ The number of tokens of a step never changes, so a smaller micro-batch takes the
 
 import gc
 import os
+from dataclasses import replace
 
 import torch
 
 from flatgpt import costs, plan, runtime
 from flatgpt.flops import GPU, Machine
+from flatgpt.owners import local
 
 
 def choose_batch(cut, resolved, model, world):
-    """Resize the micro-batches to the largest that should fit; -> a line with the reason.
+    """Choose the largest micro-batch that should fit; -> a line with the reason.
 
     resolved: train.py's settings, with the resolved dtype and compile. The memory that is needed is
     predicted. All processes take the least of their sizes.
@@ -29,24 +31,29 @@ def choose_batch(cut, resolved, model, world):
                     device.type == 'cuda', precision != 'float16')
     n_local = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
     machine = Machine('', GPU(0, 0, 0), n_local, max(1, world.size // n_local))
-    setup = plan.setup_of(resolved, model.config, machine, how)
-    free = free_bytes(device, n_local)
+    setup = plan.setup_of(resolved, replace(model.config, block_size=cut.block_size), machine,
+                          how)
+    free = free_bytes(model, n_local)
     sizes = plan.divisors(cut.batch_size * cut.micro_steps)
     most = plan.largest_batch(setup, free)
     votes = world.sum([n <= most for n in sizes])
     cut.resize(next((n for n, count in zip(sizes, votes, strict=True) if count == world.size), 1))
     resolved['batch_size'] = cut.batch_size
+    if not most:
+        return (f'batch_size {cut.batch_size}, the smallest: no step should fit into the '
+                f'{free / 1e9:.1f} GB that are free')
     return (f'batch_size {cut.batch_size}: the largest of {", ".join(map(str, sizes[::-1]))} for '
             f'which a step should fit into the {free / 1e9:.1f} GB that are free')
 
 
-def free_bytes(device, n_local):
-    """Return the bytes that the tensors of this process may take."""
-    if device.type == 'cuda':
-        free, _ = torch.cuda.mem_get_info(device)
-        return 0.95 * (free + torch.cuda.memory_reserved(device))  # the rest: gaps between tensors
+def free_bytes(model, n_local):
+    """Return the bytes that the tensors of this process may take, its weights included."""
+    weights = list(model.parameters())
+    if weights[0].device.type == 'cuda':
+        free, _ = torch.cuda.mem_get_info(weights[0].device)
+        return 0.95 * (free + torch.cuda.memory_reserved(weights[0].device))  # the rest: gaps
     # gaps take more on a CPU, and a process without memory is killed without an error
-    return 0.7 * runtime.free_memory() / n_local
+    return 0.7 * runtime.free_memory() / n_local + sum(local(p).nbytes for p in weights)
 
 
 def begin(cut, first_step, run, opt, is_auto):
@@ -72,7 +79,10 @@ def begin(cut, first_step, run, opt, is_auto):
 
 
 def attempt(cut, may_shrink, function, *arguments):
-    """Return function(*arguments), or None if memory runs out and a batch can be smaller."""
+    """Call a function; -> its result, or None if memory ran out.
+
+    The error is raised where no smaller batch exists.
+    """
     try:
         return function(*arguments)
     except RuntimeError as error:

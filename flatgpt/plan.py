@@ -22,6 +22,7 @@ import ops
 from configurator import UserError
 from flatgpt import costs, huggingface, pretrained, runtime
 from flatgpt.cut import cut_step
+from flatgpt.entries import glance
 from flatgpt.flops import GPU, GPUS, Machine, gpu_named, machine_named
 from flatgpt.muon import BATCH
 from model import GPTConfig, padded_vocab_size
@@ -260,16 +261,19 @@ def model_of(config, n_ids):
     which = 'last' if init_from == 'resume' else 'best'
     pretrained.check_source(init_from, os.path.join(out_dir, 'ckpt.pt'))
     path = pretrained.checkpoint_path(init_from, out_dir, which)
-    if path:  # mapped: the tensors stay on the disk
-        state = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
-        return GPTConfig(**{**state['model_args'], 'dropout': config['dropout']}), ''
+    if path:
+        arguments = {**glance(path)['model_args'], 'dropout': config['dropout']}
+        if unknown := sorted(set(arguments) - set(fields)):
+            raise UserError(f'{path} holds no model of this repository or of nanoGPT: model_args '
+                            f'has {unknown[0]}')
+        return GPTConfig(**arguments), ''
     folder = huggingface.find(init_from, may_download=False)
     described = huggingface.fields_of(huggingface.read_config(folder), folder)
     return GPTConfig(**described, dropout=config['dropout']), ''
 
 
-def machine_here(device, dtype):
-    """Return the Machine of this process: datasheets of its GPU, or measures of its CPU."""
+def machine_here(device, dtype, n_processes):
+    """Return this process's Machine: a GPU's datasheet, or a CPU's measures."""
     if device.type == 'cuda':
         name = torch.cuda.get_device_name(device)
         gpu = gpu_named(name) or GPU(math.nan, 0, math.nan)
@@ -277,7 +281,8 @@ def machine_here(device, dtype):
     x = torch.ones(1024, 1024, dtype=runtime.DTYPES[dtype])
     y = torch.ones(2**23)
     flops, n_bytes = 2 * 1024**3 / fastest(lambda: x @ x), 12 * 2**23 / fastest(lambda: y + y)
-    gpu = GPU(flops / PRODUCTS, runtime.free_memory(), n_bytes / BANDWIDTH, math.inf, math.inf)
+    gpu = GPU(flops / PRODUCTS, runtime.free_memory() / n_processes, n_bytes / BANDWIDTH, math.inf,
+              math.inf)
     return Machine(f'this {device.type.upper()}', gpu)
 
 
@@ -406,7 +411,7 @@ def machine_of(config, world):
         device = runtime.choose_device(config['device'], world.local_rank)
         runtime.use_machine(device)
         precision, _ = runtime.choose_dtype(config['dtype'], device)
-        machine = machine_here(device, precision)._replace(n_gpus=world.size)
+        machine = machine_here(device, precision, world.size)._replace(n_gpus=world.size)
         on_gpu = device.type == 'cuda'
         compiled, _ = runtime.choose_compile(config['compile'], device, math.inf)
     item = runtime.DTYPES[precision].itemsize

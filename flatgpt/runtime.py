@@ -1,11 +1,11 @@
 """Choose and set up the machine: device, precision, compilation, memory."""
 
 import ctypes
-import math
 import os
 import shutil
 import sys
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
+from pathlib import Path
 
 import torch
 
@@ -138,7 +138,7 @@ def expand_segments():
 
 
 def use_cores():
-    """Give torch this process's cores, which it miscounts in containers and under torchrun."""
+    """Give torch this process's cores; it miscounts in containers and torchrun."""
     if 'RANK' in os.environ:
         torch.set_num_threads(max(1, core_count() // int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
     elif 'OMP_NUM_THREADS' not in os.environ:
@@ -158,20 +158,23 @@ def keep_freed_memory():
             libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def free_memory():
-    """Return the bytes of memory that this process can still take."""
-    free = math.inf
-    if hasattr(os, 'sysconf') and 'SC_PHYS_PAGES' in os.sysconf_names:
-        free = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
-    if os.path.exists('/proc/meminfo'):
-        with open('/proc/meminfo', encoding='utf-8') as file:
-            free = next(1024 * int(line.split()[1]) for line in file
-                        if line.startswith('MemAvailable'))
-    limit = '/sys/fs/cgroup/memory.max'  # a container's
-    if os.path.exists(limit):
-        with open(limit, encoding='utf-8') as file:
-            free = min(free, float(file.read().replace('max', 'inf')))
-    return free
+# a container's limit, its use, and the part of it that can be dropped: cgroup v2's files and v1's
+CGROUPS = (('memory.max', 'memory.current', 'memory.stat', 'inactive_file'),
+           ('memory/memory.limit_in_bytes', 'memory/memory.usage_in_bytes', 'memory/memory.stat',
+            'total_inactive_file'))
+
+
+def free_memory(cgroup='/sys/fs/cgroup'):
+    """Return the bytes of memory that this process can still take; 0: not known."""
+    free = 0
+    with suppress(OSError, StopIteration), open('/proc/meminfo', encoding='utf-8') as file:
+        free = next(1024 * int(line.split()[1]) for line in file if 'MemAvailable' in line)
+    for *names, key in CGROUPS:
+        with suppress(OSError, ValueError):  # 'max' is no number
+            limit, used, stat = (Path(cgroup, name).read_text() for name in names)
+            kept = dict(line.split() for line in stat.splitlines())
+            free = min(free, int(limit) - int(used) + int(kept.get(key, 0)))
+    return max(0, free)
 
 
 def compile_or_eager(try_step):

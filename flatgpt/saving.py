@@ -6,6 +6,7 @@ Write checkpoints in a thread, from a copy in memory, while training goes on.
     saver.wait()               # raises what `write` has raised
 """
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -53,23 +54,23 @@ class Saver:
     """Run one write at a time, in a thread if memory has room for a copy of its state."""
 
     def __init__(self):
-        self.forget()
-
-    def forget(self):
-        """Begin anew without a copy."""
         self.thread, self.running, self.copy = ThreadPoolExecutor(max_workers=1), None, {}
 
     def start(self, write, state):
         """Call write(state), now or in a thread."""
         self.wait()
-        n_bytes = sum(local(tensor).nbytes for tensor in tensors_in(state))
+        tensors = list(tensors_in(state))
+        n_bytes = sum(local(tensor).nbytes for tensor in tensors)
+        if any(tensor is not local(tensor) for tensor in tensors):  # all processes copy at once
+            n_bytes *= int(os.environ.get('LOCAL_WORLD_SIZE', 1))
         if self.copy or n_bytes < runtime.free_memory() / 2:
             try:
                 self.copy = copied(state, self.copy, {})
                 self.running = self.thread.submit(write, {**self.copy})
                 return
             except (RuntimeError, MemoryError):  # no memory for a copy or a thread after all
-                self.forget()
+                # the old pool would still run what it could not start
+                self.thread, self.copy = ThreadPoolExecutor(max_workers=1), {}
         write(state)
 
     def wait(self):

@@ -50,14 +50,6 @@ def gather(results, world):
     return whole
 
 
-def from_main(value, world):
-    """Return the main process's value in all processes."""
-    values = [value]
-    if world.size > 1:
-        dist.broadcast_object_list(values)
-    return values[0]
-
-
 @torch.no_grad()
 def add_up(tensors, world):
     """Add tensors of one dtype and device up over the processes, in place.

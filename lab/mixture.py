@@ -59,8 +59,8 @@ def learn(share, trains, compiled):
     torch.manual_seed(seed)
     model = GPT(common.gpt_config(vocab_size=VOCAB_SIZE, block_size=block_size, n_layer=n_layer,
                                   n_head=n_head, n_embd=n_embd))
-    sources = Sources(['text', 'corpus'], trains, Mixture([share, 1 - share], batch_size),
-                      VOCAB_SIZE)
+    sources = Sources(trains, ['1' * 64, '2' * 64], Mixture([share, 1 - share], batch_size),
+                      np.zeros(2, np.int64), VOCAB_SIZE)
 
     def batch(step):
         starts = data.draw(sources, step * batch_size, batch_size, block_size, seed)

@@ -81,22 +81,37 @@ def test_the_largest_that_fits(monkeypatch, megabytes):
     settings = {'total_batch_size': 64 * 48, 'batch_size': 'auto', 'dtype': 'float32', 'compile': False,
                 'optimizer': 'adamw', 'recompute': 'none', 'lora_rank': 0, 'lora_targets': ''}
     cut = cut_step(settings, 64, 1)
-    line = fit.choose_batch(cut, settings, GPT(config), ALONE)
-    assert line.startswith(f'batch_size {cut.batch_size}: ') and settings['batch_size'] == cut.batch_size
+    model = GPT(config)
+    line = fit.choose_batch(cut, settings, model, ALONE)
+    free = 0.7e6 * megabytes + sum(p.nbytes for p in model.parameters())
+    assert line.startswith(f'batch_size {cut.batch_size}') and settings['batch_size'] == cut.batch_size
     assert cut.batch_size * cut.micro_steps == 48 and cut.tokens == 64 * 48
 
     def bytes_of(n):
         return plan.total(Setup(config, n, 48 // n, how=costs.How(4, on_gpu=False)))
 
     larger = [n for n in plan.divisors(48) if n > cut.batch_size]
-    assert all(bytes_of(n) > 0.7e6 * megabytes for n in larger)
-    assert bytes_of(cut.batch_size) <= 0.7e6 * megabytes or cut.batch_size == 1
+    assert all(bytes_of(n) > free for n in larger)
+    assert bytes_of(cut.batch_size) <= free or cut.batch_size == 1
+    assert ('no step should fit' in line) == (bytes_of(1) > free)
     assert bool(larger) == (megabytes < 100)
 
 
 def test_free_memory():
     physical = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
     assert 1e8 < runtime.free_memory() <= physical
+
+
+@pytest.mark.parametrize('names', runtime.CGROUPS)
+def test_free_memory_of_a_container(tmp_path, names):
+    """Its limit less its use, but for files that the system can drop; 'max' is none."""
+    *files, key = names
+    for name, content in zip(files, ('80000000', '79000000', f'anon 5\n{key} 2000000\n'), strict=True):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    assert runtime.free_memory(tmp_path) == 3_000_000
+    (tmp_path / files[0]).write_text('max')
+    assert runtime.free_memory(tmp_path) > 1e8
 
 
 def test_a_first_step_shrinks_until_it_fits(capsys, monkeypatch):

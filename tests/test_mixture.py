@@ -14,7 +14,8 @@ from flatgpt.cut import Cut
 from flatgpt.parallel import World
 
 CPU = torch.device('cpu')
-SHARES = st.lists(st.floats(0, 1), min_size=1, max_size=6).filter(lambda shares: sum(shares) > 0.1).map(
+DIGESTS = ['a' * 64, 'b' * 64, 'c' * 64]
+SHARES = st.lists(st.just(0.0) | st.floats(0.1, 1), min_size=1, max_size=6).filter(sum).map(
     lambda shares: [share / sum(shares) for share in shares])
 
 
@@ -22,12 +23,12 @@ def test_parse(tmp_path, monkeypatch):
     assert parse('web:0.7,code:0.2, books:0.1') == pytest.approx({'web': 0.7, 'code': 0.2, 'books': 0.1})
     assert parse('web:7,code:3') == {'web': 0.7, 'code': 0.3} and parse('web:1,old:0') == {'web': 1.0}
     assert parse('a/b:1e1,c:30') == {'a/b': 0.25, 'c': 0.75} and parse('web:2') == {'web': 1.0}
-    for plain in ('web', 'C:\\data', 'a:b', '/x/y', ''):
+    for plain in ('web', 'C:\\data', '/x:1/y', ''):
         assert parse(plain) == {plain: 1.0}
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'a,b:1').mkdir()
     assert parse('a,b:1') == {'a,b:1': 1.0}  # a folder
-    for wrong, message in (('a:0.5,b', "'b' has no share"), ('a:0.5,:1', "':1' has no share"), ('a:x,b:1', "'a:x' has"),
+    for wrong, message in (('a:0.5,b', "'b' has no share"), ('a:0.5,:1', "':1' has no share"), ('a:b', "'a:b' has no share"), ('a:', "'a:' has"), ('a:x,b:1', "'a:x' has"),
                            ('a:1,a:2', 'names a twice'), ('a:-1,b:2', 'share of a is -1; expected 0 or more'),
                            ('a:nan,b:1', 'share of a is nan'), ('a:1e999,b:1', 'share of a is 1e999'),
                            ('a:0,b:0', 'all shares are 0')):
@@ -68,6 +69,37 @@ def test_annealing(shares, sequences, start, first, n):
     assert (whole[start:] == Mixture(late, sequences).sources(0, len(whole[start:]))).all()
 
 
+def test_a_share_without_a_sequence_is_refused():
+    with pytest.raises(UserError, match='a share of 0.004 has no sequence in 100 steps of 1; expected at least 0.01'):
+        Mixture([0.996, 0.004], 1)
+
+
+def test_another_batch_size_keeps_the_places(several):
+    """After a resume with four times the batch each dataset goes on where it was; the last steps keep their place."""
+    changes = {'dataset': 'tiny:0.7,other:0.3', 'anneal_dataset': 'other', 'anneal_fraction': 0.5}
+    several.train(**changes, max_iters=5).ok()
+    before = several.log()[-1]['sources']
+    several.train(**changes, total_batch_size=512, init_from='resume', eval_interval=5).ok()
+    at = {line['step']: line['sources'] for line in several.log() if 'sources' in line}
+    assert at[10]['tiny']['tokens'] - before['tiny']['tokens'] == pytest.approx(0.7 * 5 * 512, abs=32)
+    # from step 10 of 20 on the other alone
+    assert at[20]['tiny']['tokens'] == at[15]['tiny']['tokens'] == at[10]['tiny']['tokens']
+    kept = several.checkpoint()['mixture']
+    assert kept['anneal_start'] == 5 * 8 + 5 * 32 and sum(kept['drawn'].values()) == 5 * 8 + 15 * 32
+    several.train(**changes, total_batch_size=256, init_from='resume', max_iters=22, lr_decay_iters=22).ok()
+    assert several.checkpoint()['mixture']['anneal_start'] == kept['anneal_start']  # it was reached
+
+
+def test_order_and_spelling_of_names_change_nothing(several):
+    several.train(dataset='tiny:0.7,other:0.3', out_dir='a').ok()
+    several.train(dataset=f'{several.path}/data/other:3,data/tiny:7', out_dir='b').ok()
+    same_state(several.checkpoint('a'), several.checkpoint('b'))
+    run = several.train(dataset='data/other:0.3,tiny:0.7', out_dir='a', init_from='resume', max_iters=22).ok()
+    assert 'starts anew' not in run.out
+    run = several.train(dataset='other:0.4,tiny:0.6', out_dir='b', init_from='resume', max_iters=22).ok()
+    assert 'datasets have other shares' in run.out
+
+
 def three_sources():
     """Running text, text of another length, and rows of conversations with a mask."""
     generator = np.random.default_rng(0)
@@ -78,7 +110,7 @@ def three_sources():
 def test_batches_of_sources():
     """Windows lie in one source, each visits its own epochs, and targets count as in the source alone."""
     tokens = three_sources()
-    sources = Sources(['a', 'b', 'c'], tokens, Mixture([0.5, 0.3, 0.2], 10), 200)
+    sources = Sources(tokens, DIGESTS, Mixture([0.5, 0.3, 0.2], 10), np.zeros(3, int), 200)
     seen = {0: [], 1: [], 2: []}
     for step in range(20):
         starts = draw(sources, 10 * step, 10, 8, seed=3)
@@ -98,7 +130,7 @@ def test_batches_of_sources():
 
 
 def test_processes_see_the_batches_of_one():
-    sources = Sources(['a', 'b', 'c'], three_sources(), Mixture([0.5, 0.3, 0.2], 12), 200)
+    sources = Sources(three_sources(), DIGESTS, Mixture([0.5, 0.3, 0.2], 12), np.zeros(3, int), 200)
     whole = Batches(sources, Cut(12, 8, 12, 1), 1, 200, CPU, World())(12 * 8 * 5)[0][0]
     parts = [Batches(sources, Cut(12, 8, 2, 2), 1, 200, CPU, World(rank, rank, 3))(12 * 8 * 5)[0] for rank in range(3)]
     for k in range(2):
@@ -144,7 +176,7 @@ def test_wrong_mixtures_are_refused(several):
     write_dataset(several.path / 'data/short', encode('abc'), encode('abc'))
     several.train(dataset='tiny:0.5,short:0.5').refused('data/short/train.bin has', 'block_size + 1 = 17')
     run = several.train(dataset='tiny:0.1,other:0.9', max_iters=80, eval_iters=1).ok()
-    assert 'WARNING: other is read 4.6 times in this run' in run.out
+    assert 'WARNING: other is read 4.6 times in this run, expected at most 4' in run.out
     several.train(dataset='tiny:0.5,other:0.5', out_dir='mixed', max_iters=2).ok()
     several.start('eval.py', out_dir='mixed', device='cpu').wait().refused('tiny, other', '--dataset=tiny')
 
@@ -152,11 +184,14 @@ def test_wrong_mixtures_are_refused(several):
 def test_texts_and_conversations_mix(several, monkeypatch):
     """A nanoGPT folder without a tokenizer takes that of the others; a row fixes the context."""
     monkeypatch.chdir(several.path)
-    write_dataset('data/plain', encode(make_text(500)), encode(make_text(100)), meta=None)
+    write_dataset('data/plain', encode(make_text(500)), encode(make_text(100)), meta='pkl')
     config = {'dataset': 'plain:0.5,tiny:0.5', 'anneal_dataset': '', 'anneal_fraction': 0.2, 'decay_lr': True,
               'documents': 'flat'}
     data = Data(config)
     meta = data.prepare(True)
     assert meta['tokenizer']['kind'] == 'char' and data.path.endswith('plain') and len(data.stamps) == 4
+    write_dataset('data/gpt2', [1, 2] * 50, [1, 2] * 50, meta=None)  # GPT-2's tokens, if nothing says otherwise
+    with pytest.raises(UserError, match='has another tokenizer than'):
+        Data({**config, 'dataset': 'gpt2:0.5,tiny:0.5'}).prepare(True)
     other = Data({**config, 'dataset': 'plain:0.4,tiny:0.6'}).prepare(True)
     assert other['digest'] != meta['digest']

@@ -169,7 +169,7 @@ if world.is_main:
 shares.add_gradients(model, world)
 assert torch.equal(model.weight.grad, torch.ones(3, 2)) and model.bias.grad is None
 assert shares.gather([10 * i for i in range(5)[world.rank :: 2]], world) == [0, 10, 20, 30, 40]
-assert shares.from_main(world.rank, world) == 0
+assert world.from_main(world.rank) == 0
 parallel.disconnect()
 print('done')
 ''')

@@ -11,6 +11,8 @@ Reads a folder of texts, .jsonl, .json, .csv, .tsv or .parquet. Writes lines
 texts that each rule removed, with examples: both whole or not at all.
 
 Every step is optional. They run in this order:
+    --html       the main text of HTML pages, without menus and scripts: .html
+                 files, and texts in tables that begin as a page
     --normalize  Unicode NFC, plain line ends, no control characters
     --language   only documents in these languages (ISO 639: en or en,de,fr;
                  Chinese is safer as zh,wuu,yue)
@@ -27,7 +29,6 @@ Speed, in MB of Wikipedia per second and core: --near 7, --gopher 5, --language
 stays: 0.2 kB for --exact, 2 kB for --near=0.8; 50 to 150 MB per process.
 """
 
-import collections
 import contextlib
 import functools
 import hashlib
@@ -35,21 +36,23 @@ import json
 import os
 import re
 import time
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from configurator import UserError, nearest
+from data.clean_report import Tally, print_report
 from data.documents import find_files, list_files, read_documents, text_size
 from data.encode import make_parser, names_of, positive, run
 from data.minhash import NearDuplicates, load_minhash, signature
+from data.pages import is_page, load_resiliparse, main_text
 from flatgpt import files
 from tokenizer.patterns import batches, nfc
 from tokenizer.workers import Workers, core_count
 
 BATCH_CHARS = 1 << 19  # one task of a worker: costs more than its transfer, small in memory
-EXAMPLES = 3           # removed documents shown per rule
-EXCERPT_CHARS = 150
+BLANK = {'html': 'no main text', 'normalize': 'nothing but control characters'}
 
 
 # Normalize --------------------------------------------------------------------------------------
@@ -204,49 +207,101 @@ def digest(text: str) -> bytes:
 # Workers do the steps that need one document alone. The steps that need the documents before it
 # run here, in order, so the number of workers does not change the result.
 
-Steps = collections.namedtuple('Steps', 'normalize language gopher gopher_skip exact near',
-                               defaults=(False, (), False, (), False, None))
-# text: None if normalize() left it as it is. rule, reason: of its removal, None if it passes.
-# digest, signature: None without their steps.
-Finding = collections.namedtuple('Finding', 'text rule reason digest signature',
-                                 defaults=(None, None))
+class Steps(NamedTuple):
+    """Hold the steps to do, in their order, as the options of the command name them."""
+
+    html: bool = False
+    normalize: bool = False
+    language: tuple[str, ...] = ()
+    gopher: bool = False
+    gopher_skip: tuple[str, ...] = ()
+    exact: bool = False
+    near: float | None = None
 
 
-def examine(batch, steps: Steps) -> list[Finding]:
-    """Apply to each (number, text) the steps that need it alone."""
-    return [examine_text(text, steps) for _, text in batch]
+class Finding(NamedTuple):
+    """Hold what the steps of one document found."""
+
+    text: str | None = None  # None: it is as it was
+    rule: str | None = None  # of its removal; None: it passes
+    reason: str | None = None
+    digest: bytes | None = None  # None without --exact
+    signature: np.ndarray | None = None  # None without --near
+    changes: dict[str, int] = {}  # counts of the rewriting steps
 
 
-def examine_text(text, steps):
-    changed = None
-    if steps.normalize and (new := normalize(text)) != text:
-        text = changed = new
-        if not text or text.isspace():
-            return Finding(changed, 'normalize: blank', 'nothing but control characters')
-    if steps.language:
-        language, probability = find_language(text)
-        rule, reason = f'language: {language}', f'probability {probability:.2f}'
-        if language not in steps.language:
-            return Finding(changed, rule, reason)
-        if probability < SURE:
-            return Finding(changed, f'{rule}, unsure', f'{reason}, expected {SURE} or more')
-    if steps.gopher and (broken := gopher(text, steps.gopher_skip)):
-        rule, value = broken
-        least, most = GOPHER[rule]
-        reason = f'{value:,.6g}, expected {least:g} to {most:,g}'
-        return Finding(changed, f'gopher: {rule}', reason)
-    return Finding(changed, None, None, digest(text) if steps.exact else None,
-                   signature(text) if steps.near is not None else None)
+class Examiner:
+    """Apply the steps that need one document alone. Each worker has a copy."""
+
+    def __init__(self, steps: Steps):
+        self.steps = steps
+
+    def examine(self, text: str) -> Finding:
+        """Apply all steps to a document."""
+        rewritten = self.rewrite(text)
+        return rewritten if rewritten.rule else join(rewritten, self.judge(
+            text if rewritten.text is None else rewritten.text))
+
+    def rewrite(self, text: str) -> Finding:
+        """Apply the steps that change a text before others judge it."""
+        original, changes = text, {}
+        for step, is_on, function in (('html', self.steps.html and is_page(text), main_text),
+                                      ('normalize', self.steps.normalize, normalize)):
+            if is_on and (new := function(text)) != text:
+                text, changes[f'changed by {step}'] = new, 1
+                if not text or text.isspace():
+                    return Finding(text, f'{step}: blank', BLANK[step])
+        return Finding(None if text == original else text, changes=changes)
+
+    def judge(self, text: str) -> Finding:
+        """Apply the steps that drop documents."""
+        steps = self.steps
+        if steps.language:
+            language, probability = find_language(text)
+            rule, reason = f'language: {language}', f'probability {probability:.2f}'
+            if language not in steps.language:
+                return Finding(None, rule, reason)
+            if probability < SURE:
+                return Finding(None, f'{rule}, unsure', f'{reason}, expected {SURE} or more')
+        if steps.gopher and (broken := gopher(text, steps.gopher_skip)):
+            rule, value = broken
+            least, most = GOPHER[rule]
+            reason = f'{value:,.6g}, expected {least:g} to {most:,g}'
+            return Finding(None, f'gopher: {rule}', reason)
+        return Finding(None, None, None, digest(text) if steps.exact else None,
+                       signature(text) if steps.near is not None else None)
 
 
-def in_order(tasks, steps, num_proc):
-    """Yield (batch, findings) for each batch of (number, text), in order."""
-    work = functools.partial(examine, steps=steps)
+def join(rewritten: Finding, judged: Finding) -> Finding:
+    """Return one finding for those of two steps after each other."""
+    return judged._replace(
+        text=rewritten.text if judged.text is None else judged.text,
+        changes={**rewritten.changes, **judged.changes})
+
+
+examiner = None  # in a worker process: its Examiner
+
+
+def start_worker(received):
+    """Keep the Examiner in a worker process."""
+    global examiner
+    examiner = received
+
+
+def call_worker(method, batch) -> list:
+    """Apply a method of the worker's Examiner to each (number, text)."""
+    return [getattr(examiner, method)(text) for _, text in batch]
+
+
+def in_order(tasks, examiner: Examiner, num_proc):
+    """Yield (number, text, finding) for each of the batches of (number, text), in order."""
     if num_proc == 1:
-        yield from ((batch, work(batch)) for batch in tasks)
+        for batch in tasks:
+            yield from ((number, text, examiner.examine(text)) for number, text in batch)
         return
-    with Workers(num_proc) as workers:
-        yield from workers.map(work, tasks)
+    with Workers(num_proc, start_worker, examiner) as workers:
+        for batch, findings in workers.map(functools.partial(call_worker, 'examine'), tasks):
+            yield from ((*pair, finding) for pair, finding in zip(batch, findings, strict=True))
 
 
 def clean(path, file, steps: Steps, *, text_key: str = 'text', num_proc: int = 1) -> dict:
@@ -254,20 +309,17 @@ def clean(path, file, steps: Steps, *, text_key: str = 'text', num_proc: int = 1
 
     Raises UserError when none passes, and for input that read_documents() refuses.
     """
-    documents = {'read': 0, 'kept': 0, 'changed by normalize': 0}
-    sizes, removed = {'read': 0, 'kept': 0}, {}
+    tally = Tally(steps)
     seen, near = set(), None if steps.near is None else NearDuplicates(steps.near)
-    tasks = batches(enumerate(read_documents(path, text_key), 1), BATCH_CHARS,
+    tasks = batches(enumerate(read_documents(path, text_key, html=steps.html), 1), BATCH_CHARS,
                     length=lambda numbered: len(numbered[1]))
     with tqdm(desc='cleaning', total=text_size(find_files(path, text_key)[0]), unit='B',
               unit_scale=True, disable=None, leave=False, dynamic_ncols=True) as bar, \
-            contextlib.closing(in_order(tasks, steps, num_proc)) as results:
-        for (number, original), finding in (
-                pair for task in results for pair in zip(*task, strict=True)):
+            contextlib.closing(in_order(tasks, Examiner(steps), num_proc)) as results:
+        for number, original, finding in results:
             rule, reason = finding.rule, finding.reason
             size = len(original.encode())
-            documents['read'] += 1
-            sizes['read'] += size
+            tally.read(size)
             bar.update(size)
             if rule is None and finding.digest is not None:
                 if finding.digest in seen:
@@ -278,32 +330,11 @@ def clean(path, file, steps: Steps, *, text_key: str = 'text', num_proc: int = 1
                 rule, reason = 'near', f'{similar[1]:.2f} like document {similar[0]:,}'
             if rule is None:
                 text = original if finding.text is None else finding.text
-                documents['kept'] += 1
-                documents['changed by normalize'] += finding.text is not None
-                sizes['kept'] += len(text.encode())
+                tally.keep(finding.changes, len(text.encode()))
                 file.write(json.dumps({'text': text}, ensure_ascii=False).encode() + b'\n')
-                continue
-            entry = removed.setdefault(rule, {'documents': 0, 'bytes': 0, 'examples': []})
-            entry['documents'] += 1
-            entry['bytes'] += size
-            if len(entry['examples']) < EXAMPLES:
-                text = ' '.join(original[:4 * EXCERPT_CHARS].split())
-                text = text[:EXCERPT_CHARS] + '...' * (len(text) > EXCERPT_CHARS)
-                entry['examples'].append({'document': number, 'why': reason, 'text': text})
-    removed = dict(sorted(removed.items(), key=lambda item: (-item[1]['documents'], item[0])))
-    if not documents['kept']:
-        rule, entry = next(iter(removed.items()))
-        step, _, name = rule.partition(': ')
-        remedy = (f'--gopher_skip={name} skips that rule' if step == 'gopher' else
-                  f'leave out --{step}, or relax it')
-        raise UserError(f'all {documents["read"]:,} documents would be removed, so nothing was '
-                        f'written. The rule {rule!r} removes {entry["documents"]:,}, the first '
-                        f'for: {entry["examples"][0]["why"]}; {remedy}')
-    for entry in removed.values():
-        entry['share of documents'] = entry['documents'] / documents['read']
-        entry['share of bytes'] = entry['bytes'] / sizes['read']
-    return {'version': 1, 'source': os.path.basename(os.path.abspath(path)),
-            'steps': steps._asdict(), 'documents': documents, 'bytes': sizes, 'removed': removed}
+            else:
+                tally.remove(rule, number, reason, original)
+    return tally.report(os.path.basename(os.path.abspath(path)))
 
 
 def report_of(out) -> str:
@@ -349,8 +380,8 @@ def check_out(out, path):
 def check_steps(steps):
     """Raise UserError for no steps, unknown names, or values out of range."""
     if steps == Steps():
-        raise UserError('no step to do; expected one or more of --normalize, --language=en, '
-                        '--gopher, --exact, --near=0.8 (see --help)')
+        raise UserError('no step to do; expected one or more of --html, --normalize, '
+                        '--language=en, --gopher, --exact, --near=0.8 (see --help)')
     if steps.gopher_skip and not steps.gopher:
         raise UserError(f'--gopher_skip={",".join(steps.gopher_skip)} needs --gopher')
     languages = sorted(load_identifier().labels) if steps.language else []
@@ -360,6 +391,8 @@ def check_steps(steps):
             if name not in known:
                 raise UserError(f'{option}={",".join(names)}: unknown {name!r}'
                                 f'{nearest(name, known)}; expected some of: {" ".join(known)}')
+    if steps.html:
+        load_resiliparse()  # raises where it is missing
     if steps.near is not None:
         # below 0.5, most documents of a kind are candidates of each other: n * n comparisons
         if not 0.5 <= steps.near <= 1:
@@ -368,31 +401,15 @@ def check_steps(steps):
         load_minhash()  # raises where datasketch is missing
 
 
-def print_report(report):
-    documents, size, removed = report['documents'], report['bytes'], report['removed']
-    print(f'{"read":32} {documents["read"]:>12,} documents {size["read"] / 1e6:>12,.2f} MB')
-    for rule, entry in list(removed.items())[:20]:
-        print(f'- {rule:30} {entry["documents"]:>12,} {entry["share of documents"]:>9.2%} '
-              f'{entry["bytes"] / 1e6:>12,.2f} MB')
-        example = entry['examples'][0]
-        line = f'    document {example["document"]:,} ({example["why"]}): {example["text"]!r}'
-        print(line if len(line) <= 80 else f'{line[:77]}...')
-    if len(removed) > 20:
-        print(f'- and {len(removed) - 20} rules more, in the report')
-    print(f'{"kept":32} {documents["kept"]:>12,} {documents["kept"] / documents["read"]:>9.2%} '
-          f'{size["kept"] / 1e6:>12,.2f} MB')
-    if documents['changed by normalize']:
-        print(f'{documents["changed by normalize"]:,} of them were changed by --normalize')
-
-
 def main():
-    parser = make_parser(__doc__)
+    parser = make_parser(__doc__, usage='python -m data.clean --input=IN --out=OUT.jsonl STEPS')
     parser.prog = 'python -m data.clean'
     add = parser.add_argument
     add('--input', required=True,
         help='a text, a folder, or a .jsonl, .json, .csv, .tsv, .parquet file')
     add('--out', required=True, help='the .jsonl file to write')
     add('--text_key', default='text', help='field of a table that holds the text')
+    add('--html', action='store_true', help='the main text of HTML pages')
     add('--normalize', action='store_true', help='NFC, plain line ends, no control characters')
     add('--language', type=names_of, default=(), help='languages to keep: en, or en,de,fr')
     add('--gopher', action='store_true', help='length, prose and repetition rules')

@@ -1,0 +1,85 @@
+"""Count and show what data.clean reads, changes, keeps and removes.
+
+    tally = Tally(steps)
+    tally.keep(finding.changes, n_bytes)  # or: tally.remove(rule, number, reason, text)
+    report = tally.report(source)         # of *.report.json
+    print_report(report)
+"""
+
+import collections
+
+from configurator import UserError
+
+EXAMPLES = 3  # removed documents shown per rule
+EXCERPT_CHARS = 150
+REWRITING = ('html', 'normalize')  # steps that change documents
+
+
+class Tally:
+    """Add up counts, sizes and examples of a run."""
+
+    def __init__(self, steps):
+        self.steps = steps
+        self.documents, self.sizes = collections.Counter(), collections.Counter()
+        self.changes = collections.Counter({f'changed by {step}': 0 for step in REWRITING
+                                            if getattr(steps, step) or step == 'normalize'})
+        self.removed = {}
+
+    def read(self, size):
+        """Count a document of `size` bytes as read."""
+        self.documents['read'] += 1
+        self.sizes['read'] += size
+
+    def keep(self, changes, size):
+        """Count a document as kept. changes: {name: count} of its rewriting steps."""
+        self.documents['kept'] += 1
+        self.sizes['kept'] += size
+        self.changes.update(changes)
+
+    def remove(self, rule, number, reason, text):
+        """Count a document as removed; keep an excerpt of the first ones of a rule."""
+        entry = self.removed.setdefault(rule, {'documents': 0, 'bytes': 0, 'examples': []})
+        entry['documents'] += 1
+        entry['bytes'] += len(text.encode())
+        if len(entry['examples']) < EXAMPLES:
+            excerpt = ' '.join(text[:4 * EXCERPT_CHARS].split())
+            excerpt = excerpt[:EXCERPT_CHARS] + '...' * (len(excerpt) > EXCERPT_CHARS)
+            entry['examples'].append({'document': number, 'why': reason, 'text': excerpt})
+
+    def report(self, source) -> dict:
+        """Return the report. Raises UserError where no document is kept."""
+        removed = dict(sorted(self.removed.items(),
+                              key=lambda item: (-item[1]['documents'], item[0])))
+        if not self.documents['kept']:
+            rule, entry = next(iter(removed.items()))
+            step, _, name = rule.partition(': ')
+            remedy = (f'--gopher_skip={name} skips that rule' if step == 'gopher' else
+                      f'leave out --{step}, or relax it')
+            raise UserError(f'all {self.documents["read"]:,} documents would be removed, so '
+                            f'nothing was written. The rule {rule!r} removes '
+                            f'{entry["documents"]:,}, the first for: '
+                            f'{entry["examples"][0]["why"]}; {remedy}')
+        for entry in removed.values():
+            entry['share of documents'] = entry['documents'] / self.documents['read']
+            entry['share of bytes'] = entry['bytes'] / self.sizes['read']
+        return {'version': 1, 'source': source, 'steps': self.steps._asdict(),
+                'documents': {**self.documents, **self.changes}, 'bytes': dict(self.sizes),
+                'removed': removed}
+
+
+def print_report(report):
+    documents, size, removed = report['documents'], report['bytes'], report['removed']
+    print(f'{"read":32} {documents["read"]:>12,} documents {size["read"] / 1e6:>12,.2f} MB')
+    for rule, entry in list(removed.items())[:20]:
+        print(f'- {rule:30} {entry["documents"]:>12,} {entry["share of documents"]:>9.2%} '
+              f'{entry["bytes"] / 1e6:>12,.2f} MB')
+        example = entry['examples'][0]
+        line = f'    document {example["document"]:,} ({example["why"]}): {example["text"]!r}'
+        print(line if len(line) <= 80 else f'{line[:77]}...')
+    if len(removed) > 20:
+        print(f'- and {len(removed) - 20} rules more, in the report')
+    print(f'{"kept":32} {documents["kept"]:>12,} {documents["kept"] / documents["read"]:>9.2%} '
+          f'{size["kept"] / 1e6:>12,.2f} MB')
+    for name, count in documents.items():
+        if name.startswith('changed by ') and count:
+            print(f'{count:,} of them were changed by --{name.removeprefix("changed by ")}')

@@ -20,6 +20,9 @@ Every step is optional. They run in this order:
                  for English prose: they drop most source code, tables, and
                  languages written without spaces. For other languages add
                  --gopher_skip=stop_words.
+    --mask=email,phone,ip
+                 nothing: it replaces them by |||EMAIL_ADDRESS|||,
+                 |||PHONE_NUMBER||| and |||IP_ADDRESS|||
     --exact      copies, white space aside; the first one stays
     --near=0.8   documents that share about 80% of their runs of five words
                  with an earlier one that stays
@@ -45,6 +48,7 @@ from configurator import UserError, nearest
 from data.clean_report import Tally, print_report
 from data.documents import find_files, list_files, read_documents, text_size
 from data.encode import make_parser, names_of, positive, run
+from data.mask import MASKS, mask
 from data.minhash import NearDuplicates, load_minhash, signature
 from data.pages import is_page, load_resiliparse, main_text
 from flatgpt import files
@@ -215,6 +219,7 @@ class Steps(NamedTuple):
     language: tuple[str, ...] = ()
     gopher: bool = False
     gopher_skip: tuple[str, ...] = ()
+    mask: tuple[str, ...] = ()
     exact: bool = False
     near: float | None = None
 
@@ -268,8 +273,14 @@ class Examiner:
             least, most = GOPHER[rule]
             reason = f'{value:,.6g}, expected {least:g} to {most:,g}'
             return Finding(None, f'gopher: {rule}', reason)
-        return Finding(None, None, None, digest(text) if steps.exact else None,
-                       signature(text) if steps.near is not None else None)
+        changes, counts = {}, {}
+        if steps.mask:
+            text, counts = mask(text, steps.mask)
+            changes = {'changed by mask': 1} if counts else {}
+        return Finding(text if counts else None, None, None,
+                       digest(text) if steps.exact else None,
+                       signature(text) if steps.near is not None else None,
+                       {**changes, **{f'masked {kind}': n for kind, n in counts.items()}})
 
 
 def join(rewritten: Finding, judged: Finding) -> Finding:
@@ -381,11 +392,13 @@ def check_steps(steps):
     """Raise UserError for no steps, unknown names, or values out of range."""
     if steps == Steps():
         raise UserError('no step to do; expected one or more of --html, --normalize, '
-                        '--language=en, --gopher, --exact, --near=0.8 (see --help)')
+                        '--language=en, --gopher, --mask=email,phone,ip, --exact, --near=0.8 '
+                        '(see --help)')
     if steps.gopher_skip and not steps.gopher:
         raise UserError(f'--gopher_skip={",".join(steps.gopher_skip)} needs --gopher')
     languages = sorted(load_identifier().labels) if steps.language else []
     for option, names, known in (('--language', steps.language, languages),
+                                 ('--mask', steps.mask, MASKS),
                                  ('--gopher_skip', steps.gopher_skip, GOPHER)):
         for name in names:
             if name not in known:
@@ -414,6 +427,7 @@ def main():
     add('--language', type=names_of, default=(), help='languages to keep: en, or en,de,fr')
     add('--gopher', action='store_true', help='length, prose and repetition rules')
     add('--gopher_skip', type=names_of, default=(), help='rules to skip: stop_words,hashes')
+    add('--mask', type=names_of, default=(), help='kinds to replace: email,phone,ip')
     add('--exact', action='store_true', help='drop copies')
     add('--near', type=float, nargs='?', const=0.8, help='drop documents this similar (0.8)')
     add('--num_proc', type=positive, default=core_count(), help='processes (one per core)')

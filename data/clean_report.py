@@ -12,7 +12,7 @@ from configurator import UserError
 
 EXAMPLES = 3  # removed documents shown per rule
 EXCERPT_CHARS = 150
-REWRITING = ('html', 'normalize')  # steps that change documents
+REWRITING = ('html', 'normalize', 'mask')  # steps that change documents
 
 
 class Tally:
@@ -23,6 +23,7 @@ class Tally:
         self.documents, self.sizes = collections.Counter(), collections.Counter()
         self.changes = collections.Counter({f'changed by {step}': 0 for step in REWRITING
                                             if getattr(steps, step) or step == 'normalize'})
+        self.masked = collections.Counter(dict.fromkeys(steps.mask, 0))
         self.removed = {}
 
     def read(self, size):
@@ -34,7 +35,12 @@ class Tally:
         """Count a document as kept. changes: {name: count} of its rewriting steps."""
         self.documents['kept'] += 1
         self.sizes['kept'] += size
-        self.changes.update(changes)
+        for name, count in changes.items():
+            step, _, kind = name.partition(' ')
+            if step == 'masked':
+                self.masked[kind] += count
+            else:
+                self.changes[name] += count
 
     def remove(self, rule, number, reason, text):
         """Count a document as removed; keep an excerpt of the first ones of a rule."""
@@ -64,7 +70,7 @@ class Tally:
             entry['share of bytes'] = entry['bytes'] / self.sizes['read']
         return {'version': 1, 'source': source, 'steps': self.steps._asdict(),
                 'documents': {**self.documents, **self.changes}, 'bytes': dict(self.sizes),
-                'removed': removed}
+                **({'masked': dict(self.masked)} if self.steps.mask else {}), 'removed': removed}
 
 
 def print_report(report):
@@ -83,3 +89,5 @@ def print_report(report):
     for name, count in documents.items():
         if name.startswith('changed by ') and count:
             print(f'{count:,} of them were changed by --{name.removeprefix("changed by ")}')
+    for kind, count in report.get('masked', {}).items():
+        print(f'{f"masked: {kind}":32} {count:>12,}')

@@ -14,6 +14,8 @@ Every step is optional. They run in this order:
     --html       the main text of HTML pages, without menus and scripts: .html
                  files, and texts in tables that begin as a page
     --normalize  Unicode NFC, plain line ends, no control characters
+    --lines=10   lines that 10 documents or more have, such as "Accept cookies":
+                 the first stays. It reads the input twice. Not for source code.
     --language   only documents in these languages (ISO 639: en or en,de,fr;
                  Chinese is safer as zh,wuu,yue)
     --gopher     the length, prose and repetition rules of DeepMind's Gopher,
@@ -32,6 +34,7 @@ Speed, in MB of Wikipedia per second and core: --near 7, --gopher 5, --language
 stays: 0.2 kB for --exact, 2 kB for --near=0.8; 50 to 150 MB per process.
 """
 
+import collections
 import contextlib
 import functools
 import hashlib
@@ -48,6 +51,7 @@ from configurator import UserError, nearest
 from data.clean_report import Tally, print_report
 from data.documents import find_files, list_files, read_documents, text_size
 from data.encode import make_parser, names_of, positive, run
+from data.lines import LineCounts, line_keys, unique_keys
 from data.mask import MASKS, mask
 from data.minhash import NearDuplicates, load_minhash, signature
 from data.pages import is_page, load_resiliparse, main_text
@@ -56,7 +60,8 @@ from tokenizer.patterns import batches, nfc
 from tokenizer.workers import Workers, core_count
 
 BATCH_CHARS = 1 << 19  # one task of a worker: costs more than its transfer, small in memory
-BLANK = {'html': 'no main text', 'normalize': 'nothing but control characters'}
+BLANK = {'html': 'no main text', 'normalize': 'nothing but control characters',
+         'lines': 'nothing but lines that many documents have'}
 
 
 # Normalize --------------------------------------------------------------------------------------
@@ -216,6 +221,7 @@ class Steps(NamedTuple):
 
     html: bool = False
     normalize: bool = False
+    lines: int | None = None
     language: tuple[str, ...] = ()
     gopher: bool = False
     gopher_skip: tuple[str, ...] = ()
@@ -258,9 +264,21 @@ class Examiner:
                     return Finding(text, f'{step}: blank', BLANK[step])
         return Finding(None if text == original else text, changes=changes)
 
-    def judge(self, text: str) -> Finding:
-        """Apply the steps that drop documents."""
+    def rewrite_lines(self, text: str) -> tuple[Finding, np.ndarray]:
+        """Return rewrite(), and the keys of the lines of its text."""
+        finding = self.rewrite(text)
+        return finding, line_keys(text if finding.text is None else finding.text)
+
+    def rewritten_keys(self, text: str) -> np.ndarray:
+        """Return the keys of the lines of rewrite()'s text, each once."""
+        finding = self.rewrite(text)
+        return unique_keys('' if finding.rule else text if finding.text is None else finding.text)
+
+    def judge(self, text: str | None) -> Finding:
+        """Apply the steps that drop documents, and --mask. None: it is dropped already."""
         steps = self.steps
+        if text is None:
+            return Finding()
         if steps.language:
             language, probability = find_language(text)
             rule, reason = f'language: {language}', f'probability {probability:.2f}'
@@ -304,15 +322,65 @@ def call_worker(method, batch) -> list:
     return [getattr(examiner, method)(text) for _, text in batch]
 
 
-def in_order(tasks, examiner: Examiner, num_proc):
-    """Yield (number, text, finding) for each of the batches of (number, text), in order."""
+@contextlib.contextmanager
+def mapping(examiner: Examiner, num_proc):
+    """Yield map(method, batches), which yields (batch, the method's results), in order."""
     if num_proc == 1:
-        for batch in tasks:
-            yield from ((number, text, examiner.examine(text)) for number, text in batch)
+        yield lambda method, tasks: (
+            (batch, [getattr(examiner, method)(text) for _, text in batch]) for batch in tasks)
         return
     with Workers(num_proc, start_worker, examiner) as workers:
-        for batch, findings in workers.map(functools.partial(call_worker, 'examine'), tasks):
-            yield from ((*pair, finding) for pair, finding in zip(batch, findings, strict=True))
+        yield lambda method, tasks: workers.map(functools.partial(call_worker, method), tasks)
+
+
+def in_order(tasks, examiner: Examiner, num_proc, counts: LineCounts | None = None):
+    """Yield (number, text, finding) for each of the batches of (number, text), in order.
+
+    counts: of the lines, for --lines; its step is between the others, here.
+    """
+    with mapping(examiner, num_proc) as work:
+        if counts is None:
+            for batch, findings in work('examine', tasks):
+                yield from ((*pair, finding) for pair, finding in zip(batch, findings, strict=True))
+            return
+        waiting = collections.deque()  # batches, and their findings so far
+
+        def without_lines():
+            for batch, results in work('rewrite_lines', tasks):
+                findings = [drop_lines(text, *result, counts)
+                            for (_, text), result in zip(batch, results, strict=True)]
+                waiting.append((batch, findings))
+                yield [(None, None if finding.rule else
+                        text if finding.text is None else finding.text)
+                       for (_, text), finding in zip(batch, findings, strict=True)]
+
+        for _, results in work('judge', without_lines()):
+            for (number, text), finding, judged in zip(*waiting.popleft(), results, strict=True):
+                yield number, text, finding if finding.rule else join(finding, judged)
+
+
+def drop_lines(text, finding: Finding, keys, counts) -> Finding:
+    """Drop the frequent lines of a text, or of its rewritten form."""
+    if finding.rule:
+        return finding
+    new = counts.drop(text if finding.text is None else finding.text, keys)
+    if new is None:
+        return finding
+    if not new or new.isspace():
+        return Finding(new, 'lines: blank', BLANK['lines'])
+    return finding._replace(text=new, changes={**finding.changes, 'changed by lines': 1})
+
+
+def count_lines(tasks, examiner: Examiner, num_proc) -> LineCounts:
+    """Read the corpus a first time, to count its lines."""
+    counts = LineCounts(examiner.steps.lines)
+    with mapping(examiner, num_proc) as work, tqdm(
+            desc='counting lines', unit=' documents', disable=None, leave=False) as bar:
+        for batch, keys in work('rewritten_keys', tasks):
+            counts.add(np.concatenate(keys))
+            bar.update(len(batch))
+    counts.check()
+    return counts
 
 
 def clean(path, file, steps: Steps, *, text_key: str = 'text', num_proc: int = 1) -> dict:
@@ -320,13 +388,16 @@ def clean(path, file, steps: Steps, *, text_key: str = 'text', num_proc: int = 1
 
     Raises UserError when none passes, and for input that read_documents() refuses.
     """
-    tally = Tally(steps)
+    def read_batches():
+        return batches(enumerate(read_documents(path, text_key, html=steps.html), 1), BATCH_CHARS,
+                       length=lambda numbered: len(numbered[1]))
+
+    tally, examiner = Tally(steps), Examiner(steps)
     seen, near = set(), None if steps.near is None else NearDuplicates(steps.near)
-    tasks = batches(enumerate(read_documents(path, text_key, html=steps.html), 1), BATCH_CHARS,
-                    length=lambda numbered: len(numbered[1]))
+    counts = count_lines(read_batches(), examiner, num_proc) if steps.lines else None
     with tqdm(desc='cleaning', total=text_size(find_files(path, text_key)[0]), unit='B',
               unit_scale=True, disable=None, leave=False, dynamic_ncols=True) as bar, \
-            contextlib.closing(in_order(tasks, Examiner(steps), num_proc)) as results:
+            contextlib.closing(in_order(read_batches(), examiner, num_proc, counts)) as results:
         for number, original, finding in results:
             rule, reason = finding.rule, finding.reason
             size = len(original.encode())
@@ -345,7 +416,10 @@ def clean(path, file, steps: Steps, *, text_key: str = 'text', num_proc: int = 1
                 file.write(json.dumps({'text': text}, ensure_ascii=False).encode() + b'\n')
             else:
                 tally.remove(rule, number, reason, original)
-    return tally.report(os.path.basename(os.path.abspath(path)))
+    report = tally.report(os.path.basename(os.path.abspath(path)))
+    if counts is not None:
+        report['lines'] = counts.report()
+    return report
 
 
 def report_of(out) -> str:
@@ -391,7 +465,7 @@ def check_out(out, path):
 def check_steps(steps):
     """Raise UserError for no steps, unknown names, or values out of range."""
     if steps == Steps():
-        raise UserError('no step to do; expected one or more of --html, --normalize, '
+        raise UserError('no step to do; expected one or more of --html, --normalize, --lines=10, '
                         '--language=en, --gopher, --mask=email,phone,ip, --exact, --near=0.8 '
                         '(see --help)')
     if steps.gopher_skip and not steps.gopher:
@@ -404,6 +478,8 @@ def check_steps(steps):
             if name not in known:
                 raise UserError(f'{option}={",".join(names)}: unknown {name!r}'
                                 f'{nearest(name, known)}; expected some of: {" ".join(known)}')
+    if steps.lines == 1:
+        raise UserError('--lines=1 would drop every line; expected 2 or more, such as --lines=10')
     if steps.html:
         load_resiliparse()  # raises where it is missing
     if steps.near is not None:
@@ -424,6 +500,8 @@ def main():
     add('--text_key', default='text', help='field of a table that holds the text')
     add('--html', action='store_true', help='the main text of HTML pages')
     add('--normalize', action='store_true', help='NFC, plain line ends, no control characters')
+    add('--lines', type=positive, nargs='?', const=10,
+        help='drop lines that this many documents have, but for the first (10)')
     add('--language', type=names_of, default=(), help='languages to keep: en, or en,de,fr')
     add('--gopher', action='store_true', help='length, prose and repetition rules')
     add('--gopher_skip', type=names_of, default=(), help='rules to skip: stop_words,hashes')

@@ -12,7 +12,7 @@ from configurator import UserError
 
 EXAMPLES = 3  # removed documents shown per rule
 EXCERPT_CHARS = 150
-REWRITING = ('html', 'normalize', 'mask')  # steps that change documents
+REWRITING = ('html', 'normalize', 'lines', 'mask')  # steps that change documents
 
 
 class Tally:
@@ -91,3 +91,6 @@ def print_report(report):
             print(f'{count:,} of them were changed by --{name.removeprefix("changed by ")}')
     for kind, count in report.get('masked', {}).items():
         print(f'{f"masked: {kind}":32} {count:>12,}')
+    if lines := report.get('lines'):
+        print(f'{"lines dropped":32} {lines["dropped"]:>12,}, of {lines["kept once"]:,} that stay '
+              f'once')

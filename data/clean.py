@@ -22,6 +22,9 @@ Every step is optional. They run in this order:
                  for English prose: they drop most source code, tables, and
                  languages written without spaces. For other languages add
                  --gopher_skip=stop_words.
+    --decontaminate=FILES
+                 documents with 13 words in a row of an evaluation set: files,
+                 with commas, of text or with a task per row, in any fields
     --mask=email,phone,ip
                  nothing: it replaces them by |||EMAIL_ADDRESS|||,
                  |||PHONE_NUMBER||| and |||IP_ADDRESS|||
@@ -49,6 +52,7 @@ from tqdm import tqdm
 
 from configurator import UserError, nearest
 from data.clean_report import Tally, print_report
+from data.decontaminate import EvaluationIndex
 from data.documents import find_files, list_files, read_documents, text_size
 from data.encode import make_parser, names_of, positive, run
 from data.lines import LineCounts, line_keys, unique_keys
@@ -225,6 +229,7 @@ class Steps(NamedTuple):
     language: tuple[str, ...] = ()
     gopher: bool = False
     gopher_skip: tuple[str, ...] = ()
+    decontaminate: tuple[str, ...] = ()
     mask: tuple[str, ...] = ()
     exact: bool = False
     near: float | None = None
@@ -246,6 +251,7 @@ class Examiner:
 
     def __init__(self, steps: Steps):
         self.steps = steps
+        self.evaluation = EvaluationIndex(steps.decontaminate)
 
     def examine(self, text: str) -> Finding:
         """Apply all steps to a document."""
@@ -291,6 +297,8 @@ class Examiner:
             least, most = GOPHER[rule]
             reason = f'{value:,.6g}, expected {least:g} to {most:,g}'
             return Finding(None, f'gopher: {rule}', reason)
+        if steps.decontaminate and (common := self.evaluation.find(text)):
+            return Finding(None, f'decontaminate: {common[0]}', common[1])
         changes, counts = {}, {}
         if steps.mask:
             text, counts = mask(text, steps.mask)
@@ -419,6 +427,10 @@ def clean(path, file, steps: Steps, *, text_key: str = 'text', num_proc: int = 1
     report = tally.report(os.path.basename(os.path.abspath(path)))
     if counts is not None:
         report['lines'] = counts.report()
+    if steps.decontaminate:
+        report['decontaminate'] = {name: {
+            **counted, 'documents': tally.count(f'decontaminate: {name}')}
+            for name, counted in examiner.evaluation.files.items()}
     return report
 
 
@@ -466,8 +478,8 @@ def check_steps(steps):
     """Raise UserError for no steps, unknown names, or values out of range."""
     if steps == Steps():
         raise UserError('no step to do; expected one or more of --html, --normalize, --lines=10, '
-                        '--language=en, --gopher, --mask=email,phone,ip, --exact, --near=0.8 '
-                        '(see --help)')
+                        '--language=en, --gopher, --decontaminate=FILES, --mask=email,phone,ip, '
+                        '--exact, --near=0.8 (see --help)')
     if steps.gopher_skip and not steps.gopher:
         raise UserError(f'--gopher_skip={",".join(steps.gopher_skip)} needs --gopher')
     languages = sorted(load_identifier().labels) if steps.language else []
@@ -490,6 +502,11 @@ def check_steps(steps):
         load_minhash()  # raises where datasketch is missing
 
 
+def paths_of(text) -> tuple[str, ...]:
+    """Parse an option as paths with commas; ~ is expanded."""
+    return tuple(map(os.path.expanduser, names_of(text)))
+
+
 def main():
     parser = make_parser(__doc__, usage='python -m data.clean --input=IN --out=OUT.jsonl STEPS')
     parser.prog = 'python -m data.clean'
@@ -505,6 +522,8 @@ def main():
     add('--language', type=names_of, default=(), help='languages to keep: en, or en,de,fr')
     add('--gopher', action='store_true', help='length, prose and repetition rules')
     add('--gopher_skip', type=names_of, default=(), help='rules to skip: stop_words,hashes')
+    add('--decontaminate', type=paths_of, default=(),
+        help='evaluation sets of which no document may hold 13 words in a row')
     add('--mask', type=names_of, default=(), help='kinds to replace: email,phone,ip')
     add('--exact', action='store_true', help='drop copies')
     add('--near', type=float, nargs='?', const=0.8, help='drop documents this similar (0.8)')

@@ -52,6 +52,10 @@ class Tally:
             excerpt = excerpt[:EXCERPT_CHARS] + '...' * (len(excerpt) > EXCERPT_CHARS)
             entry['examples'].append({'document': number, 'why': reason, 'text': excerpt})
 
+    def count(self, rule) -> int:
+        """Return the number of documents that a rule removed."""
+        return self.removed.get(rule, {'documents': 0})['documents']
+
     def report(self, source) -> dict:
         """Return the report. Raises UserError where no document is kept."""
         removed = dict(sorted(self.removed.items(),
@@ -94,3 +98,7 @@ def print_report(report):
     if lines := report.get('lines'):
         print(f'{"lines dropped":32} {lines["dropped"]:>12,}, of {lines["kept once"]:,} that stay '
               f'once')
+    for name, counts in report.get('decontaminate', {}).items():
+        print(f'{counts["documents"]:,} documents had 13 words in a row of {name} '
+              f'({counts["texts"]:,} texts, {counts["texts of fewer than 13 words"]:,} of them too '
+              f'short to match)')

@@ -22,6 +22,11 @@ Every step is optional. They run in this order:
                  for English prose: they drop most source code, tables, and
                  languages written without spaces. For other languages add
                  --gopher_skip=stop_words.
+    --quality=MODEL --quality_min=0.5
+                 texts that a model scores lower; python -m data.clean
+                 train-quality --help trains one on good and bad texts
+    --toxic=MODEL --toxic_max=0.5
+                 texts that are like the bad ones of a model
     --decontaminate=FILES
                  documents with 13 words in a row of an evaluation set: files,
                  with commas, of text or with a task per row, in any fields
@@ -44,6 +49,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 import time
 from typing import NamedTuple
 
@@ -51,6 +57,8 @@ import numpy as np
 from tqdm import tqdm
 
 from configurator import UserError, nearest
+from data import classifier
+from data.classifier import load_model
 from data.clean_report import Tally, print_report
 from data.decontaminate import EvaluationIndex
 from data.documents import find_files, list_files, read_documents, text_size
@@ -229,6 +237,10 @@ class Steps(NamedTuple):
     language: tuple[str, ...] = ()
     gopher: bool = False
     gopher_skip: tuple[str, ...] = ()
+    quality: str | None = None
+    quality_min: float = 0.5
+    toxic: str | None = None
+    toxic_max: float = 0.5
     decontaminate: tuple[str, ...] = ()
     mask: tuple[str, ...] = ()
     exact: bool = False
@@ -244,6 +256,7 @@ class Finding(NamedTuple):
     digest: bytes | None = None  # None without --exact
     signature: np.ndarray | None = None  # None without --near
     changes: dict[str, int] = {}  # counts of the rewriting steps
+    scores: dict[str, float] = {}  # of --quality and --toxic
 
 
 class Examiner:
@@ -252,6 +265,8 @@ class Examiner:
     def __init__(self, steps: Steps):
         self.steps = steps
         self.evaluation = EvaluationIndex(steps.decontaminate)
+        self.quality = load_model(steps.quality) if steps.quality else None
+        self.toxic = load_model(steps.toxic) if steps.toxic else None
 
     def examine(self, text: str) -> Finding:
         """Apply all steps to a document."""
@@ -297,8 +312,19 @@ class Examiner:
             least, most = GOPHER[rule]
             reason = f'{value:,.6g}, expected {least:g} to {most:,g}'
             return Finding(None, f'gopher: {rule}', reason)
+        scores = {}
+        if steps.quality:
+            scores['quality'] = score = self.quality.score(text)
+            if score < steps.quality_min:
+                reason = f'score {score:.3f}, expected {steps.quality_min} or more'
+                return Finding(None, 'quality', reason, scores=scores)
+        if steps.toxic:
+            scores['toxic'] = score = 1 - self.toxic.score(text)
+            if score > steps.toxic_max:
+                reason = f'score {score:.3f}, expected {steps.toxic_max} or less'
+                return Finding(None, 'toxic', reason, scores=scores)
         if steps.decontaminate and (common := self.evaluation.find(text)):
-            return Finding(None, f'decontaminate: {common[0]}', common[1])
+            return Finding(None, f'decontaminate: {common[0]}', common[1], scores=scores)
         changes, counts = {}, {}
         if steps.mask:
             text, counts = mask(text, steps.mask)
@@ -306,7 +332,7 @@ class Examiner:
         return Finding(text if counts else None, None, None,
                        digest(text) if steps.exact else None,
                        signature(text) if steps.near is not None else None,
-                       {**changes, **{f'masked {kind}': n for kind, n in counts.items()}})
+                       {**changes, **{f'masked {kind}': n for kind, n in counts.items()}}, scores)
 
 
 def join(rewritten: Finding, judged: Finding) -> Finding:
@@ -409,7 +435,7 @@ def clean(path, file, steps: Steps, *, text_key: str = 'text', num_proc: int = 1
         for number, original, finding in results:
             rule, reason = finding.rule, finding.reason
             size = len(original.encode())
-            tally.read(size)
+            tally.read(size, finding.scores)
             bar.update(size)
             if rule is None and finding.digest is not None:
                 if finding.digest in seen:
@@ -478,8 +504,8 @@ def check_steps(steps):
     """Raise UserError for no steps, unknown names, or values out of range."""
     if steps == Steps():
         raise UserError('no step to do; expected one or more of --html, --normalize, --lines=10, '
-                        '--language=en, --gopher, --decontaminate=FILES, --mask=email,phone,ip, '
-                        '--exact, --near=0.8 (see --help)')
+                        '--language=en, --gopher, --quality=MODEL, --decontaminate=FILES, '
+                        '--mask=email,phone,ip, --exact, --near=0.8 (see --help)')
     if steps.gopher_skip and not steps.gopher:
         raise UserError(f'--gopher_skip={",".join(steps.gopher_skip)} needs --gopher')
     languages = sorted(load_identifier().labels) if steps.language else []
@@ -490,6 +516,12 @@ def check_steps(steps):
             if name not in known:
                 raise UserError(f'{option}={",".join(names)}: unknown {name!r}'
                                 f'{nearest(name, known)}; expected some of: {" ".join(known)}')
+    for option in ('quality_min', 'toxic_max'):
+        model, value = option.partition('_')[0], getattr(steps, option)
+        if not 0 <= value <= 1:
+            raise UserError(f'--{option} is {value}; expected a score from 0 to 1, such as 0.5')
+        if value != 0.5 and getattr(steps, model) is None:
+            raise UserError(f'--{option}={value} needs --{model}=MODEL')
     if steps.lines == 1:
         raise UserError('--lines=1 would drop every line; expected 2 or more, such as --lines=10')
     if steps.html:
@@ -508,6 +540,8 @@ def paths_of(text) -> tuple[str, ...]:
 
 
 def main():
+    if sys.argv[1:2] == ['train-quality']:
+        return classifier.main(sys.argv[2:])
     parser = make_parser(__doc__, usage='python -m data.clean --input=IN --out=OUT.jsonl STEPS')
     parser.prog = 'python -m data.clean'
     add = parser.add_argument
@@ -522,6 +556,10 @@ def main():
     add('--language', type=names_of, default=(), help='languages to keep: en, or en,de,fr')
     add('--gopher', action='store_true', help='length, prose and repetition rules')
     add('--gopher_skip', type=names_of, default=(), help='rules to skip: stop_words,hashes')
+    add('--quality', help='a model of good and bad texts')
+    add('--quality_min', type=float, default=0.5, help='least score to keep (0.5)')
+    add('--toxic', help='a model whose bad texts are toxic')
+    add('--toxic_max', type=float, default=0.5, help='greatest toxic score to keep (0.5)')
     add('--decontaminate', type=paths_of, default=(),
         help='evaluation sets of which no document may hold 13 words in a row')
     add('--mask', type=names_of, default=(), help='kinds to replace: email,phone,ip')

@@ -9,6 +9,7 @@
 import collections
 
 from configurator import UserError
+from data.classifier import Scores
 
 EXAMPLES = 3  # removed documents shown per rule
 EXCERPT_CHARS = 150
@@ -24,10 +25,13 @@ class Tally:
         self.changes = collections.Counter({f'changed by {step}': 0 for step in REWRITING
                                             if getattr(steps, step) or step == 'normalize'})
         self.masked = collections.Counter(dict.fromkeys(steps.mask, 0))
+        self.scores = collections.defaultdict(Scores)
         self.removed = {}
 
-    def read(self, size):
-        """Count a document of `size` bytes as read."""
+    def read(self, size, scores):
+        """Count a document of `size` bytes as read. scores: {model: score} that it got."""
+        for model, score in scores.items():
+            self.scores[model].add(score)
         self.documents['read'] += 1
         self.sizes['read'] += size
 
@@ -74,7 +78,12 @@ class Tally:
             entry['share of bytes'] = entry['bytes'] / self.sizes['read']
         return {'version': 1, 'source': source, 'steps': self.steps._asdict(),
                 'documents': {**self.documents, **self.changes}, 'bytes': dict(self.sizes),
-                **({'masked': dict(self.masked)} if self.steps.mask else {}), 'removed': removed}
+                **({'masked': dict(self.masked)} if self.steps.mask else {}),
+                **({'scores': {model: {
+                    'documents': int(scores.counts.sum()), 'removed': self.count(model),
+                    'quantiles': scores.quantiles()} for model, scores in self.scores.items()}}
+                   if self.scores else {}),
+                'removed': removed}
 
 
 def print_report(report):
@@ -102,3 +111,7 @@ def print_report(report):
         print(f'{counts["documents"]:,} documents had 13 words in a row of {name} '
               f'({counts["texts"]:,} texts, {counts["texts of fewer than 13 words"]:,} of them too '
               f'short to match)')
+    for model, entry in report.get('scores', {}).items():
+        quantiles = ', '.join(f'{name} {score:.3f}' for name, score in entry['quantiles'].items()
+                              if name in ('5%', '25%', '50%', '75%', '95%'))
+        print(f'{f"{model} scores":18} of {entry["documents"]:,} documents: {quantiles}')

@@ -90,6 +90,7 @@ TESTED = {
     'python -m bench.gpu *': 'test_gpu_sh_runs_parts_one_by_one',
     'lm_eval *': 'test_lm_evaluation_harness_gets_our_numbers',
     'python data/text/prepare.py --input=FILE *': 'test_commands_run',
+    'python -m data.clean train-quality *': 'test_accuracy_and_calibration_on_new_texts',
     'python data/text/prepare.py --input=stories.txt *': 'test_readers.py',
     'python data/fineweb_edu/prepare.py --input=*': 'test_prepare.py',
     'python data/openwebtext/prepare.py --input=*': 'test_prepare.py',

@@ -37,6 +37,9 @@ Every step is optional. They run in this order:
     --near=0.8   documents that share about 80% of their runs of five words
                  with an earlier one that stays
 
+Several machines: --part=2/8 does the second of 8 shares of the input, and
+--join=FOLDER joins the parts; see data/README.md.
+
 Speed, in MB of Wikipedia per second and core: --near 7, --gopher 5, --language
 8 (2 for documents of a few hundred characters). Memory per document that
 stays: 0.2 kB for --exact, 2 kB for --near=0.8; 50 to 150 MB per process.
@@ -63,10 +66,12 @@ from data.clean_report import Tally, print_report
 from data.decontaminate import EvaluationIndex
 from data.documents import find_files, list_files, read_documents, text_size
 from data.encode import make_parser, names_of, positive, run
+from data.gopher import GOPHER, gopher
 from data.lines import LineCounts, line_keys, unique_keys
 from data.mask import MASKS, mask
 from data.minhash import NearDuplicates, load_minhash, signature
 from data.pages import is_page, load_resiliparse, main_text
+from data.parts import OTHER, Parts, Whole, find_part, part_files, part_of, report_of
 from flatgpt import files
 from tokenizer.patterns import batches, nfc
 from tokenizer.workers import Workers, core_count
@@ -118,105 +123,6 @@ def find_language(text: str) -> tuple[str, float]:
     return language, float(probability)
 
 
-# Gopher -----------------------------------------------------------------------------------------
-
-# Least and most of each measure, in the order in which they are checked. Rae et al. 2021, "Scaling
-# Language Models: Methods, Analysis & Insights from Training Gopher" (2112.11446), A.1.1.
-GOPHER = {
-    # "Quality filtering"
-    'words': (50, 100_000),          # white space separates words, here and below
-    'word_length': (3, 10),          # characters, on average
-    'hashes': (0, 0.1),              # "#" per word
-    'ellipses': (0, 0.1),            # "..." and "…" per word
-    'bullet_lines': (0, 0.9),        # share of lines that begin with a bullet
-    'ellipsis_lines': (0, 0.3),      # share of lines that end with an ellipsis
-    'alphabetic_words': (0.8, 1),    # share of words with a letter in them
-    'stop_words': (2, 8),            # number of the eight that occur; English only
-    # "Repetition removal", table A1: shares of lines, of paragraphs, or of characters
-    'duplicate_lines': (0, 0.3),
-    'duplicate_line_chars': (0, 0.2),
-    'duplicate_paragraphs': (0, 0.3),
-    'duplicate_paragraph_chars': (0, 0.2),
-    'top_2gram': (0, 0.20),          # characters in the most frequent run of two words
-    'top_3gram': (0, 0.18),
-    'top_4gram': (0, 0.16),
-    'duplicate_5gram': (0, 0.15),    # characters in runs of five words that came before
-    'duplicate_6gram': (0, 0.14),
-    'duplicate_7gram': (0, 0.13),
-    'duplicate_8gram': (0, 0.12),
-    'duplicate_9gram': (0, 0.11),
-    'duplicate_10gram': (0, 0.10),
-}
-STOP_WORDS = {'the', 'be', 'to', 'of', 'and', 'that', 'have', 'with'}
-BULLETS = ('•', '‣', '◦', '▪', '●', '*', '-')
-
-
-def quality(text: str) -> dict[str, float]:
-    """Compute the measures of Gopher's quality rules. The text must have a word."""
-    words = text.split()
-    lines = [line.strip() for line in text.split('\n') if line.strip()]
-    return {
-        'words': len(words),
-        'word_length': sum(map(len, words)) / len(words),
-        'hashes': text.count('#') / len(words),
-        'ellipses': (text.count('...') + text.count('…')) / len(words),
-        'bullet_lines': sum(line.startswith(BULLETS) for line in lines) / len(lines),
-        'ellipsis_lines': sum(line.endswith(('...', '…')) for line in lines) / len(lines),
-        'alphabetic_words': sum(any(map(str.isalpha, word)) for word in words) / len(words),
-        'stop_words': len(STOP_WORDS.intersection(re.findall('[a-z]+', text.lower()))),
-    }
-
-
-def repetition(text: str) -> dict[str, float]:
-    """Compute the measures of Gopher's repetition rules. The text must have a word.
-
-    Where the paper is open: only the later occurrences of a line, paragraph or run of words are
-    duplicates. Characters are those of stripped lines, and of words without the space between
-    them. The most frequent run occurs twice at least; of equally frequent ones the longest counts.
-    """
-    measures = {}
-    for kind, pieces in (('line', text.split('\n')), ('paragraph', re.split(r'\n\s*\n', text))):
-        pieces = [piece.strip() for piece in pieces if piece.strip()]
-        once = set(pieces)  # all but the first of each are copies
-        measures[f'duplicate_{kind}s'] = (len(pieces) - len(once)) / len(pieces)
-        n_chars = sum(map(len, pieces))
-        measures[f'duplicate_{kind}_chars'] = (n_chars - sum(map(len, once))) / n_chars
-
-    words = text.split()
-    ids = {}
-    word_ids = np.array([ids.setdefault(word, len(ids)) for word in words], dtype=np.int64)
-    ends = np.cumsum([0] + [len(word) for word in words])  # ends[j] - ends[i]: chars of words[i:j]
-    measures.update((rule, 0.0) for rule in GOPHER if rule.endswith('gram'))
-    grams = word_ids  # grams[i]: number of the run of n words at word i, the same for equal runs
-    for n in range(2, min(10, len(words)) + 1):
-        _, first, grams, counts = np.unique(grams[:-1] * len(ids) + word_ids[n - 1:],
-                                            return_index=True, return_inverse=True,
-                                            return_counts=True)
-        if counts.max() == 1:  # then no longer run occurs twice either
-            break
-        if n <= 4:
-            top = first[counts == counts.max()]
-            longest = (ends[top + n] - ends[top]).max()
-            measures[f'top_{n}gram'] = float(longest * counts.max() / ends[-1])
-        else:
-            is_copy = np.ones(len(grams), dtype=bool)
-            is_copy[first] = False
-            # a word counts once if a copy begins at it, or at most n - 1 words before
-            covered = np.convolve(is_copy, np.ones(n, dtype=int)) > 0
-            measures[f'duplicate_{n}gram'] = float(np.diff(ends)[covered].sum() / ends[-1])
-    return measures
-
-
-def gopher(text: str, skip=()) -> tuple[str, float] | None:
-    """Return the first rule, not in skip, that the text breaks, and its measure."""
-    for measure in (quality, repetition):  # the second takes most of the time
-        measures = measure(text)
-        for rule, (least, most) in GOPHER.items():
-            if rule in measures and rule not in skip and not least <= measures[rule] <= most:
-                return rule, measures[rule]
-    return None
-
-
 # Exact ------------------------------------------------------------------------------------------
 
 def digest(text: str) -> bytes:
@@ -245,6 +151,7 @@ class Steps(NamedTuple):
     mask: tuple[str, ...] = ()
     exact: bool = False
     near: float | None = None
+    part: tuple[int, int] | None = None  # 2 of 8
 
 
 class Finding(NamedTuple):
@@ -257,6 +164,7 @@ class Finding(NamedTuple):
     signature: np.ndarray | None = None  # None without --near
     changes: dict[str, int] = {}  # counts of the rewriting steps
     scores: dict[str, float] = {}  # of --quality and --toxic
+    content: int = 0  # a hash, with --part
 
 
 class Examiner:
@@ -269,10 +177,18 @@ class Examiner:
         self.toxic = load_model(steps.toxic) if steps.toxic else None
 
     def examine(self, text: str) -> Finding:
-        """Apply all steps to a document."""
+        """Apply all steps to a document. With --part, the rule of others' documents is OTHER."""
+        content = 0
+        if self.steps.part:
+            number, count = self.steps.part
+            part, content = find_part(text, count)
+            if part != number:
+                return Finding(rule=OTHER, content=content)
         rewritten = self.rewrite(text)
-        return rewritten if rewritten.rule else join(rewritten, self.judge(
-            text if rewritten.text is None else rewritten.text))
+        if not rewritten.rule:
+            rewritten = join(rewritten, self.judge(
+                text if rewritten.text is None else rewritten.text))
+        return rewritten._replace(content=content)
 
     def rewrite(self, text: str) -> Finding:
         """Apply the steps that change a text before others judge it."""
@@ -427,55 +343,98 @@ def clean(path, file, steps: Steps, *, text_key: str = 'text', num_proc: int = 1
                        length=lambda numbered: len(numbered[1]))
 
     tally, examiner = Tally(steps), Examiner(steps)
-    seen, near = set(), None if steps.near is None else NearDuplicates(steps.near)
+    whole = Whole() if steps.part else None
     counts = count_lines(read_batches(), examiner, num_proc) if steps.lines else None
-    with tqdm(desc='cleaning', total=text_size(find_files(path, text_key)[0]), unit='B',
-              unit_scale=True, disable=None, leave=False, dynamic_ncols=True) as bar, \
-            contextlib.closing(in_order(read_batches(), examiner, num_proc, counts)) as results:
-        for number, original, finding in results:
-            rule, reason = finding.rule, finding.reason
-            size = len(original.encode())
-            tally.read(size, finding.scores)
+    bar = tqdm(desc='cleaning', total=text_size(find_files(path, text_key)[0]), unit='B',
+               unit_scale=True, disable=None, leave=False, dynamic_ncols=True)
+
+    def own(results):
+        """Yield the documents of this part, and count them."""
+        for number, text, finding in results:
+            size = len(text.encode())
             bar.update(size)
-            if rule is None and finding.digest is not None:
-                if finding.digest in seen:
-                    rule, reason = 'exact', 'a copy of an earlier document'
-                seen.add(finding.digest)
-            if (rule is None and finding.signature is not None
-                    and (similar := near.find(finding.signature, number))):
-                rule, reason = 'near', f'{similar[1]:.2f} like document {similar[0]:,}'
-            if rule is None:
-                text = original if finding.text is None else finding.text
-                tally.keep(finding.changes, len(text.encode()))
-                file.write(json.dumps({'text': text}, ensure_ascii=False).encode() + b'\n')
-            else:
-                tally.remove(rule, number, reason, original)
+            if whole is not None:
+                whole.add(number, finding.content)
+            if finding.rule != OTHER:
+                tally.read(size, finding.scores)
+                yield number, text, size, finding
+
+    with bar, contextlib.closing(in_order(read_batches(), examiner, num_proc, counts)) as results:
+        write_kept(own(results), file, tally)
     report = tally.report(os.path.basename(os.path.abspath(path)))
     if counts is not None:
         report['lines'] = counts.report()
     if steps.decontaminate:
-        report['decontaminate'] = {name: {
-            **counted, 'documents': tally.count(f'decontaminate: {name}')}
-            for name, counted in examiner.evaluation.files.items()}
+        report['decontaminate'] = examiner.evaluation.report(tally)
+    if steps.part:
+        report['part'] = whole.report(tally)
     return report
 
 
-def report_of(out) -> str:
-    """Return the path of the report that belongs to a file of clean documents."""
-    return os.path.splitext(out)[0] + '.report.json'
+def write_kept(documents, file, tally):
+    """Do the steps that need earlier documents, and write what stays.
+
+    documents: (number, text, bytes of the original, finding).
+    """
+    steps = tally.steps
+    seen, near = set(), None if steps.near is None else NearDuplicates(steps.near)
+    for number, original, size, finding in documents:
+        rule, reason = finding.rule, finding.reason
+        if rule is None and finding.digest is not None:
+            if finding.digest in seen:
+                rule, reason = 'exact', 'a copy of an earlier document'
+            seen.add(finding.digest)
+        if (rule is None and finding.signature is not None
+                and (similar := near.find(finding.signature, number))):
+            rule, reason = 'near', f'{similar[1]:.2f} like document {similar[0]:,}'
+        if rule is None:
+            text = original if finding.text is None else finding.text
+            tally.keep(finding.changes, len(text.encode()))
+            row = {'text': text}
+            if steps.part:
+                row.update({'document': number, 'bytes': size, 'changes': finding.changes})
+            file.write(json.dumps(row, ensure_ascii=False).encode() + b'\n')
+        else:
+            tally.remove(rule, {'document': number, 'why': reason, 'text': original}, size)
+
+
+def join_parts(paths, file, steps: Steps, num_proc: int = 1) -> dict:
+    """Write the documents of all parts of a corpus in its order; -> the report.
+
+    Drops copies if the parts' steps did, and what is near if these or `steps` do.
+    """
+    parts = Parts(paths, Steps._fields)
+    last = Steps(exact=steps.exact or parts.steps['exact'], near=steps.near or parts.steps['near'])
+    tally = Tally(Steps(**{**parts.steps, 'exact': last.exact, 'near': last.near}))
+    parts.fill(tally)
+    waiting = collections.deque()  # rows on their way through the workers
+
+    def numbered():
+        for row in parts.rows():
+            waiting.append(row)
+            yield row['document'], row['text']
+
+    tasks = batches(numbered(), BATCH_CHARS, length=lambda pair: len(pair[1]))
+    with contextlib.closing(in_order(tasks, Examiner(last), num_proc)) as results:
+        write_kept(((number, text, waiting[0]['bytes'], finding._replace(
+            changes=waiting.popleft()['changes'])) for number, text, finding in results),
+            file, tally)
+    return parts.complete(tally.report(parts.source))
 
 
 def clean_to(out, path, steps: Steps, **options) -> dict:
     """Write clean() to `out`, with its report, both or neither; -> the report.
 
-    Only a crash between the two renames leaves the new report beside the old documents.
+    path: the input, or a list of the parts to join. Only a crash between the two renames leaves
+    the new report beside the old documents.
     """
     folder = os.path.dirname(os.path.abspath(out))
     lock = files.lock_folder(folder, 'cleaning a corpus into')
+    write = join_parts if isinstance(path, list | tuple) else clean
     try:
         with files.explain_full_disk(folder, f'{out}, about the size of the input'):
             with files.replacing(out) as file:
-                report = clean(path, file, steps, **options)
+                report = write(path, file, steps, **options)
                 content = json.dumps(report, indent=1, ensure_ascii=False) + '\n'
                 # first: where the documents are, their report is
                 files.replace_file(report_of(out), content.encode())
@@ -502,7 +461,7 @@ def check_out(out, path):
 
 def check_steps(steps):
     """Raise UserError for no steps, unknown names, or values out of range."""
-    if steps == Steps():
+    if steps._replace(part=None) == Steps():
         raise UserError('no step to do; expected one or more of --html, --normalize, --lines=10, '
                         '--language=en, --gopher, --quality=MODEL, --decontaminate=FILES, '
                         '--mask=email,phone,ip, --exact, --near=0.8 (see --help)')
@@ -522,6 +481,9 @@ def check_steps(steps):
             raise UserError(f'--{option} is {value}; expected a score from 0 to 1, such as 0.5')
         if value != 0.5 and getattr(steps, model) is None:
             raise UserError(f'--{option}={value} needs --{model}=MODEL')
+    if steps.part and steps.lines:
+        raise UserError('--lines counts the lines of the whole corpus; leave it out with --part, '
+                        'and do it on the joined file')
     if steps.lines == 1:
         raise UserError('--lines=1 would drop every line; expected 2 or more, such as --lines=10')
     if steps.html:
@@ -545,7 +507,7 @@ def main():
     parser = make_parser(__doc__, usage='python -m data.clean --input=IN --out=OUT.jsonl STEPS')
     parser.prog = 'python -m data.clean'
     add = parser.add_argument
-    add('--input', required=True,
+    add('--input',
         help='a text, a folder, or a .jsonl, .json, .csv, .tsv, .parquet file')
     add('--out', required=True, help='the .jsonl file to write')
     add('--text_key', default='text', help='field of a table that holds the text')
@@ -565,18 +527,35 @@ def main():
     add('--mask', type=names_of, default=(), help='kinds to replace: email,phone,ip')
     add('--exact', action='store_true', help='drop copies')
     add('--near', type=float, nargs='?', const=0.8, help='drop documents this similar (0.8)')
+    add('--part', type=part_of, help='do a share of the input: 2/8 is the second of 8')
+    add('--join', type=paths_of, help='parts to join: files, or a folder of them')
     add('--num_proc', type=positive, default=core_count(), help='processes (one per core)')
     args = parser.parse_args()
 
     started = time.time()
     steps = Steps(*(getattr(args, name) for name in Steps._fields))
-    check_steps(steps)
-    check_out(args.out, args.input)
-    list_files(args.input, args.text_key)
-    report = clean_to(args.out, args.input, steps, text_key=args.text_key, num_proc=args.num_proc)
+    if (args.input is None) == (args.join is None):
+        raise UserError('expected either --input=FILE, to clean, or --join=FOLDER, of the parts of '
+                        'a corpus')
+    if args.join:
+        if steps != Steps(exact=steps.exact, near=steps.near):
+            raise UserError('--join does no step but --exact and --near; the parts had the others')
+        paths = part_files(args.join)
+        options = {'num_proc': args.num_proc}
+    else:
+        check_steps(steps)
+        list_files(args.input, args.text_key)
+        paths, options = args.input, {'text_key': args.text_key, 'num_proc': args.num_proc}
+    for path in paths if args.join else [paths]:
+        check_out(args.out, path)
+    report = clean_to(args.out, paths, steps, **options)
     print_report(report)
     print(f'wrote  {args.out} and {report_of(args.out)} in {time.time() - started:.1f} s')
-    print(f'next:  python data/text/prepare.py --input={args.out}')
+    if steps.part:
+        print(f'next:  python -m data.clean --join={os.path.dirname(args.out) or "."} '
+              f'--out=FILE.jsonl, when all {steps.part[1]} parts are in that folder')
+    else:
+        print(f'next:  python data/text/prepare.py --input={args.out}')
 
 
 if __name__ == '__main__':

@@ -1,7 +1,7 @@
 """Count and show what data.clean reads, changes, keeps and removes.
 
     tally = Tally(steps)
-    tally.keep(finding.changes, n_bytes)  # or: tally.remove(rule, number, reason, text)
+    tally.keep(finding.changes, n_bytes)  # or: tally.remove(rule, example, n_bytes)
     report = tally.report(source)         # of *.report.json
     print_report(report)
 """
@@ -21,7 +21,7 @@ class Tally:
 
     def __init__(self, steps):
         self.steps = steps
-        self.documents, self.sizes = collections.Counter(), collections.Counter()
+        self.documents, self.sizes = (collections.Counter(read=0, kept=0) for _ in range(2))
         self.changes = collections.Counter({f'changed by {step}': 0 for step in REWRITING
                                             if getattr(steps, step) or step == 'normalize'})
         self.masked = collections.Counter(dict.fromkeys(steps.mask, 0))
@@ -46,15 +46,23 @@ class Tally:
             else:
                 self.changes[name] += count
 
-    def remove(self, rule, number, reason, text):
-        """Count a document as removed; keep an excerpt of the first ones of a rule."""
+    def remove(self, rule, example, size):
+        """Count a document of `size` bytes as removed.
+
+        example: its number, the reason and its text, of which an excerpt is kept.
+        """
+        text = ' '.join(example['text'][:4 * EXCERPT_CHARS].split())
+        text = text[:EXCERPT_CHARS] + '...' * (len(text) > EXCERPT_CHARS)
+        self.add_removed(rule, {'documents': 1, 'bytes': size,
+                                'examples': [{**example, 'text': text}]})
+
+    def add_removed(self, rule, new):
+        """Add an entry of `removed`. The examples are those of the first documents."""
         entry = self.removed.setdefault(rule, {'documents': 0, 'bytes': 0, 'examples': []})
-        entry['documents'] += 1
-        entry['bytes'] += len(text.encode())
-        if len(entry['examples']) < EXAMPLES:
-            excerpt = ' '.join(text[:4 * EXCERPT_CHARS].split())
-            excerpt = excerpt[:EXCERPT_CHARS] + '...' * (len(excerpt) > EXCERPT_CHARS)
-            entry['examples'].append({'document': number, 'why': reason, 'text': excerpt})
+        entry['documents'] += new['documents']
+        entry['bytes'] += new['bytes']
+        entry['examples'] = sorted(entry['examples'] + new['examples'],
+                                   key=lambda example: example['document'])[:EXAMPLES]
 
     def count(self, rule) -> int:
         """Return the number of documents that a rule removed."""
@@ -64,7 +72,7 @@ class Tally:
         """Return the report. Raises UserError where no document is kept."""
         removed = dict(sorted(self.removed.items(),
                               key=lambda item: (-item[1]['documents'], item[0])))
-        if not self.documents['kept']:
+        if not self.documents['kept'] and not self.steps.part:
             rule, entry = next(iter(removed.items()))
             step, _, name = rule.partition(': ')
             remedy = (f'--gopher_skip={name} skips that rule' if step == 'gopher' else
@@ -97,7 +105,8 @@ def print_report(report):
         print(line if len(line) <= 80 else f'{line[:77]}...')
     if len(removed) > 20:
         print(f'- and {len(removed) - 20} rules more, in the report')
-    print(f'{"kept":32} {documents["kept"]:>12,} {documents["kept"] / documents["read"]:>9.2%} '
+    share = documents['kept'] / max(1, documents['read'])
+    print(f'{"kept":32} {documents["kept"]:>12,} {share:>9.2%} '
           f'{size["kept"] / 1e6:>12,.2f} MB')
     for name, count in documents.items():
         if name.startswith('changed by ') and count:

@@ -51,6 +51,11 @@ class EvaluationIndex:
                 return path, ' '.join(words)
         return None
 
+    def report(self, tally) -> dict:
+        """Return the counts of each file, with the documents that it removed."""
+        return {name: {**counts, 'documents': tally.count(f'decontaminate: {name}')}
+                for name, counts in self.files.items()}
+
 
 def evaluation_files(path) -> list[str]:
     """List the files of a path. Raises UserError for a folder with files that are not read."""

@@ -15,7 +15,7 @@ from corpora import SENTENCES, distinct_words, prose
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data import clean, minhash
+from data import clean, gopher, minhash
 
 ROOT = Path(__file__).resolve().parent.parent
 POSIX = pytest.mark.skipif(os.name != 'posix', reason='needs signals')
@@ -145,7 +145,7 @@ CASES = [  # rule, a text that just passes, its value, one that just does not, i
 @pytest.mark.parametrize('rule, fine, value, bad, bad_value', CASES,
                          ids=[f'{i}-{case[0]}' for i, case in enumerate(CASES)])
 def test_gopher_thresholds(rule, fine, value, bad, bad_value):
-    measure = clean.quality if rule in clean.quality(fine) else clean.repetition
+    measure = gopher.quality if rule in gopher.quality(fine) else gopher.repetition
     assert measure(fine)[rule] == pytest.approx(value, rel=1e-12)
     assert only(rule, fine) is None
     assert only(rule, bad) == (rule, pytest.approx(bad_value, rel=1e-12))
@@ -154,7 +154,7 @@ def test_gopher_thresholds(rule, fine, value, bad, bad_value):
 def test_every_rule_has_its_case():
     assert {case[0] for case in CASES} == set(clean.GOPHER)
     text = prose(100, seed=0)
-    assert {*clean.quality(text), *clean.repetition(text)} == set(clean.GOPHER)
+    assert {*gopher.quality(text), *gopher.repetition(text)} == set(clean.GOPHER)
 
 
 def test_gopher_names_the_first_rule_that_is_not_skipped():
@@ -168,7 +168,7 @@ def test_gopher_names_the_first_rule_that_is_not_skipped():
 
 @given(st.lists(st.sampled_from(['a', 'bb', 'ccc', 'dddd']), min_size=1, max_size=60))
 def test_repeated_runs_of_words_against_counting_by_hand(text):
-    found = clean.repetition(' '.join(text))
+    found = gopher.repetition(' '.join(text))
     chars = sum(map(len, text))
     for n in range(2, 11):
         runs = [tuple(text[i:i + n]) for i in range(len(text) - n + 1)]

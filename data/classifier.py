@@ -27,7 +27,7 @@ import numpy as np
 
 from configurator import UserError
 from data.documents import find_files, read_documents, text_hash
-from data.encode import make_parser, names_of
+from data.encode import make_parser, paths_of
 from data.minhash import FACTORS, hash_words
 from flatgpt import files
 
@@ -257,8 +257,8 @@ def main(arguments):
     parser = make_parser(__doc__)
     parser.prog = 'python -m data.clean train-quality'
     add = parser.add_argument
-    add('--good', required=True, type=names_of, help='texts to keep: files and folders, commas')
-    add('--bad', required=True, type=names_of, help='texts to drop: files and folders, commas')
+    add('--good', required=True, type=paths_of, help='texts to keep: files and folders, commas')
+    add('--bad', required=True, type=paths_of, help='texts to drop: files and folders, commas')
     add('--out', required=True, help='the .json file to write')
     add('--text_key', default='text', help='field of a table that holds the text')
     args = parser.parse_args(arguments)

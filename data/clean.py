@@ -11,38 +11,41 @@ Reads a folder of texts, .jsonl, .json, .csv, .tsv or .parquet. Writes lines
 texts that each rule removed, with examples: both whole or not at all.
 
 Every step is optional. They run in this order:
-    --html       the main text of HTML pages, without menus and scripts: .html
-                 files, and texts in tables that begin as a page
-    --normalize  Unicode NFC, plain line ends, no control characters
-    --lines=10   lines that 10 documents or more have, such as "Accept cookies":
-                 the first stays. It reads the input twice. Not for source code.
-    --language   only documents in these languages (ISO 639: en or en,de,fr;
+    --html       keeps the main text of HTML pages, without menus and scripts:
+                 .html files, and texts in tables that begin as a page
+    --normalize  writes Unicode NFC, plain line ends, no control characters
+    --lines=10   drops lines that 10 documents or more have, such as "Accept
+                 cookies", but for the first. It reads the input twice. It is
+                 not for source code.
+    --language   keeps documents in these languages (ISO 639: en or en,de,fr;
                  Chinese is safer as zh,wuu,yue)
-    --gopher     the length, prose and repetition rules of DeepMind's Gopher,
-                 for English prose: they drop most source code, tables, and
-                 languages written without spaces. For other languages add
+    --gopher     applies the length, prose and repetition rules of DeepMind's
+                 Gopher, for English prose: they drop most source code, tables,
+                 and languages written without spaces. For other languages add
                  --gopher_skip=stop_words.
     --quality=MODEL --quality_min=0.5
-                 texts that a model scores lower; python -m data.clean
-                 train-quality --help trains one on good and bad texts
+                 drops texts that a model scores lower; for a model of your own
+                 texts: python -m data.clean train-quality --help
     --toxic=MODEL --toxic_max=0.5
-                 texts that are like the bad ones of a model
+                 drops texts that are more like the bad ones of a model
     --decontaminate=FILES
-                 documents with 13 words in a row of an evaluation set: files,
-                 with commas, of text or with a task per row, in any fields
+                 drops documents with 13 words in a row of an evaluation set:
+                 texts, and tables with a task per row in any fields
     --mask=email,phone,ip
-                 nothing: it replaces them by |||EMAIL_ADDRESS|||,
-                 |||PHONE_NUMBER||| and |||IP_ADDRESS|||
-    --exact      copies, white space aside; the first one stays
-    --near=0.8   documents that share about 80% of their runs of five words
-                 with an earlier one that stays
+                 writes |||EMAIL_ADDRESS|||, |||PHONE_NUMBER||| and
+                 |||IP_ADDRESS||| in their place
+    --exact      drops copies, white space aside; the first one stays
+    --near=0.8   drops documents that share about 80% of their runs of five
+                 words with an earlier one that stays
 
 Several machines: --part=2/8 does the second of 8 shares of the input, and
 --join=FOLDER joins the parts; see data/README.md.
 
-Speed, in MB of Wikipedia per second and core: --near 7, --gopher 5, --language
-8 (2 for documents of a few hundred characters). Memory per document that
-stays: 0.2 kB for --exact, 2 kB for --near=0.8; 50 to 150 MB per process.
+Speed, in MB of text per second and core: --near 7, --gopher 5, --language 8 (2
+for documents of a few hundred characters), --html 7 of markup, --mask 5 to 8,
+--quality 15, --decontaminate 12. Memory per document that stays: 0.2 kB for
+--exact, 2 kB for --near=0.8; 50 to 150 MB per process, more by 160 MB for
+--lines and 23 times the longest page for --html.
 """
 
 import collections
@@ -65,7 +68,7 @@ from data.classifier import load_model
 from data.clean_report import Tally, print_report
 from data.decontaminate import EvaluationIndex
 from data.documents import find_files, list_files, read_documents, text_size
-from data.encode import make_parser, names_of, positive, run
+from data.encode import make_parser, names_of, paths_of, positive, run
 from data.gopher import GOPHER, gopher
 from data.lines import LineCounts, line_keys, unique_keys
 from data.mask import MASKS, mask
@@ -494,11 +497,6 @@ def check_steps(steps):
             raise UserError(f'--near is {steps.near}; expected a similarity from 0.5 to 1, such as '
                             f'0.8: the share of runs of five words that two documents share')
         load_minhash()  # raises where datasketch is missing
-
-
-def paths_of(text) -> tuple[str, ...]:
-    """Parse an option as paths with commas; ~ is expanded."""
-    return tuple(map(os.path.expanduser, names_of(text)))
 
 
 def main():

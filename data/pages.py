@@ -16,7 +16,7 @@ from configurator import UserError
 from flatgpt.inputs import open_utf8
 
 FILE_NAME = re.compile(r'\.x?html?(\.(gz|bz2|xz|zst))?$', re.I)
-PAGE_BYTES = 1 << 25  # most bytes of a page; its tree takes 20 times as much memory
+PAGE_BYTES = 1 << 24  # most bytes of a page; its tree takes 23 times as much memory
 DEEPEST = 1000        # <div>, <ul> in each other; browsers stop at 512, time grows as the square
 OPENING = re.compile(r'<(?:!doctype\s+html|html|head|body)[\s>]', re.I)
 NESTING = re.compile(r'<(/?)(?:div|ul)\b', re.I)
@@ -79,8 +79,10 @@ def decode_page(content: bytes) -> str:
 
 
 def main_text(page: str) -> str:
-    """Return the text of a page's main part, '' if there is none or it is too deep."""
+    """Return the text of a page's main part, '' if there is none or it is too large or deep."""
     parse, extract, *_ = load_resiliparse()
+    if len(page) > PAGE_BYTES:
+        return ''
     depth = 0
     for match in NESTING.finditer(page):
         depth += -1 if match[1] else 1

@@ -104,6 +104,7 @@ def test_a_page_that_is_too_large(tmp_path, monkeypatch):
     (tmp_path / 'a.html').write_text('<html>' + 'a' * 100)
     with pytest.raises(ValueError, match='more than 100 bytes'):
         list(read_documents(tmp_path, html=True))
+    assert pages.main_text('<html><p>' + 'some words ' * 30) == ''  # of a table
 
 
 @pytest.mark.parametrize('name, content, said', [

@@ -189,7 +189,7 @@ class Examiner:
                 return Finding(rule=OTHER, content=content)
         rewritten = self.rewrite(text)
         if not rewritten.rule:
-            rewritten = join(rewritten, self.judge(
+            rewritten = combine(rewritten, self.judge(
                 text if rewritten.text is None else rewritten.text))
         return rewritten._replace(content=content)
 
@@ -254,7 +254,7 @@ class Examiner:
                        {**changes, **{f'masked {kind}': n for kind, n in counts.items()}}, scores)
 
 
-def join(rewritten: Finding, judged: Finding) -> Finding:
+def combine(rewritten: Finding, judged: Finding) -> Finding:
     """Return one finding for those of two steps after each other."""
     return judged._replace(
         text=rewritten.text if judged.text is None else judged.text,
@@ -309,7 +309,7 @@ def in_order(tasks, examiner: Examiner, num_proc, counts: LineCounts | None = No
 
         for _, results in work('judge', without_lines()):
             for (number, text), finding, judged in zip(*waiting.popleft(), results, strict=True):
-                yield number, text, finding if finding.rule else join(finding, judged)
+                yield number, text, finding if finding.rule else combine(finding, judged)
 
 
 def drop_lines(text, finding: Finding, keys, counts) -> Finding:
@@ -351,7 +351,7 @@ def clean(path, file, steps: Steps, *, text_key: str = 'text', num_proc: int = 1
     bar = tqdm(desc='cleaning', total=text_size(find_files(path, text_key)[0]), unit='B',
                unit_scale=True, disable=None, leave=False, dynamic_ncols=True)
 
-    def own(results):
+    def counted(results):
         """Yield the documents of this part, and count them."""
         for number, text, finding in results:
             size = len(text.encode())
@@ -363,7 +363,7 @@ def clean(path, file, steps: Steps, *, text_key: str = 'text', num_proc: int = 1
                 yield number, text, size, finding
 
     with bar, contextlib.closing(in_order(read_batches(), examiner, num_proc, counts)) as results:
-        write_kept(own(results), file, tally)
+        write_kept(counted(results), file, tally)
     report = tally.report(os.path.basename(os.path.abspath(path)))
     if counts is not None:
         report['lines'] = counts.report()

@@ -40,6 +40,7 @@ RUN = {
     # text to tokens
     'python -m tokenizer --text=*': '--tokenizer=byte',
     'python -m tokenizer train --input=novels/ *': '--vocab_size=300',
+    'python -m tokenizer train --kind=sentencepiece *': '--vocab_size=320',
     'python -m tokenizer --compare=*': '--compare=byte,novels.json',
     'python -m tokenizer export *': '',
     'python -m data.clean --input=crawl.jsonl *': '--num_proc=1',

@@ -59,6 +59,7 @@ class Tokenizer:
     bos_token = None  # the special token before every text in training; encode() does not add it
     pattern = None    # the regular expression that cuts text into pieces
     workers = None    # the processes of encode_in_processes(), kept between calls
+    dropped_at_cut = 0  # characters; SentencePiece puts one before a text
 
     @property
     def eot(self):
@@ -139,7 +140,7 @@ class Tokenizer:
             if len(rest) >= enough:
                 if cut := self.safe_cut(rest):
                     yield rest[:cut]
-                    rest = rest[cut:]
+                    rest = rest[cut + self.dropped_at_cut:]
                 enough = max(STREAM_CHARS, 2 * len(rest))  # so that long runs cost linear time
         if rest:
             yield rest
@@ -256,12 +257,14 @@ def temporary_name(path):
     return f'{path}.{secrets.token_hex(8)}.tmp'
 
 
-def write_file(path, text: str):
-    """Write text to path, the whole of it or nothing. Raises UserError."""
+def write_file(path, content: str | bytes):
+    """Write content to path, the whole of it or nothing. Raises UserError."""
     temporary = temporary_name(path)
+    if isinstance(content, str):
+        content = content.encode('utf-8', 'backslashreplace')
     try:
-        with open(temporary, 'x', encoding='utf-8', errors='backslashreplace', newline='') as file:
-            file.write(text)
+        with open(temporary, 'xb') as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -5,6 +5,7 @@ tokenizers and transformers give the same ids. Truncation, padding and post-proc
 kept, except one token before a text.
 """
 
+import math
 import os
 
 import regex
@@ -12,10 +13,21 @@ import regex
 from configurator import UserError
 from tokenizer.base import ENDOFTEXT, write_file
 from tokenizer.basic import WORD_SPECIALS
+from tokenizer.bpe import final_parts
 from tokenizer.patterns import PATTERNS, SPECIAL, compile_pattern, from_printable, printable
-from tokenizer.vocabulary import from_alphabet, is_vocab, read_json, short, to_json, tokens_of
+from tokenizer.sentencepiece import BLANK, BYTE_PIECES, SentencePieceTokenizer
+from tokenizer.vocabulary import (
+    check_lengths,
+    from_alphabet,
+    is_vocab,
+    rank_in,
+    read_json,
+    short,
+    to_json,
+    tokens_of,
+)
 
-DOCUMENT_ENDS = (ENDOFTEXT, '<|end_of_text|>')  # GPT-2's and Llama 3's
+DOCUMENT_ENDS = (ENDOFTEXT, '<|end_of_text|>', '</s>')  # GPT-2's, Llama 3's, Llama 2's
 # a byte tokenizer, as the description of a BPE tokenizer without merges
 BYTES = {'kind': 'bpe', 'pattern': None, 'special_tokens': {}, 'merges': [], 'byte_ids': None,
          'merge_ids': None, 'ignore_merges': False}
@@ -49,7 +61,7 @@ def unsupported(path, key, value, expected) -> UserError:
 
 
 def read_tokenizer_json(path) -> dict:
-    """Read a tokenizer.json: byte-level BPE, or a file of hf_words().
+    """Read a tokenizer.json: byte-level or SentencePiece's BPE, or a file of hf_words().
 
     Returns the description. Raises UserError, naming the part of the file, where ids could differ.
     """
@@ -65,6 +77,8 @@ def read_tokenizer_json(path) -> dict:
                        {'kind': 'word', 'words': tokens[2:]}):
             if hf_words(values) == file:
                 return values
+    if kind == 'BPE' and model.get('byte_fallback'):
+        return read_pieces(path, file, model)
     check_model(path, kind, model, file)
     added_tokens = file.get('added_tokens') or []
     special_tokens = read_added_tokens(path, added_tokens, model['vocab'])
@@ -90,16 +104,21 @@ def check_model(path, kind, model: dict, file: dict):
     """Raise UserError for a model, normalizer or decoder that is not byte-level BPE."""
     if kind != 'BPE':
         raise unsupported(path, "model's type", kind, "'BPE' (other models have no merges)")
-    # unk_token and fuse_unk do not matter: with all 256 bytes as tokens nothing is unknown
-    for key in ('dropout', 'continuing_subword_prefix', 'end_of_word_suffix', 'byte_fallback'):
-        if model.get(key):
-            raise unsupported(path, f"model's {key}", model[key], 'none')
+    check_merges(path, model)
     normalizer, decoder = file.get('normalizer'), file.get('decoder')
     if normalizer not in (None, {'type': 'NFC'}):
         raise unsupported(path, 'normalizer', normalizer, 'NFC or none. If your text is in that '
                           'form already, set "normalizer": null in a copy of the file')
     if decoder and (not isinstance(decoder, dict) or decoder.get('type') != 'ByteLevel'):
         raise unsupported(path, 'decoder', decoder, 'ByteLevel')
+
+
+def check_merges(path, model: dict):
+    """Raise UserError for a BPE model with unusual options, or without vocab or merges."""
+    # unk_token and fuse_unk do not matter: with all 256 bytes as tokens nothing is unknown
+    for key in ('dropout', 'continuing_subword_prefix', 'end_of_word_suffix'):
+        if model.get(key):
+            raise unsupported(path, f"model's {key}", model[key], 'none')
     vocab, merges = model.get('vocab'), model.get('merges')
     if not is_vocab(vocab):
         raise UserError(f"{path}: the model's vocab is {short(vocab)}; expected an object "
@@ -194,6 +213,149 @@ def check_portable(path, pattern: str):
                         f'{reason}; see PORTABLE in tokenizer/tokenizer_json.py')
 
 
+# SentencePiece in a tokenizer.json: normalizer, pre_tokenizer and decoder, as Llama 2's has them.
+TO_BLANK = {'type': 'Replace', 'pattern': {'String': ' '}, 'content': BLANK}
+PREPEND = {'type': 'Prepend', 'prepend': BLANK}
+REMOVE_EXTRA = {'type': 'Replace', 'pattern': {'Regex': rf'\A +|[ {BLANK}]+\z| +(?= )'},
+                'content': ''}
+# Gemma's, which never applies: the normalizer has left no space
+SPLIT_AT_SPACE = {'type': 'Split', 'pattern': {'String': ' '}, 'behavior': 'MergedWithPrevious',
+                  'invert': False}
+TO_TEXT = [{'type': 'Replace', 'pattern': {'String': BLANK}, 'content': ' '},
+           {'type': 'ByteFallback'}, {'type': 'Fuse'}]
+STRIP_FIRST = {'type': 'Strip', 'content': ' ', 'start': 1, 'stop': 0}
+STRIP_ALL = {'type': 'Strip', 'content': ' ', 'start': 1_000_000, 'stop': 0}
+
+
+def sequence_of(key: str, steps: list) -> dict:
+    """Return several steps of a tokenizer.json as one."""
+    return {'type': 'Sequence', key: steps}
+
+
+def read_pieces(path, file: dict, model: dict) -> dict:
+    """Read SentencePiece's BPE from a tokenizer.json; return the description.
+
+    tokenizers joins the pairs that it lists, SentencePiece any neighbours that are a piece. Raises
+    UserError where that could give other ids.
+    """
+    check_merges(path, model)
+    forms = {(prepend, extra): [REMOVE_EXTRA] * extra + [PREPEND] * prepend + [TO_BLANK]
+             for prepend in (False, True) for extra in (False, True)}
+    normalizer = file.get('normalizer')
+    steps = [normalizer]
+    if isinstance(normalizer, dict) and normalizer.get('type') == 'Sequence':
+        steps = normalizer.get('normalizers')
+    form = next((form for form, expected in forms.items() if steps == expected), None)
+    if form is None:
+        raise unsupported(path, 'normalizer', normalizer, 'Prepend of ▁ and Replace of the space '
+                          'by ▁, or Replace alone, because byte_fallback is true')
+    if file.get('pre_tokenizer') not in (None, SPLIT_AT_SPACE):
+        raise unsupported(path, 'pre_tokenizer', file['pre_tokenizer'], 'none, as the normalizer '
+                          'writes ▁ for spaces')
+    decoders = [sequence_of('decoders', [*TO_TEXT, *strip])
+                for strip in ([], [STRIP_FIRST], [STRIP_ALL])]
+    if file.get('decoder') not in decoders:
+        raise unsupported(path, 'decoder', file.get('decoder'), 'Replace, ByteFallback, Fuse, and '
+                          "Strip where the normalizer prepends, as in Llama 2's file")
+    added_tokens = file.get('added_tokens') or []
+    special_tokens = read_added_tokens(path, added_tokens, model['vocab'])
+    if late := [token['content'] for token in added_tokens if token.get('normalized')]:
+        raise UserError(f'{path}: the added token {late[0]!r} is looked for in normalized text, '
+                        f'with ▁ before it; expected "normalized": false. Set that in a copy of '
+                        f'the file')
+    ids = model['vocab'] | special_tokens
+    if sorted(ids.values()) != list(range(len(ids))):
+        raise UserError(f'{path}: the ids are not 0 to {len(ids) - 1}; expected one piece for '
+                        f'each id')
+    pieces = sorted(ids, key=ids.get)
+    values = {'pieces': pieces, 'special_tokens': special_tokens, 'add_dummy_prefix': form[0],
+              'remove_extra_whitespaces': form[1],
+              'ranks': ranks_of_pieces(path, pieces, model, {*special_tokens, *BYTE_PIECES})}
+    if (bos_token := read_bos_token(file.get('post_processor'))) in special_tokens:
+        values['bos_token'] = bos_token
+    try:
+        return SentencePieceTokenizer.from_values(values).to_dict()
+    except UserError as error:
+        raise UserError(f'{path}: {error}') from None
+
+
+def ranks_of_pieces(path, pieces: list[str], model: dict, reserved: set[str]) -> list[int] | None:
+    """Return the order in which SentencePiece joins as tokenizers does, by id.
+
+    None: the order of the ids. Raises UserError where there is no such order.
+    """
+    order = {}
+    for i, merge in enumerate(model['merges']):
+        pair = merge.split(' ') if isinstance(merge, str) else merge
+        if (not isinstance(pair, list) or len(pair) != 2
+                or not all(isinstance(part, str) and part for part in pair)):
+            raise UserError(f'{path}, merges[{i}]: {short(pair)} is no merge; expected two tokens')
+        order[tuple(pair)] = i
+    joined = [piece for piece in pieces if len(piece) > 1 and piece not in reserved]
+    check_lengths(path, joined)
+    # only the last join of a piece alone is ever done (see vocabulary.py)
+    parts = {piece: final_parts(piece, rank_in(order)) for piece in joined}
+    place = {piece: order[left, right] for piece, (left, right, *more) in parts.items()
+             if not more and (left, right) in order}
+    ranks = {piece: i for i, piece in enumerate(sorted(place, key=place.get))}
+    last = len(ranks)
+
+    def rank(left, right):
+        whole = left + right
+        return ranks.get(whole, last if whole in parts else math.inf)
+
+    for piece in joined:
+        alone = final_parts(piece, rank)
+        if alone != parts[piece] if piece in place else len(alone) == 2:
+            raise UserError(f'{path}: SentencePiece would join the token {piece!r} in another '
+                            f'order than its merges say; expected the merges of a SentencePiece '
+                            f'model, or byte-level BPE')
+    if [ranks[piece] for piece in joined if piece in ranks] == list(range(last)) and all(
+            piece in ranks for piece in joined):
+        return None
+    return [ranks.get(piece, last) for piece in pieces]
+
+
+def hf_pieces(values: dict, path) -> dict:
+    """Return the content of the tokenizer.json of SentencePiece's BPE. path: for messages."""
+    tok = SentencePieceTokenizer.from_values(values)
+    ranks, obstacle = tok.rank_of, ''
+    if tok.precompiled_charsmap:
+        obstacle = 'normalization rules (nfkc), which tokenizers applies to other parts of a text'
+    elif tok.user_defined_symbols:
+        obstacle = 'user_defined_symbols, which tokenizers looks for elsewhere'
+    joined = sorted((piece for piece in ranks if len(piece) > 1), key=ranks.get)
+    check_lengths(path, joined)
+    merges = []
+    for piece in joined:
+        parts = final_parts(piece, lambda left, right: ranks.get(left + right, math.inf))
+        if len(parts) == 2:  # otherwise neither program ever makes the piece
+            merges.append(parts)
+            if not obstacle and not all(part in ranks for part in parts):
+                obstacle = f'the piece {piece!r} without a piece for each of its parts {parts}'
+    if not obstacle and len({ranks[left + right] for left, right in merges}) < len(merges):
+        obstacle = 'several pieces of the same rank'
+    if odd := [token for token in [*tok.special_tokens, *tok.pieces]
+               if len(token) == 1 and token not in ranks]:
+        obstacle = f'the piece {odd[0]!r}, which tokenizers would find in ordinary text'
+    if obstacle:
+        raise UserError(f'{path} cannot be written: the tokenizer has {obstacle}; expected '
+                        f'--out=tokenizer.model')
+    model = {'type': 'BPE', 'dropout': None, 'unk_token': '<unk>' if '<unk>' in tok.special_tokens
+             else None, 'continuing_subword_prefix': None, 'end_of_word_suffix': None,
+             'fuse_unk': True, 'byte_fallback': True, 'ignore_merges': False,
+             'vocab': {piece: i for i, piece in enumerate(tok.pieces)}, 'merges': merges}
+    strip = ([STRIP_ALL] if tok.remove_extra_whitespaces else
+             [STRIP_FIRST] if tok.add_dummy_prefix else [])
+    decoder = sequence_of('decoders', [*TO_TEXT, *strip])
+    file = hf_file(model, tok.special_tokens, None, decoder)
+    file['normalizer'] = sequence_of('normalizers', (
+        [REMOVE_EXTRA] * tok.remove_extra_whitespaces + [PREPEND] * tok.add_dummy_prefix
+        + [TO_BLANK]))
+    file['post_processor'] = put_bos_first(values)
+    return file
+
+
 def write_tokenizer_json(values: dict, path):
     """Write a description as a tokenizer.json, for tokenizers 0.19 or newer."""
     write_file(path, to_json(hf_tokenizer(values, path)))
@@ -216,8 +378,8 @@ def write_hf_folder(values: dict, folder, more: dict | None = None):
         config |= {'bos_token': ends[0], 'eos_token': ends[0], 'unk_token': ends[0]}
     if 'bos_token' in values:
         config['bos_token'] = values['bos_token']
-    if values['kind'] == 'word':
-        config['unk_token'] = '<|unk|>'
+    if values['kind'] in ('word', 'sentencepiece'):
+        config['unk_token'] = '<|unk|>' if values['kind'] == 'word' else '<unk>'
     os.makedirs(folder, exist_ok=True)
     write_file(os.path.join(folder, 'tokenizer.json'), to_json(tokenizer))
     write_file(os.path.join(folder, 'tokenizer_config.json'), to_json(config | (more or {})))
@@ -227,6 +389,8 @@ def hf_tokenizer(values: dict, path) -> dict:
     """Return the content of a tokenizer.json. path: for error messages."""
     if values['kind'] in ('char', 'word'):
         return hf_words(values)
+    if values['kind'] == 'sentencepiece':
+        return hf_pieces(values, path)
     values = BYTES if values['kind'] == 'byte' else values
     ids, _ = tokens_of(values)
     vocab = {printable(token): i for token, i in ids.items()}
@@ -254,14 +418,19 @@ def hf_tokenizer(values: dict, path) -> dict:
         token['special'] = token['content'] not in values.get('visible_tokens', ())
     if 'normalizer' in values:
         file['normalizer'] = {'type': values['normalizer']}
-    if bos_token := values.get('bos_token'):
-        first, second = ([{'SpecialToken': {'id': bos_token, 'type_id': i}},
-                          {'Sequence': {'id': name, 'type_id': i}}] for i, name in enumerate('AB'))
-        ids = [values['special_tokens'][bos_token]]
-        file['post_processor'] = {
-            'type': 'TemplateProcessing', 'single': first, 'pair': first + second,
-            'special_tokens': {bos_token: {'id': bos_token, 'ids': ids, 'tokens': [bos_token]}}}
+    file['post_processor'] = put_bos_first(values)
     return file
+
+
+def put_bos_first(values: dict) -> dict | None:
+    """Return the post_processor that puts the description's bos_token before a text."""
+    if not (bos_token := values.get('bos_token')):
+        return None
+    first, second = ([{'SpecialToken': {'id': bos_token, 'type_id': i}},
+                      {'Sequence': {'id': name, 'type_id': i}}] for i, name in enumerate('AB'))
+    ids = [values['special_tokens'][bos_token]]
+    return {'type': 'TemplateProcessing', 'single': first, 'pair': first + second,
+            'special_tokens': {bos_token: {'id': bos_token, 'ids': ids, 'tokens': [bos_token]}}}
 
 
 def hf_words(values: dict) -> dict:

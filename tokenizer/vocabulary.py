@@ -30,9 +30,9 @@ from tokenizer.base import MAX_ID, check_regular, clip
 from tokenizer.bpe import MOST_SQUARES, are_long, final_parts
 from tokenizer.patterns import from_printable, printable
 
-READABLE = ("tiktoken's *.tiktoken, Hugging Face's tokenizer.json (byte-level BPE), GPT-2's "
-            'vocab.json with merges.txt or encoder.json with vocab.bpe, or a folder with one of '
-            'these')
+READABLE = ("tiktoken's *.tiktoken, Hugging Face's tokenizer.json (byte-level BPE), "
+            "SentencePiece's tokenizer.model (BPE), GPT-2's vocab.json with merges.txt or "
+            'encoder.json with vocab.bpe, or a folder with one of these')
 
 
 @dataclass

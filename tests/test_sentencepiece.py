@@ -170,7 +170,7 @@ def test_tokenizer_json(name, tmp_path):
      'pre_tokenizer is .*Metaspace.*expected none'),
     ({'decoder': {'type': 'ByteLevel'}}, 'decoder is .*ByteLevel.*expected Replace, ByteFallback'),
     ({'added_tokens': [{'id': 0, 'content': '<unk>', 'special': True, 'normalized': True}]},
-     "'<unk>' is looked for in normalized text"),
+     '"<unk>".* is not special or has a rule, which this program cannot do beside SentencePiece'),
     ({'added_tokens': [{'id': 950, 'content': '<x>', 'special': True}]}, 'tokenizers gives it 900'),
     ({'merges': [['t', 'h', 'e']]}, r'merges\[0\].*is no merge'),
     ({'merges': []}, "would join the token .* in another order than its merges say"),

@@ -45,6 +45,7 @@ FIELDS = {'char': {'chars': str | list}, 'byte': {}, 'word': {'words': list},
           'sentencepiece': {'pieces': list, 'special_tokens': dict, 'add_dummy_prefix': bool}}
 OPTIONAL = {**dict.fromkeys(['byte_ids', 'merge_ids', 'visible_tokens', 'ranks',
                              'user_defined_symbols'], list | None),
+            **dict.fromkeys(['added_tokens', 'token_rules'], dict | None),
             'precompiled_charsmap': str | None, 'remove_extra_whitespaces': bool | None}
 
 

@@ -56,6 +56,7 @@ class Tokenizer:
     """Encode and decode text. The package's docstring lists the methods."""
 
     special_tokens = {}
+    added_tokens = {}  # those in any text (see added.py)
     bos_token = None  # the special token before every text in training; encode() does not add it
     pattern = None    # the regular expression that cuts text into pieces
     workers = None    # the processes of encode_in_processes(), kept between calls
@@ -82,12 +83,16 @@ class Tokenizer:
                                 f"bytes: data.decode('utf-8', 'replace')") from None
         if not isinstance(text, str):
             raise UserError(f'expected text or bytes, got {type(text).__name__} {str(text)[:40]}')
+        return self.encode_parts(text, self.allowed(text, allowed_special))
+
+    def encode_parts(self, text: str, allowed, fast: bool = False) -> list[int]:
+        """Encode text with the special tokens in `allowed`. fast: by encode_array()."""
         ids = []
-        for i, part in enumerate(split_specials(text, self.allowed(text, allowed_special))):
+        for i, part in enumerate(split_specials(text, allowed)):
             if i % 2:
                 ids.append(self.special_tokens[part])
             elif part:
-                ids += self.encode_ordinary(part)
+                ids += self.encode_array(part).tolist() if fast else self.encode_ordinary(part)
         return ids
 
     def encode_ordinary(self, text: str) -> list[int]:
@@ -150,8 +155,8 @@ class Tokenizer:
         for cut in self.cuts(text):
             if regex.search('[\ud800-\udfff]', text[cut - 1:cut + 1]):
                 continue  # half a surrogate pair, whose other half may follow
-            # not inside a special token, even if its end has not come yet
-            inside = ((token, i) for token in self.special_tokens
+            # not inside a special or added token, even if its end has not come yet
+            inside = ((token, i) for token in [*self.special_tokens, *self.added_tokens]
                       for i in range(max(0, cut - len(token) + 1), cut))
             if not any(text.startswith(token, i)
                        or len(text) - i < len(token) and token.startswith(text[i:])
@@ -183,7 +188,7 @@ def digest(values: dict) -> str:
 
 
 def check_specials(special_tokens: dict[str, int]):
-    """Raise UserError for special tokens that are no text, share an id or overlap."""
+    """Raise UserError for special tokens that are no text or share an id."""
     for token, i in special_tokens.items():
         if not isinstance(token, str) or not token or type(i) is not int or not 0 <= i <= MAX_ID:
             raise UserError(f'special tokens are {{text: id}} with ids from 0 to {MAX_ID:,}, '
@@ -196,7 +201,14 @@ def check_specials(special_tokens: dict[str, int]):
     if len(set(special_tokens.values())) < len(special_tokens):
         raise UserError(f'two special tokens have the same id: {shown(special_tokens)}; expected '
                         f'one each')
-    if overlap := find_overlap(special_tokens):
+
+
+def check_new_specials(tokens: list[str]):
+    """Raise UserError for special tokens that are given twice, or overlap."""
+    check_specials({token: i for i, token in enumerate(tokens)})
+    if len(set(tokens)) < len(tokens):
+        raise UserError(f'a special token is given twice: {tokens}')
+    if overlap := find_overlap(tokens):
         raise UserError(f'special tokens overlap: {overlap}. Give them other names, such as '
                         f'<|one|> and <|two|>')
 

@@ -140,6 +140,9 @@ def write_tiktoken(values: dict, path):
     Raises UserError when tiktoken would encode some text differently with these ranks.
     """
     ids, merges = vocabulary.tokens_of(values)
+    if values.get('added_tokens'):
+        raise UserError(f'{path} cannot be written: the format has no added tokens, such as '
+                        f'{next(iter(values["added_tokens"]))!r}; write tokenizer.json')
     vocabulary.check_lengths(path, ids)
     by_rank = recover_merges(ids)  # what tiktoken merges, in its order
     rank = vocabulary.rank_in({pair: i for i, pair in enumerate(merges)})

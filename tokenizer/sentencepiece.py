@@ -22,7 +22,15 @@ import numpy as np
 import regex
 
 from configurator import UserError
-from tokenizer.base import ENDOFTEXT, MAX_ID, check_specials, id_dtype, read_texts, shown
+from tokenizer.base import (
+    ENDOFTEXT,
+    MAX_ID,
+    check_new_specials,
+    check_specials,
+    id_dtype,
+    read_texts,
+    shown,
+)
 from tokenizer.bpe import count_pieces, learn
 from tokenizer.bytepair import KNOWN_PIECES, MergeTokenizer
 from tokenizer.patterns import SENTENCEPIECE, split_specials, to_utf8
@@ -150,7 +158,7 @@ class SentencePieceTokenizer(MergeTokenizer):
         UserError.
         """
         specials = [*BASIC, *(token for token in special_tokens if token not in BASIC)]
-        check_specials({token: i for i, token in enumerate(specials)})
+        check_new_specials(specials)
         texts = (f' {text}' for text in read_texts(texts) if text)
         counts = count_pieces(texts, SENTENCEPIECE, specials, workers)
         if not counts:

@@ -11,10 +11,18 @@ import os
 import regex
 
 from configurator import UserError
-from tokenizer.base import ENDOFTEXT, write_file
+from tokenizer.added import RULES
+from tokenizer.base import ENDOFTEXT, find_overlap, write_file
 from tokenizer.basic import WORD_SPECIALS
 from tokenizer.bpe import final_parts
-from tokenizer.patterns import PATTERNS, SPECIAL, compile_pattern, from_printable, printable
+from tokenizer.patterns import (
+    BYTE_TO_CHAR,
+    PATTERNS,
+    SPECIAL,
+    compile_pattern,
+    from_printable,
+    printable,
+)
 from tokenizer.sentencepiece import BLANK, BYTE_PIECES, SentencePieceTokenizer
 from tokenizer.vocabulary import (
     check_lengths,
@@ -81,21 +89,26 @@ def read_tokenizer_json(path) -> dict:
         return read_pieces(path, file, model)
     check_model(path, kind, model, file)
     added_tokens = file.get('added_tokens') or []
-    special_tokens = read_added_tokens(path, added_tokens, model['vocab'])
+    special_tokens, ordinary = read_added_tokens(path, added_tokens, model['vocab'])
     pattern = read_pattern(path, file.get('pre_tokenizer'))
     pairs = [(f'merges[{i}]', merge.split(' ') if isinstance(merge, str) else merge)
              for i, merge in enumerate(model['merges'])]
-    vocabulary = from_alphabet(path, model['vocab'], pairs, special_tokens)
+    shared = tokens_in_both(path, ordinary, model['vocab'], pairs)
+    alone = {token: i for token, i in ordinary.items() if token not in shared}
+    vocabulary = from_alphabet(path, model['vocab'], pairs, {**special_tokens, **alone})
     values = vocabulary.describe(pattern, bool(model.get('ignore_merges')))
+    values['special_tokens'] = {token: i for token, i in values['special_tokens'].items()
+                                if token in special_tokens}
+    if ordinary:
+        values['added_tokens'] = dict(sorted(ordinary.items(), key=lambda item: item[1]))
     if file.get('normalizer'):
         values['normalizer'] = 'NFC'
-        if late := [token['content'] for token in added_tokens if token.get('normalized')]:
-            raise UserError(f'{path}: the added token {late[0]!r} is looked for in normalized '
-                            f'text, where a mark after it can hide it; expected "normalized": '
-                            f'false. Set that in a copy of the file')
+    if rules := read_rules(file):
+        values['token_rules'] = rules
     if (bos_token := read_bos_token(file.get('post_processor'))) in special_tokens:
         values['bos_token'] = bos_token
-    if visible := [token['content'] for token in added_tokens if not token.get('special')]:
+    if visible := [token['content'] for token in added_tokens
+                   if not token.get('special') and token['content'] in special_tokens]:
         values['visible_tokens'] = visible
     return values
 
@@ -139,31 +152,56 @@ def read_bos_token(post_processor) -> str | None:
     return None
 
 
-def read_added_tokens(path, added_tokens, vocab: dict) -> dict[str, int]:
-    """Return {text: id} of added_tokens. Raises UserError for ordinary ones."""
+def read_rules(file: dict) -> dict[str, list[str]]:
+    """Return {text: rules} of added tokens, see added.py.
+
+    'normalized' is left out where it changes nothing: without a normalizer, other rules, and
+    tokens that overlap.
+    """
+    added_tokens = file.get('added_tokens') or []
+    names = [token['content'] for token in added_tokens]
+    has_rules = any(token.get(rule) for token in added_tokens for rule in RULES[1:])
+    late_matters = file.get('normalizer') or has_rules or find_overlap(set(names))
+    relevant = RULES if late_matters else RULES[1:]
+    rules = {token['content']: [rule for rule in relevant if token.get(rule)]
+             for token in added_tokens}
+    return {token: rules_of for token, rules_of in rules.items() if rules_of}
+
+
+def tokens_in_both(path, ordinary: dict[str, int], vocab: dict, pairs) -> set[str]:
+    """Return the added tokens that merges make too. Raises UserError for other bytes."""
+    made = {''.join(pair) for _, pair in pairs
+            if isinstance(pair, list) and all(isinstance(part, str) for part in pair)}
+    made |= set(BYTE_TO_CHAR.values())
+    both = {token for token in ordinary if token in made and token in vocab}
+    if odd := [token for token in both if from_printable(token) != token.encode('utf-8')]:
+        raise UserError(f'{path}: the added token {odd[0]!r} has the id of the bytes '
+                        f'{from_printable(odd[0])!r}; expected an id of its own')
+    return both
+
+
+def read_added_tokens(path, added_tokens, vocab: dict) -> tuple[dict[str, int], dict[str, int]]:
+    """Return {text: id} of the special tokens and of the others.
+
+    Others with a name like <think> count as special, so that text does not have them by chance.
+    """
     if not isinstance(added_tokens, list):
         raise UserError(f'{path}: added_tokens is {short(added_tokens)}; expected a list')
-    special_tokens, following = {}, len(vocab)
+    special_tokens, ordinary, following = {}, {}, len(vocab)
     for n, token in enumerate(added_tokens):
         place = f'{path}: added_tokens[{n}]'
         text = token.get('content') if isinstance(token, dict) else None
         if not isinstance(text, str) or not text:
             raise UserError(f'{place} is {short(token)}; expected an object with content and id')
-        for key in ('single_word', 'lstrip', 'rstrip'):
-            if token.get(key):
-                raise UserError(f'{place} ({text!r}) has {key}, which this program cannot do; '
-                                f'expected false')
-        if not token.get('special') and not SPECIAL.fullmatch(text):
-            raise UserError(f'{place} ({text!r}) is not special, so tokenizers finds it in '
-                            f'ordinary text; expected special tokens only')
         # tokenizers ignores the id: a token outside the vocab gets the id after the last one
         expected = vocab.get(text, following)
         if token.get('id') != expected:
             raise UserError(f'{place} ({text!r}) has the id {token.get("id")!r}, but tokenizers '
                             f'gives it {expected}; expected that id, or the token in vocab')
         following = max(following, expected + 1)
-        special_tokens[text] = expected
-    return special_tokens
+        is_special = token.get('special') or SPECIAL.fullmatch(text)
+        (special_tokens if is_special else ordinary)[text] = expected
+    return special_tokens, ordinary
 
 
 def read_pattern(path, pre_tokenizer) -> str | None:
@@ -258,11 +296,13 @@ def read_pieces(path, file: dict, model: dict) -> dict:
         raise unsupported(path, 'decoder', file.get('decoder'), 'Replace, ByteFallback, Fuse, and '
                           "Strip where the normalizer prepends, as in Llama 2's file")
     added_tokens = file.get('added_tokens') or []
-    special_tokens = read_added_tokens(path, added_tokens, model['vocab'])
-    if late := [token['content'] for token in added_tokens if token.get('normalized')]:
-        raise UserError(f'{path}: the added token {late[0]!r} is looked for in normalized text, '
-                        f'with ▁ before it; expected "normalized": false. Set that in a copy of '
-                        f'the file')
+    special_tokens, ordinary = read_added_tokens(path, added_tokens, model['vocab'])
+    if ordinary or any(token.get(rule) for token in added_tokens for rule in RULES):
+        odd = next(token for token in added_tokens
+                   if token['content'] in ordinary or any(map(token.get, RULES)))
+        raise UserError(f'{path}: the added token {short(odd)} is not special or has a rule, which '
+                        f'this program cannot do beside SentencePiece; expected special tokens '
+                        f'with {", ".join(RULES)} false. Set that in a copy of the file')
     ids = model['vocab'] | special_tokens
     if sorted(ids.values()) != list(range(len(ids))):
         raise UserError(f'{path}: the ids are not 0 to {len(ids) - 1}; expected one piece for '
@@ -394,9 +434,10 @@ def hf_tokenizer(values: dict, path) -> dict:
     values = BYTES if values['kind'] == 'byte' else values
     ids, _ = tokens_of(values)
     vocab = {printable(token): i for token, i in ids.items()}
-    for text, i in values['special_tokens'].items():
-        if text in vocab:
-            raise UserError(f'{path}: the special token {text!r} (id {i}) has the name of the '
+    added = {**values['special_tokens'], **values.get('added_tokens', {})}
+    for text, i in added.items():
+        if vocab.get(text, i) != i:
+            raise UserError(f'{path}: the added token {text!r} (id {i}) has the name of the '
                             f'token {from_printable(text)!r} (id {vocab[text]}) there; rename it, '
                             f'as <|name|>')
         # added tokens stand in the vocabulary too: otherwise tokenizers would number them itself
@@ -412,10 +453,11 @@ def hf_tokenizer(values: dict, path) -> dict:
              'ignore_merges': values['ignore_merges'],
              'vocab': dict(sorted(vocab.items(), key=lambda item: item[1])),
              'merges': values['merges']}
-    file = hf_file(model, values['special_tokens'],
-                   {'type': 'Sequence', 'pretokenizers': steps}, byte_level)
+    file = hf_file(model, added, {'type': 'Sequence', 'pretokenizers': steps}, byte_level)
+    ordinary = {*values.get('visible_tokens', ()), *values.get('added_tokens', ())}
     for token in file['added_tokens']:
-        token['special'] = token['content'] not in values.get('visible_tokens', ())
+        token['special'] = token['content'] not in ordinary
+        token |= dict.fromkeys(values.get('token_rules', {}).get(token['content'], ()), True)
     if 'normalizer' in values:
         file['normalizer'] = {'type': values['normalizer']}
     file['post_processor'] = put_bos_first(values)

@@ -26,6 +26,7 @@ FILE_FORMAT, FILE_VERSION = 'flatgpt tokenizer', 1
 MAX_ID = 9_999_999      # the largest id; memory grows with it, and no vocabulary has a tenth of it
 MAX_SPECIAL_CHARS = 100_000  # in all special tokens
 STREAM_CHARS = 1 << 16  # encode_iterable() encodes about so many characters at a time
+FORGET_CHARS = 1 << 24  # of a stream, whose pieces are kept: 0.2 GB if all differ
 
 
 def id_dtype(vocab_size: int) -> np.dtype:
@@ -131,8 +132,16 @@ class Tokenizer:
         """
         if hasattr(texts, 'read'):
             texts = iter(functools.partial(texts.read, STREAM_CHARS), '')
+        n_chars = 0
         for text in self.cut_safely(texts):
-            yield from self.encode(text, allowed_special)
+            n_chars += len(text)
+            if n_chars > FORGET_CHARS:
+                self.forget()
+                n_chars = 0
+            yield from self.encode_parts(text, self.allowed(text, allowed_special), fast=True)
+
+    def forget(self):
+        """Drop the pieces of earlier text that are kept because they come back."""
 
     def cut_safely(self, texts):
         """Yield the joined texts in parts of STREAM_CHARS or more, with the same ids."""

@@ -229,6 +229,11 @@ class BPETokenizer(MergeTokenizer):
     def _fast(self):
         return fast.FastEncoder(self._tokens, self.pattern)
 
+    def forget(self):
+        self._known.clear()
+        if '_fast' in vars(self):
+            self._fast.forget()
+
     @functools.cached_property
     def is_fast(self) -> bool:
         """Return whether compiled code encodes to the same ids.
@@ -315,6 +320,9 @@ class TiktokenTokenizer(MergeTokenizer):
     def _fast(self):
         ranks = self._encoding._mergeable_ranks  # they are the ids too
         return fast.FastEncoder(sorted(ranks, key=ranks.get), self.pattern, self._encoding)
+
+    def forget(self):
+        self._fast.forget()
 
     def encode_ordinary(self, text: str) -> list[int]:
         return self._fast.encode_by_tiktoken(text).tolist()  # a prompt does not pay for gigatoken

@@ -211,6 +211,9 @@ class SentencePieceTokenizer(MergeTokenizer):
                 ids += word_ids
         return ids
 
+    def forget(self):
+        self._known.clear()
+
     def normalize(self, text: str) -> str:
         """Return text as it is joined: normalized, with ▁ for spaces."""
         text = to_utf8(text).decode('utf-8')

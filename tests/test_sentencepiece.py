@@ -264,6 +264,18 @@ def test_bytes_of_parts_add_up():
         tok.encode('a<|endoftext|>')
 
 
+def test_a_constraint_writes_pieces_not_bytes():
+    """A and <0x41> are the same text; a model has learnt the first."""
+    pytest.importorskip('llguidance')
+    from flatgpt.constrain import Vocabulary
+    tok = trained_here()
+    vocabulary = Vocabulary(tok)
+    assert vocabulary.has_bytes and vocabulary.id_of[b'a'] == tok.pieces.index('a')
+    ids = vocabulary.write('ein €'.encode())
+    assert [tok.pieces[i] for i in ids][-4:] == ['▁', '<0xE2>', '<0x82>', '<0xAC>']
+    assert vocabulary.tokens[tok.pieces.index('<0x61>')] == b''
+
+
 def test_pieces_met_before_are_forgotten_in_time(monkeypatch):
     monkeypatch.setattr(ours_module, 'KNOWN_PIECES', 50)
     tok = tokenizer.from_dict(trained_here().to_dict())

@@ -3,6 +3,7 @@ Turn text into token ids and back: characters, bytes, words, byte pairs.
 
     python -m tokenizer --text='Hello, 안녕!' --tokenizer=gpt2          # see the tokens
     python -m tokenizer --compare=gpt2,cl100k_base,byte                 # count them, by language
+    python -m tokenizer page --out=tokens.html --tokenizer=gpt2         # type, and see them
     python -m tokenizer train --input=FOLDER --vocab_size=8192 --out=my.json
     python -m tokenizer train --kind=sentencepiece --input=FOLDER --vocab_size=8192 --out=my.model
     python -m tokenizer export --tokenizer=my.json --out=tokenizer.json # or NAME.tiktoken

@@ -1,10 +1,11 @@
 """
-Show the tokens of a text, compare tokenizers, train one, export one.
+Show the tokens of a text, compare tokenizers, train one, export one, make a page.
 
     python -m tokenizer --text='Hello, 안녕!' --tokenizer=gpt2
     python -m tokenizer --compare=gpt2,cl100k_base,byte
     python -m tokenizer train --input=FILE --vocab_size=8192 --out=my.json
     python -m tokenizer export --tokenizer=my.json --out=tokenizer.json
+    python -m tokenizer page --out=tokens.html --tokenizer=gpt2 --tokenizer=my.json
 """
 
 import os
@@ -24,6 +25,7 @@ from tokenizer import (
     SentencePieceTokenizer,
     WordTokenizer,
     formats,
+    page,
 )
 from tokenizer.base import ENDOFTEXT, id_dtype
 from tokenizer.patterns import to_utf8
@@ -143,12 +145,13 @@ def cells(tokenizer, size: int, count: int | None) -> str:
 
 def main():
     """Run the command that the arguments name."""
-    arguments, commands = sys.argv[1:], {'train': main_train, 'export': main_export}
+    arguments = sys.argv[1:]
+    commands = {'train': main_train, 'export': main_export, 'page': main_page}
     if not arguments or arguments[0].startswith('-'):
         return main_view(arguments)
     if arguments[0] not in commands:
-        raise UserError(f'unknown command {arguments[0]!r}; expected train, export, or options'
-                        f'{nearest(arguments[0], commands)}. See python -m tokenizer --help')
+        raise UserError(f'unknown command {arguments[0]!r}; expected train, export, page, or '
+                        f'options{nearest(arguments[0], commands)}. See python -m tokenizer --help')
     commands[arguments[0]](arguments[1:])
 
 
@@ -156,7 +159,7 @@ def main_view(arguments):
     """Show the tokens of a text, or compare tokenizers."""
     output.protect()  # a filter, which ends with its reader
     parser = make_parser('See the tokens of a text, or compare tokenizers. Commands: train, '
-                         'export\n(python -m tokenizer train --help).',
+                         'export, page\n(python -m tokenizer train --help).',
                          'python -m tokenizer [--text=...] [--tokenizer=...]')
     parser.add_argument('--text', help='the text')
     parser.add_argument('--input', help='or a text file')
@@ -293,6 +296,20 @@ def main_export(arguments):
     else:
         exported.save(args.out)
         print(f'wrote {args.out}: --tokenizer={args.out}')
+
+
+def main_page(arguments):
+    """Write a page that shows the tokens of what is typed."""
+    parser = make_parser('Write one HTML page, which needs no network: what is typed there is '
+                        'shown as\ntokens of up to three vocabularies, with ids, bytes and merges.',
+                        'python -m tokenizer page --out=tokens.html --tokenizer=gpt2')
+    parser.add_argument('--tokenizer', action='append', required=True,
+                        help=f'{TOKENIZER_HELP}; up to three times')
+    parser.add_argument('--out', default='tokens.html', help='file to write (tokens.html)')
+    args = parser.parse_args(arguments)
+    check_folder(args.out)
+    page.write_page({name: tokenizers.load(name) for name in args.tokenizer}, args.out)
+    print(f'wrote {args.out} ({os.path.getsize(args.out) / 1e6:.1f} MB): open it in a browser')
 
 
 if __name__ == '__main__':

@@ -20,7 +20,7 @@ from tokenizer_cases import CODE, many
 
 import tokenizer
 from configurator import UserError
-from tokenizer import base, formats, patterns
+from tokenizer import base, formats, patterns, tokenizer_json
 from tokenizer import sentencepiece as ours_module
 from tokenizer.sentencepiece import BYTE_PIECES, SentencePieceTokenizer, read_rules
 
@@ -163,17 +163,97 @@ def test_tokenizer_json(name, tmp_path):
     assert formats.read(tmp_path / 'tokenizer.json') == ours.to_dict()
 
 
+ADDED = {'<|user|>': {'special': True, 'rstrip': True}, '<|end|>': {'special': True}, '\n\n': {}, '▁▁': {}, '  ': {},
+         'the': {'single_word': True}, '<h1>': {}, 'th': {'lstrip': True}, 'zq': {}}
+
+
+@pytest.mark.parametrize('scheme', ['prepend', 'replace', 'always', 'first', 'never'])
+def test_metaspace_and_added_tokens(scheme, tmp_path, monkeypatch):
+    """As Mistral's, Phi-3's and Gemma's files have them."""
+    monkeypatch.setattr(base, 'STREAM_CHARS', 1)
+    path = tmp_path / 'tokenizer.json'
+    formats.write_tokenizer_json(trained_here().to_dict(), path)
+    file = json.loads(path.read_text(encoding='utf-8'))
+    if scheme == 'replace':
+        file['normalizer'] = tokenizer_json.TO_BLANK
+    elif scheme != 'prepend':
+        file['normalizer'] = None
+        file['pre_tokenizer'] = {**tokenizer_json.METASPACE, 'prepend_scheme': scheme}
+    rng = random.Random(0)
+    for names in ([], ['\n\n', '▁▁', 'zq'], list(ADDED)):
+        vocab, following = file['model']['vocab'], len(file['model']['vocab'])
+        file['added_tokens'] = file['added_tokens'][:4]
+        for name in names:
+            i = vocab.get(name, following)
+            following += name not in vocab
+            file['added_tokens'].append({'id': i, 'content': name, 'single_word': False, 'lstrip': False, 'rstrip': False,
+                                         'normalized': False, 'special': False, **ADDED[name]})
+        path.write_text(json.dumps(file), encoding='utf-8')
+        theirs, ours = tokenizers.Tokenizer.from_file(str(path)), tokenizer.load(path)
+        formats.write_tokenizer_json(ours.to_dict(), tmp_path / 'again.json')
+        again = tokenizers.Tokenizer.from_file(str(tmp_path / 'again.json'))
+        assert formats.read(tmp_path / 'again.json') == ours.to_dict() == tokenizer.from_dict(ours.to_dict()).to_dict()
+        texts = [''.join(rng.choices([*ADDED, *ADDED, *NASTY, '</s>'], k=rng.randrange(9))) for _ in range(600)]
+        for text in [*texts, *many_texts()[:200]]:
+            ids = theirs.encode(text, add_special_tokens=False).ids
+            assert ours.encode(text, 'all') == ids == again.encode(text, add_special_tokens=False).ids, repr(text)
+            assert list(ours.encode_iterable(list(text), 'all')) == ids
+            if not any(token in text for token in ours.special_tokens):
+                assert ours.encode(text) == ours.encode_array(text).tolist() == ids
+        if names or scheme in ('always', 'first'):
+            with pytest.raises(UserError, match='neither added tokens nor Metaspace'):
+                formats.write_model(ours.to_dict(), tmp_path / 'a.model')
+
+
+@pytest.mark.parametrize('legacy', [True, False])
+def test_what_transformers_saves_for_llama(legacy, tmp_path):
+    transformers = pytest.importorskip('transformers', minversion='5')  # where the class takes a vocabulary
+    formats.write_tokenizer_json(trained_here().to_dict(), tmp_path / 'tokenizer.json')
+    model = json.loads((tmp_path / 'tokenizer.json').read_text(encoding='utf-8'))['model']
+    theirs = transformers.LlamaTokenizer(vocab=model['vocab'], merges=list(map(tuple, model['merges'])), legacy=legacy)
+    theirs.save_pretrained(tmp_path / 'llama')
+    ours = tokenizer.load(tmp_path / 'llama')
+    assert ours.metaspace == ('always' if legacy else 'first')
+    for text in many_texts()[:500]:
+        assert ours.encode(text, 'all') == theirs(text, add_special_tokens=False)['input_ids']
+
+
+@settings(many, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(tokens=st.lists(st.text('ab', min_size=2, max_size=6), max_size=9, unique=True), data=st.data(),
+       texts=st.lists(st.text('ab', max_size=20), min_size=3, max_size=3))
+def test_any_merges(tmp_path, tokens, data, texts):
+    """Also tokens that no merges make, and several merges for a token."""
+    pieces = ['a', 'b', *tokens]
+    pairs = [[left, right] for left in pieces for right in pieces if left + right in tokens]
+    merges = data.draw(st.lists(st.sampled_from(pairs), max_size=14)) if pairs else []
+    path = tmp_path / 'tokenizer.json'
+    formats.write_tokenizer_json(SentencePieceTokenizer([*BYTE_PIECES, 'a', 'b', '▁']).to_dict(), path)
+    file = json.loads(path.read_text(encoding='utf-8'))
+    for token in tokens:
+        file['model']['vocab'][token] = len(file['model']['vocab'])
+    file['model']['merges'] = merges
+    path.write_text(json.dumps(file), encoding='utf-8')
+    theirs, ours = tokenizers.Tokenizer.from_file(str(path)), tokenizer.load(path)
+    formats.write_tokenizer_json(ours.to_dict(), path)
+    again = tokenizers.Tokenizer.from_file(str(path))
+    for text in [*texts, *tokens, 'c a']:
+        ids = theirs.encode(text, add_special_tokens=False).ids
+        assert ours.encode(text) == ids == again.encode(text, add_special_tokens=False).ids
+
+
 @pytest.mark.parametrize('change, message', [
     ({'normalizer': None}, 'normalizer is null.*expected Prepend'),
     ({'normalizer': {'type': 'NFKC'}}, 'normalizer is .*NFKC'),
     ({'pre_tokenizer': {'type': 'Metaspace', 'replacement': '▁', 'prepend_scheme': 'first', 'split': False}},
      'pre_tokenizer is .*Metaspace.*expected none'),
+    ({'normalizer': None, 'pre_tokenizer': {'type': 'Metaspace', 'replacement': '_', 'split': False}},
+     'normalizer is null.*or the pre_tokenizer Metaspace with split false'),
     ({'decoder': {'type': 'ByteLevel'}}, 'decoder is .*ByteLevel.*expected Replace, ByteFallback'),
     ({'added_tokens': [{'id': 0, 'content': '<unk>', 'special': True, 'normalized': True}]},
-     '"<unk>".* is not special or has a rule, which this program cannot do beside SentencePiece'),
+     "'<unk>' is looked for in normalized text, with ▁ before it"),
     ({'added_tokens': [{'id': 950, 'content': '<x>', 'special': True}]}, 'tokenizers gives it 900'),
     ({'merges': [['t', 'h', 'e']]}, r'merges\[0\].*is no merge'),
-    ({'merges': []}, "would join the token .* in another order than its merges say"),
+    ({'merges': ['▁ Q']}, r'merges.0.: ..▁., .Q.. is no merge; expected two tokens of the vocabulary'),
     ({'vocab': {'a': 0, 'b': 2}}, 'the ids are not 0 to'),
     ({'vocab': {'a': 0, 'b': 1}, 'merges': []}, '256 of the 256 bytes are no pieces'),
     ({'dropout': 0.1}, 'dropout is 0.1'),

@@ -47,7 +47,8 @@ FIELDS = {'char': {'chars': str | list}, 'byte': {}, 'word': {'words': list},
 OPTIONAL = {**dict.fromkeys(['byte_ids', 'merge_ids', 'visible_tokens', 'ranks',
                              'user_defined_symbols'], list | None),
             **dict.fromkeys(['added_tokens', 'token_rules'], dict | None),
-            'precompiled_charsmap': str | None, 'remove_extra_whitespaces': bool | None}
+            **dict.fromkeys(['precompiled_charsmap', 'metaspace'], str | None),
+            'remove_extra_whitespaces': bool | None}
 
 
 def load(name):

@@ -72,6 +72,8 @@ def describe(name: str, tok) -> dict:
     if tok.kind == 'sentencepiece':
         if tok.precompiled_charsmap:
             obstacle = 'normalization rules (nfkc)'
+        elif tok.added_tokens or tok.token_rules or tok.metaspace:
+            obstacle = 'added tokens or Metaspace'
         values |= {key: getattr(tok, key) for key in (
             'pieces', 'ranks', 'user_defined_symbols', 'add_dummy_prefix',
             'remove_extra_whitespaces')}

@@ -22,6 +22,7 @@ import numpy as np
 import regex
 
 from configurator import UserError
+from tokenizer.added import AddedTokens
 from tokenizer.base import (
     ENDOFTEXT,
     MAX_ID,
@@ -58,12 +59,17 @@ class SentencePieceTokenizer(MergeTokenizer):
 
     pieces: the text of every id, with ▁ for the space and '<0x0A>' for a byte
     special_tokens: {text: id}; encode() makes them only where it is allowed to
-    ranks: by id, the order of joining (None: the ids); of equal ranks the leftmost pair is joined
+    ranks: by id, the order of joining (None: the ids); of equal ranks the leftmost pair is joined,
+        and a piece with the rank -1 is never made
     user_defined_symbols: pieces that are cut out of a text before anything is joined
     add_dummy_prefix: a space goes before a text
     remove_extra_whitespaces: spaces around a text go, and of several spaces one stays
     precompiled_charsmap: SentencePiece's rules of normalization in base64 (None: identity)
     bos_token: the special token that Hugging Face's libraries put before every text
+    added_tokens: {text: id} of pieces that are cut out of a text before it is normalized
+    token_rules: {text: rules} of special and added tokens, see added.py
+    metaspace: 'always' or 'first', as in Hugging Face's Metaspace: the dummy prefix goes before no
+        space, and with 'first' not behind a special token (None: before each part of a text)
     """
 
     pieces: list
@@ -74,6 +80,9 @@ class SentencePieceTokenizer(MergeTokenizer):
     remove_extra_whitespaces: bool = False
     precompiled_charsmap: str | None = None
     bos_token: str | None = None
+    added_tokens: dict[str, int] | None = None
+    token_rules: dict[str, list[str]] | None = None
+    metaspace: str | None = None
 
     kind = 'sentencepiece'
 
@@ -83,7 +92,9 @@ class SentencePieceTokenizer(MergeTokenizer):
         self.vocab_size = len(self.pieces)
         self._id_of = {piece: i for i, piece in enumerate(self.pieces)
                        if isinstance(piece, str) and piece}
+        self.added_tokens, self.token_rules = dict(self.added_tokens or {}), self.token_rules or {}
         self._check()
+        self._added = AddedTokens(self.added_tokens, self.token_rules, None)
         self._token_of = {i: piece.replace(BLANK, ' ').encode() for i, piece in
                           enumerate(self.pieces)}
         self._token_of |= {self._id_of[piece]: bytes([byte])
@@ -92,7 +103,7 @@ class SentencePieceTokenizer(MergeTokenizer):
         reserved = {*self.special_tokens, *BYTE_PIECES, '\0'}  # the package ignores a piece \0
         ranks = range(self.vocab_size) if self.ranks is None else self.ranks
         self.rank_of = {piece: ranks[i] for piece, i in self._id_of.items()
-                         if piece not in reserved}
+                         if piece not in reserved and ranks[i] >= 0}
         self._byte_ids = [self._id_of[piece] for piece in BYTE_PIECES]
         # Text may be cut where no piece crosses: before a run of ▁ and around a line end.
         joined = [piece for piece in self.rank_of if len(piece) > 1]
@@ -121,10 +132,14 @@ class SentencePieceTokenizer(MergeTokenizer):
                             f'{missing[0]}); expected all, for characters that are no pieces '
                             f'(byte_fallback)')
         check_specials(self.special_tokens)
-        for token, i in self.special_tokens.items():
+        if self.metaspace not in (None, 'always', 'first') or (
+                self.metaspace and not self.add_dummy_prefix):
+            raise UserError(f"metaspace is {shown(self.metaspace)}; expected 'always' or 'first' "
+                            f'with add_dummy_prefix, or None')
+        for token, i in [*self.special_tokens.items(), *self.added_tokens.items()]:
             if self._id_of.get(token) != i or token in BYTE_PIECES:
-                raise UserError(f'the special token {shown(token)} has the id {i}; expected the '
-                                f'id of that piece')
+                raise UserError(f'the special or added token {shown(token)} has the id {i}; '
+                                f'expected the id of that piece')
         if self.ranks is not None and (len(self.ranks) != self.vocab_size or any(
                 type(rank) is not int for rank in self.ranks)):
             raise UserError(f'ranks has {len(self.ranks)} entries; expected {self.vocab_size} '
@@ -193,8 +208,23 @@ class SentencePieceTokenizer(MergeTokenizer):
         pieces = [*specials, *BYTE_PIECES, *tokens[n_chars:], *alphabet]
         return cls(pieces, {token: i for i, token in enumerate(specials)}, bos_token='<s>')
 
+    def encode_parts(self, text: str, allowed, fast: bool = False) -> list[int]:
+        ids, is_first = [], True
+        specials = {token: self.special_tokens[token] for token in allowed}
+        for part, token_id in self._added.split(text, specials):
+            if token_id is None:
+                ids += self.encode_part(part, is_first)
+            else:
+                ids.append(token_id)
+            is_first = False
+        return ids
+
     def encode_ordinary(self, text: str) -> list[int]:
-        text = self.normalize(text)
+        return self.encode_parts(text, ()) if self.added_tokens else self.encode_part(text)
+
+    def encode_part(self, text: str, is_first: bool = True) -> list[int]:
+        """Encode text without special and added tokens. is_first: nothing stands before it."""
+        text = self.normalize(text, is_first)
         ids = []
         for i, part in enumerate(split_specials(text, self.user_defined_symbols)):
             if i % 2:
@@ -214,7 +244,7 @@ class SentencePieceTokenizer(MergeTokenizer):
     def forget(self):
         self._known.clear()
 
-    def normalize(self, text: str) -> str:
+    def normalize(self, text: str, is_first: bool = True) -> str:
         """Return text as it is joined: normalized, with ▁ for spaces."""
         text = to_utf8(text).decode('utf-8')
         if not text:
@@ -223,7 +253,10 @@ class SentencePieceTokenizer(MergeTokenizer):
             text = self.replace_by_rules(text)
         if self.remove_extra_whitespaces:
             text = regex.sub(' +', ' ', text).strip(' ')
-        text = (BLANK if self.add_dummy_prefix else '') + text.replace(' ', BLANK)
+        text = text.replace(' ', BLANK)
+        stays = self.metaspace and (text.startswith(BLANK)
+                                    or self.metaspace == 'first' and not is_first)
+        text = (BLANK if self.add_dummy_prefix and not stays else '') + text
         return text.rstrip(BLANK) if self.remove_extra_whitespaces else text
 
     def replace_by_rules(self, text: str) -> str:
@@ -302,20 +335,23 @@ class SentencePieceTokenizer(MergeTokenizer):
 
     def cuts(self, text: str):
         stripped = self.remove_extra_whitespaces and not self.add_dummy_prefix
-        if not self._is_cut_at_blanks or self._rules or stripped:
+        if not self._is_cut_at_blanks or self._rules or stripped or not self._added.can_cut:
             return
         for match in regex.finditer(r'(?r)(?<=[^\s▁]) (?=[^\s▁])', text):
             start, end = match.span()
             # text between special tokens gets a space in front too
             if not any(text.endswith(token, 0, start) or text.startswith(token, end)
-                       or token.startswith(text[end:]) for token in self.special_tokens):
+                       or token.startswith(text[end:])
+                       for token in [*self.special_tokens, *self.added_tokens]):
                 yield start
 
     def to_dict(self) -> dict:
         # options with their usual value are left out
         rare = {'ranks': self.ranks, 'user_defined_symbols': self.user_defined_symbols,
                 'remove_extra_whitespaces': self.remove_extra_whitespaces,
-                'precompiled_charsmap': self.precompiled_charsmap, 'bos_token': self.bos_token}
+                'precompiled_charsmap': self.precompiled_charsmap, 'bos_token': self.bos_token,
+                'added_tokens': self.added_tokens, 'token_rules': self.token_rules,
+                'metaspace': self.metaspace}
         return {'kind': 'sentencepiece', 'special_tokens': dict(self.special_tokens),
                 'add_dummy_prefix': self.add_dummy_prefix,
                 **{key: value for key, value in rare.items() if value},

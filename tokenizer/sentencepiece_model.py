@@ -115,6 +115,10 @@ def write_model(values: dict, path):
                         f'and this one is of kind {values.get("kind")!r}. Expected one of python '
                         f'-m tokenizer train --kind=sentencepiece')
     tok = SentencePieceTokenizer.from_values(values)
+    if tok.metaspace or tok.added_tokens or tok.token_rules or min(tok.ranks or [0]) < 0:
+        raise UserError(f'{path} cannot be written: SentencePiece has neither added tokens nor '
+                        f'Metaspace nor pieces that are never joined; expected '
+                        f'--out=tokenizer.json')
     if '<unk>' not in tok.special_tokens:
         raise UserError(f'{path} cannot be written: SentencePiece needs the special token <unk>, '
                         f'which this tokenizer lacks')

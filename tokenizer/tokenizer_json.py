@@ -259,6 +259,7 @@ REMOVE_EXTRA = {'type': 'Replace', 'pattern': {'Regex': rf'\A +|[ {BLANK}]+\z| +
 # Gemma's, which never applies: the normalizer has left no space
 SPLIT_AT_SPACE = {'type': 'Split', 'pattern': {'String': ' '}, 'behavior': 'MergedWithPrevious',
                   'invert': False}
+METASPACE = {'type': 'Metaspace', 'replacement': BLANK, 'split': False}  # and prepend_scheme
 TO_TEXT = [{'type': 'Replace', 'pattern': {'String': BLANK}, 'content': ' '},
            {'type': 'ByteFallback'}, {'type': 'Fuse'}]
 STRIP_FIRST = {'type': 'Strip', 'content': ' ', 'start': 1, 'stop': 0}
@@ -274,22 +275,27 @@ def read_pieces(path, file: dict, model: dict) -> dict:
     """Read SentencePiece's BPE from a tokenizer.json; return the description.
 
     tokenizers joins the pairs that it lists, SentencePiece any neighbours that are a piece. Raises
-    UserError where that could give other ids.
+    UserError for parts of a file that this program cannot do.
     """
     check_merges(path, model)
     forms = {(prepend, extra): [REMOVE_EXTRA] * extra + [PREPEND] * prepend + [TO_BLANK]
              for prepend in (False, True) for extra in (False, True)}
-    normalizer = file.get('normalizer')
-    steps = [normalizer]
+    normalizer, pre_tokenizer = file.get('normalizer'), file.get('pre_tokenizer')
+    steps, metaspace = [normalizer], None
     if isinstance(normalizer, dict) and normalizer.get('type') == 'Sequence':
         steps = normalizer.get('normalizers')
     form = next((form for form, expected in forms.items() if steps == expected), None)
-    if form is None:
+    if not normalizer and isinstance(pre_tokenizer, dict):
+        metaspace = next((scheme for scheme in ('always', 'first', 'never')
+                          if pre_tokenizer == {**METASPACE, 'prepend_scheme': scheme}), None)
+        form = metaspace and (metaspace != 'never', False)
+    elif form and pre_tokenizer not in (None, SPLIT_AT_SPACE):
+        raise unsupported(path, 'pre_tokenizer', pre_tokenizer, 'none, as the normalizer writes ▁ '
+                          'for spaces')
+    if not form:
         raise unsupported(path, 'normalizer', normalizer, 'Prepend of ▁ and Replace of the space '
-                          'by ▁, or Replace alone, because byte_fallback is true')
-    if file.get('pre_tokenizer') not in (None, SPLIT_AT_SPACE):
-        raise unsupported(path, 'pre_tokenizer', file['pre_tokenizer'], 'none, as the normalizer '
-                          'writes ▁ for spaces')
+                          'by ▁, Replace alone, or the pre_tokenizer Metaspace with split false, '
+                          'because byte_fallback is true')
     decoders = [sequence_of('decoders', [*TO_TEXT, *strip])
                 for strip in ([], [STRIP_FIRST], [STRIP_ALL])]
     if file.get('decoder') not in decoders:
@@ -297,19 +303,19 @@ def read_pieces(path, file: dict, model: dict) -> dict:
                           "Strip where the normalizer prepends, as in Llama 2's file")
     added_tokens = file.get('added_tokens') or []
     special_tokens, ordinary = read_added_tokens(path, added_tokens, model['vocab'])
-    if ordinary or any(token.get(rule) for token in added_tokens for rule in RULES):
-        odd = next(token for token in added_tokens
-                   if token['content'] in ordinary or any(map(token.get, RULES)))
-        raise UserError(f'{path}: the added token {short(odd)} is not special or has a rule, which '
-                        f'this program cannot do beside SentencePiece; expected special tokens '
-                        f'with {", ".join(RULES)} false. Set that in a copy of the file')
-    ids = model['vocab'] | special_tokens
+    if late := [token['content'] for token in added_tokens if token.get('normalized')]:
+        raise UserError(f'{path}: the added token {late[0]!r} is looked for in normalized text, '
+                        f'with ▁ before it; expected "normalized": false. Set that in a copy of '
+                        f'the file')
+    ids = model['vocab'] | special_tokens | ordinary
     if sorted(ids.values()) != list(range(len(ids))):
         raise UserError(f'{path}: the ids are not 0 to {len(ids) - 1}; expected one piece for '
                         f'each id')
     pieces = sorted(ids, key=ids.get)
     values = {'pieces': pieces, 'special_tokens': special_tokens, 'add_dummy_prefix': form[0],
-              'remove_extra_whitespaces': form[1],
+              'remove_extra_whitespaces': form[1], 'added_tokens': ordinary,
+              'token_rules': read_rules(file),
+              'metaspace': metaspace if metaspace != 'never' else None,
               'ranks': ranks_of_pieces(path, pieces, model, {*special_tokens, *BYTE_PIECES})}
     if (bos_token := read_bos_token(file.get('post_processor'))) in special_tokens:
         values['bos_token'] = bos_token
@@ -322,14 +328,16 @@ def read_pieces(path, file: dict, model: dict) -> dict:
 def ranks_of_pieces(path, pieces: list[str], model: dict, reserved: set[str]) -> list[int] | None:
     """Return the order in which SentencePiece joins as tokenizers does, by id.
 
-    None: the order of the ids. Raises UserError where there is no such order.
+    None: the order of the ids. A piece that no merges make has the rank -1, as in tokenizers.
     """
     order = {}
     for i, merge in enumerate(model['merges']):
         pair = merge.split(' ') if isinstance(merge, str) else merge
         if (not isinstance(pair, list) or len(pair) != 2
-                or not all(isinstance(part, str) and part for part in pair)):
-            raise UserError(f'{path}, merges[{i}]: {short(pair)} is no merge; expected two tokens')
+                or not all(isinstance(part, str) and part for part in pair)
+                or not {*pair, ''.join(pair)} <= model['vocab'].keys()):
+            raise UserError(f'{path}, merges[{i}]: {short(pair)} is no merge; expected two tokens '
+                            f'of the vocabulary that make a third')
         order[tuple(pair)] = i
     joined = [piece for piece in pieces if len(piece) > 1 and piece not in reserved]
     check_lengths(path, joined)
@@ -338,22 +346,11 @@ def ranks_of_pieces(path, pieces: list[str], model: dict, reserved: set[str]) ->
     place = {piece: order[left, right] for piece, (left, right, *more) in parts.items()
              if not more and (left, right) in order}
     ranks = {piece: i for i, piece in enumerate(sorted(place, key=place.get))}
-    last = len(ranks)
-
-    def rank(left, right):
-        whole = left + right
-        return ranks.get(whole, last if whole in parts else math.inf)
-
-    for piece in joined:
-        alone = final_parts(piece, rank)
-        if alone != parts[piece] if piece in place else len(alone) == 2:
-            raise UserError(f'{path}: SentencePiece would join the token {piece!r} in another '
-                            f'order than its merges say; expected the merges of a SentencePiece '
-                            f'model, or byte-level BPE')
-    if [ranks[piece] for piece in joined if piece in ranks] == list(range(last)) and all(
-            piece in ranks for piece in joined):
+    others = {piece: len(ranks) for piece in model['vocab'] if len(piece) == 1}
+    if [ranks.get(piece) for piece in joined] == list(range(len(joined))) and all(
+            piece in model['vocab'] or piece in reserved for piece in pieces):
         return None
-    return [ranks.get(piece, last) for piece in pieces]
+    return [ranks.get(piece, others.get(piece, -1)) for piece in pieces]
 
 
 def hf_pieces(values: dict, path) -> dict:
@@ -388,11 +385,17 @@ def hf_pieces(values: dict, path) -> dict:
     strip = ([STRIP_ALL] if tok.remove_extra_whitespaces else
              [STRIP_FIRST] if tok.add_dummy_prefix else [])
     decoder = sequence_of('decoders', [*TO_TEXT, *strip])
-    file = hf_file(model, tok.special_tokens, None, decoder)
+    file = hf_file(model, {**tok.special_tokens, **tok.added_tokens}, None, decoder)
+    for token in file['added_tokens']:
+        token['special'] = token['content'] in tok.special_tokens
+        token |= dict.fromkeys(tok.token_rules.get(token['content'], ()), True)
+    file['post_processor'] = put_bos_first(values)
+    if tok.metaspace:
+        file['pre_tokenizer'] = {**METASPACE, 'prepend_scheme': tok.metaspace}
+        return file
     file['normalizer'] = sequence_of('normalizers', (
         [REMOVE_EXTRA] * tok.remove_extra_whitespaces + [PREPEND] * tok.add_dummy_prefix
         + [TO_BLANK]))
-    file['post_processor'] = put_bos_first(values)
     return file
 
 

@@ -12,7 +12,7 @@ each of which the programs take turns:
   - large training: Python's standard library to 8,192 ids, GPT-2's pattern;
   - encoding: the input with GPT-4's vocabulary, in Python with an empty cache
     ('cold') and once more ('warm'), by minbpe's GPT4Tokenizer, which has no
-    cache, and by compiled code. All must return the same ids;
+    cache, by compiled code, and by encode_iterable(). All must return the same ids;
   - long pieces: a million letters, ten million random bytes.
 Missing packages are left out. Expected: training at 300 times minbpe's speed,
 encoding at 9 times cold and 20 times warm; the large training takes as long as
@@ -109,6 +109,8 @@ def encode(text, minbpe):
             compiled.encode_array('reads its files')
             ways += [('ours with gigatoken cold', compiled.encode_array),
                      ('ours with gigatoken warm', compiled.encode_array)]
+        ways.append(('ours as a stream of lines', lambda text, tok=compiled: list(
+            tok.encode_iterable(text.splitlines(keepends=True)))))
         expected = encoding.encode_ordinary(text)
         for name, way in ways:
             ids = timed(times, name, lambda way=way: way(text))

@@ -108,9 +108,12 @@ class Vocabulary:
                        for i in range(tokenizer.vocab_size)]
         self.id_of = {}
         for i, token in enumerate(self.tokens):
-            if token in self.id_of or b'\xff' in token:  # llguidance marks special tokens by \xff
+            if b'\xff' in token:  # llguidance marks special tokens by \xff
                 self.tokens[i] = b''
             elif token:
+                # SentencePiece's later 'A', which texts have, replaces its byte <0x41>
+                if token in self.id_of:
+                    self.tokens[self.id_of[token]] = b''
                 self.id_of[token] = i
         self.longest = max(map(len, self.id_of), default=0)
         self.llg_tokens = llg_tokenizer(self.tokens)

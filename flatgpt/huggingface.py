@@ -325,8 +325,11 @@ def load_tokenizer(folder):
     if 'tokenizer.json' in files or any({*names} <= files for names in formats.GPT2_FILES):
         described = formats.read(folder)
     elif 'tokenizer.model' in files:
-        raise UserError(f'{folder} has a tokenizer.model of SentencePiece and no tokenizer.json; '
-                        f'the model can be read, its text cannot')
+        try:
+            described = formats.read(os.path.join(folder, 'tokenizer.model'))
+        except UserError as error:
+            raise UserError(f'{error} (no tokenizer.json stands beside this SentencePiece file: '
+                            f'the model can be read, its text cannot)') from None
     else:
         is_gpt2 = hf['model_type'] == 'gpt2' and hf['vocab_size'] in (50257, 50304)  # 50304: padded
         return {'kind': 'tiktoken', 'name': 'gpt2'} if is_gpt2 else None

@@ -40,7 +40,9 @@ RUN = {
     # text to tokens
     'python -m tokenizer --text=*': '--tokenizer=byte',
     'python -m tokenizer train --input=novels/ *': '--vocab_size=300',
+    'python -m tokenizer train --kind=sentencepiece *': '--vocab_size=320',
     'python -m tokenizer --compare=*': '--compare=byte,novels.json',
+    'python -m tokenizer page --out=tokens.html *': '--tokenizer=novels.json',
     'python -m tokenizer export *': '',
     'python -m data.clean --input=crawl.jsonl *': '--num_proc=1',
     'python data/text/prepare.py --input=clean.jsonl *': '--tokenizer=byte',

@@ -300,6 +300,28 @@ def test_streams_refuse_what_encode_refuses(cut_wherever_possible, trained):
         list(trained['gpt4'].encode_iterable(io.BytesIO(b'text')))
 
 
+def test_streams_go_the_fast_way_and_forget(monkeypatch, gpt2, trained):
+    """No part of a stream is encoded in Python, and what is kept of its pieces is dropped in time."""
+    monkeypatch.setattr(base, 'STREAM_CHARS', 1000)
+    monkeypatch.setattr(base, 'FORGET_CHARS', 10_000)
+    words = [f'word{number} {number:x}th <|endoftext|>\n' for number in range(3000)]
+    n_chars, text = sum(map(len, words)), ''.join(words)
+    for tok in (gpt2, trained['gpt4'], trained['whole pieces']):
+        expected, forgotten = tok.encode(text, 'all'), []
+        slow = 'encode_plainly' if hasattr(tok, 'encode_plainly') else 'encode_ordinary'
+        with monkeypatch.context() as patch:
+            patch.setattr(tok, 'forget', lambda tok=tok, forgotten=forgotten: (
+                forgotten.append(1), type(tok).forget(tok)))
+            if tok.kind == 'tiktoken' or tok.is_fast:
+                patch.setattr(tok, slow, lambda text: pytest.fail('encoded in Python'))
+            assert list(tok.encode_iterable(words, 'all')) == expected
+        assert n_chars / 12_000 - 1 < len(forgotten) <= n_chars / 10_000
+        if tok.kind == 'bpe' and not tok.is_fast:
+            assert 0 < len(tok._known) < len(set(words))
+            tok.forget()
+            assert not tok._known
+
+
 def test_streams_take_little_memory(gpt2, trained):
     block = 'International representatives characterize international characteristics.\n' * 400
     n = 20_000_000 // len(block)

@@ -76,6 +76,16 @@ def test_words_and_chars(folder):
     assert korean.split()[2:5] == ['-', '-', '-']  # characters that the vocabulary does not have
 
 
+def test_page(folder):
+    run('train', '--input=text.txt', '--vocab_size=300', '--out=mine.json', cwd=folder)
+    out = run('page', '--tokenizer=mine.json', '--tokenizer=byte', cwd=folder)
+    assert 'wrote tokens.html (0.0 MB): open it in a browser' in out
+    assert (folder / 'tokens.html').read_text(encoding='utf-8').count('"name": ') == 2
+    run('page', *['--tokenizer=byte', '--tokenizer=mine', '--tokenizer=mine.json', '--tokenizer=nothing'],
+        cwd=folder, error="unknown tokenizer 'nothing'")
+    run('page', cwd=folder, error='--tokenizer')
+
+
 def test_colors_only_on_request(folder):
     plain = run('--text=a b\n', '--tokenizer=byte', cwd=folder)
     assert '\033' not in plain and '|a| |b|\\n' in plain

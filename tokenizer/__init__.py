@@ -3,7 +3,9 @@ Turn text into token ids and back: characters, bytes, words, byte pairs.
 
     python -m tokenizer --text='Hello, 안녕!' --tokenizer=gpt2          # see the tokens
     python -m tokenizer --compare=gpt2,cl100k_base,byte                 # count them, by language
+    python -m tokenizer page --out=tokens.html --tokenizer=gpt2         # type, and see them
     python -m tokenizer train --input=FOLDER --vocab_size=8192 --out=my.json
+    python -m tokenizer train --kind=sentencepiece --input=FOLDER --vocab_size=8192 --out=my.model
     python -m tokenizer export --tokenizer=my.json --out=tokenizer.json # or NAME.tiktoken
 
     >>> import tokenizer
@@ -24,22 +26,29 @@ from tokenizer.base import ENDOFTEXT, FILE_FORMAT, FILE_VERSION, Tokenizer, dige
 from tokenizer.basic import ByteTokenizer, CharTokenizer, WordTokenizer
 from tokenizer.bytepair import TIKTOKEN_FILES, BPETokenizer, TiktokenTokenizer
 from tokenizer.formats import from_meta_pkl
+from tokenizer.sentencepiece import SentencePieceTokenizer
 from tokenizer.vocabulary import read_bytes
 
 __all__ = ['BPETokenizer', 'ByteTokenizer', 'CharTokenizer', 'ENDOFTEXT', 'NAMES',
-           'TiktokenTokenizer', 'Tokenizer', 'WordTokenizer', 'digest', 'from_dict',
-           'from_meta_pkl', 'id_dtype', 'load', 'load_file']
+           'SentencePieceTokenizer', 'TiktokenTokenizer', 'Tokenizer', 'WordTokenizer', 'digest',
+           'from_dict', 'from_meta_pkl', 'id_dtype', 'load', 'load_file']
 
 NAMES = ['byte', *TIKTOKEN_FILES]  # the names that load() takes without a file
-TRAINED = ['char', 'word', 'bpe']
+TRAINED = ['char', 'word', 'bpe', 'sentencepiece']
 ALSO_CALLED = {'gpt-2': 'gpt2', 'gpt4': 'cl100k_base', 'gpt-4': 'cl100k_base',
                'gpt4o': 'o200k_base', 'gpt-4o': 'o200k_base'}  # for "did you mean"
 CLASSES = {'char': CharTokenizer, 'byte': ByteTokenizer, 'word': WordTokenizer,
            'tiktoken': TiktokenTokenizer}
-# The entries of to_dict() for each kind, beside optional lists.
+# The entries of to_dict() for each kind, and those that may be left out.
 FIELDS = {'char': {'chars': str | list}, 'byte': {}, 'word': {'words': list},
           'tiktoken': {'name': str},
-          'bpe': {'merges': list, 'pattern': str | None, 'special_tokens': dict}}
+          'bpe': {'merges': list, 'pattern': str | None, 'special_tokens': dict},
+          'sentencepiece': {'pieces': list, 'special_tokens': dict, 'add_dummy_prefix': bool}}
+OPTIONAL = {**dict.fromkeys(['byte_ids', 'merge_ids', 'visible_tokens', 'ranks',
+                             'user_defined_symbols'], list | None),
+            **dict.fromkeys(['added_tokens', 'token_rules'], dict | None),
+            **dict.fromkeys(['precompiled_charsmap', 'metaspace'], str | None),
+            'remove_extra_whitespaces': bool | None}
 
 
 def load(name):
@@ -57,7 +66,7 @@ def load(name):
     if name in TRAINED:
         raise UserError(f'the tokenizer {name!r} takes its vocabulary from a text: python -m '
                         f'tokenizer train --kind={name} --input=FILE --out=my.json')
-    files = [path for path in os.listdir() if path.endswith(('.json', '.tiktoken'))]
+    files = [path for path in os.listdir() if path.endswith(('.json', '.tiktoken', '.model'))]
     near = nearest(ALSO_CALLED.get(name, str(name)), [*TRAINED, *NAMES, *files])
     raise UserError(f'unknown tokenizer {str(name)!r}; expected one of '
                     f'{", ".join([*TRAINED, *NAMES])}, or a file{near}')
@@ -98,14 +107,13 @@ def from_dict(values: dict):
     if not isinstance(kind, str) or kind not in FIELDS:
         raise UserError(f'unknown kind of tokenizer {kind!r}; expected one of {", ".join(FIELDS)}'
                         f'{nearest(str(kind), FIELDS)}. Is the file from a newer version?')
-    lists = dict.fromkeys(['byte_ids', 'merge_ids', 'visible_tokens'], list | None)
-    for key, expected in (FIELDS[kind] | lists).items():
+    for key, expected in (FIELDS[kind] | OPTIONAL).items():
         if key not in values and key in FIELDS[kind]:
             raise UserError(f'the description of a {kind!r} tokenizer lacks {key!r}; it has '
                             f'{sorted(values)}')
         if not isinstance(values.get(key), expected):
             raise UserError(f'{key} of a {kind!r} tokenizer is {str(values[key])[:80]!r}; expected '
                             f'{getattr(expected, "__name__", expected)}')
-    if kind == 'bpe':
-        return BPETokenizer.from_values(values)
+    if kind in ('bpe', 'sentencepiece'):
+        return (BPETokenizer if kind == 'bpe' else SentencePieceTokenizer).from_values(values)
     return CLASSES[kind](*(values[key] for key in FIELDS[kind]))

@@ -1,10 +1,11 @@
 """
-Show the tokens of a text, compare tokenizers, train one, export one.
+Show the tokens of a text, compare tokenizers, train one, export one, make a page.
 
     python -m tokenizer --text='Hello, 안녕!' --tokenizer=gpt2
     python -m tokenizer --compare=gpt2,cl100k_base,byte
     python -m tokenizer train --input=FILE --vocab_size=8192 --out=my.json
     python -m tokenizer export --tokenizer=my.json --out=tokenizer.json
+    python -m tokenizer page --out=tokens.html --tokenizer=gpt2 --tokenizer=my.json
 """
 
 import os
@@ -18,7 +19,14 @@ from configurator import UserError, nearest
 from data.documents import list_files, read_documents, read_text
 from data.encode import make_parser, names_of, positive, run
 from flatgpt import output
-from tokenizer import BPETokenizer, CharTokenizer, WordTokenizer, formats
+from tokenizer import (
+    BPETokenizer,
+    CharTokenizer,
+    SentencePieceTokenizer,
+    WordTokenizer,
+    formats,
+    page,
+)
 from tokenizer.base import ENDOFTEXT, id_dtype
 from tokenizer.patterns import to_utf8
 
@@ -137,12 +145,13 @@ def cells(tokenizer, size: int, count: int | None) -> str:
 
 def main():
     """Run the command that the arguments name."""
-    arguments, commands = sys.argv[1:], {'train': main_train, 'export': main_export}
+    arguments = sys.argv[1:]
+    commands = {'train': main_train, 'export': main_export, 'page': main_page}
     if not arguments or arguments[0].startswith('-'):
         return main_view(arguments)
     if arguments[0] not in commands:
-        raise UserError(f'unknown command {arguments[0]!r}; expected train, export, or options'
-                        f'{nearest(arguments[0], commands)}. See python -m tokenizer --help')
+        raise UserError(f'unknown command {arguments[0]!r}; expected train, export, page, or '
+                        f'options{nearest(arguments[0], commands)}. See python -m tokenizer --help')
     commands[arguments[0]](arguments[1:])
 
 
@@ -150,7 +159,7 @@ def main_view(arguments):
     """Show the tokens of a text, or compare tokenizers."""
     output.protect()  # a filter, which ends with its reader
     parser = make_parser('See the tokens of a text, or compare tokenizers. Commands: train, '
-                         'export\n(python -m tokenizer train --help).',
+                         'export, page\n(python -m tokenizer train --help).',
                          'python -m tokenizer [--text=...] [--tokenizer=...]')
     parser.add_argument('--text', help='the text')
     parser.add_argument('--input', help='or a text file')
@@ -189,23 +198,30 @@ def main_train(arguments):
                         'python -m tokenizer train --input=FILE --vocab_size=N [--out=FILE]')
     parser.add_argument('--input', required=True,
                         help='a text, a folder, or a .jsonl, .json, .csv, .tsv, .parquet file')
-    parser.add_argument('--kind', choices=['bpe', 'word', 'char'], default='bpe', help='(bpe)')
+    parser.add_argument('--kind', choices=['bpe', 'sentencepiece', 'word', 'char'],
+                        default='bpe', help='(bpe)')
     parser.add_argument('--vocab_size', type=positive,
-                        help='number of ids, special tokens included (bpe, word)')
+                        help='number of ids, special tokens included (not for char)')
     parser.add_argument('--pattern', help='bpe: how text is cut before merging: gpt2, gpt4, '
                                           'o200k, none, or a regular expression (gpt4)')
-    parser.add_argument('--special_tokens', type=names_of, help=f'bpe: with commas ({ENDOFTEXT})')
+    parser.add_argument('--special_tokens', type=names_of, help=f'bpe, sentencepiece: with '
+                                                                   f'commas ({ENDOFTEXT})')
     parser.add_argument('--text_key', default='text',
                         help='field of the rows that holds the text (text)')
     parser.add_argument('--num_proc', type=positive, help='processes (one per core)')
-    parser.add_argument('--out', default='tokenizer.json', help='file to write (tokenizer.json)')
+    parser.add_argument('--out', default='tokenizer.json',
+                        help='file to write; sentencepiece: also NAME.model (tokenizer.json)')
     args = parser.parse_args(arguments)
     if args.kind == 'char' and args.vocab_size is not None:
         raise UserError('--vocab_size is for bpe and word; a char vocabulary has every character '
                         'of the text')
-    for option in ('pattern', 'special_tokens'):
-        if args.kind != 'bpe' and getattr(args, option) is not None:
-            raise UserError(f'--{option} is for bpe; a {args.kind} vocabulary has none to choose')
+    for option, kinds in (('pattern', ['bpe']), ('special_tokens', ['bpe', 'sentencepiece'])):
+        if args.kind not in kinds and getattr(args, option) is not None:
+            raise UserError(f'--{option} is for {" and ".join(kinds)}; a {args.kind} vocabulary '
+                            f'has none to choose')
+    if args.out.endswith('.model') and args.kind != 'sentencepiece':
+        raise UserError(f'--out={args.out}: a .model is a SentencePiece file; expected '
+                        f'--kind=sentencepiece, or --out=NAME.json')
     if args.kind != 'char' and args.vocab_size is None:
         raise UserError(f'--kind={args.kind} needs --vocab_size=N, such as --vocab_size=8192')
     check_folder(args.out)
@@ -223,8 +239,14 @@ def main_train(arguments):
     else:
         special_tokens = [ENDOFTEXT] if args.special_tokens is None else list(args.special_tokens)
         pattern = None if args.pattern == 'none' else args.pattern or 'gpt4'
-        trained = BPETokenizer.train(texts, args.vocab_size, pattern, special_tokens, args.num_proc)
-    trained.save(args.out)
+        trained = (BPETokenizer.train(texts, args.vocab_size, pattern, special_tokens,
+                                      args.num_proc) if args.kind == 'bpe' else
+                   SentencePieceTokenizer.train(texts, args.vocab_size, special_tokens,
+                                                args.num_proc))
+    if args.out.endswith('.model'):
+        formats.write_model(trained.to_dict(), args.out)
+    else:
+        trained.save(args.out)
     print(f'wrote {args.out}: {args.kind}, {trained.vocab_size:,} ids, in '
           f'{time.time() - started:.1f} s')
     out = shlex.quote(args.out)
@@ -237,11 +259,12 @@ def main_train(arguments):
 def main_export(arguments):
     """Write a tokenizer in another program's format."""
     parser = make_parser('Write a tokenizer in another format: --out=NAME.tiktoken for tiktoken,\n'
-                        'tokenizer.json or a folder for Hugging Face, another .json for this '
-                        'program.', 'python -m tokenizer export --tokenizer=... --out=...')
+                        'tokenizer.json or a folder for Hugging Face, NAME.model for '
+                        'SentencePiece,\nanother .json for this program.',
+                        'python -m tokenizer export --tokenizer=... --out=...')
     parser.add_argument('--tokenizer', required=True, help=TOKENIZER_HELP)
     parser.add_argument('--out', required=True,
-                        help='NAME.tiktoken, tokenizer.json, FOLDER, or NAME.json')
+                        help='NAME.tiktoken, tokenizer.json, FOLDER, NAME.model, or NAME.json')
     args = parser.parse_args(arguments)
     check_folder(args.out)
     exported = tokenizers.load(args.tokenizer)
@@ -249,11 +272,15 @@ def main_export(arguments):
     to_folder = os.path.isdir(args.out) or not os.path.splitext(args.out)[1]
     to_tiktoken = args.out.endswith('.tiktoken')
     to_json = os.path.basename(args.out) == 'tokenizer.json'
-    if (to_folder or to_tiktoken or to_json) and exported.kind != 'bpe':
+    is_portable = exported.kind == 'bpe' or exported.kind == 'sentencepiece' and not to_tiktoken
+    if (to_folder or to_tiktoken or to_json) and not is_portable:
         raise UserError(f'{args.tokenizer} is a {exported.kind} tokenizer; the formats of tiktoken '
                         f'and Hugging Face here hold byte pair encoding only. Expected '
                         f'--out=NAME.json, which this program reads')
-    if to_tiktoken:
+    if args.out.endswith('.model'):
+        formats.write_model(exported.to_dict(), args.out)
+        print(f"wrote {args.out}: sentencepiece.SentencePieceProcessor(model_file='{args.out}')")
+    elif to_tiktoken:
         formats.write_tiktoken(exported.to_dict(), args.out)
         print(f'wrote {args.out}. It has no pattern and no special tokens; for tiktoken:\n'
               f"    import tiktoken, tiktoken.load\n"
@@ -269,6 +296,20 @@ def main_export(arguments):
     else:
         exported.save(args.out)
         print(f'wrote {args.out}: --tokenizer={args.out}')
+
+
+def main_page(arguments):
+    """Write a page that shows the tokens of what is typed."""
+    parser = make_parser('Write one HTML page, which needs no network: what is typed there is '
+                        'shown as\ntokens of up to three vocabularies, with ids, bytes and merges.',
+                        'python -m tokenizer page --out=tokens.html --tokenizer=gpt2')
+    parser.add_argument('--tokenizer', action='append', required=True,
+                        help=f'{TOKENIZER_HELP}; up to three times')
+    parser.add_argument('--out', default='tokens.html', help='file to write (tokens.html)')
+    args = parser.parse_args(arguments)
+    check_folder(args.out)
+    page.write_page({name: tokenizers.load(name) for name in args.tokenizer}, args.out)
+    print(f'wrote {args.out} ({os.path.getsize(args.out) / 1e6:.1f} MB): open it in a browser')
 
 
 if __name__ == '__main__':

@@ -26,6 +26,7 @@ FILE_FORMAT, FILE_VERSION = 'flatgpt tokenizer', 1
 MAX_ID = 9_999_999      # the largest id; memory grows with it, and no vocabulary has a tenth of it
 MAX_SPECIAL_CHARS = 100_000  # in all special tokens
 STREAM_CHARS = 1 << 16  # encode_iterable() encodes about so many characters at a time
+FORGET_CHARS = 1 << 24  # of a stream, whose pieces are kept: 0.2 GB if all differ
 
 
 def id_dtype(vocab_size: int) -> np.dtype:
@@ -56,9 +57,11 @@ class Tokenizer:
     """Encode and decode text. The package's docstring lists the methods."""
 
     special_tokens = {}
+    added_tokens = {}  # those in any text (see added.py)
     bos_token = None  # the special token before every text in training; encode() does not add it
     pattern = None    # the regular expression that cuts text into pieces
     workers = None    # the processes of encode_in_processes(), kept between calls
+    dropped_at_cut = 0  # characters; SentencePiece puts one before a text
 
     @property
     def eot(self):
@@ -81,12 +84,16 @@ class Tokenizer:
                                 f"bytes: data.decode('utf-8', 'replace')") from None
         if not isinstance(text, str):
             raise UserError(f'expected text or bytes, got {type(text).__name__} {str(text)[:40]}')
+        return self.encode_parts(text, self.allowed(text, allowed_special))
+
+    def encode_parts(self, text: str, allowed, fast: bool = False) -> list[int]:
+        """Encode text with the special tokens in `allowed`. fast: by encode_array()."""
         ids = []
-        for i, part in enumerate(split_specials(text, self.allowed(text, allowed_special))):
+        for i, part in enumerate(split_specials(text, allowed)):
             if i % 2:
                 ids.append(self.special_tokens[part])
             elif part:
-                ids += self.encode_ordinary(part)
+                ids += self.encode_array(part).tolist() if fast else self.encode_ordinary(part)
         return ids
 
     def encode_ordinary(self, text: str) -> list[int]:
@@ -125,8 +132,16 @@ class Tokenizer:
         """
         if hasattr(texts, 'read'):
             texts = iter(functools.partial(texts.read, STREAM_CHARS), '')
+        n_chars = 0
         for text in self.cut_safely(texts):
-            yield from self.encode(text, allowed_special)
+            n_chars += len(text)
+            if n_chars > FORGET_CHARS:
+                self.forget()
+                n_chars = 0
+            yield from self.encode_parts(text, self.allowed(text, allowed_special), fast=True)
+
+    def forget(self):
+        """Drop the pieces of earlier text that are kept because they come back."""
 
     def cut_safely(self, texts):
         """Yield the joined texts in parts of STREAM_CHARS or more, with the same ids."""
@@ -139,7 +154,7 @@ class Tokenizer:
             if len(rest) >= enough:
                 if cut := self.safe_cut(rest):
                     yield rest[:cut]
-                    rest = rest[cut:]
+                    rest = rest[cut + self.dropped_at_cut:]
                 enough = max(STREAM_CHARS, 2 * len(rest))  # so that long runs cost linear time
         if rest:
             yield rest
@@ -149,8 +164,8 @@ class Tokenizer:
         for cut in self.cuts(text):
             if regex.search('[\ud800-\udfff]', text[cut - 1:cut + 1]):
                 continue  # half a surrogate pair, whose other half may follow
-            # not inside a special token, even if its end has not come yet
-            inside = ((token, i) for token in self.special_tokens
+            # not inside a special or added token, even if its end has not come yet
+            inside = ((token, i) for token in [*self.special_tokens, *self.added_tokens]
                       for i in range(max(0, cut - len(token) + 1), cut))
             if not any(text.startswith(token, i)
                        or len(text) - i < len(token) and token.startswith(text[i:])
@@ -182,7 +197,7 @@ def digest(values: dict) -> str:
 
 
 def check_specials(special_tokens: dict[str, int]):
-    """Raise UserError for special tokens that are no text, share an id or overlap."""
+    """Raise UserError for special tokens that are no text or share an id."""
     for token, i in special_tokens.items():
         if not isinstance(token, str) or not token or type(i) is not int or not 0 <= i <= MAX_ID:
             raise UserError(f'special tokens are {{text: id}} with ids from 0 to {MAX_ID:,}, '
@@ -195,7 +210,14 @@ def check_specials(special_tokens: dict[str, int]):
     if len(set(special_tokens.values())) < len(special_tokens):
         raise UserError(f'two special tokens have the same id: {shown(special_tokens)}; expected '
                         f'one each')
-    if overlap := find_overlap(special_tokens):
+
+
+def check_new_specials(tokens: list[str]):
+    """Raise UserError for special tokens that are given twice, or overlap."""
+    check_specials({token: i for i, token in enumerate(tokens)})
+    if len(set(tokens)) < len(tokens):
+        raise UserError(f'a special token is given twice: {tokens}')
+    if overlap := find_overlap(tokens):
         raise UserError(f'special tokens overlap: {overlap}. Give them other names, such as '
                         f'<|one|> and <|two|>')
 
@@ -256,12 +278,14 @@ def temporary_name(path):
     return f'{path}.{secrets.token_hex(8)}.tmp'
 
 
-def write_file(path, text: str):
-    """Write text to path, the whole of it or nothing. Raises UserError."""
+def write_file(path, content: str | bytes):
+    """Write content to path, the whole of it or nothing. Raises UserError."""
     temporary = temporary_name(path)
+    if isinstance(content, str):
+        content = content.encode('utf-8', 'backslashreplace')
     try:
-        with open(temporary, 'x', encoding='utf-8', errors='backslashreplace', newline='') as file:
-            file.write(text)
+        with open(temporary, 'xb') as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

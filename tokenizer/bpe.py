@@ -62,11 +62,18 @@ def count_batch(texts: list[str], pattern, special_tokens) -> Counter:
     return counts
 
 
-def learn(counts: dict[str, int], n_merges: int) -> list[tuple[int, int]]:
+def utf8_of(piece: str) -> bytes:
+    """Spell a piece as bytes."""
+    return piece.encode('utf-8')
+
+
+def learn(counts: dict[str, int], n_merges: int, spell=utf8_of,
+          n_symbols: int = 256) -> list[tuple[int, int]]:
     """Learn n_merges merges from {piece: count}; fewer when every piece is one id.
 
-    Returns pairs (left id, right id); the i-th makes the id 256 + i. Of equally frequent pairs the
-    one with the smaller left id is merged first, then the smaller right id.
+    Returns pairs (left id, right id); the i-th makes the id n_symbols + i. Of equally frequent
+    pairs the one with the smaller left id is merged first, then the smaller right id.
+    spell(piece): its symbols, ids below n_symbols; no merge crosses a negative one.
 
     Cost: the places of each pair are kept in a list, so a merge touches only its own places. In
     all, merges touch at most as many places as the distinct pieces have bytes.
@@ -76,10 +83,10 @@ def learn(counts: dict[str, int], n_merges: int) -> list[tuple[int, int]]:
     END, GONE = -1, -2
     ids, weight = array('i'), array('q')  # weight: the count of the piece around a place
     for piece, count in counts.items():
-        utf8 = piece.encode('utf-8')
-        ids.extend(utf8)
+        symbols = spell(piece)
+        ids.extend(symbols)
         ids.append(END)
-        weight.extend([count] * (len(utf8) + 1))
+        weight.extend([count] * (len(symbols) + 1))
     ids.append(END)  # place -1, the left neighbour of the first place
     previous = array('i', range(-1, len(ids) - 1))
     following = array('i', range(1, len(ids) + 1))
@@ -106,7 +113,7 @@ def learn(counts: dict[str, int], n_merges: int) -> list[tuple[int, int]]:
             heapq.heappush(heap, (-count, pair))
             continue
         left, right = pair
-        new = 256 + len(merges)
+        new = n_symbols + len(merges)
         merges.append(pair)
         changed = set()
         for i in sorted(places.pop(pair)):  # from left to right: aaa becomes (aa)a

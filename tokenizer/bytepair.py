@@ -15,7 +15,17 @@ import numpy as np
 
 from configurator import UserError, nearest
 from tokenizer import fast
-from tokenizer.base import MAX_ID, Tokenizer, check_ids, check_specials, id_dtype, read_texts, shown
+from tokenizer.added import AddedTokens
+from tokenizer.base import (
+    MAX_ID,
+    Tokenizer,
+    check_ids,
+    check_new_specials,
+    check_specials,
+    id_dtype,
+    read_texts,
+    shown,
+)
 from tokenizer.bpe import Merges, are_long, count_pieces, in_bytes, learn, recover_merges
 from tokenizer.patterns import PATTERNS, find_pattern, from_printable, normalize, printable, split
 from tokenizer.vocabulary import Vocabulary
@@ -54,8 +64,10 @@ class BPETokenizer(MergeTokenizer):
     normalizer: 'NFC' encodes text in that form (Qwen); decode(encode(text)) is then NFC of text
     bos_token: the special token that Hugging Face's libraries put before every text
     visible_tokens: special tokens that they keep in decoded text, such as <think>
+    added_tokens: {text: id} of tokens that are not special: any text has them before it is cut
+    token_rules: {text: rules} of special and added tokens, see added.py
 
-    encode() and decode() depend on neither of the last two.
+    encode() and decode() depend on neither bos_token nor visible_tokens.
     """
 
     merges: list
@@ -67,6 +79,8 @@ class BPETokenizer(MergeTokenizer):
     normalizer: str | None = None
     bos_token: str | None = None
     visible_tokens: list[str] = ()
+    added_tokens: dict[str, int] | None = None
+    token_rules: dict[str, list[str]] | None = None
 
     kind = 'bpe'
 
@@ -76,6 +90,9 @@ class BPETokenizer(MergeTokenizer):
         self.special_tokens = dict(self.special_tokens or {})
         self.visible_tokens = list(self.visible_tokens or ())
         check_specials(self.special_tokens)
+        self.added_tokens, self.token_rules = dict(self.added_tokens or {}), self.token_rules or {}
+        self._added = (AddedTokens(self.added_tokens, self.token_rules, self.normalizer)
+                       if self.added_tokens or self.token_rules else None)
         if self.normalizer not in (None, 'NFC'):
             raise UserError(f"normalizer is {shown(self.normalizer)}; expected 'NFC' or None")
         for token in [*self.visible_tokens, *([] if self.bos_token is None else [self.bos_token])]:
@@ -98,8 +115,12 @@ class BPETokenizer(MergeTokenizer):
         ids = [*self._checked_ids('byte_ids', range(256)),
                *self._checked_ids('merge_ids', range(256, len(rank)))]
         self._token_of = dict(zip(ids, self._tokens, strict=True))
-        self._token_of |= {i: token.encode('utf-8') for token, i in self.special_tokens.items()}
-        if len(self._token_of) < len(ids) + len(self.special_tokens):
+        shared = [token for token, i in self.added_tokens.items()
+                  if self._token_of.get(i) == token.encode('utf-8')]
+        self._token_of |= {i: token.encode('utf-8') for token, i in
+                           [*self.special_tokens.items(), *self.added_tokens.items()]}
+        if len(self._token_of) + len(shared) < (len(ids) + len(self.special_tokens)
+                                                + len(self.added_tokens)):
             raise UserError('two tokens have the same id; expected an id of its own for each')
         self.vocab_size = max(self._token_of) + 1
         self._ids = None if ids == list(range(len(ids))) else np.array(ids)  # by rank
@@ -127,9 +148,7 @@ class BPETokenizer(MergeTokenizer):
         """
         pattern = find_pattern(pattern)
         specials = [special_tokens] if isinstance(special_tokens, str) else list(special_tokens)
-        check_specials({token: i for i, token in enumerate(specials)})
-        if len(set(specials)) < len(specials):
-            raise UserError(f'a special token is given twice: {specials}')
+        check_new_specials(specials)
         least = 256 + len(specials)
         if type(vocab_size) is not int or vocab_size < least:
             raise UserError(f'vocab_size is {vocab_size}; expected at least {least}: 256 bytes and '
@@ -172,7 +191,22 @@ class BPETokenizer(MergeTokenizer):
         return cls(merges, **{key: value for key, value in values.items()
                               if key in cls.__dataclass_fields__ and key != 'merges'})
 
+    def encode_parts(self, text: str, allowed, fast: bool = False) -> list[int]:
+        if self._added is None:
+            return super().encode_parts(text, allowed, fast)
+        ids, specials = [], {token: self.special_tokens[token] for token in allowed}
+        for part, token_id in self._added.split(text, specials):
+            if token_id is not None:
+                ids.append(token_id)
+            else:
+                ids += self.encode_fast(part).tolist() if fast else self.encode_plainly(part)
+        return ids
+
     def encode_ordinary(self, text: str) -> list[int]:
+        return self.encode_plainly(text) if self._added is None else self.encode_parts(text, ())
+
+    def encode_plainly(self, text: str) -> list[int]:
+        """Encode text without added tokens."""
         ids = []
         for piece in split(normalize(text, self.normalizer), self.pattern):
             piece_ids = self._known.get(piece)
@@ -195,6 +229,11 @@ class BPETokenizer(MergeTokenizer):
     def _fast(self):
         return fast.FastEncoder(self._tokens, self.pattern)
 
+    def forget(self):
+        self._known.clear()
+        if '_fast' in vars(self):
+            self._fast.forget()
+
     @functools.cached_property
     def is_fast(self) -> bool:
         """Return whether compiled code encodes to the same ids.
@@ -210,18 +249,26 @@ class BPETokenizer(MergeTokenizer):
     def _array(self, ranks) -> np.ndarray:
         return (ranks if self._ids is None else self._ids[ranks]).astype(id_dtype(self.vocab_size))
 
-    def encode_array(self, text: str) -> np.ndarray:
+    def encode_fast(self, text: str) -> np.ndarray:
+        """Encode text without added tokens, by compiled code where its ids are the same."""
         if self.is_fast:
             return self._array(self._fast.encode(normalize(text, self.normalizer)))
-        return np.array(self.encode_ordinary(text), dtype=id_dtype(self.vocab_size))
+        return np.array(self.encode_plainly(text), dtype=id_dtype(self.vocab_size))
+
+    def encode_array(self, text: str) -> np.ndarray:
+        if self._added is None:
+            return self.encode_fast(text)
+        return np.array(self.encode_parts(text, (), fast=True), dtype=id_dtype(self.vocab_size))
 
     def encode_batch(self, texts: list[str], workers: int | None = None) -> list[np.ndarray]:
-        if self.is_fast:
+        if self.is_fast and self._added is None:
             texts = [normalize(text, self.normalizer) for text in texts]
             return [self._array(ranks) for ranks in self._fast.encode_batch(texts, workers)]
         return encode_in_processes(self, texts, workers)
 
     def cuts(self, text: str):
+        if self._added is not None and not self._added.can_cut:
+            return
         if self.pattern is None:
             for i in range(len(text) - 1, 0, -1):
                 if self.normalizer and not text[i - 1:i + 1].isascii():
@@ -240,7 +287,8 @@ class BPETokenizer(MergeTokenizer):
     def to_dict(self) -> dict:
         # rare fields are left out, so that older descriptions compare equal
         rare = {'normalizer': self.normalizer, 'bos_token': self.bos_token,
-                'visible_tokens': self.visible_tokens}
+                'visible_tokens': self.visible_tokens, 'added_tokens': self.added_tokens,
+                'token_rules': self.token_rules}
         return {'kind': 'bpe', 'pattern': self.pattern, 'special_tokens': dict(self.special_tokens),
                 'byte_ids': self.byte_ids, 'merge_ids': self.merge_ids,
                 'ignore_merges': self.ignore_merges,
@@ -272,6 +320,9 @@ class TiktokenTokenizer(MergeTokenizer):
     def _fast(self):
         ranks = self._encoding._mergeable_ranks  # they are the ids too
         return fast.FastEncoder(sorted(ranks, key=ranks.get), self.pattern, self._encoding)
+
+    def forget(self):
+        self._fast.forget()
 
     def encode_ordinary(self, text: str) -> list[int]:
         return self._fast.encode_by_tiktoken(text).tolist()  # a prompt does not pay for gigatoken

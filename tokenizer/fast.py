@@ -136,7 +136,11 @@ class FastEncoder:
         """Count characters; renew gigatoken every FORGET_CHARS, as it keeps all words."""
         self.chars += chars
         if self.chars // FORGET_CHARS > (self.chars - chars) // FORGET_CHARS:
-            self.__dict__.pop('gigatoken', None)
+            self.forget()
+
+    def forget(self):
+        """Drop gigatoken, which keeps every word; the next text makes it anew."""
+        self.__dict__.pop('gigatoken', None)
 
     def encode(self, text: str) -> np.ndarray:
         """Encode text to an array of ranks."""

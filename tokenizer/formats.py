@@ -4,9 +4,11 @@ Read and write tiktoken's, Hugging Face's, GPT-2's and nanoGPT's files.
     read(path)                       any of them, by content; or a folder that has one
     read_tiktoken(path, pattern)     *.tiktoken: a token in base64 and its rank, line by line
     read_tokenizer_json(path)        Hugging Face's tokenizer.json
+    read_model(path)                 SentencePiece's tokenizer.model
     read_gpt2_files(vocab, merges)   GPT-2's encoder.json and vocab.bpe (vocab.json, merges.txt)
     from_meta_pkl(path)              nanoGPT's meta.pkl, as a CharTokenizer
     write_tiktoken(values, path)
+    write_model(values, path)
     write_tokenizer_json(values, path)
     write_hf_folder(values, folder)  tokenizer.json and the files that AutoTokenizer needs
 
@@ -30,10 +32,12 @@ from tokenizer.base import ENDOFTEXT, write_file
 from tokenizer.basic import CharTokenizer
 from tokenizer.bpe import final_parts, recover_merges
 from tokenizer.patterns import BYTE_TO_CHAR, PATTERNS, SPECIAL, find_pattern
+from tokenizer.sentencepiece_model import is_model, read_model, write_model
 from tokenizer.tokenizer_json import read_tokenizer_json, write_hf_folder, write_tokenizer_json
 
 __all__ = ['GPT2_FILES', 'from_meta_pkl', 'read', 'read_gpt2_files', 'read_tiktoken',
-           'read_tokenizer_json', 'write_hf_folder', 'write_tiktoken', 'write_tokenizer_json']
+           'read_model', 'read_tokenizer_json', 'write_hf_folder', 'write_model', 'write_tiktoken',
+           'write_tokenizer_json']
 
 GPT2_FILES = [('vocab.json', 'merges.txt'), ('encoder.json', 'vocab.bpe')]
 
@@ -63,6 +67,8 @@ def read(path) -> dict:
         for vocab, merges in GPT2_FILES:
             if vocab in names and merges in names:
                 return read_gpt2_files(os.path.join(path, vocab), os.path.join(path, merges))
+        if not tiktokens and 'tokenizer.model' in names:
+            return read(os.path.join(path, 'tokenizer.model'))
         if len(tiktokens) != 1:
             content = ', '.join(names[:8]) or 'it is empty'
             raise UserError(f'the folder {path} holds no vocabulary ({content}); expected '
@@ -86,8 +92,8 @@ def read(path) -> dict:
     fact = 'unknown content'
     if content[:1] == b'\x80':
         fact = 'a pickle, which could run code when read; export another format'
-    elif b'<unk>' in content[:100] and b'\0' in content[:100]:
-        fact = 'a SentencePiece model, whose tokens do not come from bytes'
+    elif is_model(path, content):
+        return read_model(path)
     raise UserError(f'{path}: {fact}. Expected {vocabulary.READABLE}')
 
 
@@ -134,6 +140,9 @@ def write_tiktoken(values: dict, path):
     Raises UserError when tiktoken would encode some text differently with these ranks.
     """
     ids, merges = vocabulary.tokens_of(values)
+    if values.get('added_tokens'):
+        raise UserError(f'{path} cannot be written: the format has no added tokens, such as '
+                        f'{next(iter(values["added_tokens"]))!r}; write tokenizer.json')
     vocabulary.check_lengths(path, ids)
     by_rank = recover_merges(ids)  # what tiktoken merges, in its order
     rank = vocabulary.rank_in({pair: i for i, pair in enumerate(merges)})

@@ -35,7 +35,11 @@ PATTERNS = {
     # white space before a digit is one piece: there the digit is cut off first
     'smollm2': r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"}
 
-LINEAR = frozenset(PATTERNS.values())
+# SentencePiece trains on such pieces: a space stands only in front, a digit alone.
+SENTENCEPIECE = (r' ?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+| +(?= (?![\s\p{N}]))'
+                 r'| +|\n+|\s')
+
+LINEAR = frozenset([*PATTERNS.values(), SENTENCEPIECE])
 LONGEST_PATTERN = 20_000  # characters, with counts written out
 PATIENCE, SLOWEST = 5, 500_000  # seconds, and characters a second, for a pattern of your own
 

@@ -12,6 +12,8 @@ A description is the plain dict that BPETokenizer.to_dict() returns and from_dic
     normalizer      'NFC': the form in which text is cut into pieces (only where there is one)
     bos_token       the special token that Hugging Face's libraries put before a text (likewise)
     visible_tokens  special tokens that they keep in decoded text (likewise)
+    added_tokens    {text: id} of tokens that are cut out of any text (likewise)
+    token_rules     {text: rules} of special and added tokens, see added.py (likewise)
     merges          'left right' in GPT-2's byte alphabet, in their order
 
 Many files list more merges than byte pair encoding can reach; one per token suffices. In any text,
@@ -30,9 +32,9 @@ from tokenizer.base import MAX_ID, check_regular, clip
 from tokenizer.bpe import MOST_SQUARES, are_long, final_parts
 from tokenizer.patterns import from_printable, printable
 
-READABLE = ("tiktoken's *.tiktoken, Hugging Face's tokenizer.json (byte-level BPE), GPT-2's "
-            'vocab.json with merges.txt or encoder.json with vocab.bpe, or a folder with one of '
-            'these')
+READABLE = ("tiktoken's *.tiktoken, Hugging Face's tokenizer.json (byte-level BPE), "
+            "SentencePiece's tokenizer.model (BPE), GPT-2's vocab.json with merges.txt or "
+            'encoder.json with vocab.bpe, or a folder with one of these')
 
 
 @dataclass

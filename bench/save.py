@@ -1,5 +1,5 @@
 """
-Measure the time that training stands still for a checkpoint, and the whole save.
+Measure how long training stands still for a checkpoint.
 
     $ python -m bench.save                                             # 124M, a minute
     $ torchrun --standalone --nproc_per_node=2 -m bench.save           # in shards

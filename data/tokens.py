@@ -167,7 +167,7 @@ def eval_windows(splits, eval_iters, cut, eval_tokens=0):
 
 
 def share_of(starts, n_tokens, world):
-    """Return this process's part of an evaluation's windows, equally many in all processes.
+    """Return this process's windows of an evaluation, as many as the others'.
 
     Windows past the end, which have no targets, fill the parts up: shards are gathered together.
     """

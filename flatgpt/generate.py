@@ -204,7 +204,7 @@ def print_sample(model, tokenizer, prompt, n):
 
 
 def command_to_try(out_dir, prompt, is_chat):
-    """Return the command that talks to a model, or continues a prompt that is more than space."""
+    """Return the command that chats with a model, or continues a prompt."""
     if is_chat:
         return shlex.join(['python', '-m', 'posttrain.chat', f'--out_dir={out_dir}'])
     start = [f'--start={prompt}'] if prompt.strip() else []

@@ -4,8 +4,8 @@ Train on two texts at several shares: each val loss follows its text's share.
     $ python -m lab.mixture                     # 3 minutes on two cores
     $ python -m lab.mixture --input=novel.txt   # another text in place of Shakespeare
 
-GPTs of 0.8M parameters take the same number of steps on bytes of Python's standard library and of
-Shakespeare, mixed by data/mixture.py: `--dataset=shakespeare:0.25,python_stdlib:0.75` of train.py.
+GPTs of 0.8M parameters take the same number of steps on bytes of Python's standard library and
+Shakespeare. data/mixture.py mixes them, as `--dataset=A:0.25,B:0.75` of train.py does.
 The picture shows both val losses along the share. A share of a tenth already gains most of what
 the whole would, since the texts have letters and words in common and small shares are read fresh.
 
@@ -46,7 +46,7 @@ VOCAB_SIZE, EVAL_BATCHES = 256, 8  # bytes
 
 @torch.no_grad()
 def loss_on(model, tokens):
-    """Return the mean loss on windows of a val text, always the same, in nats per byte."""
+    """Return the mean loss on fixed windows of a val text, nats per byte."""
     model.eval()
     starts = data.even_windows(EVAL_BATCHES * batch_size, len(tokens), block_size)
     with torch.compiler.set_stance('force_eager'):
@@ -86,10 +86,11 @@ def draw(points):
     """Draw both val losses along the share."""
     figure, ax = common.pyplot().subplots(figsize=(6, 4))
     x, *losses = np.array(points).T
-    for loss, label, color in zip(losses, ('the text', corpus), (common.RED, common.BLUE),
-                                  strict=True):
+    for loss, label, color, place in zip(losses, ('the text', corpus), (common.RED, common.BLUE),
+                                         (1, 2), strict=True):
+        place = min(place, len(x) - 1)
         ax.plot(100 * x, loss, 'o-', color=color)
-        ax.annotate(label, (100 * x[len(x) // 2], loss[len(x) // 2]), (0, 10), color=color,
+        ax.annotate(label, (100 * x[place], loss[place]), (4, 8), color=color,
                     textcoords='offset points')
     ax.set(xlabel='share of the text, %', ylabel='val loss, nats a byte',
            title=f'{steps} steps on two texts')

@@ -8,7 +8,7 @@ from data import tokens as data
 
 
 def open_corpus(corpus, block_size):
-    """Return the train and val bytes of a dataset under data/. Raises UserError without bytes."""
+    """Return a dataset's train and val bytes. Raises UserError without bytes."""
     folder = datasets.folder_of(corpus)
     datasets.prepare_if_missing(folder, is_first=True)
     meta = datasets.load_meta(folder)
@@ -21,9 +21,9 @@ def open_corpus(corpus, block_size):
 
 
 def open_text(path, command):
-    """Return the first nine tenths of a file's bytes, and the rest; '': tiny Shakespeare.
+    """Split a file's bytes into nine tenths and the rest.
 
-    command: the one that takes a file, for errors.
+    path: '' is tiny Shakespeare. command: the one that takes a file, for errors.
     """
     path = download.get_shakespeare(path or None, datasets.folder_of('shakespeare_char'), command)
     text = np.fromfile(path, np.uint8)

@@ -107,6 +107,7 @@ TESTED = {
     'python data/fineweb_edu/prepare.py --input=*': 'test_prepare.py',
     'python data/openwebtext/prepare.py --input=*': 'test_prepare.py',
     'python train.py config/train_gpt2.py*': 'test_recipes',
+    'python train.py config/quickstart.py --dataset=web:*': 'test_mixture.py',
     'python -m posttrain.rl *': 'test_rl_e2e.py',
     'python -m posttrain.dpo *': 'test_dpo_e2e.py',
     'python -m bench.plot *': 'test_plot_command',
@@ -117,7 +118,7 @@ TESTED = {
     'python -m bench.generate *': 'test_generate',
     **{f'python -m lab.{name}*': f'test_lab_{name}.py' for name in (
         'addition', 'baby_gpt', 'bigram_to_gpt', 'emergence', 'finetune', 'flops', 'look_inside',
-        'scaling_laws', 'state_of_gpt', 'thinking')},
+        'mixture', 'scaling_laws', 'state_of_gpt', 'thinking')},
 }
 # NOT_RUN: the reason.
 NOT_RUN = {

@@ -1,4 +1,4 @@
-"""Score texts with a linear model of their words, for data.clean --quality and --toxic.
+"""Score texts by their words, for data.clean --quality and --toxic.
 
     python -m data.clean train-quality --good=books/ --bad=spam.jsonl \\
         --out=quality.json
@@ -109,7 +109,7 @@ class Rows:
 
 
 def fit(rows: Rows, labels: np.ndarray, penalty: float) -> tuple[np.ndarray, float]:
-    """Fit logistic regression in which both classes weigh the same; -> (weights, bias)."""
+    """Fit logistic regression; -> (weights, bias). Both classes weigh the same."""
     import torch  # 2 s that other steps need not wait
     shares = shares_of(labels)
     parameters = torch.zeros((1 << BITS) + 1, dtype=torch.float64)
@@ -147,7 +147,7 @@ def sigmoid(logits):
 
 
 def measure(scores: np.ndarray, labels: np.ndarray) -> dict:
-    """Return the accuracy of scores, both classes weighing the same, and their calibration.
+    """Return the accuracy and the calibration of scores; both classes weigh the same.
 
     calibration error: the mean distance, over the texts, between the score of a bin and its share
     of good texts.

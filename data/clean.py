@@ -180,7 +180,7 @@ class Examiner:
         self.toxic = load_model(steps.toxic) if steps.toxic else None
 
     def examine(self, text: str) -> Finding:
-        """Apply all steps to a document. With --part, the rule of others' documents is OTHER."""
+        """Apply all steps to a document; its rule is OTHER if it is of another part."""
         content = 0
         if self.steps.part:
             number, count = self.steps.part
@@ -277,7 +277,7 @@ def call_worker(method, batch) -> list:
 
 @contextlib.contextmanager
 def mapping(examiner: Examiner, num_proc):
-    """Yield map(method, batches), which yields (batch, the method's results), in order."""
+    """Yield map(method, batches), which yields (batch, results) in order."""
     if num_proc == 1:
         yield lambda method, tasks: (
             (batch, [getattr(examiner, method)(text) for _, text in batch]) for batch in tasks)
@@ -287,7 +287,7 @@ def mapping(examiner: Examiner, num_proc):
 
 
 def in_order(tasks, examiner: Examiner, num_proc, counts: LineCounts | None = None):
-    """Yield (number, text, finding) for each of the batches of (number, text), in order.
+    """Yield (number, text, finding) for each (number, text) of batches, in order.
 
     counts: of the lines, for --lines; its step is between the others, here.
     """

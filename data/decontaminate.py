@@ -1,4 +1,4 @@
-"""Find documents that share 13 words in a row with evaluation sets, for data.clean.
+"""Find documents with parts of evaluation sets, for data.clean --decontaminate.
 
     index = EvaluationIndex(['tasks.jsonl', 'exam.txt'])
     index.find(text)  # None, or (name of the file, the words in common)
@@ -58,7 +58,10 @@ class EvaluationIndex:
 
 
 def evaluation_files(path) -> list[str]:
-    """List the files of a path. Raises UserError for a folder with files that are not read."""
+    """List the files of a path.
+
+    Raises UserError for a folder with files that are not read.
+    """
     names, n_others = find_files(path)
     if n_others:
         raise UserError(f'--decontaminate={path}: the folder has {n_others} files besides texts '
@@ -68,7 +71,7 @@ def evaluation_files(path) -> list[str]:
 
 
 def read_hashes(path):
-    """Yield the hashes of the words of each text of a file: a row of a table, or all of it."""
+    """Yield the hashes of the words of each text: a row of a table, or a file."""
     if kind_of(path) != 'text':
         for _, record in read_records(path):
             yield hash_words('\n'.join(strings_of(record)))
@@ -81,7 +84,7 @@ def read_hashes(path):
 
 
 def strings_of(value):
-    """Yield all strings in a value of JSON, in order: a question, its choices, its answer."""
+    """Yield all strings in a value of JSON, in order: a question, its choices, ..."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list):

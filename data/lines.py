@@ -1,4 +1,4 @@
-"""Drop lines that occur in many documents, such as "Accept cookies", for data.clean --lines.
+"""Drop lines that occur in many documents, for data.clean --lines.
 
     counts = LineCounts(least=10)
     for text in texts: counts.add(unique_keys(text))  # the first reading
@@ -27,7 +27,10 @@ FACTORS = np.random.RandomState(2).randint(0, 2**63, (ROWS, 1), np.uint64) * 2 +
 
 
 def line_keys(text: str) -> np.ndarray:
-    """Hash each line of a text to uint64, white space and case aside; 0 without a letter."""
+    """Hash each line of a text to uint64, 0 for one without a letter.
+
+    Lines that differ in white space and case alone share a hash.
+    """
     return np.array([line_key(line) if LETTER.search(line) else 0 for line in text.split('\n')],
                     dtype=np.uint64)
 
@@ -38,7 +41,7 @@ def line_key(line: str) -> int:
 
 
 def unique_keys(text: str) -> np.ndarray:
-    """Return the keys of a text's lines, each once, without those of lines without letters."""
+    """Return the keys, each once, of the lines that have a letter."""
     keys = np.unique(line_keys(text))
     return keys[keys != 0]
 

@@ -40,7 +40,7 @@ DATE = re.compile(r'[( ]*(?:(?:19|20)\d\d[-./ ][01]?\d[-./ ][0-3]?\d|'
 
 
 def mask(text: str, kinds) -> tuple[str, dict[str, int]]:
-    """Replace what the kinds name; -> the text, and the count of each kind that occurs."""
+    """Replace what the kinds name; -> the text, and a count of each kind found."""
     counts = {}
     for kind in MASKS:  # emails first: their domains may hold an address
         if kind not in kinds:

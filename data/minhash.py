@@ -1,4 +1,4 @@
-"""Find documents that share most of their runs of five words, for data.clean --near.
+"""Find documents that share most runs of five words, for data.clean --near.
 
     near = NearDuplicates(0.8)
     like = near.find(signature(text), number)  # None, or a kept document and the similarity
@@ -40,13 +40,13 @@ def load_minhash():
 
 
 def hash_words(text: str) -> np.ndarray:
-    """Hash the words of a text, without case and punctuation, to uint64 numbers of 32 bits."""
+    """Hash the words of a text to numbers of 32 bits, uint64. Case does not count."""
     return np.array([zlib.crc32(word.encode()) for word in WORD.findall(text.lower())],
                     dtype=np.uint64)
 
 
 def hash_runs(hashes: np.ndarray, n_words: int) -> np.ndarray:
-    """Hash each run of n_words words to 64 bits; fewer words are one run, none are no run.
+    """Hash each run of n_words words to 64 bits; fewer words are one run.
 
     The hash of a run is the sum of its words' hashes, each times the factor of its place, so that
     words are hashed once, not n_words times.

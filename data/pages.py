@@ -42,7 +42,7 @@ def is_page(text: str) -> bool:
 
 
 def note_pages(path, files, texts):
-    """Print a note if some files are pages by name, or some of the first texts by content."""
+    """Print a note if some files are pages by name, or some texts by content."""
     n_pages, total, kind = sum(map(bool, map(FILE_NAME.search, files))), len(files), 'files'
     if not n_pages:
         n_pages, total, kind = sum(map(is_page, texts)), len(texts), 'first documents'
@@ -53,7 +53,7 @@ def note_pages(path, files, texts):
 
 
 def read_page(path) -> str:
-    """Read a page in its encoding: of its mark, UTF-8 if valid, as declared, or detected.
+    """Read a page in its encoding.
 
     A part of a page gets a first line that marks it as HTML. Raises UserError for a larger file
     than PAGE_BYTES.
@@ -68,7 +68,10 @@ def read_page(path) -> str:
 
 
 def decode_page(content: bytes) -> str:
-    """Decode a page. Pages of UTF-8 often declare another encoding, others are rarely valid."""
+    """Decode a page: UTF-8 if valid, else as declared, else as detected.
+
+    Pages of UTF-8 often declare another encoding; others are rarely valid UTF-8.
+    """
     _, _, detect, decode = load_resiliparse()
     try:
         if not content.isascii():
@@ -79,7 +82,7 @@ def decode_page(content: bytes) -> str:
 
 
 def main_text(page: str) -> str:
-    """Return the text of a page's main part, '' if there is none or it is too large or deep."""
+    """Return a page's main text; '' if it has none, or is too large or deep."""
     parse, extract, *_ = load_resiliparse()
     if len(page) > PAGE_BYTES:
         return ''
@@ -117,7 +120,7 @@ def shallow_lists(element, depth: int = 1):
 
 
 def is_mostly_text(element) -> bool:
-    """Return whether less than half of a list's characters are links, unlike in a menu."""
+    """Return whether links are less than half of a list, unlike in a menu."""
     length, nodes = [0, 0], [(element, False)]  # outside of links, inside
     while nodes:
         parent, in_link = nodes.pop()

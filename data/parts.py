@@ -1,4 +1,4 @@
-"""Share a corpus out among machines, and join their parts, for data.clean --part and --join.
+"""Share a corpus out among machines, for data.clean --part and --join.
 
     python -m data.clean --input=crawl/ --part=2/8 --exact --out=parts/2.jsonl
     python -m data.clean --join=parts/ --near=0.8 --out=clean.jsonl
@@ -57,7 +57,7 @@ def report_of(out) -> str:
 
 
 class Whole:
-    """Count and hash all documents of the input, so that other machines' can be compared."""
+    """Count and hash all documents of the input, to compare it between machines."""
 
     def __init__(self):
         self.documents, self.hash = 0, 0
@@ -74,7 +74,7 @@ class Whole:
 # Joining ----------------------------------------------------------------------------------------
 
 def part_files(paths) -> list[str]:
-    """Return the files of parts among files and folders: those with a report of a part."""
+    """Return the files, and those in folders that have a report of a part."""
     names = []
     for path in paths:
         if os.path.isdir(path):

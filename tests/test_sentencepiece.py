@@ -426,6 +426,25 @@ def test_what_a_model_is_refused_for(change, message, tmp_path):
     assert 'tokenizer.model' in str(error.value)
 
 
+@pytest.mark.parametrize('change, message', [
+    ({'pieces': [*BYTE_PIECES, 5]}, 'the piece 5 is empty, no text'), ({'pieces': [*BYTE_PIECES, ['a']]}, 'no text'),
+    ({'pieces': [*BYTE_PIECES, '\ud800']}, 'half a surrogate pair'), ({'pieces': 'abc'}, 'pieces'),
+    ({'special_tokens': {'<x>': 0}}, "special or added token '<x>' has the id 0"),
+    ({'special_tokens': {'<s>': [1]}}, 'special tokens are'), ({'bos_token': ['<s>']}, 'bos_token is'),
+    ({'bos_token': '<q>'}, "bos_token is '<q>', which is no special token"),
+    ({'ranks': [1]}, 'ranks has 1 entries; expected 900'), ({'ranks': [0.5] * 900}, 'whole numbers'),
+    ({'user_defined_symbols': [['a']]}, 'user_defined_symbols has'), ({'metaspace': 'last'}, "metaspace is 'last'"),
+    ({'metaspace': 'first', 'add_dummy_prefix': False}, 'with add_dummy_prefix, or None'),
+    ({'added_tokens': {'zzz': 3}}, "added token 'zzz' has the id 3"), ({'token_rules': {'a': [['x']]}}, 'rules of the'),
+    ({'precompiled_charsmap': 'é'}, 'precompiled_charsmap'), ({'precompiled_charsmap': 7}, 'precompiled_charsmap'),
+    ({'add_dummy_prefix': 'yes'}, 'add_dummy_prefix'), ({'remove_extra_whitespaces': 1}, 'remove_extra_whitespaces'),
+], ids=str)
+def test_descriptions_that_are_refused(change, message):
+    """From a meta.json or a checkpoint."""
+    with pytest.raises(UserError, match=message):
+        tokenizer.from_dict({**trained_here().to_dict(), **change})
+
+
 def test_unigram_is_refused(tmp_path):
     (tmp_path / 'tokenizer.model').write_bytes(trained_by_package(model_type='unigram'))
     with pytest.raises(UserError, match='SentencePiece model of kind unigram; expected BPE'):

@@ -381,6 +381,7 @@ def test_prepare_train_sample_and_export(tmp_path):
     out = folder.start('tokenizer', 'export', tokenizer='my.model', out='hf').wait().ok().out
     assert 'AutoTokenizer' in out
     assert tokenizer.load(tmp_path / 'hf').to_dict() == tok.to_dict()
+    folder.start('tokenizer', 'export', tokenizer='my.model', out='a.tiktoken').refused('joins of bytes only')
     folder.start('tokenizer', 'train', kind='bpe', input='text.txt', vocab_size=300,
                  out='b.model').refused('--kind=sentencepiece')
 

@@ -6,6 +6,7 @@ Evaluate a model: bits per byte of a split or a text, or accuracy on a task.
     $ python eval.py --out_dir=out --quantize=int8     # the cost of int8
     $ python eval.py --out_dir=out-sft --task=tiny_chat
     $ python eval.py --init_from=gpt2 --task=hellaswag --input=val.jsonl
+    $ torchrun --standalone --nproc_per_node=8 eval.py --out_dir=out
 
 Prints the result, and in the last line the same as JSON. A window of block_size tokens
 slides over the text by `stride` tokens, and each token but the first is predicted once.
@@ -28,6 +29,7 @@ import math
 import os
 import sys
 import time
+from dataclasses import replace
 from typing import Annotated, Literal
 
 import numpy as np
@@ -47,11 +49,11 @@ from configurator import (
     override,
     printable,
 )
-from data import scoring
+from data import mixture, scoring
 from data.datasets import folder_of
 from data.encode import names_of
 from data.tokens import evenly, to_device
-from flatgpt import output, runtime
+from flatgpt import output, parallel, runtime, shares
 from flatgpt.pretrained import dataset_of, open_model
 from flatgpt.quantize import for_decoding
 from posttrain.reward_model import open_reward_model, ratings_of
@@ -107,17 +109,19 @@ if num_samples > 1 and temperature == 0:
 if reward_model and num_samples == 1:
     raise UserError(f'reward_model={reward_model!r}: expected several answers, --num_samples=8')
 
-# the model
+# the processes and the model
 questions = tasks.load(task) if task else None
-torch_device = runtime.choose_device(device)
+world, torch_device = shares.join(device)
 dtype, _ = runtime.choose_dtype(dtype, torch_device)
 runtime.use_cores()
 runtime.keep_freed_memory()
 model, text_tokenizer, template, line = open_model(init_from, out_dir, which)
 print(line)
+world.check_alike({'model': line, **config, 'dtype': dtype})
 model.crop_block_size(block_size or model.config.block_size)
 block_size = model.config.block_size
 model.to(torch_device)
+hidden = None if world.is_main else True  # a bar, in all processes but one
 
 
 def accuracy():
@@ -152,9 +156,10 @@ def accuracy():
         pool = tasks.examples_of(questions, pool_questions)
     # the answers
     started = time.perf_counter()
-    with tqdm(total=len(examples), unit='question', disable=None, leave=False) as bar:
+    n_asked = len(examples[world.rank :: world.size])
+    with tqdm(total=n_asked, unit='question', disable=hidden, leave=False) as bar:
         answering = tasks.Answering(template, tools, n_shots, pool, max_new_tokens, temperature,
-                                    num_samples, seed, batch_size or 64, rate, bar.update)
+                                    num_samples, seed, batch_size or 64, rate, bar.update, world)
         result = tasks.measure(questions, examples, model, text_tokenizer, answering)
     prompting = 'chat' if is_chat else 'few-shot' if n_shots else 'plain text'
     origin = f'{input}, {source}' if input else source
@@ -180,11 +185,16 @@ def loss_on_text():
     if input:
         text = scoring.open_file(input, text_key, text_tokenizer, max_tokens)
     else:
-        data_dir = folder_of(dataset or dataset_of(init_from, out_dir, which))
+        name = dataset or dataset_of(init_from, out_dir, which)
+        if len(names := list(mixture.parse(name))) > 1:
+            raise UserError(f'dataset={name!r} is a mixture of {", ".join(names)}; expected one, '
+                            f'such as --dataset={names[0]}')
+        data_dir = folder_of(name)
         text = scoring.open_split(data_dir, split or 'val', text_tokenizer)
     vocab_size = min(text.vocab_size or math.inf, model.config.vocab_size)
     windows, window, step = scoring.windows_over(text, max_tokens, block_size, stride)
     n_windows, windows.starts = len(windows), evenly(windows.starts, eval_tokens, step)
+    of_process = replace(windows, starts=windows.starts[world.rank :: world.size])
     share = f' evenly spaced of {n_windows:,}' if len(windows) < n_windows else ''
     # tokens in a batch; fp16 and int8 compute all of its logits at once: 256 MB
     all_logits = dtype == 'float16' or quantize
@@ -193,14 +203,17 @@ def loss_on_text():
     def mean_loss():
         """Return the loss in nats per token, and how often each id was predicted."""
         total, counts = 0.0, np.zeros(vocab_size, dtype=np.int64)
-        with tqdm(total=len(windows), unit='window', disable=None, leave=False) as bar:
-            for x, y in scoring.batches(text.tokens, windows, vocab_size, batch_size, at_once):
+        with (shares.together(world),
+              tqdm(total=len(of_process), unit='window', disable=hidden, leave=False) as bar):
+            for x, y in scoring.batches(text.tokens, of_process, vocab_size, batch_size, at_once):
                 scored = y[y >= 0]
                 counts += np.bincount(scored, minlength=vocab_size)
                 with torch.no_grad(), runtime.autocast(dtype, torch_device):
                     _, loss = model(*to_device((x, y), torch_device), return_logits=False)
                 total += loss.item() * len(scored)
                 bar.update(len(x))
+        total, = world.sum([total])
+        shares.add_up([torch.from_numpy(counts)], world)  # in place
         if not counts.any():
             raise UserError(f'{text.source} has no token that carries loss; prepare it again')
         loss = total / int(counts.sum())
@@ -234,8 +247,10 @@ def loss_on_text():
 
 
 try:
-    print(json.dumps(accuracy() if task else loss_on_text()))
+    result = accuracy() if task else loss_on_text()
 except RuntimeError as error:
     if not runtime.out_of_memory(error):
         raise
     raise UserError('out of memory; try a smaller --batch_size or --block_size') from None
+parallel.disconnect()
+print(json.dumps(result))

@@ -243,6 +243,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.has_compiled_step = self.recompute = False  # flatgpt/quantize.py and train.py set them
+        self.document_end = None  # an id: attention sees nothing before the last one
         # in the order of the optimizer's state in nanoGPT's checkpoints
         self.transformer = nn.ModuleDict({'wte': nn.Embedding(config.vocab_size, config.n_embd)})
         if config.pos == 'learned':
@@ -302,17 +303,16 @@ class GPT(nn.Module):
         n = T if cache is None else cache.length + T
         if n > c.block_size:
             raise UserError(f'a context of {n} tokens is longer than block_size={c.block_size}')
-        positions, masks = torch.arange(T, device=idx.device), {}
+        documents, positions = ops.documents_in(idx, self.document_end)  # (T,) or (B, T)
         if cache is not None:
             positions = cache.start(B, T)  # (T,), or (B, T) behind prompts of different lengths
-        for w in {c.window, 0}:
-            masks[w] = cache.mask(T, w) if cache else ops.mask_in_window(w, T, c, idx.device)
+        masks = {w: cache.mask(T, w) if cache is not None else
+                 ops.mask_in_window(w, T, c, idx.device, documents) for w in {c.window, 0}}
         rotation = self.rotation(positions) if c.pos == 'rope' else None
         x = self.transformer.wte(idx)  # (B, T, C)
         if c.pos == 'learned':
             x = x + self.transformer.wpe(positions)
-        x = x.to(self.transformer.ln_f.weight.dtype)  # embeddings may have fewer bits
-        x = self.transformer.drop(x)
+        x = self.transformer.drop(x.to(self.transformer.ln_f.weight.dtype))  # wte may be in bf16
         x0 = x.clone() if c.residual_lambdas else None  # x twice would compile twice
         for layer, block in enumerate(self.transformer.h):
             vte = self.transformer.vte[str(layer)](idx) if c.has_value_embedding(layer) else None

@@ -8,9 +8,10 @@ those of the plain form; bench/results has the times behind each choice. Shapes:
 
 import math
 from functools import cache
+from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import (
@@ -36,13 +37,20 @@ def compiled(function):
 # Attention ----------------------------------------------------------------------------------------
 
 
+class InDocuments(NamedTuple):
+    """Hide the keys of other documents from a query, in a window or (0) without one."""
+
+    window: int
+    documents: Tensor  # (B, T), the number of each position's document
+
+
 def attention(q, k, v, mask=0, dropout=0.0):
     """Attend from each query to the keys up to its own position; -> (B, H, T, D).
 
     q: (B, H, T, D), the last T of S positions. k, v: (B, G, S, D), each for H / G query heads.
     mask: the window, the number of positions a query sees, its own included, 0 for all; or
-    (B or 1, 1, T, S) of bool, True where a query sees a key; or mask_in_window(). dropout:
-    probability of each weight.
+    (B or 1, 1, T, S) of bool, True where a query sees a key; or InDocuments; or what
+    mask_in_window() returns. dropout: probability of each weight.
     """
     form, T, is_compiled = plain_attention, q.size(2), torch.compiler.is_compiling()
     if isinstance(mask, BlockMask):
@@ -50,7 +58,8 @@ def attention(q, k, v, mask=0, dropout=0.0):
     elif q.device.type == 'cpu':
         # the mask is of a whole sequence without a cache
         is_square = is_compiled and not torch.is_tensor(mask) and T == k.size(2)
-        if is_square and (min(T, mask or T) <= CACHED or dropout):
+        window = mask[0] if isinstance(mask, InDocuments) else mask
+        if is_square and (min(T, window or T) <= CACHED or dropout):
             form = blocked_attention
         elif T == 1 and torch.is_tensor(mask) and not dropout:
             form = single_query_attention
@@ -63,6 +72,10 @@ def plain_attention(q, k, v, mask, dropout):
     if q.device.type == 'cpu' and q.dtype == torch.bfloat16 and T <= SHORT:
         with torch.autocast('cpu', enabled=False):
             return plain_attention(q.float(), k.float(), v.float(), mask, dropout)
+    if isinstance(mask, InDocuments):
+        positions = torch.arange(T, device=q.device)
+        mask = visible(positions[:, None], positions, mask.window) & same_document(
+            mask.documents, slice(None), slice(None))  # (B, 1, T, T)
     if not torch.is_tensor(mask):
         window, mask = mask, None
         if window:  # skip the keys that no query sees
@@ -76,13 +89,14 @@ def plain_attention(q, k, v, mask, dropout):
                                           dropout_p=dropout, enable_gqa=k.size(1) < q.size(1))
 
 
-def blocked_attention(q, k, v, window, dropout):
+def blocked_attention(q, k, v, mask, dropout):
     """Attend by blocks of queries, without the keys after them and before the window.
 
     Compiled for the CPU it takes half the time of torch's flash kernel up to CACHED positions, and
     half of torch's form with dropout. Half of the (B, H, T, T) weights are kept.
     """
     T, D, G = q.size(2), q.size(3), k.size(1)
+    window, documents = mask if isinstance(mask, InDocuments) else (mask, None)
     y, start = [], 0
     for q_block in q.split(max(64, T // 8), dim=2):
         n = q_block.size(2)
@@ -94,6 +108,9 @@ def blocked_attention(q, k, v, window, dropout):
         scores = scores.unflatten(2, (-1, n)) * D**-0.5  # (B, G, H / G, n, keys)
         positions = torch.arange(first, end, device=q.device)
         hidden = ~visible(positions[-n:, None], positions, window)
+        if documents is not None:
+            same = same_document(documents, slice(start, end), slice(first, end))
+            hidden = hidden | ~same[:, :, None]  # (B, 1, 1, n, keys)
         weights = drop(scores.masked_fill(hidden, -math.inf).softmax(dim=-1), dropout)
         mixed = weights.to(v.dtype).flatten(2, 3) @ values  # (B, G, H / G * n, D)
         y.append(mixed.unflatten(2, (-1, n)).flatten(1, 2))  # (B, H, n, D)
@@ -127,15 +144,47 @@ def flex_attention_in_window(q, k, v, blocks, dropout=0.0):
     return flex_attention(q, k, v, block_mask=blocks, enable_gqa=k.size(1) < q.size(1))
 
 
-def mask_in_window(window, T, config, device):
+def mask_in_window(window, T, config, device, documents=None):
     """Return attention()'s mask of T positions, computed once for all layers.
 
-    It is the window itself, or FlexAttention's blocks of keys to train compiled blocks on a GPU.
-    config: a GPTConfig.
+    It is the window, or InDocuments; or FlexAttention's blocks of keys to train compiled blocks on
+    a GPU. config: a GPTConfig; documents: (B, T), see InDocuments.
     """
     can_flex = (device.type == 'cuda' and config.head_size in (16, 32, 64, 128, 256)
                 and not config.dropout and is_training_compiled and torch.is_grad_enabled())
+    if documents is not None:
+        return blocks_in_documents(window, documents) if can_flex else InDocuments(window,
+                                                                                   documents)
     return blocks_in_window(window, T, device) if can_flex and 0 < window < T else window
+
+
+def blocks_in_documents(window, documents):
+    """Return the blocks in which a query sees a key of its document, of each sequence."""
+    B, T = documents.shape
+
+    def is_seen(b, h, i, j):
+        return visible(i, j, window) & (documents[b, i] == documents[b, j])
+
+    return compiled(create_block_mask)(is_seen, B, None, T, T, documents.device)
+
+
+def documents_in(idx, end):
+    """Number the documents of ids (B, T), each up to its id `end`, and the positions in them.
+
+    -> (B, T) twice; without an end (None) None and (T,).
+    """
+    positions = torch.arange(idx.size(1), device=idx.device)
+    if end is None:
+        return None, positions
+    is_end = (idx == end).long()
+    documents = is_end.cumsum(dim=1) - is_end
+    is_first = F.pad(is_end[:, :-1], (1, 0), value=1)
+    return documents, positions - (positions * is_first).cummax(dim=1).values
+
+
+def same_document(documents, queries, keys):
+    """Return whether two slices of positions are in one document, (B, 1, queries, keys)."""
+    return documents[:, None, queries, None] == documents[:, None, None, keys]
 
 
 @cache

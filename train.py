@@ -14,11 +14,11 @@ saves and prints the command that continues. A missing dataset is prepared first
 import gc
 import math
 import os
-import shlex
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from typing import Literal
 
 import torch
@@ -27,13 +27,15 @@ from tqdm import tqdm
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # python -P leaves it out
 
 import tokenizer
-from config.presets import PRESETS
-from configurator import Count, Fraction, Natural, NonNegative, Positive, Share, UserError, override
-from data import datasets
-from data.device import open_splits
-from data.tokens import Batches, cut_step, eval_windows, share_of, sum_losses
-from flatgpt import checkpoint, flops, lora, optim, output, parallel, pretrained, runtime, sharded
-from flatgpt.generate import print_sample
+from config import presets
+from configurator import Count, Fraction, Natural, NonNegative, Positive, Share, override
+from data import datasets, mixture
+from data.tokens import Batches
+from flatgpt import checkpoint, fit, flops, lora, optim, output, parallel, pretrained, runtime
+from flatgpt.cut import cut_step
+from flatgpt.generate import command_to_try, print_sample
+from flatgpt.plan import explain_plan
+from flatgpt.sharded import deferred, place, should_shard
 from model import GPT, GPTConfig, padded_vocab_size
 
 # a full disk or a closed terminal must not end the run: lines that cannot be printed are dropped
@@ -58,10 +60,13 @@ wandb_log = False
 wandb_project = 'owt'
 wandb_run_name = 'gpt2'
 # data
-dataset = 'openwebtext'  # a folder under data/, or a path
+dataset = 'openwebtext'  # a folder under data/ or a path; several: 'web:0.7,code:0.3', by share
+anneal_dataset = ''  # the datasets of the last steps, as the learning rate falls
+anneal_fraction: Share = 0.2  # part of lr_decay_iters with anneal_dataset
+documents: Literal['flat', 'shuffle', 'bos', 'mask'] = 'flat'  # their order and mask: data/README
 total_batch_size: Natural = 0  # tokens per step, all processes; 0: see gradient_accumulation_steps
 gradient_accumulation_steps: Count = 5 * 8  # micro-batches per step, over all processes
-batch_size: Count = 12  # sequences per micro-batch: as many as fit; does not change the mathematics
+batch_size: Count | Literal['auto'] = 12  # sequences per micro-batch; auto: as many as fit
 block_size: Count = 1024  # context length, tokens
 # model; GPTConfig describes each field
 preset: Literal['gpt2', 'llama', 'modern'] = 'gpt2'  # config/presets.py; modern learns fastest
@@ -115,12 +120,12 @@ dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # float16 wit
 compile: bool | Literal['auto'] = 'auto'  # torch.compile the training step
 recompute: Literal['none', 'block'] = 'none'  # block: less memory, a third more computation
 shard: Literal['none', 'full', 'hybrid'] = 'none'  # the model over processes; hybrid: of a machine
+plan: bool | str = False  # predict memory and time here, or on '8xH200', '2x8xH100'; then exit
 config = override(globals())
 # --------------------------------------------------------------------------------------------------
 
 # the preset sets the settings that nobody set
-from_preset = {key: value for key, value in PRESETS[preset].items() if key not in config.given}
-config.update(from_preset)
+from_preset = presets.fill(config)
 globals().update(from_preset)
 
 # rules between settings
@@ -128,12 +133,14 @@ rate_at = optim.schedule(config)  # step -> learning rate
 lora.check_settings(config, init_from, out_dir)
 
 # this process, its device, its data
-world = parallel.from_environment()
-is_sharded = sharded.check_settings(config, world)
+world, data = parallel.from_environment(), mixture.Data(config)
+if plan:
+    world.print(explain_plan(config, datasets.sizes_of(data.path), world))
+    raise SystemExit
+is_sharded = should_shard(config, world)
 if from_preset:
     world.print(f'preset {preset}: ' + ', '.join(f'{k}={v!r}' for k, v in from_preset.items()))
 torch_device = runtime.choose_device(device, world.local_rank)
-data_dir = datasets.folder_of(dataset)
 ckpt_path = os.path.join(out_dir, 'ckpt.pt')
 architecture = {name: config[name] for name in GPTConfig.__dataclass_fields__ if name in config}
 if init_from == 'scratch':
@@ -142,8 +149,7 @@ else:
     pretrained.check_source(init_from, ckpt_path)
 parallel.connect(world, torch_device, backend)
 runtime.use_machine(torch_device, deterministic)
-datasets.prepare_if_missing(data_dir, is_first=world.local_rank == 0)
-meta, stamps = datasets.load_meta(data_dir), datasets.stamps_of(data_dir)
+meta = data.prepare(is_first=world.local_rank == 0)
 if init_from == 'auto':
     init_from = 'resume' if os.path.exists(ckpt_path) else 'scratch'
 
@@ -157,12 +163,12 @@ def start():
     torch.manual_seed(seed)
     if init_from == 'scratch':
         n_ids = meta['vocab_size'] or 50257  # GPT-2's, if the dataset records none
-        with sharded.deferred(is_sharded):
+        with deferred(is_sharded):
             model = GPT(GPTConfig(**architecture, vocab_size=padded_vocab_size(n_ids)))
         return model, {'tokenizer': pretrained.GPT2_TOKENIZER}
     if init_from == 'resume':
-        return pretrained.resume(ckpt_path, config, meta, data_dir)
-    return pretrained.finetune(init_from, config, meta, data_dir)
+        return pretrained.resume(ckpt_path, config, meta, data.path)
+    return pretrained.finetune(init_from, config, meta, data.path)
 
 
 model, state = start()
@@ -176,8 +182,9 @@ cut = cut_step(config, block_size, world.size)
 
 # device, precision, optimizer
 precision, precision_reason = runtime.choose_dtype(dtype, torch_device)
-sharded.place(model, config['shard'], world, precision, torch_device)
+place(model, config['shard'], world, precision, torch_device)
 model.recompute = recompute == 'block'
+model.document_end = data.document_end() if documents == 'mask' else None
 facts = {'data': meta['digest'], 'step': state.get('iter_num'), 'seen': state.get('seen')}
 world.check_alike({**facts, **config, 'dtype': precision})
 autocast = runtime.autocast(precision, torch_device)
@@ -197,13 +204,16 @@ use_compile, compile_reason = runtime.choose_compile(compile, torch_device, work
 
 # data: micro-batches of this process, as a function of the step
 n_ids = min(meta['vocab_size'] or math.inf, model.config.vocab_size)  # ids of the data are below
-splits = open_splits(data_dir, meta, block_size, torch_device, n_ids)
-batches = Batches(splits['train'], cut, seed, n_ids, torch_device, world)
+train_tokens = data.open(cut, torch_device, n_ids, lr_decay_iters or max_iters, state)
+batches = Batches(train_tokens, cut, seed, n_ids, torch_device, world)
 
 # one dict of resolved settings, for the screen, config.json and the checkpoint
 resolved = {**config, 'init_from': init_from, 'total_batch_size': cut.tokens,
             'batch_size': cut.batch_size, 'block_size': block_size, 'device': str(torch_device),
             'dtype': precision, 'compile': use_compile}
+is_auto = batch_size == 'auto'
+if is_auto:
+    world.print(fit.choose_batch(cut, resolved, model, world))
 threads = f' (threads: {torch.get_num_threads()})' if torch_device.type == 'cpu' else ''
 world.print(f'device {torch_device}{threads}, dtype {precision} ({precision_reason}), '
             f'compile {use_compile} ({compile_reason})')
@@ -211,32 +221,8 @@ trained = [p for p in model.parameters() if p.requires_grad]
 share = f', {sum(p.numel() for p in trained):,} of them are trained' if adapters else ''
 world.print(f'{model.get_num_params() / 1e6:.2f}M parameters{share}')
 if not eval_only:
-    epochs = max_iters * cut.tokens / len(splits['train'])
-    world.print(f'{max_iters} steps, {epochs:.2f} epochs'
-                + f'; val loss over {eval_tokens:,} tokens of val' * (eval_tokens > 0))
-    world.print(f'a step of {cut.tokens:,} tokens = {world.size} process(es) x {cut.micro_steps} '
-                f'micro-batch(es) x {cut.batch_size} x {block_size}')
-
-
-@torch.no_grad()
-def evaluate():
-    """Return the mean loss in nats per token: {'train': ..., 'val': ...}.
-
-    'train': over eval_iters batches of fixed windows, at most as many as val has; 'val': over the
-    split or eval_tokens of it. The processes share the work. Dropout is off, nothing is compiled.
-    """
-    model.eval()
-    losses = {}
-    for split, starts in eval_windows(splits, eval_iters, cut, eval_tokens).items():
-        with autocast, torch.compiler.set_stance('force_eager'):
-            starts = share_of(starts, len(splits[split]), world)
-            totals = sum_losses(model, splits[split], starts, cut, n_ids)
-        loss, count = world.sum(totals)
-        if split == 'val' and not count:
-            raise UserError(f'{data_dir}: no token of val carries loss; prepare more of it')
-        losses[split] = loss / max(1, count)
-    model.train()
-    return losses
+    for line in data.describe(cut, max_iters, eval_tokens, world.size):
+        world.print(line)
 
 
 def state_of_run():
@@ -244,29 +230,45 @@ def state_of_run():
     state = {'model': lora.adapters(model) if adapters else model.state_dict(),
              'optimizer': opt.state_dict(), 'model_args': asdict(model.config),
              'tokenizer': text_tokenizer, 'chat_template': chat_template,
-             'scaler': scaler.state_dict(), 'data': meta['digest']}
+             'scaler': scaler.state_dict(), 'data': meta['digest'],
+             **data.state(cut, run.drawn(cut.tokens))}
     return {**state, 'lora': adapters} if adapters else state
 
 
 # the folder of the run: an earlier run's files are moved, not overwritten
 run = checkpoint.Run(out_dir, resolved, state if init_from == 'resume' else None, world,
                      folder=not eval_only)
-smaller = {'batch_size': cut.smaller, 'total_batch_size': cut.tokens} if cut.smaller else {}
-run.explain_out_of_memory(smaller, 'One sequence does not fit: lower --block_size or --n_embd')
+fit.explain(cut, run)
 state = None  # the loaded tensors are no longer needed
 
 # the training step, compiled if that works here
-if use_compile:
-    world.print('compiling the training step (--compile=False starts at once)')
-
-    def try_step():
-        x, y, _ = batches(run.drawn(cut.tokens))[0][0]
+def try_step():
+    for x, y, _ in batches(run.drawn(cut.tokens))[0][: 1 + is_auto]:  # one adds to gradients
         with autocast:
             model(x, y, return_logits=False)[1].backward()
 
-    runtime.compile_training(model, try_step)
-    opt.zero_grad(set_to_none=True)
+
+if use_compile:
+    world.print('compiling the training step (--compile=False starts at once)')
+    try_step = partial(runtime.compile_training, model, try_step)
+if (use_compile or is_auto) and not eval_only:
+    fit.begin(cut, try_step, run, opt, is_auto)
 step_model = parallel.average_gradients(model, world, torch_device)
+
+
+def accumulate(micro_batches):
+    """Sum up the gradient of the step's mean loss in .grad; -> the loss."""
+    torch.manual_seed(seed + 1_000_003 * (run.step + 1) + world.rank)  # dropout: (seed, step) alone
+    loss_sum = torch.zeros((), device=torch_device)
+    for micro_step, (x, y, share) in enumerate(micro_batches):
+        # DDP, not a plain model, reads this: it averages gradients with the last micro-batch alone
+        step_model.require_backward_grad_sync = micro_step == cut.micro_steps - 1
+        with autocast:
+            loss = step_model(x, y, return_logits=False)[1] * share
+        loss_sum += loss.detach()
+        scaler.scale(loss).backward()
+    return loss_sum
+
 
 # the loop -----------------------------------------------------------------------------------------
 bar = tqdm(total=max_iters, initial=run.step, unit='step', dynamic_ncols=True, smoothing=0.05,
@@ -286,46 +288,44 @@ while True:
     if run.is_due(eval_interval, max_iters, eval_first) or eval_only:
         bar.set_description('evaluating')
         gc.collect()
-        if shorter := datasets.find_rewritten(stamps, world.print):
+        if shorter := datasets.find_rewritten(data.stamps, world.print):
             run.stop_reason = shorter  # the next read could end the process
             break
-        losses = evaluate()
+        windows = data.windows(eval_iters, cut, eval_tokens)
+        losses = data.evaluate(model, windows, cut, autocast, world)
+        train_loss, val_loss = (data.mean(losses[split]) for split in ('train', 'val'))
         bar.set_description()
         if world.is_main:
-            bar.write(f'step {run.step}: train loss {losses["train"]:.4f}, '
-                      f'val loss {losses["val"]:.4f}')
+            bar.write(f'step {run.step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}'
+                      + data.line(losses['val']))
         if eval_only:
             break
-        if world.is_main and math.isfinite(losses['val']):
-            run.log(step=run.step, train_loss=losses['train'], val_loss=losses['val'],
-                    train_time=round(run.train_time, 3))
-        run.evaluated(losses['val'], state_of_run, always_save_checkpoint)
+        if world.is_main and math.isfinite(val_loss):
+            run.log(step=run.step, train_loss=train_loss, val_loss=val_loss,
+                    train_time=round(run.train_time, 3),
+                    **data.record(losses['val'], cut, run.drawn(cut.tokens)))
+        run.evaluated(val_loss, state_of_run, always_save_checkpoint)
         if patience and run.evals_since_best >= patience:
             run.stop_reason = f'val loss has not improved for {patience} evaluations'
         t0 = time.perf_counter()  # evaluating and saving is not training time
     if run.step >= max_iters or run.stop_reason:
         break
 
-    # forward and backward over the micro-batches; .grad sums up the gradient of the mean loss
-    torch.manual_seed(seed + 1_000_003 * (run.step + 1) + world.rank)  # dropout: (seed, step) alone
+    # forward and backward over the micro-batches
     lr = rate_at(run.step)
     for group in opt.param_groups:
         group['lr'] = lr * group['lr_scale']
     micro_batches, n_targets = next_batch.result()
     tokens_seen = run.seen + cut.tokens
     next_batch = prefetch.submit(batches, tokens_seen)
-    loss_sum = torch.zeros((), device=torch_device)
-    for micro_step, (x, y, share) in enumerate(micro_batches):
-        # DDP, not a plain model, reads this: it averages gradients with the last micro-batch alone
-        step_model.require_backward_grad_sync = micro_step == cut.micro_steps - 1
-        with autocast:
-            loss = step_model(x, y, return_logits=False)[1] * share
-        loss_sum += loss.detach()
-        scaler.scale(loss).backward()
+    while (loss_sum := fit.attempt(cut, world.size == 1, accumulate, micro_batches)) is None:
+        next_batch.result()  # it reads the cut, which changes now
+        bar.write(fit.halve(cut, run))
+        opt.zero_grad(set_to_none=True)
+        micro_batches, _ = batches(run.seen)
+        next_batch = prefetch.submit(batches, tokens_seen)
     scaler.unscale_(opt)
-    norm = parallel.norm_of(trained)
-    if grad_clip and (torch_device.type == 'cuda' or norm > grad_clip):  # no wait for a GPU's norm
-        torch.nn.utils.clip_grads_with_norm_(trained, grad_clip, norm)
+    norm = parallel.clip(trained, grad_clip)
 
     # read loss and norm before the update, which could ruin the weights; agree on when to stop.
     # On a GPU they are those of the step before, so that it does not idle
@@ -384,15 +384,13 @@ parallel.disconnect()
 if world.is_main and is_complete:
     best = f'; best val loss {run.best_val_loss:.4f}' if math.isfinite(run.best_val_loss) else ''
     print(f'{run.step} steps, {run.train_time:.1f} s of training{best}')
-    if sample_tokens and text_tokenizer:
+    if sample_tokens and text_tokenizer and run.saved_step == run.step:
         torch.compiler.set_stance('force_eager')
         if is_sharded:  # this process has a part of the model
             model = pretrained.open_model('resume', out_dir, 'last')[0].to(torch_device)
         print_sample(model, tokenizer.from_dict(text_tokenizer), sample_prompt, sample_tokens)
-    script = ['-m', 'posttrain.chat'] if meta['row'] else ['sample.py']
-    prompt = [f'--start={sample_prompt}'] if sample_prompt.strip() and not meta['row'] else []
     if run.saved_step:
-        print('try it:\n  ' + shlex.join(['python', *script, f'--out_dir={out_dir}', *prompt]))
+        print('try it:\n  ' + command_to_try(out_dir, sample_prompt, is_chat=bool(meta['row'])))
 if run.wandb:
     run.wandb.finish()
 if not eval_only:

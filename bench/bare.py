@@ -181,6 +181,28 @@ def peak_memory(device):
     return None
 
 
+def measure_memory(s):
+    """Take a step on the CPU; return the most bytes of its tensors, and of this process.
+
+    torch's profiler counts the tensors inside of operators too.
+    """
+    torch.set_num_threads(1)  # the memory is the same, and others may use the cores
+    step = Step(s)
+    step.model.recompute = s.get('recompute', False)
+    step(), step()  # from the second on there are moments
+    held = [*step.model.parameters(), step.x, step.y]
+    held += [t for state in step.optimizer.state.values() for t in state.values()]
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    events = profiler.profiler.kineto_results.events()
+    changes = [(event.start_ns(), event.nbytes()) for event in events if event.name() == '[memory]']
+    n_bytes = most = sum(t.nbytes for t in held)
+    for _, change in sorted(changes, key=lambda pair: pair[0]):
+        n_bytes += change
+        most = max(most, n_bytes)
+    return {'tensors': most, 'process': peak_memory(step.device)}
+
+
 def product_speed(s, model, seconds=0.7):
     """Return the FLOP/s of the model's linear layers alone, and {'inxout': FLOP/s}.
 
@@ -249,6 +271,8 @@ def measure(s, seconds=2.0, product_seconds=0.7):
 def in_own_process(s, limit=None, **how):
     """Return measure(s, **how) of a new process, or None if memory runs out.
 
+    only_memory=True returns measure_memory(s) instead.
+
     A new process has its own peak memory, and torch's limit of compilations starts anew. Raises
     subprocess.TimeoutExpired after `limit` seconds, UserError if the process fails otherwise.
     """
@@ -263,7 +287,8 @@ def in_own_process(s, limit=None, **how):
 
 def main():
     try:
-        figures = measure(**json.load(sys.stdin))
+        how = json.load(sys.stdin)
+        figures = measure_memory(how['s']) if how.pop('only_memory', False) else measure(**how)
     except RuntimeError as error:
         if not runtime.out_of_memory(error):
             raise

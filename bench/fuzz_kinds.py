@@ -36,6 +36,7 @@ from flatgpt import (
     parallel,
     pretrained,
 )
+from flatgpt.cut import cut_step
 from model import GPT, GPTConfig
 from posttrain import pairs, policy, reward_model
 from posttrain.tasks import common as tasks
@@ -237,8 +238,8 @@ def dataset_kinds():
         splits = [token_files.open_tokens('data', split, meta, block_size)
                   for split in ('train', 'val')]
         n_ids = min(meta['vocab_size'] or 265, 265)
-        cut = token_files.cut_step(settings(total_batch_size=0, gradient_accumulation_steps=1,
-                                            batch_size=4), block_size, 1)
+        cut = cut_step(settings(total_batch_size=0, gradient_accumulation_steps=1, batch_size=4),
+                       block_size, 1)
         draw = token_files.Batches(splits[0], cut, 1, n_ids, torch.device('cpu'), ALONE)
         starts = token_files.whole_windows(len(splits[1]), block_size, meta['row'])
         tokenizers.from_dict(meta['tokenizer'])

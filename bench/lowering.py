@@ -29,7 +29,8 @@ import ops
 from bench import common, pretended
 from config.presets import PRESETS
 from configurator import Count, override
-from flatgpt.flops import PEAK_FLOPS
+from flatgpt import costs, plan
+from flatgpt.flops import GPUS
 from flatgpt.quantize import DecodeLinear
 from model import GPT, GPTConfig
 
@@ -62,10 +63,15 @@ def flash_attention(q, k, v, **options):
     return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)[0]
 
 
+def sizes_of(graph):
+    """Return {name: bytes} of a graph's tensors."""
+    return {name: math.prod(int(n) for n in shape.split(',') if n.strip()) * SIZES[dtype]
+            for name, shape, dtype in re.findall(NEW, graph.code)}
+
+
 def read(graph):
     """Return (launches, bytes that Triton's kernels move, largest memory allocated)."""
-    sizes = {name: math.prod(int(n) for n in shape.split(',') if n.strip()) * SIZES[dtype]
-             for name, shape, dtype in re.findall(NEW, graph.code)}
+    sizes = sizes_of(graph)
     body = graph.code[graph.code.index('def call('):].split('\nrunner =')[0]
     launches = moved = largest = 0
     alive = {}
@@ -86,6 +92,33 @@ def read(graph):
         elif re.match(r'extern_kernels\.|\w+ = torch\.ops\.', line):
             launches += 1
     return launches, moved, largest
+
+
+def held(graph):
+    """Return (bytes that a backward graph is given, most bytes beside them while it runs).
+
+    The gradients that the attention kernel returns are not counted.
+    """
+    sizes = sizes_of(graph)
+    storages = dict(re.findall(r'(\w+) = torch\.as_strided\((\w+),', graph.code))
+    body = graph.code[graph.code.index('def call('):].split('\nrunner =')[0]
+    names = re.search(r'(\w+(?:, \w+)*),? = args', body)[1].split(', ')
+    views = Counter(storages.get(name, name) for name in names)
+    alive = {name: sizes[name] for name in views}
+    given = most = sum(alive.values())
+    for line in map(str.strip, body.splitlines()):
+        if match := re.match(r'(\w+) = empty_strided_cuda', line):
+            alive[match[1]] = sizes[match[1]]
+            most = max(most, sum(alive.values()))
+        elif match := re.match(REUSED, line):
+            sizes[match[1]] = sizes.get(match[2], 0)
+            alive[match[1]] = alive.pop(match[2], 0)
+        elif line.startswith('del '):
+            name = storages.get(line[4:], line[4:])
+            views[name] -= 1
+            if views[name] <= 0:
+                alive.pop(name, None)
+    return given, most - given
 
 
 class Watch(TorchDispatchMode):
@@ -123,8 +156,11 @@ class Watch(TorchDispatchMode):
 
 
 def lower_blocks(gpt, idx):
-    """Return [(kind of block, how many, launches, bytes)], forward and backward."""
-    inputs, kinds = {}, {}
+    """Return the figures of blocks, forward and backward, as two lists.
+
+    [(kind of block, how many, launches, bytes)], [(how many, bytes kept, bytes beside them)].
+    """
+    inputs, kinds, memory = {}, {}, []
     for layer, block in enumerate(gpt.transformer.h):
         name = f'window {block.attn.window}' if block.attn.window else 'block'
         name += ', value embedding' * gpt.config.has_value_embedding(layer)
@@ -137,10 +173,12 @@ def lower_blocks(gpt, idx):
         torch._dynamo.reset()
         x, context = inputs[blocks[0]]
         step = torch.compile(blocks[0].forward, dynamic=False, fullgraph=True)
-        counts = map(read, pretended.lower(step, x.detach().requires_grad_(), context))
-        launches, moved, _ = (sum(column) for column in zip(*counts, strict=True))
+        graphs = pretended.lower(step, x.detach().requires_grad_(), context)
+        launches, moved, _ = (sum(column) for column in zip(*map(read, graphs), strict=True))
         rows.append((name, len(blocks), launches, moved))
-    return rows
+        given, beside = held(graphs[1])
+        memory.append((len(blocks), given - x.nbytes, beside + x.nbytes))  # x: of the gradient
+    return rows, memory
 
 
 def lower_loss(gpt, n_tokens):
@@ -183,21 +221,27 @@ def measure(name):
         gpt = GPT(c)
         idx = torch.zeros(batch_size, block_size, dtype=torch.long)
         with torch.autocast('cuda', torch.bfloat16):
-            blocks = lower_blocks(gpt, idx)
+            blocks, memory = lower_blocks(gpt, idx)
             for block in gpt.transformer.h:
                 block.forward = lambda x, context: x
             with Watch() as watch:
                 gpt.hidden(idx).sum().backward()
         loss_launches, loss_moved, loss_memory = lower_loss(gpt, n_tokens)
+    planned = plan.places(plan.Setup(c, batch_size, how=costs.How(compiled=True)))
+    fixed = planned['the loss']['weights'] + planned['the loss']['moments']
+    kept = sum(n * given for n, given, _ in memory) + watch.largest
+    generated = fixed + kept + max(loss_memory, *(beside for *_, beside in memory))
     parts = [(f'{n} x {kind}', n * launches, n * moved) for kind, n, launches, moved in blocks]
     parts += [('head and loss', loss_launches, loss_moved),
               ('embeddings and last norm', watch.launches, watch.moved)]
     launches, moved = (sum(part[i] for part in parts) for i in (1, 2))
     flops = gpt.flops_per_token() * n_tokens
     seconds = flops / PRODUCTS + moved / BANDWIDTH
-    mfu = flops / PEAK_FLOPS['H200'] / seconds
+    mfu = flops / GPUS['H200'].flops / seconds
     return {'parts': parts, 'launches': launches, 'moved_gb': round(moved / 1e9, 1),
-            'loss_mb': round(loss_memory / 2**20), 'ms': round(seconds * 1e3, 1),
+            'loss_mb': round(loss_memory / 2**20), 'step_gb': round(generated / 1e9, 2),
+            'planned_gb': round(max(sum(p.values()) for p in planned.values()) / 1e9, 2),
+            'ms': round(seconds * 1e3, 1),
             'tokens_per_s': round(n_tokens / seconds), 'mfu': round(mfu, 3)}
 
 
@@ -216,6 +260,8 @@ def main():
     for name, f in results.items():
         print(f'{name}: head and loss hold {f["loss_mb"]:,} MB; at least {f["ms"]} ms, at most '
               f'{f["tokens_per_s"]:,} tokens/s, MFU {f["mfu"]:.1%}')
+        print(f'{name}: a step with AdamW holds {f["step_gb"]} GB, --plan predicts '
+              f'{f["planned_gb"]} GB')
     per_weight = bytes_per_int8_weight()
     print(f'decoding in int8: {per_weight:.2f} bytes a weight')
     common.finish('lowering', 1, settings=dict(config), results=results, int8_bytes=per_weight)

@@ -36,7 +36,7 @@ def until_first_step(command):
     lines = common.follow(command)
     for line in lines:
         now = time.perf_counter() - t0
-        if 'M parameters; ' in line:
+        if 'M parameters' in line:
             ready = now
         elif line.startswith('step 0: '):
             evaluated = now

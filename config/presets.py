@@ -24,3 +24,11 @@ PRESETS = {
         'lr_schedule': 'wsd', 'decay_fraction': 0.6, 'warmup_iters': 20, 'lr_decay_iters': None,
     },
 }
+
+
+def fill(config):
+    """Set what the preset sets and nobody has given; -> these settings."""
+    settings = {key: value for key, value in PRESETS[config['preset']].items()
+                if key not in config.given}
+    config.update(settings)
+    return settings

@@ -11,20 +11,41 @@ Reads a folder of texts, .jsonl, .json, .csv, .tsv or .parquet. Writes lines
 texts that each rule removed, with examples: both whole or not at all.
 
 Every step is optional. They run in this order:
-    --normalize  Unicode NFC, plain line ends, no control characters
-    --language   only documents in these languages (ISO 639: en or en,de,fr;
+    --html       keeps the main text of HTML pages, without menus and scripts:
+                 .html files, and texts in tables that begin as a page
+    --normalize  writes Unicode NFC, plain line ends, no control characters
+    --lines=10   drops lines that 10 documents or more have, such as "Accept
+                 cookies", but for the first. It reads the input twice. It is
+                 not for source code.
+    --language   keeps documents in these languages (ISO 639: en or en,de,fr;
                  Chinese is safer as zh,wuu,yue)
-    --gopher     the length, prose and repetition rules of DeepMind's Gopher,
-                 for English prose: they drop most source code, tables, and
-                 languages written without spaces. For other languages add
+    --gopher     applies the length, prose and repetition rules of DeepMind's
+                 Gopher, for English prose: they drop most source code, tables,
+                 and languages written without spaces. For other languages add
                  --gopher_skip=stop_words.
-    --exact      copies, white space aside; the first one stays
-    --near=0.8   documents that share about 80% of their runs of five words
-                 with an earlier one that stays
+    --quality=MODEL --quality_min=0.5
+                 drops texts that a model scores lower; for a model of your own
+                 texts: python -m data.clean train-quality --help
+    --toxic=MODEL --toxic_max=0.5
+                 drops texts that are more like the bad ones of a model
+    --decontaminate=FILES
+                 drops documents with 13 words in a row of an evaluation set:
+                 texts, and tables with a task per row in any fields
+    --mask=email,phone,ip
+                 writes |||EMAIL_ADDRESS|||, |||PHONE_NUMBER||| and
+                 |||IP_ADDRESS||| in their place
+    --exact      drops copies, white space aside; the first one stays
+    --near=0.8   drops documents that share about 80% of their runs of five
+                 words with an earlier one that stays
 
-Speed, in MB of Wikipedia per second and core: --near 7, --gopher 5, --language
-8 (2 for documents of a few hundred characters). Memory per document that
-stays: 0.2 kB for --exact, 2 kB for --near=0.8; 50 to 150 MB per process.
+Several machines: --part=2/8 does the second of 8 shares of the input, and
+--join=FOLDER joins the parts; see data/README.md.
+
+Speed, in MB of text per second and core: --near 7, --gopher 5, --language 8 (2
+for documents of a few hundred characters), --html 7 of markup, --mask 5 to 8,
+--quality 15, --decontaminate 12. Memory per document that stays: 0.2 kB for
+--exact, 2 kB for --near=0.8; 50 to 150 MB per process, more by 160 MB for
+--lines and 23 times the longest page for --html.
 """
 
 import collections
@@ -34,22 +55,33 @@ import hashlib
 import json
 import os
 import re
+import sys
 import time
-import zlib
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from configurator import UserError, nearest
+from data import classifier
+from data.classifier import load_model
+from data.clean_report import Tally, print_report
+from data.decontaminate import EvaluationIndex
 from data.documents import find_files, list_files, read_documents, text_size
-from data.encode import make_parser, names_of, positive, run
+from data.encode import make_parser, names_of, paths_of, positive, run
+from data.gopher import GOPHER, gopher
+from data.lines import LineCounts, line_keys, unique_keys
+from data.mask import MASKS, mask
+from data.minhash import NearDuplicates, load_minhash, signature
+from data.pages import is_page, load_resiliparse, main_text
+from data.parts import OTHER, Parts, Whole, find_part, part_files, part_of, report_of
 from flatgpt import files
 from tokenizer.patterns import batches, nfc
 from tokenizer.workers import Workers, core_count
 
 BATCH_CHARS = 1 << 19  # one task of a worker: costs more than its transfer, small in memory
-EXAMPLES = 3           # removed documents shown per rule
-EXCERPT_CHARS = 150
+BLANK = {'html': 'no main text', 'normalize': 'nothing but control characters',
+         'lines': 'nothing but lines that many documents have'}
 
 
 # Normalize --------------------------------------------------------------------------------------
@@ -94,105 +126,6 @@ def find_language(text: str) -> tuple[str, float]:
     return language, float(probability)
 
 
-# Gopher -----------------------------------------------------------------------------------------
-
-# Least and most of each measure, in the order in which they are checked. Rae et al. 2021, "Scaling
-# Language Models: Methods, Analysis & Insights from Training Gopher" (2112.11446), A.1.1.
-GOPHER = {
-    # "Quality filtering"
-    'words': (50, 100_000),          # white space separates words, here and below
-    'word_length': (3, 10),          # characters, on average
-    'hashes': (0, 0.1),              # "#" per word
-    'ellipses': (0, 0.1),            # "..." and "…" per word
-    'bullet_lines': (0, 0.9),        # share of lines that begin with a bullet
-    'ellipsis_lines': (0, 0.3),      # share of lines that end with an ellipsis
-    'alphabetic_words': (0.8, 1),    # share of words with a letter in them
-    'stop_words': (2, 8),            # number of the eight that occur; English only
-    # "Repetition removal", table A1: shares of lines, of paragraphs, or of characters
-    'duplicate_lines': (0, 0.3),
-    'duplicate_line_chars': (0, 0.2),
-    'duplicate_paragraphs': (0, 0.3),
-    'duplicate_paragraph_chars': (0, 0.2),
-    'top_2gram': (0, 0.20),          # characters in the most frequent run of two words
-    'top_3gram': (0, 0.18),
-    'top_4gram': (0, 0.16),
-    'duplicate_5gram': (0, 0.15),    # characters in runs of five words that came before
-    'duplicate_6gram': (0, 0.14),
-    'duplicate_7gram': (0, 0.13),
-    'duplicate_8gram': (0, 0.12),
-    'duplicate_9gram': (0, 0.11),
-    'duplicate_10gram': (0, 0.10),
-}
-STOP_WORDS = {'the', 'be', 'to', 'of', 'and', 'that', 'have', 'with'}
-BULLETS = ('•', '‣', '◦', '▪', '●', '*', '-')
-
-
-def quality(text: str) -> dict[str, float]:
-    """Compute the measures of Gopher's quality rules. The text must have a word."""
-    words = text.split()
-    lines = [line.strip() for line in text.split('\n') if line.strip()]
-    return {
-        'words': len(words),
-        'word_length': sum(map(len, words)) / len(words),
-        'hashes': text.count('#') / len(words),
-        'ellipses': (text.count('...') + text.count('…')) / len(words),
-        'bullet_lines': sum(line.startswith(BULLETS) for line in lines) / len(lines),
-        'ellipsis_lines': sum(line.endswith(('...', '…')) for line in lines) / len(lines),
-        'alphabetic_words': sum(any(map(str.isalpha, word)) for word in words) / len(words),
-        'stop_words': len(STOP_WORDS.intersection(re.findall('[a-z]+', text.lower()))),
-    }
-
-
-def repetition(text: str) -> dict[str, float]:
-    """Compute the measures of Gopher's repetition rules. The text must have a word.
-
-    Where the paper is open: only the later occurrences of a line, paragraph or run of words are
-    duplicates. Characters are those of stripped lines, and of words without the space between
-    them. The most frequent run occurs twice at least; of equally frequent ones the longest counts.
-    """
-    measures = {}
-    for kind, pieces in (('line', text.split('\n')), ('paragraph', re.split(r'\n\s*\n', text))):
-        pieces = [piece.strip() for piece in pieces if piece.strip()]
-        once = set(pieces)  # all but the first of each are copies
-        measures[f'duplicate_{kind}s'] = (len(pieces) - len(once)) / len(pieces)
-        n_chars = sum(map(len, pieces))
-        measures[f'duplicate_{kind}_chars'] = (n_chars - sum(map(len, once))) / n_chars
-
-    words = text.split()
-    ids = {}
-    word_ids = np.array([ids.setdefault(word, len(ids)) for word in words], dtype=np.int64)
-    ends = np.cumsum([0] + [len(word) for word in words])  # ends[j] - ends[i]: chars of words[i:j]
-    measures.update((rule, 0.0) for rule in GOPHER if rule.endswith('gram'))
-    grams = word_ids  # grams[i]: number of the run of n words at word i, the same for equal runs
-    for n in range(2, min(10, len(words)) + 1):
-        _, first, grams, counts = np.unique(grams[:-1] * len(ids) + word_ids[n - 1:],
-                                            return_index=True, return_inverse=True,
-                                            return_counts=True)
-        if counts.max() == 1:  # then no longer run occurs twice either
-            break
-        if n <= 4:
-            top = first[counts == counts.max()]
-            longest = (ends[top + n] - ends[top]).max()
-            measures[f'top_{n}gram'] = float(longest * counts.max() / ends[-1])
-        else:
-            is_copy = np.ones(len(grams), dtype=bool)
-            is_copy[first] = False
-            # a word counts once if a copy begins at it, or at most n - 1 words before
-            covered = np.convolve(is_copy, np.ones(n, dtype=int)) > 0
-            measures[f'duplicate_{n}gram'] = float(np.diff(ends)[covered].sum() / ends[-1])
-    return measures
-
-
-def gopher(text: str, skip=()) -> tuple[str, float] | None:
-    """Return the first rule, not in skip, that the text breaks, and its measure."""
-    for measure in (quality, repetition):  # the second takes most of the time
-        measures = measure(text)
-        for rule, (least, most) in GOPHER.items():
-            if rule in measures and rule not in skip and not least <= measures[rule] <= most:
-                return rule, measures[rule]
-    return None
-
-
 # Exact ------------------------------------------------------------------------------------------
 
 def digest(text: str) -> bytes:
@@ -200,152 +133,207 @@ def digest(text: str) -> bytes:
     return hashlib.blake2b(' '.join(text.split()).encode(), digest_size=16).digest()
 
 
-# Near -------------------------------------------------------------------------------------------
-# MinHash signatures of the runs of five words, as FineWeb makes them (arXiv 2406.17557: 112 hashes,
-# five words). The share of equal numbers in two signatures estimates the Jaccard similarity of the
-# two sets of runs, to 0.04.
-
-HASHES = 112
-SHINGLE_WORDS = 5
-RECALL = 0.9       # least chance that two documents of exactly the threshold share a bucket
-BUCKET_SIZE = 100  # most documents of a bucket that a new one is compared with
-# Scripts without spaces between words (Thai, Lao, Burmese, Khmer, Japanese, Chinese): every
-# character is a word.
-SPACELESS = ('\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff'
-             '\U00020000-\U0003ffff')
-WORD = re.compile(rf'[{SPACELESS}]|[^\W{SPACELESS}]+')
-# odd factors lose no bits; RandomState draws the same in every version of NumPy
-FACTORS = np.random.RandomState(1).randint(0, 2**63, SHINGLE_WORDS + HASHES, np.uint64) * 2 + 1
-
-
-@functools.cache
-def load_minhash():
-    """Return a MinHash of datasketch, whose own buckets take 5.4 kB a document."""
-    try:
-        from datasketch import MinHash
-    except ImportError:
-        raise UserError("--near needs datasketch: pip install -e '.[clean]'") from None
-    return MinHash(HASHES, seed=1, hashfunc=int, scheme='affine32')
-
-
-def signature(text: str) -> np.ndarray | None:
-    """Return the signature, (HASHES,) uint32, of a text; None if it has no words."""
-    words = WORD.findall(text.lower())
-    if not words:
-        return None
-    hashes = np.array([zlib.crc32(word.encode()) for word in words], dtype=np.uint64)
-    # The hash of a run is the sum of its words' hashes, each times the factor of its place, so that
-    # words are hashed once, not five times. A shorter text is one run.
-    runs = max(1, len(hashes) - SHINGLE_WORDS + 1)
-    shingles = sum(hashes[i:i + runs] * factor
-                   for i, factor in enumerate(FACTORS[:min(SHINGLE_WORDS, len(hashes))]))
-    shingles >>= np.uint64(32)
-    minhash = load_minhash()
-    minhash.clear()
-    for i in range(0, runs, 2048):  # 2048 * HASHES numbers of 4 bytes fit into a core's cache
-        minhash.update_batch(shingles[i:i + 2048])
-    return minhash.digest()
-
-
-class NearDuplicates:
-    """Keep documents unless they resemble one that is kept.
-
-    A new document is compared with those that share a bucket: `rows` numbers of the signature at
-    one place. There are as many buckets as fit; more rows give fewer chance meetings. At 0.8 that
-    is FineWeb's 14 buckets of 8. Only kept documents are in the table, so every removed document
-    resembles one that stays, unlike in methods that join pairs to chains.
-
-    A new document is compared with at most BUCKET_SIZE documents per bucket. A longer bucket holds
-    text that pages of one template share; copies of a page also meet in other buckets. Without the
-    bound, n pages just below the threshold would take n * n comparisons.
-
-    Memory per kept document: 0.5 kB of signature and 0.11 kB per bucket: 2 kB at 0.8, 4.6 at 0.5.
-    """
-
-    def __init__(self, threshold: float):
-        self.threshold = threshold
-        self.rows = max(rows for rows in range(1, HASHES + 1)
-                        if 1 - (1 - threshold**rows)**(HASHES // rows) >= RECALL)
-        self.bands = HASHES // self.rows
-        self.factors = FACTORS[SHINGLE_WORDS:][:self.bands * self.rows].reshape(self.bands, -1)
-        self.numbers, self.buckets = [], {}
-        self.signatures = np.empty((1024, HASHES), dtype=np.uint32)  # grows before it is full
-
-    def find(self, new: np.ndarray, number: int) -> tuple[int, float] | None:
-        """Return the first kept document that is similar, and the similarity.
-
-        -> None when there is none; then the new document is kept under its number.
-        """
-        # key of a bucket: 64 bits of its numbers, mixed with factors of its own
-        bands = new[:self.factors.size].reshape(self.factors.shape)
-        keys = (bands * self.factors).sum(axis=1).tolist()
-        candidates = self.candidates(keys)
-        similarity = np.mean(self.signatures[candidates] == new, axis=1)
-        if (similarity >= self.threshold).any():
-            first = int(np.argmax(similarity >= self.threshold))
-            return self.numbers[candidates[first]], float(similarity[first])
-        if len(self.numbers) == len(self.signatures):  # by an eighth, to waste little memory
-            self.signatures.resize((len(self.signatures) * 9 // 8, HASHES), refcheck=False)
-        self.signatures[len(self.numbers)] = new
-        alone = (len(self.numbers),)  # one tuple for all buckets in which it is the first
-        for key in keys:
-            if len(bucket := self.buckets.get(key, ())) < BUCKET_SIZE:
-                self.buckets[key] = bucket + alone if bucket else alone
-        self.numbers.append(number)
-        return None
-
-    def candidates(self, keys) -> list[int]:
-        """Return the indices of the kept documents in the buckets of these keys, sorted."""
-        return sorted({i for key in keys for i in self.buckets.get(key, ())})
-
-
 # All steps --------------------------------------------------------------------------------------
 # Workers do the steps that need one document alone. The steps that need the documents before it
 # run here, in order, so the number of workers does not change the result.
 
-Steps = collections.namedtuple('Steps', 'normalize language gopher gopher_skip exact near',
-                               defaults=(False, (), False, (), False, None))
-# text: None if normalize() left it as it is. rule, reason: of its removal, None if it passes.
-# digest, signature: None without their steps.
-Finding = collections.namedtuple('Finding', 'text rule reason digest signature',
-                                 defaults=(None, None))
+class Steps(NamedTuple):
+    """Hold the steps to do, in their order, as the options of the command name them."""
+
+    html: bool = False
+    normalize: bool = False
+    lines: int | None = None
+    language: tuple[str, ...] = ()
+    gopher: bool = False
+    gopher_skip: tuple[str, ...] = ()
+    quality: str | None = None
+    quality_min: float = 0.5
+    toxic: str | None = None
+    toxic_max: float = 0.5
+    decontaminate: tuple[str, ...] = ()
+    mask: tuple[str, ...] = ()
+    exact: bool = False
+    near: float | None = None
+    part: tuple[int, int] | None = None  # 2 of 8
 
 
-def examine(batch, steps: Steps) -> list[Finding]:
-    """Apply to each (number, text) the steps that need it alone."""
-    return [examine_text(text, steps) for _, text in batch]
+class Finding(NamedTuple):
+    """Hold what the steps of one document found."""
+
+    text: str | None = None  # None: it is as it was
+    rule: str | None = None  # of its removal; None: it passes
+    reason: str | None = None
+    digest: bytes | None = None  # None without --exact
+    signature: np.ndarray | None = None  # None without --near
+    changes: dict[str, int] = {}  # counts of the rewriting steps
+    scores: dict[str, float] = {}  # of --quality and --toxic
+    content: int = 0  # a hash, with --part
 
 
-def examine_text(text, steps):
-    changed = None
-    if steps.normalize and (new := normalize(text)) != text:
-        text = changed = new
-        if not text or text.isspace():
-            return Finding(changed, 'normalize: blank', 'nothing but control characters')
-    if steps.language:
-        language, probability = find_language(text)
-        rule, reason = f'language: {language}', f'probability {probability:.2f}'
-        if language not in steps.language:
-            return Finding(changed, rule, reason)
-        if probability < SURE:
-            return Finding(changed, f'{rule}, unsure', f'{reason}, expected {SURE} or more')
-    if steps.gopher and (broken := gopher(text, steps.gopher_skip)):
-        rule, value = broken
-        least, most = GOPHER[rule]
-        reason = f'{value:,.6g}, expected {least:g} to {most:,g}'
-        return Finding(changed, f'gopher: {rule}', reason)
-    return Finding(changed, None, None, digest(text) if steps.exact else None,
-                   signature(text) if steps.near is not None else None)
+class Examiner:
+    """Apply the steps that need one document alone. Each worker has a copy."""
+
+    def __init__(self, steps: Steps):
+        self.steps = steps
+        self.evaluation = EvaluationIndex(steps.decontaminate)
+        self.quality = load_model(steps.quality) if steps.quality else None
+        self.toxic = load_model(steps.toxic) if steps.toxic else None
+
+    def examine(self, text: str) -> Finding:
+        """Apply all steps to a document. With --part, the rule of others' documents is OTHER."""
+        content = 0
+        if self.steps.part:
+            number, count = self.steps.part
+            part, content = find_part(text, count)
+            if part != number:
+                return Finding(rule=OTHER, content=content)
+        rewritten = self.rewrite(text)
+        if not rewritten.rule:
+            rewritten = combine(rewritten, self.judge(
+                text if rewritten.text is None else rewritten.text))
+        return rewritten._replace(content=content)
+
+    def rewrite(self, text: str) -> Finding:
+        """Apply the steps that change a text before others judge it."""
+        original, changes = text, {}
+        for step, is_on, function in (('html', self.steps.html and is_page(text), main_text),
+                                      ('normalize', self.steps.normalize, normalize)):
+            if is_on and (new := function(text)) != text:
+                text, changes[f'changed by {step}'] = new, 1
+                if not text or text.isspace():
+                    return Finding(text, f'{step}: blank', BLANK[step])
+        return Finding(None if text == original else text, changes=changes)
+
+    def rewrite_lines(self, text: str) -> tuple[Finding, np.ndarray]:
+        """Return rewrite(), and the keys of the lines of its text."""
+        finding = self.rewrite(text)
+        return finding, line_keys(text if finding.text is None else finding.text)
+
+    def rewritten_keys(self, text: str) -> np.ndarray:
+        """Return the keys of the lines of rewrite()'s text, each once."""
+        finding = self.rewrite(text)
+        return unique_keys('' if finding.rule else text if finding.text is None else finding.text)
+
+    def judge(self, text: str | None) -> Finding:
+        """Apply the steps that drop documents, and --mask. None: it is dropped already."""
+        steps = self.steps
+        if text is None:
+            return Finding()
+        if steps.language:
+            language, probability = find_language(text)
+            rule, reason = f'language: {language}', f'probability {probability:.2f}'
+            if language not in steps.language:
+                return Finding(None, rule, reason)
+            if probability < SURE:
+                return Finding(None, f'{rule}, unsure', f'{reason}, expected {SURE} or more')
+        if steps.gopher and (broken := gopher(text, steps.gopher_skip)):
+            rule, value = broken
+            least, most = GOPHER[rule]
+            reason = f'{value:,.6g}, expected {least:g} to {most:,g}'
+            return Finding(None, f'gopher: {rule}', reason)
+        scores = {}
+        if steps.quality:
+            scores['quality'] = score = self.quality.score(text)
+            if score < steps.quality_min:
+                reason = f'score {score:.3f}, expected {steps.quality_min} or more'
+                return Finding(None, 'quality', reason, scores=scores)
+        if steps.toxic:
+            scores['toxic'] = score = 1 - self.toxic.score(text)
+            if score > steps.toxic_max:
+                reason = f'score {score:.3f}, expected {steps.toxic_max} or less'
+                return Finding(None, 'toxic', reason, scores=scores)
+        if steps.decontaminate and (common := self.evaluation.find(text)):
+            return Finding(None, f'decontaminate: {common[0]}', common[1], scores=scores)
+        changes, counts = {}, {}
+        if steps.mask:
+            text, counts = mask(text, steps.mask)
+            changes = {'changed by mask': 1} if counts else {}
+        return Finding(text if counts else None, None, None,
+                       digest(text) if steps.exact else None,
+                       signature(text) if steps.near is not None else None,
+                       {**changes, **{f'masked {kind}': n for kind, n in counts.items()}}, scores)
 
 
-def in_order(tasks, steps, num_proc):
-    """Yield (batch, findings) for each batch of (number, text), in order."""
-    work = functools.partial(examine, steps=steps)
+def combine(rewritten: Finding, judged: Finding) -> Finding:
+    """Return one finding for those of two steps after each other."""
+    return judged._replace(
+        text=rewritten.text if judged.text is None else judged.text,
+        changes={**rewritten.changes, **judged.changes})
+
+
+examiner = None  # in a worker process: its Examiner
+
+
+def start_worker(received):
+    """Keep the Examiner in a worker process."""
+    global examiner
+    examiner = received
+
+
+def call_worker(method, batch) -> list:
+    """Apply a method of the worker's Examiner to each (number, text)."""
+    return [getattr(examiner, method)(text) for _, text in batch]
+
+
+@contextlib.contextmanager
+def mapping(examiner: Examiner, num_proc):
+    """Yield map(method, batches), which yields (batch, the method's results), in order."""
     if num_proc == 1:
-        yield from ((batch, work(batch)) for batch in tasks)
+        yield lambda method, tasks: (
+            (batch, [getattr(examiner, method)(text) for _, text in batch]) for batch in tasks)
         return
-    with Workers(num_proc) as workers:
-        yield from workers.map(work, tasks)
+    with Workers(num_proc, start_worker, examiner) as workers:
+        yield lambda method, tasks: workers.map(functools.partial(call_worker, method), tasks)
+
+
+def in_order(tasks, examiner: Examiner, num_proc, counts: LineCounts | None = None):
+    """Yield (number, text, finding) for each of the batches of (number, text), in order.
+
+    counts: of the lines, for --lines; its step is between the others, here.
+    """
+    with mapping(examiner, num_proc) as work:
+        if counts is None:
+            for batch, findings in work('examine', tasks):
+                yield from ((*pair, finding) for pair, finding in zip(batch, findings, strict=True))
+            return
+        waiting = collections.deque()  # batches, and their findings so far
+
+        def without_lines():
+            for batch, results in work('rewrite_lines', tasks):
+                findings = [drop_lines(text, *result, counts)
+                            for (_, text), result in zip(batch, results, strict=True)]
+                waiting.append((batch, findings))
+                yield [(None, None if finding.rule else
+                        text if finding.text is None else finding.text)
+                       for (_, text), finding in zip(batch, findings, strict=True)]
+
+        for _, results in work('judge', without_lines()):
+            for (number, text), finding, judged in zip(*waiting.popleft(), results, strict=True):
+                yield number, text, finding if finding.rule else combine(finding, judged)
+
+
+def drop_lines(text, finding: Finding, keys, counts) -> Finding:
+    """Drop the frequent lines of a text, or of its rewritten form."""
+    if finding.rule:
+        return finding
+    new = counts.drop(text if finding.text is None else finding.text, keys)
+    if new is None:
+        return finding
+    if not new or new.isspace():
+        return Finding(new, 'lines: blank', BLANK['lines'])
+    return finding._replace(text=new, changes={**finding.changes, 'changed by lines': 1})
+
+
+def count_lines(tasks, examiner: Examiner, num_proc) -> LineCounts:
+    """Read the corpus a first time, to count its lines."""
+    counts = LineCounts(examiner.steps.lines)
+    with mapping(examiner, num_proc) as work, tqdm(
+            desc='counting lines', unit=' documents', disable=None, leave=False) as bar:
+        for batch, keys in work('rewritten_keys', tasks):
+            counts.add(np.concatenate(keys))
+            bar.update(len(batch))
+    counts.check()
+    return counts
 
 
 def clean(path, file, steps: Steps, *, text_key: str = 'text', num_proc: int = 1) -> dict:
@@ -353,74 +341,103 @@ def clean(path, file, steps: Steps, *, text_key: str = 'text', num_proc: int = 1
 
     Raises UserError when none passes, and for input that read_documents() refuses.
     """
-    documents = {'read': 0, 'kept': 0, 'changed by normalize': 0}
-    sizes, removed = {'read': 0, 'kept': 0}, {}
-    seen, near = set(), None if steps.near is None else NearDuplicates(steps.near)
-    tasks = batches(enumerate(read_documents(path, text_key), 1), BATCH_CHARS,
-                    length=lambda numbered: len(numbered[1]))
-    with tqdm(desc='cleaning', total=text_size(find_files(path, text_key)[0]), unit='B',
-              unit_scale=True, disable=None, leave=False, dynamic_ncols=True) as bar, \
-            contextlib.closing(in_order(tasks, steps, num_proc)) as results:
-        for (number, original), finding in (
-                pair for task in results for pair in zip(*task, strict=True)):
-            rule, reason = finding.rule, finding.reason
-            size = len(original.encode())
-            documents['read'] += 1
-            sizes['read'] += size
+    def read_batches():
+        return batches(enumerate(read_documents(path, text_key, html=steps.html), 1), BATCH_CHARS,
+                       length=lambda numbered: len(numbered[1]))
+
+    tally, examiner = Tally(steps), Examiner(steps)
+    whole = Whole() if steps.part else None
+    counts = count_lines(read_batches(), examiner, num_proc) if steps.lines else None
+    bar = tqdm(desc='cleaning', total=text_size(find_files(path, text_key)[0]), unit='B',
+               unit_scale=True, disable=None, leave=False, dynamic_ncols=True)
+
+    def counted(results):
+        """Yield the documents of this part, and count them."""
+        for number, text, finding in results:
+            size = len(text.encode())
             bar.update(size)
-            if rule is None and finding.digest is not None:
-                if finding.digest in seen:
-                    rule, reason = 'exact', 'a copy of an earlier document'
-                seen.add(finding.digest)
-            if (rule is None and finding.signature is not None
-                    and (similar := near.find(finding.signature, number))):
-                rule, reason = 'near', f'{similar[1]:.2f} like document {similar[0]:,}'
-            if rule is None:
-                text = original if finding.text is None else finding.text
-                documents['kept'] += 1
-                documents['changed by normalize'] += finding.text is not None
-                sizes['kept'] += len(text.encode())
-                file.write(json.dumps({'text': text}, ensure_ascii=False).encode() + b'\n')
-                continue
-            entry = removed.setdefault(rule, {'documents': 0, 'bytes': 0, 'examples': []})
-            entry['documents'] += 1
-            entry['bytes'] += size
-            if len(entry['examples']) < EXAMPLES:
-                text = ' '.join(original[:4 * EXCERPT_CHARS].split())
-                text = text[:EXCERPT_CHARS] + '...' * (len(text) > EXCERPT_CHARS)
-                entry['examples'].append({'document': number, 'why': reason, 'text': text})
-    removed = dict(sorted(removed.items(), key=lambda item: (-item[1]['documents'], item[0])))
-    if not documents['kept']:
-        rule, entry = next(iter(removed.items()))
-        step, _, name = rule.partition(': ')
-        remedy = (f'--gopher_skip={name} skips that rule' if step == 'gopher' else
-                  f'leave out --{step}, or relax it')
-        raise UserError(f'all {documents["read"]:,} documents would be removed, so nothing was '
-                        f'written. The rule {rule!r} removes {entry["documents"]:,}, the first '
-                        f'for: {entry["examples"][0]["why"]}; {remedy}')
-    for entry in removed.values():
-        entry['share of documents'] = entry['documents'] / documents['read']
-        entry['share of bytes'] = entry['bytes'] / sizes['read']
-    return {'version': 1, 'source': os.path.basename(os.path.abspath(path)),
-            'steps': steps._asdict(), 'documents': documents, 'bytes': sizes, 'removed': removed}
+            if whole is not None:
+                whole.add(number, finding.content)
+            if finding.rule != OTHER:
+                tally.read(size, finding.scores)
+                yield number, text, size, finding
+
+    with bar, contextlib.closing(in_order(read_batches(), examiner, num_proc, counts)) as results:
+        write_kept(counted(results), file, tally)
+    report = tally.report(os.path.basename(os.path.abspath(path)))
+    if counts is not None:
+        report['lines'] = counts.report()
+    if steps.decontaminate:
+        report['decontaminate'] = examiner.evaluation.report(tally)
+    if steps.part:
+        report['part'] = whole.report(tally)
+    return report
 
 
-def report_of(out) -> str:
-    """Return the path of the report that belongs to a file of clean documents."""
-    return os.path.splitext(out)[0] + '.report.json'
+def write_kept(documents, file, tally):
+    """Do the steps that need earlier documents, and write what stays.
+
+    documents: (number, text, bytes of the original, finding).
+    """
+    steps = tally.steps
+    seen, near = set(), None if steps.near is None else NearDuplicates(steps.near)
+    for number, original, size, finding in documents:
+        rule, reason = finding.rule, finding.reason
+        if rule is None and finding.digest is not None:
+            if finding.digest in seen:
+                rule, reason = 'exact', 'a copy of an earlier document'
+            seen.add(finding.digest)
+        if (rule is None and finding.signature is not None
+                and (similar := near.find(finding.signature, number))):
+            rule, reason = 'near', f'{similar[1]:.2f} like document {similar[0]:,}'
+        if rule is None:
+            text = original if finding.text is None else finding.text
+            tally.keep(finding.changes, len(text.encode()))
+            row = {'text': text}
+            if steps.part:
+                row.update({'document': number, 'bytes': size, 'changes': finding.changes})
+            file.write(json.dumps(row, ensure_ascii=False).encode() + b'\n')
+        else:
+            tally.remove(rule, {'document': number, 'why': reason, 'text': original}, size)
+
+
+def join_parts(paths, file, steps: Steps, num_proc: int = 1) -> dict:
+    """Write the documents of all parts of a corpus in its order; -> the report.
+
+    Drops copies if the parts' steps did, and what is near if these or `steps` do.
+    """
+    parts = Parts(paths, Steps._fields)
+    last = Steps(exact=steps.exact or parts.steps['exact'], near=steps.near or parts.steps['near'])
+    tally = Tally(Steps(**{**parts.steps, 'exact': last.exact, 'near': last.near}))
+    parts.fill(tally)
+    waiting = collections.deque()  # rows on their way through the workers
+
+    def numbered():
+        for row in parts.rows():
+            waiting.append(row)
+            yield row['document'], row['text']
+
+    tasks = batches(numbered(), BATCH_CHARS, length=lambda pair: len(pair[1]))
+    with contextlib.closing(in_order(tasks, Examiner(last), num_proc)) as results:
+        write_kept(((number, text, waiting[0]['bytes'], finding._replace(
+            changes=waiting.popleft()['changes'])) for number, text, finding in results),
+            file, tally)
+    return parts.complete(tally.report(parts.source))
 
 
 def clean_to(out, path, steps: Steps, **options) -> dict:
     """Write clean() to `out`, with its report, both or neither; -> the report.
 
-    Only a crash between the two renames leaves the new report beside the old documents.
+    path: the input, or a list of the parts to join. Only a crash between the two renames leaves
+    the new report beside the old documents.
     """
     folder = os.path.dirname(os.path.abspath(out))
     lock = files.lock_folder(folder, 'cleaning a corpus into')
+    write = join_parts if isinstance(path, list | tuple) else clean
     try:
         with files.explain_full_disk(folder, f'{out}, about the size of the input'):
             with files.replacing(out) as file:
-                report = clean(path, file, steps, **options)
+                report = write(path, file, steps, **options)
                 content = json.dumps(report, indent=1, ensure_ascii=False) + '\n'
                 # first: where the documents are, their report is
                 files.replace_file(report_of(out), content.encode())
@@ -447,18 +464,33 @@ def check_out(out, path):
 
 def check_steps(steps):
     """Raise UserError for no steps, unknown names, or values out of range."""
-    if steps == Steps():
-        raise UserError('no step to do; expected one or more of --normalize, --language=en, '
-                        '--gopher, --exact, --near=0.8 (see --help)')
+    if steps._replace(part=None) == Steps():
+        raise UserError('no step to do; expected one or more of --html, --normalize, --lines=10, '
+                        '--language=en, --gopher, --quality=MODEL, --decontaminate=FILES, '
+                        '--mask=email,phone,ip, --exact, --near=0.8 (see --help)')
     if steps.gopher_skip and not steps.gopher:
         raise UserError(f'--gopher_skip={",".join(steps.gopher_skip)} needs --gopher')
     languages = sorted(load_identifier().labels) if steps.language else []
     for option, names, known in (('--language', steps.language, languages),
+                                 ('--mask', steps.mask, MASKS),
                                  ('--gopher_skip', steps.gopher_skip, GOPHER)):
         for name in names:
             if name not in known:
                 raise UserError(f'{option}={",".join(names)}: unknown {name!r}'
                                 f'{nearest(name, known)}; expected some of: {" ".join(known)}')
+    for option in ('quality_min', 'toxic_max'):
+        model, value = option.partition('_')[0], getattr(steps, option)
+        if not 0 <= value <= 1:
+            raise UserError(f'--{option} is {value}; expected a score from 0 to 1, such as 0.5')
+        if value != 0.5 and getattr(steps, model) is None:
+            raise UserError(f'--{option}={value} needs --{model}=MODEL')
+    if steps.part and steps.lines:
+        raise UserError('--lines counts the lines of the whole corpus; leave it out with --part, '
+                        'and do it on the joined file')
+    if steps.lines == 1:
+        raise UserError('--lines=1 would drop every line; expected 2 or more, such as --lines=10')
+    if steps.html:
+        load_resiliparse()  # raises where it is missing
     if steps.near is not None:
         # below 0.5, most documents of a kind are candidates of each other: n * n comparisons
         if not 0.5 <= steps.near <= 1:
@@ -467,49 +499,61 @@ def check_steps(steps):
         load_minhash()  # raises where datasketch is missing
 
 
-def print_report(report):
-    documents, size, removed = report['documents'], report['bytes'], report['removed']
-    print(f'{"read":32} {documents["read"]:>12,} documents {size["read"] / 1e6:>12,.2f} MB')
-    for rule, entry in list(removed.items())[:20]:
-        print(f'- {rule:30} {entry["documents"]:>12,} {entry["share of documents"]:>9.2%} '
-              f'{entry["bytes"] / 1e6:>12,.2f} MB')
-        example = entry['examples'][0]
-        line = f'    document {example["document"]:,} ({example["why"]}): {example["text"]!r}'
-        print(line if len(line) <= 80 else f'{line[:77]}...')
-    if len(removed) > 20:
-        print(f'- and {len(removed) - 20} rules more, in the report')
-    print(f'{"kept":32} {documents["kept"]:>12,} {documents["kept"] / documents["read"]:>9.2%} '
-          f'{size["kept"] / 1e6:>12,.2f} MB')
-    if documents['changed by normalize']:
-        print(f'{documents["changed by normalize"]:,} of them were changed by --normalize')
-
-
 def main():
-    parser = make_parser(__doc__)
+    if sys.argv[1:2] == ['train-quality']:
+        return classifier.main(sys.argv[2:])
+    parser = make_parser(__doc__, usage='python -m data.clean --input=IN --out=OUT.jsonl STEPS')
     parser.prog = 'python -m data.clean'
     add = parser.add_argument
-    add('--input', required=True,
+    add('--input',
         help='a text, a folder, or a .jsonl, .json, .csv, .tsv, .parquet file')
     add('--out', required=True, help='the .jsonl file to write')
     add('--text_key', default='text', help='field of a table that holds the text')
+    add('--html', action='store_true', help='the main text of HTML pages')
     add('--normalize', action='store_true', help='NFC, plain line ends, no control characters')
+    add('--lines', type=positive, nargs='?', const=10,
+        help='drop lines that this many documents have, but for the first (10)')
     add('--language', type=names_of, default=(), help='languages to keep: en, or en,de,fr')
     add('--gopher', action='store_true', help='length, prose and repetition rules')
     add('--gopher_skip', type=names_of, default=(), help='rules to skip: stop_words,hashes')
+    add('--quality', help='a model of good and bad texts')
+    add('--quality_min', type=float, default=0.5, help='least score to keep (0.5)')
+    add('--toxic', help='a model whose bad texts are toxic')
+    add('--toxic_max', type=float, default=0.5, help='greatest toxic score to keep (0.5)')
+    add('--decontaminate', type=paths_of, default=(),
+        help='evaluation sets of which no document may hold 13 words in a row')
+    add('--mask', type=names_of, default=(), help='kinds to replace: email,phone,ip')
     add('--exact', action='store_true', help='drop copies')
     add('--near', type=float, nargs='?', const=0.8, help='drop documents this similar (0.8)')
+    add('--part', type=part_of, help='do a share of the input: 2/8 is the second of 8')
+    add('--join', type=paths_of, help='parts to join: files, or a folder of them')
     add('--num_proc', type=positive, default=core_count(), help='processes (one per core)')
     args = parser.parse_args()
 
     started = time.time()
     steps = Steps(*(getattr(args, name) for name in Steps._fields))
-    check_steps(steps)
-    check_out(args.out, args.input)
-    list_files(args.input, args.text_key)
-    report = clean_to(args.out, args.input, steps, text_key=args.text_key, num_proc=args.num_proc)
+    if (args.input is None) == (args.join is None):
+        raise UserError('expected either --input=FILE, to clean, or --join=FOLDER, of the parts of '
+                        'a corpus')
+    if args.join:
+        if steps != Steps(exact=steps.exact, near=steps.near):
+            raise UserError('--join does no step but --exact and --near; the parts had the others')
+        paths = part_files(args.join)
+        options = {'num_proc': args.num_proc}
+    else:
+        check_steps(steps)
+        list_files(args.input, args.text_key)
+        paths, options = args.input, {'text_key': args.text_key, 'num_proc': args.num_proc}
+    for path in paths if args.join else [paths]:
+        check_out(args.out, path)
+    report = clean_to(args.out, paths, steps, **options)
     print_report(report)
     print(f'wrote  {args.out} and {report_of(args.out)} in {time.time() - started:.1f} s')
-    print(f'next:  python data/text/prepare.py --input={args.out}')
+    if steps.part:
+        print(f'next:  python -m data.clean --join={os.path.dirname(args.out) or "."} '
+              f'--out=FILE.jsonl, when all {steps.part[1]} parts are in that folder')
+    else:
+        print(f'next:  python data/text/prepare.py --input={args.out}')
 
 
 if __name__ == '__main__':

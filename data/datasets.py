@@ -115,6 +115,14 @@ def load_meta(data_dir):
     return {'dtype': np.dtype(np.uint16), **meta, 'digest': digest_of(data_dir, meta)}
 
 
+def sizes_of(data_dir):
+    """Return a dataset's (ids of its vocabulary, row), None where they are not known."""
+    if not any(os.path.exists(os.path.join(data_dir, f'meta.{kind}')) for kind in ('json', 'pkl')):
+        return None, None
+    meta = load_meta(data_dir)
+    return meta['vocab_size'], meta['row']
+
+
 def digest_of(data_dir, meta):
     """Hash a dataset's text and its split, to recognise it under any path.
 

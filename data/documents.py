@@ -19,15 +19,16 @@ import shlex
 import sys
 
 from configurator import UserError, nearest
+from data import pages
 from flatgpt import jsonl
 from flatgpt.inputs import LONGEST, open_text, open_utf8, read_lines, regular_file, start_of
 from tokenizer.patterns import to_utf8
 
 TEXT_SUFFIXES = set("""
     .txt .text .md .markdown .rst .org .tex .log .htm .html .xml .yaml .yml .toml .ini .cfg .srt
-    .css .sql .py .pyi .pyx .js .jsx .ts .tsx .java .kt .scala .c .h .cc .cpp .cxx .hpp .cu .cuh
-    .cs .m .swift .go .rs .zig .rb .pl .php .lua .r .jl .hs .ml .clj .ex .exs .erl .lisp .el .f90
-    .f .sh .bash .bat .ps1
+    .xhtml .css .sql .py .pyi .pyx .js .jsx .ts .tsx .java .kt .scala .c .h .cc .cpp .cxx .hpp .cu
+    .cuh .cs .m .swift .go .rs .zig .rb .pl .php .lua .r .jl .hs .ml .clj .ex .exs .erl .lisp .el
+    .f90 .f .sh .bash .bat .ps1
 """.split())
 LINES_SUFFIXES = {'.jsonl', '.ndjson'}
 ROW_SUFFIXES = {*LINES_SUFFIXES, '.csv', '.tsv', '.parquet'}
@@ -189,13 +190,13 @@ def read_parts(path, separator: str):
 
 
 def read_documents(path, text_key: str = 'text', min_score: float | None = None,
-                   separator: str | None = None):
+                   separator: str | None = None, html: bool = False):
     """Yield the documents, not blank, of a file, a folder, or a list of such.
 
     A text file is one document; more than DOCUMENT_CHARS characters come in several. A separator
     cuts it into documents. A table has a document per row, in the field `text_key`. min_score:
-    only rows of Parquet files whose 'score' is at least this. Raises UserError for input without
-    text, not UTF-8, or damaged.
+    only rows of Parquet files whose 'score' is at least this. html: .html files come whole, in the
+    encoding that they declare. Raises UserError for input without text, not UTF-8, or damaged.
     """
     paths = [path] if isinstance(path, (str, os.PathLike)) else path
     files = [name for path in paths for name in find_files(path, text_key)[0]]
@@ -209,6 +210,7 @@ def read_documents(path, text_key: str = 'text', min_score: float | None = None,
                             f'is for texts: leave it out')
         for text in (read_column(name, kind, text_key, min_score) if kind != 'text' else
                      read_parts(name, separator) if separator else
+                     [pages.read_page(name)] if html and pages.FILE_NAME.search(name) else
                      read_text(name, DOCUMENT_CHARS)):
             if text and not text.isspace():
                 is_blank = False

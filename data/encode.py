@@ -396,7 +396,12 @@ def names_of(text) -> tuple[str, ...]:
     return tuple(filter(None, map(str.strip, text.split(','))))
 
 
-PATHS = ('input', 'out', 'out_dir', 'template', 'tokenizer')
+def paths_of(text) -> tuple[str, ...]:
+    """Parse an option as paths with commas; ~ is expanded."""
+    return tuple(map(os.path.expanduser, names_of(text)))
+
+
+PATHS = ('input', 'out', 'out_dir', 'template', 'tokenizer', 'quality', 'toxic')
 
 
 class Once(argparse.Action):

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+FEW = 16  # items
+
 
 def mix(x, key):
     """Scramble uint64 numbers x under keys, as SplitMix64 does (Steele et al. 2014)."""
@@ -15,10 +17,15 @@ def mix(x, key):
 def shuffled(i, n, key):
     """Return the places of indices i in an order of 0..n-1 that (n, key) fixes.
 
-    i, key: uint64 arrays of one shape. A Feistel network permutes the smallest even number of bits
-    that hold n. It is applied again where it leaves the range (Black & Rogaway 2002). So no
-    permutation of a billion windows is stored.
+    i, key: uint64 arrays of one shape, (m,). A Feistel network permutes the smallest even number of
+    bits that hold n. It is applied again where it leaves the range (Black & Rogaway 2002). So no
+    permutation of a billion windows is stored. Few items, where the network's permutations are not
+    equally frequent, are sorted by scrambled numbers.
     """
+    if n <= FEW:
+        scrambled = mix(np.arange(n, dtype=np.uint64)[None], key[:, None])  # (m, n)
+        places = np.argsort(scrambled, axis=1)[np.arange(len(i)), i.astype(np.int64)]
+        return places.astype(np.uint64)
     half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     low = (np.uint64(1) << half) - np.uint64(1)
     i, outside = i.copy(), np.ones(len(i), dtype=bool)

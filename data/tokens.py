@@ -16,6 +16,7 @@ import torch
 from configurator import UserError
 from data.datasets import prepare_command
 from data.shuffle import epoch_places, train_items
+from flatgpt.cut import Cut
 from flatgpt.parallel import World
 
 
@@ -120,10 +121,14 @@ def train_windows(first, n_sequences, n_tokens, block_size, seed):
     the first and the last window are moved to the ends, so every token but the first is a target.
     """
     last = n_tokens - 1 - block_size  # where the last window begins
-    per_epoch = (last + 2 * block_size - 2) // block_size + 1  # enough for the largest offset
-    places, key = epoch_places(first, n_sequences, per_epoch, seed)
+    places, key = epoch_places(first, n_sequences, per_epoch(n_tokens, block_size), seed)
     offsets = (key % np.uint64(block_size)).astype(np.int64)
     return np.clip(places.astype(np.int64) * block_size - offsets, 0, last)
+
+
+def per_epoch(n_tokens, block_size):
+    """Return the number of windows of an epoch, enough for the largest offset."""
+    return (n_tokens + block_size - 3) // block_size + 1
 
 
 def whole_windows(n_tokens, block_size, row=None):
@@ -162,12 +167,24 @@ def eval_windows(splits, eval_iters, cut, eval_tokens=0):
 
 
 def share_of(starts, n_tokens, world):
-    """Return this process's part of an evaluation's windows, equally many in all processes.
+    """Return this process's windows of an evaluation, as many as the others'.
 
     Windows past the end, which have no targets, fill the parts up: shards are gathered together.
     """
     filled = np.append(starts, np.full(-len(starts) % world.size, n_tokens))
     return filled[world.rank :: world.size]
+
+
+def draw(tokens, first, n, block_size, seed):
+    """Return the first positions of the next n training windows, (n,).
+
+    first: how many were drawn before. tokens may be several datasets, see mixture.Sources.
+    """
+    if hasattr(tokens, 'draw'):
+        return tokens.draw(first, n, block_size, seed)
+    if row := row_of(tokens):
+        return train_items(first, n, len(tokens) // row, seed) * row
+    return train_windows(first, n, len(tokens), block_size, seed)
 
 
 # From windows to tensors --------------------------------------------------------------------------
@@ -179,13 +196,10 @@ def gather(tokens, starts, block_size, vocab_size):
     Past the end of the tokens x is 0 and y is -1, which the loss ignores; y is -1 also where the
     mask of Rows is 0. Raises UserError on an id that the model has no embedding for.
     """
-    if hasattr(tokens, 'gather'):  # device.DeviceTokens
+    if hasattr(tokens, 'gather'):  # device.DeviceTokens, mixture.Sources
         return tokens.gather(starts, block_size)
     index = np.asarray(starts)[:, None] + np.arange(block_size + 1)
-    ids = tokens[np.minimum(index, len(tokens) - 1)].astype(np.int64)
-    if ids.max() >= vocab_size:
-        place = np.unravel_index(ids.argmax(), ids.shape)
-        raise unknown_id(index[place], ids[place], vocab_size)
+    ids = ids_at(tokens, np.minimum(index, len(tokens) - 1), vocab_size)
     is_outside = index >= len(tokens)
     no_target = is_outside[:, 1:]
     if isinstance(tokens, Rows):
@@ -194,8 +208,19 @@ def gather(tokens, starts, block_size, vocab_size):
     return torch.from_numpy(x), torch.from_numpy(y)
 
 
+def ids_at(tokens, index, vocab_size):
+    """Return the ids at positions, int64. Raises UserError on one without an embedding."""
+    ids = tokens[index].astype(np.int64)
+    if ids.max() >= vocab_size:
+        place = np.unravel_index(ids.argmax(), ids.shape)
+        raise unknown_id(index[place], ids[place], vocab_size)
+    return ids
+
+
 def count_targets(tokens, starts, block_size):
     """Return the number of targets in the training windows at `starts`."""
+    if hasattr(tokens, 'count_targets'):
+        return tokens.count_targets(starts, block_size)
     if not isinstance(tokens, Rows):
         return len(starts) * block_size
     return int(tokens.mask[starts[:, None] + np.arange(1, block_size + 1)].sum())
@@ -219,44 +244,6 @@ def to_device(batch, device):
 
 
 @dataclass
-class Cut:
-    """Describe a step's cut: sequences -> processes -> micro-batches of batch_size."""
-
-    sequences: int  # per step, over all processes
-    block_size: int
-    batch_size: int = 1
-    micro_steps: int = 1  # per process
-    smaller: int = 0  # the next smaller batch_size that divides the step; 0: none
-
-    @property
-    def tokens(self):
-        return self.sequences * self.block_size
-
-
-def cut_step(config, block_size, n_processes):
-    """Cut a step into micro-batches; -> Cut.
-
-    config: total_batch_size in tokens, 0 for nanoGPT's gradient_accumulation_steps * batch_size *
-    block_size; batch_size. Raises UserError naming a setting that divides evenly.
-    """
-    tokens, unit = config['total_batch_size'], block_size * n_processes
-    if tokens == 0:
-        tokens = config['gradient_accumulation_steps'] * config['batch_size'] * block_size
-    if tokens % unit:
-        raise UserError(f'a step of {tokens:,} tokens is not a whole number of sequences of '
-                        f'{block_size} tokens for each of {n_processes} processes; try '
-                        f'--total_batch_size={max(1, tokens // unit) * unit}')
-    per_process = tokens // unit
-    batch_size = min(config['batch_size'], per_process)
-    smaller = max((n for n in range(1, batch_size) if per_process % n == 0), default=0)
-    if per_process % batch_size:
-        raise UserError(f'{per_process} sequences per step and process are not a whole number of '
-                        f'micro-batches of batch_size={batch_size}; try --batch_size={smaller}, '
-                        f'which keeps the mathematics')
-    return Cut(tokens // block_size, block_size, batch_size, per_process // batch_size, smaller)
-
-
-@dataclass
 class Batches:
     """Draw this process's micro-batches -> ([(x, y, share), ...], n_targets).
 
@@ -275,11 +262,7 @@ class Batches:
 
     def __call__(self, seen):
         cut, world, first = self.cut, self.world, seen // self.cut.block_size
-        if row := row_of(self.tokens):
-            starts = train_items(first, cut.sequences, len(self.tokens) // row, self.seed) * row
-        else:
-            starts = train_windows(first, cut.sequences, len(self.tokens), cut.block_size,
-                                   self.seed)
+        starts = draw(self.tokens, first, cut.sequences, cut.block_size, self.seed)
         n_targets = count_targets(self.tokens, starts, cut.block_size)
         parts = starts.reshape(world.size, cut.micro_steps, cut.batch_size)[world.rank]
         micro_batches = []

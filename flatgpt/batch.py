@@ -3,6 +3,8 @@ Sample continuations of many prompts, from a file of JSON lines into another.
 
     $ python -m flatgpt.batch --prompts=in.jsonl --out=out.jsonl --out_dir=out
     $ python -m flatgpt.batch --prompts=in.jsonl --out=out.jsonl --best_of=8
+    $ torchrun --standalone --nproc_per_node=8 -m flatgpt.batch --prompts=in.jsonl \
+        --out=out.jsonl
 
 A line of prompts is {"prompt": "text"}, {"ids": [1, 2]} or {"messages": [{"role":
 "user", "content": "text"}]}, the same kind in all lines. Its other keys are copied.
@@ -12,7 +14,8 @@ A line of results has in addition "samples", a list of {"text", "finish"}. finis
 "answer" and "votes" to the line. The order of lines is kept.
 
 All prompts are checked before the first is sampled. The same command continues a
-run that was killed.
+run that was killed, with any number of processes: they share the batches, which stay
+as they are.
 """
 
 import re
@@ -33,7 +36,7 @@ from configurator import (
     UserError,
     override,
 )
-from flatgpt import decoding, jsonl, output
+from flatgpt import decoding, jsonl, output, parallel, shares
 from flatgpt.files import read_text
 from flatgpt.generate import generate_texts
 from flatgpt.sampling import Sampling, likeliest, majority
@@ -119,7 +122,15 @@ def result_of(samples):
     return result
 
 
-# open the model
+def keep(finished):
+    """Write those of {line number: result} that are not written, in the main process."""
+    for number in set(finished) - set(results.done) if results else ():
+        results.add(number, finished[number])
+        bar.update()
+
+
+# join the other processes, and open the model
+world, _ = shares.join(device)
 model, tokenizer, template, line = decoding.open_model(config)
 block_size = model.config.block_size
 
@@ -147,7 +158,8 @@ sampling = Sampling(
     slide=slide, stops=stops, num_samples=rows, seed=seed, constraint=constraint)
 
 # choose device, precision and compilation
-dtype = decoding.prepare(model, config, max(rows, batch_size), max_new_tokens)
+at_once = max(rows, batch_size)
+dtype = decoding.prepare(model, config, at_once, max_new_tokens, world.local_rank)
 print(line, flush=True)
 
 # open the results; the digest covers all that they depend on. Batches change only the rounding,
@@ -158,39 +170,54 @@ weights = [tensor.flatten()[:8].tolist() for tensor in model.state_dict().values
 config |= {'prompts': '', 'out': '', 'batch_size': 0 if dtype == 'float32' else batch_size}
 digest = tokenizers.digest({'settings': config, 'weights': weights,
                             'tokenizer': tokenizer.to_dict(), 'prompts': list(lines.items())})
+world.check_alike({**config, 'dtype': dtype, 'digest': digest})
 n_tokens, started = 0, time.perf_counter()
 smaller = 'batch_size' if batch_size > rows else 'best_of' if best_of else 'num_samples'
 try:
-    results = jsonl.Results(out, digest)
-    bar = tqdm(total=len(lines), initial=len(results.done), unit='prompt', disable=None,
-               leave=False, dynamic_ncols=True, miniters=0)
+    with shares.together(world):  # the main process alone writes
+        results = jsonl.Results(out, digest) if world.is_main else None
+    done = world.from_main(set(results.done) if results else None)
+    bar = tqdm(total=len(lines), initial=len(done), unit='prompt', leave=False, dynamic_ncols=True,
+               disable=None if world.is_main else True, miniters=0)
 
     # sample prompts of similar lengths together, the longest first: memory runs out early or never
-    waiting = sorted(set(lines) - set(results.done), key=lambda number: -len(prompt_ids[number]))
+    waiting = sorted(set(lines) - done, key=lambda number: -len(prompt_ids[number]))
     size = max(1, batch_size // rows)
-    for i in range(0, len(waiting), size):
-        numbers, n_before = waiting[i : i + size], n_tokens
-        batch = [prompt_ids[number] for number in numbers]
-        with decoding.explain_out_of_memory(f'use a smaller --{smaller}'):
-            if i == 0:
+    batches = [waiting[i : i + size] for i in range(0, len(waiting), size)]
+    for first in range(0, len(batches), world.size):  # a batch for each process
+        numbers, n_before = next(iter(batches[first + world.rank :]), []), n_tokens
+        batch, finished = [prompt_ids[number] for number in numbers], {}
+        with (shares.together(world),
+              decoding.explain_out_of_memory(f'use a smaller --{smaller}')):
+            if batch and first == 0:
                 decoding.warm_up(model, generate_texts(model, tokenizer, batch, sampling, numbers))
-            for samples in generate_texts(model, tokenizer, batch, sampling, numbers):
+            steps = generate_texts(model, tokenizer, batch, sampling, numbers) if batch else ()
+            for samples in steps:
                 for k, number in enumerate(numbers):
                     group = samples[k * rows : (k + 1) * rows]
-                    if number not in results.done and all(sample.finish for sample in group):
-                        results.add(number, result_of(group))
-                        bar.update()
+                    if number not in finished and all(sample.finish for sample in group):
+                        finished[number] = result_of(group)
+                        keep({number: finished[number]})
                 n_tokens = n_before + sum(len(sample.ids) for sample in samples)
                 rate = n_tokens / (time.perf_counter() - started)
                 bar.set_postfix_str(f'{rate:,.0f} tokens/s', refresh=False)
                 bar.update(0)
+        n_tokens = n_before + int(world.sum([n_tokens - n_before])[0])
+        parts = shares.gather([finished], world)
+        with shares.together(world):
+            for part in parts:
+                keep(part)
     bar.close()
 
     # write the results in the order of the prompts
-    results.finish(lines)
+    with shares.together(world):
+        if results:
+            results.finish(lines)
 except OSError as error:
     raise UserError(f'{out} cannot be written: {error}; free space or use another --out') from error
 except KeyboardInterrupt:
-    raise SystemExit(f'\nstopped by Ctrl-C; the same command continues from {out}.part') from None
+    why = f'\nstopped by Ctrl-C; the same command continues from {out}.part'
+    raise SystemExit(why if world.is_main else 1) from None
+parallel.disconnect()
 seconds = time.perf_counter() - started
 print(f'{out}: {len(lines):,} prompts, {n_tokens:,} tokens in {seconds:.1f} s')

@@ -103,6 +103,8 @@ def load(path, part='all'):
     if sum(weight.nbytes for weight in state['model'].values()) > 2 * os.path.getsize(path):
         raise UserError(f'{path} has weights larger than the file; restore a copy')  # tied: twice
     if 'shards' in state:
+        if 'optimizer' not in state:
+            raise UserError(f'{path} names shards, but has no optimizer; restore a copy')
         from flatgpt import shards
 
         state = shards.read(path, state, part)
@@ -210,16 +212,21 @@ class Run:
         """
         if not math.isfinite(val_loss):
             self.stop_not_finite(f'val loss is {val_loss}')
-        self.saver.wait()
-        self.best_val_loss = self.saved_best  # the best is the best on disk
+        self.settle()
         is_best = val_loss < self.best_val_loss
         self.evals_since_best = 0 if is_best else self.evals_since_best + 1
         if self.step and (is_best or always_save):
             self.best_val_loss = min(val_loss, self.best_val_loss)
             self.save(state_of, is_best)
 
+    def settle(self):
+        """Wait for the last save; all processes take over what the main one has saved."""
+        self.saver.wait()
+        self.saved_step, self.saved_best = self.world.from_main((self.saved_step, self.saved_best))
+        self.best_val_loss = self.saved_best  # the best is the best on disk
+
     def save(self, state_of, is_best=False):
-        """Write ckpt.pt, in a thread if memory has room; see written().
+        """Write ckpt.pt, in a thread if memory has room; see write() and settle().
 
         Weights that are not finite stop the run unsaved.
         """
@@ -237,35 +244,37 @@ class Run:
             self.write_log()
         if self.world.is_main or is_sharded:
             self.saver.start(partial(self.write, is_best, is_sharded), state)
-        else:
-            self.saved_step, self.saved_best = self.step, self.best_val_loss
 
     def write(self, is_best, is_sharded, state):
         """Write a checkpoint. A full disk prints a warning."""
-        step = state['iter_num']
+        step, problem, say = state['iter_num'], None, self.say if self.world.is_main else len
+        try:
+            if self.world.is_main:
+                self.keep_folder()
+        except (OSError, UserError) as error:
+            problem = error
         try:
             if is_sharded:
                 from flatgpt import shards  # takes a second to import
 
-                state = shards.write(self.out_dir, state, self.world.writers)
+                state = shards.write(self.out_dir, state, self.world.writers, problem)
+            elif problem:
+                raise problem
             if self.world.is_main:
-                self.keep_folder()
                 save(self.out_dir, state, is_best)
                 remove_shards(self.out_dir)
         except (OSError, UserError) as error:
-            self.say(f'WARNING: {self.path} could not be saved at step {step} ({error}). '
-                     f'The one before is untouched; free some space before the next save')
+            say(f'WARNING: {self.path} could not be saved at step {step} ({error}). '
+                f'The one before is untouched; free some space before the next save')
             return
         self.saved_step, self.saved_best = step, state['best_val_loss']
-        if self.world.is_main:
-            self.say(f'saved {self.path} at step {step}' + ' (best so far)' * is_best)
+        say(f'saved {self.path} at step {step}' + ' (best so far)' * is_best)
 
     def finish(self, state_of):
         """Save the last state; -> whether the run is complete, else print its command."""
         if self.tried_step < self.step:
             self.save(state_of)
-        self.saver.wait()
-        self.best_val_loss = self.saved_best
+        self.settle()
         if self.world.is_main and self.stop_reason:
             print(f'{self.stop_reason} after step {self.step}. To go on:\n  {self.command()}')
         return not self.stop_reason

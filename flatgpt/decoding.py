@@ -17,7 +17,7 @@ from contextlib import contextmanager
 import torch
 
 from configurator import UserError, printable
-from flatgpt import pretrained, runtime
+from flatgpt import parallel, pretrained, runtime
 from flatgpt.constrain import Constraint
 from flatgpt.files import read_text
 from flatgpt.quantize import for_decoding, has_bf16_products
@@ -33,13 +33,14 @@ def open_model(config):
     return opened
 
 
-def prepare(model, config, rows=1, n_tokens=math.inf):
+def prepare(model, config, rows=1, n_tokens=math.inf, local_rank=None):
     """Choose device, precision and compilation, and convert the model; -> the dtype.
 
     config: the settings device, dtype, quantize and compile. rows: samples at once. n_tokens: of
-    each. Prints the choices to stderr. Raises UserError for a setting that cannot be met.
+    each. local_rank: of a script for several processes. Prints the choices to stderr. Raises
+    UserError for a setting that cannot be met.
     """
-    device, dtype = runtime.choose_device(config['device']), config['dtype']
+    device, dtype = runtime.choose_device(config['device'], local_rank), config['dtype']
     runtime.use_cores()
     if device.type == 'cpu':
         runtime.keep_freed_memory()
@@ -61,7 +62,8 @@ def prepare(model, config, rows=1, n_tokens=math.inf):
     threads = f' (threads: {torch.get_num_threads()})' if device.type == 'cpu' else ''
     choices = (f'device {device}{threads}, dtype {dtype} ({dtype_reason}), '
                f'compile {compile} ({compile_reason})')
-    print(textwrap.fill(choices, 80, subsequent_indent='  '), file=sys.stderr, flush=True)
+    if parallel.from_environment().is_main:
+        print(textwrap.fill(choices, 80, subsequent_indent='  '), file=sys.stderr, flush=True)
     torch_dtype = torch.int8 if dtype == 'int8' else runtime.DTYPES[dtype]
     for_decoding(model.to(device), torch_dtype, compile)
     # on a CPU only single rows are compiled, see generate.Decoder
@@ -72,8 +74,9 @@ def prepare(model, config, rows=1, n_tokens=math.inf):
 def warm_up(model, steps):
     """Compile the step of one token, if prepare() chose that, by three steps."""
     if model.has_compiled_step:
-        print('compiling the step of one token (--compile=False starts at once)', file=sys.stderr,
-              flush=True)
+        if parallel.from_environment().is_main:
+            print('compiling the step of one token (--compile=False starts at once)',
+                  file=sys.stderr, flush=True)
         model.has_compiled_step = runtime.compile_or_eager(lambda: list(itertools.islice(steps, 3)))
 
 

@@ -66,6 +66,16 @@ def read_torch(path):
     return content
 
 
+def glance(path):
+    """Return a checkpoint's content, its tensors left on the disk. Raises UserError."""
+    try:
+        content = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+    except Exception as error:  # what torch and pickle raise for damaged files
+        raise UserError(f'{path} is damaged, or no checkpoint ({type(error).__name__}); restore a '
+                        f'copy') from error
+    return check_content(content, Checkpoint, path)
+
+
 def conform(value, rule, name=''):
     """Return `value`, its containers copied, where it follows a rule.
 
@@ -280,6 +290,13 @@ def load_optimizer(optimizer, saved, may_be_empty=False):
     optimizer.load_state_dict({'state': state, 'param_groups': groups})
 
 
+class Mixed(TypedDict):
+    """Hold the place of a run in its datasets, in sequences."""
+
+    anneal_start: Natural
+    drawn: dict[str, Natural]
+
+
 class Shards(TypedDict):
     """Name the folder with the tensors of a sharded checkpoint, and its files' CRC-32."""
 
@@ -311,6 +328,7 @@ class Checkpoint(Required, total=False):
     wandb_id: str | None
     lora: Adapters
     shards: Shards
+    mixture: Mixed
     reward_model: bool
     measure: str
     reference: str

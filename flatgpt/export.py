@@ -22,8 +22,8 @@ from typing import Literal
 import torch
 
 from configurator import UserError, fit, override
-from flatgpt import checkpoint, huggingface, output
-from flatgpt.pretrained import open_model, path_in
+from flatgpt import checkpoint, files, huggingface, output
+from flatgpt.pretrained import checkpoint_path, open_model
 
 output.protect()
 
@@ -41,13 +41,21 @@ if not out:
     raise UserError("out='': expected the folder to write, such as --out=my-gpt")
 
 if consolidate:
-    path = path_in(out_dir, which)
-    state = checkpoint.load(path)
-    state.pop('shards', None)
+    path = checkpoint_path(init_from, out_dir, which)
+    if path is None or 'dtype' in config.given:
+        raise UserError('consolidate=True writes the checkpoint of a run as it is; expected its '
+                        'folder, --out_dir=FOLDER, and no --dtype')
     if os.path.exists(out):
         raise UserError(f'{out} exists; name another --out, or remove it')
+    state = checkpoint.load(path)
+    state.pop('shards', None)
     os.makedirs(out)
-    checkpoint.save(out, state, is_best=which == 'best')
+    try:
+        with files.explain_full_disk(out, 'the checkpoint'):
+            checkpoint.save(out, state, is_best=os.path.basename(path) == 'best.pt')
+    except UserError:
+        os.rmdir(out)
+        raise
     print(f'{path}: step {state["iter_num"]}')
     print(f'wrote {os.path.join(out, "ckpt.pt")}: one file, '
           f'{os.path.getsize(os.path.join(out, "ckpt.pt")) / 1e6:.1f} MB')

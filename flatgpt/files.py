@@ -92,21 +92,25 @@ def link_file(path, name):
         raise
 
 
-def move_aside(folder, names):
+def move_aside(folder, names, links=()):
     """Move files of a folder to previous-N in it, all or none; -> that folder.
 
-    After a crash or an error in between, put_back() restores them.
+    links: names of folders that stay, of which previous-N gets linked copies. After a crash or an
+    error in between, put_back() restores them.
     """
     n, moving = 1, os.path.join(folder, MOVING)
     while os.path.exists(target := os.path.join(folder, f'previous-{n}')):
         n += 1
     os.makedirs(moving)
     try:
+        for name in links:
+            shutil.copytree(os.path.join(folder, name), os.path.join(moving, name),
+                            copy_function=link_file)
         for name in names:
             os.replace(os.path.join(folder, name), os.path.join(moving, name))
         os.rename(moving, target)
     except OSError:
-        put_back(folder, names)
+        put_back(folder, [*names, *links])
         raise
     return target
 
@@ -116,6 +120,9 @@ def put_back(folder, names):
     moving = os.path.join(folder, MOVING)
     if os.path.isdir(moving) and not os.path.islink(moving):
         for name in names:
+            if os.path.isdir(os.path.join(folder, name)):  # it is a linked copy
+                shutil.rmtree(os.path.join(moving, name), ignore_errors=True)
+                continue
             with contextlib.suppress(FileNotFoundError):
                 os.replace(os.path.join(moving, name), os.path.join(folder, name))
         os.rmdir(moving)

@@ -1,10 +1,10 @@
 """
 Optimize the matrices of blocks by Muon, the rest by AdamW.
 
-Keller Jordan et al. 2024 (kellerjordan.github.io/posts/muon, github.com/KellerJordan/Muon): a
-step is the momentum of a matrix with all singular values brought to about 1, so that rare
-directions of the gradient count as much as frequent ones. In every parameter group, lr_scale times
-the rate of the schedule is the rate of the group.
+A step is the momentum of a matrix with all singular values brought to about 1. So rare directions
+of the gradient count as much as frequent ones. Source: Keller Jordan et al. 2024
+(kellerjordan.github.io/posts/muon, github.com/KellerJordan/Muon). In every
+parameter group, lr_scale times the rate of the schedule is the rate of the group.
 """
 
 import torch

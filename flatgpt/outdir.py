@@ -12,7 +12,7 @@ import shutil
 from contextlib import contextmanager, suppress
 
 from configurator import UserError
-from flatgpt.entries import read_torch
+from flatgpt.entries import glance
 from flatgpt.files import (
     MOVING,
     link_file,
@@ -25,7 +25,7 @@ from flatgpt.files import (
 from tokenizer.base import remove_temporaries
 
 FILES = ('best.pt', 'log.jsonl', 'config.json', 'ckpt.pt')  # of a run, in its out_dir
-SHARDS = re.compile(r'shards-\d{1,12}')  # its folders with the tensors of a sharded checkpoint
+SHARDS = re.compile(r'shards-\d{1,12}(-\d{1,2})?')  # its folders of shards
 
 
 def files_in(out_dir):
@@ -34,16 +34,22 @@ def files_in(out_dir):
     return sorted(filter(SHARDS.fullmatch, names)) + [name for name in FILES if name in names]
 
 
+UNKNOWN = '?'  # the folder of a checkpoint that cannot be read
+
+
 def shards_of(path):
-    """Return the name of the folder with the tensors of a checkpoint, None without one."""
-    return read_torch(path).get('shards', {}).get('folder') if os.path.exists(path) else None
+    """Return the name of the folder of a checkpoint's shards, None, or UNKNOWN."""
+    try:
+        return glance(path).get('shards', {}).get('folder') if os.path.exists(path) else None
+    except UserError:
+        return UNKNOWN
 
 
 def remove_shards(out_dir):
     """Remove the folders of shards that no checkpoint in out_dir names."""
     if folders := list(filter(SHARDS.fullmatch, os.listdir(out_dir))):
         named = {shards_of(os.path.join(out_dir, name)) for name in ('ckpt.pt', 'best.pt')}
-        for name in set(folders) - named:
+        for name in set(folders) - named if UNKNOWN not in named else ():
             shutil.rmtree(os.path.join(out_dir, name), ignore_errors=True)
 
 
@@ -106,16 +112,13 @@ def put_aside(out_dir, best_alone=False):
 
     best_alone: move best.pt, and its shards if ckpt.pt has others.
     """
-    there, links = files_in(out_dir), []
+    names, links = files_in(out_dir), []
     if best_alone:
         best, last = (shards_of(os.path.join(out_dir, name)) for name in ('best.pt', 'ckpt.pt'))
-        links = [best] if best and best == last else []
-        there = [name for name in there if name in {'best.pt', best} - {last}]
-    moved_to = move_aside(out_dir, there) if {'ckpt.pt', 'best.pt'} & set(there) else None
-    for name in links if moved_to else ():
-        shutil.copytree(os.path.join(out_dir, name), os.path.join(moved_to, name),
-                        copy_function=link_file)
-    return moved_to
+        links = [best] if best == last and best in names else []
+        names = [name for name in names if name in {'best.pt', best} - {last}]
+    has_state = {'ckpt.pt', 'best.pt'} & set(names)
+    return move_aside(out_dir, names, links) if has_state else None
 
 
 def keep_log_until(out_dir, step):

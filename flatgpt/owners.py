@@ -1,8 +1,8 @@
 """
 Compute with whole matrices of which each process holds some rows.
 
-A process owns every n-th matrix of a batch. It gets the other processes' rows of its matrices in
-one exchange, computes with whole matrices, and returns to each its rows of the results.
+A process owns every n-th matrix of a batch. One exchange brings it the other processes' rows of
+its matrices. It computes with whole matrices, and returns each process's rows.
 """
 
 import torch
@@ -63,7 +63,7 @@ class Owners:
                                               async_op=True)
 
     def shards(self, buffer):
-        """Return this process's rows of all results from a buffer, in the order of the input."""
+        """Return this process's rows of all results, in the input's order."""
         shards = buffer.view(self.n, self.heights[self.rank], self.columns)
         return [shards[self.order.index(i)] for i in range(self.n)]
 

@@ -20,7 +20,8 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from configurator import UserError, fit
 
-LOCAL = {'out_dir', 'dataset', 'init_from', 'device'}  # settings that may differ between machines
+# settings that may differ between machines
+LOCAL = {'out_dir', 'dataset', 'anneal_dataset', 'init_from', 'device'}
 
 
 @dataclass
@@ -56,6 +57,13 @@ class World:
         if self.size > 1:
             dist.all_reduce(numbers.div_(self.size))
         return numbers
+
+    def from_main(self, value):
+        """Return the main process's value in all processes."""
+        values = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(values)
+        return values[0]
 
     def check_alike(self, facts):
         """Compare {name: value} over the processes. Raises UserError if they differ."""
@@ -101,10 +109,17 @@ def average_gradients(model, world, device):
     return DDP(model, [device] if device.type == 'cuda' else None, gradient_as_bucket_view=True)
 
 
-def norm_of(params):
-    """Return the norm of all gradients together, of all processes where they are sharded."""
+def clip(params, most):
+    """Scale gradients down to a norm of `most`; -> the norm before.
+
+    most: 0 scales nothing. It is the norm of all gradients together, over all processes where they
+    are sharded.
+    """
     norm = torch.nn.utils.get_total_norm([p.grad for p in params])
-    return norm.full_tensor() if hasattr(norm, 'full_tensor') else norm
+    norm = norm.full_tensor() if hasattr(norm, 'full_tensor') else norm
+    if most and (norm.is_cuda or norm > most):  # no wait for a GPU's norm
+        torch.nn.utils.clip_grads_with_norm_(params, most, norm)
+    return norm
 
 
 def meet(store, world, patience=1800):

@@ -17,7 +17,7 @@ from config.presets import PRESETS
 from configurator import UserError, printable
 from flatgpt import huggingface, lora, sharded
 from flatgpt.checkpoint import load, no_checkpoint
-from flatgpt.entries import load_optimizer, without_memory
+from flatgpt.entries import glance, load_optimizer, without_memory
 from flatgpt.parallel import from_environment
 from model import GPT, GPTConfig, padded_vocab_size
 from tokenizer import vocabulary
@@ -83,8 +83,7 @@ def checkpoint_path(init_from, out_dir, which='best'):
 def dataset_of(init_from, out_dir, which='best'):
     """Return the --dataset of a run. Raises UserError if it is not recorded."""
     path = checkpoint_path(init_from, out_dir, which)
-    # mapped: the tensors stay on the disk
-    state = torch.load(path, map_location='cpu', weights_only=True, mmap=True) if path else {}
+    state = glance(path) if path else {}
     if not state.get('config', {}).get('dataset'):
         raise UserError(f'{path or init_from} does not name the dataset that it was trained on; '
                         f'expected --dataset=NAME or --input=FILE')
@@ -142,7 +141,7 @@ def build(kind, state, path, dropout):
         config = GPTConfig(**{**state['model_args'], 'dropout': dropout})
         shapes = without_memory(kind, config, len(state['model']))
         shapes.load_state_dict(state['model'], assign=True)
-        if next(shapes.parameters()).is_meta:  # shards.restore() fills it
+        if next(shapes.parameters()).is_meta:  # sharded.restore() fills it
             return without_memory(kind, config, len(state['model']))
         model = kind(config)
         model.load_state_dict(state['model'])
@@ -290,7 +289,8 @@ def resume(path, config, meta, data_dir):
     same_name = settings.get('dataset') in (None, config['dataset'])
     same_text = state['data'] == meta['digest'] if 'data' in state else same_name
     if not same_text or settings.get('eval_tokens', 0) != config['eval_tokens']:
-        changed = 'other tokens of val count' if same_text else f'{data_dir} holds another text'
+        changed = ('other tokens of val count' if same_text else
+                   f'{data_dir} holds another text, or datasets have other shares,')
         from_environment().print(f'{changed} than at step {state["iter_num"]}: the lowest val loss '
                                  f'starts anew')
         state.update(best_val_loss=math.inf, evals_since_best=0)

@@ -6,10 +6,12 @@ Write checkpoints in a thread, from a copy in memory, while training goes on.
     saver.wait()               # raises what `write` has raised
 """
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from flatgpt import runtime
 from flatgpt.owners import local
 
 
@@ -48,15 +50,6 @@ def copied(value, former, copies):
     return value
 
 
-def free_memory():
-    """Return the bytes of memory that are available, 0 where Linux's count is missing."""
-    try:
-        with open('/proc/meminfo') as file:
-            return next(1024 * int(line.split()[1]) for line in file if 'MemAvailable' in line)
-    except (OSError, StopIteration):
-        return 0
-
-
 class Saver:
     """Run one write at a time, in a thread if memory has room for a copy of its state."""
 
@@ -66,12 +59,19 @@ class Saver:
     def start(self, write, state):
         """Call write(state), now or in a thread."""
         self.wait()
-        n_bytes = sum(local(tensor).nbytes for tensor in tensors_in(state))
-        if not self.copy and n_bytes > free_memory() / 2:
-            write(state)
-        else:
-            self.copy = copied(state, self.copy, {})
-            self.running = self.thread.submit(write, {**self.copy})
+        tensors = list(tensors_in(state))
+        n_bytes = sum(local(tensor).nbytes for tensor in tensors)
+        if any(tensor is not local(tensor) for tensor in tensors):  # all processes copy at once
+            n_bytes *= int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+        if self.copy or n_bytes < runtime.free_memory() / 2:
+            try:
+                self.copy = copied(state, self.copy, {})
+                self.running = self.thread.submit(write, {**self.copy})
+                return
+            except (RuntimeError, MemoryError):  # no memory for a copy or a thread after all
+                # the old pool would still run what it could not start
+                self.thread, self.copy = ThreadPoolExecutor(max_workers=1), {}
+        write(state)
 
     def wait(self):
         """Wait until the last write has ended, and raise what it has raised."""

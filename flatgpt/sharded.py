@@ -5,13 +5,14 @@ Shard a model: each process holds a part of every weight, gradient and moment.
         model = GPT(config)            # shapes alone
     sharded.place(model, ...)          # this process's parts, with the weights of a single process
 
-torch's FSDP2 gathers the weights of a block when it computes, and averages and divides its
-gradients when its backward ends ("PyTorch FSDP", Zhao et al. 2023). Blocks are gathered in bf16
+torch's FSDP2 gathers a block's weights when it computes. When its backward pass ends, FSDP2
+averages and divides its gradients ("PyTorch FSDP", Zhao et al. 2023). Blocks are gathered in bf16
 where products are in bf16; embeddings, head, gradients and moments stay in fp32.
 """
 
 import os
 from contextlib import nullcontext
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -79,7 +80,7 @@ class Deferred:
             mode.__exit__(*error)
 
 
-def check_settings(config, world):
+def should_shard(config, world):
     """Return whether to shard; shard becomes 'none' for a single process.
 
     Raises UserError for settings that exclude it.
@@ -127,7 +128,7 @@ def place(model, shard, world, precision, device):
         for module in model.transformer.h.modules():
             kinds = {nn.LayerNorm: LayerNorm, nn.RMSNorm: RMSNorm}
             module.__class__ = kinds.get(type(module), type(module))
-    world.writers = dist.new_group(backend='gloo')
+    world.writers = dist.new_group(backend='gloo', timeout=timedelta(days=1))
     is_empty = model.lm_head.weight.is_meta
     for block in model.transformer.h:
         fully_shard(block, mesh=mesh, mp_policy=policy)
@@ -139,7 +140,7 @@ def place(model, shard, world, precision, device):
 
 
 def restore(model, optimizer, path, state):
-    """Fill a sharded model, and the optimizer state of its checkpoint, with this process's parts.
+    """Fill a sharded model and its saved moments with this process's parts.
 
     state: of a checkpoint in shards, or in one file, whose moments are divided.
     """

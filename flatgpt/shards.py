@@ -11,6 +11,7 @@ until then the checkpoint before is the valid one.
 """
 
 import glob
+import itertools
 import os
 import pathlib
 import pickle
@@ -28,7 +29,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from configurator import UserError
 from flatgpt.entries import FLOATS
 from flatgpt.files import sync_folder
-from flatgpt.outdir import SHARDS
+from flatgpt.outdir import SHARDS, UNKNOWN, shards_of
 
 FILE = re.compile(r'__\d{1,9}_\d{1,9}\.distcp|\.metadata')
 TENSOR = re.compile(r'model\..+|optimizer\.\d{1,9}\.(exp_avg|exp_avg_sq|momentum_buffer)')
@@ -36,7 +37,7 @@ TIED = 'lm_head.weight', 'transformer.wte.weight'  # one tensor with tie_embeddi
 
 
 class Unpickler(pickle.Unpickler):
-    """Read .metadata, which may hold the classes of torch.distributed.checkpoint alone."""
+    """Read .metadata, which may name classes of torch's checkpoints alone."""
 
     known = {f'{kind.__module__}.{kind.__qualname__}': kind for kind in (
         kinds.Metadata, kinds.MetadataIndex, kinds.TensorStorageMetadata, kinds.TensorProperties,
@@ -64,12 +65,25 @@ class Reader(dcp.FileSystemReader):
                 raise UserError(f'it names {name}, which is no tensor of a model or an optimizer')
             if tensor.properties.dtype not in FLOATS:
                 raise UserError(f'{name} is of {tensor.properties.dtype}, expected floats')
+            check_chunks(name, tensor)
             room -= tensor.size.numel() * tensor.properties.dtype.itemsize
         files = {place.relative_path for place in described.storage_data.values()}
         if room < 0 or not all(map(FILE.fullmatch, files)):
             raise UserError('it describes tensors that are not in its files')
         described.storage_meta = kinds.StorageMeta(load_id=self.load_id)
         return described
+
+
+def check_chunks(name, tensor):
+    """Raise UserError unless the chunks of a tensor are in it, as many numbers as it has."""
+    n = 0
+    for chunk in tensor.chunks:
+        ends = [offset + size for offset, size in zip(chunk.offsets, chunk.sizes, strict=True)]
+        is_inside = min((*tensor.size, *chunk.offsets, *chunk.sizes), default=0) >= 0 and all(
+            end <= size for end, size in zip(ends, tensor.size, strict=True))
+        n += chunk.sizes.numel() if is_inside else -1
+    if n != tensor.size.numel():
+        raise UserError(f'the chunks of {name} do not make up its {tuple(tensor.size)}')
 
 
 def checksum(path):
@@ -96,37 +110,57 @@ def parts_of(state):
     return tensors, rest
 
 
-def write(out_dir, state, group):
+def write(out_dir, state, group, problem=None):
     """Write the tensors of a state, in all processes; -> the content of its ckpt.pt.
 
-    group: of gloo, which no other thread uses. Raises OSError in all processes if a disk is full;
-    then the new folder is gone.
+    group: of gloo, which no other thread uses. problem: an error of the main process, raised in
+    all. Raises OSError in all processes if a disk is full; then the new folder is gone.
     """
     tensors, rest = parts_of(state)
-    folder = os.path.join(out_dir, f'shards-{state["iter_num"]}')
-    is_main = dist.get_rank(group) == 0
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    name = [None if problem or rank else new_folder(out_dir, state['iter_num'])]
+    dist.broadcast_object_list(name, 0, group)
+    if name[0] is None:
+        raise problem or OSError('the main process cannot write to its folder')
+    folder = os.path.join(out_dir, name[0])
     try:
-        if is_main:
-            shutil.rmtree(folder, ignore_errors=True)  # of a save that a crash ended
-        dist.barrier(group)
         dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder), process_group=group)
-        own = f'__{dist.get_rank(group)}_0.distcp'
-        names = [own] + ['.metadata'] * is_main
-        sums = {name: checksum(path) for name in names
-                if os.path.exists(path := os.path.join(folder, name))}
-        everyone = [None] * dist.get_world_size(group)
-        dist.all_gather_object(everyone, sums, group)
+        cause = None
     except dcp.CheckpointException as error:  # equal in all processes
-        if is_main:
-            shutil.rmtree(folder, ignore_errors=True)
-        causes = [cause for cause, _ in error.failures.values()]
-        if not all(isinstance(cause, OSError) or 'inline_container' in str(cause)
-                   for cause in causes):
+        cause = next(cause for cause, _ in error.failures.values())
+        if not (isinstance(cause, OSError) or 'inline_container' in str(cause)):
             raise
-        raise OSError(str(causes[0]).splitlines()[0]) from error
-    sync_folder(folder)
-    sums = {name: crc for some in everyone for name, crc in some.items()}
-    return {**rest, 'shards': {'folder': os.path.basename(folder), 'checksums': sums}}
+    # this process's checksums, or its error
+    sums = {}
+    try:
+        for file in [f'__{rank}_0.distcp'] + ['.metadata'] * (rank == 0):
+            if not cause and os.path.exists(path := os.path.join(folder, file)):
+                sums[file] = checksum(path)
+        if not cause:
+            sync_folder(folder)
+    except OSError as error:
+        cause = error
+    results = [None] * size
+    dist.all_gather_object(results, (sums, cause and str(cause).splitlines()[0]), group)
+    if failed := [why for _, why in results if why]:
+        if rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise OSError(failed[0])
+    sums = {file: crc for process_sums, _ in results for file, crc in process_sums.items()}
+    return {**rest, 'shards': {'folder': name[0], 'checksums': sums}}
+
+
+def new_folder(out_dir, step):
+    """Return the name of a folder that no checkpoint of out_dir names."""
+    named = {shards_of(os.path.join(out_dir, name)) for name in ('ckpt.pt', 'best.pt')}
+    for name in itertools.chain([f'shards-{step}'], (f'shards-{step}-{i}' for i in range(2, 99))):
+        path = os.path.join(out_dir, name)
+        if not os.path.lexists(path):
+            return name
+        if not {name, UNKNOWN} & named and os.path.isdir(path):  # of a save that a crash ended
+            shutil.rmtree(path, ignore_errors=True)
+            return name
+    return name
 
 
 def named_folder(path, state):
@@ -139,7 +173,7 @@ def named_folder(path, state):
 
 
 def folder_of(path, state, rank=0, size=1):
-    """Return the folder with the tensors of the checkpoint at `path`, its files checked.
+    """Check the files of a checkpoint's shards; -> their folder.
 
     rank, size: of the processes that share the work. Raises UserError for a file that is missing
     or has changed.

@@ -28,10 +28,9 @@ import torch
 
 from bench.common import table
 from configurator import Count, Positive, Seed, Share, UserError, override
-from data import datasets, download
 from data import tokens as data
 from flatgpt import runtime
-from lab import common
+from lab import common, texts
 from model import GPT
 
 # Settings -----------------------------------------------------------------------------------------
@@ -66,28 +65,6 @@ class Run:
     val: np.ndarray
     steps: int
     rate: float = 1.0
-
-
-def open_corpus():
-    """Return the train and val bytes to pretrain on. Raises UserError without bytes."""
-    folder = datasets.folder_of(corpus)
-    datasets.prepare_if_missing(folder, is_first=True)
-    meta = datasets.load_meta(folder)
-    if meta['tokenizer'] != {'kind': 'byte'}:
-        kind = (meta['tokenizer'] or {}).get('kind', 'unknown')
-        raise UserError(f'corpus={corpus!r} has tokens of kind {kind!r}, expected bytes, so that '
-                        f'one model reads both texts: {datasets.prepare_command(folder)} '
-                        f'--tokenizer=byte')
-    return [data.open_tokens(folder, split, meta, block_size) for split in ('train', 'val')]
-
-
-def open_target():
-    """Return the bytes to finetune on, nine tenths of the file, and the rest."""
-    path = download.get_shakespeare(input or None, datasets.folder_of('shakespeare_char'),
-                                    'python -m lab.finetune --input=FILE')
-    text = np.fromfile(path, np.uint8)
-    n_train = len(text) * 9 // 10
-    return text[:n_train], text[n_train:]
 
 
 def batch(tokens, step):
@@ -175,10 +152,10 @@ def draw(curves):
 def main():
     # read both texts
     common.start(out)
-    corpus_train, corpus_val = open_corpus()
-    train, val = open_target()
-    texts = {'all': train, 'part': train[:int(part * len(train))]}
-    for name, text in (('validation part', val), (f'part={part}', texts['part'])):
+    corpus_train, corpus_val = texts.open_corpus(corpus, block_size)
+    train, val = texts.open_text(input, 'python -m lab.finetune --input=FILE')
+    parts = {'all': train, 'part': train[:int(part * len(train))]}
+    for name, text in (('validation part', val), (f'part={part}', parts['part'])):
         if len(text) <= block_size:
             raise UserError(f'the {name} of the text to finetune on has {len(text):,} bytes, '
                             f'expected more than block_size={block_size}; take more text, a larger '
@@ -205,7 +182,7 @@ def main():
     # pretrain; then scratch against pretrained; then scratch with the steps of both
     measure(model, Run('pretraining', corpus_train, corpus_val, pretrain_steps))
     weights = {name: value.clone() for name, value in model.state_dict().items()}
-    for name, text in texts.items():
+    for name, text in parts.items():
         measure(new_model(), Run(f'scratch, {name}', text, val, steps, scratch_rate))
         measure(new_model(weights), Run(f'pretrained, {name}', text, val, steps, finetune_rate))
     measure(new_model(), Run('scratch, long', train, val, pretrain_steps + steps, scratch_rate))

@@ -30,8 +30,9 @@ from torch.nn import functional as F
 from bench import bare
 from bench.common import table
 from configurator import Count, Seed, Share, override
-from flatgpt.flops import PEAK_FLOPS
-from lab import common, costs
+from flatgpt import costs
+from flatgpt.flops import GPUS
+from lab import common
 
 # Settings -----------------------------------------------------------------------------------------
 seed: Seed = 1337
@@ -56,9 +57,7 @@ SIZES = {'124M': (12, 12, 768), '350M': (24, 16, 1024), '774M': (36, 20, 1280),
          '1.5B': (48, 25, 1600), '2.7B': (32, 32, 2560), '6.7B': (32, 32, 4096),
          '13B': (40, 40, 5120),  # the paper prints 5140; 40 heads of 128 are 5120
          '175B': (96, 96, 12288)}  # layers, heads, channels
-# from the datasheets: bytes of memory, and bytes per second
-DEVICES = {'RTX 4090': (24e9, 1.01e12), 'A100': (80e9, 2.04e12), 'H100': (80e9, 3.35e12),
-           'H200': (141e9, 4.8e12)}
+DEVICES = ('RTX 4090', 'A100', 'H100', 'H200')
 CONTEXTS = [2**i for i in range(7, 18)]
 CHECKED = {'n_layer': 4, 'n_head': 6, 'n_embd': 384, 'block_size': 256, 'vocab_size': 4096,
            'batch_size': 4}
@@ -220,8 +219,9 @@ def print_devices(config):
     total = sum(need.values())
     fixed = total - need['activations']
     rows, figures = [['', 'memory', 'fits', 'at most', 'AdamW step', 'tokens a second']], {}
-    for name, (room, bytes_per_s) in DEVICES.items():
-        seconds = figures[name] = step_time(config, tokens, PEAK_FLOPS[name], bytes_per_s)
+    for name in DEVICES:
+        gpu, room = GPUS[name], GPUS[name].memory
+        seconds = figures[name] = step_time(config, tokens, gpu.flops, gpu.bandwidth)
         rows.append([name, f'{short(room)}B', 'yes' if total <= room else 'no',
                      f'{max(0, room - fixed) // per_sequence:,.0f} sequences',
                      f'{1e3 * seconds:,.0f} ms', f'{tokens / seconds:,.0f}'])

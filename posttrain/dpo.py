@@ -4,6 +4,7 @@
     $ python -m posttrain.dpo --init_from=out-sft --pairs=pairs.jsonl \\
         --task=tiny_chat --max_new_tokens=128
     $ python -m posttrain.dpo --init_from=resume --pairs=pairs.jsonl
+    $ torchrun --standalone --nproc_per_node=8 -m posttrain.dpo --pairs=pairs.jsonl
 
 No answers are drawn and no reward model is needed: the model makes the chosen
 answer of a pair likelier and the rejected one less likely. Both are relative to
@@ -24,7 +25,7 @@ import torch
 
 from configurator import Count, Fraction, Natural, NonNegative, Share, UserError, fit, override
 from data.shuffle import train_items
-from flatgpt import checkpoint, entries, optim, output
+from flatgpt import checkpoint, entries, optim, output, parallel, shares
 from flatgpt.generate import Sampling
 from posttrain import losses
 from posttrain.pairs import check_pairs, pair_rows, read_pairs
@@ -77,9 +78,10 @@ if label_smoothing >= 0.5:
     raise UserError(f'label_smoothing={label_smoothing}: expected below 0.5')
 check_out_dir(out_dir, init_from)
 resolved = {**config, 'algorithm': 'dpo'}
+METRICS = 'loss', 'margin', 'preferred', 'entropy'  # of an update
 
-# the machine
-torch_device, precision, precision_reason, autocast = open_machine(device, dtype)
+# the machine, which may run this script in several processes
+world, torch_device, precision, precision_reason, autocast = open_machine(device, dtype)
 
 # the policy, which learns, and the reference, its copy from before training
 ckpt_path = os.path.join(out_dir, 'ckpt.pt')
@@ -100,12 +102,17 @@ val_prompts = policy.prompts_of(questions, tasks.Questions('val', eval_examples,
                                 max_new_tokens, block_size) if task else []
 greedy = Sampling(max_new_tokens, 0.0, n_ids=policy.tokenizer.vocab_size, stop_ids=policy.stop_ids)
 
+# the processes must agree on what they begin with
+world.check_alike({'step': state.get('iter_num'), 'weights': policy.digest, 'pairs': pairs_id,
+                   'questions': policy.questions, **config, 'dtype': precision})
+
 # the folder of the run
 resolved.update(init_from=init_from, device=str(torch_device), dtype=precision)
 print(fit(f'device {torch_device}, dtype {precision} ({precision_reason}), '
           f'{policy.model.get_num_params() / 1e6:.2f}M parameters; {max_iters} steps of '
           f'{prompts_per_step} pairs', indent='  '))
-run = checkpoint.Run(out_dir, resolved, state or None)
+with shares.together(world):
+    run = checkpoint.Run(out_dir, resolved, state or None, world)
 smaller = {'micro_batch_size': micro_batch_size // 2} if micro_batch_size > 1 else {}
 run.explain_out_of_memory(smaller, 'Not even one pair fits: leave out long ones')
 state = None  # the loaded tensors are no longer needed
@@ -131,15 +138,19 @@ def evaluate():
     val_loss, which chooses the best checkpoint, is the share of wrong answers, or without a task
     the loss.
     """
-    parts = [loss_of(*pair_rows(splits['val'][i : i + micro_batch_size], torch_device))[:2]
-             for i in range(0, len(splits['val']), micro_batch_size)]
-    pair_losses, margins = (torch.cat(values) for values in zip(*parts, strict=True))
+    held_out = splits['val'][world.rank :: world.size]
+    parts = [loss_of(*pair_rows(held_out[i : i + micro_batch_size], torch_device))[:2]
+             for i in range(0, len(held_out), micro_batch_size)]
+    measured = [pair for part in parts for pair in torch.stack(part, dim=1).tolist()]
+    pair_losses, margins = torch.tensor(shares.gather(measured, world)).T
     val_loss, preferred = pair_losses.mean().item(), losses.preferred(margins).mean().item()
     record = {'val_loss': val_loss, 'val_dpo_loss': val_loss, 'val_preferred': preferred}
     line = f'dpo loss {val_loss:.4f}, preferred {preferred:.1%}'
     if task:
         with stop_if_broken(run):
-            n_right = policy.count_right(questions, val_prompts, greedy, batch_size=256)
+            n_right = policy.count_right(questions, val_prompts[world.rank :: world.size], greedy,
+                                         batch_size=256)
+        n_right, = world.sum([n_right])
         accuracy, (low, high) = n_right / len(val_prompts), tasks.wilson(n_right, len(val_prompts))
         record.update(val_loss=1 - accuracy, val_accuracy=accuracy)
         line += f', accuracy {accuracy:.1%} ({low:.1%} to {high:.1%})'
@@ -158,7 +169,7 @@ while True:
     if run.is_due(eval_interval, max_iters):
         record, line = evaluate()
         print(f'step {run.step}: held out: {line}')
-        if math.isfinite(record['val_loss']):
+        if world.is_main and math.isfinite(record['val_loss']):
             run.log(step=run.step, **record, train_time=round(run.train_time, 3))
         run.evaluated(record['val_loss'], state_of_run)
     if run.step >= max_iters or run.stop_reason:
@@ -176,13 +187,13 @@ while True:
     lengths = lengths_of(mask).view(2, -1).amax(dim=0)  # length of each pair's longer answer
     actions = mask[:, 1:]
 
-    # forward, backward and update for each minibatch
+    # forward, backward and update for each minibatch, which the processes share
     updates = []
     for minibatch in torch.randperm(prompts_per_step).chunk(-(-prompts_per_step // minibatch_size)):
         minibatch = minibatch.to(torch_device)
         n_tokens = actions[torch.cat((minibatch, minibatch + prompts_per_step))].sum()
         sums = collections.Counter()  # weighted sums of the micro-batches' metrics
-        for part, T in micro_batches(minibatch, lengths, micro_batch_size):
+        for part, T in micro_batches(minibatch, lengths, micro_batch_size, world):
             rows = torch.cat((part, part + prompts_per_step))  # chosen, then rejected answers
             share = len(part) / len(minibatch)
             pair_losses, margins, entropy = loss_of(idx[rows, :T], mask[rows, :T])
@@ -191,6 +202,8 @@ while True:
             sums.update(loss=share * loss.item(), margin=share * margins.mean().item(),
                         preferred=share * losses.preferred(margins).mean().item(),
                         entropy=(actions[rows].sum() / n_tokens).item() * entropy.item())
+        shares.add_gradients(policy.model, world)
+        sums = dict(zip(METRICS, world.sum([sums[name] for name in METRICS]), strict=True))
         params = policy.model.parameters()
         norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf).item()
         if not (math.isfinite(sums['loss']) and math.isfinite(norm)):
@@ -201,16 +214,20 @@ while True:
     record = {name: sum(metrics[name] for metrics in updates) / len(updates) for name in updates[0]}
     dt = time.perf_counter() - t0
     run.advance(prompts_per_step, dt)
+    shares.agree_to_stop(run)
 
     # report
     step = run.step - 1
     if step % log_interval == 0 or run.step == max_iters:
         print(f'iter {step}: ' + ', '.join(f'{name} {record[name]:.3f}'
-                                           for name in ('loss', 'margin', 'preferred', 'entropy')))
-        run.log(step=step, **record, lr=lr, ms=round(dt * 1e3, 3))
+                                           for name in METRICS))
+        if world.is_main:
+            run.log(step=step, **record, lr=lr, ms=round(dt * 1e3, 3))
 
 # the end ------------------------------------------------------------------------------------------
-if run.finish(state_of_run):
+is_complete = run.finish(state_of_run)
+parallel.disconnect()
+if is_complete:
     print(f'{run.step} steps, {run.train_time:.1f} s of learning; talk to it:\n'
           f'  python -m posttrain.chat --out_dir={out_dir}')
 run.check_saved()

@@ -2,7 +2,7 @@
 
     policy = open_policy(init_from, state, ckpt_path, device, autocast)
     prompts = policy.prompts_of(task, Questions('val', 200), max_new_tokens, block_size)
-    n_right = policy.count_right(task, prompts, sampling)
+    n_right = policy.count_right(task, prompts[world.rank :: world.size], sampling)
 """
 
 import copy
@@ -17,10 +17,11 @@ import torch
 
 from configurator import UserError
 from data import conversations
-from flatgpt import checkpoint, entries, huggingface, lora, runtime
+from flatgpt import checkpoint, entries, huggingface, lora, runtime, shares
 from flatgpt.generate import NotNumbers
 from flatgpt.pretrained import model_of, open_model, path_in
 from model import GPT
+from posttrain.rollout_server import RolloutServer
 from posttrain.rollouts import draw_answers, logprobs_of
 from posttrain.tasks import common as tasks
 from posttrain.tools import generate_with_tools
@@ -42,6 +43,7 @@ class Policy:
     stop_ids: set  # ids that end an answer
     autocast: AbstractContextManager
     questions: str | None = None  # SHA-256 of the val prompts, which choose best.pt
+    server: RolloutServer | None = None  # draws the answers in place of the model
 
     def prompts_of(self, task, questions, max_new_tokens, context, tools=False):
         """Return [(example, prompt ids), ...] of a task, for answers of max_new_tokens.
@@ -89,7 +91,8 @@ class Policy:
                 if tools:
                     drawn, drawn_masks = generate_with_tools(self.model, self.tokenizer, *batch)
                 else:
-                    drawn = draw_answers(self.model, *batch)
+                    drawn = (self.server.draw(*batch) if self.server else
+                             draw_answers(self.model, *batch))
                     drawn_masks = [[1] * len(answer) for answer in drawn]
             answers, masks = answers + drawn, masks + drawn_masks
         return answers, masks, [self.tokenizer.decode([i for i in ids if i not in self.stop_ids])
@@ -176,14 +179,15 @@ def resume(path, config):
 
 
 def open_machine(device, dtype):
-    """Set torch up for two settings -> its device, the name of the dtype, why that, and autocast.
+    """Join the processes and set torch up for two settings.
 
-    float16 is never chosen, since posttrain has no gradient scaler. Raises UserError.
+    -> World, device, the name of the dtype, why that, and autocast. float16 is never chosen, since
+    posttrain has no gradient scaler. Raises UserError.
     """
-    torch_device = runtime.choose_device(device)
+    world, torch_device = shares.join(device)
     runtime.use_machine(torch_device)
     precision, reason = runtime.choose_dtype(dtype, torch_device, has_scaler=False)
-    return torch_device, precision, reason, runtime.autocast(precision, torch_device)
+    return world, torch_device, precision, reason, runtime.autocast(precision, torch_device)
 
 
 def check_out_dir(out_dir, init_from):
@@ -194,10 +198,14 @@ def check_out_dir(out_dir, init_from):
 
 @contextmanager
 def stop_if_broken(run):
-    """Stop the run without saving if its policy's logits are no longer numbers."""
-    try:
-        yield
-    except NotNumbers:
-        if run.step == run.start:  # the model was broken before it learned
-            raise
-        run.stop_not_finite('the logits of the policy are not numbers')
+    """Stop the run without saving if its policy's logits are no longer numbers.
+
+    All processes stop if the block raises any error in one of them.
+    """
+    with shares.together(run.world):
+        try:
+            yield
+        except NotNumbers:
+            if run.step == run.start:  # the model was broken before it learned
+                raise
+            run.stop_not_finite('the logits of the policy are not numbers')

@@ -2,6 +2,7 @@
 
     $ python -m posttrain.reward --init_from=out-sft --data=pairs.jsonl
     $ python -m posttrain.reward --init_from=resume --data=pairs.jsonl
+    $ torchrun --standalone --nproc_per_node=8 -m posttrain.reward --data=pairs.jsonl
     $ python -m posttrain.rl --init_from=out-sft --algorithm=ppo \\
         --task=tiny_chat --reward_model=out-reward
 
@@ -26,7 +27,7 @@ import torch
 
 from configurator import Count, Fraction, Natural, NonNegative, Share, UserError, fit, override
 from data.shuffle import train_items
-from flatgpt import checkpoint, entries, optim, output, parallel
+from flatgpt import checkpoint, entries, lora, optim, output, parallel, shares
 from flatgpt.pretrained import check_same, tokenizer_of
 from posttrain.losses import bradley_terry_loss, preferred
 from posttrain.pairs import check_pairs, ending_of, pair_rows, read_pairs
@@ -77,8 +78,8 @@ if min_lr > learning_rate:
                     f'tenth of it')
 check_out_dir(out_dir, init_from)
 
-# the machine
-torch_device, precision, precision_reason, autocast = open_machine(device, dtype)
+# the machine, which may run this script in several processes
+world, torch_device, precision, precision_reason, autocast = open_machine(device, dtype)
 
 # the model: a language model with another head, or the reward model of the run that resumes
 ckpt_path = os.path.join(out_dir, 'ckpt.pt')
@@ -96,7 +97,7 @@ else:
 ending_of(template, tokenizer)  # raises UserError if answers do not end with a token to score at
 model.to(torch_device)
 model.value_head.bias.requires_grad_(False)  # only differences of scores count
-opt = optim.create(model, config, precision, parallel.World(0, 0, 1))
+opt = optim.create(model, config, precision, world)
 if state:
     entries.load_optimizer(opt, state['optimizer'])
 schedule = optim.Schedule(learning_rate, warmup_iters, max_iters, min_lr)
@@ -106,14 +107,19 @@ block_size = model.config.block_size
 pairs = read_pairs(data, template, tokenizer, block_size, val_fraction)
 pairs_id = check_pairs(data, val_fraction, state, ckpt_path)
 
+# the processes must agree on what they begin with
+world.check_alike({'step': state.get('iter_num'), 'weights': lora.digest(model), 'pairs': pairs_id,
+                   **config, 'dtype': precision})
+
 # the folder of the run
 resolved = {**config, 'init_from': init_from, 'device': str(torch_device), 'dtype': precision}
 epochs = max_iters * batch_size / len(pairs['train'])
 print(fit(f'device {torch_device}, dtype {precision} ({precision_reason}), '
           f'{model.get_num_params() / 1e6:.2f}M parameters; {max_iters} steps of {batch_size} '
           f'pairs, {epochs:.2f} epochs', indent='  '))
-run = checkpoint.Run(out_dir, resolved, state or None)
-at_once = micro_batch_size or batch_size
+with shares.together(world):
+    run = checkpoint.Run(out_dir, resolved, state or None, world)
+at_once = micro_batch_size or -(-batch_size // world.size)
 run.explain_out_of_memory({'micro_batch_size': at_once // 2} if at_once > 1 else {},
                           'Not even one pair fits: leave out long ones')
 state = None  # the loaded tensors are no longer needed
@@ -136,13 +142,14 @@ def evaluate():
     """Return the held-out pairs' mean loss, and how many are right; a tie counts half."""
     model.eval()
     total, n_right = 0.0, 0.0
-    held_out = sorted(pairs['val'], key=longest)
+    held_out = sorted(pairs['val'], key=longest)[world.rank :: world.size]
     for i in range(0, len(held_out), at_once):
         chosen, rejected = score(held_out[i : i + at_once])
         total += bradley_terry_loss(chosen, rejected).sum().item()
         n_right += preferred(chosen - rejected).sum().item()
     model.train()
-    return total / len(held_out), n_right
+    total, n_right = world.sum([total, n_right])
+    return total / len(pairs['val']), n_right
 
 
 def state_of_run():
@@ -161,27 +168,30 @@ while True:
         accuracy, (low, high) = n_right / len(pairs['val']), wilson(n_right, len(pairs['val']))
         print(f'step {run.step}: val loss {val_loss:.4f}, accuracy {accuracy:.1%} ({low:.1%} to '
               f'{high:.1%})')
-        if math.isfinite(val_loss):
+        if world.is_main and math.isfinite(val_loss):
             run.log(step=run.step, val_loss=val_loss, val_accuracy=accuracy,
                     train_time=round(run.train_time, 3))
         run.evaluated(val_loss, state_of_run)
     if run.step >= max_iters or run.stop_reason:
         break
 
-    # draw the pairs of this step; batches and dropout are functions of (seed, step) alone
+    # draw this process's pairs; batches and dropout are functions of (seed, step) alone
     t0 = time.perf_counter()
-    torch.manual_seed(seed + 1_000_003 * (run.step + 1))
+    torch.manual_seed(seed + 1_000_003 * (run.step + 1) + world.rank)
     numbers = train_items(run.drawn(batch_size), batch_size, len(pairs['train']), seed)
     batch = sorted((pairs['train'][i] for i in numbers), key=longest)  # little padding
+    batch = batch[world.rank :: world.size]
 
     # forward and backward over the micro-batches
     loss, n_right = 0.0, 0.0
-    for i in range(0, batch_size, at_once):
+    for i in range(0, len(batch), at_once):
         chosen, rejected = score(batch[i : i + at_once])
         micro_loss = bradley_terry_loss(chosen, rejected).sum() / batch_size
         micro_loss.backward()
         loss += micro_loss.item()
         n_right += preferred(chosen - rejected).sum().item()
+    shares.add_gradients(model, world)
+    loss, n_right = world.sum([loss, n_right])
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf).item()
     if not (math.isfinite(loss) and math.isfinite(norm)):
         run.stop_not_finite(f'loss is {loss}, norm of the gradient {norm}')
@@ -194,6 +204,7 @@ while True:
     opt.zero_grad(set_to_none=True)
     dt = time.perf_counter() - t0
     run.advance(batch_size, dt)
+    shares.agree_to_stop(run)
 
     # report
     step = run.step - 1
@@ -201,10 +212,13 @@ while True:
         accuracy, ms = n_right / batch_size, round(dt * 1e3, 3)
         print(f'iter {step}: loss {loss:.4f}, accuracy {accuracy:.1%}, norm {norm:.2f}, '
               f'time {ms:.0f}ms')
-        run.log(step=step, loss=loss, accuracy=accuracy, grad_norm=norm, lr=lr, ms=ms)
+        if world.is_main:
+            run.log(step=step, loss=loss, accuracy=accuracy, grad_norm=norm, lr=lr, ms=ms)
 
 # the end ------------------------------------------------------------------------------------------
-if run.finish(state_of_run):
+is_complete = run.finish(state_of_run)
+parallel.disconnect()
+if is_complete:
     print(f'{run.step} steps, {run.train_time:.1f} s of training; best val loss '
           f'{run.best_val_loss:.4f}\nlearn from it:\n  python -m posttrain.rl '
           f'--init_from={init_from} --algorithm=ppo \\\n    --task=NAME --reward_model={out_dir}')

@@ -3,6 +3,7 @@
     $ python -m posttrain.rl --init_from=out-sft --task=tiny_chat
     $ python -m posttrain.rl --init_from=out-sft --task=tiny_chat \\
         --algorithm=ppo --reward_model=out-reward --out_dir=out-ppo
+    $ torchrun --standalone --nproc_per_node=8 -m posttrain.rl --task=tiny_chat
 
 grpo: several answers to each prompt, each compared with the others of its group.
 ppo: a value function predicts the reward at every token, and each token is
@@ -12,6 +13,9 @@ A task has questions, checks and rewards, see posttrain/README.md. Its val
 questions choose best.pt, so those of test stay unseen. With --reward_model the
 reward is that model's score. kl_coef keeps the policy near the reference, the
 model that the run began with.
+
+Several processes share the answers of a step. Each then has all of them, so advantages
+and means are over the whole step, and an update is that of one process.
 
 Writes the same files to out_dir as train.py. Resume with --init_from=resume.
 """
@@ -39,13 +43,14 @@ from configurator import (
 )
 from data.encode import names_of
 from data.shuffle import train_items
-from flatgpt import checkpoint, entries, lora, optim, output
+from flatgpt import checkpoint, entries, lora, optim, output, parallel, shares
 from flatgpt.generate import Sampling, uniforms
 from flatgpt.pretrained import build
 from posttrain import losses
 from posttrain.pairs import ending_of
 from posttrain.policy import check_out_dir, open_machine, open_policy, resume, stop_if_broken
 from posttrain.reward_model import Critic, open_reward_model, scores_of
+from posttrain.rollout_server import RolloutServer
 from posttrain.rollouts import lengths_of, micro_batches, to_rows
 from posttrain.tasks import common as tasks
 
@@ -76,6 +81,8 @@ epochs: Count = 1  # passes over the answers of a step
 minibatch_size: Count = 128  # answers per update
 micro_batch_size: Count = 32  # answers at once, as many as fit; does not change the mathematics
 rollout_batch_size: Natural = 0  # answers drawn at once; 0: all of a step
+rollout_server = ''  # http://HOST:8000/v1 of vLLM, which draws the answers; '': this script
+rollout_folder = ''  # the model that it serves, of flatgpt.export; gets the weights of each step
 # losses
 kl_coef: NonNegative = 0.02  # weight of the KL: grpo in the loss, ppo in each token's reward
 clip: Fraction = 0.2  # limit of a step's change of a token's probability, as a factor
@@ -107,10 +114,13 @@ if algorithm == 'grpo' and group_size < 2:
                     f'answers to a prompt')
 if algorithm == 'ppo' and skip_equal:
     raise UserError('skip_equal=True: expected --algorithm=grpo')
+if rollout_server and (tools or not rollout_folder):
+    raise UserError(f'rollout_server={rollout_server!r}: expected the folder that the '
+                    f'server was started with, --rollout_folder=FOLDER, and no tools')
 check_out_dir(out_dir, init_from)
 
-# the machine
-torch_device, precision, precision_reason, autocast = open_machine(device, dtype)
+# the machine, which may run this script in several processes
+world, torch_device, precision, precision_reason, autocast = open_machine(device, dtype)
 
 # the policy, which learns, and the reference, its copy from before training
 ckpt_path = os.path.join(out_dir, 'ckpt.pt')
@@ -158,9 +168,23 @@ train_prompts, val_prompts = (
                       max_new_tokens, context, tools)
     for split, n in (('train', train_examples), ('val', eval_examples)))
 
-# the folder of the run
+# the server that draws the answers
+if rollout_server:
+    if os.path.realpath(rollout_folder) == os.path.realpath(init_from):
+        raise UserError(f'rollout_folder={rollout_folder!r}: expected another folder than '
+                        f'--init_from, since the weights in it are replaced')
+    policy.server = RolloutServer.open(rollout_server, rollout_folder, policy)
+
+# the processes must agree on what they begin with
 n_answers = prompts_per_step * group_size
-draw_size = rollout_batch_size or n_answers
+if n_answers < world.size:
+    raise UserError(f'prompts_per_step={prompts_per_step}, group_size={group_size}: expected '
+                    f'{world.size} answers or more in a step, one for each process')
+world.check_alike({'step': state.get('iter_num'), 'weights': policy.digest, 'judge': judge_digest,
+                   'questions': policy.questions, **config, 'dtype': precision})
+
+# the folder of the run
+draw_size = rollout_batch_size or -(-n_answers // world.size)
 sampling = Sampling(max_new_tokens, temperature, n_ids=policy.tokenizer.vocab_size,
                     stop_ids=policy.stop_ids)
 greedy = replace(sampling, temperature=0.0)
@@ -168,7 +192,8 @@ resolved = {**config, 'init_from': init_from, 'device': str(torch_device), 'dtyp
 print(fit(f'device {torch_device}, dtype {precision} ({precision_reason}), '
           f'{policy.model.get_num_params() / 1e6:.2f}M parameters; {max_iters} steps of '
           f'{prompts_per_step} x {group_size} answers', indent='  '))
-run = checkpoint.Run(out_dir, resolved, state or None)
+with shares.together(world):
+    run = checkpoint.Run(out_dir, resolved, state or None, world)
 at_once = {'micro_batch_size': micro_batch_size, 'rollout_batch_size': draw_size}
 run.explain_out_of_memory({name: n // 2 for name, n in at_once.items() if n > 1},
                           'Not even one answer fits: lower --max_new_tokens')
@@ -200,6 +225,7 @@ def rewards_of(examples, prompts, answers, texts):
 
 def update(optimizer, model, lr):
     """Take a step of an optimizer; -> the gradient's norm, which must be finite."""
+    shares.add_gradients(model, world)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf).item()
     if not math.isfinite(norm):
         run.stop_not_finite(f'the norm of the gradient is {norm}')
@@ -221,37 +247,52 @@ def state_of_run():
 
 # the loop -----------------------------------------------------------------------------------------
 while True:
+    # let the server read the weights of this step
+    if rollout_server:
+        with shares.together(world):
+            if world.is_main:
+                policy.server.load(policy.model)
+
     # evaluate and save
     if run.is_due(eval_interval, max_iters):
         with stop_if_broken(run):
-            n_right = policy.count_right(questions, val_prompts, greedy, tools, draw_size)
+            n_right = policy.count_right(questions, val_prompts[world.rank :: world.size], greedy,
+                                         tools, draw_size)
+        n_right, = world.sum([n_right])
         accuracy, (low, high) = n_right / len(val_prompts), tasks.wilson(n_right, len(val_prompts))
         print(f'step {run.step}: held out: accuracy {accuracy:.1%} ({low:.1%} to {high:.1%})')
-        run.log(step=run.step, val_loss=1 - accuracy, val_accuracy=accuracy,
-                train_time=round(run.train_time, 3))
+        if world.is_main:
+            run.log(step=run.step, val_loss=1 - accuracy, val_accuracy=accuracy,
+                    train_time=round(run.train_time, 3))
         run.evaluated(1 - accuracy, state_of_run)
     if run.step >= max_iters or run.stop_reason:
         break
 
-    # draw answers; all randomness of a step is a function of (seed, step)
+    # draw this process's answers and reward them; all randomness is a function of (seed, step)
     t0 = time.perf_counter()
-    torch.manual_seed(seed + 1_000_003 * (run.step + 1))
+    generator = torch.manual_seed(seed + 1_000_003 * (run.step + 1)).clone_state()
     lr = learning_rate * policy_schedule.cosine(max(0, run.step - wait))
     value_lr = critic_lr * value_schedule.cosine(run.step)
     first = run.drawn(prompts_per_step)
     numbers = train_items(first, prompts_per_step, len(train_prompts), seed)
-    drawn = (train_prompts[i] for i in numbers for _ in range(group_size))
+    of_process = range(n_answers)[world.rank :: world.size]
+    drawn = (train_prompts[numbers[i // group_size]] for i in of_process)
     examples, prompts = zip(*drawn, strict=True)
-    u = torch.stack([uniforms(seed, first + prompt, sample, max_new_tokens)
-                     for prompt in range(prompts_per_step) for sample in range(group_size)])
+    u = torch.stack([uniforms(seed, first + i // group_size, i % group_size, max_new_tokens)
+                     for i in of_process])
     with stop_if_broken(run):
         answers, masks, texts = policy.answer(prompts, sampling, u, tools, draw_size)
-    idx, mask = to_rows([(prompt + answer, [0] * len(prompt) + answer_mask) for prompt, answer,
-                         answer_mask in zip(prompts, answers, masks, strict=True)], torch_device)
-    lengths, actions = lengths_of(mask), mask[:, 1:]  # mask: (N, T); actions: (N, T - 1)
+        rewards = rewards_of(examples, prompts, answers, texts)
+        n_right = sum(bool(questions.evaluate(example, text))
+                      for example, text in zip(examples, texts, strict=True))
 
-    # reward them
-    rewards = rewards_of(examples, prompts, answers, texts)
+    # gather the rollouts of all processes
+    rollouts = shares.gather([
+        (prompt + answer, [0] * len(prompt) + answer_mask, reward) for prompt, answer, answer_mask,
+        reward in zip(prompts, answers, masks, rewards.tolist(), strict=True)], world)
+    rewards = torch.tensor([reward for *_, reward in rollouts], device=torch_device)
+    idx, mask = to_rows([(ids, ids_mask) for ids, ids_mask, _ in rollouts], torch_device)
+    lengths, actions = lengths_of(mask), mask[:, 1:]  # mask: (N, T); actions: (N, T - 1)
     if not rewards.isfinite().all():
         if run.tried_step < run.step:  # the policy itself is sound
             run.save(state_of_run)
@@ -266,12 +307,13 @@ while True:
     zeros = torch.zeros(4, *actions.shape, device=torch_device)
     old_logprobs, entropies, reference_logprobs, old_values = zeros
     with torch.no_grad():
-        for part, T in micro_batches(rows, lengths, micro_batch_size):
+        for part, T in micro_batches(rows, lengths, micro_batch_size, world):
             batch, where = (idx[part, :T], mask[part, :T], temperature), (part, slice(T - 1))
             old_logprobs[where], entropies[where] = policy.logprobs(policy.model, *batch)
             reference_logprobs[where], _ = policy.logprobs(policy.reference, *batch)
             if algorithm == 'ppo':
                 old_values[where] = values_of(idx[part, :T])
+    shares.add_up([zeros], world)  # each process has filled its rows
 
     # advantages: against the other answers to the prompt, or against the value function
     k1, k3 = losses.kl_estimates(old_logprobs, reference_logprobs)
@@ -283,19 +325,18 @@ while True:
         token_rewards = (-kl_coef * k1).scatter_add(1, lengths[:, None] - 2, rewards[:, None])
         advantages, returns = losses.gae(token_rewards, old_values, actions, gamma=1.0, lam=lam)
         advantages = losses.whiten(advantages, actions)  # (N, T - 1)
-    n_right = sum(bool(questions.evaluate(example, text))
-                  for example, text in zip(examples, texts, strict=True))
-    record = {'reward': rewards.mean().item(), 'accuracy': n_right / n_answers,
+    record = {'reward': rewards.mean().item(), 'accuracy': world.sum([n_right])[0] / n_answers,
               'kl': losses.masked_mean(k3, actions).item(),
               'entropy': losses.masked_mean(entropies, actions).item(),
               'length': actions.sum().item() / n_answers}
 
-    # learn from them in minibatches
-    updates = []
+    # learn from them in minibatches, whose gradients and metrics are summed over the processes
+    updates, summed = [], ('clipped', *['value_loss'] * (algorithm == 'ppo'), 'loss')
     for minibatch in (rows[part.to(torch_device)] for _ in range(epochs if len(rows) else 0)
-                      for part in torch.randperm(len(rows)).chunk(-(-len(rows) // minibatch_size))):
+                      for part in torch.randperm(len(rows), generator=generator).chunk(
+                          -(-len(rows) // minibatch_size))):
         sums = collections.Counter()  # weighted sums of the micro-batches' metrics
-        for part, T in micro_batches(minibatch, lengths, micro_batch_size):
+        for part, T in micro_batches(minibatch, lengths, micro_batch_size, world):
             acts, old, advantage = (x[part, : T - 1] for x in (actions, old_logprobs, advantages))
             answer_share = len(part) / len(minibatch)
             token_share = (acts.sum() / actions[minibatch].sum()).item()
@@ -318,6 +359,7 @@ while True:
                 (share * loss).backward()
             metrics['loss'] = share, loss
             sums.update({name: weight * x.item() for name, (weight, x) in metrics.items()})
+        sums = dict(zip(summed, world.sum([sums[name] for name in summed]), strict=True))
         if not math.isfinite(sums['loss']):
             run.stop_not_finite(f'loss is {sums["loss"]}')
         if algorithm == 'ppo':
@@ -329,6 +371,7 @@ while True:
         record[name] = sum(metrics[name] for metrics in updates) / len(updates)
     dt = time.perf_counter() - t0
     run.advance(prompts_per_step, dt)
+    shares.agree_to_stop(run)
 
     # report
     step = run.step - 1
@@ -336,10 +379,13 @@ while True:
         names = 'reward', 'accuracy', 'kl', 'entropy'
         print(f'iter {step}:', *(f'{name} {record[name]:.3f},' for name in names),
               f'length {record["length"]:.1f}')
-        run.log(step=step, **record, lr=lr, ms=round(dt * 1e3, 3))
+        if world.is_main:
+            run.log(step=step, **record, lr=lr, ms=round(dt * 1e3, 3))
 
 # the end ------------------------------------------------------------------------------------------
-if run.finish(state_of_run):
+is_complete = run.finish(state_of_run)
+parallel.disconnect()
+if is_complete:
     print(f'{run.step} steps, {run.train_time:.1f} s of learning; talk to it:\n'
           f'  python -m posttrain.chat --out_dir={out_dir}')
 run.check_saved()

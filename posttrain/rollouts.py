@@ -39,13 +39,16 @@ def lengths_of(mask):
     return mask.size(1) - mask.flip(1).int().argmax(dim=1)
 
 
-def micro_batches(rows, lengths, size):
+def micro_batches(rows, lengths, size, world=None):
     """Split rows into parts of at most `size` and of similar lengths: little padding.
 
-    rows: row numbers (n,); lengths: of all rows. -> [(row numbers, longest length), ...]
+    rows: row numbers (n,); lengths: of all rows. world: None for all rows, else this process gets
+    its share, of about the lengths of the others'. -> [(row numbers, longest length), ...]
     """
+    if world and world.size > 1:  # a stable sort has one result, whatever the machine
+        rows = rows[lengths[rows].argsort(stable=True)][world.rank :: world.size]
     parts = rows[lengths[rows].argsort()].split(size)
-    return [(part, int(lengths[part].max())) for part in parts]
+    return [(part, int(lengths[part].max())) for part in parts if len(part)]
 
 
 def logprobs_of(model, idx, mask, n_ids, temperature=1.0):

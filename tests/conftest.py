@@ -179,6 +179,15 @@ def copy_scripts(home):
         shutil.copytree(ROOT / room, home / room, ignore=shutil.ignore_patterns('__pycache__', '*.bin', '*.jsonl', '*.txt'))
 
 
+def environments(n):
+    """The environment that torchrun would give to each of n processes."""
+    with socket.socket() as s:
+        s.bind(('localhost', 0))
+        port = s.getsockname()[1]
+    return [{'RANK': str(rank), 'LOCAL_RANK': str(rank), 'WORLD_SIZE': str(n), 'LOCAL_WORLD_SIZE': str(n),
+             'MASTER_ADDR': 'localhost', 'MASTER_PORT': str(port)} for rank in range(n)]
+
+
 class Folder:
     """A folder in which scripts run, with datasets under data/."""
 
@@ -199,12 +208,7 @@ class Folder:
 
     def start_two(self, *files, n=2, **changes):
         """The same by two processes, or n, in the environment that torchrun would give them; -> all."""
-        with socket.socket() as s:
-            s.bind(('localhost', 0))
-            port = s.getsockname()[1]
-        return [self.start_train(*files, **changes, env={
-            'RANK': str(rank), 'LOCAL_RANK': str(rank), 'WORLD_SIZE': str(n), 'LOCAL_WORLD_SIZE': str(n),
-            'MASTER_ADDR': 'localhost', 'MASTER_PORT': str(port)}) for rank in range(n)]
+        return [self.start_train(*files, **changes, env=env) for env in environments(n)]
 
     def train_two(self, *files, n=2, **changes):
         """All of them, to their end; -> the first."""

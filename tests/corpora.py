@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data import clean, documents, encode
+from data import documents, encode, gopher
 from tokenizer import ByteTokenizer
 
 
@@ -89,6 +89,6 @@ def distinct_words(count, length=5, start=0):
 def prose(count, seed):
     """A document that passes every rule: words drawn from many, in sentences and lines."""
     rng = random.Random(seed)
-    vocabulary = distinct_words(3000, start=11) + sorted(clean.STOP_WORDS) * 30
+    vocabulary = distinct_words(3000, start=11) + sorted(gopher.STOP_WORDS) * 30
     text = [rng.choice(vocabulary) for _ in range(count)]
     return '\n'.join(' '.join(text[i:i + 12]) + '.' for i in range(0, count, 12))

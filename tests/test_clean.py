@@ -15,7 +15,7 @@ from corpora import SENTENCES, distinct_words, prose
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data import clean
+from data import clean, gopher, minhash
 
 ROOT = Path(__file__).resolve().parent.parent
 POSIX = pytest.mark.skipif(os.name != 'posix', reason='needs signals')
@@ -145,7 +145,7 @@ CASES = [  # rule, a text that just passes, its value, one that just does not, i
 @pytest.mark.parametrize('rule, fine, value, bad, bad_value', CASES,
                          ids=[f'{i}-{case[0]}' for i, case in enumerate(CASES)])
 def test_gopher_thresholds(rule, fine, value, bad, bad_value):
-    measure = clean.quality if rule in clean.quality(fine) else clean.repetition
+    measure = gopher.quality if rule in gopher.quality(fine) else gopher.repetition
     assert measure(fine)[rule] == pytest.approx(value, rel=1e-12)
     assert only(rule, fine) is None
     assert only(rule, bad) == (rule, pytest.approx(bad_value, rel=1e-12))
@@ -154,7 +154,7 @@ def test_gopher_thresholds(rule, fine, value, bad, bad_value):
 def test_every_rule_has_its_case():
     assert {case[0] for case in CASES} == set(clean.GOPHER)
     text = prose(100, seed=0)
-    assert {*clean.quality(text), *clean.repetition(text)} == set(clean.GOPHER)
+    assert {*gopher.quality(text), *gopher.repetition(text)} == set(clean.GOPHER)
 
 
 def test_gopher_names_the_first_rule_that_is_not_skipped():
@@ -168,7 +168,7 @@ def test_gopher_names_the_first_rule_that_is_not_skipped():
 
 @given(st.lists(st.sampled_from(['a', 'bb', 'ccc', 'dddd']), min_size=1, max_size=60))
 def test_repeated_runs_of_words_against_counting_by_hand(text):
-    found = clean.repetition(' '.join(text))
+    found = gopher.repetition(' '.join(text))
     chars = sum(map(len, text))
     for n in range(2, 11):
         runs = [tuple(text[i:i + n]) for i in range(len(text) - n + 1)]
@@ -228,20 +228,20 @@ def pairs(count, seed):
 @pytest.mark.parametrize('threshold, bands, rows', [(0.8, 14, 8), (0.5, 37, 3), (1, 1, 112)])
 def test_buckets(threshold, bands, rows):
     pytest.importorskip('datasketch')
-    near = clean.NearDuplicates(threshold)
+    near = minhash.NearDuplicates(threshold)
     assert (near.bands, near.rows) == (bands, rows)  # 14 of 8 are FineWeb's
     assert 1 - (1 - threshold**rows)**bands >= 0.9
     text = ' '.join(distinct_words(100))
-    assert near.find(clean.signature(text), 7) is None
-    assert near.find(clean.signature(text.upper().replace(' ', ', ')), 8) == (7, 1.0)
+    assert near.find(minhash.signature(text), 7) is None
+    assert near.find(minhash.signature(text.upper().replace(' ', ', ')), 8) == (7, 1.0)
 
 
 def test_similar_documents_are_found_and_others_are_not():
     pytest.importorskip('datasketch')
     found, errors = [], []
     for one, two in pairs(400, seed=3):
-        near = clean.NearDuplicates(0.8)
-        new = [clean.signature(' '.join(text)) for text in (one, two)]
+        near = minhash.NearDuplicates(0.8)
+        new = [minhash.signature(' '.join(text)) for text in (one, two)]
         near.find(new[0], 1)
         exact = jaccard(one, two)
         errors.append(np.mean(new[0] == new[1]) - exact)
@@ -262,9 +262,9 @@ def test_of_alike_documents_the_first_stays_and_every_removed_one_is_like_a_kept
     texts = [(i, variant(text, rng.choice([0, 1, 2]), rng)) for _ in range(4) for i,
              text in enumerate(clusters)]
     rng.shuffle(texts)
-    near, kept = clean.NearDuplicates(0.8), {}
+    near, kept = minhash.NearDuplicates(0.8), {}
     for number, (cluster, text) in enumerate(texts):
-        like = near.find(clean.signature(' '.join(text)), number)
+        like = near.find(minhash.signature(' '.join(text)), number)
         assert (like is None) == (cluster not in kept)
         if like is not None:
             assert like[0] == kept[cluster]
@@ -278,27 +278,27 @@ def test_ends_of_a_chain_that_are_unlike_both_stay():
     middle = first[20:] + distinct_words(20, start=5000)
     last = first[120:] + distinct_words(120, start=5000)
     assert jaccard(first, middle) > 0.88 > 0.6 > jaccard(middle, last) > jaccard(first, last)
-    near = clean.NearDuplicates(0.8)
-    got = [near.find(clean.signature(' '.join(text)), i) for i,
+    near = minhash.NearDuplicates(0.8)
+    got = [near.find(minhash.signature(' '.join(text)), i) for i,
            text in enumerate([first, middle, last])]
     assert got[0] is None and got[1][0] == 0 and got[2] is None
 
 
 def test_short_texts_texts_without_words_and_scripts_without_spaces():
     pytest.importorskip('datasketch')
-    assert clean.signature('?! ...') is None
-    one, two = clean.signature('Only three words'), clean.signature('only three words!')
-    assert np.array_equal(one, two) and not np.array_equal(one, clean.signature('only three'))
+    assert minhash.signature('?! ...') is None
+    one, two = minhash.signature('Only three words'), minhash.signature('only three words!')
+    assert np.array_equal(one, two) and not np.array_equal(one, minhash.signature('only three'))
     text = ''.join(chr(0x4e00 + i * 7) for i in range(300))
     changed = text[:150] + '東' + text[151:]
-    assert np.mean(clean.signature(text) == clean.signature(changed)) > 0.9
+    assert np.mean(minhash.signature(text) == minhash.signature(changed)) > 0.9
 
 
 def test_long_texts_are_hashed_in_slices():
     pytest.importorskip('datasketch')
     text = distinct_words(9000)
-    whole = clean.signature(' '.join(text))
-    parts = [clean.signature(' '.join(text[i:i + 1004])) for i in range(0, 9000, 1000)]
+    whole = minhash.signature(' '.join(text))
+    parts = [minhash.signature(' '.join(text[i:i + 1004])) for i in range(0, 9000, 1000)]
     assert np.array_equal(whole, np.min(parts, axis=0))
 
 
@@ -307,10 +307,10 @@ def test_pages_of_one_template_are_not_all_compared_with_one_another(monkeypatch
 
     Pairs share 64% of their signatures, so none of them is removed.
     """
-    monkeypatch.setattr(clean, 'BUCKET_SIZE', 20)
+    monkeypatch.setattr(minhash, 'BUCKET_SIZE', 20)
     rng = np.random.default_rng(0)
-    template = rng.integers(0, 2**32, clean.HASHES, dtype=np.uint32)
-    near, compared = clean.NearDuplicates(0.8), []
+    template = rng.integers(0, 2**32, minhash.HASHES, dtype=np.uint32)
+    near, compared = minhash.NearDuplicates(0.8), []
     candidates = near.candidates
 
     def counted(keys):
@@ -320,8 +320,8 @@ def test_pages_of_one_template_are_not_all_compared_with_one_another(monkeypatch
     near.candidates = counted
 
     def changed(page, share):
-        other = rng.integers(0, 2**32, clean.HASHES, dtype=np.uint32)
-        return np.where(rng.random(clean.HASHES) < share, other, page)
+        other = rng.integers(0, 2**32, minhash.HASHES, dtype=np.uint32)
+        return np.where(rng.random(minhash.HASHES) < share, other, page)
 
     pages = [changed(template, 0.2) for _ in range(2400)]
     kept = [number for number, page in enumerate(pages) if near.find(page, number) is None]
@@ -335,10 +335,10 @@ def test_pages_of_one_template_are_not_all_compared_with_one_another(monkeypatch
 @pytest.mark.parametrize('threshold, kilobytes', [(0.8, 2.2), (0.5, 5)])
 def test_memory_per_document(threshold, kilobytes):
     rng, count = np.random.default_rng(0), 5000
-    near, seen = clean.NearDuplicates(threshold), set()
+    near, seen = minhash.NearDuplicates(threshold), set()
     tracemalloc.start()
     for number in range(count):
-        near.find(rng.integers(0, 2**32, clean.HASHES, dtype=np.uint32), number)
+        near.find(rng.integers(0, 2**32, minhash.HASHES, dtype=np.uint32), number)
     used = tracemalloc.get_traced_memory()[0]
     for number in range(count):
         seen.add(clean.digest(str(number)))

@@ -23,7 +23,7 @@ POSIX = pytest.mark.skipif(os.name != 'posix', reason='needs signals')
 
 # all together ------------------------------------------------------------------------------------
 
-ALL = clean.Steps(True, ('en',), gopher=True, gopher_skip=('word_length',), exact=True, near=0.8)
+ALL = clean.Steps(normalize=True, language=('en',), gopher=True, gopher_skip=('word_length',), exact=True, near=0.8)
 
 
 def write_rows(path, texts):
@@ -276,7 +276,7 @@ def test_a_worker_that_was_ended_from_outside(tmp_path):
             yield [(number, 'b')]
 
     with pytest.raises(ValueError, match='--num_proc=1'):
-        for _ in clean.in_order(batches(), clean.Steps(exact=True), 2):
+        for _ in clean.in_order(batches(), clean.Examiner(clean.Steps(exact=True)), 2):
             pass
 
 

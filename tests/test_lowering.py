@@ -35,6 +35,8 @@ def test_a_step_for_an_h200():
         assert kind == '12 x block' and n <= 12 * launches and moved / 1e9 == pytest.approx(gigabytes, rel=0.05)
     assert [kind for kind, *_ in results['speedrun']['parts'][:3]] == [
         '6 x window 256', '3 x window 256, value embedding', '3 x block, value embedding']
+    for result in results.values():
+        assert result['planned_gb'] == pytest.approx(result['step_gb'], rel=0.1)
     assert all(result['loss_mb'] < 900 for result in results.values()) and figures['int8_bytes'] < 1.1
 
 

@@ -14,7 +14,8 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT
+from chat_models import make_chats
+from conftest import ROOT, environments
 
 from flatgpt import parallel, runtime
 from flatgpt.parallel import World, meet
@@ -71,13 +72,13 @@ def test_device_with_gpus(gpus, monkeypatch):
     assert choose_device('auto', 1) == torch.device('cuda:0')
 
 
-def test_scripts_of_one_process_refuse_torchrun(folder, monkeypatch):
+def test_scripts_of_one_process_refuse_torchrun(tmp_path, monkeypatch):
+    folder = make_chats(tmp_path)
+    for script in ('sample.py', 'posttrain.chat'):
+        folder.start(script, out_dir='chat', env=environments(2)[1]).refused(
+            '2 processes were started, but this script runs in one; start it with python in place of torchrun')
     monkeypatch.setenv('WORLD_SIZE', '2')
     assert choose_device('cpu', 1) == CPU
-    for script in ('sample.py', 'eval.py'):
-        folder.train(max_iters=2, env={'WORLD_SIZE': '1'}).ok()
-        folder.start(script, out_dir='out', env={'WORLD_SIZE': '2', 'RANK': '1', 'LOCAL_RANK': '1'}).refused(
-            '2 processes were started, but this script runs in one; start it with python in place of torchrun')
 
 
 @pytest.mark.parametrize('capability, expected', [((9, 0), 'bfloat16'), ((8, 0), 'bfloat16'), ((7, 5), 'float16'),

@@ -58,12 +58,16 @@ RUN = {
     'python train.py config/quickstart.py*': TRAIN,
     'torchrun --standalone --nproc_per_node=2 *': TRAIN.replace('max_iters=2', 'max_iters=4'),
     'python -m flatgpt.export --out_dir=out-shards *': '',
+    'python train.py config/quickstart.py --plan': TRAIN,
+    'python train.py config/train_gpt2.py --plan=*': '',
     'python train.py config/train_shakespeare_char.py*': TRAIN,
     'python -m bench.plot out-quickstart *': '',
     # sample and evaluate
     'python sample.py --out_dir=out-quickstart *': SAMPLE,
     'python -m flatgpt.batch --out_dir=out-quickstart *': SAMPLE,
+    'torchrun --standalone --nproc_per_node=2 -m flatgpt.batch *': SAMPLE,
     'python eval.py --out_dir=out-quickstart*': '--device=cpu',
+    'torchrun --standalone --nproc_per_node=2 -- eval.py *': '--device=cpu',
     # export
     'python -m flatgpt.export --out_dir=out-llama --out=my-gpt': '',
     'python -m flatgpt.export --out_dir=out-llama --out=my-gpt *': '--out=my-gpt-in-bf16',
@@ -79,6 +83,8 @@ RUN = {
     'python -m posttrain.reward config/reward_tiny_chat.py': f'{ALIGN} --batch_size=4',
     'python -m posttrain.rl config/ppo_tiny_chat.py': f'{ALIGN} {ANSWER}',
     'python -m posttrain.rl config/grpo_tiny_chat.py': f'{ALIGN} {ANSWER} --group_size=2',
+    'torchrun --standalone --nproc_per_node=2 -m posttrain.rl *':
+        f'{ALIGN} {ANSWER} --group_size=2',
     'python -m posttrain.dpo --init_from=out-sft-tiny-chat *': f'{ALIGN} --minibatch_size=4',
     'python eval.py --out_dir=out-sft-tiny-chat --task=tiny_chat': ASK,
     'python eval.py --out_dir=out-grpo-tiny-chat --task=tiny_chat': ASK,
@@ -90,12 +96,18 @@ TESTED = {
     "pip install -e '*": 'test_extras_exist',
     'bash bench/gpu.sh': 'test_gpu_sh_runs_parts_one_by_one',
     'python -m bench.gpu *': 'test_gpu_sh_runs_parts_one_by_one',
+    'python -m flatgpt.export --out_dir=out-sft --out=served': 'test_rollout_server.py',
     'lm_eval *': 'test_lm_evaluation_harness_gets_our_numbers',
     'python data/text/prepare.py --input=FILE *': 'test_commands_run',
+    'python -m data.clean --input=crawl/ --part=*': 'test_the_commands',
+    'python -m data.clean --join=*': 'test_the_commands',
+    'python data/text/prepare.py --input=clean/': 'test_commands_run',
+    'python -m data.clean train-quality *': 'test_accuracy_and_calibration_on_new_texts',
     'python data/text/prepare.py --input=stories.txt *': 'test_readers.py',
     'python data/fineweb_edu/prepare.py --input=*': 'test_prepare.py',
     'python data/openwebtext/prepare.py --input=*': 'test_prepare.py',
     'python train.py config/train_gpt2.py*': 'test_recipes',
+    'python train.py config/quickstart.py --dataset=web:*': 'test_mixture.py',
     'python -m posttrain.rl *': 'test_rl_e2e.py',
     'python -m posttrain.dpo *': 'test_dpo_e2e.py',
     'python -m bench.plot *': 'test_plot_command',
@@ -106,7 +118,7 @@ TESTED = {
     'python -m bench.generate *': 'test_generate',
     **{f'python -m lab.{name}*': f'test_lab_{name}.py' for name in (
         'addition', 'baby_gpt', 'bigram_to_gpt', 'emergence', 'finetune', 'flops', 'look_inside',
-        'scaling_laws', 'state_of_gpt', 'thinking')},
+        'mixture', 'scaling_laws', 'state_of_gpt', 'thinking')},
 }
 # NOT_RUN: the reason.
 NOT_RUN = {
@@ -114,6 +126,7 @@ NOT_RUN = {
     'pip install --no-deps triton*': 'almost a gigabyte',
     'pytest*': 'this is it',
     'vllm serve *': 'other software',
+    'VLLM_SERVER_DEV_MODE=1 vllm serve *': 'other software',
     'python convert_hf_to_gguf.py *': 'other software',
     'hf download *': 'other software',
     'python data/fineweb_edu/prepare.py*': 'network',
@@ -125,7 +138,7 @@ NOT_RUN = {
     'torchrun --nproc_per_node=8 *': '16 GPUs',
     'srun *': 'a cluster',
     **{f'python -m bench.{name}*': 'minutes' for name in (
-        'attention', 'kill', 'prepare', 'rollout', 'round_trip', 'start', 'tokenizer')},
+        'attention', 'kill', 'plan', 'prepare', 'rollout', 'round_trip', 'save', 'start', 'tokenizer')},
 }
 ENGLISH = (
     'The lamp of the harbour was lit every evening by a man who lived alone with his dog. He knew '

@@ -1,5 +1,6 @@
 """FSDP2 and sharded checkpoints: sharded.py, owners.py, shards.py. Run: pytest tests/test_sharded.py"""
 
+import contextlib
 import io
 import os
 import pickle
@@ -17,7 +18,7 @@ from test_checkpoint import make_state
 from tiny_models import ARCHITECTURES, tiny
 
 from configurator import Settings, UserError
-from flatgpt import checkpoint, lora, optim, outdir, owners, pretrained, sharded
+from flatgpt import checkpoint, lora, optim, outdir, owners, pretrained, sharded, shards
 from flatgpt.parallel import World
 from model import GPT, GPTConfig
 
@@ -176,9 +177,9 @@ def test_float16_and_lora_have_no_shards(alone, monkeypatch):
         sharded.place(model, 'full', alone, 'float32', CPU)
     monkeypatch.setenv('LOCAL_WORLD_SIZE', '4')
     with pytest.raises(UserError, match='6 processes are no multiple of 4: use --shard=full'):
-        sharded.check_settings({'shard': 'hybrid'}, World(size=6))
+        sharded.should_shard({'shard': 'hybrid'}, World(size=6))
     config = {'shard': 'full'}
-    assert not sharded.check_settings(config, World()) and config['shard'] == 'none'
+    assert not sharded.should_shard(config, World()) and config['shard'] == 'none'
 
 
 @given(n=st.integers(1, 5), rows=st.integers(1, 7), columns=st.integers(1, 3), batches=st.integers(0, 4))
@@ -263,14 +264,68 @@ def test_metadata_runs_no_code(saved, monkeypatch, tmp_path):
         checkpoint.load(str(saved / 'ckpt.pt'))
     described.storage_data = places
     tensor = next(iter(described.state_dict_metadata.values()))
+    size, chunks = tensor.size, tensor.chunks
     tensor.size = torch.Size([2**40, 2**10])
+    tensor.chunks = [type(chunks[0])(torch.Size([0, 0]), tensor.size)]
     rewrite(saved, pickle.dumps(described))
     with pytest.raises(UserError, match='not in its files'):
         checkpoint.load(str(saved / 'ckpt.pt'))
+    tensor.size, tensor.chunks = size, chunks
     described.state_dict_metadata['optimizer.x.exp_avg'] = described.state_dict_metadata.popitem()[1]
     rewrite(saved, pickle.dumps(described))
     with pytest.raises(UserError, match='names optimizer.x.exp_avg, which is no tensor'):
         checkpoint.load(str(saved / 'ckpt.pt'))
+
+
+def test_chunks_make_up_their_tensor(saved):
+    """What a chunk does not fill would be memory of others."""
+    content = (saved / 'shards-7/.metadata').read_bytes()
+    for change in (lambda tensor: tensor.chunks.clear(), lambda tensor: setattr(tensor, 'size', torch.Size([-5, 8])),
+                   lambda tensor: tensor.chunks.append(tensor.chunks[0]),
+                   lambda tensor: setattr(tensor.chunks[0], 'offsets', torch.Size([1, 0]))):
+        described = pickle.loads(content)
+        change(described.state_dict_metadata['model.transformer.wte.weight'])
+        rewrite(saved, pickle.dumps(described))
+        with pytest.raises(UserError, match='the chunks of model.transformer.wte.weight do not make up'):
+            checkpoint.load(str(saved / 'ckpt.pt'))
+
+
+def test_without_an_optimizer_nothing_is_restored(saved):
+    state = torch.load(saved / 'ckpt.pt', weights_only=True)
+    del state['optimizer']
+    torch.save(state, saved / 'ckpt.pt')
+    with pytest.raises(UserError, match='names shards, but has no optimizer'):
+        checkpoint.load(str(saved / 'ckpt.pt'))
+
+
+def test_shards_of_a_named_step_stay(alone, tmp_path):
+    """A step that is saved again gets another folder; with an unreadable best.pt nothing is removed."""
+    saved = tmp_path / 'out'
+    run, content = save(alone, saved)
+    run.save(lambda: {**content})
+    run.settle()
+    assert {path.name for path in saved.glob('shards-*')} == {'shards-7', 'shards-7-2'}
+    assert checkpoint.load(str(saved / 'best.pt'))['shards']['folder'] == 'shards-7'
+    (saved / 'best.pt').write_text('damaged')
+    run.step = 8
+    run.save(lambda: {**content})
+    run.settle()
+    assert len(list(saved.glob('shards-*'))) == 3 and checkpoint.load(str(saved / 'ckpt.pt'))['iter_num'] == 8
+    moved_to = outdir.put_aside(str(saved), best_alone=True)
+    assert os.listdir(moved_to) == ['best.pt']
+
+
+def test_processes_agree_on_a_save_that_failed(folder):
+    """Then they agree on the best, on patience and on when to save: nothing hangs."""
+    for shard in ('none', 'full'):
+        runs = folder.start_two(out_dir=shard, shard=shard, always_save_checkpoint=False, eval_interval=2,
+                                total_batch_size=128, batch_size=2, patience=3, max_iters=30)
+        runs[0].wait_for('iter 0')
+        with contextlib.suppress(FileExistsError):
+            (folder.path / shard / 'ckpt.pt').mkdir()  # in the way, if it comes before the first save
+        out = [run.wait(60) for run in runs][0].out
+        assert 'Traceback' not in out and all(run.code is not None for run in runs)
+        assert out.count('WARNING') == out.count('could not be saved') and 'iter 1:' in out
 
 
 @pytest.mark.parametrize('name', ['__0_0.distcp', '.metadata'])
@@ -290,17 +345,17 @@ def test_damaged_shards(saved, name):
             checkpoint.load(str(saved / 'ckpt.pt'))
 
 
-def test_a_save_that_fails_leaves_the_one_before(alone, tmp_path, capsys):
+def test_a_save_that_fails_leaves_the_one_before(alone, tmp_path, capsys, monkeypatch):
     """The disk takes no new folder; the old one stays whole, and the next save removes it."""
     saved = tmp_path / 'out'
     run, content = save(alone, saved)
     run.step = 8
-    (saved / 'shards-8').write_text('in the way')
+    monkeypatch.setattr(shards, 'checksum', lambda path: open('/nowhere/at/all'))
     run.save(lambda: {**content})
     run.saver.wait()
     assert 'could not be saved at step 8' in capsys.readouterr().out and run.saved_step == 7
-    assert checkpoint.load(str(saved / 'ckpt.pt'))['iter_num'] == 7
-    (saved / 'shards-8').unlink()
+    monkeypatch.undo()
+    assert checkpoint.load(str(saved / 'ckpt.pt'))['iter_num'] == 7 and not (saved / 'shards-8').exists()
     for step, is_best, expected in ((8, False, [7, 8]), (9, False, [7, 9]), (10, True, [10])):
         run.step = step
         run.save(lambda: {**content}, is_best)

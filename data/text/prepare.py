@@ -39,7 +39,7 @@ import time
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))  # so that it runs from any folder
 
-from data import documents, encode
+from data import documents, encode, pages
 
 FEW = 100  # documents; a tenth of fewer would not represent the others
 
@@ -68,13 +68,15 @@ def main():
 
     is_text = (len(files) == 1 and not args.separator
                and documents.kind_of(files[0], args.text_key) == 'text')
+    first = list(itertools.islice(read(), 1 if is_text else FEW))
+    pages.note_pages(args.input, files, first)
     if is_text and documents.has_objects(files[0]):
         print(f'note: {files[0]} begins with JSON that has no text in {args.text_key!r}, so the '
               f'JSON itself is the text; if a field holds the text: --text_key=NAME',
               file=sys.stderr)
     if is_text:
         how = 'the end of the text'
-    elif sum(1 for _ in itertools.islice(read(), FEW)) < FEW:
+    elif len(first) < FEW:
         how, split = 'the end of each document', documents.split_each
     else:
         how, split = 'whole documents, chosen by content', documents.split_documents

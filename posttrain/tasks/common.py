@@ -31,14 +31,16 @@ import os
 import pkgutil
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from configurator import UserError
 from data.documents import read_records, text_hash
 from data.tokens import to_device
+from flatgpt import shares
 from flatgpt.generate import Sampling, generate_texts, majority, uniforms
+from flatgpt.parallel import World
 from posttrain import tasks
 from posttrain.losses import token_logprobs
 from posttrain.tools import SYSTEM, generate_with_tools
@@ -277,20 +279,23 @@ class Answering:
     batch_size: int = 64  # answers at once
     rate: Callable | None = None  # (example, texts) -> scores: the best answer counts instead
     progress: Callable = lambda n: None  # called with the number of questions done
+    world: World = field(default_factory=World)  # processes that share the questions
 
 
 def answer(model, tokenizer, prompts, how):
     """Answer prompts, lists of ids; -> texts, `num_samples` in a row for each prompt.
 
     In a chat the template's endings end an answer; in plain text a blank line or a new question.
+    Each of several processes answers every how.world.size-th prompt, and returns those texts.
     """
     stop_ids, stops = find_endings(how.template, tokenizer)
     if how.template is None:
         stops = ['\n\n', '\nQ:', '\nQuestion:']
     texts, at_once = [], max(1, how.batch_size // how.num_samples)
-    for first in range(0, len(prompts), at_once):
-        batch = prompts[first : first + at_once]
-        numbers, samples = range(first, first + len(batch)), range(how.num_samples)
+    of_process = range(len(prompts))[how.world.rank :: how.world.size]
+    for first in range(0, len(of_process), at_once):
+        numbers, samples = of_process[first : first + at_once], range(how.num_samples)
+        batch = [prompts[number] for number in numbers]
         if how.tools:
             sampling = Sampling(how.max_new_tokens, how.temperature, stop_ids=stop_ids)
             u = torch.stack([uniforms(how.seed, number, sample, how.max_new_tokens)
@@ -330,50 +335,58 @@ def measure(task, examples, model, tokenizer, how):
         encoded = [few_shot_prompt(example, how.pool, how.shots, tokenizer, room)
                    for example in examples]
     contexts, prompts, n_shots = zip(*encoded, strict=True)
-    if is_choice:
-        pairs = [pair for each in zip(examples, contexts, prompts, strict=True)
-                 for pair in choice_prompts(*each, tokenizer)]
-        logprobs = iter(loglikelihoods(model, pairs, how.batch_size))
-        rights, others = choose(examples, logprobs, by_letter=bool(how.template))
-        how.progress(len(examples))
-    else:
-        rights, others = vote(task, examples, answer(model, tokenizer, prompts, how), how)
+    of_process = slice(how.world.rank, None, how.world.size)  # the questions of this process
+    asked = examples[of_process]
+    with shares.together(how.world):
+        if is_choice:
+            pairs = [pair for each in zip(asked, contexts[of_process], prompts[of_process],
+                                          strict=True) for pair in choice_prompts(*each, tokenizer)]
+            logprobs = iter(loglikelihoods(model, pairs, how.batch_size))
+            outcomes = choose(asked, logprobs, by_letter=bool(how.template))
+            how.progress(len(asked))
+        else:
+            outcomes = vote(task, asked, answer(model, tokenizer, prompts, how), how)
+    rights, counts = zip(*shares.gather(outcomes, how.world), strict=True)
+    others = {name: sum(of[name][0] for of in counts) / sum(of[name][1] for of in counts)
+              for name in counts[0]}
     return {'kinds': accuracies([example['kind'] for example in examples], rights),
             'shots': sum(n_shots) / len(examples), 'others': others}
 
 
 def choose(examples, logprobs, by_letter):
-    """Compare the likeliest choices with the labels; -> (bools, other accuracies).
+    """Compare the likeliest choices with the labels; -> outcomes, one for each question.
 
+    An outcome is (whether it is right, {another accuracy: (number right, number of all)}).
     logprobs: iterator over those of all choices. by_letter: the continuations were letters, which
     are equally long.
     """
-    rights, norms = [], []
+    outcomes = []
     for example in examples:
         scores = list(itertools.islice(logprobs, len(example['choices'])))
         lengths = [1 if by_letter else len(choice) for choice in example['choices']]
         means = [score / length for score, length in zip(scores, lengths, strict=True)]
-        rights.append(scores.index(max(scores)) == example['label'])
-        norms.append(means.index(max(means)) == example['label'])
-    return rights, {'accuracy_norm': sum(norms) / len(norms)}
+        of_means = means.index(max(means)) == example['label']
+        outcomes.append((scores.index(max(scores)) == example['label'],
+                         {'accuracy_norm': (of_means, 1)}))
+    return outcomes
 
 
 def vote(task, examples, texts, how):
-    """Evaluate the answer that counts for each question; -> (bools, other accuracies)."""
-    rights, of_samples, of_majority, n = [], [], [], how.num_samples
+    """Evaluate the answer that counts for each question; -> outcomes, as choose() does."""
+    outcomes, n = [], how.num_samples
     for i, example in enumerate(examples):
-        samples = texts[i * n : (i + 1) * n]
-        of_samples.append([bool(task.evaluate(example, text)) for text in samples])
-        of_majority.append(task.evaluate(example, majority_text(task, samples)))
+        samples, counts = texts[i * n : (i + 1) * n], {}
+        of_samples = [bool(task.evaluate(example, text)) for text in samples]
+        of_majority = bool(task.evaluate(example, majority_text(task, samples)))
+        if n > 1:
+            counts = {'accuracy_of_one': (sum(of_samples), n),
+                      'accuracy_of_any': (any(of_samples), 1)}
+        if how.rate:
+            counts['accuracy_of_majority'] = of_majority, 1
         scores = how.rate(example, samples) if how.rate else []
-        rights.append(of_samples[-1][scores.index(max(scores))] if scores else of_majority[-1])
-    others = {}
-    if n > 1:
-        others = {'accuracy_of_one': sum(map(sum, of_samples)) / len(texts),
-                  'accuracy_of_any': sum(map(any, of_samples)) / len(examples)}
-    if how.rate:
-        others['accuracy_of_majority'] = sum(of_majority) / len(examples)
-    return rights, others
+        right = of_samples[scores.index(max(scores))] if scores else of_majority
+        outcomes.append((right, counts))
+    return outcomes
 
 
 def majority_text(task, texts):

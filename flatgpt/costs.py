@@ -4,17 +4,19 @@ Compute a GPT's FLOPs, parameters and memory from its shapes, part by part.
     costs.flops(GPTConfig(), 1024)        # {'projections': ..., 'scores': ..., ...}
     costs.memory(GPTConfig(), 8, 1024)    # {'weights': ..., 'gradients': ..., ...}
 
-B sequences of T positions. Units are bytes and FLOPs, never MB or GFLOP. Memory is that of eager
-code without dropout and without recomputation.
+B sequences of T positions. Units are bytes and FLOPs, never MB or GFLOP. memory() is that of eager
+code without recomputation.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import ops
 from model import GPT
-from ops import CHUNK
 
 PARTS = ('projections', 'scores', 'MLP', 'head')  # projections and scores are attention
 
@@ -63,37 +65,93 @@ def kv_cache(config, B, T, item=2):
     return 2 * config.n_layer * B * T * config.kv_heads * config.head_size * item
 
 
-def activations(config, B, T, item=2):
+class How(NamedTuple):
+    """Describe how a step computes."""
+
+    item: int = 2  # bytes of a product's inputs: 2 in bf16 by autocast, 4 in fp32
+    compiled: bool = False
+    on_gpu: bool = True
+    chunked: bool = True  # compute a large loss in chunks, which fp16 excludes
+
+EAGER = How()
+
+
+def activations(config, B, T, how=EAGER):
     """Return the bytes that autograd keeps: (of one layer, of all else).
 
-    item: bytes of a product's inputs, 2 in bf16 by autocast; the residual stream and the losses are
-    in fp32. The (T, T) attention weights are not kept: the kernels compute them twice. Holds for
-    the architectures of config.presets and similar ones.
+    The residual stream and the losses are in fp32. The (T, T) attention weights are not kept where
+    kernels compute them twice; see blocked_heads() for the CPU. Holds for the architectures of
+    config.presets and similar ones.
     """
-    c, (q, qkv, _, n_out) = config, widths(config)
-    qk = (qkv + q) // 2
-    norm = 4 * c.n_embd * (2 if c.norm == 'rmsnorm' else 1)  # RMSNorm on CPUs also keeps its output
-    inputs = item * (2 * c.n_embd + q + n_out)  # of the four linear layers
-    heads = item * (qkv + (c.pos == 'rope') * qk) + 4 * c.n_head  # rotated q and k are copies
-    heads += 4 * qk * (c.qk_norm and item < 4)  # normed q and k are copies in fp32
-    activation = item * (3 if c.mlp == 'swiglu' else 1) * n_out
+    c, (_, _, _, n_out) = config, widths(config)
+    is_rms, item = c.norm == 'rmsnorm', how.item
+    keeps_output = is_rms and not how.on_gpu  # torch's CPU kernel is made of several operators
+    norm = 4 * c.n_embd * (2 if keeps_output else 1)
     logits = 4 * c.vocab_size * (2 if c.logit_softcap else 1)
-    if B * T * c.vocab_size > CHUNK:  # ops.sum_in_chunks keeps a gradient instead
-        logits = 4 * c.n_embd
-    layer = 2 * norm + inputs + heads + activation
-    return B * T * layer, B * T * (norm + item * c.n_embd + logits)
+    if how.chunked and B * T * c.vocab_size > ops.CHUNK:
+        # ops.sum_in_chunks() keeps a gradient instead
+        logits = item * c.n_embd
+    rest = B * T * (norm + item * c.n_embd + logits)
+    if how.compiled:
+        return compiled_layer(config, B, T, how), rest
+    activation = item * (3 if c.mlp == 'swiglu' else 1) * n_out
+    mask = (1 if how.on_gpu else item) * 2 * c.n_embd * (c.dropout > 0)
+    layer = B * T * (2 * norm + inputs_of_products(c, item) + activation + mask)
+    return layer + heads(config, B, T, how), rest
 
 
-def memory(config, B, T, optimizer='adamw', item=2):
-    """Return {part: bytes} of training.
+def inputs_of_products(config, item):
+    """Return the bytes per token of the inputs of a layer's four products."""
+    q, _, _, n_out = widths(config)
+    return item * (2 * config.n_embd + q + n_out)
 
-    Weights, gradients and moments are in fp32, products in numbers of `item` bytes.
+
+def heads(config, B, T, how):
+    """Return the bytes that attention by torch's kernels keeps, its output not counted."""
+    c, item, (q, qkv, *_) = config, how.item, widths(config)
+    qk = (qkv + q) // 2
+    is_short = not how.on_gpu and T <= ops.SHORT  # ops.plain_attention computes these in fp32
+    kept = 4 * c.n_head + item * (c.pos == 'rope') * qk  # rotated q and k are copies
+    kept += item * qkv + 4 * qk * (c.qk_norm and item < 4)  # normed ones are copies in fp32
+    kept += is_short * (item < 4) * ((4 - item) * qkv + 4 * q)
+    if c.dropout and not how.on_gpu:  # torch writes it out: weights, random numbers, their product
+        kept += 3 * c.n_head * T * (4 if is_short else item)
+    return B * T * kept
+
+
+def compiled_layer(config, B, T, how):
+    """Return the bytes that a compiled block keeps, without copies of its weights.
+
+    It computes norms and activation functions again in the backward pass, from the inputs and
+    outputs of its products. Attention is ops.blocked_attention() on the CPU in short contexts.
     """
+    c, item, (q, qkv, n_in, _) = config, how.item, widths(config)
+    stats = 4 * (2 if c.norm == 'layernorm' else 1)
+    qk, n_heads = (qkv + q) // 2, c.n_head + c.kv_heads
+    kept = 4 * c.n_embd + 2 * stats + inputs_of_products(c, item) + item * (c.n_embd + n_in)
+    if not how.on_gpu and (T <= ops.CACHED or c.dropout):
+        kept += c.qk_norm * (item * qkv + 4 * n_heads)
+        return B * T * kept + blocked_heads(config, B, T, item)
+    kept += item * qkv + (c.pos == 'rope') * item * qk + 4 * c.n_head + 4 * n_heads * c.qk_norm
+    return B * T * kept
+
+
+def blocked_heads(config, B, T, item):
+    """Return the bytes that ops.blocked_attention() keeps: weights, and copies of q, k, v."""
+    c, size = config, max(64, T // 8)
+    ends = [min(start + size, T) for start in range(0, T, size)]
+    pairs = sum(min(size, T - (end - size)) * end for end in ends)
+    weights = c.n_head * pairs * (4 + item * (item < 4 or c.dropout > 0))
+    return B * (weights + item * c.head_size * (c.n_head * T + 2 * c.kv_heads * sum(ends)))
+
+
+def memory(config, B, T, optimizer='adamw'):
+    """Return {part: bytes} of training in bf16 by autocast, weights and moments in fp32."""
     n = sum(parameters(config).values())
     # Muon has one moment for a matrix, AdamW two
     matrices = config.n_layer * config.n_embd * sum(widths(config)) if optimizer == 'muon' else 0
-    layer, rest = activations(config, B, T, item)
-    return {'weights': 4 * n + (item * n if item < 4 else 0), 'gradients': 4 * n,
+    layer, rest = activations(config, B, T)
+    return {'weights': 6 * n, 'gradients': 4 * n,
             'moments': 8 * n - 4 * matrices, 'activations': config.n_layer * layer + rest}
 
 

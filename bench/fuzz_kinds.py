@@ -5,6 +5,7 @@ Make small valid files of every kind, and read them as the scripts do.
 """
 
 import contextlib
+import functools
 import glob
 import io
 import json
@@ -39,7 +40,7 @@ from flatgpt.cut import cut_step
 from model import GPT, GPTConfig
 from posttrain import pairs, policy, reward_model
 from posttrain.tasks import common as tasks
-from tokenizer import chat, formats
+from tokenizer import SentencePieceTokenizer, chat, formats
 from tokenizer.base import FILE_FORMAT, FILE_VERSION
 
 ALONE = parallel.World(0, 0, 1)
@@ -394,7 +395,7 @@ def own_file(text_tokenizer):
 
 
 def tokenizer_kinds():
-    """Make the tokenizer files of four programs."""
+    """Make the tokenizer files of five programs."""
     def load(path):
         opened = tokenizers.load(path)
         ids = opened.encode(TEXT, allowed_special='all')
@@ -417,6 +418,15 @@ def tokenizer_kinds():
     yield Kind('gpt2_files', {'encoder.json': json.dumps(model['vocab']).encode(),
                               'vocab.bpe': '\n'.join(['#version: 0.2', *merges, '']).encode()},
                {'encoder.json': 'json', 'vocab.bpe': 'bytes'}, lambda: load('vocab.bpe'))
+
+    pieces = SentencePieceTokenizer.train(TEXT * 9, 300, ['<|endoftext|>'], 1).to_dict()
+    formats.write_model(pieces, 'tokenizer.model')
+    formats.write_tokenizer_json(pieces, 'pieces.json')
+    for name, path, form in (('sentencepiece', 'tokenizer.model', 'bytes'),
+                             ('sentencepiece_json', 'pieces.json', 'json')):
+        with open(path, 'rb') as file:
+            content = file.read()
+        yield Kind(name, {path: content}, {path: form}, functools.partial(load, path))
 
     def render():
         with open('template.jinja', encoding='utf-8', errors='surrogateescape') as file:

@@ -100,6 +100,7 @@ def test_every_kind(tmp_path):
 
 
 @needs_node
+@pytest.mark.slow
 def test_every_character_is_cut_alike(tmp_path):
     """The characters of all scripts in random order, and contractions of any case."""
     chars = ''.join(map(chr, [*range(0x3500), *range(0xa000, 0xac00), *range(0xf900, 0x20100), 0xe0100]))

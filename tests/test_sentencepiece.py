@@ -60,11 +60,11 @@ def same_ids(ours, theirs, texts):
 
 @pytest.mark.parametrize('name', OPTIONS)
 def test_reads_what_the_package_trained(name, tmp_path):
-    """10,000 texts with Llama's options and with nfkc, 2,000 with others."""
+    """10,000 texts with Llama's options and with nfkc, 1,000 with others."""
     ours, theirs = open_both(tmp_path, trained_by_package(**OPTIONS[name]))
     assert ours.vocab_size == theirs.vocab_size() == 900
     assert ours.special_tokens['<unk>'] == 0 and ours.eot == theirs.eos_id() == 2
-    same_ids(ours, theirs, many_texts()[:10_000 if name in ('llama', 'nmt_nfkc') else 2_000])
+    same_ids(ours, theirs, many_texts()[:10_000 if name in ('llama', 'nmt_nfkc') else 1_000])
     copy = tokenizer.from_dict(json.loads(json.dumps(ours.to_dict())))
     assert copy.to_dict() == ours.to_dict()
     # and written again
@@ -218,7 +218,7 @@ def test_what_transformers_saves_for_llama(legacy, tmp_path):
         assert ours.encode(text, 'all') == theirs(text, add_special_tokens=False)['input_ids']
 
 
-@settings(many, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(many, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(tokens=st.lists(st.text('ab', min_size=2, max_size=6), max_size=9, unique=True), data=st.data(),
        texts=st.lists(st.text('ab', max_size=20), min_size=3, max_size=3))
 def test_any_merges(tmp_path, tokens, data, texts):
@@ -381,6 +381,7 @@ def test_prepare_train_sample_and_export(tmp_path):
     out = folder.start('tokenizer', 'export', tokenizer='my.model', out='hf').wait().ok().out
     assert 'AutoTokenizer' in out
     assert tokenizer.load(tmp_path / 'hf').to_dict() == tok.to_dict()
+    folder.start('tokenizer', 'export', tokenizer='my.model', out='a.tiktoken').refused('joins of bytes only')
     folder.start('tokenizer', 'train', kind='bpe', input='text.txt', vocab_size=300,
                  out='b.model').refused('--kind=sentencepiece')
 
@@ -424,6 +425,25 @@ def test_what_a_model_is_refused_for(change, message, tmp_path):
     with pytest.raises(UserError, match=message) as error:
         tokenizer.load(tmp_path / 'tokenizer.model')
     assert 'tokenizer.model' in str(error.value)
+
+
+@pytest.mark.parametrize('change, message', [
+    ({'pieces': [*BYTE_PIECES, 5]}, 'the piece 5 is empty, no text'), ({'pieces': [*BYTE_PIECES, ['a']]}, 'no text'),
+    ({'pieces': [*BYTE_PIECES, '\ud800']}, 'half a surrogate pair'), ({'pieces': 'abc'}, 'pieces'),
+    ({'special_tokens': {'<x>': 0}}, "special or added token '<x>' has the id 0"),
+    ({'special_tokens': {'<s>': [1]}}, 'special tokens are'), ({'bos_token': ['<s>']}, 'bos_token is'),
+    ({'bos_token': '<q>'}, "bos_token is '<q>', which is no special token"),
+    ({'ranks': [1]}, 'ranks has 1 entries; expected 900'), ({'ranks': [0.5] * 900}, 'whole numbers'),
+    ({'user_defined_symbols': [['a']]}, 'user_defined_symbols has'), ({'metaspace': 'last'}, "metaspace is 'last'"),
+    ({'metaspace': 'first', 'add_dummy_prefix': False}, 'with add_dummy_prefix, or None'),
+    ({'added_tokens': {'zzz': 3}}, "added token 'zzz' has the id 3"), ({'token_rules': {'a': [['x']]}}, 'rules of the'),
+    ({'precompiled_charsmap': 'é'}, 'precompiled_charsmap'), ({'precompiled_charsmap': 7}, 'precompiled_charsmap'),
+    ({'add_dummy_prefix': 'yes'}, 'add_dummy_prefix'), ({'remove_extra_whitespaces': 1}, 'remove_extra_whitespaces'),
+], ids=str)
+def test_descriptions_that_are_refused(change, message):
+    """From a meta.json or a checkpoint."""
+    with pytest.raises(UserError, match=message):
+        tokenizer.from_dict({**trained_here().to_dict(), **change})
 
 
 def test_unigram_is_refused(tmp_path):

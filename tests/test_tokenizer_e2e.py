@@ -84,6 +84,7 @@ def test_page(folder):
     run('page', *['--tokenizer=byte', '--tokenizer=mine', '--tokenizer=mine.json', '--tokenizer=nothing'],
         cwd=folder, error="unknown tokenizer 'nothing'")
     run('page', cwd=folder, error='--tokenizer')
+    run('page', '--tokenizer=byte', '--out=.', cwd=folder, error='is a folder; expected a file to write')
 
 
 def test_colors_only_on_request(folder):

@@ -192,6 +192,14 @@ def check_folder(path):
         raise UserError(f'there is no folder {folder} to write {path} to: mkdir -p {folder}')
 
 
+def check_file(path, example: str):
+    """Raise UserError when path is a folder, or in none."""
+    check_folder(path)
+    if os.path.isdir(path):
+        raise UserError(f'{path} is a folder; expected a file to write, such as '
+                        f'--out={path}/{example}')
+
+
 def main_train(arguments):
     """Train a tokenizer and save it."""
     parser = make_parser('Train a tokenizer on text: a file, a folder, .jsonl, .csv or .parquet.',
@@ -224,10 +232,7 @@ def main_train(arguments):
                         f'--kind=sentencepiece, or --out=NAME.json')
     if args.kind != 'char' and args.vocab_size is None:
         raise UserError(f'--kind={args.kind} needs --vocab_size=N, such as --vocab_size=8192')
-    check_folder(args.out)
-    if os.path.isdir(args.out):
-        raise UserError(f'{args.out} is a folder; expected a file to write, such as '
-                        f'--out={args.out}/tokenizer.json')
+    check_file(args.out, 'tokenizer.json')
 
     started = time.time()
     list_files(args.input, args.text_key)  # prints what is left out
@@ -272,7 +277,10 @@ def main_export(arguments):
     to_folder = os.path.isdir(args.out) or not os.path.splitext(args.out)[1]
     to_tiktoken = args.out.endswith('.tiktoken')
     to_json = os.path.basename(args.out) == 'tokenizer.json'
-    is_portable = exported.kind == 'bpe' or exported.kind == 'sentencepiece' and not to_tiktoken
+    if exported.kind == 'sentencepiece' and to_tiktoken:
+        raise UserError(f'{args.tokenizer} joins characters, and the format of tiktoken holds '
+                        f'joins of bytes only; expected --out=tokenizer.json or --out=NAME.model')
+    is_portable = exported.kind in ('bpe', 'sentencepiece')
     if (to_folder or to_tiktoken or to_json) and not is_portable:
         raise UserError(f'{args.tokenizer} is a {exported.kind} tokenizer; the formats of tiktoken '
                         f'and Hugging Face here hold byte pair encoding only. Expected '
@@ -307,7 +315,7 @@ def main_page(arguments):
                         help=f'{TOKENIZER_HELP}; up to three times')
     parser.add_argument('--out', default='tokens.html', help='file to write (tokens.html)')
     args = parser.parse_args(arguments)
-    check_folder(args.out)
+    check_file(args.out, 'tokens.html')
     page.write_page({name: tokenizers.load(name) for name in args.tokenizer}, args.out)
     print(f'wrote {args.out} ({os.path.getsize(args.out) / 1e6:.1f} MB): open it in a browser')
 

@@ -32,7 +32,7 @@ class AddedTokens:
     def __init__(self, tokens: dict[str, int], rules: dict[str, list[str]], form: str | None):
         check_specials(tokens)
         for token, names in rules.items():
-            if not isinstance(names, list) or not set(names) <= set(RULES):
+            if not isinstance(names, list) or any(name not in RULES for name in names):
                 raise UserError(f'the rules of the added token {shown(token)} are {shown(names)}; '
                                 f'expected a list of {", ".join(RULES)}')
         self.tokens, self.rules, self.form = tokens, rules, form

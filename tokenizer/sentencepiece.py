@@ -145,10 +145,12 @@ class SentencePieceTokenizer(MergeTokenizer):
             raise UserError(f'ranks has {len(self.ranks)} entries; expected {self.vocab_size} '
                             f'whole numbers, one for each piece')
         for symbol in self.user_defined_symbols:
-            if symbol not in self._id_of or symbol in self.special_tokens or ' ' in symbol:
+            if (not isinstance(symbol, str) or symbol not in self._id_of
+                    or symbol in self.special_tokens or ' ' in symbol):
                 raise UserError(f'user_defined_symbols has {shown(symbol)}; expected pieces that '
                                 f'are not special, without spaces')
-        if self.bos_token is not None and self.bos_token not in self.special_tokens:
+        if self.bos_token is not None and (not isinstance(self.bos_token, str)
+                                           or self.bos_token not in self.special_tokens):
             raise UserError(f'bos_token is {shown(self.bos_token)}, which is no special token; '
                             f'expected {", ".join(self.special_tokens) or "none"}')
 

@@ -3,8 +3,8 @@ Sample continuations of many prompts, from a file of JSON lines into another.
 
     $ python -m flatgpt.batch --prompts=in.jsonl --out=out.jsonl --out_dir=out
     $ python -m flatgpt.batch --prompts=in.jsonl --out=out.jsonl --best_of=8
-    $ torchrun --standalone --nproc_per_node=8 -m flatgpt.batch --prompts=in.jsonl \
-        --out=out.jsonl
+    $ torchrun --standalone --nproc_per_node=8 \\
+        -m flatgpt.batch --prompts=in.jsonl --out=out.jsonl
 
 A line of prompts is {"prompt": "text"}, {"ids": [1, 2]} or {"messages": [{"role":
 "user", "content": "text"}]}, the same kind in all lines. Its other keys are copied.

@@ -289,8 +289,10 @@ def resume(path, config, meta, data_dir):
     same_name = settings.get('dataset') in (None, config['dataset'])
     same_text = state['data'] == meta['digest'] if 'data' in state else same_name
     if not same_text or settings.get('eval_tokens', 0) != config['eval_tokens']:
+        several = ',' in config['dataset'] or config.get('anneal_dataset')
         changed = ('other tokens of val count' if same_text else
-                   f'{data_dir} holds another text, or datasets have other shares,')
+                   'the datasets hold other texts, or have other shares,' if several else
+                   f'{data_dir} holds another text')
         from_environment().print(f'{changed} than at step {state["iter_num"]}: the lowest val loss '
                                  f'starts anew')
         state.update(best_val_loss=math.inf, evals_since_best=0)

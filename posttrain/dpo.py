@@ -4,7 +4,8 @@
     $ python -m posttrain.dpo --init_from=out-sft --pairs=pairs.jsonl \\
         --task=tiny_chat --max_new_tokens=128
     $ python -m posttrain.dpo --init_from=resume --pairs=pairs.jsonl
-    $ torchrun --standalone --nproc_per_node=8 -m posttrain.dpo --pairs=pairs.jsonl
+    $ torchrun --standalone --nproc_per_node=8 \\
+        -m posttrain.dpo --pairs=pairs.jsonl
 
 No answers are drawn and no reward model is needed: the model makes the chosen
 answer of a pair likelier and the rejected one less likely. Both are relative to

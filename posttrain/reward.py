@@ -2,7 +2,8 @@
 
     $ python -m posttrain.reward --init_from=out-sft --data=pairs.jsonl
     $ python -m posttrain.reward --init_from=resume --data=pairs.jsonl
-    $ torchrun --standalone --nproc_per_node=8 -m posttrain.reward --data=pairs.jsonl
+    $ torchrun --standalone --nproc_per_node=8 \\
+        -m posttrain.reward --data=pairs.jsonl
     $ python -m posttrain.rl --init_from=out-sft --algorithm=ppo \\
         --task=tiny_chat --reward_model=out-reward
 

@@ -243,7 +243,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.has_compiled_step = self.recompute = False  # flatgpt/quantize.py and train.py set them
-        self.document_end = None  # an id: attention sees nothing before the last one
+        self.masks_documents = False  # ids carry numbers of documents, see ops.split_documents
         # in the order of the optimizer's state in nanoGPT's checkpoints
         self.transformer = nn.ModuleDict({'wte': nn.Embedding(config.vocab_size, config.n_embd)})
         if config.pos == 'learned':
@@ -303,7 +303,7 @@ class GPT(nn.Module):
         n = T if cache is None else cache.length + T
         if n > c.block_size:
             raise UserError(f'a context of {n} tokens is longer than block_size={c.block_size}')
-        documents, positions = ops.documents_in(idx, self.document_end)  # (T,) or (B, T)
+        idx, documents, positions = ops.split_documents(idx, self.masks_documents)
         if cache is not None:
             positions = cache.start(B, T)  # (T,), or (B, T) behind prompts of different lengths
         masks = {w: cache.mask(T, w) if cache is not None else

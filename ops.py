@@ -22,6 +22,7 @@ from torch.nn.attention.flex_attention import (
 
 SHORT = 256  # positions up to which CPU attention in fp32 beats bf16, by up to twice
 CACHED = 512  # positions up to which the weights of blocked attention stay in the CPU's cache
+DOCUMENT = 32  # bits of an id; the number of its document may come above them
 is_training_compiled = False  # runtime.compile_training() sets it
 CHUNK = 2**25  # logits that a loss holds at once, four times as many on a GPU: 128 MB in fp32
 # torch adds products of bf16 to fp32 on an NVIDIA GPU
@@ -168,22 +169,23 @@ def blocks_in_documents(window, documents):
     return compiled(create_block_mask)(is_seen, B, None, T, T, documents.device)
 
 
-def documents_in(idx, end):
-    """Number the documents of ids (B, T), each up to its id `end`, and the positions in them.
+def split_documents(idx, has_numbers):
+    """Split ids (B, T) from the numbers of documents above their DOCUMENT bits.
 
-    -> (B, T) twice; without an end (None) None and (T,).
+    -> ids, documents, positions in the documents, (B, T) each; without numbers the ids, None, and
+    the positions (T,).
     """
     positions = torch.arange(idx.size(1), device=idx.device)
-    if end is None:
-        return None, positions
-    is_end = (idx == end).long()
-    documents = is_end.cumsum(dim=1) - is_end
-    is_first = F.pad(is_end[:, :-1], (1, 0), value=1)
-    return documents, positions - (positions * is_first).cummax(dim=1).values
+    if not has_numbers:
+        return idx, None, positions
+    documents = idx >> DOCUMENT
+    is_first = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
+    starts = (positions * is_first).cummax(dim=1).values
+    return idx & (1 << DOCUMENT) - 1, documents, positions - starts
 
 
 def same_document(documents, queries, keys):
-    """Return whether two slices of positions are in one document, (B, 1, queries, keys)."""
+    """Return whether slices of positions share documents, (B, 1, queries, keys)."""
     return documents[:, None, queries, None] == documents[:, None, None, keys]
 
 

@@ -184,7 +184,7 @@ cut = cut_step(config, block_size, world.size)
 precision, precision_reason = runtime.choose_dtype(dtype, torch_device)
 place(model, config['shard'], world, precision, torch_device)
 model.recompute = recompute == 'block'
-model.document_end = data.document_end() if documents == 'mask' else None
+model.masks_documents = documents == 'mask'
 facts = {'data': meta['digest'], 'step': state.get('iter_num'), 'seen': state.get('seen')}
 world.check_alike({**facts, **config, 'dtype': precision})
 autocast = runtime.autocast(precision, torch_device)

@@ -182,7 +182,7 @@ def peak_memory(device):
 
 
 def measure_memory(s):
-    """Take a step on the CPU; return the most bytes of its tensors, and of this process.
+    """Take a step on the CPU; -> the most bytes of its tensors, and of this process.
 
     torch's profiler counts the tensors inside of operators too.
     """

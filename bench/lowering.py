@@ -95,7 +95,7 @@ def read(graph):
 
 
 def held(graph):
-    """Return (bytes that a backward graph is given, most bytes beside them while it runs).
+    """Return (bytes given to a backward graph, most bytes beside them as it runs).
 
     The gradients that the attention kernel returns are not counted.
     """

@@ -2,4 +2,5 @@
 
 import re
 
-TOKEN_FILE = re.compile(r'(train|val)(-\d{5}|_mask)?\.bin')  # names of a dataset's token files
+# names of a dataset's token files, loss masks and lengths of documents
+TOKEN_FILE = re.compile(r'(train|val)(_mask|(_documents)?(-\d{5})?)\.bin')

@@ -11,7 +11,8 @@ A killed preparation that is run again continues after its last finished shard.
 A .bin file is a plain array of token ids, little-endian uint16, or uint32 for more than 65,536
 ids: np.memmap(path, dtype='<u2') reads it. A split longer than a shard continues in
 train-00001.bin, train-00002.bin, ... meta.json has the dtype, the vocabulary size, the counts,
-the files in order, and the tokenizer.
+the files in order, and the tokenizer. train_documents.bin has the length of each document of
+train.bin in tokens, uint32, and train_documents-00001.bin those of the next shard.
 """
 
 import argparse
@@ -26,6 +27,7 @@ import shlex
 import stat
 import sys
 import time
+from array import array
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -138,6 +140,7 @@ def write_dataset(out_dir, corpus: Corpus, tokenizer, meta_pkl: bytes | None = N
             contents = {'meta.json': (json.dumps(meta, indent=1) + '\n').encode(),
                         **({'meta.pkl': meta_pkl} if meta_pkl else {})}
             names = [name for shards in meta['files'].values() for name, _ in shards]
+            names += [index_name(name) for name in names] * corpus.documents
             note_replaced(out_dir, meta)
             publish(out_dir, names, contents)
         return meta
@@ -162,9 +165,8 @@ def encode_pieces(out_dir, corpus, tokenizer, settings) -> dict:
     has_eot = corpus.documents and tokenizer.eot is not None
     eot = np.array([tokenizer.eot] if has_eot else [], dtype)
     separator = SEPARATOR if corpus.documents and not has_eot else ''
-    shards = load_progress(out_dir, settings, dtype.itemsize)
-    writers = {split: ShardWriter(out_dir, split, eot, corpus.shard_tokens, shards[split])
-               for split in shards}
+    shards = load_progress(out_dir, settings, dtype.itemsize, corpus.documents)
+    writers = {split: ShardWriter(out_dir, split, eot, corpus, shards[split]) for split in shards}
     digest, sizes = hashlib.sha256(), {'train': 0, 'val': 0}
     names = sorted({ENDOFTEXT, *tokenizer.special_tokens}, key=len, reverse=True)
     special = re.compile(b'|'.join(re.escape(to_utf8(name)) for name in names))
@@ -241,17 +243,21 @@ class ShardWriter:
     """Write the token ids of one split into shards, under temporary names.
 
     eot: ids that end each piece, of the dtype of the files. shards: [[tokens, pieces, sha256],
-    ...] of those that are finished; grows.
+    ...] of those that are finished; grows. The lengths of documents get a file beside each shard.
     """
 
-    def __init__(self, out_dir, split, eot, shard_tokens, shards):
-        self.out_dir, self.split, self.eot, self.shard_tokens = out_dir, split, eot, shard_tokens
+    def __init__(self, out_dir, split, eot, corpus, shards):
+        self.out_dir, self.split, self.eot = out_dir, split, eot
+        self.shard_tokens, self.has_index = corpus.shard_tokens, corpus.documents
         self.shards, self.n_finished = shards, shards[-1][1] if shards else 0  # pieces
-        self.digest, self.pieces = hashlib.sha256(), 0  # those of the split so far
-        self.file, self.tokens = None, 0                # those of the open shard
+        self.digest, self.pieces = hashlib.sha256(), 0     # those of the split so far
+        self.file, self.tokens, self.lengths = None, 0, array('I')  # those of the open shard
+
+    def name(self):
+        return shard_name(self.split, len(self.shards))
 
     def path(self):
-        return temporary(self.out_dir, shard_name(self.split, len(self.shards)))
+        return temporary(self.out_dir, self.name())
 
     def skip(self, utf8: bytes) -> bool:
         """Skip a piece that is in a finished shard; -> whether it was. Raises TextChanged."""
@@ -272,6 +278,7 @@ class ShardWriter:
             self.file = files.create(self.path())
         self.file.write(np.concatenate((ids, self.eot), dtype=self.eot.dtype).data)
         self.tokens += n_tokens
+        self.lengths.append(n_tokens)
         self.pieces += 1
         self.digest.update(utf8)
         return is_full
@@ -280,8 +287,11 @@ class ShardWriter:
         self.file.flush()
         os.fsync(self.file.fileno())
         self.file.close()
+        if self.has_index:
+            lengths = np.array(self.lengths, '<u4').tobytes()
+            files.write_synced(temporary(self.out_dir, index_name(self.name())), lengths)
         self.shards.append([self.tokens, self.pieces, self.digest.hexdigest()])
-        self.file, self.tokens = None, 0
+        self.file, self.tokens, self.lengths = None, 0, array('I')
 
     def end(self, val_fraction):
         """Finish the last shard. Raises TextChanged; UserError for under 2 tokens."""
@@ -309,6 +319,11 @@ def shard_name(split, number) -> str:
     return f'{split}-{number:05d}.bin' if number else f'{split}.bin'
 
 
+def index_name(name) -> str:
+    """Return the name of the file with the lengths of a shard's documents."""
+    return re.sub('^(train|val)', r'\1_documents', name)
+
+
 def temporary(out_dir, name) -> str:
     """Return the path of a file of a dataset that is not complete."""
     return os.path.join(out_dir, f'.{name}.tmp')
@@ -319,7 +334,7 @@ def digest_of(settings, shards) -> str:
     return hashlib.sha256(json.dumps([settings, shards], sort_keys=True).encode()).hexdigest()
 
 
-def load_progress(out_dir, settings, itemsize) -> dict:
+def load_progress(out_dir, settings, itemsize, has_index) -> dict:
     """Return the finished shards of an unfinished preparation with the same settings.
 
     -> {split: [[tokens, pieces, sha256], ...]}, empty lists where there is none
@@ -332,11 +347,17 @@ def load_progress(out_dir, settings, itemsize) -> dict:
             shards = {split: [[int(tokens), int(pieces), str(sha256)]
                               for tokens, pieces, sha256 in progress['shards'][split]]
                       for split in ('train', 'val')}
-            found = {(split, i): os.lstat(temporary(out_dir, shard_name(split, i)))
-                     for split in shards for i in range(len(shards[split]))}
+            sizes = {}  # of the files that belong to the finished shards
+            for split in shards:
+                for i, (tokens, pieces, _) in enumerate(shards[split]):
+                    sizes[shard_name(split, i)] = tokens * itemsize
+                    if has_index:
+                        before = shards[split][i - 1][1] if i else 0
+                        sizes[index_name(shard_name(split, i))] = 4 * (pieces - before)
+            found = {name: os.lstat(temporary(out_dir, name)) for name in sizes}
             is_usable = progress['sha256'] == digest_of(settings, shards) and all(
-                stat.S_ISREG(file.st_mode) and file.st_size == shards[split][i][0] * itemsize
-                for (split, i), file in found.items())
+                stat.S_ISREG(file.st_mode) and file.st_size == sizes[name]
+                for name, file in found.items())
         except (KeyError, OSError, OverflowError, TypeError, ValueError):
             is_usable = False
         if is_usable:

@@ -205,6 +205,10 @@ class Data:
             self.add(name, meta)
         # the order in which the names are given changes nothing
         self.names.sort(key=lambda name: self.metas[name]['digest'])
+        for name, after in zip(self.names, self.names[1:], strict=False):
+            if self.metas[name]['digest'] == self.metas[after]['digest']:
+                raise UserError(f'{name} and {after} hold the same text; expected each dataset '
+                                f'once')
         if len(self.names) > 1:
             facts = [(self.metas[name]['digest'], self.shares.get(name), self.late.get(name))
                      for name in self.names]
@@ -264,33 +268,28 @@ class Data:
         return {'mixture': {'anneal_start': max(0, self.start),
                             'drawn': dict(zip(digests, drawn.tolist(), strict=True))}}
 
-    def document_end(self):
-        """Return the id that ends documents. Raises UserError without a tokenizer that has one."""
-        described = self.meta['tokenizer'] or pretrained.GPT2_TOKENIZER
-        end = tokenizer.from_dict(described).eot
-        if end is None:
-            raise UserError(f'documents={self.documents!r}: the tokenizer {described["kind"]!r} '
-                            f'has no <|endoftext|>, which ends documents; prepare them with '
-                            f'another, such as --tokenizer=bpe, or use --documents=flat')
-        return end
-
     def ordered(self, name, block_size):
-        """Return a dataset's training tokens, in the order of the setting documents."""
+        """Return a dataset's training tokens by the setting documents; 'mask' marks val too."""
         if self.documents == 'flat':
             return self.splits[name]['train']
         if self.meta['row']:
             raise UserError(f'documents={self.documents!r}: conversations are packed in rows; '
                             f'expected documents=flat')
-        # whole documents are cut on the CPU
-        tokens = open_tokens(self.folders[name], 'train', self.metas[name], block_size)
-        ends = order.document_ends(tokens, self.document_end(), self.folders[name])
+        described = self.meta['tokenizer']
+        eot = tokenizer.from_dict(described).eot if described else 50256  # GPT-2's
+        texts = {}
+        for split in ('train', 'val'):  # in memory of the CPU, which finds the documents
+            tokens = open_tokens(self.folders[name], split, self.metas[name], block_size)
+            texts[split] = tokens, order.document_ends(self.folders[name], split, tokens, eot)
+        if self.documents == 'mask':
+            self.splits[name] = {split: order.Marked(*text, self.n_ids)
+                                 for split, text in texts.items()}
+            return self.splits[name]['train']
         if self.documents == 'shuffle':
-            return order.Shuffled(tokens, ends, self.n_ids)
-        if self.documents == 'bos':
-            rows = order.Aligned(tokens, ends, self.n_ids, block_size)
-            self.lost[name] = rows.lost
-            return rows
-        return self.splits[name]['train']
+            return order.Shuffled(*texts['train'], self.n_ids)
+        rows = order.Aligned(*texts['train'], self.n_ids, block_size)
+        self.lost[name] = rows.lost
+        return rows
 
     def windows(self, eval_iters, cut, eval_tokens):
         """Return [(split, name, tokens, first positions)], see tokens.eval_windows()."""

@@ -1,13 +1,17 @@
 """
-Order documents for training: in a new order every epoch, or one at the start of each row.
+Order documents anew every epoch, align rows with them, or mark them for a mask.
 
-    ends = document_ends(tokens, eot)   # the last position of each document
-    Shuffled(tokens, ends, n_ids)       # draw() and gather() windows of an epoch's order
-    Aligned(tokens, ends, n_ids, T)     # rows of T + 1 tokens that begin at a document
+    ends = document_ends(folder, 'train', tokens, eot)  # the last position of each document
+    Shuffled(tokens, ends, n_ids)    # windows of documents in an order of the epoch
+    Aligned(tokens, ends, n_ids, T)  # rows of T + 1 tokens that begin at a document
+    Marked(tokens, ends, n_ids)      # ids that carry the number of their document
 
-Both are drawn from like token files (data/tokens.py): which tokens a window has is a function of
+All are drawn from like token files (data/tokens.py): which tokens a window has is a function of
 (seed, number of the window).
 """
+
+import os
+import re
 
 import numpy as np
 import torch
@@ -15,27 +19,57 @@ import torch
 from configurator import UserError
 from data.conversations import pack
 from data.shuffle import mix
-from data.tokens import Shards, ids_at, per_epoch, train_items, train_windows
+from data.tokens import Shards, gather, ids_at, per_epoch, train_items, train_windows
+from ops import DOCUMENT
 
 SCANNED = 2**24  # tokens that are compared at once
 STARTS = 44  # bits of a window's start; an epoch's number comes above
 
 
-def document_ends(tokens, eot, folder):
-    """Return the positions of the id that ends documents, int64. Raises UserError without any."""
-    arrays = tokens.arrays if isinstance(tokens, Shards) else [tokens]
+def document_ends(folder, split, tokens, eot):
+    """Return the last position of each document, int64.
+
+    From the lengths that prepare wrote; in older folders, and nanoGPT's, from the id that ends
+    documents, which may be None. Raises UserError if neither is there.
+    """
+    names = sorted((name for name in os.listdir(folder)
+                    if re.fullmatch(rf'{split}_documents(-\d{{5}})?\.bin', name)),
+                   key=lambda name: (len(name), name))  # the first shard has no number
+    if names:
+        lengths = np.concatenate([np.fromfile(os.path.join(folder, name), '<u4')
+                                  for name in names]).astype(np.int64)
+        if lengths.sum() != len(tokens) or not lengths.all():
+            raise UserError(f'{os.path.join(folder, names[0])} has documents of '
+                            f'{lengths.sum():,} tokens, expected {len(tokens):,} as in '
+                            f'{split}.bin; prepare the dataset again')
+        return np.cumsum(lengths) - 1
     ends, first = [], 0
-    for array in arrays:
-        for i in range(0, len(array), SCANNED):
+    for array in tokens.arrays if isinstance(tokens, Shards) else [tokens]:
+        for i in range(0, len(array) if eot is not None else 0, SCANNED):
             ends.append(np.flatnonzero(array[i : i + SCANNED] == eot) + first + i)
         first += len(array)
-    ends = np.concatenate(ends)
+    ends = np.concatenate(ends or [np.empty(0)]).astype(np.int64)
     if not len(ends):
-        raise UserError(f'{folder} has no document that ends with the id {eot}: it is one running '
-                        f'text; prepare a folder of texts, or use --documents=flat')
-    if ends[-1] < first - 1:
-        ends = np.append(ends, first - 1)
-    return ends.astype(np.int64)
+        raise UserError(f'{folder} does not say where its documents end: expected '
+                        f'{split}_documents.bin, which prepare writes for a folder or a table of '
+                        f'texts; prepare it again, or use --documents=flat')
+    return ends if ends[-1] == first - 1 else np.append(ends, first - 1)
+
+
+class Marked:
+    """Give each id the number of its document, in the bits above DOCUMENT."""
+
+    def __init__(self, tokens, ends, n_ids):
+        self.tokens, self.ends, self.n_ids = tokens, ends, n_ids
+
+    def __len__(self):
+        return len(self.tokens)
+
+    def gather(self, starts, block_size):
+        """Return inputs with numbers, and targets without, (windows, block_size)."""
+        x, y = gather(self.tokens, starts, block_size, self.n_ids)
+        places = np.asarray(starts)[:, None] + np.arange(block_size)
+        return x | torch.from_numpy(np.searchsorted(self.ends, places)) << DOCUMENT, y
 
 
 class Shuffled:

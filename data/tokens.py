@@ -209,7 +209,7 @@ def gather(tokens, starts, block_size, vocab_size):
 
 
 def ids_at(tokens, index, vocab_size):
-    """Return the ids at positions, int64. Raises UserError on one without an embedding."""
+    """Return the ids at positions, int64. Raises UserError on an unknown one."""
     ids = tokens[index].astype(np.int64)
     if ids.max() >= vocab_size:
         place = np.unravel_index(ids.argmax(), ids.shape)

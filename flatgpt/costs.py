@@ -107,7 +107,7 @@ def inputs_of_products(config, item):
 
 
 def heads(config, B, T, how):
-    """Return the bytes that attention by torch's kernels keeps, its output not counted."""
+    """Return the bytes that torch's attention kernels keep, without output."""
     c, item, (q, qkv, *_) = config, how.item, widths(config)
     qk = (qkv + q) // 2
     is_short = not how.on_gpu and T <= ops.SHORT  # ops.plain_attention computes these in fp32
@@ -137,7 +137,7 @@ def compiled_layer(config, B, T, how):
 
 
 def blocked_heads(config, B, T, item):
-    """Return the bytes that ops.blocked_attention() keeps: weights, and copies of q, k, v."""
+    """Return the bytes that ops.blocked_attention() keeps, with copies of q, k, v."""
     c, size = config, max(64, T // 8)
     ends = [min(start + size, T) for start in range(0, T, size)]
     pairs = sum(min(size, T - (end - size)) * end for end in ends)
@@ -146,7 +146,7 @@ def blocked_heads(config, B, T, item):
 
 
 def memory(config, B, T, optimizer='adamw'):
-    """Return {part: bytes} of training in bf16 by autocast, weights and moments in fp32."""
+    """Return {part: bytes} of training in bf16 with fp32 weights and moments."""
     n = sum(parameters(config).values())
     # Muon has one moment for a matrix, AdamW two
     matrices = config.n_layer * config.n_embd * sum(widths(config)) if optimizer == 'muon' else 0

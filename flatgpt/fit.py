@@ -47,7 +47,7 @@ def choose_batch(cut, resolved, model, world):
 
 
 def free_bytes(model, n_local):
-    """Return the bytes that the tensors of this process may take, its weights included."""
+    """Return the bytes that this process's tensors may take, with its weights."""
     weights = list(model.parameters())
     if weights[0].device.type == 'cuda':
         free, _ = torch.cuda.mem_get_info(weights[0].device)

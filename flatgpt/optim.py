@@ -1,7 +1,8 @@
 """
-Build optimizers and learning-rate schedules: AdamW, cosine, WSD; muon.py has Muon.
+Build optimizers and learning-rate schedules: AdamW, cosine, WSD.
 
-In every parameter group, lr_scale times the rate of the schedule is the rate of the group.
+muon.py has Muon. In every parameter group, lr_scale times the rate of the schedule is the rate of
+the group.
 """
 
 import math

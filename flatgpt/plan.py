@@ -172,7 +172,7 @@ def update(setup):
 
 
 def gathered_bytes(setup):
-    """Return the bytes of whole weights beside the shards: (always, in a backward pass).
+    """Return the bytes of gathered weights: (always, in a backward pass).
 
     Two blocks are gathered in the precision of products, the next while one computes; embeddings
     and head in fp32. A block's gradients are whole until each process has its part of their sum.
@@ -324,14 +324,14 @@ def divisors(n):
 
 
 def largest_batch(setup, most):
-    """Return the largest divisor of a process's sequences that fits into `most` bytes, or 0."""
+    """Return the largest batch_size that fits into `most` bytes, or 0."""
     sequences = setup.batch_size * setup.micro_steps
     return next((n for n in divisors(sequences) if total(
         replace(setup, batch_size=n, micro_steps=sequences // n)) <= most), 0)
 
 
 def remedies(setup, most, n_shards):
-    """Return the settings, as text, that let a step fit into `most` bytes, fewest first."""
+    """Return settings that let a step fit into `most` bytes, fewest first."""
     options = {'--recompute=block': {'recompute': True}, '--shard=full': {'n_shards': n_shards}}
     if setup.recompute:
         del options['--recompute=block']

@@ -75,7 +75,7 @@ class Reader(dcp.FileSystemReader):
 
 
 def check_chunks(name, tensor):
-    """Raise UserError unless the chunks of a tensor are in it, as many numbers as it has."""
+    """Raise UserError unless the chunks of a tensor make up the whole tensor."""
     n = 0
     for chunk in tensor.chunks:
         ends = [offset + size for offset, size in zip(chunk.offsets, chunk.sizes, strict=True)]

@@ -75,7 +75,7 @@ def add_up(tensors, world):
 
 
 def add_gradients(model, world):
-    """Add the gradients of a model up over the processes. One without items adds zeros."""
+    """Add a model's gradients up over the processes, zeros where there are none."""
     if world.size == 1:
         return
     trained = [p for p in model.parameters() if p.requires_grad]

@@ -93,7 +93,7 @@ class RolloutServer:
         self.ask('/reset_prefix_cache', {})  # keys and values of the former weights
 
     def draw(self, prompts, sampling, u):
-        """Draw one answer to each prompt; -> lists of ids, as rollouts.draw_answers() does.
+        """Draw an answer to each prompt; -> lists of ids, as rollouts.draw_answers().
 
         u: (n, max_new_tokens), fixes the seed of each answer.
         """

@@ -21,7 +21,7 @@ from tokenizer import base
 def test_dataset(tmp_path):
     texts = [words(10, seed) for seed in range(40)]
     meta = write(tmp_path, texts)
-    assert names(tmp_path) == ['meta.json', 'train.bin', 'val.bin']
+    assert names(tmp_path) == ['meta.json', 'train.bin', 'train_documents.bin', 'val.bin', 'val_documents.bin']
     assert meta == json.loads((tmp_path / 'meta.json').read_text())
     for split in ('train', 'val'):
         chosen = [text + '\n\n' for side, text in documents.split_documents(texts, 0.3)
@@ -29,6 +29,8 @@ def test_dataset(tmp_path):
         assert bytes(ids(tmp_path, split).astype(np.uint8)).decode() == ''.join(chosen)
         assert meta['tokens'][split] == len(ids(tmp_path, split)) == meta['bytes'][split]
         assert meta['documents'][split] == len(chosen)
+        lengths = np.fromfile(tmp_path / f'{split}_documents.bin', '<u4')
+        assert lengths.tolist() == [len(text.encode()) for text in chosen]
     whole = ''.join(text + '\n\n' for text in texts)
     assert meta['sha256'] == hashlib.sha256(whole.encode()).hexdigest()
     assert (meta['version'], meta['dtype'], meta['vocab_size']) == (2, 'uint16', 256)
@@ -215,10 +217,14 @@ def test_stale_shards_go(tmp_path):
     write(tmp_path, OLD, shard_tokens=300)
     assert len(names(tmp_path)) > 6 and 'train-00003.bin' in names(tmp_path)
     tokens = write(tmp_path, NEW)['tokens']
-    assert names(tmp_path) == ['meta.json', 'train.bin', 'val.bin']
+    whole = ['meta.json', 'train.bin', 'train_documents.bin', 'val.bin', 'val_documents.bin']
+    assert names(tmp_path) == whole
     larger = max(tokens, key=tokens.get)
     write(tmp_path, NEW, shard_tokens=tokens[larger] - 1)
-    assert names(tmp_path) == sorted(['meta.json', 'train.bin', 'val.bin', f'{larger}-00001.bin'])
+    second = [f'{larger}-00001.bin', f'{larger}_documents-00001.bin']
+    assert names(tmp_path) == sorted([*whole, *second])
+    lengths = [np.fromfile(tmp_path / name, '<u4').sum() for name in (f'{larger}_documents.bin', second[1])]
+    assert lengths == [len(np.fromfile(tmp_path / name, np.uint16)) for name in (f'{larger}.bin', second[0])]
 
 
 def test_splits_too_short(tmp_path):

@@ -293,7 +293,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch, step):
 def test_stale_meta_pkl_goes(tmp_path):
     (tmp_path / 'meta.pkl').write_bytes(b'of another tokenizer')
     write(tmp_path, NEW)
-    assert names(tmp_path) == ['meta.json', 'train.bin', 'val.bin']
+    assert 'meta.pkl' not in names(tmp_path) and 'val.bin' in names(tmp_path)
 
 
 @pytest.mark.slow

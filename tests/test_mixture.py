@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import encode, make_text, same_state, write_dataset
+from conftest import encode, load_or_skip, make_text, same_state, write_dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -190,8 +190,9 @@ def test_texts_and_conversations_mix(several, monkeypatch):
     data = Data(config)
     meta = data.prepare(True)
     assert meta['tokenizer']['kind'] == 'char' and data.path.endswith('plain') and len(data.stamps) == 4
+    other = Data({**config, 'dataset': 'plain:0.4,tiny:0.6'}).prepare(True)
+    assert other['digest'] != meta['digest']
+    load_or_skip('gpt2')
     write_dataset('data/gpt2', [1, 2] * 50, [1, 2] * 50, meta=None)  # GPT-2's tokens, if nothing says otherwise
     with pytest.raises(UserError, match='has another tokenizer than'):
         Data({**config, 'dataset': 'gpt2:0.5,tiny:0.5'}).prepare(True)
-    other = Data({**config, 'dataset': 'plain:0.4,tiny:0.6'}).prepare(True)
-    assert other['digest'] != meta['digest']

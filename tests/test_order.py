@@ -1,6 +1,7 @@
 """Documents of running text: data/order.py, and attention that ends with them. Run: pytest tests/test_order.py"""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from tiny_models import ARCHITECTURES, sharpened
 
 import ops
 from configurator import UserError
-from data.order import Aligned, Shuffled, document_ends
+from data.order import Aligned, Marked, Shuffled, document_ends
 from data.tokens import Shards, count_targets, draw, gather, per_epoch
 from model import GPT, GPTConfig
 
@@ -25,12 +26,30 @@ def documents_of(lengths):
 
 
 def test_ends(tmp_path):
-    array = np.array([5, 0, 7, 7, 0, 3], np.uint16)
-    assert document_ends(array, 0, 'data/x').tolist() == [1, 4, 5]  # the last one has no end
-    shards = Shards([array, np.array([1, 0], np.uint16)])
-    assert document_ends(shards, 0, 'data/x').tolist() == [1, 4, 7]
-    with pytest.raises(UserError, match='data/x has no document that ends with the id 9.*--documents=flat'):
-        document_ends(array, 9, 'data/x')
+    """From the lengths beside the tokens, or from the id that ends documents."""
+    tokens = np.array([5, 0, 7, 7, 0, 3], np.uint16)
+    assert document_ends(tmp_path, 'train', tokens, 0).tolist() == [1, 4, 5]  # the last one has no end
+    shards = Shards([tokens, np.array([1, 0], np.uint16)])
+    assert document_ends(tmp_path, 'train', shards, 0).tolist() == [1, 4, 7]
+    for eot in (9, None):
+        with pytest.raises(UserError, match='does not say where its documents end.*train_documents.bin.*=flat'):
+            document_ends(tmp_path, 'train', tokens, eot)
+    np.array([4, 2], '<u4').tofile(tmp_path / 'train_documents.bin')
+    assert document_ends(tmp_path, 'train', tokens, 0).tolist() == [3, 5]
+    np.array([2], '<u4').tofile(tmp_path / 'train_documents-00001.bin')
+    assert document_ends(tmp_path, 'train', shards, None).tolist() == [3, 5, 7]
+    with pytest.raises(UserError, match='train_documents.bin has documents of 8 tokens, expected 6'):
+        document_ends(tmp_path, 'train', tokens, 0)
+
+
+def test_marked_ids():
+    """Ids carry the number of their document, also past the end of the tokens; targets do not."""
+    tokens, ends = documents_of([3, 4, 2])
+    marked = Marked(tokens, ends, 9)
+    x, y = gather(marked, np.array([0, 5]), 6, 9)
+    assert (x >> 32).tolist() == [[0, 0, 0, 1, 1, 1], [1, 1, 2, 2, 3, 3]]
+    assert (x & 0xffffffff).tolist() == [[0, 1, 2, 3, 4, 5], [5, 6, 7, 8, 0, 0]]
+    assert y.tolist() == [[1, 2, 3, 4, 5, 6], [6, 7, 8, -1, -1, -1]] and len(marked) == 9
 
 
 @given(LENGTHS, st.integers(1, 8), st.integers(0, 2**40))
@@ -101,14 +120,17 @@ def masked_model(name):
     torch.manual_seed(0)
     options = {'block_size': 24, 'vocab_size': 20, 'n_layer': 2, 'n_head': 2, 'n_embd': 32, **CASES[name]}
     model = sharpened(GPT(GPTConfig(**options)))
-    model.document_end = 0
     return model
 
 
+PIECES = (0, 5), (5, 7), (7, 15), (15, 24)  # documents
+
+
 def texts():
-    """Documents of 5, 2, 8 and 10 ids, each with its end, cut to 24."""
-    return torch.cat([torch.cat((torch.randint(1, 20, (n,)), torch.zeros(1, dtype=torch.long)))
-                      for n in (4, 1, 7, 9)])[None, :24]
+    """24 ids, and the same with the numbers of their documents."""
+    idx = torch.randint(20, (1, 24))
+    numbers = torch.repeat_interleave(torch.arange(4), torch.tensor([b - a for a, b in PIECES]))
+    return idx, idx | (7 + numbers) << ops.DOCUMENT
 
 
 @pytest.mark.parametrize('compiled', [False, True])
@@ -116,18 +138,20 @@ def texts():
 def test_documents_do_not_see_each_other(name, compiled):
     """Logits and gradients are those of separate passes; those of an earlier document are exactly 0."""
     torch._dynamo.reset()
-    model, idx, targets = masked_model(name), texts(), torch.randint(20, (1, 24))
+    model, (idx, marked), targets = masked_model(name), texts(), torch.randint(20, (1, 24))
     if compiled:
         for block in model.transformer.h:
             block.forward = torch.compile(block.forward, backend='aot_eager', dynamic=False)
-    logits, loss = model(idx, targets)
+    model.masks_documents = True
+    logits, loss = model(marked, targets)
     loss.backward()
     together = {key: p.grad.clone() for key, p in model.named_parameters()}
     model.zero_grad()
-    model.document_end = None
+    model.masks_documents = False
     pieces, total = [], 0
-    for a, b in ((0, 5), (5, 7), (7, 15), (15, 24)):
-        piece, _ = GPT.forward(model, idx[:, a:b], targets[:, a:b]) if not compiled else masked_piece(model, idx, targets, a, b)
+    for a, b in PIECES:
+        with torch.compiler.set_stance('force_eager'):  # each length would be compiled
+            piece, _ = model(idx[:, a:b], targets[:, a:b])
         pieces.append(piece)
         total = total + torch.nn.functional.cross_entropy(piece[0], targets[0, a:b], reduction='sum')
     torch.testing.assert_close(torch.cat(pieces, dim=1), logits, atol=2e-5, rtol=1e-4)
@@ -136,27 +160,24 @@ def test_documents_do_not_see_each_other(name, compiled):
         torch.testing.assert_close(p.grad, together[key], atol=2e-5, rtol=1e-3, msg=key)
 
 
-def masked_piece(model, idx, targets, a, b):
-    """A piece by the eager blocks: each length would be compiled."""
-    with torch.compiler.set_stance('force_eager'):
-        return model(idx[:, a:b], targets[:, a:b])
-
-
 def test_gradients_to_earlier_documents_are_zero():
-    model, idx = masked_model('modern'), texts()
+    model, (idx, marked) = masked_model('modern'), texts()
+    model.masks_documents = True
     x = model.transformer.wte.weight.detach()[idx].requires_grad_()
     handle = model.transformer.wte.register_forward_hook(lambda module, inputs, output: x)
-    logits, _ = model(idx, idx)
+    logits, _ = model(marked, idx)
     handle.remove()
     gradient, = torch.autograd.grad(logits[:, 15:].pow(2).sum(), x)
     assert (gradient[:, :15] == 0).all() and gradient[:, 15:].abs().sum() > 0
 
 
 def test_numbers_and_positions():
-    documents, positions = ops.documents_in(torch.tensor([[5, 0, 0, 7, 7, 0, 1], [0, 1, 2, 3, 4, 5, 6]]), 0)
-    assert documents.tolist() == [[0, 0, 1, 2, 2, 2, 3], [0, 1, 1, 1, 1, 1, 1]]
+    numbers = torch.tensor([[0, 0, 1, 2, 2, 2, 3], [8, 9, 9, 9, 9, 9, 9]])
+    ids, documents, positions = ops.split_documents(torch.arange(7) | numbers << 32, True)
+    assert ids.tolist() == [[*range(7)]] * 2 and torch.equal(documents, numbers)
     assert positions.tolist() == [[0, 1, 0, 0, 1, 2, 0], [0, 0, 1, 2, 3, 4, 5]]
-    assert ops.documents_in(torch.zeros(2, 3), None)[0] is None
+    ids, documents, positions = ops.split_documents(numbers, False)
+    assert ids is numbers and documents is None and positions.tolist() == [*range(7)]
 
 
 # runs -----------------------------------------------------------------------------------------------------------------
@@ -164,11 +185,11 @@ def test_numbers_and_positions():
 
 @pytest.fixture
 def stories(folder):
-    """The folder with data/stories, 60 documents of a trained vocabulary."""
+    """The folder with data/stories, 60 documents, as bytes."""
     (folder.path / 'stories').mkdir()
     for seed in range(60):
         (folder.path / f'stories/{seed}.txt').write_text(make_text(80, seed))
-    folder.start('data/text/prepare.py', input='stories', out_dir='data/stories', tokenizer='bpe', vocab_size=300,
+    folder.start('data/text/prepare.py', input='stories', out_dir='data/stories', tokenizer='byte',
                  val_fraction=0.3).wait().ok()
     return folder
 
@@ -189,16 +210,15 @@ def test_runs(stories, documents):
     flat = [line['loss'] for line in stories.log('flat') if 'loss' in line]
     assert flat != losses[0]
     meta = json.loads((stories.path / 'data/stories/meta.json').read_text())
-    (stories.path / 'data/more').symlink_to('stories')
     assert meta['documents']['train'] > 30
+    (stories.path / 'data/same').symlink_to('stories')
+    stories.train(**{**changes, 'dataset': 'stories:0.5,same:0.5'}).refused('hold the same text')
+    shutil.copytree(stories.path / 'data/stories', stories.path / 'data/more')
+    meta['sha256'] = 64 * '0'  # another text, for the digest
+    (stories.path / 'data/more/meta.json').write_text(json.dumps(meta))
     stories.train(out_dir='mixed', **{**changes, 'dataset': 'stories:0.5,more:0.5'}, max_iters=3).ok()
 
 
 def test_refusals(stories):
-    stories.train(documents='mask').refused("documents='mask'", "'char' has no <|endoftext|>", '--documents=flat')
-    (stories.path / 'novel.txt').write_text(make_text(3000))
-    tokens = stories.path / 'data/stories/meta.json'
-    vocabulary = stories.path / 'vocabulary.json'
-    vocabulary.write_text(json.dumps(json.loads(tokens.read_text())['tokenizer']))
-    stories.start('data/text/prepare.py', input='novel.txt', out_dir='data/novel', tokenizer='gpt2x').wait()
+    stories.train(documents='mask').refused('data/tiny does not say where its documents end', '--documents=flat')
     stories.train(documents='paragraph').refused('documents', 'flat')

@@ -10,7 +10,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from conftest import CHARS, ROOT, encode, make_text, write_dataset
+from conftest import CHARS, ROOT, encode, load_or_skip, make_text, write_dataset
 
 from model import GPT, GPTConfig
 
@@ -298,6 +298,7 @@ def test_huggingface_folder(folder):
     (folder.path / 'small' / 'model.safetensors').write_bytes(whole[:1000])
     folder.sample(init_from='small').refused('small/model.safetensors, 1,000 bytes, cannot be read', 'copy it again')
     huggingface_folder(folder.path / 'gpt2-like')
+    load_or_skip('gpt2')
     run = folder.sample(init_from='gpt2-like', num_samples=1, max_new_tokens=20, start='Hello there')
     if "cannot get the vocabulary 'gpt2'" in run.out:
         pytest.skip("GPT-2's vocabulary cannot be had here")

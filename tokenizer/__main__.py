@@ -1,5 +1,5 @@
 """
-Show the tokens of a text, compare tokenizers, train one, export one, make a page.
+Show the tokens of a text, compare, train and export tokenizers, make a page.
 
     python -m tokenizer --text='Hello, 안녕!' --tokenizer=gpt2
     python -m tokenizer --compare=gpt2,cl100k_base,byte

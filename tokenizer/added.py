@@ -49,7 +49,7 @@ class AddedTokens:
         return names <= {'normalized'} and (self.form is None or not ''.join(late).strip(' \n\t'))
 
     def searcher(self, allowed: tuple[str, ...], is_late: bool):
-        """Return (regular expression, {match: token}) of tokens that are normalized or not."""
+        """Return (regular expression, {match: token}) of tokens, normalized or not."""
         if (allowed, is_late) not in self.searchers:
             self.searchers[allowed, is_late] = self.make_searcher(allowed, is_late)
         return self.searchers[allowed, is_late]

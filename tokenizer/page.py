@@ -43,14 +43,14 @@ def write_page(named: dict, path):
 
 
 def newer_characters() -> dict[str, str]:
-    """Return the classes of characters that a browser may know and Unicode 16 does not."""
+    """Return the classes of characters that a browser knows and Unicode 16 does not."""
     others = {chr(code): chr(other) for code, other in AS_IN_UNICODE_16.items()
               if other != 0x10ffff}
     return {'newer': class_of(SINCE_UNICODE_16), 'others': others}
 
 
 def class_of(ranges: str) -> str:
-    """Write ranges such as '558 58b-58c' as a class of a JavaScript regular expression."""
+    """Write ranges such as '558 58b-58c' as a class of a JavaScript expression."""
     def escape(code):
         return f'\\u{{{code}}}'
 

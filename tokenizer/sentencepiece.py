@@ -1,5 +1,5 @@
 """
-Encode by SentencePiece's byte pairs of characters, as Llama 2, Mistral and Gemma do.
+Encode by SentencePiece's byte pairs of characters, as Llama 2 does.
 
 A text is one piece: no pattern cuts it. Spaces become ▁, and a ▁ goes before the text. Any two
 neighbours that together are a piece are joined, the piece of the lowest rank first. A character
@@ -225,7 +225,7 @@ class SentencePieceTokenizer(MergeTokenizer):
         return self.encode_parts(text, ()) if self.added_tokens else self.encode_part(text)
 
     def encode_part(self, text: str, is_first: bool = True) -> list[int]:
-        """Encode text without special and added tokens. is_first: nothing stands before it."""
+        """Encode text without special tokens. is_first: nothing stands before it."""
         text = self.normalize(text, is_first)
         ids = []
         for i, part in enumerate(split_specials(text, self.user_defined_symbols)):

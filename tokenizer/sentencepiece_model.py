@@ -24,7 +24,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # Sente
 
 
 def model_class():
-    """Return the class of SentencePiece's files. Raises UserError without the packages."""
+    """Return the class of SentencePiece's files. Raises UserError without packages."""
     try:
         from sentencepiece.sentencepiece_model_pb2 import ModelProto
     except ImportError:

@@ -69,7 +69,7 @@ def unsupported(path, key, value, expected) -> UserError:
 
 
 def read_tokenizer_json(path) -> dict:
-    """Read a tokenizer.json: byte-level or SentencePiece's BPE, or a file of hf_words().
+    """Read a tokenizer.json: byte-level or SentencePiece's BPE, or hf_words()'s.
 
     Returns the description. Raises UserError, naming the part of the file, where ids could differ.
     """
@@ -354,7 +354,7 @@ def ranks_of_pieces(path, pieces: list[str], model: dict, reserved: set[str]) ->
 
 
 def hf_pieces(values: dict, path) -> dict:
-    """Return the content of the tokenizer.json of SentencePiece's BPE. path: for messages."""
+    """Return the tokenizer.json of SentencePiece's BPE. path: for messages."""
     tok = SentencePieceTokenizer.from_values(values)
     ranks, obstacle = tok.rank_of, ''
     if tok.precompiled_charsmap:

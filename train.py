@@ -182,11 +182,11 @@ cut = cut_step(config, block_size, world.size)
 
 # device, precision, optimizer
 precision, precision_reason = runtime.choose_dtype(dtype, torch_device)
+facts = {'data': meta['digest'], 'step': state.get('iter_num'), 'seen': state.get('seen')}
+world.check_alike({**facts, **config, 'dtype': precision})
 place(model, config['shard'], world, precision, torch_device)
 model.recompute = recompute == 'block'
 model.masks_documents = documents == 'mask'
-facts = {'data': meta['digest'], 'step': state.get('iter_num'), 'seen': state.get('seen')}
-world.check_alike({**facts, **config, 'dtype': precision})
 autocast = runtime.autocast(precision, torch_device)
 scaler = torch.amp.GradScaler(torch_device.type, enabled=precision == 'float16')
 opt = optim.create(model, config, precision, world)
@@ -248,7 +248,7 @@ def try_step():
             model(x, y, return_logits=False)[1].backward()
 
 
-if use_compile:
+if use_compile and not eval_only:
     world.print('compiling the training step (--compile=False starts at once)')
     try_step = partial(runtime.compile_training, model, try_step)
 if (use_compile or is_auto) and not eval_only:

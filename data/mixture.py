@@ -13,7 +13,7 @@ import hashlib
 import math
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ from data.tokens import (
 from flatgpt import huggingface, pretrained
 
 STEPS = 100  # of the pattern
+BLOCK = 4096  # windows that are drawn at once
 SOURCE = 57  # bits of a window in its source; the source's number comes above
 MOST_EPOCHS = 4  # more repeat a text too often ("Scaling Data-Constrained ...", Muennighoff 2023)
 
@@ -134,9 +135,24 @@ class Sources:
     mixture: Mixture | Annealed
     offsets: np.ndarray  # (sources,), see Data.open()
     n_ids: int  # see tokens.gather()
+    origin: int = 0  # the sequence at which the run began: offsets hold from there
+    blocks: dict = field(default_factory=dict)  # the last two: a step is a fraction of one
 
     def draw(self, first, n, block_size, seed):
         """Return the next n windows, (n,): their sources, and their first positions there."""
+        first -= self.origin
+        parts, numbers = [], range(first // BLOCK, (first + n - 1) // BLOCK + 1)
+        for number in numbers:
+            if number not in self.blocks:
+                kept = dict(list(self.blocks.items())[-1:])
+                windows = self.draw_block(self.origin + number * BLOCK, BLOCK, block_size, seed)
+                self.blocks = {**kept, number: windows}
+            parts.append(self.blocks[number])
+        start = first - numbers[0] * BLOCK
+        return np.concatenate(parts)[start : start + n]
+
+    def draw_block(self, first, n, block_size, seed):
+        """Return draw()'s windows, computed at once for many steps."""
         sources = self.mixture.sources(first, n)
         before = self.mixture.drawn(first) + self.offsets
         starts = np.empty(n, np.int64)
@@ -257,7 +273,7 @@ class Data:
         if len(tokens) == 1:
             return tokens[0]
         digests = [self.metas[name]['digest'] for name in self.names]
-        return Sources(tokens, digests, self.mixture, self.offsets, n_ids)
+        return Sources(tokens, digests, self.mixture, self.offsets, n_ids, first)
 
     def state(self, cut, seen):
         """Return an entry of the checkpoint, {} for a single dataset."""

@@ -247,9 +247,6 @@ def model_of(config, n_ids):
     n_ids: of the dataset; None: not known. Weights are not read, nor downloaded.
     """
     init_from, out_dir = config['init_from'], config['out_dir']
-    if init_from == 'auto':
-        path = os.path.join(out_dir, 'ckpt.pt')
-        init_from = 'resume' if os.path.exists(path) else 'scratch'
     fields = GPTConfig.__dataclass_fields__
     if init_from == 'scratch':
         line = '' if n_ids else (f"GPT-2's vocabulary of 50,257, since the dataset "
@@ -356,6 +353,9 @@ def explain_plan(config, sizes, world):
     machine and for settings that training refuses too.
     """
     n_ids, row = sizes
+    if config['init_from'] == 'auto':
+        has_run = os.path.exists(os.path.join(config['out_dir'], 'ckpt.pt'))
+        config['init_from'] = 'resume' if has_run else 'scratch'
     model, assumed = model_of(config, named_machine(config)[1] or n_ids)
     context = pretrained.context_of(SimpleNamespace(config=model), config, config['init_from'],
                                     {'row': row})

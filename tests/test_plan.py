@@ -205,3 +205,12 @@ def test_plan_of_the_model_of_a_run(tiny_run):
     ({'plan': 'H100', 'init_from': 'resume'}, 'no checkpoint at')])
 def test_plans_that_can_not_be(folder, changes, said):
     folder.train(**changes).refused(said)
+
+
+def test_auto_plans_the_run_that_is_there(folder):
+    """With RoPE the context of the run, not the default."""
+    folder.train(preset='llama', block_size=64, max_iters=1).ok()
+    for init_from in ('resume', 'auto'):
+        run = folder.start('train.py', plan=True, init_from=init_from, dataset='tiny', preset='llama', device='cpu',
+                           total_batch_size=128, batch_size=1).wait().ok()
+        assert 'x 1 x 64\n' in run.out, run.out

@@ -39,7 +39,7 @@ def number_in_file():
         case 4:
             time.sleep(60)
         case 5:
-            bytearray(3 * 2**30)
+            bytearray(12 * 2**30)  # more than the limit and what a worker has freed
         case 6:
             raise SystemExit('could not allocate 3 GB')
     return number

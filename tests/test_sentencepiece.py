@@ -20,8 +20,7 @@ from tokenizer_cases import CODE, many
 
 import tokenizer
 from configurator import UserError
-from tokenizer import base, formats, patterns, tokenizer_json
-from tokenizer import sentencepiece as ours_module
+from tokenizer import base, bytepair, formats, patterns, tokenizer_json
 from tokenizer.sentencepiece import BYTE_PIECES, SentencePieceTokenizer, read_rules
 
 sentencepiece = pytest.importorskip('sentencepiece')
@@ -357,7 +356,7 @@ def test_a_constraint_writes_pieces_not_bytes():
 
 
 def test_pieces_met_before_are_forgotten_in_time(monkeypatch):
-    monkeypatch.setattr(ours_module, 'KNOWN_PIECES', 50)
+    monkeypatch.setattr(bytepair, 'KNOWN_PIECES', 50)
     tok = tokenizer.from_dict(trained_here().to_dict())
     for text in TRAINING:
         assert tok.encode_ordinary(text) == trained_here().encode_ordinary(text)

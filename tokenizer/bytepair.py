@@ -40,6 +40,14 @@ TIKTOKEN_FILES = {
 KNOWN_PIECES = 1 << 18  # pieces whose ids are kept; words come back
 
 
+def remember(known, piece, ids):
+    """Keep the ids of a piece in `known`, of KNOWN_PIECES at most."""
+    if len(known) >= KNOWN_PIECES:
+        known.clear()
+    if len(piece) <= 64:  # longer ones hardly come back
+        known[piece] = ids
+
+
 class MergeTokenizer(Tokenizer):
     """Decode by `_token_of`, {id: bytes}."""
 
@@ -212,10 +220,7 @@ class BPETokenizer(MergeTokenizer):
             piece_ids = self._known.get(piece)
             if piece_ids is None:
                 piece_ids = self.encode_piece(piece.encode('utf-8'))
-                if len(self._known) >= KNOWN_PIECES:
-                    self._known.clear()
-                if len(piece) <= 64:  # longer ones hardly come back
-                    self._known[piece] = piece_ids
+                remember(self._known, piece, piece_ids)
             ids += piece_ids
         return ids
 

@@ -33,7 +33,7 @@ from tokenizer.base import (
     shown,
 )
 from tokenizer.bpe import count_pieces, learn
-from tokenizer.bytepair import KNOWN_PIECES, MergeTokenizer
+from tokenizer.bytepair import MergeTokenizer, remember
 from tokenizer.patterns import SENTENCEPIECE, split_specials, to_utf8
 from tokenizer.workers import encode_in_processes
 
@@ -236,10 +236,7 @@ class SentencePieceTokenizer(MergeTokenizer):
                 word_ids = self._known.get(word)
                 if word_ids is None:
                     word_ids = self.encode_word(word)
-                    if len(self._known) >= KNOWN_PIECES:
-                        self._known.clear()
-                    if len(word) <= 64:  # longer ones hardly come back
-                        self._known[word] = word_ids
+                    remember(self._known, word, word_ids)
                 ids += word_ids
         return ids
 

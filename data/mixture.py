@@ -285,7 +285,10 @@ class Data:
                             'drawn': dict(zip(digests, drawn.tolist(), strict=True))}}
 
     def ordered(self, name, block_size):
-        """Return a dataset's training tokens by the setting documents; 'mask' marks val too."""
+        """Return a dataset's training tokens by the setting documents.
+
+        'mask' marks the tokens of val too.
+        """
         if self.documents == 'flat':
             return self.splits[name]['train']
         if self.meta['row']:

@@ -245,7 +245,7 @@ def rewrite(saved, content):
 def test_metadata_runs_no_code(saved, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     with open(saved / 'shards-7/.metadata', 'rb') as file:
-        described = pickle.load(file)
+        described = pickle.load(file)  # written by this test
     for content in (Harmful(), {'a': Harmful()}, print, os):
         try:
             data = pickle.dumps(content)
@@ -283,7 +283,7 @@ def test_chunks_make_up_their_tensor(saved):
     for change in (lambda tensor: tensor.chunks.clear(), lambda tensor: setattr(tensor, 'size', torch.Size([-5, 8])),
                    lambda tensor: tensor.chunks.append(tensor.chunks[0]),
                    lambda tensor: setattr(tensor.chunks[0], 'offsets', torch.Size([1, 0]))):
-        described = pickle.loads(content)
+        described = pickle.loads(content)  # written by this test
         change(described.state_dict_metadata['model.transformer.wte.weight'])
         rewrite(saved, pickle.dumps(described))
         with pytest.raises(UserError, match='the chunks of model.transformer.wte.weight do not make up'):

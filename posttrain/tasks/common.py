@@ -354,7 +354,7 @@ def measure(task, examples, model, tokenizer, how):
 
 
 def choose(examples, logprobs, by_letter):
-    """Compare the likeliest choices with the labels; -> outcomes, one for each question.
+    """Compare the likeliest choices with the labels; -> outcomes of the questions.
 
     An outcome is (whether it is right, {another accuracy: (number right, number of all)}).
     logprobs: iterator over those of all choices. by_letter: the continuations were letters, which
@@ -372,7 +372,7 @@ def choose(examples, logprobs, by_letter):
 
 
 def vote(task, examples, texts, how):
-    """Evaluate the answer that counts for each question; -> outcomes, as choose() does."""
+    """Evaluate the answer that counts for each question; -> outcomes, as choose()."""
     outcomes, n = [], how.num_samples
     for i, example in enumerate(examples):
         samples, counts = texts[i * n : (i + 1) * n], {}

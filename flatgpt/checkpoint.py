@@ -33,7 +33,7 @@ from flatgpt.entries import Checkpoint, Scaled, check_content, read_torch
 from flatgpt.files import no_link, replacing
 from flatgpt.outdir import identity, lock_run, open_folder, put_aside, remove_shards
 from flatgpt.owners import local
-from flatgpt.runtime import out_of_memory
+from flatgpt.runtime import machine_size, out_of_memory
 from flatgpt.saving import Saver
 from flatgpt.tracking import Tracker
 
@@ -247,7 +247,7 @@ class Run:
 
     def write(self, is_best, is_sharded, state):
         """Write a checkpoint. A full disk prints a warning."""
-        step, problem, say = state['iter_num'], None, self.say if self.world.is_main else len
+        step, problem = state['iter_num'], None
         try:
             if self.world.is_main:
                 self.keep_folder()
@@ -264,11 +264,13 @@ class Run:
                 save(self.out_dir, state, is_best)
                 remove_shards(self.out_dir)
         except (OSError, UserError) as error:
-            say(f'WARNING: {self.path} could not be saved at step {step} ({error}). '
-                f'The one before is untouched; free some space before the next save')
-            return
-        self.saved_step, self.saved_best = step, state['best_val_loss']
-        say(f'saved {self.path} at step {step}' + ' (best so far)' * is_best)
+            line = (f'WARNING: {self.path} could not be saved at step {step} ({error}). '
+                    f'The one before is untouched; free some space before the next save')
+        else:
+            self.saved_step, self.saved_best = step, state['best_val_loss']
+            line = f'saved {self.path} at step {step}' + ' (best so far)' * is_best
+        if self.world.is_main:
+            self.say(line)
 
     def finish(self, state_of):
         """Save the last state; -> whether the run is complete, else print its command."""
@@ -312,11 +314,11 @@ class Run:
         self.saver.wait()
         changes |= {'init_from': 'resume'} if self.saved_step else {}
         kept = [a for a in sys.argv[1:] if a.removeprefix('--').split('=')[0] not in changes]
-        size, local = parallel.from_environment().size, int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+        size, n_local = parallel.from_environment().size, machine_size()
         launch = ['python']
         if size > 1:  # each of several machines has options of its own
-            options = ['--standalone', f'--nproc_per_node={local}']
-            launch = ['torchrun', *(options if local == size else ['...'])]
+            options = ['--standalone', f'--nproc_per_node={n_local}']
+            launch = ['torchrun', *(options if n_local == size else ['...'])]
         spec = sys.modules['__main__'].__spec__
         program = ['-m', spec.name] if spec else [sys.argv[0]]
         new = [f'--{key}={value}' for key, value in changes.items()]

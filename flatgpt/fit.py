@@ -10,7 +10,6 @@ The number of tokens of a step never changes, so a smaller micro-batch takes the
 """
 
 import gc
-import os
 from dataclasses import replace
 
 import torch
@@ -29,7 +28,7 @@ def choose_batch(cut, resolved, model, world):
     device, precision = model.lm_head.weight.device, resolved['dtype']
     how = costs.How(runtime.DTYPES[precision].itemsize, resolved['compile'],
                     device.type == 'cuda', precision != 'float16')
-    n_local = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    n_local = runtime.machine_size()
     machine = Machine('', GPU(0, 0, 0), n_local, max(1, world.size // n_local))
     setup = plan.setup_of(resolved, replace(model.config, block_size=cut.block_size), machine,
                           how)

@@ -137,10 +137,15 @@ def expand_segments():
         (apply or torch.cuda.memory._set_allocator_settings)('expandable_segments:True')
 
 
+def machine_size():
+    """Return the number of processes of torchrun on this machine."""
+    return int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+
+
 def use_cores():
     """Give torch this process's cores; it miscounts in containers and torchrun."""
     if 'RANK' in os.environ:
-        torch.set_num_threads(max(1, core_count() // int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
+        torch.set_num_threads(max(1, core_count() // machine_size()))
     elif 'OMP_NUM_THREADS' not in os.environ:
         torch.set_num_threads(min(torch.get_num_threads(), core_count()))
 

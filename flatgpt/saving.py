@@ -6,7 +6,6 @@ Write checkpoints in a thread, from a copy in memory, while training goes on.
     saver.wait()               # raises what `write` has raised
 """
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -62,7 +61,7 @@ class Saver:
         tensors = list(tensors_in(state))
         n_bytes = sum(local(tensor).nbytes for tensor in tensors)
         if any(tensor is not local(tensor) for tensor in tensors):  # all processes copy at once
-            n_bytes *= int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+            n_bytes *= runtime.machine_size()
         if self.copy or n_bytes < runtime.free_memory() / 2:
             try:
                 self.copy = copied(state, self.copy, {})

@@ -10,8 +10,7 @@ averages and divides its gradients ("PyTorch FSDP", Zhao et al. 2023). Blocks ar
 where products are in bf16; embeddings, head, gradients and moments stay in fp32.
 """
 
-import os
-from contextlib import nullcontext
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -22,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from configurator import UserError
 from flatgpt.owners import like
+from flatgpt.runtime import machine_size
 
 
 class Draws(TorchFunctionMode):
@@ -62,22 +62,14 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
+@contextmanager
 def deferred(is_sharded):
-    """Return the context in which a GPT gets no memory, if it is to be sharded."""
-    return Deferred() if is_sharded else nullcontext()
-
-
-class Deferred:
-    """Build modules without memory, and draw as many random numbers as with it."""
-
-    def __enter__(self):
-        self.modes = torch.device('meta'), Draws()
-        for mode in self.modes:
-            mode.__enter__()
-
-    def __exit__(self, *error):
-        for mode in reversed(self.modes):
-            mode.__exit__(*error)
+    """Build a model without memory, if it is to be sharded, but with its draws."""
+    if is_sharded:
+        with torch.device('meta'), Draws():
+            yield
+    else:
+        yield
 
 
 def should_shard(config, world):
@@ -93,11 +85,6 @@ def should_shard(config, world):
         raise UserError(f"shard='hybrid' needs equal machines; {world.size} processes are no "
                         f'multiple of {machine_size()}: use --shard=full')
     return True
-
-
-def machine_size():
-    """Return the number of processes on this machine."""
-    return int(os.environ.get('LOCAL_WORLD_SIZE', 1))
 
 
 def place(model, shard, world, precision, device):
@@ -146,7 +133,7 @@ def restore(model, optimizer, path, state):
     """
     from flatgpt import shards  # takes a second to import
 
-    saved = state['optimizer']['state'] if 'optimizer' in state else {}
+    saved = state['optimizer']['state']
     numbers = [i for group in optimizer.state_dict()['param_groups'] for i in group['params']]
     params = [p for group in optimizer.param_groups for p in group['params']]
     parameters = dict(zip(numbers, params, strict=True))

@@ -103,7 +103,8 @@ app = make_app(engine, served, Guard({host.lower(), socket.gethostname().lower()
 server = uvicorn.Server(uvicorn.Config(
     app, log_level='error', access_log=False, server_header=False, ws='none',
     timeout_graceful_shutdown=1))
-threading.Thread(target=server.run, args=([listener],), daemon=True).start()
+thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
+thread.start()
 shown = f'[{host}]' if ':' in host else host
 print(line)
 print(f'{limits.max_streams} streams of {limits.context:,} tokens, '
@@ -115,4 +116,6 @@ print(f'http://{shown}:{listener.getsockname()[1]}  (Ctrl-C ends it)', flush=Tru
 try:
     engine.run()
 except KeyboardInterrupt:
+    server.should_exit = True
+    thread.join(3)
     print('\nstopped by Ctrl-C')

@@ -80,6 +80,7 @@ class Choice:
     def __post_init__(self):
         self.loop, self.queue = asyncio.get_running_loop(), asyncio.Queue()
         prompt, sampling, u = self.job.prompt_of(self.index)
+        self.n_prompt = len(prompt)
         if self.job.tools:  # a call ends the answer, and begins another
             end = self.server.served.tokenizer.special_tokens[PYTHON_END]
             sampling = replace(sampling, stop_ids={*sampling.stop_ids, end})
@@ -130,8 +131,8 @@ class Choice:
         if not all(self.job.tools.values()):
             return protocol.call_of(self.text.rpartition(PYTHON)[2])
         # run the tool, and let the answer go on behind its output
-        ids = [*answer.ids(), answer.ended_by]
-        output = output_of(ids[len(answer.prompt) - len(PYTHON) :], tokenizer)
+        ids = [*answer.ids, answer.ended_by]
+        output = output_of(ids[self.n_prompt :], tokenizer)
         n_used = len(ids) + len(output) - len(answer.prompt)
         n_left = answer.sampling.max_new_tokens - n_used
         self.text += PYTHON_END + tokenizer.decode(output)
@@ -378,7 +379,7 @@ class Guard:
             raise Refused(f'the origin {origin[:60]!r} may not send requests here', 403)
         if self.api_key and request.url.path not in ('/', '/health'):
             given = request.headers.get('authorization', '').removeprefix('Bearer ')
-            if not hmac.compare_digest(given.encode(), self.api_key.encode()):
+            if not hmac.compare_digest(given.encode('latin-1'), self.api_key.encode()):
                 raise Refused('the API key is missing or wrong; expected the header '
                               'Authorization: Bearer KEY', 401, code='invalid_api_key')
 

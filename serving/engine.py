@@ -84,6 +84,7 @@ class Answer:
 
     def __post_init__(self):
         self.row = None  # while it runs
+        self.ids = list(self.prompt)  # and those of the answer so far
         self.tokens, self.n_sent, self.n_chars = [], 0, 0  # tokens and characters sent
         self.is_cancelled, self.n_cached, self.started = False, 0, time.monotonic()
         self.matcher = self.sampling.constraint and self.sampling.constraint.matcher()
@@ -93,10 +94,6 @@ class Answer:
     def cancel(self):
         """Give the answer up; the engine frees its row before its next step."""
         self.is_cancelled = True
-
-    def ids(self):
-        """Return the ids of the prompt and the answer so far."""
-        return self.prompt + [token.id for token in self.tokens]
 
     def news(self):
         """Return the News since the last call."""
@@ -171,9 +168,9 @@ class Engine:
         began, counts = time.perf_counter(), self.choose_tokens()
         ids, drawing = [], []  # drawing: answers whose next token is due
         for answer, n in zip(self.running, counts, strict=True):
-            done, text = len(self.pool.ids[answer.row]), answer.ids()
-            ids.append(text[done : done + n])
-            if n and done + n == len(text):
+            done = len(self.pool.ids[answer.row])
+            ids.append(answer.ids[done : done + n])
+            if n and done + n == len(answer.ids):
                 drawing.append(answer)
         logits = self.compute(ids, drawing)
         for answer, new in zip(self.running, ids, strict=True):
@@ -218,7 +215,7 @@ class Engine:
             row, most = len(self.running), len(answer.prompt) - 1  # the last token gives the logits
             if row == self.limits.max_streams:
                 return
-            texts = [running.ids() for running in self.running] + self.pool.ids[row:]
+            texts = [running.ids for running in self.running] + self.pool.ids[row:]
             shared = [min(most, common(text, answer.prompt)) for text in texts]
             source = max(range(len(texts)), key=shared.__getitem__)
             n_ready = min(shared[source], len(self.pool.ids[source]))
@@ -251,7 +248,7 @@ class Engine:
         left = int(max(LEAST_PIECE, min(self.rate * PIECE_SECONDS, LARGEST_PIECE)))
         counts = [0] * len(self.running)
         for answer in sorted(self.running, key=lambda answer: answer.started):
-            n_due = len(answer.prompt) + len(answer.tokens) - len(self.pool.ids[answer.row])
+            n_due = len(answer.ids) - len(self.pool.ids[answer.row])
             counts[answer.row] = n_due if n_due == 1 else min(n_due, left)
             left -= counts[answer.row] if n_due > 1 else 0
         return counts
@@ -290,41 +287,43 @@ class Engine:
         logits = logits[:, : self.tokenizer.vocab_size].float()
         if logits.device.type == 'mps':
             logits = logits.cpu()  # mps has no float64
-        plain = logits
-        if any(answer.sampling.repetition_penalty != 1.0 for answer in answers):
-            logits = torch.stack([self.penalized(row, answer) for row, answer in
-                                  zip(logits, answers, strict=True)])
-        next_ids, ended = [None] * len(answers), set()
-        # answers with the same controls are drawn together
-        order = sorted(range(len(answers)), key=lambda i: controls_of(answers[i]))
-        for _, group in itertools.groupby(order, key=lambda i: controls_of(answers[i])):
-            group = list(group)
-            u = torch.stack([answers[i].u[len(answers[i].tokens)] for i in group]).to(plain.device)
-            if not answers[group[0]].matcher:
-                drawn = sample_next(logits[group], answers[group[0]].sampling, u)
-                for i, next_id in zip(group, drawn[:, 0].tolist(), strict=True):
-                    next_ids[i] = next_id
-                continue
-            for i in group:
-                draw = functools.partial(sample_next, sampling=answers[i].sampling, u=u)
-                remaining = answers[i].sampling.max_new_tokens - len(answers[i].tokens)
-                drawn = answers[i].matcher.draw(logits[i : i + 1], remaining, draw)
-                if drawn is None:
-                    ended.add(i)
-                next_ids[i] = 0 if drawn is None else int(drawn)
-        logprobs = plain.log_softmax(-1)
-        chosen = logprobs.gather(1, torch.tensor(next_ids, device=plain.device)[:, None])
-        chosen = chosen[:, 0].tolist()
-        n_likeliest = max(answer.n_likeliest for answer in answers)
-        values, ids = (part.tolist() for part in logprobs.topk(n_likeliest)) if n_likeliest else (
-            [[]] * len(answers), [[]] * len(answers))
+        next_ids, logprobs = self.choose(logits, answers), logits.log_softmax(-1)
+        chosen = torch.tensor([i or 0 for i in next_ids], device=logits.device)
+        chosen = logprobs.gather(1, chosen[:, None])[:, 0].tolist()
+        n = min(max(answer.n_likeliest for answer in answers), logits.size(1))
+        values, ids = (part.tolist() for part in logprobs.topk(n))  # (answers, n)
         for i, answer in enumerate(answers):
             if chosen[i] != chosen[i]:
                 self.end(answer, 'the logits are NaN: the weights are damaged, or need '
                                  '--dtype=float32')
+            elif answer.row is not None:
+                likeliest = list(zip(ids[i], values[i], strict=True))[: answer.n_likeliest]
+                self.append(answer, Token(next_ids[i], chosen[i], likeliest))
+
+    def choose(self, logits, answers):
+        """Return the next id of each answer; None where a constraint is met, or has failed."""
+        if any(answer.sampling.repetition_penalty != 1.0 for answer in answers):
+            logits = torch.stack([self.penalized(row, answer) for row, answer in
+                                  zip(logits, answers, strict=True)])
+        next_ids, groups = [None] * len(answers), defaultdict(list)
+        for i, answer in enumerate(answers):  # answers with the same controls are drawn together
+            groups[controls_of(answer)].append(i)
+        for group in groups.values():
+            first = answers[group[0]]
+            u = torch.stack([answers[i].u[len(answers[i].tokens)] for i in group])
+            draw = functools.partial(sample_next, sampling=first.sampling, u=u.to(logits.device))
+            if not first.matcher:
+                for i, next_id in zip(group, draw(logits[group])[:, 0].tolist(), strict=True):
+                    next_ids[i] = next_id
                 continue
-            likeliest = list(zip(ids[i], values[i], strict=True))[: answer.n_likeliest]
-            self.append(answer, Token(next_ids[i], chosen[i], likeliest), i in ended)
+            remaining = first.sampling.max_new_tokens - len(first.tokens)
+            try:
+                drawn = first.matcher.draw(logits[group], remaining, draw)
+            except ValueError as error:
+                self.end(first, str(error))
+            else:
+                next_ids[group[0]] = None if drawn is None else int(drawn)
+        return next_ids
 
     def penalized(self, logits, answer):
         """Return the logits (V,) of an answer with its repetition penalty."""
@@ -336,14 +335,15 @@ class Engine:
             answer.seen[[i for i in answer.prompt if i < len(logits)]] = True
         return penalize(logits, answer.seen, penalty)
 
-    def append(self, answer, token, has_ended):
-        """Add a token to an answer, and send what is new. has_ended: the constraint is met."""
+    def append(self, answer, token):
+        """Add a token to an answer, and send what is new. An id of None ends it."""
         sampling, sample = answer.sampling, answer.sample
-        if has_ended or token.id in sampling.stop_ids:
-            answer.ended_by = None if has_ended else token.id
+        if token.id is None or token.id in sampling.stop_ids:
+            answer.ended_by = token.id
             sample.end('complete' if answer.matcher else 'stop')
         else:
             answer.tokens.append(token)
+            answer.ids.append(token.id)
             if answer.seen is not None:
                 answer.seen[token.id] = True
             sample.append(token.id, token.logprob, self.tokenizer.decode_bytes([token.id]),
@@ -369,13 +369,14 @@ class Engine:
     def release(self, answer):
         """Make the row of an answer idle; its keys and values stay until it is used again.
 
-        Running rows are the first ones, so the last of them takes its place.
+        Running rows are the first ones: the last of them takes its place.
         """
         row, last = answer.row, self.running.pop()
         if last is not answer:
             self.pool.swap(row, last.row)
-            self.running[row], answer.row, last.row = last, last.row, row
-        self.used[answer.row] = self.counts['steps']
+            self.running[row], last.row = last, row
+        self.used[len(self.running)] = self.counts['steps']
+        answer.row = None
 
 
 def common(a, b):
@@ -385,9 +386,8 @@ def common(a, b):
 
 
 def controls_of(answer):
-    """Return a key that answers to be drawn together share."""
+    """Return a key that answers to be drawn together share; a constraint draws alone."""
+    if answer.matcher:
+        return id(answer)
     sampling = answer.sampling
-    # a constraint draws for one answer at a time
-    own = id(answer) if answer.matcher else 0
-    return (sampling.temperature, sampling.top_k or 0, sampling.top_p or 0, sampling.min_p or 0,
-            own)
+    return sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p

@@ -15,7 +15,7 @@ import math
 import secrets
 import sys
 import time
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, Any
 
 from configurator import (
@@ -260,7 +260,10 @@ def read_chat(body, served):
     if forced := tools and body.tool_choice not in (None, 'auto'):
         ids.append(served.tokenizer.special_tokens[PYTHON])
     job = job_of('chat', body, served, [ids], (body.top_logprobs or 0) if body.logprobs else None)
-    job.tools, job.begun = tools, begun + PYTHON * bool(forced)
+    job.tools, job.begun = tools, begun
+    if forced:  # only the end of the call ends the answer
+        job.begun += PYTHON
+        job.sampling = [replace(job.sampling[0], stop_ids=set(), stops=[])]
     return job
 
 

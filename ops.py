@@ -45,14 +45,29 @@ class InDocuments(NamedTuple):
     documents: Tensor  # (B, T), the number of each position's document
 
 
+class InPieces(NamedTuple):
+    """Divide the T queries of one row among sequences that keep their keys in rows.
+
+    pieces: (start, end, row, n_keys) each: queries start:end attend to the first n_keys of a row.
+    """
+
+    window: int
+    pieces: list
+
+
 def attention(q, k, v, mask=0, dropout=0.0):
     """Attend from each query to the keys up to its own position; -> (B, H, T, D).
 
     q: (B, H, T, D), the last T of S positions. k, v: (B, G, S, D), each for H / G query heads.
     mask: the window, the number of positions a query sees, its own included, 0 for all; or
     (B or 1, 1, T, S) of bool, True where a query sees a key; or InDocuments; or what
-    mask_in_window() returns. dropout: probability of each weight.
+    mask_in_window() returns; or InPieces, for q (1, H, T, D) and k, v (rows, G, S, D). dropout:
+    probability of each weight.
     """
+    if isinstance(mask, InPieces):
+        return torch.cat([attention(q[:, :, start:end], k[row : row + 1, :, :n_keys],
+                                    v[row : row + 1, :, :n_keys], mask.window)
+                          for start, end, row, n_keys in mask.pieces], dim=2)
     form, T, is_compiled = plain_attention, q.size(2), torch.compiler.is_compiling()
     if isinstance(mask, BlockMask):
         form = flex_attention_in_window

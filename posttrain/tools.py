@@ -19,7 +19,7 @@ import torch
 
 from configurator import UserError
 from posttrain.rollouts import draw_answers
-from tokenizer.chat import OUTPUT, OUTPUT_END, PYTHON, PYTHON_END
+from tokenizer.chat import OUTPUT, OUTPUT_END, PYTHON, PYTHON_END, TOOL_TOKENS
 
 SYSTEM = 'You have a calculator.'  # the system message that permits calls
 MAX_LENGTH = 200  # characters of an expression
@@ -101,6 +101,9 @@ def written(value):
     return text.rstrip('0').rstrip('.') if '.' in text else text
 
 
+TOOLS = {'calculator': calculate}  # name: function of a text
+
+
 # Calls by a model ---------------------------------------------------------------------------------
 
 def output_of(ids, tokenizer):
@@ -117,10 +120,14 @@ def output_of(ids, tokenizer):
     return [special[OUTPUT], *tokenizer.encode(value, allowed_special='none'), special[OUTPUT_END]]
 
 
+def calls_tools(tokenizer):
+    """Return whether a tokenizer has the tokens of a call."""
+    return all(token in tokenizer.special_tokens for token in TOOL_TOKENS)
+
+
 def check_tokenizer(tokenizer):
     """Raise UserError if the tokenizer lacks the tokens of a call."""
-    missing = [token for token in (PYTHON, PYTHON_END, OUTPUT, OUTPUT_END)
-               if token not in tokenizer.special_tokens]
+    missing = [token for token in TOOL_TOKENS if token not in tokenizer.special_tokens]
     if missing:
         raise UserError(f'the tokenizer has no {", ".join(missing)}, with which a model calls the '
                         f'calculator; train one with the special tokens of tokenizer/chat.py')

@@ -1,0 +1,110 @@
+"""
+Serve a model: a chat page in the browser, and an API in OpenAI's shapes.
+
+    $ python serve.py --out_dir=out-sft
+    $ python serve.py --init_from=FOLDER --port=8080
+    $ python serve.py --out_dir=out-sft --host=0.0.0.0 --api_key=FILE:key.txt
+
+The page is at http://127.0.0.1:8000, the API at /v1. It answers several people at
+once, up to a small group. For many users export the model and serve it with vLLM
+(README). Ctrl-C ends it. Needs the extra '.[serve]'.
+"""
+
+import os
+import socket
+import sys
+import threading
+from typing import Annotated, Literal
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # python -P leaves it out
+
+import torch
+
+from configurator import Count, Natural, Positive, Range, UserError, override
+from flatgpt import decoding, output, pretrained
+from flatgpt.files import read_text
+from serving.engine import Engine, Limits
+from serving.pool import bytes_of
+
+output.protect(drop=True)
+
+# settings -----------------------------------------------------------------------------------------
+init_from = 'resume'  # 'resume': out_dir; or 'gpt2' to 'gpt2-xl', a Hugging Face folder, a hub id
+out_dir = 'out'  # folder of train.py's ckpt.pt and best.pt
+which: Literal['best', 'last'] = 'best'  # 'best': best.pt, else ckpt.pt; 'last': ckpt.pt
+name = ''  # id of the model in the API; '': the name of its folder
+# network
+host = '127.0.0.1'  # '0.0.0.0': other machines reach it too
+port: Annotated[int, Range(least=0, most=65535)] = 8000  # 0: a free one
+api_key = ''  # what clients send as "Authorization: Bearer KEY"; FILE:path of a file; '': none
+# limits
+max_streams: Count = 16  # answers that run at once; others wait
+cache_gb: Positive = 1.0  # memory for their keys and values; may lower max_streams
+context: Natural = 0  # tokens of a prompt and its answer; 0: the model's, if four fit in cache_gb
+max_queue: Natural = 64  # answers that wait; more are refused (429)
+max_seconds: Positive = 600.0  # of an answer; then it ends where it is
+# machine
+device = 'auto'  # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps', ...
+dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'
+quantize: Literal['', 'int8'] = ''  # 'int8': 8-bit weights
+config = override(globals())
+# --------------------------------------------------------------------------------------------------
+
+try:
+    import uvicorn
+
+    from serving.app import Guard, make_app
+    from serving.protocol import Served
+except ImportError as error:
+    raise UserError(f'{error.name} is not installed: pip install -c constraints.txt -e '
+                    f"'.[serve]'") from None
+
+# open the model
+model, tokenizer, template, line = pretrained.open_model(init_from, out_dir, which)
+torch_dtype = decoding.prepare(model, {**config, 'compile': False})
+
+
+def limits_of(model):
+    """Return the Limits: the context and the number of rows that cache_gb holds."""
+    weight = model.lm_head.weight
+    dtype = weight.dtype if weight.is_floating_point() else torch.bfloat16
+    most = int(cache_gb * 1e9 / bytes_of(model.config, 1, dtype))  # tokens of the cache
+    block_size = model.config.block_size
+    n = min(context or min(block_size, max(1, most // 4)), block_size)
+    if context > block_size or most < n:
+        raise UserError(f'context={context}: expected at most {min(block_size, most):,}, which the '
+                        f'model and --cache_gb={cache_gb} hold')
+    return Limits(min(max_streams, most // n), n, max_queue)
+
+
+limits = limits_of(model)
+engine = Engine(model, tokenizer, limits)
+folder = out_dir if init_from == 'resume' else init_from
+served = Served(name or os.path.basename(os.path.abspath(folder)), tokenizer, template,
+                limits.context, model.config.vocab_size, max_seconds)
+key = read_text(api_key.removeprefix('FILE:')).strip() if api_key.startswith('FILE:') else api_key
+
+# open the socket, and serve from a second thread: the model stays with the thread that loaded it
+try:
+    family = socket.AF_INET6 if ':' in host else socket.AF_INET
+    listener = socket.create_server((host, port), family=family, backlog=512)
+except OSError as error:
+    raise UserError(f'{host}:{port} cannot be used: {error.strerror}; expected another --port, '
+                    f'such as {port + 1}') from None
+app = make_app(engine, served, Guard({host.lower(), socket.gethostname().lower()}, key))
+server = uvicorn.Server(uvicorn.Config(
+    app, log_level='error', access_log=False, server_header=False, ws='none',
+    timeout_graceful_shutdown=1))
+threading.Thread(target=server.run, args=([listener],), daemon=True).start()
+shown = f'[{host}]' if ':' in host else host
+print(line)
+print(f'{limits.max_streams} streams of {limits.context:,} tokens, '
+      f'{sum(part.nbytes for part in (engine.pool.k, engine.pool.v)) / 1e6:,.0f} MB of cache')
+if host not in ('127.0.0.1', '::1', 'localhost'):
+    print(f'WARNING: other machines can reach this server{"" if key else " without an --api_key"}, '
+          f'and what they send is not encrypted')
+print(f'http://{shown}:{listener.getsockname()[1]}  (Ctrl-C ends it)', flush=True)
+try:
+    engine.run()
+except KeyboardInterrupt:
+    print('\nstopped by Ctrl-C')

@@ -1,0 +1,1 @@
+"""Serve a model: continuous batching, an HTTP API in OpenAI's shapes, and a chat page."""

@@ -1,0 +1,372 @@
+"""
+Answer many requests at once: one loop owns the model and its pool of rows.
+
+    engine = Engine(model, tokenizer, Limits(max_streams=8))
+    engine.run()                                      # in the main thread
+
+    answer = Answer(ids, sampling, u, on_news=print)  # on_news is called in the engine's thread
+    engine.submit(answer)                             # in any thread; raises Full
+    answer.cancel()                                   # its row is free within one token
+
+A step of the loop is one forward pass: the next token of every running answer, and a piece of
+the prompts that wait to be read ("continuous batching": "Orca", Yu et al. 2022; chunked prefill:
+"Sarathi-Serve", Agrawal et al. 2024). A piece takes about PIECE_SECONDS, so that running answers
+do not stall. A row keeps its keys and values after its answer; a later prompt with the same
+beginning copies them ("prefix caching").
+"""
+
+import bisect
+import functools
+import sys
+import threading
+import time
+import traceback
+from collections import defaultdict, deque
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+
+from configurator import UserError
+from flatgpt import runtime
+from flatgpt.sampling import Sample, Sampling, penalize, sample_next
+from serving.pool import Pool
+
+PIECE_SECONDS = 0.1  # of prompts in a step
+FIRST_PIECE, LEAST_PIECE, LARGEST_PIECE = 128, 16, 2048  # tokens
+SHARED = 8  # tokens of a common beginning that are worth a copy
+
+
+class Full(UserError):
+    """Report that as many answers wait as may wait."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bound what an engine holds."""
+
+    max_streams: int = 16  # answers that run at once, each in a row of the pool
+    context: int = 1024  # tokens of a prompt and its answer
+    max_queue: int = 64  # answers that wait for a row
+
+
+class Token(NamedTuple):
+    """Describe a drawn token: id, log-probability, and [(id, log-probability)] of the likeliest."""
+
+    id: int
+    logprob: float
+    likeliest: list
+
+
+class News(NamedTuple):
+    """Hold what an answer has gained: text, the tokens that begin in it, the reason of its end.
+
+    finish: as Sample's, 'error' with the text of an error, or None.
+    """
+
+    text: str
+    tokens: list
+    finish: str | None = None
+
+
+@dataclass(eq=False)
+class Answer:
+    """Hold a request for one answer, and its state in the engine."""
+
+    prompt: list[int]  # ids
+    sampling: Sampling  # max_new_tokens, controls, stops, stop_ids, constraint
+    u: torch.Tensor  # (max_new_tokens,) of [0, 1), which fix the ids
+    on_news: object  # function of News, called in the engine's thread
+    n_likeliest: int = 0  # tokens to list beside each drawn one
+    deadline: float = float('inf')  # of time.monotonic(); the answer ends there
+    sample: Sample = field(default_factory=Sample)
+
+    def __post_init__(self):
+        self.row = None  # while it runs
+        self.tokens, self.n_sent, self.n_chars = [], 0, 0  # tokens and characters sent
+        self.is_cancelled, self.n_cached, self.started = False, 0, time.monotonic()
+        self.matcher = self.sampling.constraint and self.sampling.constraint.matcher()
+        self.seen = None  # (V,) of bool for the repetition penalty
+        self.ended_by = None  # the stop id that ended it
+
+    def cancel(self):
+        """Give the answer up; the engine frees its row before its next step."""
+        self.is_cancelled = True
+
+    def ids(self):
+        """Return the ids of the prompt and the answer so far."""
+        return self.prompt + [token.id for token in self.tokens]
+
+    def news(self):
+        """Return the News since the last call."""
+        shown, sample = self.sample.shown(self.sampling.stops), self.sample
+        text, self.n_chars = shown[self.n_chars :], len(shown)
+        n = bisect.bisect_left(sample.starts, len(shown)) if sample.finish is None else len(
+            sample.ids)
+        tokens, self.n_sent = self.tokens[self.n_sent : n], n
+        return News(text, tokens, sample.finish)
+
+
+class Engine:
+    """Run the loop. All but submit() happens in its thread.
+
+    That should be the thread that loaded the model: OpenMP keeps threads for each one that ever
+    computed, and waits twice as long for them when there are more than cores.
+    """
+
+    def __init__(self, model, tokenizer, limits):
+        self.model, self.tokenizer, self.limits = model, tokenizer, limits
+        self.device, dtype = model.lm_head.weight.device, model.lm_head.weight.dtype
+        dtype = dtype if dtype.is_floating_point else torch.bfloat16
+        self.pool = Pool(model.config, limits.max_streams, limits.context, self.device, dtype)
+        self.running, self.waiting = {}, deque()  # row: answer, the longest running first
+        self.changed = threading.Condition()
+        self.free = deque(range(limits.max_streams))  # the least recently used first
+        self.recent = deque(maxlen=64)  # (time, tokens drawn) of the last steps
+        self.rate = FIRST_PIECE / PIECE_SECONDS  # tokens of prompts in a second
+        self.counts = defaultdict(int)  # since the start, see serving.api.metrics()
+
+    def submit(self, answer, is_next=False):
+        """Queue an answer. Raises Full, and UserError for one that can never fit.
+
+        is_next: put it before all others and beyond the limit, the continuation of an answer.
+        """
+        most = self.limits.context - len(answer.prompt)
+        if most < answer.sampling.max_new_tokens or most < 1:
+            raise UserError(f'a prompt of {len(answer.prompt):,} tokens and an answer of '
+                            f'{answer.sampling.max_new_tokens:,}: expected at most '
+                            f'{self.limits.context:,} in all')
+        with self.changed:
+            n_waiting = len(self.waiting) - len(self.free)
+            if n_waiting >= self.limits.max_queue and not is_next:
+                raise Full(f'{n_waiting} answers are waiting: expected fewer than '
+                           f'{self.limits.max_queue}; try again later')
+            if is_next:
+                self.waiting.appendleft(answer)
+            else:
+                self.waiting.append(answer)
+            self.changed.notify()
+
+    def run(self):
+        """Work for ever. An error of a step ends the answers that run, not the loop."""
+        while True:
+            with self.changed:
+                while not self.waiting and not self.running:
+                    self.changed.wait()
+            try:
+                self.step()
+            except Exception as error:
+                traceback.print_exc(file=sys.stderr)
+                what = 'out of memory' if runtime.out_of_memory(error) else 'an error of the server'
+                for answer in list(self.running.values()):
+                    self.end(answer, f'{what}; try a shorter prompt')
+
+    def step(self):
+        """Compute one forward pass, and draw a token for each answer that is due."""
+        self.drop_ended()
+        self.admit()
+        counts, drawing = self.choose_tokens()
+        if not counts:
+            return
+        began, ids = time.perf_counter(), []
+        for row, n in counts:
+            done = len(self.pool.ids[row])
+            ids += self.running[row].ids()[done : done + n]
+        logits = self.compute(ids, counts, drawing)
+        start = 0
+        for row, n in counts:
+            self.pool.ids[row] += ids[start : start + n]
+            start += n
+        if drawing:
+            self.draw(logits, [self.running[row] for row in drawing])
+        n_read = len(ids) - len(drawing)
+        if n_read >= LEAST_PIECE:
+            self.rate = 0.5 * self.rate + 0.5 * n_read / (time.perf_counter() - began)
+        self.counts['steps'] += 1
+        self.recent.append((time.monotonic(), len(drawing)))
+
+    def tokens_per_second(self):
+        """Return the rate of drawn tokens over the last steps; 0 while nothing runs."""
+        recent = list(self.recent)
+        if not self.running or len(recent) < 2:
+            return 0.0
+        return sum(n for _, n in recent[1:]) / max(1e-9, recent[-1][0] - recent[0][0])
+
+    def drop_ended(self):
+        """Free the rows of cancelled and late answers, and forget those that wait."""
+        now = time.monotonic()
+        for answer in list(self.running.values()):
+            if answer.is_cancelled:
+                self.release(answer)
+            elif now > answer.deadline:
+                answer.sample.end('length')
+                self.finish(answer)
+        with self.changed:
+            late = [answer for answer in self.waiting if now > answer.deadline]
+            self.waiting = deque(answer for answer in self.waiting
+                                 if not answer.is_cancelled and answer not in late)
+        for answer in late:
+            answer.on_news(News('the server is busy; try again later', [], 'error'))
+
+    def admit(self):
+        """Give free rows to waiting answers, the first come first.
+
+        An answer waits while another row reads the beginning that they share.
+        """
+        for answer in list(self.waiting):
+            if not self.free:
+                return
+            source, n_shared = max(((row, common(self.text_of(row), answer.prompt))
+                                    for row in range(len(self.pool.ids))), key=lambda pair: pair[1])
+            n_ready = min(n_shared, len(self.pool.ids[source]), len(answer.prompt) - 1)
+            if n_ready + SHARED < min(n_shared, len(answer.prompt) - 1):
+                continue
+            row = self.free[0]
+            # a chat goes on in its own row; a short common beginning is copied to another
+            if source in self.free and 2 * n_ready >= len(self.pool.ids[source]):
+                row = source
+            self.free.remove(row)
+            n_ready = n_ready if n_ready >= SHARED or row == source else 0
+            self.pool.copy(source, row, n_ready)
+            answer.row, answer.n_cached, self.running[row] = row, n_ready, answer
+            with self.changed:
+                self.waiting.remove(answer)
+            self.counts['prompt_tokens'] += len(answer.prompt)
+            self.counts['cached_tokens'] += n_ready
+
+    def text_of(self, row):
+        """Return the ids that a row holds or will hold."""
+        answer = self.running.get(row)
+        return self.pool.ids[row] if answer is None else answer.ids()
+
+    def choose_tokens(self):
+        """Return the next pass: [(row, n tokens)], and the rows to draw a token for.
+
+        Running answers have one token each. Prompts share the piece that fits the time.
+        """
+        left = int(max(LEAST_PIECE, min(self.rate * PIECE_SECONDS, LARGEST_PIECE)))
+        counts, drawing = [], []
+        for row, answer in self.running.items():
+            n_due = len(answer.prompt) + len(answer.tokens) - len(self.pool.ids[row])
+            n = n_due if n_due == 1 else min(n_due, left)
+            left -= n if n_due > 1 else 0
+            if n:
+                counts.append((row, n))
+            if n == n_due:
+                drawing.append(row)
+        return counts, drawing
+
+    @torch.no_grad()
+    def compute(self, ids, counts, drawing):
+        """Run the model on the new tokens; -> logits (rows to draw for, V)."""
+        idx = torch.tensor([ids], device=self.device)
+        with torch.compiler.set_stance('force_eager'):
+            x = self.model.hidden(idx, self.pool.batch(counts))  # (1, N, C)
+            ends, end = [], 0
+            for row, n in counts:
+                end += n
+                ends += [end - 1] * (row in drawing)
+            return self.model.logits(x[:, ends])[0] if ends else None  # (rows, V)
+
+    @torch.no_grad()
+    def draw(self, logits, answers):
+        """Draw the next token of each answer from logits (answers, V), and send the news."""
+        logits = logits[:, : self.tokenizer.vocab_size].float()
+        if logits.device.type == 'mps':
+            logits = logits.cpu()  # mps has no float64
+        plain = logits
+        if any(answer.sampling.repetition_penalty != 1.0 for answer in answers):
+            logits = torch.stack([self.penalized(row, answer) for row, answer in
+                                  zip(logits, answers, strict=True)])
+        next_ids, ended = [None] * len(answers), set()
+        # answers with the same controls are drawn together
+        order = sorted(range(len(answers)), key=lambda i: controls_of(answers[i]))
+        for _, group in groupby(order, key=lambda i: controls_of(answers[i])):
+            group = list(group)
+            u = torch.stack([answers[i].u[len(answers[i].tokens)] for i in group]).to(plain.device)
+            if not answers[group[0]].matcher:
+                drawn = sample_next(logits[group], answers[group[0]].sampling, u)
+                for i, next_id in zip(group, drawn[:, 0].tolist(), strict=True):
+                    next_ids[i] = next_id
+                continue
+            for i in group:
+                draw = functools.partial(sample_next, sampling=answers[i].sampling, u=u)
+                remaining = answers[i].sampling.max_new_tokens - len(answers[i].tokens)
+                drawn = answers[i].matcher.draw(logits[i : i + 1], remaining, draw)
+                if drawn is None:
+                    ended.add(i)
+                next_ids[i] = 0 if drawn is None else int(drawn)
+        logprobs = plain.log_softmax(-1)
+        chosen = logprobs.gather(1, torch.tensor(next_ids, device=plain.device)[:, None])
+        chosen = chosen[:, 0].tolist()
+        n_likeliest = max(answer.n_likeliest for answer in answers)
+        values, ids = (part.tolist() for part in logprobs.topk(n_likeliest)) if n_likeliest else (
+            [[]] * len(answers), [[]] * len(answers))
+        for i, answer in enumerate(answers):
+            if chosen[i] != chosen[i]:
+                self.end(answer, 'the logits are NaN: the weights are damaged, or need '
+                                 '--dtype=float32')
+                continue
+            likeliest = list(zip(ids[i], values[i], strict=True))[: answer.n_likeliest]
+            self.append(answer, Token(next_ids[i], chosen[i], likeliest), i in ended)
+
+    def penalized(self, logits, answer):
+        """Return the logits (V,) of an answer with its repetition penalty."""
+        penalty = answer.sampling.repetition_penalty
+        if penalty == 1.0:
+            return logits
+        if answer.seen is None:
+            answer.seen = torch.zeros_like(logits, dtype=torch.bool)
+            answer.seen[[i for i in answer.prompt if i < len(logits)]] = True
+        return penalize(logits, answer.seen, penalty)
+
+    def append(self, answer, token, has_ended):
+        """Add a token to an answer, and send what is new. has_ended: the constraint is met."""
+        sampling, sample = answer.sampling, answer.sample
+        if has_ended or token.id in sampling.stop_ids:
+            answer.ended_by = None if has_ended else token.id
+            sample.end('complete' if answer.matcher else 'stop')
+        else:
+            answer.tokens.append(token)
+            if answer.seen is not None:
+                answer.seen[token.id] = True
+            sample.append(token.id, token.logprob, self.tokenizer.decode_bytes([token.id]),
+                          sampling.stops)
+            self.counts['generated_tokens'] += 1
+            if len(answer.tokens) == sampling.max_new_tokens and not sample.finish:
+                sample.end('complete' if answer.matcher else 'length')
+        if sample.finish:
+            self.finish(answer)
+        elif (news := answer.news()).text:
+            answer.on_news(news)
+
+    def finish(self, answer):
+        """Free the row of an answer that has ended, and send the rest."""
+        self.release(answer)
+        answer.on_news(answer.news())
+
+    def end(self, answer, error):
+        """End a running answer with an error."""
+        self.release(answer)
+        answer.on_news(News(error, [], 'error'))
+
+    def release(self, answer):
+        """Free the row of a running answer; its keys and values stay until it is used again."""
+        del self.running[answer.row]
+        self.free.append(answer.row)
+
+
+def common(a, b):
+    """Return the length of the common beginning of two lists."""
+    most = min(len(a), len(b))
+    return bisect.bisect_left(range(1, most + 1), True, key=lambda n: a[:n] != b[:n])
+
+
+def controls_of(answer):
+    """Return a key that answers to be drawn together share."""
+    sampling = answer.sampling
+    # a constraint draws for one answer at a time
+    own = id(answer) if answer.matcher else 0
+    return (sampling.temperature, sampling.top_k or 0, sampling.top_p or 0, sampling.min_p or 0,
+            own)

@@ -123,6 +123,27 @@ def test_retry_edit_and_undo(page, api):
         'first', 'Second answer', 'second', 'Second answer']
 
 
+def test_an_open_edit_and_a_new_title_are_not_lost(page, api):
+    ask(page, 'first')
+    press_button(page, 'Edit')
+    page.write(' changed')
+    api.reply = ['slow ', threading.Event(), 'answer']
+    ask(page, 'second', is_awaited=False)
+    press_button(page, 'Rename')
+    page.write('Half a ti')
+    api.reply[1].set()
+    page.wait(IDLE)
+    page.write('tle')
+    page.press('Enter')
+    page.reload()
+    assert page.text('#chat-list .title') == 'Half a title'
+    assert page.run('document.querySelector("#messages textarea").value') == 'first changed'
+    page.run('document.querySelector("#messages textarea").focus()')
+    page.press('Enter')
+    page.wait(IDLE)
+    assert contents(api.requests[-1]) == [('user', 'first changed')]
+
+
 def test_system_prompt_and_controls_reach_the_server(page, api):
     page.click('#system summary')
     page.run('$("system-box").focus()')
@@ -251,6 +272,14 @@ def test_calculator(page, api):
     assert page.run(ANSWERS) == [text]
     page.click('#control-calculator')
     ask(page)
+    # the server sends the result behind the tokens of the call: the model did not draw it
+    api.reply = [{'choices': [{'index': 0, 'delta': {'content': f'{call}5<|python_end|><|output|>5<|output_end|>'},
+                               'logprobs': {'content': [{'token': call + '5', 'logprob': -1}]}}]}
+                 for call in ('<|python|>',)]
+    page.click('#control-calculator')
+    ask(page)
+    assert page.run('[...document.querySelectorAll(".assistant")].at(-1).querySelectorAll(".token").length') == 2
+    assert page.run('lastOf(state.chat.messages).tokens.map(token => token.logprob)') == [-1, None]
     assert 'tools' not in api.requests[1] and contents(api.requests[1])[1] == ('assistant', text)
 
 

@@ -46,7 +46,7 @@ max_seconds: Positive = 600.0  # of an answer; then it ends where it is
 # machine
 device = 'auto'  # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps', ...
 dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'
-quantize: Literal['', 'int8'] = ''  # 'int8': 8-bit weights
+compile: bool | Literal['auto'] = 'auto'  # compile the step of one token; takes some seconds
 config = override(globals())
 # --------------------------------------------------------------------------------------------------
 
@@ -59,9 +59,20 @@ except ImportError as error:
     raise UserError(f'{error.name} is not installed: pip install -c constraints.txt -e '
                     f"'.[serve]'") from None
 
+# open the socket, which may fail, before the model
+try:
+    # asyncio sends small parts at once (TCP_NODELAY) only where the protocol is named
+    listener = socket.socket(socket.AF_INET6 if ':' in host else socket.AF_INET,
+                             socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind((host, port))
+except OSError as error:
+    raise UserError(f'{host}:{port} cannot be used: {error.strerror}; expected another --port, '
+                    f'such as {port + 1}') from None
+
 # open the model
 model, tokenizer, template, line = pretrained.open_model(init_from, out_dir, which)
-torch_dtype = decoding.prepare(model, {**config, 'compile': False})
+decoding.prepare(model, {**config, 'quantize': ''}, rows=None)
 
 
 def limits_of(model):
@@ -79,18 +90,15 @@ def limits_of(model):
 
 limits = limits_of(model)
 engine = Engine(model, tokenizer, limits)
+if model.has_compiled_step:
+    print('compiling the step of one token (--compile=False starts at once)', flush=True)
+engine.warm_up()
 folder = out_dir if init_from == 'resume' else init_from
 served = Served(name or os.path.basename(os.path.abspath(folder)), tokenizer, template,
                 limits.context, model.config.vocab_size, max_seconds)
 key = read_text(api_key.removeprefix('FILE:')).strip() if api_key.startswith('FILE:') else api_key
 
-# open the socket, and serve from a second thread: the model stays with the thread that loaded it
-try:
-    family = socket.AF_INET6 if ':' in host else socket.AF_INET
-    listener = socket.create_server((host, port), family=family, backlog=512)
-except OSError as error:
-    raise UserError(f'{host}:{port} cannot be used: {error.strerror}; expected another --port, '
-                    f'such as {port + 1}') from None
+# serve from a second thread: the model stays with the thread that loaded it
 app = make_app(engine, served, Guard({host.lower(), socket.gethostname().lower()}, key))
 server = uvicorn.Server(uvicorn.Config(
     app, log_level='error', access_log=False, server_header=False, ws='none',

@@ -36,27 +36,28 @@ def open_model(config):
 def prepare(model, config, rows=1, n_tokens=math.inf, local_rank=None):
     """Choose device, precision and compilation, and convert the model; -> the dtype.
 
-    config: the settings device, dtype, quantize and compile. rows: samples at once. n_tokens: of
-    each. local_rank: of a script for several processes. Prints the choices to stderr. Raises
-    UserError for a setting that cannot be met.
+    config: the settings device, dtype, quantize and compile. rows: samples at once; None: a
+    changing number, as of a server. n_tokens: of each. local_rank: of a script for several
+    processes. Prints the choices to stderr. Raises UserError for a setting that cannot be met.
     """
     device, dtype = runtime.choose_device(config['device'], local_rank), config['dtype']
     runtime.use_cores()
     if device.type == 'cpu':
         runtime.keep_freed_memory()
+    # a token costs reading the weights, unless they are few and stay in the CPU's cache
+    is_large = model.get_num_params() > 30e6
     if config['quantize'] and dtype != 'auto':
         raise UserError(f'dtype={dtype!r}: expected \'auto\' with --quantize={config["quantize"]}, '
                         f'which is a precision')
     if config['quantize']:
         dtype, dtype_reason = config['quantize'], 'as set'
     elif dtype == 'auto' and device.type == 'cpu':
-        # a token costs reading the weights, unless they are few and stay in the CPU's cache
-        is_large = model.get_num_params() > 30e6 and has_bf16_products()
-        dtype, dtype_reason = (('bfloat16', 'half as much to read') if is_large else
-                               ('float32', 'small, or no bf16 here'))
+        dtype, dtype_reason = (('bfloat16', 'half as much to read') if is_large and
+                               has_bf16_products() else ('float32', 'small, or no bf16 here'))
     else:
         dtype, dtype_reason = runtime.choose_dtype(dtype, device)
-    is_long = config['quantize'] or device.type == 'cuda' or rows == 1 and n_tokens >= 1000
+    is_long = (config['quantize'] or device.type == 'cuda' or rows == 1 and n_tokens >= 1000
+               or rows is None and is_large)
     compile, compile_reason = runtime.choose_compile(
         config['compile'], device, math.inf if is_long else 0)
     threads = f' (threads: {torch.get_num_threads()})' if device.type == 'cpu' else ''
@@ -65,9 +66,9 @@ def prepare(model, config, rows=1, n_tokens=math.inf, local_rank=None):
     if parallel.from_environment().is_main:
         print(textwrap.fill(choices, 80, subsequent_indent='  '), file=sys.stderr, flush=True)
     torch_dtype = torch.int8 if dtype == 'int8' else runtime.DTYPES[dtype]
-    for_decoding(model.to(device), torch_dtype, compile)
-    # on a CPU only single rows are compiled, see generate.Decoder
-    model.has_compiled_step = compile and (device.type != 'cpu' or rows == 1)
+    for_decoding(model.to(device), torch_dtype, compile, any_rows=rows is None)
+    # on a CPU generate.Decoder has only a compiled step of single rows
+    model.has_compiled_step = compile and (device.type != 'cpu' or rows in (1, None))
     return dtype
 
 

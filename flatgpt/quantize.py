@@ -30,6 +30,17 @@ def has_bf16_products():
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
+@torch.library.custom_op('flatgpt::multiply_packed', mutates_args=())
+def multiply_packed(x: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
+    """Multiply x (n, K) by packed weights (N, K); torch compiles no other call of this product."""
+    return torch.ops.mkldnn._linear_pointwise(x, packed, None, 'none', [], '')
+
+
+@multiply_packed.register_fake
+def _(x, packed):
+    return x.new_empty(x.size(0), packed.size(0))
+
+
 class DecodeLinear(nn.Module):
     """Multiply like nn.Linear, for inference.
 
@@ -60,6 +71,8 @@ class DecodeLinear(nn.Module):
         is_fused = x.device.type == 'cpu' or scale is not None
         if n == 1 and is_fused and torch.compiler.is_compiling():
             y = (x.float() * self.weight.float()).sum(-1)
+        elif self.packed is not None and torch.compiler.is_compiling():
+            y = multiply_packed(x.to(self.dtype), self.packed)
         elif self.packed is not None:
             rows = F.pad(x, (0, 0, 0, 4 - n)) if n < 4 else x  # 4 rows are faster than fewer
             y = torch.ops.mkldnn._linear_pointwise(
@@ -97,16 +110,17 @@ def move_together(weights):
 
 
 @torch.no_grad()
-def for_decoding(model, dtype, compile=False):
+def for_decoding(model, dtype, compile=False, any_rows=False):
     """Convert a GPT in place to one that only decodes; -> the model.
 
     dtype: of the matrices, fp32, bf16, fp16 or int8; everything else is in fp32. compile: compile
     the step of one position. That takes seconds, fewer when torch has compiled it before, and saves
-    nearly half of a bf16 token's time on the CPU. int8 is slower than bf16 without it.
+    nearly half of a bf16 token's time on the CPU. int8 is slower than bf16 without it. any_rows:
+    the step has one row or several; on a CPU in bf16 the weights then take twice the memory.
     """
     device, blocks = model.lm_head.weight.device, model.transformer.h
-    is_packed = (device.type == 'cpu' and dtype == torch.bfloat16 and not compile
-                 and has_bf16_products())
+    is_packed = (device.type == 'cpu' and dtype == torch.bfloat16 and has_bf16_products()
+                 and (any_rows or not compile))
     model.float().requires_grad_(False)
     value_tables = model.transformer['vte'].values() if 'vte' in model.transformer else ()
     model.lm_head = DecodeLinear(model.lm_head, dtype, is_packed)
@@ -119,7 +133,7 @@ def for_decoding(model, dtype, compile=False):
             linear = DecodeLinear(getattr(part, name), dtype, is_packed)
             setattr(part, name, linear)
             weights.append(linear.weight)
-            if is_packed:
+            if is_packed and not compile:
                 linear.weight = None  # a second copy that nothing reads
     if compile:
         if device.type == 'cpu':

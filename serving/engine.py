@@ -17,13 +17,13 @@ beginning copies them ("prefix caching").
 
 import bisect
 import functools
+import itertools
 import sys
 import threading
 import time
 import traceback
 from collections import defaultdict, deque
 from dataclasses import dataclass, field
-from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -31,7 +31,7 @@ import torch
 from configurator import UserError
 from flatgpt import runtime
 from flatgpt.sampling import Sample, Sampling, penalize, sample_next
-from serving.pool import Pool
+from serving.pool import Pool, dynamic
 
 PIECE_SECONDS = 0.1  # of prompts in a step
 FIRST_PIECE, LEAST_PIECE, LARGEST_PIECE = 128, 16, 2048  # tokens
@@ -120,12 +120,12 @@ class Engine:
         self.device, dtype = model.lm_head.weight.device, model.lm_head.weight.dtype
         dtype = dtype if dtype.is_floating_point else torch.bfloat16
         self.pool = Pool(model.config, limits.max_streams, limits.context, self.device, dtype)
-        self.running, self.waiting = {}, deque()  # row: answer, the longest running first
+        self.running, self.waiting = [], deque()  # row i of the pool is that of running[i]
+        self.used = [0] * limits.max_streams  # for each row, the step of its last answer
         self.changed = threading.Condition()
-        self.free = deque(range(limits.max_streams))  # the least recently used first
         self.recent = deque(maxlen=64)  # (time, tokens drawn) of the last steps
         self.rate = FIRST_PIECE / PIECE_SECONDS  # tokens of prompts in a second
-        self.counts = defaultdict(int)  # since the start, see serving.api.metrics()
+        self.counts = defaultdict(int)  # since the start, see serving.app.Server.metrics()
 
     def submit(self, answer, is_next=False):
         """Queue an answer. Raises Full, and UserError for one that can never fit.
@@ -138,7 +138,7 @@ class Engine:
                             f'{answer.sampling.max_new_tokens:,}: expected at most '
                             f'{self.limits.context:,} in all')
         with self.changed:
-            n_waiting = len(self.waiting) - len(self.free)
+            n_waiting = len(self.waiting) + len(self.running) - self.limits.max_streams
             if n_waiting >= self.limits.max_queue and not is_next:
                 raise Full(f'{n_waiting} answers are waiting: expected fewer than '
                            f'{self.limits.max_queue}; try again later')
@@ -159,28 +159,28 @@ class Engine:
             except Exception as error:
                 traceback.print_exc(file=sys.stderr)
                 what = 'out of memory' if runtime.out_of_memory(error) else 'an error of the server'
-                for answer in list(self.running.values()):
+                for answer in list(self.running):
                     self.end(answer, f'{what}; try a shorter prompt')
 
     def step(self):
         """Compute one forward pass, and draw a token for each answer that is due."""
         self.drop_ended()
         self.admit()
-        counts, drawing = self.choose_tokens()
-        if not counts:
+        if not self.running:
             return
-        began, ids = time.perf_counter(), []
-        for row, n in counts:
-            done = len(self.pool.ids[row])
-            ids += self.running[row].ids()[done : done + n]
-        logits = self.compute(ids, counts, drawing)
-        start = 0
-        for row, n in counts:
-            self.pool.ids[row] += ids[start : start + n]
-            start += n
+        began, counts = time.perf_counter(), self.choose_tokens()
+        ids, drawing = [], []  # drawing: answers whose next token is due
+        for answer, n in zip(self.running, counts, strict=True):
+            done, text = len(self.pool.ids[answer.row]), answer.ids()
+            ids.append(text[done : done + n])
+            if n and done + n == len(text):
+                drawing.append(answer)
+        logits = self.compute(ids, drawing)
+        for answer, new in zip(self.running, ids, strict=True):
+            self.pool.ids[answer.row] += new
         if drawing:
-            self.draw(logits, [self.running[row] for row in drawing])
-        n_read = len(ids) - len(drawing)
+            self.draw(logits, drawing)
+        n_read = sum(counts) - len(drawing)
         if n_read >= LEAST_PIECE:
             self.rate = 0.5 * self.rate + 0.5 * n_read / (time.perf_counter() - began)
         self.counts['steps'] += 1
@@ -196,7 +196,7 @@ class Engine:
     def drop_ended(self):
         """Free the rows of cancelled and late answers, and forget those that wait."""
         now = time.monotonic()
-        for answer in list(self.running.values()):
+        for answer in list(self.running):
             if answer.is_cancelled:
                 self.release(answer)
             elif now > answer.deadline:
@@ -210,64 +210,79 @@ class Engine:
             answer.on_news(News('the server is busy; try again later', [], 'error'))
 
     def admit(self):
-        """Give free rows to waiting answers, the first come first.
+        """Give idle rows to waiting answers, the first come first.
 
         An answer waits while another row reads the beginning that they share.
         """
         for answer in list(self.waiting):
-            if not self.free:
+            row, most = len(self.running), len(answer.prompt) - 1  # the last token gives the logits
+            if row == self.limits.max_streams:
                 return
-            source, n_shared = max(((row, common(self.text_of(row), answer.prompt))
-                                    for row in range(len(self.pool.ids))), key=lambda pair: pair[1])
-            n_ready = min(n_shared, len(self.pool.ids[source]), len(answer.prompt) - 1)
-            if n_ready + SHARED < min(n_shared, len(answer.prompt) - 1):
+            texts = [running.ids() for running in self.running] + self.pool.ids[row:]
+            shared = [min(most, common(text, answer.prompt)) for text in texts]
+            source = max(range(len(texts)), key=shared.__getitem__)
+            n_ready = min(shared[source], len(self.pool.ids[source]))
+            if n_ready + SHARED < shared[source]:
                 continue
-            row = self.free[0]
-            # a chat goes on in its own row; a short common beginning is copied to another
-            if source in self.free and 2 * n_ready >= len(self.pool.ids[source]):
-                row = source
-            self.free.remove(row)
-            n_ready = n_ready if n_ready >= SHARED or row == source else 0
-            self.pool.copy(source, row, n_ready)
-            answer.row, answer.n_cached, self.running[row] = row, n_ready, answer
+            self.take_row(row, source, n_ready)
+            answer.row, answer.n_cached = row, len(self.pool.ids[row])
+            self.running.append(answer)
             with self.changed:
                 self.waiting.remove(answer)
             self.counts['prompt_tokens'] += len(answer.prompt)
-            self.counts['cached_tokens'] += n_ready
+            self.counts['cached_tokens'] += answer.n_cached
 
-    def text_of(self, row):
-        """Return the ids that a row holds or will hold."""
-        answer = self.running.get(row)
-        return self.pool.ids[row] if answer is None else answer.ids()
+    def take_row(self, row, source, n):
+        """Let an idle row begin with the first n tokens of the row `source`."""
+        idle = range(row, self.limits.max_streams)
+        # a chat goes on in place; a short common beginning is copied over the oldest text
+        is_same = source in idle and 2 * n >= len(self.pool.ids[source])
+        oldest = source if is_same else min(idle, key=self.used.__getitem__)
+        self.pool.swap(row, oldest)
+        self.used[oldest] = self.used[row]
+        source = {row: oldest, oldest: row}.get(source, source)
+        self.pool.copy(source, row, n if n >= SHARED or is_same else 0)
 
     def choose_tokens(self):
-        """Return the next pass: [(row, n tokens)], and the rows to draw a token for.
+        """Return the number of tokens of each running answer in the next pass.
 
-        Running answers have one token each. Prompts share the piece that fits the time.
+        An answer has one. Prompts share the piece that fits the time, the first come first.
         """
         left = int(max(LEAST_PIECE, min(self.rate * PIECE_SECONDS, LARGEST_PIECE)))
-        counts, drawing = [], []
-        for row, answer in self.running.items():
-            n_due = len(answer.prompt) + len(answer.tokens) - len(self.pool.ids[row])
-            n = n_due if n_due == 1 else min(n_due, left)
-            left -= n if n_due > 1 else 0
-            if n:
-                counts.append((row, n))
-            if n == n_due:
-                drawing.append(row)
-        return counts, drawing
+        counts = [0] * len(self.running)
+        for answer in sorted(self.running, key=lambda answer: answer.started):
+            n_due = len(answer.prompt) + len(answer.tokens) - len(self.pool.ids[answer.row])
+            counts[answer.row] = n_due if n_due == 1 else min(n_due, left)
+            left -= counts[answer.row] if n_due > 1 else 0
+        return counts
 
     @torch.no_grad()
-    def compute(self, ids, counts, drawing):
-        """Run the model on the new tokens; -> logits (rows to draw for, V)."""
-        idx = torch.tensor([ids], device=self.device)
+    def compute(self, ids, drawing):
+        """Run the model on new ids of each row; -> logits of the answers in `drawing`, (n, V)."""
+        lengths = [len(self.pool.ids[row]) + 1 for row in range(len(ids))]
+        # rows of very different lengths run in pieces, which read no empty slots
+        if all(len(new) == 1 for new in ids) and len(ids) * max(lengths) <= 2 * sum(lengths):
+            idx = dynamic(torch.tensor(ids, device=self.device), 0)  # (B, 1)
+            stance = 'default' if self.model.has_compiled_step else 'force_eager'
+            with torch.compiler.set_stance(stance):
+                return self.model(idx, cache=self.pool.first_rows(len(ids)))[0][:, -1]
         with torch.compiler.set_stance('force_eager'):
-            x = self.model.hidden(idx, self.pool.batch(counts))  # (1, N, C)
-            ends, end = [], 0
-            for row, n in counts:
-                end += n
-                ends += [end - 1] * (row in drawing)
-            return self.model.logits(x[:, ends])[0] if ends else None  # (rows, V)
+            idx = torch.tensor([[i for new in ids for i in new]], device=self.device)
+            x = self.model.hidden(idx, self.pool.pieces([len(new) for new in ids]))  # (1, N, C)
+            ends = list(itertools.accumulate(len(new) for new in ids))
+            ends = [ends[answer.row] - 1 for answer in drawing]
+            return self.model.logits(x[:, ends])[0] if ends else None
+
+    def warm_up(self):
+        """Compile the step of one row, and that of several, if the model is to be compiled."""
+        def step():
+            for n in range(1, min(3, self.limits.max_streams) + 1):
+                self.compute([[0]] * n, [None] * n)
+
+        if self.model.has_compiled_step:
+            self.pool.ids = [[0] * 4 for _ in self.pool.ids]  # sizes of 0 and 1 compile apart
+            self.model.has_compiled_step = runtime.compile_or_eager(step)
+            self.pool.ids = [[] for _ in self.pool.ids]
 
     @torch.no_grad()
     def draw(self, logits, answers):
@@ -282,7 +297,7 @@ class Engine:
         next_ids, ended = [None] * len(answers), set()
         # answers with the same controls are drawn together
         order = sorted(range(len(answers)), key=lambda i: controls_of(answers[i]))
-        for _, group in groupby(order, key=lambda i: controls_of(answers[i])):
+        for _, group in itertools.groupby(order, key=lambda i: controls_of(answers[i])):
             group = list(group)
             u = torch.stack([answers[i].u[len(answers[i].tokens)] for i in group]).to(plain.device)
             if not answers[group[0]].matcher:
@@ -352,9 +367,15 @@ class Engine:
         answer.on_news(News(error, [], 'error'))
 
     def release(self, answer):
-        """Free the row of a running answer; its keys and values stay until it is used again."""
-        del self.running[answer.row]
-        self.free.append(answer.row)
+        """Make the row of an answer idle; its keys and values stay until it is used again.
+
+        Running rows are the first ones, so the last of them takes its place.
+        """
+        row, last = answer.row, self.running.pop()
+        if last is not answer:
+            self.pool.swap(row, last.row)
+            self.running[row], answer.row, last.row = last, last.row, row
+        self.used[answer.row] = self.counts['steps']
 
 
 def common(a, b):

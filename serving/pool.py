@@ -2,18 +2,21 @@
 Keep the keys and values of many sequences in one pool of rows.
 
     pool = Pool(model.config, n_rows=8, context=1024)
-    x = model.hidden(ids, cache=pool.batch([(0, 5), (3, 1)]))  # 5 tokens of row 0, 1 of row 3
+    x = model.hidden(ids, cache=pool.pieces([5, 0, 1]))  # 5 tokens of row 0, 1 of row 2
+    logits, _ = model(ids, cache=pool.first_rows(3))     # a token of each of rows 0, 1, 2
 
-The tokens of a batch stand side by side, ids (1, N), so that the linear layers read each weight
-once for all ("Orca", Yu et al. 2022). Attention runs for each row on its own. So a sequence's
-result does not depend on the others, and any row may join or leave between two batches.
+In pieces() tokens of all rows stand side by side, ids (1, N): the linear layers read each weight
+once for all of them ("Orca", Yu et al. 2022), and attention runs for each row on its own. In
+first_rows() they are a batch, ids (B, 1), which can be compiled, and attention reads the rows up to
+the longest one.
 """
 
 from typing import NamedTuple
 
 import torch
+from torch._dynamo import maybe_mark_dynamic
 
-from ops import InPieces
+from ops import InPieces, visible
 
 
 class PoolLayer(NamedTuple):
@@ -25,9 +28,10 @@ class PoolLayer(NamedTuple):
     slots: torch.Tensor
 
     def update(self, k, v):
-        """Write the new tokens' (1, G, N, D); -> those of all rows, (rows, G, S, D)."""
+        """Write the new tokens' (1, G, N, D) or (N, G, 1, D); -> those of all rows."""
         for whole, new in ((self.k, k), (self.v, v)):
-            whole[self.rows, :, self.slots] = new[0].transpose(0, 1).to(whole.dtype)
+            new = new[0].transpose(0, 1) if new.size(0) == 1 else new[:, :, 0]  # (N, G, D)
+            whole[self.rows, :, self.slots] = new.to(whole.dtype)
         return self.k, self.v
 
 
@@ -40,11 +44,15 @@ class Pool:
     def __init__(self, config, n_rows, context, device=None, dtype=None):
         shape = config.n_layer, n_rows, config.kv_heads, context, config.head_size
         self.k, self.v = torch.zeros(2, *shape, device=device, dtype=dtype)
-        self.context, self.ids = context, [[] for _ in range(n_rows)]
+        self.ids = [[] for _ in range(n_rows)]
 
-    def batch(self, counts):
-        """Return the cache for model.hidden() of new tokens. counts: (row, n tokens) each."""
-        return Batch(self, counts)
+    def pieces(self, counts):
+        """Return the cache for model.hidden() of counts[row] new tokens of each row."""
+        return Pieces(self, counts)
+
+    def first_rows(self, n):
+        """Return the cache for model() of one new token of each of the first n rows."""
+        return FirstRows(self, n)
 
     def copy(self, source, row, n):
         """Make the first n tokens of `source` the content of a row."""
@@ -53,25 +61,35 @@ class Pool:
                 part[:, row, :, :n] = part[:, source, :, :n]
         self.ids[row] = self.ids[source][:n]
 
+    def swap(self, a, b):
+        """Exchange the contents of two rows."""
+        if a == b:
+            return
+        n = max(len(self.ids[a]), len(self.ids[b]))
+        for part in (self.k, self.v):
+            part[:, [a, b], :, :n] = part[:, [b, a], :, :n]
+        self.ids[a], self.ids[b] = self.ids[b], self.ids[a]
+
 
 def bytes_of(config, context, dtype):
     """Return the memory of a row of `context` tokens, in bytes."""
     return 2 * config.n_layer * config.kv_heads * config.head_size * context * dtype.itemsize
 
 
-class Batch:
-    """Be the cache of one forward pass over new tokens of several rows, see Pool."""
+class Pieces:
+    """Be the cache of one forward pass over pieces of rows, see Pool."""
 
     def __init__(self, pool, counts):
-        self.pool, self.pieces, rows, slots, start = pool, [], [], [], 0
-        for row, n in counts:
-            end = len(pool.ids[row]) + n
-            self.pieces.append((start, start + n, row, end))
-            rows += [row] * n
-            slots += range(end - n, end)
-            start += n
+        self.pool, self.spans, rows, slots, start = pool, [], [], [], 0
+        for row, n in enumerate(counts):
+            if n:
+                end = len(pool.ids[row]) + n
+                self.spans.append((start, start + n, row, end))
+                rows += [row] * n
+                slots += range(end - n, end)
+                start += n
         # the model adds the number of new tokens, and compares with its context
-        self.length = max(end for *_, end in self.pieces) - start
+        self.length = max(end for *_, end in self.spans) - start
         self.rows, self.slots = torch.tensor([rows, slots], device=pool.k.device)
 
     def start(self, B, T):
@@ -80,11 +98,50 @@ class Batch:
 
     def mask(self, T, window):
         """Return the mask for ops.attention()."""
-        return InPieces(window, self.pieces)
+        return InPieces(window, self.spans)
 
     def layer(self, layer, T):
         """Return the PoolLayer of a layer."""
         return PoolLayer(self.pool.k[layer], self.pool.v[layer], self.rows, self.slots)
 
     def advance(self, T):
-        """Do nothing: the caller knows the ids, and adds them to pool.ids."""
+        """Do nothing: the caller adds the ids to pool.ids."""
+
+
+class FirstRows:
+    """Be the cache of one forward pass over a token of each of the first n rows, see Pool.
+
+    The numbers of rows and of slots are dynamic to the compiler, so that one row and several are
+    compiled once each.
+    """
+
+    def __init__(self, pool, n):
+        lengths = [len(ids) for ids in pool.ids[:n]]
+        self.pool, self.length = pool, max(lengths)
+        self.slots = torch.tensor(lengths, device=pool.k.device)
+        self.rows = torch.arange(n, device=pool.k.device)
+
+    def start(self, B, T):
+        """Return the positions of the new tokens, (B, 1)."""
+        return self.slots[:, None]
+
+    def mask(self, T, window):
+        """Return the mask of the keys that each row sees, (B, 1, 1, S) of bool."""
+        slots = torch.arange(self.length + 1, device=self.slots.device)
+        return dynamic(visible(self.slots[:, None], slots, window)[:, None, None], 0, 3)
+
+    def layer(self, layer, T):
+        """Return the PoolLayer of a layer."""
+        k, v = (dynamic(part[layer, : len(self.rows), :, : self.length + 1], 0, 2)
+                for part in (self.pool.k, self.pool.v))
+        return PoolLayer(k, v, dynamic(self.rows, 0), dynamic(self.slots, 0))
+
+    def advance(self, T):
+        """Do nothing: the caller adds the ids to pool.ids."""
+
+
+def dynamic(tensor, *dims):
+    """Mark dimensions that differ from call to call for the compiler; -> the tensor."""
+    for dim in dims:
+        maybe_mark_dynamic(tensor, dim)
+    return tensor

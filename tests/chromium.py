@@ -1,9 +1,9 @@
 """Drive a headless Chromium by the DevTools protocol, over a pipe: JSON that ends in NUL."""
 
-import base64
 import fcntl
 import json
 import os
+import select
 import shutil
 import subprocess
 import tempfile
@@ -13,8 +13,7 @@ NAMES = ('chromium', 'chromium-browser', 'google-chrome', 'google-chrome-stable'
 EXECUTABLE = next(filter(None, map(shutil.which, NAMES)), None)
 FLAGS = ('--headless=new', '--no-sandbox', '--disable-gpu', '--disable-dev-shm-usage', '--no-first-run',
          '--disable-background-networking', '--remote-debugging-pipe')
-KEYS = {'Enter': (13, '\r'), 'Escape': (27, ''), 'Tab': (9, ''), 'ArrowUp': (38, ''), 'ArrowDown': (40, ''),
-        'ArrowLeft': (37, ''), 'ArrowRight': (39, ''), 'Home': (36, ''), 'End': (35, ''), ' ': (32, ' ')}
+KEYS = {'Enter': (13, '\r'), 'Escape': (27, ''), 'Tab': (9, ''), 'ArrowUp': (38, ''), 'ArrowRight': (39, '')}
 ALT, CONTROL, SHIFT = 1, 2, 8
 
 
@@ -23,29 +22,30 @@ class Chromium:
 
     def __init__(self):
         self.profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-        (read, self.write), (self.read, write) = os.pipe(), os.pipe()
-        # the browser reads from 3 and writes to 4
-        read, write = (fcntl.fcntl(fd, fcntl.F_DUPFD, 10) for fd in (read, write))
+        pipes = os.pipe(), os.pipe()
+        (_, self.write), (self.read, _) = pipes
+        # the browser reads from 3 and writes to 4, which the pipes themselves may be
+        read, write = (fcntl.fcntl(fd, fcntl.F_DUPFD, 10) for fd in (pipes[0][0], pipes[1][1]))
         self.process = subprocess.Popen(
             ['bash', '-c', f'exec "$0" "$@" 3<&{read} 4>&{write}', EXECUTABLE, *FLAGS,
              f'--user-data-dir={self.profile.name}', 'about:blank'],
             pass_fds=(read, write), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        os.close(read)
-        os.close(write)
+        for fd in (read, write, pipes[0][0], pipes[1][1]):
+            os.close(fd)
         self.rest, self.number, self.events = b'', 0, []
 
     def call(self, method, session=None, **params):
         """Send a command, and return its result."""
         self.number += 1
-        message = {'id': self.number, 'method': method, 'params': params} | (
-            {'sessionId': session} if session else {})
-        content = json.dumps(message).encode() + b'\0'
+        message = {'id': self.number, 'method': method, 'params': params}
+        content = json.dumps(message | ({'sessionId': session} if session else {})).encode() + b'\0'
         while content:
             content = content[os.write(self.write, content):]
         while True:
             while b'\0' not in self.rest:
-                part = os.read(self.read, 1 << 20)
-                assert part, 'the browser has ended'
+                is_ready = select.select([self.read], [], [], 60)[0]
+                part = os.read(self.read, 1 << 20) if is_ready else b''
+                assert part, 'the browser has ended, or hangs'
                 self.rest += part
             content, _, self.rest = self.rest.partition(b'\0')
             message = json.loads(content)
@@ -54,12 +54,12 @@ class Chromium:
                 return message['result']
             self.events.append(message)
 
-    def open(self, url, width=1280, height=800):
-        """Open a page in a context without storage."""
+    def open(self, url):
+        """Open a page in a context that has stored nothing."""
         context = self.call('Target.createBrowserContext')['browserContextId']
         target = self.call('Target.createTarget', url='about:blank', browserContextId=context)['targetId']
         session = self.call('Target.attachToTarget', targetId=target, flatten=True)['sessionId']
-        return Page(self, session, context, url, (width, height))
+        return Page(self, session, context, url)
 
     def close(self):
         self.call('Browser.close')
@@ -68,20 +68,21 @@ class Chromium:
 
 
 class Page:
-    def __init__(self, browser, session, context, url, size):
-        self.browser, self.session, self.context, self.url = browser, session, context, url
+    """A page, with what a person does to it."""
+
+    def __init__(self, browser, session, context, url):
+        self.browser, self.session, self.context = browser, session, context
         for domain in ('Page', 'Runtime', 'Log'):
             self.call(f'{domain}.enable')
-        self.resize(*size)
+        self.resize(1280, 800)
         self.call('Page.navigate', url=url)
         self.wait('location.href !== "about:blank" && document.readyState === "complete"')
 
     def call(self, method, **params):
         return self.browser.call(method, self.session, **params)
 
-    def resize(self, width, height=800):
-        self.call('Emulation.setDeviceMetricsOverride', width=width, height=height, deviceScaleFactor=1,
-                  mobile=False)
+    def resize(self, width, height):
+        self.call('Emulation.setDeviceMetricsOverride', width=width, height=height, deviceScaleFactor=1, mobile=False)
 
     def emulate(self, scheme):
         self.call('Emulation.setEmulatedMedia', features=[{'name': 'prefers-color-scheme', 'value': scheme}])
@@ -129,10 +130,6 @@ class Page:
         self.run('window.isOld = true')
         self.call('Page.reload')
         self.wait('!window.isOld && document.readyState === "complete"')
-
-    def screenshot(self, path):
-        with open(path, 'wb') as f:
-            f.write(base64.b64decode(self.call('Page.captureScreenshot')['data']))
 
     def complaints(self):
         """Return what the browser found wrong: exceptions, and breaches of the content security policy."""

@@ -6,12 +6,15 @@ The server here is a stand-in that says what a test chose. Run: pytest tests/tes
 
 import html.parser
 import re
+import signal
 import threading
 
 import pytest
 from api_server import PAGE, pieces
+from chat_models import save_chat_model
 from chat_page import ANSWERS, IDLE, ask, contents, press_button
 from chromium import ALT, CONTROL, SHIFT
+from conftest import Folder
 
 
 def test_one_style_one_script_and_nothing_from_elsewhere():
@@ -458,3 +461,28 @@ def test_typing_works_within_300_ms_of_navigation(page, api):
         assert page.run('$("box").value').endswith('x') and not page.run('Boolean(state.model)')
         times.append(page.run('Math.max(window.readyAt, performance.getEntriesByType("navigation")[0].domInteractive)'))
     assert min(times) < 300, times
+
+
+@pytest.mark.slow
+def test_with_the_real_server(browser, tmp_path):
+    save_chat_model(tmp_path, block_size=512)
+    server = Folder(tmp_path).start('serve.py', out_dir='chat', port=0, device='cpu')
+    server.wait_for('Ctrl-C ends it')
+    page = browser.open(re.search(r'http://\S+', server.out)[0])
+    page.wait('state.model')
+    page.press('i', ALT)
+    ask(page, '<|im_end|> is text here')
+    text, tokens = page.run('(({content, tokens}) => [content, tokens])(lastOf(state.chat.messages))')
+    assert text == ''.join(token['text'] for token in tokens) and 'error' not in page.text('#messages')
+    assert all(len(token['top']) == 8 and token['logprob'] < 0 for token in tokens)
+    page.wait('document.querySelector("#seen .special")')
+    assert page.run('[...document.querySelectorAll("#seen .special")].map(element => element.textContent)') == [
+        '<|endoftext|>', '<|system|>', '<|im_end|>', '<|user|>', '<|im_end|>', '<|assistant|>']
+    page.click('#tab-completion')
+    page.run('$("paper").focus()')
+    page.write('Once')
+    page.press('Enter', CONTROL)
+    page.wait(f'{IDLE} && state.completion.continuation')
+    assert page.run('$("paper").value').startswith('Once') and page.complaints() == []
+    page.close()
+    assert server.kill(signal.SIGINT).ok()

@@ -353,3 +353,37 @@ def trained(tmp_path_factory):
     folder = Folder(path)
     folder.train(max_iters=200, lr_decay_iters=200, eval_interval=100, n_embd=32).ok()
     return folder
+
+
+# pages ----------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope='module')
+def browser():
+    """A browser; without one the test is skipped."""
+    import chromium
+    if chromium.EXECUTABLE is None:
+        pytest.skip('Chromium is not installed')
+    browser = chromium.Chromium()
+    yield browser
+    browser.close()
+
+
+@pytest.fixture(scope='module')
+def api():
+    """A server of which the test chooses the answers."""
+    from api_server import Api
+    api = Api()
+    yield api
+    api.shutdown()
+
+
+@pytest.fixture
+def page(browser, api):
+    """The chat page of that server; at the end the browser has found nothing wrong with it."""
+    api.reset()
+    page = browser.open(api.url)
+    page.wait('state.model')
+    yield page
+    assert page.complaints() == []
+    assert set(api.paths) <= {'/', '/v1/models', '/v1/chat/completions', '/v1/completions', '/tokenize'}
+    page.close()

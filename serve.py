@@ -116,6 +116,7 @@ print(f'http://{shown}:{listener.getsockname()[1]}  (Ctrl-C ends it)', flush=Tru
 try:
     engine.run()
 except KeyboardInterrupt:
+    engine.stop()
     server.should_exit = True
     thread.join(3)
     print('\nstopped by Ctrl-C')

@@ -100,8 +100,8 @@ class Choice:
         yield Part(is_first=True, text=self.cut_calls(self.text))
         while True:
             news = await self.queue.get()
-            if news.finish == 'error':
-                raise Refused(news.text, 503 if 'busy' in news.text else 500)
+            if news.finish in ('error', 'unavailable'):
+                raise Refused(news.text, 500 if news.finish == 'error' else 503)
             offset, self.text = len(self.text), self.text + news.text
             self.n_tokens += len(news.tokens)
             logprobs = protocol.logprobs_of(self.job, self.server.served, news.tokens, offset)

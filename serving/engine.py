@@ -62,7 +62,7 @@ class Token(NamedTuple):
 class News(NamedTuple):
     """Hold what an answer has gained: text, the tokens that begin in it, the reason of its end.
 
-    finish: as Sample's, 'error' with the text of an error, or None.
+    finish: as Sample's; 'error', or 'unavailable' for now, with the reason as text; or None.
     """
 
     text: str
@@ -119,7 +119,7 @@ class Engine:
         self.pool = Pool(model.config, limits.max_streams, limits.context, self.device, dtype)
         self.running, self.waiting = [], deque()  # row i of the pool is that of running[i]
         self.used = [0] * limits.max_streams  # for each row, the step of its last answer
-        self.changed = threading.Condition()
+        self.changed, self.is_stopped = threading.Condition(), False
         self.recent = deque(maxlen=64)  # (time, tokens drawn) of the last steps
         self.rate = FIRST_PIECE / PIECE_SECONDS  # tokens of prompts in a second
         self.counts = defaultdict(int)  # since the start, see serving.app.Server.metrics()
@@ -135,6 +135,8 @@ class Engine:
                             f'{answer.sampling.max_new_tokens:,}: expected at most '
                             f'{self.limits.context:,} in all')
         with self.changed:
+            if self.is_stopped:
+                raise Full('the server stops')
             n_waiting = len(self.waiting) + len(self.running) - self.limits.max_streams
             if n_waiting >= self.limits.max_queue and not is_next:
                 raise Full(f'{n_waiting} answers are waiting: expected fewer than '
@@ -204,7 +206,7 @@ class Engine:
             self.waiting = deque(answer for answer in self.waiting
                                  if not answer.is_cancelled and answer not in late)
         for answer in late:
-            answer.on_news(News('the server is busy; try again later', [], 'error'))
+            answer.on_news(News('the server is busy; try again later', [], 'unavailable'))
 
     def admit(self):
         """Give idle rows to waiting answers, the first come first.
@@ -361,10 +363,20 @@ class Engine:
         self.release(answer)
         answer.on_news(answer.news())
 
-    def end(self, answer, error):
+    def end(self, answer, reason, finish='error'):
         """End a running answer with an error."""
         self.release(answer)
-        answer.on_news(News(error, [], 'error'))
+        answer.on_news(News(reason, [], finish))
+
+    def stop(self):
+        """End all answers, and refuse others."""
+        with self.changed:
+            self.is_stopped, waiting = True, list(self.waiting)
+            self.waiting.clear()
+        for answer in list(self.running):
+            self.end(answer, 'the server stops', 'unavailable')
+        for answer in waiting:
+            answer.on_news(News('the server stops', [], 'unavailable'))
 
     def release(self, answer):
         """Make the row of an answer idle; its keys and values stay until it is used again.

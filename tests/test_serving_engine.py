@@ -197,7 +197,17 @@ def test_deadline():
     running.deadline = waiting.deadline = time.monotonic() - 1
     engine.step()
     assert running.heard[-1].finish == 'length' and len(said(running)) >= 1
-    assert waiting.heard[-1].finish == 'error' and not engine.running and not engine.waiting
+    assert waiting.heard[-1].finish == 'unavailable' and not engine.running and not engine.waiting
+
+
+def test_stop():
+    engine = engine_of(max_streams=1)
+    answers = [ask(engine, b'abc', 9, seed) for seed in range(2)]
+    engine.step()
+    engine.stop()
+    assert [answer.heard[-1].finish for answer in answers] == ['unavailable', 'unavailable']
+    with pytest.raises(Full, match='the server stops'):
+        ask(engine, b'abc', 9)
 
 
 def test_an_error_ends_the_answers_and_not_the_loop(capsys):

@@ -14,6 +14,7 @@ import os
 import socket
 import sys
 import threading
+import time
 from typing import Annotated, Literal
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # python -P leaves it out
@@ -81,10 +82,12 @@ def limits_of(model):
     dtype = weight.dtype if weight.is_floating_point() else torch.bfloat16
     most = int(cache_gb * 1e9 / bytes_of(model.config, 1, dtype))  # tokens of the cache
     block_size = model.config.block_size
-    n = min(context or min(block_size, max(1, most // 4)), block_size)
-    if context > block_size or most < n:
+    n = context or min(block_size, most // 4)
+    if n > min(block_size, most):
         raise UserError(f'context={context}: expected at most {min(block_size, most):,}, which the '
                         f'model and --cache_gb={cache_gb} hold')
+    if n < 2:  # a token of the prompt, and one of the answer
+        raise UserError(f'cache_gb={cache_gb}: it holds {most:,} tokens; expected more')
     return Limits(min(max_streams, most // n), n, max_queue)
 
 
@@ -105,6 +108,8 @@ server = uvicorn.Server(uvicorn.Config(
     timeout_graceful_shutdown=1))
 thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
 thread.start()
+while thread.is_alive() and not server.started:
+    time.sleep(0.01)
 shown = f'[{host}]' if ':' in host else host
 print(line)
 print(f'{limits.max_streams} streams of {limits.context:,} tokens, '

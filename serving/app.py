@@ -73,7 +73,6 @@ class Choice:
     job: protocol.Job
     index: int
     n_tokens: int = 0
-    n_cached: int = 0
     text: str = ''
     n_sent: int = 0  # characters
 
@@ -84,7 +83,8 @@ class Choice:
         if self.job.tools:  # a call ends the answer, and begins another
             end = self.server.served.tokenizer.special_tokens[PYTHON_END]
             sampling = replace(sampling, stop_ids={*sampling.stop_ids, end})
-        self.answer, self.text = self.answer_of(prompt, sampling, u), self.job.begun
+        self.answer = self.first = self.answer_of(prompt, sampling, u)
+        self.text = self.job.begun
 
     def answer_of(self, prompt, sampling, u):
         deadline = time.monotonic() + self.server.served.max_seconds
@@ -125,7 +125,6 @@ class Choice:
     def finish(self, news):
         """Make the call that ended an answer, if one did; -> a call for the client, or None."""
         answer, tokenizer = self.answer, self.server.served.tokenizer
-        self.n_cached += answer.n_cached
         if not self.job.tools or answer.ended_by != tokenizer.special_tokens[PYTHON_END]:
             return None
         if not all(self.job.tools.values()):
@@ -335,7 +334,7 @@ def usage(job, choices):
     n_prompt, n_answers = sum(map(len, job.prompts)), sum(choice.n_tokens for choice in choices)
     return {'prompt_tokens': n_prompt, 'completion_tokens': n_answers,
             'total_tokens': n_prompt + n_answers, 'prompt_tokens_details': {
-                'cached_tokens': sum(choice.n_cached for choice in choices)}}
+                'cached_tokens': sum(choice.first.n_cached for choice in choices)}}
 
 
 # The page -----------------------------------------------------------------------------------------

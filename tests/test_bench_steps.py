@@ -182,6 +182,19 @@ def test_generate(folder):
     assert max(map(len, out.splitlines()[:-1])) <= 80
 
 
+@pytest.mark.slow
+def test_serve(folder):
+    """A server in a process of its own, and peers in this one."""
+    out = folder.start('bench.serve', rounds=2, streams=3, new_tokens=30, long_prompt=100, beside=2, shared_tokens=60,
+                       n_layer=1, n_head=2, n_embd=16, vocab_size=256).wait(300).ok().out
+    figures = json.loads(out.splitlines()[-1])
+    assert {'one stream', '3 streams', 'sample.py, compiled'} <= set(figures['tokens_per_second'])
+    assert all(rate['n'] == 2 and rate['min'] > 0 for rate in figures['tokens_per_second'].values())
+    assert set(figures['seconds']) == {'alone', 'beside 2', 'gap', 'new', 'again'}
+    assert figures['seconds']['beside 2']['max'] < 60 and len(figures['ratios']) >= 4
+    assert max(map(len, out.splitlines()[:-1])) <= 80
+
+
 # gpu.py, gpu.sh ------------------------------------------------------------------------------------------------------
 
 EVALUATIONS = [{'step': 0, 'val_loss': 4.0}, {'step': 100, 'val_loss': 3.0}, {'step': 200, 'val_loss': 2.0},

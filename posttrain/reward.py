@@ -214,7 +214,8 @@ while True:
         print(f'iter {step}: loss {loss:.4f}, accuracy {accuracy:.1%}, norm {norm:.2f}, '
               f'time {ms:.0f}ms')
         if world.is_main:
-            run.log(step=step, loss=loss, accuracy=accuracy, grad_norm=norm, lr=lr, ms=ms)
+            run.log(step=step, loss=loss, accuracy=accuracy, grad_norm=norm, lr=lr, ms=ms,
+                    train_time=round(run.train_time, 3))
 
 # the end ------------------------------------------------------------------------------------------
 is_complete = run.finish(state_of_run)

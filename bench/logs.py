@@ -13,6 +13,7 @@ import json
 import math
 import os
 from functools import cache, partial
+from itertools import chain
 
 import numpy as np
 
@@ -147,7 +148,7 @@ class Table:
 
     def collect(self, records, prefix, columns, steps):
         """Add the numbers of records, and of the dicts in them, to columns."""
-        for key in dict.fromkeys(key for record in records for key in record):
+        for key in dict.fromkeys(chain.from_iterable(records)):
             name, values = prefix + key, [record.get(key) for record in records]
             kinds = set(map(type, values))
             if dict in kinds and prefix.count('.') < 3:
@@ -195,11 +196,10 @@ def is_locked(path):
 
 def read_settings(path):
     """Return the bytes of a config.json, and its settings or None."""
-    try:
-        with open(path, 'rb') as file:
-            content = file.read(MOST_BYTES)
-    except OSError:
+    if not os.path.isfile(path):  # opening a pipe would wait
         return b'', None
+    with open(path, 'rb') as file:
+        content = file.read(MOST_BYTES)
     settings = parse_line(content)
     return content, settings if isinstance(settings, dict) else None
 
@@ -263,7 +263,7 @@ class Folder:
     @property
     def max_iters(self):
         value = (self.settings or {}).get('max_iters')
-        return value if type(value) is int and value >= 0 else None
+        return value if type(value) is int and is_step(value) else None
 
     @property
     def is_complete(self):
@@ -279,7 +279,8 @@ class Folder:
 
     def status(self):
         """Return how the run stands: complete, running, ended or failed; and in words."""
-        step, total, end, warnings = self.last_step, self.max_iters, self.end, self.warnings()
+        total, end, warnings = self.max_iters, self.end, self.warnings()
+        step = max(self.last_step, int(end['step']) if end else -1)  # few steps may be logged
         place = f'step {max(step, 0):,}' + (f' of {total:,}' if total is not None else '')
         kind, text = 'ended', f'ended at {place}'
         if self.is_complete:
@@ -288,18 +289,24 @@ class Folder:
             kind, text = 'running', f'running: {place}'
         elif end:
             kind = 'ended' if end['end'] == 'stopped' else 'failed'
-            text = f'{ENDS.get(end["end"], text.removesuffix(" " + place))} {place}'
+            text = f'{ENDS.get(str(end["end"]), "ended at")} {place}'
             text += ': ' + ' '.join(str(end.get('reason')).split())[:300]
         elif step < 0:
             text = ('no line of log.jsonl can be read' if self.damaged or self.log.half else
                     'log.jsonl is empty' if self.log.identity else 'there is no log.jsonl')
-        elif (saved := self.read_checkpoint()[0]) is not None and saved < step:
-            # a run that is stopped saves its last step
-            kind, text = 'failed', f'crashed or killed at {place}; ckpt.pt is of step {saved:,}'
+        elif self.had_no_end():
+            kind, text = 'failed', f'crashed or killed at {place}'
         elif total is not None:
             text += ': crashed, killed or stopped'
         kind = 'failed' if self.steps.broken or self.evaluations.broken else kind
         return kind, '; '.join([text, *warnings])
+
+    def had_no_end(self):
+        """Return whether the run, whose log has no end, cannot have been stopped."""
+        if 'flops_per_token' in (self.settings or {}):
+            return True  # versions that write this setting log how a run ends
+        saved = self.read_checkpoint()[0]
+        return saved is not None and saved < self.last_step  # a stopped run saves its last step
 
     def warnings(self):
         """Return what is wrong with the files, in words."""
@@ -317,7 +324,8 @@ class Folder:
         if self.log.half and not self.is_locked:
             warnings.append('log.jsonl: the last line is cut off')
         if self.settings is None:
-            warnings.append('config.json is missing or damaged')
+            warnings.append('config.json is damaged' if os.path.exists(
+                os.path.join(self.path, 'config.json')) else 'there is no config.json')
         return warnings
 
 

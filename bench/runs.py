@@ -300,7 +300,7 @@ def main():
         kind, text = folder.status()
         value, step = lowest_of(folder) or (None, None)
         found = '' if value is None else f'; lowest val loss {value:.4f} at step {step:,}'
-        print(printable(f'{folder.name}: {text}{found}'))
+        print(printable(f'{folder.name}: {text}{found}'.replace('\n', '\\n')))
         rows.append({'run': folder.name, 'kind': kind, 'status': text, 'steps': folder.last_step,
                      'val_loss': value, 'step': step})
     path = args.html or (None if args.watch else 'runs.html')

@@ -27,10 +27,10 @@ import statistics
 import sys
 import tempfile
 
-from bench import common, logs
+from bench import common
 from configurator import Count, UserError, override
 from data.download import file_sha256
-from flatgpt import jsonl
+from flatgpt import jsonl, logs
 from flatgpt.files import lock_folder, replace_file
 
 # Settings -----------------------------------------------------------------------------------------

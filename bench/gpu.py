@@ -17,10 +17,10 @@ import subprocess
 import sys
 import time
 
-from bench import bare, common, logs
+from bench import bare, common
 from configurator import UserError, explain_errors
 from data.encode import make_parser
-from flatgpt import runtime
+from flatgpt import logs, runtime
 from flatgpt.files import replace_file
 from model import GPT, GPTConfig
 

@@ -13,10 +13,10 @@ JSON line. Needs matplotlib: pip install -c constraints.txt -e '.[plot]'
 import json
 import sys
 
-from bench.logs import names_of, read_log
 from configurator import UserError, explain_errors
 from data.encode import make_parser
 from flatgpt import output
+from flatgpt.logs import names_of, read_log
 
 # the palette of Okabe and Ito, which colour-blind readers can tell apart; markers for grey prints
 STYLES = [('#0072B2', 'o'), ('#D55E00', 's'), ('#009E73', '^'), ('#CC79A7', 'D'), ('#E69F00', 'v'),

@@ -26,10 +26,10 @@ from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
 
-from bench.logs import Folder, names_of
 from configurator import UserError, explain_errors, printable
 from data.encode import make_parser
 from flatgpt import output
+from flatgpt.logs import Folder, names_of
 from tokenizer.base import write_file
 
 TEMPLATE = Path(__file__).with_name('runs.html')
@@ -90,7 +90,8 @@ def pack(numbers, size):
     bits = np.clip(numbers, -3e38, 3e38).astype('<f4').view('<u4')
     if size == 3:
         bits = np.where(bits & 0x7fffffff > 0x7f800000, 0x7fc00000, bits + 0x80) >> 8  # NaN stays
-    return base64.b64encode(bits.astype('<u4').view('u1').reshape(-1, 4)[:, :size].tobytes()).decode()
+    content = bits.astype('<u4').view('u1').reshape(-1, 4)[:, :size].tobytes()
+    return base64.b64encode(content).decode()
 
 
 def view_table(table, positions, n_buckets):
@@ -211,7 +212,7 @@ class Watch:
             for folder in self.folders:
                 folder.read()
             versions = [f'{self.started}.{folder.version}' for folder in self.folders]
-            wanted = {i for i, version in enumerate(versions) if [version] != list(known[i : i + 1])}
+            wanted = {i for i, version in enumerate(versions) if version not in known[i : i + 1]}
             return {'names': [folder.name for folder in self.folders], 'versions': versions,
                     'runs': view_all(self.folders, wanted)}
 

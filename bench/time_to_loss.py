@@ -50,9 +50,10 @@ import tempfile
 import time
 from typing import Literal
 
-from bench import common, logs
+from bench import common
 from configurator import Count, NonNegative, UserError, override
 from data.datasets import prepare_if_missing
+from flatgpt import logs
 
 # Settings -----------------------------------------------------------------------------------------
 case: Literal['small', 'char'] = 'small'

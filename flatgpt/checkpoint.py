@@ -281,9 +281,9 @@ class Run:
         if self.stop_reason:
             self.end('stopped', self.stop_reason)
         if self.world.is_main:
+            print(f'draw its curves:\n  {self.command_to_draw()}')
             if self.stop_reason:
                 print(f'{self.stop_reason} after step {self.step}. To go on:\n  {self.command()}')
-            print(f'draw its curves:\n  {self.command_to_draw()}')
         return not self.stop_reason
 
     def end(self, how, reason):

@@ -223,8 +223,7 @@ while True:
         print(f'iter {step}: ' + ', '.join(f'{name} {record[name]:.3f}'
                                            for name in METRICS))
         if world.is_main:
-            run.log(step=step, **record, lr=lr, ms=round(dt * 1e3, 3),
-                    train_time=round(run.train_time, 3))
+            run.log(step=step, **record, lr=lr, ms=round(dt * 1e3, 3))
 
 # the end ------------------------------------------------------------------------------------------
 is_complete = run.finish(state_of_run)

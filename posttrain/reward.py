@@ -214,8 +214,7 @@ while True:
         print(f'iter {step}: loss {loss:.4f}, accuracy {accuracy:.1%}, norm {norm:.2f}, '
               f'time {ms:.0f}ms')
         if world.is_main:
-            run.log(step=step, loss=loss, accuracy=accuracy, grad_norm=norm, lr=lr, ms=ms,
-                    train_time=round(run.train_time, 3))
+            run.log(step=step, loss=loss, accuracy=accuracy, grad_norm=norm, lr=lr, ms=ms)
 
 # the end ------------------------------------------------------------------------------------------
 is_complete = run.finish(state_of_run)

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, encode, make_text, write_dataset
 
-from bench import common, logs, plot
+from bench import common, plot
 from configurator import UserError
+from flatgpt import logs
 
 
 def write_log(folder, steps=50, offset=0.0, tail=''):

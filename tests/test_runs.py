@@ -1,4 +1,4 @@
-"""bench/runs.py and bench/logs.py: how runs stand, their page under node and in Chromium, the server.
+"""bench/runs.py and flatgpt/logs.py: how runs stand, their page under node and in Chromium, the server.
 
 Run: pytest tests/test_runs.py
 """
@@ -21,9 +21,9 @@ import pytest
 import torch
 from conftest import ROOT, Folder
 
-from bench import logs, plot, runs
+from bench import plot, runs
 from configurator import UserError
-from flatgpt import checkpoint
+from flatgpt import checkpoint, logs
 from flatgpt.files import lock_folder, unlock
 from model import GPT, GPTConfig
 

@@ -119,9 +119,8 @@ def view(folder, n_buckets, sample_bytes):
     kind, text = folder.status()
     tables = folder.steps, folder.evaluations
     places = list(zip(*(x_of(folder, axis) for axis in AXES), strict=True))
-    lowest = lowest_of(folder)
     return {'name': folder.name, 'path': folder.path, 'kind': kind, 'status': text,
-            'lowest': lowest and [lowest[0], lowest[1]], 'flops_per_token': folder.flops_per_token,
+            'lowest': lowest_of(folder), 'flops_per_token': folder.flops_per_token,
             'wrong': counts_wrong_answers(folder.evaluations),
             'tables': [view_table(table, positions, n_buckets)
                        for table, positions in zip(tables, places, strict=True) if table.n],
@@ -258,6 +257,8 @@ def make_handler(watch):
 
 
 class Server(ThreadingHTTPServer):
+    """Answer each connection in a thread of its own."""
+
     daemon_threads = True
 
     def handle_error(self, request, address):

@@ -28,7 +28,7 @@ from threading import Lock
 import torch
 
 from configurator import UserError, explain_errors
-from flatgpt import parallel, signals
+from flatgpt import outdir, parallel, signals
 from flatgpt.entries import Checkpoint, Scaled, check_content, read_torch
 from flatgpt.files import no_link, replacing
 from flatgpt.outdir import identity, lock_run, open_folder, put_aside, remove_shards
@@ -281,7 +281,7 @@ class Run:
         if self.stop_reason:
             self.end('stopped', self.stop_reason)
         if self.world.is_main:
-            print(f'draw its curves:\n  {self.command_to_draw()}')
+            print(f'draw its curves:\n  {outdir.command_to_draw(self.out_dir)}')
             if self.stop_reason:
                 print(f'{self.stop_reason} after step {self.step}. To go on:\n  {self.command()}')
         return not self.stop_reason
@@ -290,10 +290,6 @@ class Run:
         """Log that the run ends before its last step: stopped, not finite or crashed."""
         if self.folder:  # of the main process alone
             self.log(step=self.step, end=how, reason=reason)
-
-    def command_to_draw(self):
-        """Return the command that draws the run's log."""
-        return shlex.join(['python', '-m', 'bench.runs', self.out_dir])
 
     def check_saved(self):
         """Raise SystemExit if the last state is not on disk."""
@@ -307,7 +303,7 @@ class Run:
         where = (f'{self.path} is of step {self.saved_step}' if self.saved_step
                  else 'there is no checkpoint yet')
         raise SystemExit(f'step {self.step}: {fact}. Stopped without saving; {where}. {remedy}; '
-                         f'draw its curves: {self.command_to_draw()}')
+                         f'draw its curves: {outdir.command_to_draw(self.out_dir)}')
 
     def explain_out_of_memory(self, smaller, otherwise):
         """Install a sys.excepthook that prints a command which needs less memory.

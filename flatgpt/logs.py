@@ -184,14 +184,15 @@ def to_floats(values, kinds):
 
 
 def is_locked(path):
-    """Return whether a process holds the lock of a folder, as a run does."""
+    """Return whether a process holds the lock of a folder, as a run does; None: no locks here."""
     try:
-        unlock(lock_folder(path))
+        lock = lock_folder(path)
     except Busy:
         return True
     except OSError:  # the folder is gone
-        pass
-    return False
+        return False
+    unlock(lock)
+    return None if lock is None else False
 
 
 def read_settings(path):
@@ -303,6 +304,8 @@ class Folder:
 
     def had_no_end(self):
         """Return whether the run, whose log has no end, cannot have been stopped."""
+        if self.is_locked is None:  # it may be running
+            return False
         if 'flops_per_token' in (self.settings or {}):
             return True  # versions that write this setting log how a run ends
         saved = self.read_checkpoint()[0]

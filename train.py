@@ -210,7 +210,8 @@ batches = Batches(train_tokens, cut, seed, n_ids, torch_device, world)
 # one dict of resolved settings, for the screen, config.json and the checkpoint
 resolved = {**config, 'init_from': init_from, 'total_batch_size': cut.tokens,
             'batch_size': cut.batch_size, 'block_size': block_size, 'device': str(torch_device),
-            'dtype': precision, 'compile': use_compile}
+            'dtype': precision, 'compile': use_compile,
+            'flops_per_token': model.flops_per_token()}
 is_auto = batch_size == 'auto'
 if is_auto:
     world.print(fit.choose_batch(cut, resolved, model, world))

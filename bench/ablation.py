@@ -27,10 +27,10 @@ import statistics
 import sys
 import tempfile
 
-from bench import common, plot
+from bench import common
 from configurator import Count, UserError, override
 from data.download import file_sha256
-from flatgpt import jsonl
+from flatgpt import jsonl, logs
 from flatgpt.files import lock_folder, replace_file
 
 # Settings -----------------------------------------------------------------------------------------
@@ -112,7 +112,7 @@ def train(name, seed, folder):
         '--lr_decay_iters=None', f'--eval_interval={steps}', '--eval_first=False',
         '--eval_iters=1', '--log_interval=1', '--sample_tokens=0', f'--out_dir={out_dir}'],
         script=os.path.join(common.ROOT, 'train.py')), cwd=None)
-    records, evaluations = plot.read_log(out_dir)
+    records, evaluations = logs.read_log(out_dir)
     if not evaluations or evaluations[-1]['step'] != steps:
         raise UserError(f'stopped after step {records[-1]["step"]} of {steps}')
     times = [record['ms'] for record in records]

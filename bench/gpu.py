@@ -17,10 +17,10 @@ import subprocess
 import sys
 import time
 
-from bench import bare, common, plot
+from bench import bare, common
 from configurator import UserError, explain_errors
 from data.encode import make_parser
-from flatgpt import runtime
+from flatgpt import logs, runtime
 from flatgpt.files import replace_file
 from model import GPT, GPTConfig
 
@@ -102,7 +102,7 @@ def train(arguments, folder, seconds):
             raise UserError(f'train.py failed with exit status {code}; its error is above')
     except subprocess.TimeoutExpired:
         print(f'stopped after {seconds:.0f} s')
-    return *plot.read_log(folder), time.perf_counter() - t0
+    return *logs.read_log(folder), time.perf_counter() - t0
 
 
 def first_below(evaluations, target):

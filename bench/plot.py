@@ -1,5 +1,5 @@
 """
-Draw the loss curves of one or more runs into a PNG.
+Draw the loss curves of one or more runs into a PNG; bench.runs makes a page.
 
     $ python -m bench.plot out-shakespeare-char                        # writes loss.png
     $ python -m bench.plot out-a out-b --out=ab.png --x=time           # compare two runs by time
@@ -11,13 +11,12 @@ JSON line. Needs matplotlib: pip install -c constraints.txt -e '.[plot]'
 """
 
 import json
-import math
-import os
 import sys
 
 from configurator import UserError, explain_errors
 from data.encode import make_parser
 from flatgpt import output
+from flatgpt.logs import names_of, read_log
 
 # the palette of Okabe and Ito, which colour-blind readers can tell apart; markers for grey prints
 STYLES = [('#0072B2', 'o'), ('#D55E00', 's'), ('#009E73', '^'), ('#CC79A7', 'D'), ('#E69F00', 'v'),
@@ -25,35 +24,6 @@ STYLES = [('#0072B2', 'o'), ('#D55E00', 's'), ('#009E73', '^'), ('#CC79A7', 'D')
 AXES = {'step': 'step', 'time': 'training time, without evaluations', 'tokens': 'tokens'}
 SCALES = {'time': [(1, 's'), (60, 'min'), (3600, 'h')],
           'tokens': [(1, ''), (1e3, 'thousand'), (1e6, 'M'), (1e9, 'B')]}
-
-
-def read_log(folder):
-    """Return the training records and the evaluations of a run's log.jsonl.
-
-    Half a line at the end, which a killed run leaves, is dropped as in train.py. Raises UserError
-    for a log that is missing, damaged or empty.
-    """
-    path = os.path.join(folder, 'log.jsonl')
-    if not os.path.isfile(path):
-        raise UserError(f'{path} does not exist; expected the out_dir of a run of train.py')
-    train, val = [], []
-    with open(path, encoding='utf-8', errors='replace') as f:
-        for number, line in enumerate(f, start=1):
-            if not line.endswith('\n'):
-                break
-            try:
-                record = json.loads(line)
-                loss = record['val_loss' if 'val_loss' in record else 'loss']
-                is_finite = math.isfinite(record['step'] + loss)
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f'{path}, line {number} is damaged ({type(error).__name__}: '
-                                f'{error}): {line[:60]!r}. Remove the line to draw the rest'
-                                ) from None
-            if is_finite:
-                (val if 'val_loss' in record else train).append(record)
-    if not train and not val:
-        raise UserError(f'{path} holds no losses yet')
-    return train, val
 
 
 def positions(train, val, axis):
@@ -76,12 +46,6 @@ def smooth(values, window):
         reach = min(half, i, len(values) - 1 - i)
         averages.append((sums[i + reach + 1] - sums[i - reach]) / (2 * reach + 1))
     return averages
-
-
-def names_of(folders):
-    """Return the folders' names, or their paths where two names are the same."""
-    names = [os.path.basename(os.path.abspath(folder)) for folder in folders]
-    return names if len(set(names)) == len(names) else folders
 
 
 def unit_of(runs, axis):

@@ -50,9 +50,10 @@ import tempfile
 import time
 from typing import Literal
 
-from bench import common, plot
+from bench import common
 from configurator import Count, NonNegative, UserError, override
 from data.datasets import prepare_if_missing
+from flatgpt import logs
 
 # Settings -----------------------------------------------------------------------------------------
 case: Literal['small', 'char'] = 'small'
@@ -136,7 +137,7 @@ def run_ours(flags, seed, goal, folder):
                 os.link(os.path.join(folder, 'best.pt'), kept[-1])
                 is_sure = logged <= goal - SLACK
     wall_s = time.perf_counter() - t0
-    steps, evaluations = plot.read_log(folder)
+    steps, evaluations = logs.read_log(folder)
     evaluations = {record['step']: record for record in evaluations}
     best_val, step = common.val_loss(os.path.join(folder, 'best.pt'), data_dir)
     result = {'wall_s': wall_s, 'train_s': steps[-1]['train_time'], 'best_val': best_val,

@@ -28,7 +28,7 @@ from threading import Lock
 import torch
 
 from configurator import UserError, explain_errors
-from flatgpt import parallel, signals
+from flatgpt import outdir, parallel, signals
 from flatgpt.entries import Checkpoint, Scaled, check_content, read_torch
 from flatgpt.files import no_link, replacing
 from flatgpt.outdir import identity, lock_run, open_folder, put_aside, remove_shards
@@ -128,7 +128,8 @@ class Run:
 
     def __init__(self, out_dir, settings, state=None, world=None, folder=True):
         state, self.world = state or {'version': None}, world or parallel.World()
-        self.out_dir, self.settings, self.say, self.wandb = out_dir, settings, print, None
+        self.out_dir, self.settings, self.say = out_dir, settings, print
+        self.wandb = self.folder = None
         self.path = os.path.join(out_dir, 'ckpt.pt')
         self.step = self.start = self.saved_step = self.tried_step = state.get('iter_num', 0)
         self.best_val_loss = float(state.get('best_val_loss', math.inf))
@@ -277,9 +278,18 @@ class Run:
         if self.tried_step < self.step:
             self.save(state_of)
         self.settle()
-        if self.world.is_main and self.stop_reason:
-            print(f'{self.stop_reason} after step {self.step}. To go on:\n  {self.command()}')
+        if self.stop_reason:
+            self.end('stopped', self.stop_reason)
+        if self.world.is_main:
+            print(f'draw its curves:\n  {outdir.command_to_draw(self.out_dir)}')
+            if self.stop_reason:
+                print(f'{self.stop_reason} after step {self.step}. To go on:\n  {self.command()}')
         return not self.stop_reason
+
+    def end(self, how, reason):
+        """Log that the run ends before its last step: stopped, not finite or crashed."""
+        if self.folder:  # of the main process alone
+            self.log(step=self.step, end=how, reason=reason)
 
     def check_saved(self):
         """Raise SystemExit if the last state is not on disk."""
@@ -289,9 +299,11 @@ class Run:
     def stop_not_finite(self, fact, remedy='Try a lower --learning_rate, or --dtype=float32'):
         """End the run without saving; the last checkpoint stays as it is."""
         self.saver.wait()
+        self.end('not finite', fact)
         where = (f'{self.path} is of step {self.saved_step}' if self.saved_step
                  else 'there is no checkpoint yet')
-        raise SystemExit(f'step {self.step}: {fact}. Stopped without saving; {where}. {remedy}')
+        raise SystemExit(f'step {self.step}: {fact}. Stopped without saving; {where}. {remedy}; '
+                         f'draw its curves: {outdir.command_to_draw(self.out_dir)}')
 
     def explain_out_of_memory(self, smaller, otherwise):
         """Install a sys.excepthook that prints a command which needs less memory.
@@ -300,6 +312,7 @@ class Run:
         text `otherwise` is printed.
         """
         def explain(kind, error, trace):
+            self.end('crashed', f'{kind.__name__}: {error}'[:200])
             if not out_of_memory(error):
                 return explain_errors(kind, error, trace)
             remedy = (f'The same steps in smaller pieces:\n  {self.command(**smaller)}'

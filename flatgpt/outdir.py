@@ -8,6 +8,7 @@ Make the folder of a run ready: lock it, put an earlier run aside, keep its log.
 import json
 import os
 import re
+import shlex
 import shutil
 from contextlib import contextmanager, suppress
 
@@ -61,6 +62,11 @@ def explain_unwritable(out_dir):
     except OSError as error:
         raise UserError(f'out_dir={out_dir!r} cannot be written: {error}; free some space, or '
                         f'choose another --out_dir') from error
+
+
+def command_to_draw(out_dir):
+    """Return the command that draws the log of a run."""
+    return shlex.join(['python', '-m', 'bench.runs', out_dir])
 
 
 def lock_run(out_dir):

@@ -14,6 +14,7 @@ from conftest import ROOT, encode, make_text, write_dataset
 
 from bench import common, plot
 from configurator import UserError
+from flatgpt import logs
 
 
 def write_log(folder, steps=50, offset=0.0, tail=''):
@@ -72,19 +73,19 @@ def test_plot_command(tmp_path):
 
 def test_plot_says_what_is_wrong_with_a_log(tmp_path):
     with pytest.raises(UserError, match=r'nowhere.log\.jsonl does not exist; expected the out_dir'):
-        plot.read_log(str(tmp_path / 'nowhere'))
+        logs.read_log(str(tmp_path / 'nowhere'))
     damaged = write_log(tmp_path / 'damaged', tail='{"step": 50, "lo{"step": 51}\n')
     with pytest.raises(UserError, match=r'line 57 is damaged \(JSONDecodeError'):
-        plot.read_log(damaged)
+        logs.read_log(damaged)
     for number, line in enumerate(['[1, 2]', '{"step": 3}', '{"step": 3, "loss": "high"}', 'null', '\0\0']):
         folder = write_log(tmp_path / f'line-{number}', steps=0, tail=line + '\n')
         with pytest.raises(UserError, match='line 2 is damaged'):
-            plot.read_log(folder)
+            logs.read_log(folder)
     empty = tmp_path / 'empty'
     empty.mkdir()
     (empty / 'log.jsonl').write_text('')
     with pytest.raises(UserError, match='holds no losses yet'):
-        plot.read_log(str(empty))
+        logs.read_log(str(empty))
 
 
 def test_plot_says_what_is_wrong_with_the_picture(tmp_path):
@@ -104,8 +105,8 @@ def test_smooth_keeps_lines_and_ends():
 
 
 def test_names_of_runs():
-    assert plot.names_of(['out-a', 'runs/out-b/']) == ['out-a', 'out-b']
-    assert plot.names_of(['1/out', '2/out']) == ['1/out', '2/out']
+    assert logs.names_of(['out-a', 'runs/out-b/']) == ['out-a', 'out-b']
+    assert logs.names_of(['1/out', '2/out']) == ['1/out', '2/out']
 
 
 # common.py -----------------------------------------------------------------------------------------------------------

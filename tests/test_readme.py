@@ -62,6 +62,7 @@ RUN = {
     'python train.py config/train_gpt2.py --plan=*': '',
     'python train.py config/train_shakespeare_char.py*': TRAIN,
     'python -m bench.plot out-quickstart *': '',
+    'python -m bench.runs out-quickstart out-novels *': '',
     # sample and evaluate
     'python sample.py --out_dir=out-quickstart *': SAMPLE,
     'python -m flatgpt.batch --out_dir=out-quickstart *': SAMPLE,
@@ -112,6 +113,7 @@ TESTED = {
     'python -m posttrain.dpo *': 'test_dpo_e2e.py',
     'python serve.py *': 'test_serve_e2e.py',
     'python -m bench.plot *': 'test_plot_command',
+    'python -m bench.runs *': 'test_runs.py',
     'python -m bench.train_step *': 'test_train_step_takes_the_step_apart',
     'python -m bench.time_to_loss *': 'test_time_to_loss_of_a_run',
     'python -m bench.ablation *': 'test_ablation_runs_what_is_missing',

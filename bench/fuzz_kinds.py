@@ -376,7 +376,7 @@ def output_kinds():
                    for i in range(20))
 
     def trim():
-        outdir.keep_log_until('.', 10)
+        outdir.keep_lines_until('log.jsonl', 10)
         with open('log.jsonl', 'rb') as file:
             return file.read()
 

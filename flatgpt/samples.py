@@ -5,8 +5,9 @@ Sample from a model while it trains, and at the end of a run.
     print(samples.add(model, run))                  # a line of samples.jsonl; the text to print
 
 A line is {"step": 500, "prompt": "The", "text": " cat sat"}. All samples are drawn with the same
-random numbers, those of the first sample of sample.py, so they differ by the weights alone. The
-random state of torch does not move.
+random numbers, so they differ by the weights alone. They are those of the first sample of
+sample.py, which draws the same text with --slide=block_size/8. The random state of torch does not
+move.
 """
 
 import shlex
@@ -43,7 +44,9 @@ class Samples:
             ids = render([message], template, self.tokenizer)
             stop_ids, stops = find_endings(template, self.tokenizer)
         self.ids = encode_prompt(ids, self.tokenizer, config['block_size'], crop_prompt=True)
-        self.sampling = Sampling(config['sample_tokens'] or LENGTH, 0.8, top_k=200,
+        # beyond the context a pass in `slide` tokens, not one for each
+        slide = max(1, config['block_size'] // 8)
+        self.sampling = Sampling(config['sample_tokens'] or LENGTH, 0.8, top_k=200, slide=slide,
                                  stop_ids=stop_ids, stops=stops)
 
     def draw(self, model):

@@ -141,7 +141,7 @@ def draw(log, by_step, levels, shown):
     """
     plt = common.pyplot()
     figure = plt.figure(figsize=(11, 7))
-    loss, shares, page = figure.subplot_mosaic([['loss', 'page'], ['shares', 'page']],
+    loss, page, shares = figure.subplot_mosaic([['loss', 'page'], ['shares', 'page']],
                                                width_ratios=[6, 5]).values()
     for key, color, style in (('loss', common.BLUE, '-'), ('val_loss', common.BLACK, 'o')):
         points = [(line['step'], line[key]) for line in log if key in line and line['step']]
@@ -153,19 +153,20 @@ def draw(log, by_step, levels, shown):
     for name, color in MEASURES.items():
         mean, spread = np.array([by_step[step][name] for step in steps]).T
         shares.plot(steps, mean, color=color, label=name)
-        shares.fill_between(steps, mean - spread, mean + spread, color=color, alpha=0.2, lw=0)
+        shares.fill_between(steps, np.maximum(0, mean - spread), np.minimum(1, mean + spread),
+                            color=color, alpha=0.2, lw=0)
         shares.axhline(levels['val text'][name], color=color, linestyle=':', lw=1)
     shares.set(ylim=(0, 1.03), xlabel='step', ylabel='share right (dotted: the val text)',
-               title='Words come before lines')
+               title='The form comes first, then words, then lines')
     shares.yaxis.set_major_formatter(lambda value, _: f'{value:.0%}')
-    shares.legend(loc='lower right')
+    shares.legend(loc=(0.02, 0.5))
     for ax in (loss, shares):
         ax.set(xscale='log', xlim=(9, max(steps) * 1.05))
         ax.xaxis.set_major_formatter(lambda value, _: f'{value:,.0f}')
     page.axis('off')
     for i, (step, text) in enumerate(shown.items()):
         y = 1 - i / len(shown)
-        lines = [line[:46] for line in text.strip('\n').split('\n') if line.strip()][:4]
+        lines = [line[:60] for line in text.strip('\n').split('\n') if line.strip()][:4]
         page.text(0, y, f'step {step}', weight='bold', va='top', transform=page.transAxes)
         page.text(0, y - 0.028, '\n'.join(lines).replace('$', r'\$'), family='monospace', size=8,
                   va='top', transform=page.transAxes)

@@ -47,6 +47,7 @@ def test_chosen_steps():
     assert lab.chosen([0]) == [0] and lab.chosen([0, 5]) == [0, 5]
 
 
+@pytest.mark.slow
 def test_a_small_run(folder):
     """Words come back with training; the picture, the page and the numbers are written."""
     texts = make_play(20_000), make_play(3_000, seed=1)
@@ -64,6 +65,7 @@ def test_a_small_run(folder):
     assert words['120'] > max(0.5, found['levels']['chance']['words'])
     page = (out / 'learning_to_write.txt').read_text()
     assert page.startswith('step 0\n') and '\nstep 120\n' in page
+    assert 'ckpt-60.pt' in folder.sample(out_dir='out-lab/learning_to_write', which=60, num_samples=1).ok().out
     assert (out / 'learning_to_write.png').stat().st_size > 10_000
 
 

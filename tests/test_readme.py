@@ -120,6 +120,7 @@ TESTED = {
     'python -m bench.ablation *': 'test_ablation_runs_what_is_missing',
     'python -m bench.scaling': 'test_scaling_along_the_batch',
     'python -m bench.generate *': 'test_generate',
+    'python sample.py --out_dir=out-lab/learning_to_write *': 'test_lab_learning_to_write.py',
     **{f'python -m lab.{name}*': f'test_lab_{name}.py' for name in (
         'addition', 'baby_gpt', 'bigram_to_gpt', 'emergence', 'finetune', 'flops',
         'learning_to_write', 'look_inside', 'mixture', 'scaling_laws', 'state_of_gpt', 'thinking')},

@@ -116,7 +116,7 @@ def test_samples(folder):
     assert all(list(line) == ['step', 'prompt', 'text'] and line['prompt'] == 'the' and len(line['text']) == 30
                for line in lines)
     assert len({line['text'] for line in lines}) > 3
-    drawn = folder.sample(which='last', start='the', max_new_tokens=30, num_samples=1).ok().out
+    drawn = folder.sample(which='last', start='the', max_new_tokens=30, num_samples=1, slide=2).ok().out
     assert drawn.endswith(f'\nthe{lines[-1]["text"]}\n---------------\n')
     shown = re.findall(r'a sample at step (\d+):\n-{15}\nthe(.{30})\n-{15}\n', run.out, re.S)
     assert shown == [(str(line['step']), line['text']) for line in lines]
@@ -166,7 +166,8 @@ def test_sample_of_conversations(folder):
     run = folder.train(**changes).ok()
     last = samples(folder)[-1]
     assert last['prompt'] == 'Say cat' and printable(f'User: Say cat\nAssistant: {last["text"]}\n---') in run.out
-    drawn = folder.sample(which='last', start='user: Say cat\nassistant: ', num_samples=1, max_new_tokens=20).ok().out
+    drawn = folder.sample(which='last', start='user: Say cat\nassistant: ', num_samples=1, max_new_tokens=20,
+                          slide=8).ok().out
     assert drawn.endswith(f'\nassistant: {last["text"]}\n---------------\n')
     # a run that samples once, at its end
     run = folder.train(**{**changes, 'sample_every': 0}, init_from='resume').ok()

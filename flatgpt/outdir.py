@@ -26,7 +26,7 @@ from tokenizer.base import remove_temporaries
 
 LINES = ('log.jsonl', 'samples.jsonl')  # of a run, in its out_dir
 FILES = ('best.pt', *LINES, 'config.json', 'ckpt.pt')
-NUMBERED = re.compile(r'ckpt-(\d{1,12})\.pt')  # its checkpoints of keep_every
+NUMBERED = re.compile(r'ckpt-([1-9]\d{0,11})\.pt')  # its checkpoints of keep_every
 SHARDS = re.compile(r'shards-\d{1,12}(-\d{1,2})?')  # its folders of shards
 
 

@@ -64,7 +64,7 @@ output.protect()
 # Settings -----------------------------------------------------------------------------------------
 init_from = 'resume'  # the run in out_dir; or a folder, a hub id, 'gpt2' to 'gpt2-xl'
 out_dir = 'out'  # where train.py wrote ckpt.pt and best.pt
-which: Literal['best', 'last'] = 'best'  # best.pt if it exists, or ckpt.pt
+which: Literal['best', 'last'] | Count = 'best'  # best.pt if there is one; ckpt.pt; ckpt-STEP.pt
 # a text
 dataset = ''  # a folder under data/, or a path; '': the one that the model was trained on
 split: Literal['', 'train', 'val', 'test', 'all'] = ''  # '': val; a task: test; its file: all
@@ -128,7 +128,8 @@ def accuracy():
     """Print the accuracy on the task; -> the JSON line's dict."""
     # the questions
     source, kind_names = split or ('all' if input else 'test'), names_of(kinds)
-    examples = tasks.examples_of(questions, tasks.Questions(source, n, seed, input, kind_names))
+    selection = tasks.Questions(source, n, seed, input, kind_names)
+    examples = tasks.examples_of(questions, selection)
     if not examples:
         raise UserError(f'{input or task} has no question for --split={source}')
     for name in sorted(config.given & OF_ANSWERS if 'choices' in examples[0] else ()):
@@ -148,12 +149,7 @@ def accuracy():
             messages = tasks.chat_messages(example, tools)
             return ratings_of(judge, messages, texts, template, text_tokenizer)
 
-    # solved examples of another split, or of the same file
-    pool_split = 'all' if source == 'all' else 'train'
-    pool = ()
-    if n_shots:
-        pool_questions = tasks.Questions(pool_split, 1000, seed, input, kind_names)
-        pool = tasks.examples_of(questions, pool_questions)
+    pool = tasks.solved_examples(questions, selection) if n_shots else ()
     # the answers
     started = time.perf_counter()
     n_asked = len(examples[world.rank :: world.size])

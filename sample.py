@@ -28,7 +28,7 @@ output.protect()
 # settings -----------------------------------------------------------------------------------------
 init_from = 'resume'  # 'resume': out_dir; or 'gpt2' to 'gpt2-xl', a Hugging Face folder, a hub id
 out_dir = 'out'  # folder of train.py's ckpt.pt and best.pt
-which: Literal['best', 'last'] = 'best'  # 'best': best.pt, else ckpt.pt; 'last': ckpt.pt
+which: Literal['best', 'last'] | Count = 'best'  # best.pt if there is one; ckpt.pt; ckpt-STEP.pt
 start = '\n'  # the prompt, or FILE:path of a text file that holds it
 crop_prompt = False  # True: keep the end of a prompt longer than the context; False: refuse it
 num_samples: Count = 10  # samples to draw

@@ -26,17 +26,17 @@ from tqdm import tqdm
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # python -P leaves it out
 
-import tokenizer
 from config import presets
 from configurator import Count, Fraction, Natural, NonNegative, Positive, Share, override
 from data import datasets, mixture
 from data.tokens import Batches
 from flatgpt import checkpoint, fit, flops, lora, optim, output, parallel, pretrained, runtime
 from flatgpt.cut import cut_step
-from flatgpt.generate import command_to_try, print_sample
 from flatgpt.plan import explain_plan
+from flatgpt.samples import Samples, command_to_try, print_sample
 from flatgpt.sharded import deferred, place, should_shard
 from model import GPT, GPTConfig, padded_vocab_size
+from posttrain.evaluation import TaskEvaluation
 
 # a full disk or a closed terminal must not end the run: lines that cannot be printed are dropped
 output.protect(drop=True)
@@ -48,13 +48,17 @@ eval_interval: Count = 2000  # steps between evaluations; each is followed by a 
 log_interval: Count = 1  # steps between log lines
 eval_iters: Count = 200  # batches of train in an evaluation
 eval_tokens: Natural = 0  # tokens of val in an evaluation, evenly spaced, the same ones; 0: all
+eval_tasks = ''  # accuracies in an evaluation, 'tiny_chat:4': task:shots (posttrain/evaluation.py)
+eval_examples: Count = 200  # questions of each task
 eval_only = False  # True: evaluate once and exit
 eval_first = True  # evaluate before the first step too
 always_save_checkpoint = True  # False: after an evaluation save only if val improved
 init_from = 'scratch'  # 'resume', 'auto' (resume or scratch), an out_dir, a HF folder or hub id
 patience: Natural = 0  # stop after this many evaluations without a lower val loss; 0: never
-sample_tokens: Natural = 0  # tokens of a sample to print at the end; 0: none
-sample_prompt = '\n'  # the text that the sample continues
+keep_every: Natural = 0  # steps between checkpoints that stay, ckpt-STEP.pt; 0: none
+sample_every: Natural = 0  # steps between samples in samples.jsonl; 0: only print one at the end
+sample_tokens: Natural = 0  # tokens of a sample; 0: none, or with sample_every 200
+sample_prompt = '\n'  # the text that the sample continues; on conversations a user's message
 # wandb; its offline mode (WANDB_MODE=offline) needs no network
 wandb_log = False
 wandb_project = 'owt'
@@ -194,11 +198,8 @@ if 'optimizer' in state:
     pretrained.restore(model, opt, ckpt_path, state)
 if state.get('scaler'):
     scaler.load_state_dict(state['scaler'])
-has_short_rows = meta['row'] and block_size < model.config.block_size  # the context has room
-if block_size != model.config.block_size and not has_short_rows:
-    world.print(f'the context changes from {model.config.block_size} to {block_size} tokens')
-    model.crop_block_size(block_size)
-    pretrained.crop_moments(opt, model, block_size)
+if not (meta['row'] and block_size < model.config.block_size):  # a context has room for short rows
+    pretrained.change_context(model, opt, block_size)
 work = model.flops_per_token() * cut.tokens * (0 if eval_only else max_iters) / world.size
 use_compile, compile_reason = runtime.choose_compile(compile, torch_device, work)
 
@@ -210,14 +211,12 @@ batches = Batches(train_tokens, cut, seed, n_ids, torch_device, world)
 # one dict of resolved settings, for the screen, config.json and the checkpoint
 resolved = {**config, 'init_from': init_from, 'total_batch_size': cut.tokens,
             'batch_size': cut.batch_size, 'block_size': block_size, 'device': str(torch_device),
-            'dtype': precision, 'compile': use_compile,
-            'flops_per_token': model.flops_per_token()}
+            'dtype': precision, 'compile': use_compile, 'flops_per_token': model.flops_per_token()}
 is_auto = batch_size == 'auto'
 if is_auto:
     world.print(fit.choose_batch(cut, resolved, model, world))
-threads = f' (threads: {torch.get_num_threads()})' if torch_device.type == 'cpu' else ''
-world.print(f'device {torch_device}{threads}, dtype {precision} ({precision_reason}), '
-            f'compile {use_compile} ({compile_reason})')
+world.print(runtime.explain_choices(torch_device, (precision, precision_reason),
+                                    (use_compile, compile_reason)))
 trained = [p for p in model.parameters() if p.requires_grad]
 share = f', {sum(p.numel() for p in trained):,} of them are trained' if adapters else ''
 world.print(f'{model.get_num_params() / 1e6:.2f}M parameters{share}')
@@ -235,6 +234,11 @@ def state_of_run():
              **data.state(cut, run.drawn(cut.tokens))}
     return {**state, 'lora': adapters} if adapters else state
 
+
+# what shows its progress beside the loss: tasks and samples, in a run on conversations answers
+tasks = TaskEvaluation(resolved, text_tokenizer, chat_template, model, world)
+of_samples = resolved, text_tokenizer, meta['row'] and chat_template
+samples = Samples(*of_samples) if sample_every and not eval_only else None
 
 # the folder of the run: an earlier run's files are moved, not overwritten
 run = checkpoint.Run(out_dir, resolved, state if init_from == 'resume' else None, world,
@@ -284,8 +288,12 @@ if use_compile:
 gc.freeze()
 gc.disable()
 logged_step, logged_time, t0 = run.step, run.train_time, time.perf_counter()
+pauses = [n for n in (eval_interval, sample_every, keep_every) if n]
 while True:
-    # evaluate and save
+    # sample, evaluate and save
+    pause = time.perf_counter()
+    if samples and world.is_main and run.is_due(sample_every, max_iters):
+        bar.write(samples.add(model, run))  # other processes wait at their next exchange
     if run.is_due(eval_interval, max_iters, eval_first) or eval_only:
         bar.set_description('evaluating')
         gc.collect()
@@ -295,22 +303,23 @@ while True:
         windows = data.windows(eval_iters, cut, eval_tokens)
         losses = data.evaluate(model, windows, cut, autocast, world)
         train_loss, val_loss = (data.mean(losses[split]) for split in ('train', 'val'))
+        accuracies = tasks.measure(model)
         bar.set_description()
         if world.is_main:
             bar.write(f'step {run.step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}'
-                      + data.line(losses['val']))
+                      + data.line(losses['val']) + tasks.line(accuracies))
         if eval_only:
             break
         if world.is_main and math.isfinite(val_loss):
-            run.log(step=run.step, train_loss=train_loss, val_loss=val_loss,
-                    train_time=round(run.train_time, 3),
+            run.log(step=run.step, train_loss=train_loss, val_loss=val_loss, **accuracies,
                     **data.record(losses['val'], cut, run.drawn(cut.tokens)))
         run.evaluated(val_loss, state_of_run, always_save_checkpoint)
         if patience and run.evals_since_best >= patience:
             run.stop_reason = f'val loss has not improved for {patience} evaluations'
-        t0 = time.perf_counter()  # evaluating and saving is not training time
+    run.keep(state_of_run)
     if run.step >= max_iters or run.stop_reason:
         break
+    t0 += time.perf_counter() - pause  # that was no training time
 
     # forward and backward over the micro-batches
     lr = rate_at(run.step)
@@ -334,7 +343,7 @@ while True:
     numbers = runtime.read_later(world.mean(torch.stack((loss_sum, norm, stop))))
     unread.append((run.step, tokens_seen, lr, numbers))
     records, keeps_one = [], torch_device.type == 'cuda' and not run.stop_reason
-    keeps_one = keeps_one and (run.step + 1) % eval_interval and run.step + 1 < max_iters
+    keeps_one = keeps_one and run.step + 1 < max_iters and all((run.step + 1) % n for n in pauses)
     while len(unread) > bool(keeps_one):
         step, tokens, step_lr, numbers = unread.pop(0)
         loss, norm, stop = numbers()
@@ -373,8 +382,7 @@ while True:
             bar.write(f'iter {record["step"]}: loss {record["loss"]:.4f}, time {dt * 1e3:.2f}ms, '
                       f'mfu {shown_mfu}, norm {record["grad_norm"]:.2f}, '
                       f'{tokens_per_s / 1e3:.1f}k tok/s{left}')
-            run.log(**record, ms=round(dt * 1e3, 3), mfu=mfu, tokens_per_s=round(tokens_per_s),
-                    train_time=round(run.train_time, 3))
+            run.log(**record, ms=round(dt * 1e3, 3), mfu=mfu, tokens_per_s=round(tokens_per_s))
 
 # the end ------------------------------------------------------------------------------------------
 bar.close()
@@ -385,14 +393,8 @@ parallel.disconnect()
 if world.is_main and is_complete:
     best = f'; best val loss {run.best_val_loss:.4f}' if math.isfinite(run.best_val_loss) else ''
     print(f'{run.step} steps, {run.train_time:.1f} s of training{best}')
-    if sample_tokens and text_tokenizer and run.saved_step == run.step:
-        torch.compiler.set_stance('force_eager')
-        if is_sharded:  # this process has a part of the model
-            model = pretrained.open_model('resume', out_dir, 'last')[0].to(torch_device)
-        print_sample(model, tokenizer.from_dict(text_tokenizer), sample_prompt, sample_tokens)
+    if sample_tokens and text_tokenizer and run.saved_step == run.step and not sample_every:
+        print_sample(model, *of_samples)
     if run.saved_step:
         print('try it:\n  ' + command_to_try(out_dir, sample_prompt, is_chat=bool(meta['row'])))
-if run.wandb:
-    run.wandb.finish()
-if not eval_only:
-    run.check_saved()
+run.close()

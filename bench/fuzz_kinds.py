@@ -106,9 +106,7 @@ def resume(config, described=None):
         may_be_empty = bool(state.get('scaler'))
         entries.load_optimizer(optimizer, state['optimizer'], may_be_empty)
     block_size = pretrained.context_of(model, config, 'resume', meta)
-    if block_size != model.config.block_size:
-        model.crop_block_size(block_size)
-        pretrained.crop_moments(optimizer, model, block_size)
+    pretrained.change_context(model, optimizer, block_size)
     learn(model, optimizer)
     text_tokenizer = pretrained.tokenizer_of(state).to_dict()
     numbers = [state['iter_num'], float(state['best_val_loss']), state.get('train_time')]
@@ -378,7 +376,7 @@ def output_kinds():
                    for i in range(20))
 
     def trim():
-        outdir.keep_log_until('.', 10)
+        outdir.keep_lines_until('log.jsonl', 10)
         with open('log.jsonl', 'rb') as file:
             return file.read()
 

@@ -47,7 +47,7 @@ output.protect(drop=True)
 # settings -----------------------------------------------------------------------------------------
 init_from = 'resume'  # 'resume': out_dir; or 'gpt2' to 'gpt2-xl', a Hugging Face folder, a hub id
 out_dir = 'out'  # folder of train.py's ckpt.pt and best.pt
-which: Literal['best', 'last'] = 'best'  # 'best': best.pt, else ckpt.pt; 'last': ckpt.pt
+which: Literal['best', 'last'] | Count = 'best'  # best.pt if there is one; ckpt.pt; ckpt-STEP.pt
 prompts = ''  # FILE.jsonl, see above
 out = ''  # FILE.jsonl to write the results to
 crop_prompt = False  # True: keep the end of prompts longer than the context; False: refuse them

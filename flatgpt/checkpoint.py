@@ -10,8 +10,9 @@ weights_only=True, which refuses anything that could run code, and checked by en
 
 A sharded run's files name a folder with the tensors, see shards.py.
 
-In out_dir, ckpt.pt is the last checkpoint, from which a run resumes, and best.pt the one with the
-lowest validation loss. No random state is saved: batches and dropout are functions of (seed, step).
+In out_dir, ckpt.pt is the last checkpoint, from which a run resumes, best.pt the one with the
+lowest validation loss, ckpt-STEP.pt one that keep_every keeps. No random state is saved: batches
+and dropout are functions of (seed, step).
 """
 
 import errno
@@ -31,7 +32,7 @@ from configurator import UserError, explain_errors
 from flatgpt import outdir, parallel, signals
 from flatgpt.entries import Checkpoint, Scaled, check_content, read_torch
 from flatgpt.files import no_link, replacing
-from flatgpt.outdir import identity, lock_run, open_folder, put_aside, remove_shards
+from flatgpt.outdir import LINES, identity, lock_run, open_folder, put_aside, remove_shards
 from flatgpt.owners import local
 from flatgpt.runtime import machine_size, out_of_memory
 from flatgpt.saving import Saver
@@ -40,13 +41,14 @@ from flatgpt.tracking import Tracker
 VERSION = 1  # version of the layout above; nanoGPT's files have no such key
 
 
-def save(out_dir, state, is_best):
+def save(out_dir, state, is_best, numbered=()):
     """Write `state` to out_dir/ckpt.pt; a best one gets a second name, best.pt.
 
-    Raises OSError (disk full, no permission) and leaves the earlier checkpoints as they are.
+    numbered: one more name, or none. Raises OSError (disk full, no permission) and leaves the
+    earlier checkpoints as they are.
     """
     # a crash in between leaves a best.pt that is no older than ckpt.pt
-    names = ['ckpt.pt', 'best.pt'] if is_best else ['ckpt.pt']
+    names = ['ckpt.pt', *numbered, 'best.pt'] if is_best else ['ckpt.pt', *numbered]
     try:
         with replacing(*(os.path.join(out_dir, name) for name in names)) as file:
             torch.save({'version': VERSION, **state}, file)
@@ -85,9 +87,10 @@ def load(path, part='all'):
         if isinstance(error, pickle.UnpicklingError):
             fact = ('is damaged or truncated, or holds more than tensors and plain values, which '
                     'could run code: refused')
-        other = next((name for name in ('best.pt', 'ckpt.pt') if name != os.path.basename(path)
+        other = next((name for name in ('ckpt.pt', 'best.pt') if name != os.path.basename(path)
                       and zipfile.is_zipfile(os.path.join(out_dir, name))), None)
-        remedy = {'best.pt': f'cp {os.path.join(out_dir, "best.pt")} {path}',
+        best, last = (os.path.join(out_dir, name) for name in ('best.pt', 'ckpt.pt'))
+        remedy = {'best.pt': f'cp {best} {last}',
                   'ckpt.pt': 'take the last one with --which=last',
                   None: 'restore a copy (there is no best.pt here)'}[other]
         raise UserError(f'{path} {fact}; {remedy}') from error
@@ -147,7 +150,7 @@ class Run:
             if moved_to:
                 print(f'{out_dir} held files of an earlier run; they are now in {moved_to}')
         self.stop_reason = self.requested = None
-        self.output_lost, self.unwritten = False, b''
+        self.output_lost, self.unwritten = False, dict.fromkeys(LINES, b'')
         self.saved_best, self.saver, self.lock = self.best_val_loss, Saver(), Lock()
         signals.catch(self.request, self.world.is_main)
 
@@ -178,22 +181,27 @@ class Run:
         """Append a line to log.jsonl, which a full disk delays with a warning."""
         if (lost := getattr(sys.stdout, 'lost', None)) and not self.output_lost:
             self.output_lost, record['warning'] = True, f'standard output was lost: {lost}'
-        self.unwritten += (json.dumps(record) + '\n').encode()
-        self.write_log()
+        record['train_time'] = round(self.train_time, 3)
+        self.append('log.jsonl', record)
         if self.wandb:
             self.wandb.log(record)
 
-    def write_log(self):
-        """Append the lines that are not in log.jsonl yet."""
-        path = os.path.join(self.out_dir, 'log.jsonl')
+    def append(self, name, record):
+        """Append a line to a file in outdir.LINES."""
+        self.unwritten[name] += (json.dumps(record) + '\n').encode()
+        self.write_lines(name)
+
+    def write_lines(self, name):
+        """Append the lines that are not in this file yet."""
+        path, lines = os.path.join(self.out_dir, name), self.unwritten[name]
         try:
             self.keep_folder()
             with open(path, 'ab', buffering=0, opener=no_link) as file:
                 size = file.tell()
-                if file.write(self.unwritten) < len(self.unwritten):
+                if file.write(lines) < len(lines):
                     file.truncate(size)  # no half lines
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            self.unwritten = b''
+            self.unwritten[name] = b''
         except (OSError, UserError) as error:
             self.say(f'WARNING: {path} lacks the last lines until its disk takes them: {error}')
 
@@ -220,6 +228,17 @@ class Run:
             self.best_val_loss = min(val_loss, self.best_val_loss)
             self.save(state_of, is_best)
 
+    def keep(self, state_of):
+        """Save at the multiples of keep_every, unless an evaluation did; see write()."""
+        if self.is_kept(self.step) and self.tried_step < self.step:
+            self.settle()
+            self.save(state_of)
+
+    def is_kept(self, step):
+        """Return whether the checkpoint of a step is kept as ckpt-STEP.pt."""
+        interval = self.settings.get('keep_every')
+        return bool(interval and step and step % interval == 0)
+
     def settle(self):
         """Wait for the last save; all processes take over what the main one has saved."""
         self.saver.wait()
@@ -241,14 +260,15 @@ class Run:
         state.update(iter_num=self.step, best_val_loss=self.best_val_loss, seen=self.seen,
                      evals_since_best=self.evals_since_best, train_time=self.train_time,
                      config=dict(self.settings), wandb_id=self.wandb_id)
-        if self.unwritten:  # what resumes from this checkpoint does not repeat these steps
-            self.write_log()
+        for name in filter(self.unwritten.get, LINES):  # a resumed run does not repeat them
+            self.write_lines(name)
         if self.world.is_main or is_sharded:
             self.saver.start(partial(self.write, is_best, is_sharded), state)
 
     def write(self, is_best, is_sharded, state):
         """Write a checkpoint. A full disk prints a warning."""
         step, problem = state['iter_num'], None
+        numbered = [f'ckpt-{step}.pt'] * self.is_kept(step)
         try:
             if self.world.is_main:
                 self.keep_folder()
@@ -262,14 +282,15 @@ class Run:
             elif problem:
                 raise problem
             if self.world.is_main:
-                save(self.out_dir, state, is_best)
+                save(self.out_dir, state, is_best, numbered)
                 remove_shards(self.out_dir)
         except (OSError, UserError) as error:
             line = (f'WARNING: {self.path} could not be saved at step {step} ({error}). '
                     f'The one before is untouched; free some space before the next save')
         else:
             self.saved_step, self.saved_best = step, state['best_val_loss']
-            line = f'saved {self.path} at step {step}' + ' (best so far)' * is_best
+            line = ', '.join([f'saved {self.path} at step {step}' + ' (best so far)' * is_best,
+                              *(f'kept as {name}' for name in numbered)])
         if self.world.is_main:
             self.say(line)
 
@@ -291,8 +312,10 @@ class Run:
         if self.folder:  # of the main process alone
             self.log(step=self.step, end=how, reason=reason)
 
-    def check_saved(self):
-        """Raise SystemExit if the last state is not on disk."""
+    def close(self):
+        """Finish wandb's run. Raises SystemExit if the last state is not on disk."""
+        if self.wandb:
+            self.wandb.finish()
         if self.saved_step < self.step:
             raise SystemExit(f'the state of step {self.step} is not saved; {self.path} is older')
 

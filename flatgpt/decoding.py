@@ -60,9 +60,7 @@ def prepare(model, config, rows=1, n_tokens=math.inf, local_rank=None):
                or rows is None and is_large)
     compile, compile_reason = runtime.choose_compile(
         config['compile'], device, math.inf if is_long else 0)
-    threads = f' (threads: {torch.get_num_threads()})' if device.type == 'cpu' else ''
-    choices = (f'device {device}{threads}, dtype {dtype} ({dtype_reason}), '
-               f'compile {compile} ({compile_reason})')
+    choices = runtime.explain_choices(device, (dtype, dtype_reason), (compile, compile_reason))
     if parallel.from_environment().is_main:
         print(textwrap.fill(choices, 80, subsequent_indent='  '), file=sys.stderr, flush=True)
     torch_dtype = torch.int8 if dtype == 'int8' else runtime.DTYPES[dtype]

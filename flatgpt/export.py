@@ -21,7 +21,7 @@ from typing import Literal
 
 import torch
 
-from configurator import UserError, fit, override
+from configurator import Count, UserError, fit, override
 from flatgpt import checkpoint, files, huggingface, output
 from flatgpt.pretrained import checkpoint_path, open_model
 
@@ -30,7 +30,7 @@ output.protect()
 # Settings -----------------------------------------------------------------------------------------
 init_from = 'resume'  # the run in out_dir; or a folder, a hub id, 'gpt2' to 'gpt2-xl'
 out_dir = 'out'  # where train.py wrote ckpt.pt and best.pt
-which: Literal['best', 'last'] = 'best'  # best.pt if it exists, or ckpt.pt
+which: Literal['best', 'last'] | Count = 'best'  # best.pt if there is one; ckpt.pt; ckpt-STEP.pt
 out = ''  # the folder to write; it must not exist yet
 dtype: Literal['float32', 'bfloat16', 'float16'] = 'float32'  # precision of the written weights
 consolidate = False  # write out/ckpt.pt, a checkpoint in one file

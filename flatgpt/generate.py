@@ -7,7 +7,6 @@ Continue prompts token by token, as ids or as text.
 """
 
 import functools
-import shlex
 from dataclasses import replace
 
 import torch
@@ -18,9 +17,8 @@ from flatgpt.quantize import GraphStep
 from flatgpt.sampling import Sample, Sampling, likeliest, majority, penalize, sample_next, uniforms
 from tokenizer.chat import encode_prompt
 
-__all__ = ['KVCache', 'NotNumbers', 'Sample', 'Sampling', 'command_to_try', 'encode_prompt',
-           'generate', 'generate_texts', 'likeliest', 'majority', 'print_sample', 'sample_next',
-           'uniforms']
+__all__ = ['KVCache', 'NotNumbers', 'Sample', 'Sampling', 'encode_prompt', 'generate',
+           'generate_texts', 'likeliest', 'majority', 'sample_next', 'uniforms']
 
 PREFILL_ROWS = {'cpu': 16}  # prompts of different lengths at once; elsewhere 256, as launches cost
 
@@ -191,21 +189,3 @@ def generate_texts(model, tokenizer, prompts, sampling: Sampling, numbers=None):
         yield samples
         if all(sample.finish for sample in samples):
             return
-
-
-def print_sample(model, tokenizer, prompt, n):
-    """Print a prompt and n more tokens, or why there is no sample."""
-    try:
-        sampling = Sampling(n, 0.8, top_k=200, crop_prompt=True)
-        *_, samples = generate_texts(model.eval(), tokenizer, [prompt], sampling)
-        print(f'---------------\n{prompt}{samples[0].text}\n---------------')
-    except UserError as error:  # a run that is done and saved does not fail for a wrong prompt
-        print(f'no sample: {error}')
-
-
-def command_to_try(out_dir, prompt, is_chat):
-    """Return the command that chats with a model, or continues a prompt."""
-    if is_chat:
-        return shlex.join(['python', '-m', 'posttrain.chat', f'--out_dir={out_dir}'])
-    start = [f'--start={prompt}'] if prompt.strip() else []
-    return shlex.join(['python', 'sample.py', f'--out_dir={out_dir}', *start])

@@ -25,14 +25,22 @@ from flatgpt.files import (
 )
 from tokenizer.base import remove_temporaries
 
-FILES = ('best.pt', 'log.jsonl', 'config.json', 'ckpt.pt')  # of a run, in its out_dir
+LINES = ('log.jsonl', 'samples.jsonl')  # of a run, in its out_dir
+FILES = ('best.pt', *LINES, 'config.json', 'ckpt.pt')
+NUMBERED = re.compile(r'ckpt-([1-9]\d{0,11})\.pt')  # its checkpoints of keep_every
 SHARDS = re.compile(r'shards-\d{1,12}(-\d{1,2})?')  # its folders of shards
 
 
 def files_in(out_dir):
     """Return the names of a run's files and folders that exist."""
     names = os.listdir(out_dir) if os.path.isdir(out_dir) else []
-    return sorted(filter(SHARDS.fullmatch, names)) + [name for name in FILES if name in names]
+    several = [name for name in names if SHARDS.fullmatch(name) or NUMBERED.fullmatch(name)]
+    return sorted(several) + [name for name in FILES if name in names]
+
+
+def kept_steps(out_dir):
+    """Return the steps of a run's numbered checkpoints, in order."""
+    return sorted(int(match[1]) for match in map(NUMBERED.fullmatch, files_in(out_dir)) if match)
 
 
 UNKNOWN = '?'  # the folder of a checkpoint that cannot be read
@@ -46,10 +54,16 @@ def shards_of(path):
         return UNKNOWN
 
 
+def named_shards(out_dir, without=''):
+    """Return shards_of() the checkpoints in out_dir, except the one named `without`."""
+    return {shards_of(os.path.join(out_dir, name)) for name in files_in(out_dir)
+            if name.endswith('.pt') and name != without}
+
+
 def remove_shards(out_dir):
     """Remove the folders of shards that no checkpoint in out_dir names."""
     if folders := list(filter(SHARDS.fullmatch, os.listdir(out_dir))):
-        named = {shards_of(os.path.join(out_dir, name)) for name in ('ckpt.pt', 'best.pt')}
+        named = named_shards(out_dir)
         for name in set(folders) - named if UNKNOWN not in named else ():
             shutil.rmtree(os.path.join(out_dir, name), ignore_errors=True)
 
@@ -95,7 +109,7 @@ def open_folder(out_dir, settings, step, version):
     (version 0) is the only copy of its best weights, so it becomes best.pt too. Raises UserError
     if out_dir cannot be written; then nothing has moved.
     """
-    best, _, config, last = paths = [os.path.join(out_dir, name) for name in FILES]
+    best, *_, config, last = paths = [os.path.join(out_dir, name) for name in FILES]
     moved_to = None
     with explain_unwritable(out_dir):
         put_back(out_dir, files_in(os.path.join(out_dir, MOVING)))
@@ -109,37 +123,38 @@ def open_folder(out_dir, settings, step, version):
                 moved_to = put_aside(out_dir)
             elif version == 0 and not os.path.exists(best):
                 link_file(last, best)
-            keep_log_until(out_dir, step)
+            for name in LINES:
+                keep_lines_until(os.path.join(out_dir, name), step)
     return moved_to
 
 
 def put_aside(out_dir, best_alone=False):
     """Move files of an earlier run to out_dir/previous-N; -> that folder, or None.
 
-    best_alone: move best.pt, and its shards if ckpt.pt has others.
+    best_alone: move best.pt, and its shards if no other checkpoint names them.
     """
     names, links = files_in(out_dir), []
     if best_alone:
-        best, last = (shards_of(os.path.join(out_dir, name)) for name in ('best.pt', 'ckpt.pt'))
-        links = [best] if best == last and best in names else []
-        names = [name for name in names if name in {'best.pt', best} - {last}]
-    has_state = {'ckpt.pt', 'best.pt'} & set(names)
+        best, others = shards_of(os.path.join(out_dir, 'best.pt')), named_shards(out_dir, 'best.pt')
+        links = [best] if best in others and best in names else []
+        names = [name for name in names if name in {'best.pt', best} - others]
+    has_state = any(name.endswith('.pt') for name in names)
     return move_aside(out_dir, names, links) if has_state else None
 
 
-def keep_log_until(out_dir, step):
-    """Drop the lines of log.jsonl from `step` on, which a resumed run repeats.
+def keep_lines_until(path, step):
+    """Drop the lines of a file in LINES from `step` on, which a resumed run repeats.
 
     Lines that are no record go too: half of one, where the machine lost power.
     """
-    path, kept = os.path.join(out_dir, 'log.jsonl'), []
+    kept = []
     if not os.path.lexists(path):
         return
     for line in open(path, 'rb') if os.path.isfile(path) else ():
         with suppress(ValueError, RecursionError):
             record = json.loads(line)
-            # an evaluation at step n precedes update n and was saved with it
-            if (isinstance(record, dict) and type(record.get('step')) is int
-                    and record['step'] < step + ('val_loss' in record and step > 0)):
+            # evaluation and sample at step n precede update n, and the checkpoint of step n
+            if (isinstance(record, dict) and type(record.get('step')) is int and record['step']
+                    < step + (step > 0 and not {'val_loss', 'text'}.isdisjoint(record))):
                 kept.append(line.rstrip(b'\n') + b'\n')
     replace_file(path, b''.join(kept))

@@ -18,6 +18,7 @@ from configurator import UserError, printable
 from flatgpt import huggingface, lora, sharded
 from flatgpt.checkpoint import load, no_checkpoint
 from flatgpt.entries import glance, load_optimizer, without_memory
+from flatgpt.outdir import kept_steps
 from flatgpt.parallel import from_environment
 from model import GPT, GPTConfig, padded_vocab_size
 from tokenizer import vocabulary
@@ -30,18 +31,27 @@ ARCHITECTURE = [field.name for field in fields(GPTConfig)
 
 
 def path_in(out_dir, which='best'):
-    """Return the path of best.pt (which='best', if it exists), else of ckpt.pt."""
-    path = os.path.join(out_dir, 'best.pt')
-    return path if which == 'best' and os.path.exists(path) else os.path.join(out_dir, 'ckpt.pt')
+    """Return the path of best.pt (which='best', if it exists), of ckpt.pt, or ckpt-STEP.pt.
+
+    Raises UserError for a step without a numbered checkpoint.
+    """
+    if which in ('best', 'last'):
+        path = os.path.join(out_dir, 'best.pt')
+        is_best = which == 'best' and os.path.exists(path)
+        return path if is_best else os.path.join(out_dir, 'ckpt.pt')
+    if which not in (steps := kept_steps(out_dir)):
+        kept = ', '.join(map(str, steps)) or 'none, train with --keep_every=N'
+        raise UserError(f'which={which}: {out_dir} has no checkpoint of this step; expected best, '
+                        f'last, or one of its steps: {kept}')
+    return os.path.join(out_dir, f'ckpt-{which}.pt')
 
 
 def open_model(init_from, out_dir, which='best'):
     """Open a model to use it; -> (model, tokenizer, chat template, line to print).
 
     init_from: 'resume' for the run in out_dir, the folder of another run, or a name that
-    huggingface.find() takes. which: 'best' for best.pt if it exists, 'last' for ckpt.pt. The model
-    is on the CPU and in eval mode; the template is Jinja's, or None. Raises UserError if it
-    cannot be loaded.
+    huggingface.find() takes. which: see path_in(). The model is on the CPU and in eval mode; the
+    template is Jinja's, or None. Raises UserError if it cannot be loaded.
     """
     path = checkpoint_path(init_from, out_dir, which)
     if path is None:
@@ -329,8 +339,12 @@ def restore(model, optimizer, path, state):
     load_optimizer(optimizer, state['optimizer'], may_be_empty=bool(state.get('scaler')))
 
 
-def crop_moments(optimizer, model, n):
-    """Keep the moments of the first n learned positions, after crop_block_size(n)."""
+def change_context(model, optimizer, n):
+    """Make the context n tokens, and keep the moments of their learned positions."""
+    if n == model.config.block_size:
+        return
+    from_environment().print(f'the context changes from {model.config.block_size} to {n} tokens')
+    model.crop_block_size(n)
     if model.config.pos == 'learned':
         moments = optimizer.state.get(model.transformer.wpe.weight, {})  # {}: frozen by LoRA
         moments.update({name: m[:n].clone() for name, m in moments.items() if m.dim() == 2})

@@ -106,6 +106,13 @@ def choose_compile(setting, device, flops):
     return True, 'a long enough run'
 
 
+def explain_choices(device, dtype, compile):
+    """Return a line about the machine. dtype, compile: (what was chosen, reason)."""
+    threads = f' (threads: {torch.get_num_threads()})' if device.type == 'cpu' else ''
+    return (f'device {device}{threads}, dtype {dtype[0]} ({dtype[1]}), '
+            f'compile {compile[0]} ({compile[1]})')
+
+
 def use_machine(device, deterministic=False):
     """Set torch up for the device: threads and kept memory on a CPU, TF32 on a GPU.
 

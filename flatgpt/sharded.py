@@ -81,6 +81,10 @@ def should_shard(config, world):
         config['shard'] = 'none'
     if config['shard'] == 'none':
         return False
+    if given := [name for name in ('sample_every', 'eval_tasks') if config.get(name)]:
+        raise UserError(f'{" and ".join(given)}: a process has a part of the model alone; expected '
+                        f'--shard=none, or --keep_every=N in place of them: sample.py and eval.py '
+                        f'open what it keeps with --which=STEP')
     if config['shard'] == 'hybrid' and world.size % machine_size():
         raise UserError(f"shard='hybrid' needs equal machines; {world.size} processes are no "
                         f'multiple of {machine_size()}: use --shard=full')

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from configurator import UserError
 from flatgpt.entries import FLOATS
 from flatgpt.files import sync_folder
-from flatgpt.outdir import SHARDS, UNKNOWN, shards_of
+from flatgpt.outdir import SHARDS, UNKNOWN, named_shards
 
 FILE = re.compile(r'__\d{1,9}_\d{1,9}\.distcp|\.metadata')
 TENSOR = re.compile(r'model\..+|optimizer\.\d{1,9}\.(exp_avg|exp_avg_sq|momentum_buffer)')
@@ -152,7 +152,7 @@ def write(out_dir, state, group, problem=None):
 
 def new_folder(out_dir, step):
     """Return the name of a folder that no checkpoint of out_dir names."""
-    named = {shards_of(os.path.join(out_dir, name)) for name in ('ckpt.pt', 'best.pt')}
+    named = named_shards(out_dir)
     for name in itertools.chain([f'shards-{step}'], (f'shards-{step}-{i}' for i in range(2, 99))):
         path = os.path.join(out_dir, name)
         if not os.path.lexists(path):
@@ -184,7 +184,7 @@ def folder_of(path, state, rank=0, size=1):
         if not os.path.isfile(file) or checksum(file) != shards['checksums'][name]:
             fact = 'has another checksum' if os.path.exists(file) else 'is missing'
             raise UserError(f'{file} {fact}, so the checkpoint {path} is damaged; restore a copy, '
-                            f'or use the other one (--which=last, --which=best)')
+                            f'or use another one (--which=last, --which=best)')
     return folder
 
 

@@ -36,7 +36,7 @@ output.protect()
 # settings -----------------------------------------------------------------------------------------
 init_from = 'resume'  # 'resume': out_dir; or a Hugging Face folder, a hub id, 'gpt2' to 'gpt2-xl'
 out_dir = 'out'  # folder of ckpt.pt and best.pt
-which: Literal['best', 'last'] = 'best'  # 'best': best.pt, else ckpt.pt; 'last': ckpt.pt
+which: Literal['best', 'last'] | Count = 'best'  # best.pt if there is one; ckpt.pt; ckpt-STEP.pt
 system = ''  # the system message: the assistant's role and task
 tools = False  # True: the model may call a calculator; adds a sentence to the system message
 max_new_tokens: Count = 500  # tokens in each answer

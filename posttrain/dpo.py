@@ -171,7 +171,7 @@ while True:
         record, line = evaluate()
         print(f'step {run.step}: held out: {line}')
         if world.is_main and math.isfinite(record['val_loss']):
-            run.log(step=run.step, **record, train_time=round(run.train_time, 3))
+            run.log(step=run.step, **record)
         run.evaluated(record['val_loss'], state_of_run)
     if run.step >= max_iters or run.stop_reason:
         break
@@ -231,4 +231,4 @@ parallel.disconnect()
 if is_complete:
     print(f'{run.step} steps, {run.train_time:.1f} s of learning; talk to it:\n'
           f'  python -m posttrain.chat --out_dir={out_dir}')
-run.check_saved()
+run.close()

@@ -170,8 +170,7 @@ while True:
         print(f'step {run.step}: val loss {val_loss:.4f}, accuracy {accuracy:.1%} ({low:.1%} to '
               f'{high:.1%})')
         if world.is_main and math.isfinite(val_loss):
-            run.log(step=run.step, val_loss=val_loss, val_accuracy=accuracy,
-                    train_time=round(run.train_time, 3))
+            run.log(step=run.step, val_loss=val_loss, val_accuracy=accuracy)
         run.evaluated(val_loss, state_of_run)
     if run.step >= max_iters or run.stop_reason:
         break
@@ -223,4 +222,4 @@ if is_complete:
     print(f'{run.step} steps, {run.train_time:.1f} s of training; best val loss '
           f'{run.best_val_loss:.4f}\nlearn from it:\n  python -m posttrain.rl '
           f'--init_from={init_from} --algorithm=ppo \\\n    --task=NAME --reward_model={out_dir}')
-run.check_saved()
+run.close()

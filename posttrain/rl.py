@@ -262,8 +262,7 @@ while True:
         accuracy, (low, high) = n_right / len(val_prompts), tasks.wilson(n_right, len(val_prompts))
         print(f'step {run.step}: held out: accuracy {accuracy:.1%} ({low:.1%} to {high:.1%})')
         if world.is_main:
-            run.log(step=run.step, val_loss=1 - accuracy, val_accuracy=accuracy,
-                    train_time=round(run.train_time, 3))
+            run.log(step=run.step, val_loss=1 - accuracy, val_accuracy=accuracy)
         run.evaluated(1 - accuracy, state_of_run)
     if run.step >= max_iters or run.stop_reason:
         break
@@ -388,4 +387,4 @@ parallel.disconnect()
 if is_complete:
     print(f'{run.step} steps, {run.train_time:.1f} s of learning; talk to it:\n'
           f'  python -m posttrain.chat --out_dir={out_dir}')
-run.check_saved()
+run.close()

@@ -375,24 +375,24 @@ def write_log(folder, until):
 
 
 @pytest.mark.parametrize('at', [1, 3, 5, 6, 10, 12, 13, 40])
-def test_keep_log_until(tmp_path, at):
+def test_keep_lines_until(tmp_path, at):
     """
     A run that goes on at step `at` has done updates 0 .. at-1, and the evaluation at step `at`, if there is a line of
     it, before the checkpoint was saved; all other lines, and half a line, go.
     """
     lines = write_log(tmp_path, 13)
-    outdir.keep_log_until(str(tmp_path), at)
+    outdir.keep_lines_until(str(tmp_path / 'log.jsonl'), at)
     kept = [json.loads(line) for line in (tmp_path / 'log.jsonl').read_text().splitlines()]
     assert kept == [line for line in lines if line['step'] < at or (line['step'] == at and 'val_loss' in line)]
 
 
-def test_keep_log_until_the_beginning(tmp_path):
+def test_keep_lines_until_the_beginning(tmp_path):
     """A run from scratch evaluates at step 0 itself: nothing of a run that died before its first checkpoint stays."""
     write_log(tmp_path, 3)
-    outdir.keep_log_until(str(tmp_path), 0)
+    outdir.keep_lines_until(str(tmp_path / 'log.jsonl'), 0)
     assert not (tmp_path / 'log.jsonl').exists() or (tmp_path / 'log.jsonl').read_text() == ''
 
 
-def test_keep_log_without_a_log(tmp_path):
-    outdir.keep_log_until(str(tmp_path), 5)
+def test_keep_lines_without_a_log(tmp_path):
+    outdir.keep_lines_until(str(tmp_path / 'log.jsonl'), 5)
     assert files(tmp_path) == []

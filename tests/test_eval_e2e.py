@@ -505,7 +505,7 @@ def test_gpt2s_tokenizer_by_name_and_from_a_file(folder):
 
 @pytest.mark.parametrize('settings, said', [
     ({'split': 'test'}, ["split='test': expected 'train' or 'val'"]),
-    ({'which': 'worst'}, ["expected 'best' or 'last'"]),
+    ({'which': 'worst'}, ["expected 'best', 'last' or int"]),
     ({'stride': 17, 'input': 'good'}, ['stride=17: expected at most block_size=16']),
     ({'stride': -1}, ['stride=-1: expected 0 or more']),
     ({'stride': 9, 'block_size': 8, 'input': 'good'}, ['stride=9: expected at most block_size=8']),

@@ -82,7 +82,7 @@ def test_what_export_refuses(folder):
     export(folder).refused('logit_softcap=15.0', 'cannot be exported', '--logit_softcap=0')
     export(folder, out='').refused("out='': expected the folder to write")
     export(folder, dtype='int4').refused("expected 'float32'")
-    export(folder, which='first').refused("expected 'best' or 'last'")
+    export(folder, which='first').refused("expected 'best', 'last' or int")
     export(folder, init_from='nowhere').refused("'nowhere' is neither a folder nor one of gpt2")
     assert not (folder.path / 'hf').exists()
 

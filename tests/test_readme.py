@@ -56,6 +56,9 @@ RUN = {
     'python data/addition/prepare.py*': '--digits=1',
     # pretrain
     'python train.py config/quickstart.py*': TRAIN,
+    'python train.py config/quickstart.py --sample_every=*':
+        f'{TRAIN} --sample_every=1 --keep_every=1 --sample_tokens=9',
+    'python sample.py --out_dir=out-quickstart --which=*': f'{SAMPLE} --which=1',
     'torchrun --standalone --nproc_per_node=2 *': TRAIN.replace('max_iters=2', 'max_iters=4'),
     'python -m flatgpt.export --out_dir=out-shards *': '',
     'python train.py config/quickstart.py --plan': TRAIN,
@@ -81,6 +84,7 @@ RUN = {
     'python train.py config/sft.py *': TUNE,
     'python -m posttrain.chat --out_dir=out-sft': CHAT,
     'python train.py config/sft_tiny_chat.py': TUNE,
+    'python train.py config/sft_tiny_chat.py --eval_tasks=*': f'{TUNE} --eval_examples=7',
     'python -m posttrain.reward config/reward_tiny_chat.py': f'{ALIGN} --batch_size=4',
     'python -m posttrain.rl config/ppo_tiny_chat.py': f'{ALIGN} {ANSWER}',
     'python -m posttrain.rl config/grpo_tiny_chat.py': f'{ALIGN} {ANSWER} --group_size=2',
@@ -119,9 +123,10 @@ TESTED = {
     'python -m bench.ablation *': 'test_ablation_runs_what_is_missing',
     'python -m bench.scaling': 'test_scaling_along_the_batch',
     'python -m bench.generate *': 'test_generate',
+    'python sample.py --out_dir=out-lab/learning_to_write *': 'test_lab_learning_to_write.py',
     **{f'python -m lab.{name}*': f'test_lab_{name}.py' for name in (
-        'addition', 'baby_gpt', 'bigram_to_gpt', 'emergence', 'finetune', 'flops', 'look_inside',
-        'mixture', 'scaling_laws', 'state_of_gpt', 'thinking')},
+        'addition', 'baby_gpt', 'bigram_to_gpt', 'emergence', 'finetune', 'flops',
+        'learning_to_write', 'look_inside', 'mixture', 'scaling_laws', 'state_of_gpt', 'thinking')},
 }
 # NOT_RUN: the reason.
 NOT_RUN = {

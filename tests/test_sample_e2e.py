@@ -90,7 +90,7 @@ def test_prompt_from_a_file(trained, tmp_path):
     ({'out_dir': 'nowhere'}, ['no checkpoint at nowhere/ckpt.pt', 'python train.py CONFIG --out_dir=nowhere']),
     ({'num_samples': 0}, ['num_samples=0: expected 1 or more']), ({'temperature': -1}, ['temperature=-1: expected 0 or more']),
     ({'top_k': -1}, ['top_k=-1']), ({'top_p': 0}, ['top_p=0: expected']), ({'top_p': 1.5}, ['top_p=1.5']),
-    ({'max_new_tokens': -1}, ['max_new_tokens=-1']), ({'which': 'worst'}, ["which=worst: expected 'best' or 'last'"]),
+    ({'max_new_tokens': -1}, ['max_new_tokens=-1']), ({'which': 'worst'}, ["which=worst: expected 'best', 'last' or int"]),
     ({'init_from': 'gpt5'}, ["'gpt5' is neither a folder nor one of gpt2"]), ({'dtype': 'int4'}, ['dtype=int4: expected']),
     ({'min_p': 1.5}, ['min_p=1.5']), ({'repetition_penalty': 0}, ['repetition_penalty=0: expected above 0']),
     ({'seed': -1}, ['seed=-1']), ({'slide': 0}, ['slide=0']),

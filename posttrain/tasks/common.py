@@ -94,6 +94,12 @@ def examples_of(task, questions, functions=FUNCTIONS, keys=KEYS):
     return examples
 
 
+def solved_examples(task, questions):
+    """Return solved examples for few-shot prompts: of train, or of the same file."""
+    split = 'all' if questions.split == 'all' else 'train'
+    return examples_of(task, replace(questions, split=split, n=1000))
+
+
 def split_of(content):
     """Return a question's split, by a hash of its content: val and test get a tenth."""
     place = text_hash(content)
@@ -316,6 +322,20 @@ def answer(model, tokenizer, prompts, how):
 
 # Accuracies ---------------------------------------------------------------------------------------
 
+def encode_questions(examples, block_size, tokenizer, how):
+    """Build the prompts; -> [(text or None, ids, number of solved examples), ...].
+
+    how: Answering, with a template or shots. Raises UserError for a question that leaves its
+    answer too little room.
+    """
+    is_choice = 'choices' in examples[0]
+    room = block_size if is_choice else max(1, block_size - how.max_new_tokens)
+    if how.template:
+        return [(None, chat_prompt(example, how.template, tokenizer, room, how.tools), 0)
+                for example in examples]
+    return [few_shot_prompt(example, how.pool, how.shots, tokenizer, room) for example in examples]
+
+
 def measure(task, examples, model, tokenizer, how):
     """Measure a model's accuracy on examples of a task. how: Answering.
 
@@ -325,16 +345,10 @@ def measure(task, examples, model, tokenizer, how):
     'accuracy_of_one', their mean, and 'accuracy_of_any', of questions with at least one right
     answer; with rate, 'accuracy_of_majority'.
     """
-    block_size, is_choice = model.config.block_size, 'choices' in examples[0]
-    room = block_size if is_choice else max(1, block_size - how.max_new_tokens)
     how = replace(how, template=None) if how.shots else how
-    if how.template:
-        encoded = [(None, chat_prompt(example, how.template, tokenizer, room, how.tools), 0)
-                   for example in examples]
-    else:
-        encoded = [few_shot_prompt(example, how.pool, how.shots, tokenizer, room)
-                   for example in examples]
+    encoded = encode_questions(examples, model.config.block_size, tokenizer, how)
     contexts, prompts, n_shots = zip(*encoded, strict=True)
+    is_choice = 'choices' in examples[0]
     of_process = slice(how.world.rank, None, how.world.size)  # the questions of this process
     asked = examples[of_process]
     with shares.together(how.world):

@@ -3,10 +3,11 @@ Write reviews in which words of both kinds occur, and grammar decides which coun
 
     review, is_good = write(random.Random(0))
 
-A review has two to four statements of one opinion. A statement names its opinion plainly ("the soup
-was superb"), by a negation ("the soup was far from dull"), or beside the opposite one, which it
-concedes, expected or heard ("although the soup was dull, the waiter was superb"). So half of the
-reviews' opinion words are those of the other label, and counts of words say little.
+A review has three to five statements of one opinion. A statement is plain ("the soup was superb"),
+or it negates the opposite opinion ("the soup was far from dull"), concedes, expects or reports it
+("although the soup was dull, the waiter was superb"). Of the opinion words 39% are of the other
+label. Some statements are marked ("sadly, ..."), and some reviews end with a deed ("we will come
+back soon."), so the opinion is never a matter of one cue.
 """
 
 import re
@@ -67,9 +68,8 @@ the {x} was {p} rather than {q}.
 """.strip().splitlines()
 GOOD_MARKS = 'luckily thankfully happily fortunately'.split()
 BAD_MARKS = 'sadly unfortunately alas regrettably'.split()
-PLAIN_SHARE = 0.5
-ENDED = 0.3  # share of the reviews with a last statement that needs no grammar
-# what visitors of one opinion do
+PLAIN_SHARE = 0.5  # of the statements
+END_SHARE = 0.3  # of the reviews: those that end with a deed
 GOOD_ENDS = """
 we will come back soon.
 it was worth every penny.
@@ -99,11 +99,11 @@ def write(rng):
     weights = [1 / (rank + 3) for rank in range(len(GOOD))]  # Zipf's law: few words are frequent
     marks, ends = (GOOD_MARKS, GOOD_ENDS) if is_good else (BAD_MARKS, BAD_ENDS)
     statements = []
-    for _ in range(rng.randint(2, 4)):
+    for _ in range(rng.randint(3, 5)):
         x, y = rng.sample(THINGS, 2)
         statements.append(rng.choice(PLAIN if rng.random() < PLAIN_SHARE else TURNED).format(
             x=x, y=y, p=rng.choices(same, weights)[0], q=rng.choices(opposite, weights)[0],
             w=rng.choice(PEOPLE), d=rng.choice(DEGREES), m=rng.choice(marks)))
-    if rng.random() < ENDED:
+    if rng.random() < END_SHARE:
         statements.append(rng.choice(ends))
     return re.sub(r'\ba (?=[aeiou])', 'an ', ' '.join(statements)), is_good

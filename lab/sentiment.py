@@ -19,7 +19,6 @@ Sources: "Improving Language Understanding by Generative Pre-Training", Radford 
 Reviews and Discovering Sentiment", Radford et al. 2017. Needs '.[lab]'.
 """
 
-import json
 import os
 import random
 from dataclasses import asdict
@@ -28,9 +27,10 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+import tokenizer
 from bench.common import table
 from configurator import Count, NonNegative, Positive, Seed, UserError, override
-from data import classifier, download
+from data import classifier
 from data.shuffle import train_items
 from flatgpt import checkpoint, classify, jsonl, optim, pretrained
 from flatgpt.files import replace_file
@@ -44,7 +44,7 @@ labels = '50,100,200,500,1000,2000'  # labelled reviews to learn from
 seeds: Count = 3  # draws of the labelled reviews
 tests: Count = 1000  # reviews to measure on
 documents: Count = 40_000  # reviews without labels, to pretrain on
-pretrain_steps: Count = 500
+pretrain_steps: Count = 800
 n_layer: Count = 2
 n_head: Count = 4
 n_embd: Count = 128
@@ -109,10 +109,10 @@ def pretrain(texts, folder):
 
 
 def recipe():
-    """Return what the base model depends on."""
+    """Return a hash of what the base model depends on."""
     sizes = {name: config[name] for name in
              ('documents', 'pretrain_steps', 'n_layer', 'n_head', 'n_embd', 'seed')}
-    return json.dumps([sizes, download.file_sha256(reviews.__file__)])
+    return tokenizer.digest([sizes, draw(1000, 'texts')])
 
 
 def open_base(home):

@@ -1,7 +1,7 @@
 """
 Classify reviews with 50 to 2,000 labels: pretrained, from scratch, by a prompt.
 
-    $ python -m lab.sentiment             # the base model is kept in out-lab/sentiment
+    $ python -m lab.sentiment             # 5 minutes, and 4 for the base model, which is kept
     $ python -m lab.sentiment --labels=50,200 --seeds=1
     $ python -m posttrain.classify --init_from=out-lab/sentiment/base \\
         --data=out-lab/sentiment/labelled.jsonl --learning_rate=1e-3
@@ -13,6 +13,10 @@ together, since a review has one opinion. Then it is finetuned as posttrain.clas
 the same network from scratch and against logistic regression on words and pairs of words
 (data/classifier.py). The prompt asks the base model itself: is "wonderful" or "terrible" the
 likelier word after the review and "the evening was"?
+
+Measured on a busy machine, one thread: of 1,000 test reviews the prompt gets 99.8% right. With 200
+labels the pretrained model gets 100.0%, the same network from scratch 74.7% (95%: 72 to 78), words
+and pairs of words 79.4%.
 
 Sources: "Improving Language Understanding by Generative Pre-Training", Radford et al. 2018;
 "Language Models are Unsupervised Multitask Learners", Radford et al. 2019; "Learning to Generate
@@ -84,8 +88,8 @@ def encode(rows, words):
 def pretrain(texts, folder):
     """Train a GPT to continue reviews, one in a row, and save it as train.py does.
 
-    Rows of several reviews, as for long texts, would mix their opinions: in 1,500 such steps the
-    model did not find that a review has one.
+    Rows of several reviews, as for long texts, mix their opinions: after 500 such steps the model
+    had not found that a review has one. In rows of one it finds that after 200 to 400.
     """
     words = WordTokenizer.train(texts, 10_000)
     rows = [torch.tensor([words.eot, *words.encode(text), words.eot]) for text in texts]
@@ -213,7 +217,7 @@ def picture(curves, prompts):
                     color=METHODS[method], va='center')
     for shots, (mean, *_) in prompts.items():
         ax.axhline(100 * mean, color=common.PURPLE, linestyle=':')
-        ax.annotate(f'prompt, {shots} examples', (sizes[0], 100 * mean), (0, -4),
+        ax.annotate(f'prompt, {shots} examples', (sizes[-1], 100 * mean), (0, -4), ha='right',
                     textcoords='offset points', color=common.PURPLE, va='top')
     ax.axhline(50, color='gray', linewidth=1)
     ax.set(xscale='log', xticks=sizes, xticklabels=[f'{size:,.0f}' for size in sizes],

@@ -115,6 +115,7 @@ TESTED = {
     'python train.py config/quickstart.py --dataset=web:*': 'test_mixture.py',
     'python -m posttrain.rl *': 'test_rl_e2e.py',
     'python -m posttrain.dpo *': 'test_dpo_e2e.py',
+    'python -m posttrain.classify --init_from=out-lab/*': 'test_a_run_and_its_base_model',
     'python -m bench.plot *': 'test_plot_command',
     'python -m bench.train_step *': 'test_train_step_takes_the_step_apart',
     'python -m bench.time_to_loss *': 'test_time_to_loss_of_a_run',

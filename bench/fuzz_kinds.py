@@ -26,6 +26,7 @@ from data.chat import prepare as prepare_chat
 from data.text import prepare as prepare_text
 from flatgpt import (
     checkpoint,
+    classify,
     constrain,
     entries,
     huggingface,
@@ -159,7 +160,7 @@ def train_kinds():
 
 
 def posttrain_kinds():
-    """Make checkpoints of posttrain.reward and posttrain.rl, with a value function."""
+    """Make checkpoints of reward, classify, and rl with a value function."""
     model = make_model()
     critic = reward_model.Critic.from_gpt(model)
     adam = optim.adamw(critic, 0.1, 1e-3, (0.9, 0.95))
@@ -178,6 +179,24 @@ def posttrain_kinds():
                 saved['config']['init_from'], saved.get('pairs')]
 
     yield Kind('reward', {'out/ckpt.pt': packed(state)}, {'out/ckpt.pt': 'torch'}, score,
+               ('out/ckpt.pt',))
+
+    labeller = classify.add_head(make_model(), 2)
+    adam_of_labels = optim.adamw(labeller, 0.1, 1e-3, (0.9, 0.95))
+    learn(labeller, adam_of_labels)
+    state = state_of(labeller, adam_of_labels, classes=['bad', 'good'], labels='a',
+                     report={'accuracy': 0.5})
+
+    def label():
+        opened, saved = classify.load('out'), checkpoint.load('out/ckpt.pt')
+        resumed = classify.model_with_head(saved, 'out/ckpt.pt', 0.0, entries.Classification)
+        optimizer = optim.create(resumed, settings(), 'float32', ALONE)
+        entries.load_optimizer(optimizer, saved['optimizer'])
+        learn(resumed, optimizer)
+        return [dict(resumed.state_dict()), opened.probabilities(['2+2?']), opened.line,
+                saved['config']['init_from'], saved['labels'], saved['report']]
+
+    yield Kind('classify', {'out/ckpt.pt': packed(state)}, {'out/ckpt.pt': 'torch'}, label,
                ('out/ckpt.pt',))
 
     learner = optim.adamw(model, 0.1, 1e-3, (0.9, 0.95))

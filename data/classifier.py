@@ -14,9 +14,14 @@ bad texts. Logistic regression on hashed words and pairs of words; of each class
 the 20,000 texts with the smallest hashes. A tenth chooses the penalty of large
 weights and scales the scores. Another tenth is held out to measure accuracy and calibration. The
 model is a JSON file, checked when read.
+
+In place of the file, FOLDER:LABEL names a classifier of posttrain.classify: its
+score is the probability of the label, to keep with --quality and to drop with
+--toxic. It reads word order, and costs a forward pass a document.
 """
 
 import base64
+import functools
 import heapq
 import json
 import os
@@ -232,6 +237,31 @@ def load_model(path) -> Classifier:
     if type(bias) not in (int, float) or not np.isfinite(weights).all() or not abs(bias) < 1e6:
         raise UserError(f'{path} has weights that are not finite numbers; {remedy}')
     return Classifier(weights, float(bias), content['training'])
+
+
+@functools.cache
+def open_scorer(name, of_good=True):
+    """Return the function text -> score of a model; a process opens it once.
+
+    name: FILE, whose score is the probability of good, or of bad without of_good; or FOLDER:LABEL,
+    whose score is that of the label. Raises UserError.
+    """
+    folder, _, label = name.rpartition(':')
+    if os.path.isdir(name):
+        raise UserError(f'{name} is a folder; expected {name}:LABEL, of posttrain.classify, or a '
+                        f'file of: python -m data.clean train-quality')
+    if not os.path.isdir(folder):
+        score = load_model(name).score
+        return score if of_good else lambda text: 1 - score(text)
+    import torch  # 2 s that other steps need not wait
+
+    from flatgpt import classify
+    torch.set_num_threads(1)  # each worker has a core
+    model = classify.load(folder)
+    if label not in model.classes:
+        raise UserError(f'{name}: {folder} has no label {label!r}; expected one of '
+                        f'{", ".join(model.classes[:20])}')
+    return lambda text: model.probabilities([text])[0][label]
 
 
 # Scores of a run --------------------------------------------------------------------------------

@@ -28,6 +28,8 @@ Every step is optional. They run in this order:
                  texts: python -m data.clean train-quality --help
     --toxic=MODEL --toxic_max=0.5
                  drops texts that are more like the bad ones of a model
+                 Both also take FOLDER:LABEL, a classifier of posttrain.classify
+                 and the label to keep, or to drop with --toxic.
     --decontaminate=FILES
                  drops documents with 13 words in a row of an evaluation set:
                  texts, and tables with a task per row in any fields
@@ -64,7 +66,7 @@ from tqdm import tqdm
 
 from configurator import UserError, nearest
 from data import classifier
-from data.classifier import load_model
+from data.classifier import open_scorer
 from data.clean_report import Tally, print_report
 from data.decontaminate import EvaluationIndex
 from data.documents import find_files, list_files, read_documents, text_size
@@ -176,8 +178,13 @@ class Examiner:
     def __init__(self, steps: Steps):
         self.steps = steps
         self.evaluation = EvaluationIndex(steps.decontaminate)
-        self.quality = load_model(steps.quality) if steps.quality else None
-        self.toxic = load_model(steps.toxic) if steps.toxic else None
+        self.open_models()  # here, so that a mistake ends the main process
+
+    def open_models(self):
+        """Return the score functions of --quality and --toxic, None where it is off."""
+        steps = self.steps
+        return (open_scorer(steps.quality) if steps.quality else None,
+                open_scorer(steps.toxic, of_good=False) if steps.toxic else None)
 
     def examine(self, text: str) -> Finding:
         """Apply all steps to a document; its rule is OTHER if it is of another part."""
@@ -231,14 +238,14 @@ class Examiner:
             least, most = GOPHER[rule]
             reason = f'{value:,.6g}, expected {least:g} to {most:,g}'
             return Finding(None, f'gopher: {rule}', reason)
-        scores = {}
-        if steps.quality:
-            scores['quality'] = score = self.quality.score(text)
+        scores, (quality, toxic) = {}, self.open_models()
+        if quality:
+            scores['quality'] = score = quality(text)
             if score < steps.quality_min:
                 reason = f'score {score:.3f}, expected {steps.quality_min} or more'
                 return Finding(None, 'quality', reason, scores=scores)
-        if steps.toxic:
-            scores['toxic'] = score = 1 - self.toxic.score(text)
+        if toxic:
+            scores['toxic'] = score = toxic(text)
             if score > steps.toxic_max:
                 reason = f'score {score:.3f}, expected {steps.toxic_max} or less'
                 return Finding(None, 'toxic', reason, scores=scores)
@@ -516,9 +523,9 @@ def main():
     add('--language', type=names_of, default=(), help='languages to keep: en, or en,de,fr')
     add('--gopher', action='store_true', help='length, prose and repetition rules')
     add('--gopher_skip', type=names_of, default=(), help='rules to skip: stop_words,hashes')
-    add('--quality', help='a model of good and bad texts')
+    add('--quality', help='a model of good and bad texts, or FOLDER:LABEL')
     add('--quality_min', type=float, default=0.5, help='least score to keep (0.5)')
-    add('--toxic', help='a model whose bad texts are toxic')
+    add('--toxic', help='a model whose bad texts are toxic, or FOLDER:LABEL')
     add('--toxic_max', type=float, default=0.5, help='greatest toxic score to keep (0.5)')
     add('--decontaminate', type=paths_of, default=(),
         help='evaluation sets of which no document may hold 13 words in a row')

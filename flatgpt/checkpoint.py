@@ -4,7 +4,8 @@ Save and load checkpoints, and keep the folder of a run.
 A checkpoint is one file with a dict of tensors and plain values. It has nanoGPT's keys (model,
 optimizer, model_args, iter_num, best_val_loss, config) and version, tokenizer, chat_template,
 scaler, evals_since_best, train_time, seen, wandb_id, and data, a hash of the text. With LoRA,
-`model` holds the adapters and `lora` names their base. A reward model has `reward_model`: True.
+`model` holds the adapters and `lora` names their base. A reward model has `reward_model`: True, a
+classifier the names of its `classes`.
 `measure` names the quantity in best_val_loss where it is no loss. Files are read with
 weights_only=True, which refuses anything that could run code, and checked by entries.py.
 

@@ -330,6 +330,9 @@ class Checkpoint(Required, total=False):
     shards: Shards
     mixture: Mixed
     reward_model: bool
+    classes: list[str]
+    labels: str
+    report: dict[str, float]
     measure: str
     reference: str
     questions: str | None
@@ -350,6 +353,22 @@ class Speaker(TypedDict):
 
     tokenizer: Tokenizer
     chat_template: str | None
+
+
+class Labels(TypedDict):
+    """Name what a classifier needs to label texts, beside the weights."""
+
+    tokenizer: Tokenizer | None
+    classes: list[str]
+
+
+class Classification(Labels):
+    """Name what a run of classify needs to go on. labels: a hash of the labelled texts."""
+
+    optimizer: Optimizer
+    config: Origin
+    labels: str
+    report: dict[str, float]
 
 
 class Posttraining(Speaker):

@@ -123,17 +123,26 @@ def tokenizer_of(state):
     return tokenizer.load('gpt2')
 
 
+def kind_of(state):
+    """Return the kind of a checkpoint's model, with its article."""
+    return ('a classifier' if 'classes' in state else
+            'a reward model' if state.get('reward_model') else 'a language model')
+
+
 def model_of(state, path, dropout, inner=()):
     """Build the GPT of a checkpoint, on the CPU, with its adapters if it has any.
 
     state: load(path). Raises UserError naming the fields and weights that are missing, unknown or
-    of another shape, and for a reward model. inner: see base_model().
+    of another shape, for a reward model and a classifier. inner: see base_model().
     """
-    if state.get('reward_model'):
+    if 'classes' in state or state.get('reward_model'):
+        script, option = (('classify', 'predict=TEXTS.jsonl --out_dir') if 'classes' in state else
+                          ('rl', 'reward_model'))
         out_dir = os.path.dirname(path) or '.'
-        raise UserError(f'{path} is a reward model, which scores answers and writes none; use it '
-                        f'with python -m posttrain.rl --reward_model={out_dir}. The language model '
-                        f'that it began with is in {state.get("config", {}).get("init_from")}')
+        raise UserError(f'{path} is {kind_of(state)}, which scores texts and writes none; use it '
+                        f'with python -m posttrain.{script} --{option}={out_dir}. The language '
+                        f'model that it began with is in {state.get("config", {}).get("init_from")}'
+                        )
     if 'lora' in state:
         return with_adapters(state, path, dropout, inner)
     if missing := [name for name in NANOGPT_FIELDS if name not in state['model_args']]:

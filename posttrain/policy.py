@@ -19,7 +19,7 @@ from configurator import UserError
 from data import conversations
 from flatgpt import checkpoint, entries, huggingface, lora, runtime, shares
 from flatgpt.generate import NotNumbers
-from flatgpt.pretrained import model_of, open_model, path_in
+from flatgpt.pretrained import kind_of, model_of, open_model, path_in
 from model import GPT
 from posttrain.rollout_server import RolloutServer
 from posttrain.rollouts import draw_answers, logprobs_of
@@ -164,9 +164,9 @@ def resume(path, config):
     """
     state = checkpoint.load(path)
     if 'reference' not in state:
-        kind = 'a reward model' if state.get('reward_model') else 'a language model of train.py'
-        raise UserError(f'{path} is {kind}, which this command cannot resume; to begin with a '
-                        f'language model: --init_from=ITS_FOLDER and another --out_dir')
+        raise UserError(f'{path} is {kind_of(state)} of another script, which this command cannot '
+                        f'resume; to begin with a language model: --init_from=ITS_FOLDER and '
+                        f'another --out_dir')
     entries.check_content(state, entries.Posttraining, path)
     for name in KEPT if config['task'] else KEPT[:2]:
         now = config.get(name)

@@ -13,11 +13,11 @@ import math
 import os
 
 import torch
-from torch import nn
 
 from configurator import UserError
 from flatgpt import checkpoint, entries, huggingface
-from flatgpt.pretrained import build, path_in, tokenizer_of
+from flatgpt.classify import Head, logits_of
+from flatgpt.pretrained import build, kind_of, path_in, tokenizer_of
 from model import GPT, GPTConfig
 from posttrain.pairs import ending_of
 from posttrain.rollouts import to_rows
@@ -32,9 +32,7 @@ class Critic(GPT):
     def __init__(self, config):
         super().__init__(config)
         del self.lm_head  # a tied one leaves its weight in the embedding
-        self.value_head = nn.Linear(config.n_embd, 1)
-        nn.init.zeros_(self.value_head.weight)  # the first loss is ln 2
-        nn.init.zeros_(self.value_head.bias)
+        self.value_head = Head(config.n_embd)  # of zeros, so the first loss is ln 2
 
     @classmethod
     def from_gpt(cls, model, dropout=0.0):
@@ -44,18 +42,13 @@ class Critic(GPT):
         critic.load_state_dict({**critic.state_dict(), **trunk})
         return critic.to(next(model.parameters()).device)
 
-    def head(self, hidden):
-        """Apply the head in fp32, (..., C) -> (...): bf16 scores near 5 are 0.03 apart."""
-        return (hidden.float() * self.value_head.weight[0]).sum(dim=-1) + self.value_head.bias
-
     def forward(self, idx):
         """Return the value of the text up to each token, in fp32: ids (B, T) -> (B, T)."""
-        return self.head(self.hidden(idx))
+        return self.value_head(self.hidden(idx))[..., 0]
 
     def scores(self, idx, lengths):
         """Return the score (B,) at each row's last token. idx: (B, T), padded at the end."""
-        rows = torch.arange(len(idx), device=idx.device)
-        return self.head(self.hidden(idx)[rows, lengths - 1])  # (B, C) -> (B,)
+        return logits_of(self, idx, lengths)[:, 0]
 
 
 @torch.no_grad()
@@ -96,7 +89,7 @@ def critic_of(state, path, dropout=0.0, needed=entries.Speaker):
     needed: the rule of its other entries. Raises UserError if it lacks one, or is no reward model.
     """
     if not state.get('reward_model'):
-        raise UserError(f'{path} is a language model; expected a reward model, {TRAIN_ONE}')
+        raise UserError(f'{path} is {kind_of(state)}; expected a reward model, {TRAIN_ONE}')
     entries.check_content(state, needed, path)
     return build(Critic, state, path, dropout)
 

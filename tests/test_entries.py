@@ -126,7 +126,7 @@ MOMENTS = {
 
 
 @pytest.mark.parametrize('kind, how', [*(('ckpt', how) for how in MOMENTS), *(
-    (kind, 'shape') for kind in ('nanogpt', 'lora', 'reward', 'rl'))])
+    (kind, 'shape') for kind in ('nanogpt', 'lora', 'reward', 'classify', 'rl'))])
 def test_moments_are_compared_with_their_parameters(kind, how, unpack):
     def change(state):
         moments = state['optimizer']['state']
@@ -147,7 +147,7 @@ def test_muons_moments(unpack):
         unpack('muon', change)()
 
 
-@pytest.mark.parametrize('kind', ['ckpt', 'muon', 'nanogpt', 'lora', 'reward'])
+@pytest.mark.parametrize('kind', ['ckpt', 'muon', 'nanogpt', 'lora', 'reward', 'classify'])
 def test_no_moments_are_not_silently_new_ones(kind, unpack):
     """Nor are those of some parameters. A checkpoint without optimizer trains on, with new moments, as ever."""
     def empty(state):
@@ -156,7 +156,7 @@ def test_no_moments_are_not_silently_new_ones(kind, unpack):
     for change in (empty, lambda state: state['optimizer']['state'].pop(0) and None):
         with pytest.raises(UserError, match='another set of parameters: for number 0 it has None'):
             unpack(kind, change)()
-    if kind != 'reward':
+    if kind not in ('reward', 'classify'):
         unpack(kind, lambda state: state.pop('optimizer') and None)()
     else:
         with pytest.raises(UserError, match='it has no optimizer'):
@@ -242,7 +242,7 @@ def test_weights_that_share_their_bytes(tmp_path):
     ('n_inner', 10**10), ('n_kv_head', 1), ('head_dim', 10**9), ('n_embd', 2**62), ('n_embd', 2**64),
     ('n_layer', -1), ('n_head', 2.0)])
 def test_sizes_of_models_are_compared_before_memory_is_taken(field, value, unpack):
-    for kind in ('ckpt', 'reward'):
+    for kind in ('ckpt', 'reward', 'classify'):
         run, started = unpack(kind, lambda state: state['model_args'].update({field: value})), time.perf_counter()
         with pytest.raises(UserError, match=f'out/ckpt.pt holds no model|{field}={value}: expected'):
             run()
@@ -327,6 +327,7 @@ def test_descriptions_of_adapters(change, said, unpack):
 
 @pytest.mark.parametrize('kind, key', [
     ('reward', 'config'), ('reward', 'chat_template'), ('rl', 'config'), ('rl', 'value_model'),
+    ('classify', 'config'), ('classify', 'labels'), ('classify', 'report'), ('classify', 'optimizer'),
     ('rl', 'value_optimizer'),
     ('rl', 'optimizer')])
 def test_entries_that_are_missing(kind, key, unpack):

@@ -91,6 +91,11 @@ RUN = {
     'torchrun --standalone --nproc_per_node=2 -m posttrain.rl *':
         f'{ALIGN} {ANSWER} --group_size=2',
     'python -m posttrain.dpo --init_from=out-sft-tiny-chat *': f'{ALIGN} --minibatch_size=4',
+    'python -m posttrain.classify --init_from=*':
+        '--max_iters=1 --eval_interval=1 --batch_size=4 --device=cpu --dtype=float32',
+    'python -m posttrain.classify --out_dir=out-classify --predict=*': '--device=cpu',
+    'python -m data.clean --input=crawl.jsonl --out=clean.jsonl --quality=*':
+        '--num_proc=1 --quality_min=0.01',
     'python eval.py --out_dir=out-sft-tiny-chat --task=tiny_chat': ASK,
     'python eval.py --out_dir=out-grpo-tiny-chat --task=tiny_chat': ASK,
     'python -m posttrain.chat --out_dir=out-grpo-tiny-chat': CHAT,
@@ -116,6 +121,7 @@ TESTED = {
     'python -m posttrain.rl *': 'test_rl_e2e.py',
     'python -m posttrain.dpo *': 'test_dpo_e2e.py',
     'python serve.py *': 'test_serve_e2e.py',
+    'python -m posttrain.classify --init_from=out-lab/*': 'test_a_run_and_its_base_model',
     'python -m bench.plot *': 'test_plot_command',
     'python -m bench.runs *': 'test_runs.py',
     'python -m bench.train_step *': 'test_train_step_takes_the_step_apart',
@@ -126,7 +132,8 @@ TESTED = {
     'python sample.py --out_dir=out-lab/learning_to_write *': 'test_lab_learning_to_write.py',
     **{f'python -m lab.{name}*': f'test_lab_{name}.py' for name in (
         'addition', 'baby_gpt', 'bigram_to_gpt', 'emergence', 'finetune', 'flops',
-        'learning_to_write', 'look_inside', 'mixture', 'scaling_laws', 'state_of_gpt', 'thinking')},
+        'learning_to_write', 'look_inside', 'mixture', 'scaling_laws', 'sentiment', 'state_of_gpt',
+        'thinking')},
 }
 # NOT_RUN: the reason.
 NOT_RUN = {
@@ -164,6 +171,9 @@ FILES = {
     'crawl.jsonl': ''.join(json.dumps({'text': text}) + '\n'
                            for text in (ENGLISH, ENGLISH, make_text(900))),
     'prompts.jsonl': '{"prompt": "the cat"}\n{"prompt": "a mat"}\n',
+    'reviews.jsonl': ''.join(json.dumps({'text': make_text(30, seed), 'label': ['bad', 'good'][seed % 2]})
+                             + '\n' for seed in range(60)),
+    'new.jsonl': '{"text": "the cat"}\n{"text": "a mat"}\n',
     'talks.jsonl': ''.join(json.dumps({'messages': messages}) + '\n' for messages in TALKS),
 }
 LINKS = {'out-base': 'out-tiny-web', 'FOLDER': 'out-tiny-web'}  # models that the reader has

@@ -141,7 +141,7 @@ def test_reference_must_be_the_same(chats):
     state['model']['transformer.ln_f.weight'] *= 2
     torch.save(state, chats.path / 'chat' / 'ckpt.pt')
     start(chats, init_from='resume').refused('began with the model that was in chat, which now has other weights')
-    start(chats, init_from='resume', out_dir='chat').refused('chat/ckpt.pt is a language model of train.py')
+    start(chats, init_from='resume', out_dir='chat').refused('chat/ckpt.pt is a language model of another script')
 
 
 def test_a_run_is_not_gone_on_with_by_train(chats):

@@ -1,0 +1,169 @@
+"""
+Classify texts by a GPT that has a head of K outputs at the last token.
+
+    classifier = load('out-classify')                # made by posttrain.classify
+    classifier.probabilities(['Lovely.', 'Awful.'])  # [{'bad': 0.1, 'good': 0.9}, ...]
+
+An extract token ends each text: <|endoftext|> or the tokenizer's own such token, else a line break.
+The head reads the hidden state there. Of a text longer than the context the end is kept: a causal
+model reads the label off at the end, and on IMDb a text's end says more than its beginning ("How to
+Fine-Tune BERT for Text Classification?", Sun et al. 2019). Source: "Improving Language
+Understanding by Generative Pre-Training" (GPT-1), Radford et al. 2018.
+"""
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+
+import ops
+from configurator import UserError
+from flatgpt import checkpoint, entries
+from flatgpt.pretrained import check_finite, kind_of, model_of, path_in, tokenizer_of
+from model import GPT
+from tokenizer.chat import bos_ids, ends_of_text
+
+TRAIN_ONE = 'train one: python -m posttrain.classify --init_from=FOLDER --data=LABELLED.jsonl'
+
+
+class Head(nn.Linear):
+    """Map hidden states to K outputs in fp32: bf16 scores near 5 are 0.03 apart."""
+
+    def __init__(self, n_embd, n_outputs=1):
+        super().__init__(n_embd, n_outputs)
+        nn.init.zeros_(self.weight)  # the first loss is ln K
+        nn.init.zeros_(self.bias)
+
+    def forward(self, hidden):
+        """Apply the head: (..., C) -> (..., K)."""
+        return (hidden.float()[..., None, :] * self.weight).sum(dim=-1) + self.bias
+
+
+def at_ends(hidden, lengths):
+    """Return each row's hidden state at its last token: (B, T, C), (B,) -> (B, C)."""
+    return hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]
+
+
+def add_head(model, n_outputs):
+    """Give a GPT a value_head beside its own head, in place; -> the GPT."""
+    model.value_head = Head(model.config.n_embd, n_outputs).to(next(model.parameters()).device)
+    return model
+
+
+# Texts --------------------------------------------------------------------------------------------
+
+def extract_id(tokenizer):
+    """Return the id of the extract token. Raises UserError without a line break."""
+    _, end = ends_of_text(tokenizer)
+    if end in tokenizer.special_tokens:
+        return tokenizer.special_tokens[end]
+    return tokenizer.encode('\n')[-1]
+
+
+def encode_text(text, tokenizer, block_size):
+    """Encode a text and the extract token; -> (ids, whether its beginning was cut off).
+
+    Special tokens in it are ordinary text. Raises UserError for characters without an id.
+    """
+    begin, end = bos_ids(tokenizer), [extract_id(tokenizer)]
+    ids = tokenizer.encode(text, allowed_special='none')
+    room = block_size - len(begin) - len(end)
+    return begin + ids[max(0, len(ids) - room) :] + end, len(ids) > room
+
+
+def to_rows(sequences, device):
+    """Stack lists of ids; -> ids (B, T), padded at the end, and lengths (B,)."""
+    rows = pad_sequence([torch.tensor(ids) for ids in sequences], batch_first=True)
+    return rows.to(device), torch.tensor([len(ids) for ids in sequences], device=device)
+
+
+def logits_of(model, idx, lengths):
+    """Return the logits of the classes: ids (B, T), lengths (B,) -> (B, K)."""
+    return model.value_head(at_ends(model.hidden(idx), lengths))
+
+
+def losses_of(model, idx, lengths, labels, with_lm):
+    """Return the logits (B, K), the summed cross-entropy of the labels, and that of the tokens.
+
+    labels: (B,). The last is in nats over all tokens but the first of each row, the extract token
+    included; 0 unless with_lm.
+    """
+    hidden = model.hidden(idx)
+    logits = model.value_head(at_ends(hidden, lengths))
+    task_loss = F.cross_entropy(logits, labels, reduction='sum')
+    lm_loss = torch.zeros_like(task_loss)
+    if with_lm:
+        is_target = torch.arange(1, idx.size(1) + 1, device=idx.device) < lengths[:, None]
+        targets = idx.roll(-1, 1).masked_fill(~is_target, -1)  # (B, T)
+        mean = ops.head_cross_entropy(hidden, model.lm_head, targets, model.config.logit_softcap)
+        lm_loss = mean * is_target.sum()
+    return logits, task_loss, lm_loss
+
+
+# Trained classifiers ------------------------------------------------------------------------------
+
+@dataclass
+class Classifier:
+    """Hold a GPT with a head, in eval mode, and the names of its outputs."""
+
+    model: GPT
+    tokenizer: Any
+    classes: list[str]
+    line: str = ''  # describes it
+    autocast: AbstractContextManager = nullcontext()
+
+    def encode(self, text):
+        """Encode a text as encode_text(); -> ids."""
+        return encode_text(text, self.tokenizer, self.model.config.block_size)[0]
+
+    @torch.no_grad()
+    def probabilities(self, texts, batch_size=16):
+        """Return {label: probability} of each text. Raises UserError as encode_text()."""
+        device, encoded = next(self.model.parameters()).device, list(map(self.encode, texts))
+        results = [None] * len(texts)
+        order = sorted(range(len(texts)), key=lambda i: len(encoded[i]))  # little padding
+        for batch in (order[i : i + batch_size] for i in range(0, len(order), batch_size)):
+            with self.autocast:
+                logits = logits_of(self.model, *to_rows([encoded[i] for i in batch], device))
+            for i, row in zip(batch, logits.softmax(-1).tolist(), strict=True):
+                results[i] = dict(zip(self.classes, row, strict=True))
+        return results
+
+
+def model_with_head(state, path, dropout=0.0, needed=entries.Labels):
+    """Build a checkpoint's GPT with its head, on the CPU, adapters included.
+
+    needed: the rule of its other entries. Raises UserError if it lacks one, or is no classifier.
+    """
+    if 'classes' not in state:
+        raise UserError(f'{path} is {kind_of(state)}; expected a classifier, {TRAIN_ONE}')
+    entries.check_content(state, needed, path)
+    names, weights = ('value_head.weight', 'value_head.bias'), dict(state['model'])
+    head = [weights.pop(name, torch.empty(0)) for name in names]
+    trunk = {key: value for key, value in state.items() if key != 'classes'}
+    model = add_head(model_of({**trunk, 'model': weights}, path, dropout), len(state['classes']))
+    for name, weight, saved in zip(names, model.value_head.parameters(), head, strict=True):
+        if weight.shape != saved.shape:
+            raise UserError(f'{path}: {name} has shape {tuple(saved.shape)}, expected '
+                            f'{tuple(weight.shape)} for {len(state["classes"])} classes; restore '
+                            f'a copy')
+        weight.data.copy_(saved)
+    return model
+
+
+def load(out_dir, device='cpu'):
+    """Open the best classifier of a run of posttrain.classify. Raises UserError."""
+    path = path_in(out_dir)
+    if not os.path.exists(path):
+        raise UserError(f'there is no classifier in {out_dir}; {TRAIN_ONE} --out_dir={out_dir}')
+    state = checkpoint.load(path, part='model')
+    model = model_with_head(state, path)
+    check_finite(model, path)
+    line = (f'{path}: step {state["iter_num"]}, {len(state["classes"])} classes, lowest val loss '
+            f'so far {float(state["best_val_loss"]):.4f}')
+    return Classifier(model.eval().to(device), tokenizer_of(state), state['classes'], line)

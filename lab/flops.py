@@ -3,6 +3,7 @@ Count a transformer's FLOPs and memory by part, and predict a step's time.
 
     $ python -m lab.flops                                        # 25 seconds
     $ python -m lab.flops --size=175B --batch_size=1 --measure=False
+    $ python -m lab.flops --gpu=A100 --utilisation=0.5 --price=4 --measure=False
     $ python -m lab.flops --preset=llama --n_layer=32 --n_head=32 --n_kv_head=8 --n_embd=4096 \\
         --block_size=8192
 
@@ -11,16 +12,19 @@ head, and the memory of each part. torch's own counter checks the result. From G
 MLP takes over (40% of the FLOPs in 124M, 66% in 175B) and the head vanishes. In long contexts the
 scores take over (95% in 124M at 128k tokens).
 
+The same formulas give the costs of published models, from GPT-2 to Llama 3: their parameters to the
+printed digits, their PF-days, the utilisation that the published GPU hours imply, and the GPU days
+and dollars at a price of yours.
+
 Then it predicts the time of a step on four GPUs, and whether the step fits into their memory. The
 same prediction for a small model on one core of this CPU, from measured speeds of products and of
 memory, is compared with the step itself: 0.92 to 0.99 of it on an AMD EPYC, in eight measurements.
 
-Source: the sizes of "Language Models are Unsupervised Multitask Learners" (GPT-2, Radford et al.
-2019) and "Language Models are Few-Shot Learners" (GPT-3, Brown et al. 2020, table 2.1);
-activations after "Reducing Activation Recomputation in Large Transformer Models" (Korthikanti et
-al. 2022). Needs '.[lab]'.
+Source: the papers that lab/published.py lists; activations after "Reducing Activation
+Recomputation in Large Transformer Models" (Korthikanti et al. 2022). Needs '.[lab]'.
 """
 
+import math
 import time
 from typing import Literal
 
@@ -29,10 +33,11 @@ from torch.nn import functional as F
 
 from bench import bare
 from bench.common import table
-from configurator import Count, Seed, Share, override
+from configurator import Count, Positive, Seed, Share, override
 from flatgpt import costs
 from flatgpt.flops import GPUS
 from lab import common
+from lab.published import PF_DAY, PUBLISHED
 
 # Settings -----------------------------------------------------------------------------------------
 seed: Seed = 1337
@@ -49,14 +54,15 @@ block_size: Count = 1024  # context, tokens
 batch_size: Count = 8  # sequences per step
 optimizer: Literal['adamw', 'muon'] = 'adamw'
 utilisation: Share = 0.4  # assumed share of a device's peak FLOP/s; 0.3 to 0.5 are usual
+gpu: Literal['V100', 'A100', 'H100', 'H200', 'B200'] = 'H100'  # to train the published models on
+price: Positive = 2.0  # of an hour of that GPU, dollars
 measure = True  # predict a step of a small model on this machine, and take it
 config = override(globals())
 # --------------------------------------------------------------------------------------------------
 
-SIZES = {'124M': (12, 12, 768), '350M': (24, 16, 1024), '774M': (36, 20, 1280),
-         '1.5B': (48, 25, 1600), '2.7B': (32, 32, 2560), '6.7B': (32, 32, 4096),
-         '13B': (40, 40, 5120),  # the paper prints 5140; 40 heads of 128 are 5120
-         '175B': (96, 96, 12288)}  # layers, heads, channels
+SIZES = {name.split()[1]: PUBLISHED[name].config for name in (
+    'GPT-2 124M', 'GPT-3 350M', 'GPT-2 774M', 'GPT-2 1.5B', 'GPT-3 2.7B', 'GPT-3 6.7B',
+    'GPT-3 13B', 'GPT-3 175B')}
 DEVICES = ('RTX 4090', 'A100', 'H100', 'H200')
 CONTEXTS = [2**i for i in range(7, 18)]
 CHECKED = {'n_layer': 4, 'n_head': 6, 'n_embd': 384, 'block_size': 256, 'vocab_size': 4096,
@@ -149,10 +155,10 @@ def check_step(rounds=4):
 
 def config_of(name, **changes):
     """Return the GPTConfig of a size with the architecture of the settings."""
-    layers, heads, channels = SIZES[name]
+    shape = SIZES[name]
     return common.gpt_config(preset, **{
-        'n_layer': layers, 'n_head': heads, 'n_embd': channels, 'vocab_size': vocab_size,
-        'block_size': block_size, **changes})
+        'n_layer': shape.n_layer, 'n_head': shape.n_head, 'n_embd': shape.n_embd,
+        'vocab_size': vocab_size, 'block_size': block_size, **changes})
 
 
 def shares(config, T):
@@ -246,6 +252,78 @@ def print_step(chosen):
     return {'parts': parts, 'predicted': predicted, 'measured': measured, 'flops_per_s': speed}
 
 
+# Published models ---------------------------------------------------------------------------------
+
+
+def as_printed(n, printed):
+    """Format 174604259328 as '174.6B', with the digits and the unit of `printed`."""
+    digits = len(printed[:-1].partition('.')[2])
+    return f'{n / {"M": 1e6, "B": 1e9}[printed[-1]]:.{digits}f}{printed[-1]}'
+
+
+def cost(model):
+    """Return the costs of a Published model's training, computed and published.
+
+    gpu_days and dollars are those on `gpu` at `utilisation` and `price`. mfu is the utilisation
+    that the published GPU hours imply.
+    """
+    n_flops = step_flops(model.config, model.tokens)
+    n = sum(costs.parameters(model.config).values())
+    seconds = n_flops / (utilisation * GPUS[gpu].flops)
+    mfu = None
+    if model.gpu_hours:
+        mfu = n_flops / (3600 * model.gpu_hours * GPUS[model.gpu].flops)
+    return {'pf_days': n_flops / PF_DAY, 'pf_days_by_6ND': 6 * n * model.tokens / PF_DAY,
+            'published_pf_days': model.pf_days, 'mfu': mfu, 'gpu_days': seconds / 86400,
+            'dollars': price * seconds / 3600}
+
+
+def print_published():
+    """Print shapes and training of the published models; return their parameters."""
+    rows = [['', 'layers', 'width', 'heads', 'batch', 'rate', 'tokens', 'parameters', 'printed']]
+    parameters = {}
+    for name, model in PUBLISHED.items():
+        n = parameters[name] = sum(costs.parameters(model.config).values())
+        mark = ' ' if as_printed(n, model.parameters) == model.parameters else '*'
+        rate = f'{1e4 * model.learning_rate:g}e-4' if model.learning_rate else '-'
+        tokens = short(model.tokens).replace('G', 'B') if model.tokens else '-'
+        rows.append([name, model.config.n_layer, model.config.n_embd, model.config.n_head,
+                     f'{model.batch / 1e6:g}M', rate, tokens, f'{n / 1e6:,.0f}M',
+                     model.parameters + mark])
+    print(f'\npublished models: tokens of a step, highest learning rate, tokens in all,\n'
+          f'parameters computed from the shapes and as the papers print them\n\n{table(rows)}\n\n'
+          "* GPT-2's paper miscounts; its repository corrects this. Chinchilla has 5.4B\n"
+          '  more, for relative positions. 65.2B and 405B are cut off, 70B is rounded up.\n\n'
+          "GPT-3's table 2.1 prints 24 heads of 128 for a width of 2048, and a width of\n"
+          '5140 for 40 heads of 128. 16 heads and 5120 give the parameters of table D.1.')
+    return parameters
+
+
+def print_costs():
+    """Print what training the published models takes; return figures."""
+    rows, figures = [['', 'PF-days', '6ND', 'printed', 'GPU days', 'MFU', f'{gpu} days', '$']], {}
+    for name, model in PUBLISHED.items():
+        if model.tokens is None:
+            continue
+        c = figures[name] = cost(model)
+        days, mfu = '-', '-'
+        if model.gpu_hours:
+            days, mfu = f'{rounded(model.gpu_hours / 24)} {model.gpu}', f'{c["mfu"]:.0%}'
+        rows.append([name, rounded(c['pf_days']), rounded(c['pf_days_by_6ND']),
+                     rounded(model.pf_days) if model.pf_days else '-', days, mfu,
+                     rounded(c['gpu_days']), short(c['dollars'])])
+    print(f'\ncosts of their training: PF-days (1e15 FLOP/s for a day) by the products, by\n'
+          f'6 x parameters x tokens, and as printed; published GPU days, and the MFU that\n'
+          f'they imply; {gpu} days at {utilisation:.0%} of its peak, and dollars at '
+          f'${price:.2f} an hour\n\n{table(rows)}')
+    return figures
+
+
+def rounded(value):
+    """Format 3636.9 as '3,640', 2.6 as '2.60': three digits."""
+    return f'{float(f"{value:.3g}"):,.{max(0, 2 - math.floor(math.log10(value)))}f}'
+
+
 # Pictures -----------------------------------------------------------------------------------------
 
 
@@ -313,6 +391,7 @@ def main():
                'shares_by_size': {name: shares(config_of(name), block_size) for name in SIZES},
                'shares_by_context': {thousands(T): shares(chosen, T) for T in CONTEXTS}}
     print_sizes()
+    figures['published_parameters'], figures['published_costs'] = print_published(), print_costs()
     draw_shares(plt, figures['shares_by_size'], figures['shares_by_context'])
     draw_memory(plt)
     if measure:

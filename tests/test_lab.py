@@ -105,3 +105,15 @@ def test_pictures_of_the_course():
     for name in shown:
         data = (ROOT / 'lab' / name).read_bytes()
         assert data[:4] in (b'\x89PNG', b'GIF8') and len(data) < 150_000, f'{name} has {len(data):,} bytes'
+
+
+def test_talk_and_its_commands():
+    """The minutes ascend within the talk; the runs that commands open are the folders of recipes."""
+    section = (ROOT / 'lab' / 'README.md').read_text(encoding='utf-8').split('\n## The talk and its commands\n')[1]
+    rows = [line.strip('| ').split(' | ') for line in section.splitlines() if re.match(r'\| \d', line)]
+    minutes = [int(minute) for minute, _, _, _ in rows]
+    assert minutes == sorted(minutes) and minutes[0] < 3 and 40 < minutes[-1] < 43
+    assert all(re.fullmatch('`python [^`]+`', command) for _, _, command, _ in rows)
+    recipes = ''.join(path.read_text(encoding='utf-8') for path in (ROOT / 'config').glob('*.py'))
+    for folder in re.findall(r'=(out-[\w-]+)', section):
+        assert f"out_dir = '{folder}'" in recipes

@@ -64,6 +64,7 @@ RUN = {
     'python train.py config/quickstart.py --plan': TRAIN,
     'python train.py config/train_gpt2.py --plan=*': '',
     'python train.py config/train_shakespeare_char.py*': TRAIN,
+    'python train.py config/shakespeare_cpu.py': TRAIN,
     'python -m bench.plot out-quickstart *': '',
     'python -m bench.runs out-quickstart out-novels *': '',
     # sample and evaluate
@@ -80,11 +81,13 @@ RUN = {
     'python data/tiny_chat/prepare.py*': '--conversations=60 --pairs=200 --documents=100',
     'python data/text/prepare.py --input=data/tiny_chat/corpus.jsonl *': '',
     'python train.py config/tiny_web.py': TRAIN.replace('--block_size=64', ''),
+    'python eval.py --out_dir=out-tiny-web *': ASK,
     'python data/chat/prepare.py --input=talks.jsonl *': '--block_size=64 --val_fraction=0.5',
     'python train.py config/sft.py *': TUNE,
     'python -m posttrain.chat --out_dir=out-sft': CHAT,
     'python train.py config/sft_tiny_chat.py': TUNE,
     'python train.py config/sft_tiny_chat.py --eval_tasks=*': f'{TUNE} --eval_examples=7',
+    'python train.py config/lora_tiny_chat.py': TUNE,
     'python -m posttrain.reward config/reward_tiny_chat.py': f'{ALIGN} --batch_size=4',
     'python -m posttrain.rl config/ppo_tiny_chat.py': f'{ALIGN} {ANSWER}',
     'python -m posttrain.rl config/grpo_tiny_chat.py': f'{ALIGN} {ANSWER} --group_size=2',
@@ -96,7 +99,7 @@ RUN = {
     'python -m posttrain.classify --out_dir=out-classify --predict=*': '--device=cpu',
     'python -m data.clean --input=crawl.jsonl --out=clean.jsonl --quality=*':
         '--num_proc=1 --quality_min=0.01',
-    'python eval.py --out_dir=out-sft-tiny-chat --task=tiny_chat': ASK,
+    'python eval.py --out_dir=out-sft-tiny-chat --task=tiny_chat*': ASK,
     'python eval.py --out_dir=out-grpo-tiny-chat --task=tiny_chat': ASK,
     'python -m posttrain.chat --out_dir=out-grpo-tiny-chat': CHAT,
 }
@@ -149,6 +152,7 @@ NOT_RUN = {
     'python train.py config/eval_gpt2.py': 'network',
     'python train.py config/finetune_shakespeare.py': 'network',
     'python sample.py --init_from=gpt2-xl *': 'network',
+    'python -m posttrain.chat --init_from=gpt2': 'network',
     'torchrun --standalone --nproc_per_node=8 *': '8 GPUs',
     'torchrun --nproc_per_node=8 *': '16 GPUs',
     'srun *': 'a cluster',

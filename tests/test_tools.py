@@ -9,10 +9,11 @@ from test_sample_e2e import save
 from config.presets import PRESETS
 from flatgpt.generate import Sampling, sample_next
 from model import GPT, GPTConfig
-from posttrain.tools import SYSTEM, calculate, generate_with_tools, output_of
+from posttrain.tools import SYSTEM, calculate, toolbox
 from tokenizer import BPETokenizer, ByteTokenizer, chat
 from tokenizer.chat import OUTPUT, OUTPUT_END, PYTHON, PYTHON_END
 
+CALCULATOR = toolbox(True)
 TOKENIZER = BPETokenizer([], None, {token: 256 + i for i, token in enumerate(chat.SPECIAL_TOKENS)})  # one a byte
 
 
@@ -84,7 +85,7 @@ def test_refused(expression, said):
 def test_output():
     """Of the last call, however the text before it reads; a call that says nothing is an error."""
     def told(text):
-        return TOKENIZER.decode(output_of(TOKENIZER.encode(text, allowed_special='all'), TOKENIZER))
+        return TOKENIZER.decode(CALCULATOR.output_of(TOKENIZER.encode(text, allowed_special='all'), TOKENIZER))
 
     assert told(f'{PYTHON}2*3{PYTHON_END}') == f'{OUTPUT}6{OUTPUT_END}'
     assert told(f'{PYTHON}2*3{PYTHON_END}{OUTPUT}6{OUTPUT_END}So {PYTHON}6/4{PYTHON_END}') == f'{OUTPUT}1.5{OUTPUT_END}'
@@ -134,7 +135,7 @@ STOP_IDS, _ = chat.find_endings(chat.TEMPLATE, TOKENIZER)
 
 
 def greedy(model, most):
-    return generate_with_tools(model, TOKENIZER, PROMPTS, Sampling(most, temperature=0, stop_ids=STOP_IDS))
+    return CALCULATOR.generate(model, TOKENIZER, PROMPTS, Sampling(most, temperature=0, stop_ids=STOP_IDS))
 
 
 def test_a_model_that_calls(model):
@@ -158,7 +159,7 @@ def test_tokens_are_drawn_by_their_place(model):
     """A token at a time, from the whole context, by the number of u that belongs to its place in the answer."""
     u = torch.rand(len(TALKS), 60, generator=torch.Generator().manual_seed(0))
     controls = {'temperature': 5.0, 'top_k': 5}
-    answers, masks = generate_with_tools(model, TOKENIZER, PROMPTS, Sampling(60, stop_ids=STOP_IDS, **controls), u)
+    answers, masks = CALCULATOR.generate(model, TOKENIZER, PROMPTS, Sampling(60, stop_ids=STOP_IDS, **controls), u)
     for row, prompt in enumerate(PROMPTS):
         ids, mask = [], []
         while len(ids) < 60 and not (ids and ids[-1] in STOP_IDS):
@@ -166,7 +167,7 @@ def test_tokens_are_drawn_by_their_place(model):
             ids.append(sample_next(logits, Sampling(**controls), u[row, len(ids)][None]).item())
             mask.append(1)
             if ids[-1] == TOKENIZER.special_tokens[PYTHON_END]:
-                told = output_of(ids, TOKENIZER)
+                told = CALCULATOR.output_of(ids, TOKENIZER)
                 ids, mask = (ids + told)[:60], (mask + [0] * len(told))[:60]
         assert answers[row] == ids and masks[row] == mask
     assert sum(map(len, masks)) > sum(map(sum, masks)) and answers != greedy(model, 60)[0]
@@ -189,5 +190,5 @@ def test_in_a_chat(model, folder):
 
 
 def test_a_tokenizer_without_calls(model):
-    with pytest.raises(ValueError, match=r'has no <\|python\|>, .* calls the calculator'):
-        generate_with_tools(model, ByteTokenizer(), PROMPTS, Sampling(5))
+    with pytest.raises(ValueError, match=r'has no <\|python\|>, .* calls a tool'):
+        CALCULATOR.generate(model, ByteTokenizer(), PROMPTS, Sampling(5))

@@ -83,7 +83,7 @@ max_new_tokens: Count = 128  # tokens in an answer
 num_samples: Count = 1  # answers to a question
 reward_model = ''  # out_dir of posttrain.reward; its favourite answer counts, not the most frequent
 temperature: NonNegative = 0.0  # 0: the likeliest tokens
-tools = False  # True: a chat model may call a calculator
+tools: bool | str = False  # that the model may call: calculator,python; True: the calculator
 seed: Seed = 1337  # fixes questions and answers
 # the machine
 batch_size: Count | None = None  # windows, None: 8,192 tokens; with a task answers, None: 64

@@ -24,6 +24,7 @@ import torch
 from configurator import Count, Natural, Positive, Range, UserError, override
 from flatgpt import decoding, output, pretrained
 from flatgpt.files import read_text
+from posttrain.tools import check_tokenizer, toolbox
 from serving.engine import Engine, Limits
 from serving.pool import bytes_of
 
@@ -34,6 +35,7 @@ init_from = 'resume'  # 'resume': out_dir; or 'gpt2' to 'gpt2-xl', a Hugging Fac
 out_dir = 'out'  # folder of train.py's ckpt.pt and best.pt
 which: Literal['best', 'last'] = 'best'  # 'best': best.pt, else ckpt.pt; 'last': ckpt.pt
 name = ''  # id of the model in the API; '': the name of its folder
+tools = 'calculator'  # that it runs for models with calls: calculator,python; '': none
 # network
 host = '127.0.0.1'  # '0.0.0.0': other machines reach it too
 port: Annotated[int, Range(least=0, most=65535)] = 8000  # 0: a free one
@@ -73,6 +75,9 @@ except OSError as error:
 
 # open the model
 model, tokenizer, template, line = pretrained.open_model(init_from, out_dir, which)
+toolbox(tools)  # refuses one that cannot run here
+if 'tools' in config.given and tools:
+    check_tokenizer(tokenizer)
 decoding.prepare(model, {**config, 'quantize': ''}, rows=None)
 
 
@@ -98,7 +103,7 @@ if model.has_compiled_step:
 engine.warm_up()
 folder = out_dir if init_from == 'resume' else init_from
 served = Served(name or os.path.basename(os.path.abspath(folder)), tokenizer, template,
-                limits.context, model.config.vocab_size, max_seconds)
+                limits.context, model.config.vocab_size, max_seconds, tools)
 key = read_text(api_key.removeprefix('FILE:')).strip() if api_key.startswith('FILE:') else api_key
 
 # serve from a second thread: the model stays with the thread that loaded it

@@ -2,7 +2,7 @@
 
     $ python -m posttrain.chat --out_dir=out-sft
     $ python -m posttrain.chat --init_from=FOLDER --system="Be brief."
-    $ python -m posttrain.chat --out_dir=out-grpo-tiny-chat --tools=True
+    $ python -m posttrain.chat --out_dir=out-grpo-tiny-chat --tools=calculator
 
 A model with a chat template answers in its format; any other continues a transcript.
 """
@@ -28,7 +28,7 @@ from configurator import (
 from flatgpt import decoding, output
 from flatgpt.generate import generate_texts
 from flatgpt.sampling import Sampling
-from posttrain.tools import PYTHON_END, SYSTEM, check_tokenizer, output_of
+from posttrain.tools import PYTHON_END, check_tokenizer, toolbox
 from tokenizer.chat import find_endings, render
 
 output.protect()
@@ -38,7 +38,7 @@ init_from = 'resume'  # 'resume': out_dir; or a Hugging Face folder, a hub id, '
 out_dir = 'out'  # folder of ckpt.pt and best.pt
 which: Literal['best', 'last'] | Count = 'best'  # best.pt if there is one; ckpt.pt; ckpt-STEP.pt
 system = ''  # the system message: the assistant's role and task
-tools = False  # True: the model may call a calculator; adds a sentence to the system message
+tools: bool | str = False  # that the model may call: calculator,python; True: the calculator
 max_new_tokens: Count = 500  # tokens in each answer
 slide: Count = 1  # tokens that a full context drops at once; 1 is exact, more are faster
 # choice of the next token
@@ -67,11 +67,12 @@ def main():
     model, tokenizer, template, line = decoding.open_model(config)
     block_size, system_message = model.config.block_size, system
     stop_ids, stops = find_endings(template, tokenizer)
-    if tools:
+    allowed = toolbox(tools)
+    if allowed:
         if template is None:
-            raise UserError('tools=True: expected a chat model, trained on conversations')
+            raise UserError(f'tools={tools}: expected a chat model, trained on conversations')
         check_tokenizer(tokenizer)
-        system_message = f'{system} {SYSTEM}'.strip()
+        system_message = f'{system} {allowed.system}'.strip()
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty,
                         stop_ids=stop_ids, slide=slide, stops=stops, seed=seed)
 
@@ -93,12 +94,12 @@ def main():
                     model, tokenizer, [ids[-block_size:]], replace(sampling, max_new_tokens=n_left),
                     [number + n_calls * 2**16]):  # new random numbers after a call
                 yield text + sample.shown(stops)
-                is_call = tools and sample.ids[-1:] == [tokenizer.special_tokens[PYTHON_END]]
+                is_call = allowed and sample.ids[-1:] == [tokenizer.special_tokens[PYTHON_END]]
                 if is_call:
                     break
             if not is_call:
                 return
-            output = output_of(sample.ids, tokenizer)
+            output = allowed.output_of(sample.ids, tokenizer)
             n_left, n_calls = n_left - len(sample.ids) - len(output), n_calls + 1
             ids, text = ids + sample.ids + output, text + sample.text + tokenizer.decode(output)
             yield text

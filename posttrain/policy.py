@@ -24,7 +24,7 @@ from model import GPT
 from posttrain.rollout_server import RolloutServer
 from posttrain.rollouts import draw_answers, logprobs_of
 from posttrain.tasks import common as tasks
-from posttrain.tools import generate_with_tools
+from posttrain.tools import toolbox
 from tokenizer import chat
 
 # a run keeps these settings when it resumes: best.pt is chosen by their questions and answers
@@ -89,7 +89,8 @@ class Policy:
             batch = prompts[i : i + batch_size], sampling, u[i : i + batch_size]
             with self.autocast:
                 if tools:
-                    drawn, drawn_masks = generate_with_tools(self.model, self.tokenizer, *batch)
+                    drawn, drawn_masks = toolbox(tools).generate(
+                        self.model, self.tokenizer, *batch)
                 else:
                     drawn = (self.server.draw(*batch) if self.server else
                              draw_answers(self.model, *batch))

@@ -28,11 +28,10 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from configurator import UserError
-from posttrain.tools import output_of
 from serving import protocol
 from serving.engine import Answer, Full
 from serving.protocol import Part, Refused
-from tokenizer.chat import PYTHON, PYTHON_END
+from tokenizer.chat import OUTPUT_END, PYTHON, PYTHON_END
 
 MOST_BYTES = 4_000_000  # of a request's body
 BODY_SECONDS = 30  # to send it
@@ -79,7 +78,6 @@ class Choice:
     def __post_init__(self):
         self.loop, self.queue = asyncio.get_running_loop(), asyncio.Queue()
         prompt, sampling, u = self.job.prompt_of(self.index)
-        self.n_prompt = len(prompt)
         if self.job.tools:  # a call ends the answer, and begins another
             end = self.server.served.tokenizer.special_tokens[PYTHON_END]
             sampling = replace(sampling, stop_ids={*sampling.stop_ids, end})
@@ -105,7 +103,7 @@ class Choice:
             offset, self.text = len(self.text), self.text + news.text
             self.n_tokens += len(news.tokens)
             logprobs = protocol.logprobs_of(self.job, self.server.served, news.tokens, offset)
-            call = self.finish(news) if news.finish else None
+            call = await self.finish(news) if news.finish else None
             finish = {'complete': 'stop', 'call': 'tool_calls'}.get(news.finish, news.finish)
             if call:
                 finish = 'tool_calls'
@@ -117,21 +115,26 @@ class Choice:
 
     def cut_calls(self, text):
         """Return what of the text may be sent: calls that the client makes are no text."""
-        if self.job.tools and not all(self.job.tools.values()):
-            text = text.partition(PYTHON)[0]
+        if any(tool.function is None for tool in self.job.tools.values()):
+            done, end, last = text.rpartition(OUTPUT_END)  # calls that the server has run are shown
+            text = done + end + last.partition(PYTHON)[0]
         text, self.n_sent = text[self.n_sent :], max(len(text), self.n_sent)
         return text
 
-    def finish(self, news):
+    async def finish(self, news):
         """Make the call that ended an answer, if one did; -> a call for the client, or None."""
         answer, tokenizer = self.answer, self.server.served.tokenizer
         if not self.job.tools or answer.ended_by != tokenizer.special_tokens[PYTHON_END]:
             return None
-        if not all(self.job.tools.values()):
-            return protocol.call_of(self.text.rpartition(PYTHON)[2])
+        tools, call = self.job.tools, self.text.rpartition(PYTHON)[2]
+        with suppress(UserError):  # a call of no tool gets an error as its output
+            tool, text = tools.split(call)
+            if not tool.function:
+                return protocol.call_of(tool, text)
         # run the tool, and let the answer go on behind its output
         ids = [*answer.ids, answer.ended_by]
-        output = output_of(ids[self.n_prompt :], tokenizer)
+        output = await anyio.to_thread.run_sync(tools.output_ids, call, tokenizer,
+                                                limiter=self.server.tools_at_once)
         n_used = len(ids) + len(output) - len(answer.prompt)
         n_left = answer.sampling.max_new_tokens - n_used
         self.text += PYTHON_END + tokenizer.decode(output)
@@ -149,6 +152,7 @@ class Server:
         self.engine, self.served = engine, served
         self.statuses, self.started = Counter(), time.monotonic()
         self.one_at_a_time = anyio.CapacityLimiter(1)  # what takes the CPU of a request
+        self.tools_at_once = anyio.CapacityLimiter(4)
         self.page, self.policy = load_page()
 
     def routes(self):
@@ -217,7 +221,7 @@ class Server:
             return protocol.encode(body['prompt'], self.served)
         body = protocol.read_body(protocol.ChatBody, body)
         tools = protocol.read_tools(body, self.served)
-        return protocol.render_chat(body.messages, tools, self.served)[0]
+        return protocol.render_chat(body.messages, tools, self.served)
 
     async def compute(self, function, *arguments):
         """Run a function that takes the CPU in a thread, one at a time."""

@@ -12,6 +12,7 @@ is not supported is refused, never ignored.
 import functools
 import json
 import math
+import re
 import secrets
 import sys
 import time
@@ -30,7 +31,7 @@ from configurator import (
 )
 from flatgpt.constrain import Constraint
 from flatgpt.sampling import Sampling, uniforms
-from posttrain.tools import SYSTEM, TOOLS, calls_tools
+from posttrain.tools import TOOLS, Tool, Toolbox, calls_tools, toolbox
 from tokenizer.chat import (
     OUTPUT,
     OUTPUT_END,
@@ -123,12 +124,13 @@ class Served:
     context: int  # tokens of a prompt and its answer
     vocab_size: int  # ids that the model takes
     max_seconds: float = math.inf  # of a request
+    may_run: str = 'calculator'  # tools that this server runs, as toolbox() takes them
     created: int = field(default_factory=lambda: int(time.time()))
 
     @functools.cached_property
     def tools(self):
-        """Return the names of the tools that the model can call."""
-        return list(TOOLS) if self.template and calls_tools(self.tokenizer) else []
+        """Return the Toolbox that this server runs, empty for a model without calls."""
+        return toolbox(self.may_run if self.template and calls_tools(self.tokenizer) else '')
 
     @functools.cached_property
     def endings(self):
@@ -158,7 +160,7 @@ class Served:
         """Return the model's entry in /v1/models."""
         return {'id': self.name, 'object': 'model', 'created': self.created,
                 'owned_by': 'flatgpt', 'max_model_len': self.context,
-                'chat': self.template is not None, 'tools': self.tools}
+                'chat': self.template is not None, 'tools': list(self.tools)}
 
 
 @dataclass
@@ -171,8 +173,8 @@ class Job:
     sampling: list  # a Sampling for the answers to each prompt
     n_likeliest: int | None  # tokens to list beside each; None: no log-probabilities
     seed: int
-    tools: dict = field(default_factory=dict)  # name: whether the server runs it
-    begun: str = ''  # the part of the answer that the prompt holds
+    tools: Toolbox = field(default_factory=Toolbox)  # a function of None: the client runs it
+    begun: str = ''  # the part of the answer that the prompt holds and the client has not read
     id: str = ''
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -256,42 +258,50 @@ def read_chat(body, served):
     if body.top_logprobs and not body.logprobs:
         raise Refused('top_logprobs is set: expected "logprobs": true too', param='top_logprobs')
     tools = read_tools(body, served)
-    ids, begun = render_chat(body.messages, tools, served)
-    if forced := tools and body.tool_choice not in (None, 'auto'):
-        ids.append(served.tokenizer.special_tokens[PYTHON])
+    ids = render_chat(body.messages, tools, served)
+    forced = forced_call(body.tool_choice, tools)
+    ids += served.tokenizer.encode_parts(forced, [PYTHON])
     job = job_of('chat', body, served, [ids], (body.top_logprobs or 0) if body.logprobs else None)
-    job.tools, job.begun = tools, begun
+    job.tools, job.begun = tools, forced
     if forced:  # only the end of the call ends the answer
-        job.begun += PYTHON
         job.sampling = [replace(job.sampling[0], stop_ids=set(), stops=[])]
     return job
 
 
+def forced_call(choice, tools):
+    """Return the beginning of the call that a tool_choice requires, or ''."""
+    if not tools or choice in (None, 'auto'):
+        return ''
+    name = choice['function']['name'] if isinstance(choice, dict) else [*tools][0]
+    is_known = len(tools) == 1 or isinstance(choice, dict)
+    return PYTHON + (tools.join(tools[name], '').rstrip() if is_known else '')
+
+
 def render_chat(messages, tools, served):
-    """Return the ids of a conversation, and the part of the next answer in them."""
+    """Return the ids of a conversation. tools: those that its next answer may call."""
     try:
-        messages, begun = plain_messages(messages)
-        served.check_length(''.join(message['content'] for message in messages) + begun)
+        messages, begun = plain_messages(messages, tools)
         if tools:
             has_system = bool(messages) and messages[0]['role'] == 'system'
             first = messages[0]['content'] if has_system else ''
-            messages = [{'role': 'system', 'content': f'{first} {SYSTEM}'.strip()},
+            messages = [{'role': 'system', 'content': f'{first} {tools.system}'.strip()},
                         *messages[has_system:]]
+        served.check_length(''.join(message['content'] for message in messages) + begun)
         ids = render(messages, served.template, served.tokenizer)
         return ids + served.tokenizer.encode_parts(
-            begun, [token for token in TOOL_TOKENS if token in served.tokenizer.special_tokens]
-        ), begun
+            begun, [token for token in TOOL_TOKENS if token in served.tokenizer.special_tokens])
     except Refused:
         raise
     except ValueError as error:
         raise Refused(str(error)[:400], param='messages') from None
 
 
-def plain_messages(messages):
+def plain_messages(messages, tools):
     """Return messages as tokenizer.chat takes them, and the answer that a tool's result begins.
 
     A developer is a system, parts of a text are joined, and calls of tools with their results are
-    text of the assistant, as the models of this project write them. Raises Refused.
+    text of the assistant, as the models of this project write them. tools: a Toolbox.
+    Raises Refused.
     """
     plain = []
     for number, message in enumerate(messages, 1):
@@ -308,7 +318,8 @@ def plain_messages(messages):
             last['content'] += OUTPUT + without_tokens(content, number) + OUTPUT_END
             continue
         for call in message.get('tool_calls') or ():
-            content += PYTHON + without_tokens(expression_of(call, number), number) + PYTHON_END
+            text = without_tokens(text_of_call(call, tools, number), number)
+            content += PYTHON + text + PYTHON_END
         if role == 'assistant' and last['content'].endswith(OUTPUT_END):
             last['content'] += content
         else:
@@ -330,13 +341,16 @@ def text_of(content, number):
     return ''.join(part['text'] for part in parts)
 
 
-def expression_of(call, number):
-    """Return the expression of a call of the calculator."""
+def text_of_call(call, tools, number):
+    """Return a call of tool_calls as the model writes it."""
     try:
-        return json.loads(call['function']['arguments'])['expression']
-    except (KeyError, TypeError, ValueError, RecursionError):
+        name, arguments = call['function']['name'], call['function']['arguments']
+        tool = tools.get(name) or TOOLS.get(name) or Tool(str(name), '', {})
+        return tools.join(tool, tool.from_json(arguments))
+    except (KeyError, TypeError, UserError) as error:
+        why = error if isinstance(error, UserError) else 'such as {"expression": "2 + 3"}'
         raise Refused(f'message {number}: expected tool_calls as this server writes them, with '
-                      f'arguments such as {{"expression": "2 + 3"}}', param='messages') from None
+                      f'arguments {str(why)[:200]}', param='messages') from None
 
 
 def without_tokens(text, number):
@@ -348,28 +362,47 @@ def without_tokens(text, number):
 
 
 def read_tools(body, served):
-    """Return {name: whether the server runs it} of the tools that an answer may call.
+    """Return the Toolbox that an answer may call.
 
     {"type": "calculator"} is run here; {"type": "function", ...} ends the answer, and the client
     sends the result. Raises Refused for an unknown one.
     """
-    tools = {}
+    tools = Toolbox()
     for tool in body.tools or ():
         kind = tool.get('type') if isinstance(tool, dict) else None
         function = tool.get('function') if kind == 'function' else None
         name = function.get('name') if isinstance(function, dict) else kind
-        if name not in served.tools:
+        tool = read_function(function) if kind == 'function' else served.tools.get(
+            name if isinstance(name, str) else '')
+        if not (tool and served.template and calls_tools(served.tokenizer)):
             able = ', '.join(served.tools) or 'none, for this model was trained with none'
             raise Refused(f'tools: {str(name)[:60]!r} is unknown; known are: {able}',
                           param='tools')
-        tools[name] = kind != 'function'
+        tools[tool.name] = tool
     choice = body.tool_choice
     name = choice.get('function', {}).get('name') if isinstance(choice, dict) and isinstance(
         choice.get('function', {}), dict) else None
     if choice not in (None, 'none', 'auto', 'required') and name not in tools:
         raise Refused('tool_choice: expected "none", "auto", "required", or a function of tools',
                       param='tool_choice')
-    return {} if choice == 'none' else tools
+    return Toolbox() if choice == 'none' else tools
+
+
+def read_function(function):
+    """Return the Tool of a function that the client runs, or None if it is unknown.
+
+    One of posttrain.tools needs a name alone, any other "parameters".
+    """
+    match function:
+        case {'name': 'calculator'}:
+            return replace(TOOLS['calculator'], function=None)
+        case {'name': str(name), 'parameters': {'properties': dict(properties)} as parameters} if (
+                re.fullmatch('[A-Za-z0-9_-]{1,64}', name)
+                and all(isinstance(schema, dict) for schema in properties.values())):
+            return Tool(name, str(function.get('description') or ''), parameters)
+        case {'name': 'python' as name}:
+            return replace(TOOLS[name], function=None)
+    return None
 
 
 def job_of(kind, body, served, prompts, n_likeliest):
@@ -524,10 +557,10 @@ def entry(served, i, logprob):
             'bytes': list(token)}
 
 
-def call_of(expression):
-    """Return a call of the calculator as OpenAI writes it."""
+def call_of(tool, text):
+    """Return a call as OpenAI writes it."""
     return {'id': f'call_{secrets.token_hex(12)}', 'type': 'function',
-            'function': {'name': 'calculator', 'arguments': json.dumps({'expression': expression})}}
+            'function': {'name': tool.name, 'arguments': tool.to_json(text)}}
 
 
 @dataclass

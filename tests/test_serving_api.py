@@ -176,7 +176,7 @@ def test_calls_by_the_client(caller):
 
 
 def test_calls_by_the_server(caller):
-    """The value of each call stands in the answer, as in generate_with_tools()."""
+    """The value of each call stands in the answer, as in Toolbox.generate()."""
     for seed in range(4):
         value = {'messages': HELLO, 'tools': [{'type': 'calculator'}], 'seed': seed, 'max_tokens': 100}
         _, answer = caller.call('/v1/chat/completions', value)
@@ -185,8 +185,8 @@ def test_calls_by_the_server(caller):
                            for event in caller.events('/v1/chat/completions', value))
         assert text == streamed and answer['choices'][0]['finish_reason'] in ('stop', 'length')
         _, shown = caller.call('/tokenize', value={'messages': HELLO, 'tools': [{'type': 'calculator'}]})
-        [ids], _ = tools.generate_with_tools(caller.engine.model, TOKENIZER, [shown['tokens']],
-                                             Sampling(100, stop_ids={END}), uniforms(seed, 0, 0, 100)[None])
+        [ids], _ = tools.toolbox(True).generate(caller.engine.model, TOKENIZER, [shown['tokens']],
+                                                  Sampling(100, stop_ids={END}), uniforms(seed, 0, 0, 100)[None])
         assert TOKENIZER.decode(ids).replace('<|im_end|>', '') == text and chat.OUTPUT in text
 
 

@@ -43,7 +43,7 @@ from flatgpt.generate import Sampling, generate_texts, majority, uniforms
 from flatgpt.parallel import World
 from posttrain import tasks
 from posttrain.losses import token_logprobs
-from posttrain.tools import SYSTEM, generate_with_tools
+from posttrain.tools import toolbox
 from tokenizer.chat import bos_ids, find_endings, render
 
 LETTERS = 'ABCDEFGHIJ'  # names of the choices
@@ -252,8 +252,13 @@ def few_shot_prompt(example, pool, shots, tokenizer, room):
 
 
 def chat_messages(example, tools):
-    """Return a question's messages. tools: a system message permits the calculator."""
-    return [{'role': 'system', 'content': SYSTEM}] * tools + example['messages']
+    """Return the messages of a question, with a system message that permits tools.
+
+    tools: a setting of toolbox().
+    """
+    tools = toolbox(tools)
+    system = [{'role': 'system', 'content': tools.system}] if tools else []
+    return system + example['messages']
 
 
 def chat_prompt(example, template, tokenizer, room, tools=False):
@@ -275,7 +280,7 @@ class Answering:
     """Hold the settings with which a model answers the questions of a task."""
 
     template: str | None = None  # the chat template; None: plain text
-    tools: bool = False  # the model may call the calculator
+    tools: bool | str = False  # those that the model may call, see toolbox()
     shots: int = 0  # solved examples of `pool` before the question, as plain text
     pool: tuple | list = ()
     max_new_tokens: int = 128
@@ -307,7 +312,7 @@ def answer(model, tokenizer, prompts, how):
             u = torch.stack([uniforms(how.seed, number, sample, how.max_new_tokens)
                              for number in numbers for sample in samples])
             repeated = [ids for ids in batch for _ in samples]
-            for ids in generate_with_tools(model, tokenizer, repeated, sampling, u)[0]:
+            for ids in toolbox(how.tools).generate(model, tokenizer, repeated, sampling, u)[0]:
                 text = tokenizer.decode(ids[:-1] if ids[-1] in stop_ids else ids)
                 ends = [text.find(stop) for stop in stops if stop in text]
                 texts.append(text[: min(ends, default=None)])

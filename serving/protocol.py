@@ -10,11 +10,14 @@ is not supported is refused, never ignored.
 """
 
 import functools
+import itertools
 import json
 import math
 import secrets
+import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, Any
 
@@ -43,8 +46,10 @@ from tokenizer.chat import (
 )
 
 MOST_CHOICES = 64  # answers to one request
+MOST_LISTED = 200_000  # likeliest tokens in a response; to write more stops all other threads
 MOST_STOPS, LONGEST_STOP = 16, 200  # stop texts, and characters of each
 LONGEST_SCHEMA = 20_000  # characters; a longer one takes seconds to compile
+COMPILE_SECONDS, MOST_MEMORY = 5, 2 * 10**9  # of a schema, and bytes
 # clients send these; they change no answer here
 IGNORED = {'user', 'metadata', 'store', 'service_tier', 'parallel_tool_calls', 'logit_bias',
            'prompt_cache_key', 'safety_identifier', 'presence_penalty', 'frequency_penalty', 'echo',
@@ -142,7 +147,7 @@ class Served:
         return max(len(token_bytes(self.tokenizer, i)) for i in ids)
 
     def check_length(self, text):
-        """Raise Refused for a text that no tokens of the context can hold.
+        """Raise Refused for a text, or ids, that no tokens of the context can hold.
 
         To encode it first would take time.
         """
@@ -172,7 +177,7 @@ class Job:
     n_likeliest: int | None  # tokens to list beside each; None: no log-probabilities
     seed: int
     tools: dict = field(default_factory=dict)  # name: whether the server runs it
-    begun: str = ''  # the part of the answer that the prompt holds
+    begun: str = ''  # text of the answer that the prompt ends with
     id: str = ''
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -237,12 +242,11 @@ def encode(prompt, served):
     """Return the ids of a text or of a list of ids. Raises Refused."""
     if not prompt:
         raise Refused('prompt is empty: expected a text or ids', param='prompt')
-    if isinstance(prompt, str):
-        served.check_length(prompt)
-    elif not (isinstance(prompt, list) and all(
+    if not isinstance(prompt, str) and not (isinstance(prompt, list) and all(
             type(i) is int and 0 <= i < served.vocab_size for i in prompt)):
         raise Refused(f'prompt: expected a text, ids from 0 to {served.vocab_size - 1}, or a list '
                       f'of these', param='prompt')
+    served.check_length(prompt)
     try:
         # the limit of the context is checked with all prompts
         return encode_prompt(prompt, served.tokenizer, sys.maxsize)
@@ -256,19 +260,21 @@ def read_chat(body, served):
     if body.top_logprobs and not body.logprobs:
         raise Refused('top_logprobs is set: expected "logprobs": true too', param='top_logprobs')
     tools = read_tools(body, served)
-    ids, begun = render_chat(body.messages, tools, served)
+    ids = render_chat(body.messages, tools, served)
     if forced := tools and body.tool_choice not in (None, 'auto'):
         ids.append(served.tokenizer.special_tokens[PYTHON])
     job = job_of('chat', body, served, [ids], (body.top_logprobs or 0) if body.logprobs else None)
-    job.tools, job.begun = tools, begun
+    job.tools = tools
     if forced:  # only the end of the call ends the answer
-        job.begun += PYTHON
+        job.begun = PYTHON
         job.sampling = [replace(job.sampling[0], stop_ids=set(), stops=[])]
     return job
 
 
 def render_chat(messages, tools, served):
-    """Return the ids of a conversation, and the part of the next answer in them."""
+    """Return the ids of a conversation, which the next answer continues. Raises Refused."""
+    if len(messages) >= served.context:  # each has a token; to render them first takes seconds
+        raise served.too_long(f'over {len(messages):,}')
     try:
         messages, begun = plain_messages(messages)
         served.check_length(''.join(message['content'] for message in messages) + begun)
@@ -279,8 +285,7 @@ def render_chat(messages, tools, served):
                         *messages[has_system:]]
         ids = render(messages, served.template, served.tokenizer)
         return ids + served.tokenizer.encode_parts(
-            begun, [token for token in TOOL_TOKENS if token in served.tokenizer.special_tokens]
-        ), begun
+            begun, [token for token in TOOL_TOKENS if token in served.tokenizer.special_tokens])
     except Refused:
         raise
     except ValueError as error:
@@ -307,7 +312,8 @@ def plain_messages(messages):
                               f'before it', param='messages')
             last['content'] += OUTPUT + without_tokens(content, number) + OUTPUT_END
             continue
-        for call in message.get('tool_calls') or ():
+        calls = message.get('tool_calls') or []
+        for call in calls if isinstance(calls, list) else [calls]:
             content += PYTHON + without_tokens(expression_of(call, number), number) + PYTHON_END
         if role == 'assistant' and last['content'].endswith(OUTPUT_END):
             last['content'] += content
@@ -366,7 +372,7 @@ def read_tools(body, served):
     choice = body.tool_choice
     name = choice.get('function', {}).get('name') if isinstance(choice, dict) and isinstance(
         choice.get('function', {}), dict) else None
-    if choice not in (None, 'none', 'auto', 'required') and name not in tools:
+    if choice not in (None, 'none', 'auto', 'required') and name not in list(tools):
         raise Refused('tool_choice: expected "none", "auto", "required", or a function of tools',
                       param='tool_choice')
     return {} if choice == 'none' else tools
@@ -397,6 +403,10 @@ def job_of(kind, body, served, prompts, n_likeliest):
         samplings.append(Sampling(
             n, body.temperature, max(0, body.top_k), max(body.top_p, 1e-9), body.min_p,
             body.repetition_penalty, stop_ids=stop_ids, stops=stops, constraint=constraint))
+    n_listed = body.n * sum(each.max_new_tokens for each in samplings) * (n_likeliest or 0)
+    if n_listed > MOST_LISTED and not body.stream:
+        raise Refused(f'up to {n_listed:,} log-probabilities: expected at most {MOST_LISTED:,}; '
+                      f'set a smaller max_tokens, or "stream": true', param='max_tokens')
     seed = secrets.randbits(63) if body.seed is None else body.seed % 2**63
     return Job(kind, body, prompts, samplings, n_likeliest, seed)
 
@@ -441,7 +451,31 @@ def constraint_of(served, schema):
 @functools.lru_cache(maxsize=16)
 def compiled(tokenizer, schema):
     """Return the Constraint of a schema's text; it may take seconds."""
+    try_grammar(schema)
     return Constraint(tokenizer, json_schema=schema)
+
+
+TRIAL = f'''
+import resource, sys, llguidance
+resource.setrlimit(resource.RLIMIT_AS, ({MOST_MEMORY}, {MOST_MEMORY}))
+llguidance.LLMatcher.validate_grammar('start: %json ' + sys.stdin.read())
+'''
+
+
+def try_grammar(schema):
+    """Raise UserError for a schema that llguidance cannot compile in bounded time and memory.
+
+    A process tries it: schemas of 1 kB exist that take hours and all memory, and no thread can be
+    stopped. Errors of other kinds are left to Constraint.
+    """
+    if sys.platform == 'win32':  # it has no resource
+        return
+    with suppress(subprocess.TimeoutExpired):
+        done = subprocess.run([sys.executable, '-c', TRIAL], input=schema.encode(),
+                              stderr=subprocess.DEVNULL, timeout=COMPILE_SECONDS)
+        if done.returncode >= 0:  # below: ended by a signal, as where memory runs out
+            return
+    raise UserError('the schema is too hard to compile; simplify it')
 
 
 def check_room(constraint, n):
@@ -510,7 +544,7 @@ def logprobs_of(job, served, tokens, offset):
         return {'content': [{**entry(served, token.id, token.logprob), 'top_logprobs': [
             entry(served, i, logprob) for i, logprob in token.likeliest]} for token in tokens]}
     names = [entry(served, token.id, token.logprob)['token'] for token in tokens]
-    offsets = [offset + len(''.join(names[:i])) for i in range(len(names))]
+    offsets = list(itertools.accumulate(map(len, names[:-1]), initial=offset))
     return {'tokens': names, 'token_logprobs': [token.logprob for token in tokens],
             'top_logprobs': [{entry(served, i, logprob)['token']: logprob
                               for i, logprob in token.likeliest} for token in tokens],

@@ -10,6 +10,7 @@ once, up to a small group. For many users export the model and serve it with vLL
 (README). Ctrl-C ends it. Needs the extra '.[serve]'.
 """
 
+import gc
 import os
 import socket
 import sys
@@ -57,6 +58,7 @@ try:
     import uvicorn
 
     from serving.app import Guard, make_app
+    from serving.connection import Connection
     from serving.protocol import Served
 except ImportError as error:
     raise UserError(f'{error.name} is not installed: pip install -c constraints.txt -e '
@@ -105,11 +107,14 @@ folder = out_dir if init_from == 'resume' else init_from
 served = Served(name or os.path.basename(os.path.abspath(folder)), tokenizer, template,
                 limits.context, model.config.vocab_size, max_seconds, tools)
 key = read_text(api_key.removeprefix('FILE:')).strip() if api_key.startswith('FILE:') else api_key
+if api_key and not key:
+    raise UserError(f'{api_key} is empty; expected the API key in it')
 
+gc.freeze()  # else each collection visits all that torch has loaded, 0.3 s for a large body
 # serve from a second thread: the model stays with the thread that loaded it
 app = make_app(engine, served, Guard({host.lower(), socket.gethostname().lower()}, key))
 server = uvicorn.Server(uvicorn.Config(
-    app, log_level='error', access_log=False, server_header=False, ws='none',
+    app, http=Connection, log_level='error', access_log=False, server_header=False, ws='none',
     timeout_graceful_shutdown=1))
 thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
 thread.start()

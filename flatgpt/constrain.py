@@ -79,6 +79,8 @@ def start_matching(tokenizer, grammar):
 
 
 def lark(regex):
+    if regex != regex.encode('utf-8', 'replace').decode():
+        raise UserError(f'{regex[:60]!r} has half a surrogate pair, not a character')
     return f'/{import_llguidance().regex_to_lark(regex, "d")}/'  # d: \d is 0 to 9
 
 
@@ -414,6 +416,8 @@ class Matcher:
                 return next_id
             if self.may_end:
                 return None
+            if len(self.refused) > MAX_REFUSED:  # the ending too: llguidance has given up
+                raise ValueError(f'the {self.constraint.name} is too hard to follow; simplify it')
 
     def allowed(self, remaining):
         """Return the ids that may be drawn, (vocab_size,) of bool.

@@ -28,14 +28,16 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from configurator import UserError
+from flatgpt.jsonl import to_line
 from serving import protocol
 from serving.engine import Answer, Full
 from serving.protocol import Part, Refused
 from tokenizer.chat import OUTPUT_END, PYTHON, PYTHON_END
 
-MOST_BYTES = 4_000_000  # of a request's body
+MOST_BYTES = 1_000_000  # of a request's body; to parse it stops all other threads
 BODY_SECONDS = 30  # to send it
 MOST_REQUESTS = 256  # at once, those that wait included
+STATUSES = {'error': 500, 'unavailable': 503, 'refused': 400}  # of News that end an answer
 PAGE = Path(__file__).with_name('page.html')
 
 
@@ -64,6 +66,13 @@ def refuse_constant(name):
     raise ValueError(f'{name} is no JSON number')
 
 
+class Json(JSONResponse):
+    """Respond with JSON, in which half a surrogate pair stays escaped."""
+
+    def render(self, content):
+        return to_line(content)
+
+
 @dataclass(eq=False)
 class Choice:
     """Follow one answer of a job: from the engine's News to Parts of a response."""
@@ -81,12 +90,12 @@ class Choice:
         if self.job.tools:  # a call ends the answer, and begins another
             end = self.server.served.tokenizer.special_tokens[PYTHON_END]
             sampling = replace(sampling, stop_ids={*sampling.stop_ids, end})
+        self.deadline = time.monotonic() + self.server.served.max_seconds
         self.answer = self.first = self.answer_of(prompt, sampling, u)
         self.text = self.job.begun
 
     def answer_of(self, prompt, sampling, u):
-        deadline = time.monotonic() + self.server.served.max_seconds
-        return Answer(prompt, sampling, u, self.on_news, self.job.n_likeliest or 0, deadline)
+        return Answer(prompt, sampling, u, self.on_news, self.job.n_likeliest or 0, self.deadline)
 
     def on_news(self, news):
         """Take News over from the engine's thread."""
@@ -98,8 +107,8 @@ class Choice:
         yield Part(is_first=True, text=self.cut_calls(self.text))
         while True:
             news = await self.queue.get()
-            if news.finish in ('error', 'unavailable'):
-                raise Refused(news.text, 500 if news.finish == 'error' else 503)
+            if news.finish in STATUSES:
+                raise Refused(news.text, STATUSES[news.finish])
             offset, self.text = len(self.text), self.text + news.text
             self.n_tokens += len(news.tokens)
             logprobs = protocol.logprobs_of(self.job, self.server.served, news.tokens, offset)
@@ -151,7 +160,8 @@ class Server:
     def __init__(self, engine, served):
         self.engine, self.served = engine, served
         self.statuses, self.started = Counter(), time.monotonic()
-        self.one_at_a_time = anyio.CapacityLimiter(1)  # what takes the CPU of a request
+        # what takes the CPU; a schema may take seconds, and other requests do not wait for it
+        self.one_at_a_time, self.one_schema = anyio.CapacityLimiter(1), anyio.CapacityLimiter(1)
         self.tools_at_once = anyio.CapacityLimiter(4)
         self.page, self.policy = load_page()
 
@@ -169,16 +179,16 @@ class Server:
         return Response(self.page, media_type='text/html', headers=headers)
 
     async def health(self, request):
-        return JSONResponse({'status': 'ok'})
+        return Json({'status': 'ok'})
 
     async def models(self, request):
-        return JSONResponse({'object': 'list', 'data': [self.served.to_json()]})
+        return Json({'object': 'list', 'data': [self.served.to_json()]})
 
     async def model(self, request):
         if request.path_params['name'] != self.served.name:
             raise Refused(f'the model does not exist; expected {self.served.name!r}', 404, 'model',
                           'model_not_found')
-        return JSONResponse(self.served.to_json())
+        return Json(self.served.to_json())
 
     async def metrics(self, request):
         """Write counters in Prometheus' text format."""
@@ -204,17 +214,19 @@ class Server:
     async def tokenize(self, request):
         """Return the ids and texts of a prompt, or of a conversation as the model reads it."""
         body = await read_json(request)
-        ids = await self.compute(self.ids_of, body)
-        tokenizer = self.served.tokenizer
+        return Json(await self.compute(self.tokens_of, body))
+
+    def tokens_of(self, body):
+        """Return the response of /tokenize. Raises Refused."""
+        ids, tokenizer = self.ids_of(body), self.served.tokenizer
         special = set(tokenizer.special_tokens.values())
-        return JSONResponse({
-            'count': len(ids), 'max_model_len': self.served.context, 'tokens': ids,
-            'token_strs': [protocol.token_bytes(tokenizer, i).decode('utf-8', 'replace')
-                           for i in ids],
-            'special': [i in special for i in ids]})
+        return {'count': len(ids), 'max_model_len': self.served.context, 'tokens': ids,
+                'token_strs': [protocol.token_bytes(tokenizer, i).decode('utf-8', 'replace')
+                               for i in ids],
+                'special': [i in special for i in ids]}
 
     def ids_of(self, body):
-        """Return the ids for /tokenize. Raises Refused."""
+        """Return the ids of a prompt or of messages. Raises Refused."""
         if not isinstance(body, dict) or ('prompt' in body) == ('messages' in body):
             raise Refused('expected {"prompt": ...} or {"messages": [...]}')
         if 'prompt' in body:
@@ -223,9 +235,12 @@ class Server:
         tools = protocol.read_tools(body, self.served)
         return protocol.render_chat(body.messages, tools, self.served)
 
-    async def compute(self, function, *arguments):
-        """Run a function that takes the CPU in a thread, one at a time."""
-        return await anyio.to_thread.run_sync(function, *arguments, limiter=self.one_at_a_time)
+    async def compute(self, function, body, *arguments):
+        """Run a function of a body, which takes the CPU, in a thread, one at a time."""
+        has_schema = isinstance(body, dict) and body.get('response_format')
+        return await anyio.to_thread.run_sync(
+            function, body, *arguments,
+            limiter=self.one_schema if has_schema else self.one_at_a_time)
 
     async def complete(self, request):
         return await self.respond(request, protocol.read_text)
@@ -249,7 +264,7 @@ class Server:
             if not answering.done():
                 return Response(status_code=499)  # nobody reads it
             parts = answering.result()
-            return JSONResponse(protocol.response_of(job, self.served, parts, usage(job, choices)))
+            return Json(protocol.response_of(job, self.served, parts, usage(job, choices)))
         finally:
             answering.cancel()
             leaving.cancel()
@@ -278,7 +293,7 @@ class Server:
             if options.get('include_usage'):
                 head = protocol.head_of(job, self.served, True)
                 yield event({**head, 'choices': [], 'usage': usage(job, choices)})
-            yield 'data: [DONE]\n\n'
+            yield b'data: [DONE]\n\n'
         except Refused as error:
             yield event(error.to_json())
         finally:
@@ -330,7 +345,7 @@ async def disconnection(request):
 
 def event(value):
     """Return a server-sent event."""
-    return f'data: {json.dumps(value, ensure_ascii=False)}\n\n'
+    return b'data: ' + to_line(value) + b'\n'
 
 
 def usage(job, choices):
@@ -380,7 +395,7 @@ class Guard:
         origin = request.headers.get('origin')
         if origin is not None and origin.partition('://')[2] != host:
             raise Refused(f'the origin {origin[:60]!r} may not send requests here', 403)
-        if self.api_key and request.url.path not in ('/', '/health'):
+        if self.api_key and request.scope['path'] not in ('/', '/health'):
             given = request.headers.get('authorization', '').removeprefix('Bearer ')
             if not hmac.compare_digest(given.encode('latin-1'), self.api_key.encode()):
                 raise Refused('the API key is missing or wrong; expected the header '
@@ -388,11 +403,11 @@ class Guard:
 
     def is_own(self, host):
         """Return whether a Host header names this server."""
-        name = re.sub(r':\d{1,5}$', '', host)
-        if name.lower() in {'localhost', *self.hosts}:
-            return True
+        name = re.sub(r':\d{1,5}$', '', host).lower()
         with suppress(ValueError):
-            return bool(ipaddress.ip_address(name.removeprefix('[').removesuffix(']')))
+            if re.fullmatch(r'\[[0-9a-f:.]+\]', name):
+                return bool(ipaddress.IPv6Address(name[1:-1]))
+            return name in {'localhost', *self.hosts} or bool(ipaddress.IPv4Address(name))
         return False
 
 
@@ -433,7 +448,7 @@ SECURITY_HEADERS = [(b'x-content-type-options', b'nosniff'), (b'referrer-policy'
 def refusal(error):
     """Return the response of a Refused."""
     headers = {'Retry-After': '1'} if error.status == 429 else {}
-    return JSONResponse(error.to_json(), error.status, headers=headers)
+    return Json(error.to_json(), error.status, headers=headers)
 
 
 def make_app(engine, served, guard):
@@ -442,8 +457,8 @@ def make_app(engine, served, guard):
         return refusal(error)
 
     async def other(request, error):
-        message = {404: f'there is no {request.url.path[:60]}',
-                   405: f'{request.method} is not possible here'}.get(error.status_code, '')
+        message = {404: f'there is no {request.scope["path"][:60]}',
+                   405: f'{request.method[:20]} is not possible here'}.get(error.status_code, '')
         return refusal(Refused(message or error.detail, error.status_code))
 
     async def broken(request, error):
@@ -452,4 +467,5 @@ def make_app(engine, served, guard):
     server = Server(engine, served)
     app = Starlette(routes=server.routes(), exception_handlers={
         Refused: refused, HTTPException: other, Exception: broken})
+    app.router.redirect_slashes = False  # a redirect would name the host of the request
     return Gate(app, server, guard)

@@ -34,6 +34,8 @@ from flatgpt.sampling import Sample, Sampling, penalize, sample_next
 from serving.pool import Pool, dynamic
 
 PIECE_SECONDS = 0.1  # of prompts in a step
+CONSTRAINT_SECONDS = 0.1  # of a step; further answers with a constraint get their token later
+LATER = -1
 FIRST_PIECE, LEAST_PIECE, LARGEST_PIECE = 128, 16, 2048  # tokens
 SHARED = 8  # tokens of a common beginning that are worth a copy
 
@@ -62,7 +64,8 @@ class Token(NamedTuple):
 class News(NamedTuple):
     """Hold what an answer has gained: text, the tokens that begin in it, the reason of its end.
 
-    finish: as Sample's; 'error', or 'unavailable' for now, with the reason as text; or None.
+    finish: as Sample's; or None; or, with the reason as text, 'error', 'unavailable' for now, or
+    'refused' for what was asked.
     """
 
     text: str
@@ -290,27 +293,36 @@ class Engine:
         if logits.device.type == 'mps':
             logits = logits.cpu()  # mps has no float64
         next_ids, logprobs = self.choose(logits, answers), logits.log_softmax(-1)
-        chosen = torch.tensor([i or 0 for i in next_ids], device=logits.device)
+        chosen = torch.tensor([max(0, i or 0) for i in next_ids], device=logits.device)
         chosen = logprobs.gather(1, chosen[:, None])[:, 0].tolist()
         n = min(max(answer.n_likeliest for answer in answers), logits.size(1))
         values, ids = (part.tolist() for part in logprobs.topk(n))  # (answers, n)
         for i, answer in enumerate(answers):
-            if chosen[i] != chosen[i]:
+            if answer.row is None:  # it has ended with an error
+                continue
+            if next_ids[i] == LATER:
+                self.pool.ids[answer.row].pop()  # this token is computed again
+            elif chosen[i] != chosen[i]:
                 self.end(answer, 'the logits are NaN: the weights are damaged, or need '
                                  '--dtype=float32')
-            elif answer.row is not None:
+            else:
                 likeliest = list(zip(ids[i], values[i], strict=True))[: answer.n_likeliest]
                 self.append(answer, Token(next_ids[i], chosen[i], likeliest))
 
     def choose(self, logits, answers):
-        """Return the next id of each answer; None where a constraint is met, or has failed."""
+        """Return the next id of each answer.
+
+        None: its constraint is met, or has failed. LATER: others' took too long in this step.
+        """
+        seconds = 0.0
         if any(answer.sampling.repetition_penalty != 1.0 for answer in answers):
             logits = torch.stack([self.penalized(row, answer) for row, answer in
                                   zip(logits, answers, strict=True)])
         next_ids, groups = [None] * len(answers), defaultdict(list)
         for i, answer in enumerate(answers):  # answers with the same controls are drawn together
             groups[controls_of(answer)].append(i)
-        for group in groups.values():
+        # those that had to wait come first
+        for group in sorted(groups.values(), key=lambda group: len(answers[group[0]].tokens)):
             first = answers[group[0]]
             u = torch.stack([answers[i].u[len(answers[i].tokens)] for i in group])
             draw = functools.partial(sample_next, sampling=first.sampling, u=u.to(logits.device))
@@ -318,13 +330,18 @@ class Engine:
                 for i, next_id in zip(group, draw(logits[group])[:, 0].tolist(), strict=True):
                     next_ids[i] = next_id
                 continue
+            if seconds > CONSTRAINT_SECONDS:
+                next_ids[group[0]] = LATER
+                continue
             remaining = first.sampling.max_new_tokens - len(first.tokens)
+            began = time.perf_counter()
             try:
                 drawn = first.matcher.draw(logits[group], remaining, draw)
             except ValueError as error:
-                self.end(first, str(error))
+                self.end(first, str(error), 'refused')
             else:
                 next_ids[group[0]] = None if drawn is None else int(drawn)
+            seconds += time.perf_counter() - began
         return next_ids
 
     def penalized(self, logits, answer):

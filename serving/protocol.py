@@ -10,12 +10,15 @@ is not supported is refused, never ignored.
 """
 
 import functools
+import itertools
 import json
 import math
 import re
 import secrets
+import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, Any
 
@@ -44,8 +47,10 @@ from tokenizer.chat import (
 )
 
 MOST_CHOICES = 64  # answers to one request
+MOST_LISTED = 200_000  # likeliest tokens in a response; to write more stops all other threads
 MOST_STOPS, LONGEST_STOP = 16, 200  # stop texts, and characters of each
 LONGEST_SCHEMA = 20_000  # characters; a longer one takes seconds to compile
+COMPILE_SECONDS, MOST_MEMORY = 5, 2 * 10**9  # of a schema, and bytes
 # clients send these; they change no answer here
 IGNORED = {'user', 'metadata', 'store', 'service_tier', 'parallel_tool_calls', 'logit_bias',
            'prompt_cache_key', 'safety_identifier', 'presence_penalty', 'frequency_penalty', 'echo',
@@ -144,7 +149,7 @@ class Served:
         return max(len(token_bytes(self.tokenizer, i)) for i in ids)
 
     def check_length(self, text):
-        """Raise Refused for a text that no tokens of the context can hold.
+        """Raise Refused for a text, or ids, that no tokens of the context can hold.
 
         To encode it first would take time.
         """
@@ -239,12 +244,11 @@ def encode(prompt, served):
     """Return the ids of a text or of a list of ids. Raises Refused."""
     if not prompt:
         raise Refused('prompt is empty: expected a text or ids', param='prompt')
-    if isinstance(prompt, str):
-        served.check_length(prompt)
-    elif not (isinstance(prompt, list) and all(
+    if not isinstance(prompt, str) and not (isinstance(prompt, list) and all(
             type(i) is int and 0 <= i < served.vocab_size for i in prompt)):
         raise Refused(f'prompt: expected a text, ids from 0 to {served.vocab_size - 1}, or a list '
                       f'of these', param='prompt')
+    served.check_length(prompt)
     try:
         # the limit of the context is checked with all prompts
         return encode_prompt(prompt, served.tokenizer, sys.maxsize)
@@ -279,6 +283,8 @@ def forced_call(choice, tools):
 
 def render_chat(messages, tools, served):
     """Return the ids of a conversation. tools: those that its next answer may call."""
+    if len(messages) >= served.context:  # each has a token; to render them first takes seconds
+        raise served.too_long(f'over {len(messages):,}')
     try:
         messages, begun = plain_messages(messages, tools)
         if tools:
@@ -317,7 +323,8 @@ def plain_messages(messages, tools):
                               f'before it', param='messages')
             last['content'] += OUTPUT + without_tokens(content, number) + OUTPUT_END
             continue
-        for call in message.get('tool_calls') or ():
+        calls = message.get('tool_calls') or []
+        for call in calls if isinstance(calls, list) else [calls]:
             text = without_tokens(text_of_call(call, tools, number), number)
             content += PYTHON + text + PYTHON_END
         if role == 'assistant' and last['content'].endswith(OUTPUT_END):
@@ -382,7 +389,7 @@ def read_tools(body, served):
     choice = body.tool_choice
     name = choice.get('function', {}).get('name') if isinstance(choice, dict) and isinstance(
         choice.get('function', {}), dict) else None
-    if choice not in (None, 'none', 'auto', 'required') and name not in tools:
+    if choice not in (None, 'none', 'auto', 'required') and name not in list(tools):
         raise Refused('tool_choice: expected "none", "auto", "required", or a function of tools',
                       param='tool_choice')
     return Toolbox() if choice == 'none' else tools
@@ -430,6 +437,10 @@ def job_of(kind, body, served, prompts, n_likeliest):
         samplings.append(Sampling(
             n, body.temperature, max(0, body.top_k), max(body.top_p, 1e-9), body.min_p,
             body.repetition_penalty, stop_ids=stop_ids, stops=stops, constraint=constraint))
+    n_listed = body.n * sum(each.max_new_tokens for each in samplings) * (n_likeliest or 0)
+    if n_listed > MOST_LISTED and not body.stream:
+        raise Refused(f'up to {n_listed:,} log-probabilities: expected at most {MOST_LISTED:,}; '
+                      f'set a smaller max_tokens, or "stream": true', param='max_tokens')
     seed = secrets.randbits(63) if body.seed is None else body.seed % 2**63
     return Job(kind, body, prompts, samplings, n_likeliest, seed)
 
@@ -474,7 +485,31 @@ def constraint_of(served, schema):
 @functools.lru_cache(maxsize=16)
 def compiled(tokenizer, schema):
     """Return the Constraint of a schema's text; it may take seconds."""
+    try_grammar(schema)
     return Constraint(tokenizer, json_schema=schema)
+
+
+TRIAL = f'''
+import resource, sys, llguidance
+resource.setrlimit(resource.RLIMIT_AS, ({MOST_MEMORY}, {MOST_MEMORY}))
+llguidance.LLMatcher.validate_grammar('start: %json ' + sys.stdin.read())
+'''
+
+
+def try_grammar(schema):
+    """Raise UserError for a schema that llguidance cannot compile in bounded time and memory.
+
+    A process tries it: schemas of 1 kB exist that take hours and all memory, and no thread can be
+    stopped. Errors of other kinds are left to Constraint.
+    """
+    if sys.platform == 'win32':  # it has no resource
+        return
+    with suppress(subprocess.TimeoutExpired):
+        done = subprocess.run([sys.executable, '-c', TRIAL], input=schema.encode(),
+                              stderr=subprocess.DEVNULL, timeout=COMPILE_SECONDS)
+        if done.returncode >= 0:  # below: ended by a signal, as where memory runs out
+            return
+    raise UserError('the schema is too hard to compile; simplify it')
 
 
 def check_room(constraint, n):
@@ -543,7 +578,7 @@ def logprobs_of(job, served, tokens, offset):
         return {'content': [{**entry(served, token.id, token.logprob), 'top_logprobs': [
             entry(served, i, logprob) for i, logprob in token.likeliest]} for token in tokens]}
     names = [entry(served, token.id, token.logprob)['token'] for token in tokens]
-    offsets = [offset + len(''.join(names[:i])) for i in range(len(names))]
+    offsets = list(itertools.accumulate(map(len, names[:-1]), initial=offset))
     return {'tokens': names, 'token_logprobs': [token.logprob for token in tokens],
             'top_logprobs': [{entry(served, i, logprob)['token']: logprob
                               for i, logprob in token.likeliest} for token in tokens],

@@ -10,6 +10,7 @@ import time
 import uvicorn
 
 from serving.app import Guard, make_app
+from serving.connection import Connection
 from serving.engine import Engine, Limits
 from serving.protocol import Served
 
@@ -26,7 +27,8 @@ class Serving:
         listener.bind(('127.0.0.1', 0))
         self.port = listener.getsockname()[1]
         self.url = f'http://127.0.0.1:{self.port}'
-        self.server = uvicorn.Server(uvicorn.Config(self.app, log_level='error', ws='none', timeout_graceful_shutdown=1))
+        self.server = uvicorn.Server(uvicorn.Config(
+            self.app, http=Connection, log_level='error', ws='none', timeout_graceful_shutdown=1))
         threading.Thread(target=self.engine.run, daemon=True).start()
         threading.Thread(target=self.server.run, args=([listener],), daemon=True).start()
         wait_for(lambda: self.server.started)

@@ -14,10 +14,12 @@ from tiny_models import tiny as tiny_model
 from flatgpt.generate import generate_texts
 from flatgpt.sampling import Sampling, uniforms
 from posttrain import tools
+from serving import connection
 from serving.app import MOST_BYTES, Guard
 from tokenizer import ByteTokenizer, chat
 
 openai = pytest.importorskip('openai')
+TOOL_END = TOKENIZER.special_tokens[chat.PYTHON_END]
 HELLO = [{'role': 'user', 'content': 'Hello'}]
 
 
@@ -168,6 +170,8 @@ def test_calls_by_the_client(caller):
         assert ''.join(value['token_strs']).endswith('<|assistant|>' + spoken)
         assert 'You have a calculator.' in ''.join(value['token_strs'])
         then = client.chat.completions.create(messages=messages, **{**asked, 'max_tokens': 5}).choices[0].message
+        new = alone(caller, value['tokens'], 5, seed, stop_ids={END, TOOL_END}).text
+        assert (then.content or '') == new.partition(chat.PYTHON)[0]
         # later both parts are one message
         later = [*messages, then.to_dict(), {'role': 'user', 'content': 'x'}]
         if not then.tool_calls:
@@ -199,6 +203,11 @@ def test_forced_call(caller):
     assert 'tool_calls' not in answer['message']
 
 
+def of_schema(schema, max_tokens=50):
+    form = {'type': 'json_schema', 'json_schema': {'schema': schema}}
+    return json.dumps({'response_format': form, 'max_tokens': max_tokens})
+
+
 BAD = [('{', 'not JSON'), ('[]', 'JSON object'), ('{"a": NaN}', 'NaN'), ('[' * 100_000, 'not JSON'),
        ('{"messages": ["x"]}', 'message 1'), ('{"messages": []}', 'at least one'),
        ('{"messages": [{"role": "king", "content": "x"}]}', "role='king'"),
@@ -216,7 +225,13 @@ BAD = [('{', 'not JSON'), ('[]', 'JSON object'), ('{"a": NaN}', 'NaN'), ('[' * 1
        ('{"tools": ["x"]}', 'unknown'), ('{"tools": [{"type": ["a"]}]}', 'unknown'),
        ('{"tool_choice": "always"}', 'tool_choice'), ('{"response_format": {"type": "xml"}}', 'response_format'),
        ('{"response_format": {"type": "json_schema", "json_schema": {"schema": {"$ref": "file:///etc/passwd"}}}}', ''),
-       ('{"response_format": {"type": "json_object"}, "stop": "a"}', 'stop is set beside')]
+       ('{"response_format": {"type": "json_object"}, "stop": "a"}', 'stop is set beside'),
+       ('{"\\ud800": 1}', 'unknown setting'), ('{"messages": [' + '{},' * 300 + '{}]}', 'over 301 tokens'),
+       ('{"messages": [{"role": "assistant", "tool_calls": 5}]}', 'expected tool_calls'),
+       ('{"tool_choice": {"function": {"name": {}}}}', 'tool_choice'),
+       ('{"n": 64, "logprobs": true, "top_logprobs": 20}', '"stream": true'),
+       (of_schema({'type': 'string', 'pattern': '\ud800'}), 'half a surrogate'),
+       (of_schema({'type': 'string', 'pattern': '^(x{1,1000}){1,1000}$'}, 200), 'too hard to follow')]
 
 
 @pytest.mark.parametrize('body, message', BAD)
@@ -238,8 +253,34 @@ def test_bad_prompts(serving, prompt):
 def test_other_paths(serving):
     assert serving.call('/v1/nothing')[0] == 404 and 'there is no' in serving.call('/x')[1]['error']['message']
     assert serving.call('/v1/completions')[0] == 405 and serving.call('/v1/models/../../etc/passwd')[0] == 404
+    assert serving.call('/health/')[0] == 404
     assert serving.call('/v1/models/tiny')[1]['id'] == 'tiny' and serving.call('/health') == (200, {'status': 'ok'})
     assert serving.call('/v1/chat/completions', body=b'x' * (MOST_BYTES + 1))[0] == 413
+
+
+def test_half_a_surrogate_pair_in_a_prompt(serving):
+    _, value = serving.call('/tokenize', body=b'{"messages": [{"role": "user", "content": "\\ud800"}]}')
+    assert value['tokens'].count(END) == 1
+
+
+@pytest.mark.slow
+def test_a_schema_that_takes_all_memory(serving):
+    """llguidance would not come to an end."""
+    pytest.importorskip('llguidance')
+    patterns = [{'type': 'string', 'pattern': f'(a|b){{{i}}}a(a|b)*$'} for i in range(1, 29)]
+    value = {'messages': HELLO, **json.loads(of_schema({'allOf': patterns}))}
+    status, value = serving.call('/v1/chat/completions', value)
+    assert status == 400 and 'too hard to compile' in value['error']['message']
+
+
+def test_idle_connections_are_closed(serving, monkeypatch):
+    """Those that send half a request, nothing after an answer, or read nothing."""
+    monkeypatch.setattr(connection, 'IDLE_SECONDS', 0.1)
+    page = b'GET / HTTP/1.1\r\nHost: localhost\r\n\r\n'
+    for sent in (b'', b'GET / HT', page, page * 200):
+        with socket.create_connection(('127.0.0.1', serving.port)) as client:
+            client.sendall(sent)
+            wait_for(lambda: not serving.server.server_state.connections, 5)
 
 
 def test_a_prompt_and_its_answer_fill_the_context(serving):
@@ -337,7 +378,7 @@ def test_api_key(guarded):
 def test_hosts_and_origins(serving, guarded):
     for host, status in (('localhost:80', 200), ('127.0.0.1', 200), ('[::1]:5', 200), ('192.168.1.5:8000', 200),
                          ('evil.com', 403), ('127.0.0.1.evil.com', 403), ('localhost.evil.com:8000', 403), ('', 403),
-                         ('box', 403), ('LOCALHOST', 200), ('localhost:80:80', 403), ('[evil]', 403)):
+                         ('[::1', 403), ('::1%?x', 403), ('box', 403), ('LOCALHOST', 200), ('localhost:80:80', 403), ('[evil]', 403)):
         assert serving.call('/health', Host=host)[0] == status, host
     assert guarded.call('/health', Host='box:8000')[0] == 200
     own = f'127.0.0.1:{serving.port}'

@@ -3,6 +3,7 @@
 import random
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -231,6 +232,29 @@ def test_an_error_ends_the_answers_and_not_the_loop(capsys):
     assert answer.sample.ids == alone(engine, b'abc', 5).ids and 'a kernel failed' in capsys.readouterr().err
 
 
+class Broken:
+    def draw(self, logits, remaining, draw):
+        raise ValueError('no way on')
+
+
+class Slow:
+    def draw(self, logits, remaining, draw):
+        time.sleep(0.06)
+        return torch.tensor([[97]])
+
+
+def test_slow_constraints_take_turns():
+    """They take 0.1 s of a step; the other answers get a token in each, and all come to their end."""
+    engine = engine_of(max_streams=5)
+    free = ask(engine, b'xyz', 8)
+    slow = [ask(engine, b'abc', 3, constraint=SimpleNamespace(matcher=Slow)) for _ in range(4)]
+    for n in range(1, 7):
+        engine.step()
+        assert len(free.tokens) == n and sum(len(answer.tokens) for answer in slow) == 2 * n
+    finish(engine)
+    assert [said(answer) for answer in slow] == ['aaa'] * 4 and free.sample.ids == alone(engine, b'xyz', 8).ids
+
+
 def test_nan_ends_one_answer():
     """A row whose logits are NaN says so; its neighbours go on."""
     engine = engine_of({'pos': 'learned'})
@@ -239,6 +263,9 @@ def test_nan_ends_one_answer():
         engine.model.lm_head.weight = torch.nn.Parameter(engine.model.lm_head.weight.nan_to_num(0.0))
     good, bad = ask(engine, b'xyz', 5, temperature=0), ask(engine, b'A', 5, temperature=0)
     finish(engine)
+    bound = ask(engine, b'A', 5, constraint=SimpleNamespace(matcher=Broken))  # it ends once
+    finish(engine)
+    assert bound.heard[-1].finish == 'refused' and len(bound.heard) == 1
     assert bad.heard[-1].finish == 'error' and 'NaN' in said(bad)
     assert good.heard[-1].finish == 'length' and len(good.tokens) == 5
 

@@ -49,6 +49,7 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp('serve')
     save_chat_model(path, block_size=64)
     (path / 'key.txt').write_text('secret\n')
+    (path / 'empty.txt').touch()
     return path / 'chat'
 
 
@@ -76,15 +77,17 @@ def test_other_machines(folder):
         assert get(url + '/v1/models', Authorization='Bearer secret')[0] == 200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('arguments, message', [
     (['--context=65'], 'context=65: expected at most 64'),
     (['--cache_gb=1e-7'], 'cache_gb=1e-07: it holds'),
     (['--out_dir=missing'], 'no checkpoint at missing'),
     (['--port=70000'], 'expected at least 0 and at most 65535'),
     (['--api_key=FILE:missing.txt'], 'missing.txt'),
-    (['--api_key=FILE:/dev/null'], 'FILE:/dev/null is empty'),
+    (['--api_key=FILE:HERE/empty.txt'], 'empty.txt is empty; expected the API key'),
 ])
 def test_settings_that_cannot_be_met(folder, arguments, message):
+    arguments = [argument.replace('HERE', str(folder.parent)) for argument in arguments]
     done = subprocess.run([sys.executable, 'serve.py', f'--out_dir={folder}', '--port=0', *arguments], cwd=ROOT,
                           capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and message in done.stderr and 'Traceback' not in done.stderr, done.stderr

@@ -1,5 +1,6 @@
 """python -m posttrain.rl: GRPO and PPO on a toy task, resuming, refusing. Run: pytest tests/test_rl_e2e.py"""
 
+import json
 import math
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -7,7 +8,7 @@ from dataclasses import asdict
 import pytest
 import torch
 from chat_models import END, TASK, make_chats, save_chat_model, tiny
-from conftest import same_tensors, write_dataset
+from conftest import ROOT, same_tensors, write_dataset
 from test_reward_e2e import SMALL as SMALL_REWARD
 
 from flatgpt import checkpoint
@@ -168,6 +169,18 @@ def test_rewards_of_a_form(chats):
         start(chats, init_from='tags', task='tags', answer_form=form, form_reward=0.5, max_new_tokens=25, max_iters=1).ok()
         means.append(steps_of(chats)[0]['reward'])
     assert means == pytest.approx([5 / 18, 5 / 18, 5 / 18 + 0.5])  # vowels
+
+
+def test_recipe_for_gsm8k(chats):
+    """With a tiny model in place of the published one."""
+    save_chat_model(chats.path, 'long', block_size=128)
+    (chats.path / 'train.jsonl').write_text(''.join(json.dumps(
+        {'question': f'What is {i} + 1?', 'answer': f'#### {i + 1}'}) + '\n' for i in range(60)))
+    run = chats.start('posttrain.rl', ROOT / 'config' / 'dr_grpo_gsm8k.py', input='train.jsonl', init_from='long', out_dir='out',
+                      max_iters=1, max_new_tokens=8, prompts_per_step=2, group_size=2, device='cpu').ok()
+    assert 'of them are trained' in run.out
+    config = chats.checkpoint()['config']
+    assert (config['reduction'], config['divide_by_std'], config['answer_form']) == ('constant', False, 'boxed')
 
 
 @pytest.mark.parametrize('script', ['rl', 'reward'])

@@ -76,7 +76,7 @@ weight_decay: NonNegative = 0.1  # adamw: matrices and embeddings; muon: the mat
 beta1: Fraction = 0.9
 beta2: Fraction = 0.95
 grad_clip: NonNegative = 1.0  # largest norm of the gradient; 0: no clipping
-# LoRA: small matrices beside the frozen model of init_from (flatgpt/lora.py); the head learns too
+# LoRA: adapters beside the frozen model of init_from; the head learns too
 lora_rank: Natural = 0  # 8 to 64; 0: train all weights
 lora_alpha: Positive = 16.0  # scales the adapters by lora_alpha / lora_rank
 lora_targets = 'c_attn,c_fc,c_proj'  # layers with adapters, such as 'c_attn,mlp.c_proj'

@@ -109,7 +109,7 @@ weight_decay: NonNegative = 0.0
 beta1: Fraction = 0.9
 beta2: Fraction = 0.95
 grad_clip: NonNegative = 1.0  # largest norm of the gradient; 0: no clipping
-# LoRA: small matrices beside the frozen model, which is the reference too (flatgpt/lora.py)
+# LoRA: adapters beside the frozen model, which is the reference too
 lora_rank: Natural = 0  # 8 to 64; 0: train all weights
 lora_alpha: Positive = 16.0  # scales the adapters by lora_alpha / lora_rank
 lora_targets = 'c_attn,c_fc,c_proj'  # layers with adapters, such as 'c_attn,mlp.c_proj,lm_head'

@@ -176,9 +176,8 @@ def test_recipe_for_gsm8k(chats):
     save_chat_model(chats.path, 'long', block_size=128)
     (chats.path / 'train.jsonl').write_text(''.join(json.dumps(
         {'question': f'What is {i} + 1?', 'answer': f'#### {i + 1}'}) + '\n' for i in range(60)))
-    run = chats.start('posttrain.rl', ROOT / 'config' / 'dr_grpo_gsm8k.py', input='train.jsonl', init_from='long', out_dir='out',
-                      max_iters=1, max_new_tokens=8, prompts_per_step=2, group_size=2, device='cpu').ok()
-    assert 'of them are trained' in run.out
+    chats.start('posttrain.rl', ROOT / 'config' / 'dr_grpo_gsm8k.py', input='train.jsonl', init_from='long', out_dir='out',
+                max_iters=1, max_new_tokens=8, prompts_per_step=2, group_size=2, device='cpu').ok()
     config = chats.checkpoint()['config']
     assert (config['reduction'], config['divide_by_std'], config['answer_form']) == ('constant', False, 'boxed')
 

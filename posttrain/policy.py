@@ -44,7 +44,7 @@ class Policy:
     autocast: AbstractContextManager
     questions: str | None = None  # SHA-256 of the val prompts, which choose best.pt
     server: RolloutServer | None = None  # draws the answers in place of the model
-    lora: dict | None = None  # describes the adapters, see lora.start(); None: all weights learn
+    adapters: dict | None = None  # LoRA's, see lora.start(); None: all weights learn
 
     def prompts_of(self, task, questions, max_new_tokens, context, tools=False):
         """Return [(example, prompt ids), ...] of a task, for answers of max_new_tokens.
@@ -121,12 +121,12 @@ class Policy:
     def sizes(self):
         """Return the numbers of parameters in words."""
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        share = f', {trained:,} of them are trained' if self.lora else ''
+        share = f', {trained:,} of them are trained' if self.adapters else ''
         return f'{self.model.get_num_params() / 1e6:.2f}M parameters{share}'
 
     def state(self, **more):
         """Return the policy's entries of a checkpoint, and the entries `more`."""
-        weights = ({'model': lora.adapters(self.model), 'lora': self.lora} if self.lora else
+        weights = ({'model': lora.adapters(self.model), 'lora': self.adapters} if self.adapters else
                    {'model': self.model.state_dict()})
         return {**weights, 'model_args': asdict(self.model.config),
                 'reference': self.digest, 'questions': self.questions,
@@ -181,7 +181,7 @@ def open_policy(config, state, path, device, autocast):
     if model is not reference:
         reference.to(device).requires_grad_(False)
     return Policy(model.to(device), None if adapters else reference, digest, tokenizer, template,
-                  stop_ids, autocast, state.get('questions'), lora=adapters)
+                  stop_ids, autocast, state.get('questions'), adapters=adapters)
 
 
 def resume(path, config):

@@ -208,7 +208,7 @@ def posttrain_kinds():
 
     def go_on():
         saved = policy.resume('out/ckpt.pt', settings())
-        opened = policy.open_policy(saved['config']['init_from'], saved, 'out/ckpt.pt',
+        opened = policy.open_policy(saved['config'], saved, 'out/ckpt.pt',
                                     torch.device('cpu'), contextlib.nullcontext())
         content = {**saved, 'model': saved['value_model']}
         values = pretrained.build(reward_model.Critic, content, 'out/ckpt.pt', 0.0)

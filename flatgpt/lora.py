@@ -13,6 +13,7 @@ Language Models", Hu et al. 2021.
 import hashlib
 import math
 import os
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -44,6 +45,7 @@ class LoRALinear(nn.Linear):
     def __init__(self, linear, rank, alpha, int8):
         nn.Module.__init__(self)
         self.out_features, self.in_features = linear.weight.shape
+        self.is_on = True  # see switched_off()
         self.weight, self.bias, self.factor, scale = linear.weight, linear.bias, alpha / rank, None
         if int8:
             weight, scale = quantize_rows(linear.weight.detach().float())
@@ -63,6 +65,8 @@ class LoRALinear(nn.Linear):
                 x = x.to(torch.get_autocast_dtype(x.device.type))
             y = Int8Product.apply(x, self.weight, self.scale)
             y = y if self.bias is None else y + self.bias
+        if not self.is_on:
+            return y
         return y + F.linear(F.linear(x, self.lora_a), self.lora_b) * self.factor
 
     @torch.no_grad()
@@ -85,7 +89,7 @@ def add(model, rank, alpha, targets, int8=False):
     if rank < 1:
         raise UserError(f'lora_rank={rank}: expected 1 or more')
     layers = {name: module for name, module in model.named_modules()
-              if isinstance(module, nn.Linear)}
+              if isinstance(module, nn.Linear) and name != 'value_head'}  # it learns whole
     chosen = set()
     for target in targets:
         matching = {name for name in layers if f'.{name}'.endswith(f'.{target}')}
@@ -103,6 +107,19 @@ def add(model, rank, alpha, targets, int8=False):
         setattr(model.get_submodule(parent), child, LoRALinear(layers[name], rank, alpha, int8))
 
 
+@contextmanager
+def switched_off(model):
+    """Let a model compute without its adapters, as its frozen base."""
+    layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
+    try:
+        for layer in layers:
+            layer.is_on = False
+        yield
+    finally:
+        for layer in layers:
+            layer.is_on = True
+
+
 def merge(model):
     """Add the adapters to the weights of plain nn.Linear layers again; -> the model."""
     for name, module in list(model.named_modules()):
@@ -113,9 +130,9 @@ def merge(model):
 
 
 def adapters(model):
-    """Return {name: tensor} of the adapters."""
+    """Return {name: tensor} of the adapters, and of a reward model's head."""
     return {name: tensor for name, tensor in model.state_dict().items()
-            if name.endswith(('.lora_a', '.lora_b'))}
+            if name.endswith(('.lora_a', '.lora_b')) or name.startswith('value_head.')}
 
 
 def check_rank(weights, rank):
@@ -136,6 +153,13 @@ def load_adapters(model, weights):
     model.load_state_dict(weights, strict=False)
 
 
+def restore(model, settings, weights):
+    """Add the adapters that start() described to their base, with their weights."""
+    check_rank(weights, settings['rank'])
+    add(model, settings['rank'], settings['alpha'], settings['targets'], settings['int8'])
+    load_adapters(model, weights)
+
+
 def digest(model):
     """Return the SHA-256 of the weights, to identify adapters' base; 1 s per GB."""
     sha = hashlib.sha256()
@@ -146,7 +170,7 @@ def digest(model):
 
 
 def check_settings(config, init_from, out_dir):
-    """Raise UserError for settings of train.py that contradict LoRA, or need it."""
+    """Raise UserError for settings that contradict LoRA, or need it."""
     if not config['lora_rank']:
         unused = {'lora_alpha', 'lora_targets', 'lora_int8'} & config.given
         if unused and init_from != 'resume':
@@ -158,20 +182,23 @@ def check_settings(config, init_from, out_dir):
     if os.path.realpath(init_from) == os.path.realpath(out_dir):
         raise UserError(f'init_from={init_from!r} is out_dir, but adapters need its model later; '
                         f'name another --out_dir')
-    if config['optimizer'] != 'adamw':
+    if config.get('optimizer', 'adamw') != 'adamw':
         raise UserError("optimizer='muon' does not fit LoRA: Muon is for maps between channels, "
                         'which adapters are not; use --optimizer=adamw')
 
 
-def start(model, config, out_dir):
-    """Add adapters by the settings `config`; -> their description for checkpoints."""
+def start(base, config, out_dir, model=None):
+    """Add adapters by the settings `config`; -> their description for checkpoints.
+
+    model: gets them in place of the base, whose layers it has too.
+    """
     targets = [target.strip() for target in config['lora_targets'].split(',')]
     init_from = config['init_from']
     relative = os.path.relpath(init_from, out_dir) if os.path.isdir(init_from) else None
-    described = {'init_from': init_from, 'from_here': relative, 'digest': digest(model),
+    described = {'init_from': init_from, 'from_here': relative, 'digest': digest(base),
                  'rank': config['lora_rank'], 'alpha': config['lora_alpha'], 'targets': targets,
                  'int8': config['lora_int8']}
-    add(model, described['rank'], described['alpha'], targets, described['int8'])
+    add(model or base, described['rank'], described['alpha'], targets, described['int8'])
     return described
 
 

@@ -173,6 +173,13 @@ def build(kind, state, path, dropout):
 
 def with_adapters(state, path, dropout, inner=()):
     """Build a LoRA run's GPT with its adapters. Raises UserError without the base."""
+    model = base_of(state, path, dropout, inner)
+    lora.restore(model, state['lora'], state['model'])
+    return model
+
+
+def base_of(state, path, dropout, inner=()):
+    """Open the model that a checkpoint's adapters belong to. See with_adapters()."""
     settings = state['lora']
     if os.path.realpath(path) in inner:
         raise UserError(f'{path} has adapters for the model that they belong to themselves; train '
@@ -196,9 +203,6 @@ def with_adapters(state, path, dropout, inner=()):
     block_size = state['model_args'].get('block_size', model.config.block_size)
     if block_size != model.config.block_size:
         model.crop_block_size(block_size)
-    lora.check_rank(state['model'], settings['rank'])
-    lora.add(model, settings['rank'], settings['alpha'], settings['targets'], settings['int8'])
-    lora.load_adapters(model, state['model'])
     return model
 
 

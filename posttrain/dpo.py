@@ -88,7 +88,7 @@ world, torch_device, precision, precision_reason, autocast = open_machine(device
 ckpt_path = os.path.join(out_dir, 'ckpt.pt')
 state = resume(ckpt_path, resolved) if init_from == 'resume' else {}
 init_from = state['config']['init_from'] if state else init_from
-policy = open_policy(init_from, state, ckpt_path, torch_device, autocast)
+policy = open_policy({**config, 'init_from': init_from}, state, ckpt_path, torch_device, autocast)
 opt = optim.adamw(policy.model, weight_decay, learning_rate, (beta1, beta2))
 if state:
     entries.load_optimizer(opt, state['optimizer'])
@@ -110,8 +110,7 @@ world.check_alike({'step': state.get('iter_num'), 'weights': policy.digest, 'pai
 # the folder of the run
 resolved.update(init_from=init_from, device=str(torch_device), dtype=precision)
 print(fit(f'device {torch_device}, dtype {precision} ({precision_reason}), '
-          f'{policy.model.get_num_params() / 1e6:.2f}M parameters; {max_iters} steps of '
-          f'{prompts_per_step} pairs', indent='  '))
+          f'{policy.sizes()}; {max_iters} steps of {prompts_per_step} pairs', indent='  '))
 with shares.together(world):
     run = checkpoint.Run(out_dir, resolved, state or None, world)
 smaller = {'micro_batch_size': micro_batch_size // 2} if micro_batch_size > 1 else {}
@@ -126,7 +125,7 @@ def loss_of(idx, mask):
     """
     logprobs, entropies = policy.logprobs(policy.model, idx, mask)
     with torch.no_grad():
-        reference_logprobs, _ = policy.logprobs(policy.reference, idx, mask)
+        reference_logprobs = policy.reference_logprobs(idx, mask)
     pair_losses, chosen, rejected = losses.dpo_loss(
         logprobs.sum(dim=1).chunk(2), reference_logprobs.sum(dim=1).chunk(2), beta, label_smoothing)
     return pair_losses, chosen - rejected, losses.masked_mean(entropies.detach(), mask[:, 1:])

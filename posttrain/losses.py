@@ -48,6 +48,19 @@ def sequence_mean(x, mask):
     return masked_mean(masked_mean(x, mask, dim=1), mask.bool().any(dim=1))
 
 
+def reduce(x, mask, reduction, length):
+    """Return the mean of x over the mask, in one of three ways.
+
+    sequence-mean: every sequence counts the same (GRPO). token-mean: every token does (DAPO, Yu et
+    al. 2025). constant: the sum over B * length. That length is the same for all answers, so a
+    wrong one gains nothing by being long (Dr. GRPO, "Understanding R1-Zero-Like Training", Liu et
+    al. 2025).
+    """
+    if reduction == 'constant':
+        return torch.where(mask.bool(), x, 0.0).sum() / (len(x) * length)
+    return {'sequence-mean': sequence_mean, 'token-mean': masked_mean}[reduction](x, mask)
+
+
 def whiten(x, mask, eps=1e-8):
     """Return (x - mean) / sqrt(variance + eps), both over the mask; 0 elsewhere."""
     centred = x - masked_mean(x, mask)
@@ -107,21 +120,43 @@ def gae(rewards, values, mask, gamma, lam):
     return advantages, torch.where(mask, advantages + values, 0.0)
 
 
-def group_advantages(rewards, group_size, eps=1e-6):
-    """Return GRPO's advantages, (reward - mean) / (deviation + eps) of each group.
+def in_groups(rewards, group_size):
+    """Return rewards as (number of groups, group_size), up to a constant of each group.
 
-    rewards: (N,), the group_size answers to a prompt side by side. The deviation divides by n - 1
-    ("DeepSeekMath", Shao et al. 2024). A group of equal rewards gets exactly 0. Raises UserError
-    unless the groups are whole and of 2 answers or more.
+    rewards: (N,), the group_size answers to a prompt side by side. Equal rewards become exactly 0.
+    Raises UserError unless the groups are whole and of 2 answers or more.
     """
     if group_size < 2 or len(rewards) % group_size:
         raise UserError(f'group_size={group_size} for {len(rewards)} rewards: expected whole '
                         f'groups of 2 or more')
     groups = rewards.reshape(-1, group_size)
     groups = groups if groups.is_floating_point() else groups.float()  # 0 or 1 of a checker
-    groups = groups - groups[:, :1]  # equal rewards become exactly 0, and so does their mean
+    return groups - groups[:, :1]
+
+
+def group_advantages(rewards, group_size, divide=True, eps=1e-6):
+    """Return GRPO's advantages (N,), (reward - mean) / (deviation + eps) of each group.
+
+    The deviation divides by n - 1 ("DeepSeekMath", Shao et al. 2024). divide: False for Dr. GRPO's,
+    reward - mean. rewards, group_size: see in_groups().
+    """
+    groups = in_groups(rewards, group_size)
     advantages = groups - groups.mean(dim=1, keepdim=True)
-    return (advantages / (groups.std(dim=1, keepdim=True) + eps)).flatten()
+    if divide:
+        advantages = advantages / (groups.std(dim=1, keepdim=True) + eps)
+    return advantages.flatten()
+
+
+def leave_one_out_advantages(rewards, group_size):
+    """Return REINFORCE's advantages (N,), each reward minus the mean of the others in its group.
+
+    That mean does not depend on the answer itself, so the gradient has no bias ("Buy 4 REINFORCE
+    Samples, Get a Baseline for Free!", Kool et al. 2019; RLOO, "Back to Basics", Ahmadian et al.
+    2024). rewards, group_size: see in_groups().
+    """
+    groups = in_groups(rewards, group_size)
+    others = (groups.sum(dim=1, keepdim=True) - groups) / (group_size - 1)
+    return (groups - others).flatten()
 
 
 def clipped_policy_loss(logprobs, old_logprobs, advantages, mask, clip):

@@ -1,6 +1,6 @@
 """Open, sample and resume the chat model that rl and dpo train.
 
-    policy = open_policy(init_from, state, ckpt_path, device, autocast)
+    policy = open_policy(config, state, ckpt_path, device, autocast)
     prompts = policy.prompts_of(task, Questions('val', 200), max_new_tokens, block_size)
     n_right = policy.count_right(task, prompts[world.rank :: world.size], sampling)
 """
@@ -33,10 +33,10 @@ KEPT = ('algorithm', 'task', 'kinds', 'eval_examples', 'tools', 'max_new_tokens'
 
 @dataclass
 class Policy:
-    """Hold a chat model that learns, and its reference, a copy from before training."""
+    """Hold a chat model that learns, and its reference, the model from before training."""
 
     model: GPT
-    reference: GPT
+    reference: GPT | None  # None with LoRA: the model without its adapters
     digest: str  # SHA-256 of the reference's weights
     tokenizer: object
     template: str
@@ -44,6 +44,7 @@ class Policy:
     autocast: AbstractContextManager
     questions: str | None = None  # SHA-256 of the val prompts, which choose best.pt
     server: RolloutServer | None = None  # draws the answers in place of the model
+    adapters: dict | None = None  # LoRA's, see lora.start(); None: all weights learn
 
     def prompts_of(self, task, questions, max_new_tokens, context, tools=False):
         """Return [(example, prompt ids), ...] of a task, for answers of max_new_tokens.
@@ -111,9 +112,24 @@ class Policy:
         with self.autocast:
             return logprobs_of(model, idx, mask, self.tokenizer.vocab_size, temperature)
 
+    def reference_logprobs(self, idx, mask, temperature=1.0):
+        """Return the reference's log-probabilities, see logprobs_of()."""
+        if self.reference:
+            return self.logprobs(self.reference, idx, mask, temperature)[0]
+        with lora.switched_off(self.model):
+            return self.logprobs(self.model, idx, mask, temperature)[0]
+
+    def sizes(self):
+        """Return the numbers of parameters in words."""
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        share = f', {trained:,} of them are trained' if self.adapters else ''
+        return f'{self.model.get_num_params() / 1e6:.2f}M parameters{share}'
+
     def state(self, **more):
         """Return the policy's entries of a checkpoint, and the entries `more`."""
-        return {'model': self.model.state_dict(), 'model_args': asdict(self.model.config),
+        weights = ({'model': lora.adapters(self.model), 'lora': self.adapters} if self.adapters else
+                   {'model': self.model.state_dict()})
+        return {**weights, 'model_args': asdict(self.model.config),
                 'reference': self.digest, 'questions': self.questions,
                 'tokenizer': self.tokenizer.to_dict(), 'chat_template': self.template, **more}
 
@@ -132,13 +148,15 @@ def open_chat_model(init_from):
     return model, tokenizer, template, line
 
 
-def open_policy(init_from, state, path, device, autocast):
+def open_policy(config, state, path, device, autocast):
     """Open the reference, and as policy its copy or the checkpoint's model.
 
-    state: the checkpoint that was loaded from `path` to resume, or {}. Raises UserError if the
-    reference's weights have changed since the run began, or if its chat template ends answers
-    without a token.
+    With LoRA the two share one model. config: settings of the run, of which init_from, and with
+    LoRA seed and lora_rank etc. are read. state: the checkpoint that was loaded from `path` to
+    resume, or {}. Raises UserError if the reference's weights have changed since the run began, or
+    if its chat template ends answers without a token.
     """
+    init_from = config['init_from']
     if state and not os.path.exists(path_in(init_from)):  # a name that the checkpoint holds
         init_from = huggingface.find(init_from, may_download=False)
     reference, tokenizer, template, line = open_chat_model(init_from)
@@ -151,10 +169,20 @@ def open_policy(init_from, state, path, device, autocast):
     if not stop_ids:
         raise UserError(f'the chat template of {init_from} ends an answer with no special token, '
                         f'so a model cannot learn when to stop; expected one, such as <|im_end|>')
-    model = model_of(state, path, dropout=0.0).eval() if state else copy.deepcopy(reference)
-    reference.to(device).requires_grad_(False)
-    return Policy(model.to(device), reference, digest, tokenizer, template, stop_ids, autocast,
-                  state.get('questions'))
+    adapters, model = state.get('lora'), reference
+    if adapters:
+        lora.restore(model, adapters, state['model'])
+    elif state:
+        model = model_of(state, path, dropout=0.0).eval()
+    elif config.get('lora_rank'):
+        torch.manual_seed(config['seed'])  # the adapters are the same in all processes
+        adapters = lora.start(model, config, os.path.dirname(path))
+    else:
+        model = copy.deepcopy(reference)
+    if model is not reference:
+        reference.to(device).requires_grad_(False)
+    return Policy(model.to(device), None if adapters else reference, digest, tokenizer, template,
+                  stop_ids, autocast, state.get('questions'), adapters=adapters)
 
 
 def resume(path, config):

@@ -26,7 +26,17 @@ from typing import Literal
 
 import torch
 
-from configurator import Count, Fraction, Natural, NonNegative, Share, UserError, fit, override
+from configurator import (
+    Count,
+    Fraction,
+    Natural,
+    NonNegative,
+    Positive,
+    Share,
+    UserError,
+    fit,
+    override,
+)
 from data.shuffle import train_items
 from flatgpt import checkpoint, entries, lora, optim, output, parallel, shares
 from flatgpt.pretrained import check_same, tokenizer_of
@@ -51,6 +61,10 @@ max_iters: Count = 500  # steps in all
 batch_size: Count = 32  # pairs per step
 micro_batch_size: Natural = 0  # pairs at once; 0: all; does not change the mathematics
 dropout: Fraction = 0.0
+# wandb; its offline mode (WANDB_MODE=offline) needs no network
+wandb_log = False
+wandb_project = 'posttrain'
+wandb_run_name = 'reward'
 # optimizer
 optimizer: Literal['adamw', 'muon'] = 'adamw'  # muon for a model that was pretrained with it
 learning_rate: NonNegative = 3e-4  # the highest; for a large model 1e-5
@@ -62,6 +76,11 @@ weight_decay: NonNegative = 0.1  # adamw: matrices and embeddings; muon: the mat
 beta1: Fraction = 0.9
 beta2: Fraction = 0.95
 grad_clip: NonNegative = 1.0  # largest norm of the gradient; 0: no clipping
+# LoRA: adapters beside the frozen model of init_from; the head learns too
+lora_rank: Natural = 0  # 8 to 64; 0: train all weights
+lora_alpha: Positive = 16.0  # scales the adapters by lora_alpha / lora_rank
+lora_targets = 'c_attn,c_fc,c_proj'  # layers with adapters, such as 'c_attn,mlp.c_proj'
+lora_int8 = False  # keep the frozen weights of these layers in 8 bits
 # machine
 seed = 1337  # fixes batches and dropout
 device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps', ...
@@ -78,6 +97,7 @@ if min_lr > learning_rate:
     raise UserError(f'min_lr={min_lr}: expected at most learning_rate={learning_rate}, usually a '
                     f'tenth of it')
 check_out_dir(out_dir, init_from)
+lora.check_settings(config, init_from, out_dir)
 
 # the machine, which may run this script in several processes
 world, torch_device, precision, precision_reason, autocast = open_machine(device, dtype)
@@ -91,12 +111,18 @@ if init_from == 'resume':
     tokenizer = tokenizer_of(state)
     template, init_from = state['chat_template'], state['config']['init_from']
     check_same(optimizer, state['config'], ckpt_path)
+    adapters = state.get('lora')
+    lora.check_resumes(adapters, config, ckpt_path)
 else:
     base, tokenizer, template, line = open_chat_model(init_from)
     print(line)
-    model = Critic.from_gpt(base, dropout)
+    model, adapters = Critic.from_gpt(base, dropout), None
+    if lora_rank:
+        torch.manual_seed(seed)  # the adapters are the same in all processes
+        adapters = lora.start(base, config, out_dir, model)
 ending_of(template, tokenizer)  # raises UserError if answers do not end with a token to score at
 model.to(torch_device)
+model.value_head.weight.requires_grad_(True)
 model.value_head.bias.requires_grad_(False)  # only differences of scores count
 opt = optim.create(model, config, precision, world)
 if state:
@@ -155,7 +181,9 @@ def evaluate():
 
 def state_of_run():
     """Return a checkpoint's content beside the numbers of the run."""
-    return {'model': model.state_dict(), 'reward_model': True, 'optimizer': opt.state_dict(),
+    weights = ({'model': lora.adapters(model), 'lora': adapters} if adapters else
+               {'model': model.state_dict()})
+    return {**weights, 'reward_model': True, 'optimizer': opt.state_dict(),
             'model_args': asdict(model.config), 'pairs': pairs_id, 'tokenizer': tokenizer.to_dict(),
             'chat_template': template}
 

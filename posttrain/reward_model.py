@@ -15,9 +15,9 @@ import os
 import torch
 
 from configurator import UserError
-from flatgpt import checkpoint, entries, huggingface
+from flatgpt import checkpoint, entries, huggingface, lora
 from flatgpt.classify import Head, logits_of
-from flatgpt.pretrained import build, kind_of, path_in, tokenizer_of
+from flatgpt.pretrained import base_of, build, kind_of, path_in, tokenizer_of
 from model import GPT, GPTConfig
 from posttrain.pairs import ending_of
 from posttrain.rollouts import to_rows
@@ -84,14 +84,18 @@ def ratings_of(critic, messages, texts, template, tokenizer):
 
 
 def critic_of(state, path, dropout=0.0, needed=entries.Speaker):
-    """Build a checkpoint's reward model, on the CPU.
+    """Build a checkpoint's reward model, on the CPU, with its adapters if it has any.
 
     needed: the rule of its other entries. Raises UserError if it lacks one, or is no reward model.
     """
     if not state.get('reward_model'):
         raise UserError(f'{path} is {kind_of(state)}; expected a reward model, {TRAIN_ONE}')
     entries.check_content(state, needed, path)
-    return build(Critic, state, path, dropout)
+    if 'lora' not in state:
+        return build(Critic, state, path, dropout)
+    critic = Critic.from_gpt(base_of(state, path, dropout), dropout)
+    lora.restore(critic, state['lora'], state['model'])
+    return critic
 
 
 def open_reward_model(out_dir, tokenizer, template):

@@ -5,7 +5,8 @@
         --algorithm=ppo --reward_model=out-reward --out_dir=out-ppo
     $ torchrun --standalone --nproc_per_node=8 -m posttrain.rl --task=tiny_chat
 
-grpo: several answers to each prompt, each compared with the others of its group.
+grpo: several answers to each prompt, each compared with the mean of its group.
+reinforce: the same, compared with the mean of the others (RLOO), without a clip.
 ppo: a value function predicts the reward at every token, and each token is
 compared with its prediction.
 
@@ -47,6 +48,7 @@ from flatgpt import checkpoint, entries, lora, optim, output, parallel, shares
 from flatgpt.generate import Sampling, uniforms
 from flatgpt.pretrained import build
 from posttrain import losses
+from posttrain.answers import is_formatted
 from posttrain.pairs import ending_of
 from posttrain.policy import check_out_dir, open_machine, open_policy, resume, stop_if_broken
 from posttrain.reward_model import Critic, open_reward_model, scores_of
@@ -60,21 +62,27 @@ output.protect(drop=True)
 # the run
 out_dir = 'out-rl'
 init_from = 'out-sft'  # a chat model: an out_dir, a Hugging Face folder or hub id; 'resume'
-algorithm: Literal['grpo', 'ppo'] = 'grpo'
+algorithm: Literal['grpo', 'reinforce', 'ppo'] = 'grpo'
 eval_interval: Count = 10  # steps between evaluations; each is followed by a checkpoint
 log_interval: Count = 1  # steps between log lines
 max_iters: Count = 100  # steps in all
+# wandb; its offline mode (WANDB_MODE=offline) needs no network
+wandb_log = False
+wandb_project = 'posttrain'
+wandb_run_name = 'rl'
 # the task
 task = ''  # tiny_chat, gsm8k, or a file tasks/NAME.py of your own
 input = ''  # the file of questions, for a task that reads one
 kinds = ''  # only questions of these kinds: addition,spelling; '': all
 tools: bool | str = False  # that the model may call: calculator,python; True: the calculator
 reward_model = ''  # out_dir of posttrain.reward: its score is the reward; '': the task's
+answer_form: Literal['any', 'answer', 'boxed'] = 'any'  # <answer>16</answer> or \boxed{16}
+form_reward: NonNegative = 0.1  # added for an answer in that form, right or not
 train_examples: Count = 5_000  # questions that prompts are drawn from
 eval_examples: Count = 200  # held-out questions, answered greedily in each evaluation
 # a step: prompts_per_step * group_size answers, an update for each minibatch
 prompts_per_step: Count = 32
-group_size: Count = 8  # answers to each prompt; grpo compares them
+group_size: Count = 8  # answers to each prompt; grpo and reinforce compare them
 max_new_tokens: Count = 64  # tokens in an answer
 temperature: Positive = 1.0  # divides the logits, both to draw answers and to learn from them
 epochs: Count = 1  # passes over the answers of a step
@@ -84,8 +92,10 @@ rollout_batch_size: Natural = 0  # answers drawn at once; 0: all of a step
 rollout_server = ''  # http://HOST:8000/v1 of vLLM, which draws the answers; '': this script
 rollout_folder = ''  # the model that it serves, of flatgpt.export; gets the weights of each step
 # losses
-kl_coef: NonNegative = 0.02  # weight of the KL: grpo in the loss, ppo in each token's reward
-clip: Fraction = 0.2  # limit of a step's change of a token's probability, as a factor
+kl_coef: NonNegative = 0.02  # weight of the KL: grpo in the loss, the others in the rewards
+clip: Fraction = 0.2  # limit of a step's change of a token's probability; reinforce: none
+reduction: Literal['auto', 'sequence-mean', 'token-mean', 'constant'] = 'auto'  # see README
+divide_by_std = True  # grpo: advantages by the rewards' deviation in a group; Dr. GRPO: False
 skip_equal = False  # grpo: learn from no group of equal rewards (DAPO)
 lam: Probability = 0.95  # ppo: GAE's lambda; lower trusts the value function more
 value_clip: NonNegative = 0.0  # ppo: limit of a step's change of a value; 0: none
@@ -99,6 +109,11 @@ weight_decay: NonNegative = 0.0
 beta1: Fraction = 0.9
 beta2: Fraction = 0.95
 grad_clip: NonNegative = 1.0  # largest norm of the gradient; 0: no clipping
+# LoRA: adapters beside the frozen model, which is the reference too
+lora_rank: Natural = 0  # 8 to 64; 0: train all weights
+lora_alpha: Positive = 16.0  # scales the adapters by lora_alpha / lora_rank
+lora_targets = 'c_attn,c_fc,c_proj'  # layers with adapters, such as 'c_attn,mlp.c_proj,lm_head'
+lora_int8 = False  # keep the frozen weights of these layers in 8 bits
 # machine
 seed: Seed = 1337  # fixes prompts, answers and minibatches
 device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps', ...
@@ -109,24 +124,34 @@ config = override(globals())
 # rules between settings
 if not task:
     raise UserError("task='': expected the name of a task, such as --task=tiny_chat")
-if algorithm == 'grpo' and group_size < 2:
-    raise UserError(f'group_size={group_size}: expected 2 or more for grpo, which compares the '
-                    f'answers to a prompt')
-if algorithm == 'ppo' and skip_equal:
-    raise UserError('skip_equal=True: expected --algorithm=grpo')
+if algorithm != 'ppo' and group_size < 2:
+    raise UserError(f'group_size={group_size}: expected 2 or more for {algorithm}, which compares '
+                    f'the answers to a prompt')
+if algorithm != 'grpo' and (skip_equal or not divide_by_std):
+    name = 'skip_equal' if skip_equal else 'divide_by_std'
+    raise UserError(f'{name}={config[name]}: expected --algorithm=grpo')
+if algorithm == 'reinforce' and epochs > 1:
+    raise UserError(f'epochs={epochs}: expected 1 for reinforce, which has no clip against answers '
+                    f'of an earlier policy; use --algorithm=grpo')
 if rollout_server and (tools or not rollout_folder):
     raise UserError(f'rollout_server={rollout_server!r}: expected the folder that the '
                     f'server was started with, --rollout_folder=FOLDER, and no tools')
 check_out_dir(out_dir, init_from)
+lora.check_settings(config, init_from, out_dir)
 
 # the machine, which may run this script in several processes
 world, torch_device, precision, precision_reason, autocast = open_machine(device, dtype)
 
-# the policy, which learns, and the reference, its copy from before training
+# the policy, which learns, and the reference, the model from before training
 ckpt_path = os.path.join(out_dir, 'ckpt.pt')
 state = resume(ckpt_path, config) if init_from == 'resume' else {}
-init_from = state['config']['init_from'] if state else init_from
-policy = open_policy(init_from, state, ckpt_path, torch_device, autocast)
+if state:
+    init_from = state['config']['init_from']
+    lora.check_resumes(state.get('lora'), config, ckpt_path)
+if config['lora_rank'] and (algorithm == 'ppo' or rollout_server):
+    raise UserError(f'lora_rank={config["lora_rank"]}: expected 0 with algorithm=ppo, whose value '
+                    f'function is a whole model, and with rollout_server, which serves no adapters')
+policy = open_policy({**config, 'init_from': init_from}, state, ckpt_path, torch_device, autocast)
 opt = optim.adamw(policy.model, weight_decay, learning_rate, (beta1, beta2))
 
 # the reward model, and the value function
@@ -152,6 +177,10 @@ if state:
     entries.load_optimizer(opt, state['optimizer'], may_be_empty=algorithm == 'ppo' or skip_equal)
     if algorithm == 'ppo':
         entries.load_optimizer(value_opt, state['value_optimizer'])
+
+# the mean that is the loss: by default as published, for each algorithm
+if reduction == 'auto':
+    reduction = {'grpo': 'sequence-mean', 'reinforce': 'constant', 'ppo': 'token-mean'}[algorithm]
 
 # learning rates, as shares of the highest; the policy waits until the value function has learned
 wait = critic_warmup if algorithm == 'ppo' else 0
@@ -188,10 +217,11 @@ draw_size = rollout_batch_size or -(-n_answers // world.size)
 sampling = Sampling(max_new_tokens, temperature, n_ids=policy.tokenizer.vocab_size,
                     stop_ids=policy.stop_ids)
 greedy = replace(sampling, temperature=0.0)
-resolved = {**config, 'init_from': init_from, 'device': str(torch_device), 'dtype': precision}
+resolved = {**config, 'init_from': init_from, 'device': str(torch_device), 'dtype': precision,
+            'reduction': reduction}
 print(fit(f'device {torch_device}, dtype {precision} ({precision_reason}), '
-          f'{policy.model.get_num_params() / 1e6:.2f}M parameters; {max_iters} steps of '
-          f'{prompts_per_step} x {group_size} answers', indent='  '))
+          f'{policy.sizes()}; {max_iters} steps of {prompts_per_step} x {group_size} answers',
+          indent='  '))
 with shares.together(world):
     run = checkpoint.Run(out_dir, resolved, state or None, world)
 at_once = {'micro_batch_size': micro_batch_size, 'rollout_batch_size': draw_size}
@@ -209,7 +239,7 @@ def values_of(idx):
 def rewards_of(examples, prompts, answers, texts):
     """Return the rewards of answers, (n,), of the reward model or of the task."""
     if not judge:
-        return torch.tensor([float(questions.reward(example, text))
+        return torch.tensor([float(questions.reward(example, text)) + bonus_of(text)
                              for example, text in zip(examples, texts, strict=True)],
                             device=torch_device)
     lengths = torch.tensor([len(prompt) + len(answer)
@@ -220,7 +250,12 @@ def rewards_of(examples, prompts, answers, texts):
         with autocast:
             rewards[rows] = scores_of(judge, [prompts[i] for i in rows], [answers[i] for i in rows],
                                       policy.stop_ids, ending)
-    return rewards
+    return rewards + torch.tensor([bonus_of(text) for text in texts], device=torch_device)
+
+
+def bonus_of(text):
+    """Return the reward of an answer's form."""
+    return form_reward if answer_form != 'any' and is_formatted(text, answer_form) else 0.0
 
 
 def update(optimizer, model, lr):
@@ -309,7 +344,7 @@ while True:
         for part, T in micro_batches(rows, lengths, micro_batch_size, world):
             batch, where = (idx[part, :T], mask[part, :T], temperature), (part, slice(T - 1))
             old_logprobs[where], entropies[where] = policy.logprobs(policy.model, *batch)
-            reference_logprobs[where], _ = policy.logprobs(policy.reference, *batch)
+            reference_logprobs[where] = policy.reference_logprobs(*batch)
             if algorithm == 'ppo':
                 old_values[where] = values_of(idx[part, :T])
     shares.add_up([zeros], world)  # each process has filled its rows
@@ -317,9 +352,12 @@ while True:
     # advantages: against the other answers to the prompt, or against the value function
     k1, k3 = losses.kl_estimates(old_logprobs, reference_logprobs)
     if algorithm == 'grpo':
-        advantages = losses.group_advantages(rewards, group_size)[:, None]  # (N, 1)
+        advantages = losses.group_advantages(rewards, group_size, divide_by_std)[:, None]  # (N, 1)
         if skip_equal:
             rows = rows[advantages.view(-1, group_size).any(dim=1).repeat_interleave(group_size)]
+    elif algorithm == 'reinforce':
+        kept_near = rewards - kl_coef * k1.sum(dim=1)
+        advantages = losses.leave_one_out_advantages(kept_near, group_size)[:, None]  # (N, 1)
     else:
         token_rewards = (-kl_coef * k1).scatter_add(1, lengths[:, None] - 2, rewards[:, None])
         advantages, returns = losses.gae(token_rewards, old_values, actions, gamma=1.0, lam=lam)
@@ -330,30 +368,35 @@ while True:
               'length': actions.sum().item() / n_answers}
 
     # learn from them in minibatches, whose gradients and metrics are summed over the processes
-    updates, summed = [], ('clipped', *['value_loss'] * (algorithm == 'ppo'), 'loss')
+    updates = []
+    summed = {'grpo': ('clipped', 'loss'), 'reinforce': ('loss',),
+              'ppo': ('clipped', 'value_loss', 'loss')}[algorithm]
     for minibatch in (rows[part.to(torch_device)] for _ in range(epochs if len(rows) else 0)
                       for part in torch.randperm(len(rows), generator=generator).chunk(
                           -(-len(rows) // minibatch_size))):
         sums = collections.Counter()  # weighted sums of the micro-batches' metrics
         for part, T in micro_batches(minibatch, lengths, micro_batch_size, world):
             acts, old, advantage = (x[part, : T - 1] for x in (actions, old_logprobs, advantages))
-            answer_share = len(part) / len(minibatch)
             token_share = (acts.sum() / actions[minibatch].sum()).item()
+            share = token_share if reduction == 'token-mean' else len(part) / len(minibatch)
             logprobs, _ = policy.logprobs(policy.model, idx[part, :T], mask[part, :T], temperature)
-            token_losses = losses.clipped_policy_loss(logprobs, old, advantage, acts, clip)
-            is_clipped = losses.is_clipped(logprobs, old, advantage, clip)
-            metrics = {'clipped': (token_share, losses.masked_mean(is_clipped.float(), acts))}
-            if algorithm == 'grpo':  # every answer counts the same
+            metrics = {}
+            if algorithm == 'reinforce':
+                token_losses = -logprobs * advantage
+            else:
+                token_losses = losses.clipped_policy_loss(logprobs, old, advantage, acts, clip)
+                is_clipped = losses.is_clipped(logprobs, old, advantage, clip)
+                metrics['clipped'] = token_share, losses.masked_mean(is_clipped.float(), acts)
+            loss = losses.reduce(token_losses, acts, reduction, max_new_tokens)
+            if algorithm == 'grpo':
                 _, kl = losses.kl_estimates(logprobs, reference_logprobs[part, : T - 1])
-                loss, share = losses.sequence_mean(token_losses, acts), answer_share
-                loss = loss + kl_coef * losses.sequence_mean(kl, acts)
-            else:  # every token counts the same
+                loss = loss + kl_coef * losses.reduce(kl, acts, reduction, max_new_tokens)
+            elif algorithm == 'ppo':
                 value_loss = losses.clipped_value_loss(
                     values_of(idx[part, :T]), old_values[part, : T - 1], returns[part, : T - 1],
                     acts, value_clip or math.inf)
                 (token_share * value_loss).backward()
                 metrics['value_loss'] = token_share, value_loss
-                loss, share = losses.masked_mean(token_losses, acts), token_share
             if run.step >= wait:
                 (share * loss).backward()
             metrics['loss'] = share, loss

@@ -1,5 +1,6 @@
 """Losses: values worked by hand, brute force, gradients. Run: pytest tests/test_losses.py"""
 
+import itertools
 import math
 
 import pytest
@@ -102,6 +103,16 @@ def test_sequence_mean():
     """Each sequence counts the same; one without tokens is no sequence."""
     close(losses.sequence_mean(X, MASK), (1.5 + 4) / 2)
     close(losses.sequence_mean(torch.cat((X, X)), torch.cat((MASK, 0 * MASK))), (1.5 + 4) / 2)
+
+
+@pytest.mark.parametrize('reduction, weights', [  # of the gradient of each action, answers of 2 and 1 tokens
+    ('sequence-mean', [[1 / 4, 1 / 4, 0], [1 / 2, 0, 0]]), ('token-mean', [[1 / 3, 1 / 3, 0], [1 / 3, 0, 0]]),
+    ('constant', [[1 / 20, 1 / 20, 0], [1 / 20, 0, 0]])])
+def test_reductions(reduction, weights):
+    close(losses.reduce(X, MASK, reduction, 10), (X * torch.tensor(weights)).sum())
+    close(gradient(lambda x: losses.reduce(x, MASK, reduction, 10), X.tolist()), weights)
+    broken = torch.where(MASK.bool(), X, torch.inf)
+    close(losses.reduce(broken, MASK, reduction, 10), losses.reduce(X, MASK, reduction, 10))
 
 
 # preferences ----------------------------------------------------------------------------------------------------------
@@ -212,10 +223,26 @@ def test_group_advantages():
           rtol=1e-5, atol=0)
 
 
+def test_dr_grpos_advantages():
+    """Rewards minus means of 2 and 3; a group of large deviation counts more."""
+    rewards = torch.tensor([1.0, 3.0, 0.0, 6.0])
+    close(losses.group_advantages(rewards, 2, divide=False), [-1.0, 1.0, -3.0, 3.0])
+
+
+def test_leave_one_out_advantages():
+    """1 - (2 + 6) / 2, 2 - (1 + 6) / 2, 6 - (1 + 2) / 2; n / (n - 1) times those of Dr. GRPO."""
+    rewards = torch.tensor([1.0, 2.0, 6.0, 0.0, 0.0, 1.0])
+    expected = [-3.0, -1.5, 4.5, -0.5, -0.5, 1.0]
+    close(losses.leave_one_out_advantages(rewards, 3), expected)
+    close(1.5 * losses.group_advantages(rewards, 3, divide=False), expected)
+
+
 def test_a_group_of_equals_gets_zero():
     """Exactly, where 0.1 + 0.1 + 0.1 is not 3 * 0.1, and eps would blow up what rounding leaves."""
     for reward in (0.1, 0.7, -1 / 3, 1e8):
         assert not losses.group_advantages(torch.full((21,), reward), 7).any()
+        assert not losses.group_advantages(torch.full((21,), reward), 7, divide=False).any()
+        assert not losses.leave_one_out_advantages(torch.full((21,), reward), 7).any()
 
 
 @pytest.mark.parametrize('n, size', [(6, 4), (6, 1), (3, 0)])
@@ -259,6 +286,39 @@ def test_policy_gradient_before_the_first_update():
     slopes = gradient(lambda x: losses.sequence_mean(
         losses.clipped_policy_loss(x, x.detach(), advantages, MASK, 0.2), MASK), [[-1.0] * 3, [-2.0] * 3])
     close(slopes, [[-0.5, -0.5, 0.0], [0.5, 0.0, 0.0]])  # half for each sequence, shared by its tokens
+
+
+@pytest.mark.parametrize('algorithm', ['drgrpo', 'rloo'])
+def test_the_expected_gradient_is_that_of_the_reward(algorithm):
+    """Over all groups that a policy can draw, with their probabilities: neither way is biased.
+
+    The policy ends an answer after token 0, or goes on with 0 or 1. GRPO as first published, with
+    sequence-mean and the deviation, has another expectation.
+    """
+    answers = torch.tensor([[0, 0], [1, 0], [1, 1]])  # a token 0 at the start ends it
+    mask, rewards = torch.tensor([[1, 0], [1, 1], [1, 1]]), torch.tensor([0.0, 1.0, 0.3])
+    theta = torch.tensor([[0.2, -0.4], [0.1, 0.5]], requires_grad=True)
+
+    def logprobs():
+        return theta.log_softmax(dim=1)[torch.arange(2), answers]
+
+    p = (logprobs() * mask).sum(dim=1).exp()
+    expected, = torch.autograd.grad(-(p * rewards).sum(), theta)
+    total, as_grpo = torch.zeros_like(theta), torch.zeros_like(theta)
+    for group in itertools.product(range(3), repeat=3):
+        group, logp = list(group), logprobs()
+        if algorithm == 'rloo':
+            advantages, scale = losses.leave_one_out_advantages(rewards[group], 3), 2
+        else:  # the mean has the answer itself in it, which shrinks the gradient by 1 - 1/n
+            advantages, scale = losses.group_advantages(rewards[group], 3, divide=False), 2 * 3 / 2
+        old = logp[group].detach()
+        for into, reduction, a in ((total, 'constant', advantages),
+                                   (as_grpo, 'sequence-mean', losses.group_advantages(rewards[group], 3))):
+            token_losses = losses.clipped_policy_loss(logp[group], old, a[:, None], mask[group], 0.2)
+            loss = losses.reduce(token_losses, mask[group], reduction, 2)
+            into += p[group].prod().item() * torch.autograd.grad(loss, theta, retain_graph=True)[0]
+    close(scale * total, expected, rtol=1e-4, atol=1e-6)
+    assert F.cosine_similarity(as_grpo.flatten(), expected.flatten(), dim=0) < 0.99
 
 
 def test_clipped_value_loss():

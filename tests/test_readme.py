@@ -91,6 +91,7 @@ RUN = {
     'python -m posttrain.reward config/reward_tiny_chat.py': f'{ALIGN} --batch_size=4',
     'python -m posttrain.rl config/ppo_tiny_chat.py': f'{ALIGN} {ANSWER}',
     'python -m posttrain.rl config/grpo_tiny_chat.py': f'{ALIGN} {ANSWER} --group_size=2',
+    'python -m posttrain.rl config/reinforce_tiny_chat.py': f'{ALIGN} {ANSWER} --group_size=2',
     'torchrun --standalone --nproc_per_node=2 -m posttrain.rl *':
         f'{ALIGN} {ANSWER} --group_size=2',
     'python -m posttrain.dpo --init_from=out-sft-tiny-chat *': f'{ALIGN} --minibatch_size=4',

@@ -7,7 +7,7 @@ import torch
 from chat_models import TOKENIZER, make_chats, save_chat_model
 from conftest import same_tensors
 
-from flatgpt import pretrained
+from flatgpt import lora, pretrained
 from posttrain import reward_model
 from tokenizer import ByteTokenizer, chat
 
@@ -57,7 +57,27 @@ def state_of(folder, out_dir):
     return {**state['model'], **moments}, {key: state[key] for key in ('iter_num', 'best_val_loss', 'chat_template')}
 
 
-@pytest.mark.parametrize('changes', [{}, {'optimizer': 'muon'}])
+def test_adapters_score(chats, monkeypatch):
+    """They and the head are saved alone; a score is that of the same critic with merged weights."""
+    start(chats, lora_rank=4, lora_targets='c_attn', learning_rate=3e-2, max_iters=40).ok()
+    accuracies = [record['val_accuracy'] for record in chats.log() if 'val_accuracy' in record]
+    assert accuracies[0] == 0.5 and accuracies[-1] > 0.9
+    state = chats.checkpoint()
+    assert {name.split('.')[-1] for name in state['model']} == {'lora_a', 'lora_b', 'weight', 'bias'}
+    monkeypatch.chdir(chats.path)
+    judge, _ = reward_model.open_reward_model('out', TOKENIZER, chat.TEMPLATE)
+    messages = [{'role': 'user', 'content': '7'}]
+    adapted = reward_model.ratings_of(judge, messages, ['aeo', 'bcd'], chat.TEMPLATE, TOKENIZER)
+    assert adapted[0] > adapted[1]
+    merged = reward_model.ratings_of(lora.merge(judge), messages, ['aeo', 'bcd'], chat.TEMPLATE, TOKENIZER)
+    assert merged == pytest.approx(adapted, abs=1e-4)
+    start(chats, init_from='resume', lora_rank=2).refused('was trained with lora_rank=4; resume with that')
+    start(chats, out_dir='other', optimizer='muon', lora_rank=2).refused("optimizer='muon' does not fit LoRA")
+    chats.start('posttrain.rl', init_from='chat', task='vowels', reward_model='out', out_dir='rl', max_iters=1,
+                max_new_tokens=4, eval_examples=4, device='cpu').ok()
+
+
+@pytest.mark.parametrize('changes', [{}, {'optimizer': 'muon'}, {'lora_rank': 4}])
 def test_resumes_bit_for_bit(chats, changes):
     """6 steps = 3 + resume 3, with dropout; the rates are constant, so max_iters does not move them."""
     changes = {'dropout': 0.1, 'min_lr': 3e-3, 'log_interval': 1, 'eval_interval': 3, **changes}

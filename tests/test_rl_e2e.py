@@ -1,19 +1,28 @@
 """python -m posttrain.rl: GRPO and PPO on a toy task, resuming, refusing. Run: pytest tests/test_rl_e2e.py"""
 
+import json
 import math
+from contextlib import nullcontext
+from dataclasses import asdict
 
 import pytest
 import torch
-from chat_models import TASK, make_chats, save_chat_model
-from conftest import same_tensors, write_dataset
+from chat_models import END, TASK, make_chats, save_chat_model, tiny
+from conftest import ROOT, same_tensors, write_dataset
 from test_reward_e2e import SMALL as SMALL_REWARD
 
+from flatgpt import checkpoint
+from flatgpt.pretrained import build, open_model
 from model import GPT, GPTConfig
+from posttrain.policy import open_policy
 
 SMALL = {'init_from': 'chat', 'task': 'vowels', 'device': 'cpu', 'dtype': 'float32', 'max_new_tokens': 6,
          'max_iters': 30, 'prompts_per_step': 8, 'group_size': 8, 'minibatch_size': 32, 'learning_rate': 5e-3,
          'critic_lr': 5e-3, 'warmup_iters': 0, 'train_examples': 50, 'eval_examples': 16, 'eval_interval': 15,
          'critic_warmup': 0}
+REINFORCE = {'algorithm': 'reinforce', 'minibatch_size': 64}
+DR_GRPO = {'reduction': 'constant', 'divide_by_std': False}
+LORA = {'lora_rank': 4, 'lora_targets': 'c_attn,lm_head', 'learning_rate': 3e-2}
 GRPO_SKIPS = {'algorithm': 'grpo', 'epochs': 2, 'skip_equal': True, 'group_size': 2, 'max_new_tokens': 1}
 
 
@@ -30,7 +39,7 @@ def steps_of(folder, out_dir='out'):
     return [record for record in folder.log(out_dir) if 'loss' in record]
 
 
-@pytest.mark.parametrize('changes', [{'algorithm': 'grpo'}, {'algorithm': 'ppo'},
+@pytest.mark.parametrize('changes', [{'algorithm': 'grpo'}, {'algorithm': 'ppo'}, REINFORCE, DR_GRPO, LORA,
                                      pytest.param({'minibatch_size': 64}, marks=pytest.mark.slow)])
 def test_what_is_rewarded_becomes_likelier(chats, changes):
     """From 5 of 26 letters to most, away from the reference, with less doubt; greedy answers come out right."""
@@ -38,9 +47,9 @@ def test_what_is_rewarded_becomes_likelier(chats, changes):
     first, *_, last = steps_of(chats)
     assert first['reward'] < 0.3 and last['reward'] > 0.6
     assert first['kl'] == 0 < last['kl'] and abs(first['entropy'] - math.log(27)) < 0.1 > last['entropy'] - 2.5
-    assert 1 <= first['length'] <= 6 and {'accuracy', 'grad_norm', 'lr', 'clipped'} <= first.keys()
+    assert 1 <= first['length'] <= 6 and {'accuracy', 'grad_norm', 'lr'} <= first.keys()
     # the first update of a step is of the policy that drew the answers; the second one is not
-    assert any(record['clipped'] for record in steps_of(chats)) == (changes.get('minibatch_size') != 64)
+    assert any(record.get('clipped') for record in steps_of(chats)) == (changes.get('minibatch_size') != 64)
     assert ('value_loss' in first) == (changes.get('algorithm') == 'ppo')
     evaluations = [record for record in chats.log() if 'val_accuracy' in record]
     assert [record['step'] for record in evaluations] == [0, 15, 30]
@@ -68,7 +77,7 @@ def test_learned_reward(chats):
     start(chats, reward_model='other').refused('other/ckpt.pt is a language model; expected a reward model')
 
 
-@pytest.mark.parametrize('changes', [GRPO_SKIPS, {'algorithm': 'ppo'}])
+@pytest.mark.parametrize('changes', [GRPO_SKIPS, {'algorithm': 'ppo'}, {**REINFORCE, **LORA}])
 def test_resumes_bit_for_bit(chats, changes):
     """4 steps = 2 + resume 2; and what the log says of them."""
     changes = {**changes, 'eval_interval': 2}
@@ -87,7 +96,8 @@ def test_resumes_bit_for_bit(chats, changes):
     assert logs[0] == logs[1] and len(logs[0]) == 4 + 3
 
 
-@pytest.mark.parametrize('changes', [{'algorithm': 'grpo', 'kl_coef': 0.5, 'clip': 0.02}, {'algorithm': 'ppo'}])
+@pytest.mark.parametrize('changes', [{'algorithm': 'grpo', 'kl_coef': 0.5, 'clip': 0.02}, {'algorithm': 'ppo'},
+                                     REINFORCE, {'reduction': 'token-mean', 'kl_coef': 0.5}, DR_GRPO])
 def test_micro_batches_change_nothing(chats, changes):
     changes = {'minibatch_size': 32, **changes, 'max_iters': 3, 'eval_interval': 3}
     for size in (64, 5):
@@ -112,6 +122,76 @@ def test_groups_of_equal_answers_are_skipped(chats):
     (chats.path / 'tasks' / 'vowels.py').write_text(f'{TASK}\n\ndef reward(example, text):\n    return 1.0\n')
     start(chats, **{**changes, 'max_iters': 2, 'weight_decay': 0.1}, skip_equal=True).ok()
     same_tensors(chats.checkpoint()['model'], chats.checkpoint('chat')['model'])
+
+
+def test_adapters_learn_beside_a_base_that_is_the_reference(chats, monkeypatch):
+    """A checkpoint holds the adapters alone; without them the policy has the base's log-probabilities."""
+    run = start(chats, **LORA, max_iters=3, eval_interval=3).ok()
+    assert f'{4 * (2 * (32 + 96) + 32 + 266):,} of them are trained' in run.out  # rank * (inputs + outputs)
+    state, base = chats.checkpoint(), chats.checkpoint('chat')
+    assert sorted(state['model']) == sorted(f'{layer}.lora_{part}' for part in 'ab' for layer in (
+        'lm_head', 'transformer.h.0.attn.c_attn', 'transformer.h.1.attn.c_attn'))
+    monkeypatch.chdir(chats.path)
+    policy = open_policy({'init_from': 'chat'}, checkpoint.load('out/ckpt.pt'), 'out/ckpt.pt', 'cpu', nullcontext())
+    whole = build(GPT, base, 'chat/ckpt.pt', 0.0).eval()
+    batch = torch.randint(256, (3, 9)), torch.arange(9) >= torch.tensor([[3], [5], [8]])
+    with torch.no_grad():
+        expected, _ = policy.logprobs(whole, *batch)
+        assert torch.equal(policy.reference_logprobs(*batch), expected) and expected.any()
+        learned, _ = policy.logprobs(policy.model, *batch)
+        merged, _ = policy.logprobs(open_model('resume', 'out', 'last')[0], *batch)
+    assert policy.reference is None and (learned - expected).abs().max() > 0.01
+    torch.testing.assert_close(merged, learned, rtol=1e-4, atol=1e-5)
+
+
+def test_adapters_that_are_refused(chats):
+    start(chats, algorithm='ppo', **LORA).refused('lora_rank=4: expected 0 with algorithm=ppo, whose value function')
+    start(chats, lora_alpha=3.0).refused('lora_alpha needs --lora_rank')
+    start(chats, **LORA, lora_int8=True, max_iters=1).ok()
+    start(chats, init_from='resume', max_iters=2).ok()  # what the checkpoint has need not be given
+    assert chats.checkpoint()['lora']['int8'] and chats.checkpoint()['iter_num'] == 2
+    start(chats, init_from='resume', lora_rank=8).refused('was trained with lora_rank=4; resume with that')
+
+
+def test_rewards_of_a_form(chats):
+    """Of a model that always answers <answer>e</answer>: it attends to nothing, and each position has its token."""
+    answer, prompt_length = [*b'<answer>e</answer>', END], 7
+    model = tiny(n_embd=32, tie_embeddings=False)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+        model.transformer.wpe.weight.copy_(torch.eye(32))
+        model.transformer.ln_f.weight.fill_(1.0)
+        model.lm_head.weight[answer, torch.arange(len(answer)) + prompt_length - 1] = 9.0
+    save_chat_model(chats.path, 'tags', model=model.state_dict(), model_args=asdict(model.config))
+    (chats.path / 'tasks' / 'tags.py').write_text(TASK.replace("f'{split[0]} {i}'", "f'{split[0]}{i:02}'"))
+    means = []
+    for form in ('any', 'boxed', 'answer'):
+        start(chats, init_from='tags', task='tags', answer_form=form, form_reward=0.5, max_new_tokens=25, max_iters=1).ok()
+        means.append(steps_of(chats)[0]['reward'])
+    assert means == pytest.approx([5 / 18, 5 / 18, 5 / 18 + 0.5])  # vowels
+
+
+def test_recipe_for_gsm8k(chats):
+    """With a tiny model in place of the published one."""
+    save_chat_model(chats.path, 'long', block_size=128)
+    (chats.path / 'train.jsonl').write_text(''.join(json.dumps(
+        {'question': f'What is {i} + 1?', 'answer': f'#### {i + 1}'}) + '\n' for i in range(60)))
+    chats.start('posttrain.rl', ROOT / 'config' / 'dr_grpo_gsm8k.py', input='train.jsonl', init_from='long', out_dir='out',
+                max_iters=1, max_new_tokens=8, prompts_per_step=2, group_size=2, device='cpu').ok()
+    config = chats.checkpoint()['config']
+    assert (config['reduction'], config['divide_by_std'], config['answer_form']) == ('constant', False, 'boxed')
+
+
+@pytest.mark.parametrize('script', ['rl', 'reward'])
+def test_wandb_offline(chats, script):
+    pytest.importorskip('wandb')
+    settings = {**(SMALL if script == 'rl' else SMALL_REWARD), 'out_dir': 'out', 'max_iters': 2, 'wandb_log': True}
+    env = {'WANDB_MODE': 'offline', 'WANDB_SILENT': 'true', 'WANDB_DIR': str(chats.path)}
+    chats.start(f'posttrain.{script}', **settings, env=env).wait(90).ok()
+    runs = list((chats.path / 'wandb').glob('offline-run-*/run-*.wandb'))
+    assert len(runs) == 1 and b'val_accuracy' in runs[0].read_bytes()
+    assert chats.checkpoint()['wandb_id'] in runs[0].name
 
 
 def test_the_value_function_learns_first(chats):
@@ -209,7 +289,11 @@ def test_broken_weights_are_not_saved(chats):
 
 
 @pytest.mark.parametrize('changes, said', [
-    ({'algorithm': 'trpo'}, "algorithm=trpo: expected 'grpo' or 'ppo'"),
+    ({'algorithm': 'trpo'}, "algorithm=trpo: expected 'grpo', 'reinforce' or 'ppo'"),
+    ({'algorithm': 'reinforce', 'divide_by_std': False}, 'divide_by_std=False: expected --algorithm=grpo'),
+    ({'algorithm': 'reinforce', 'epochs': 2}, 'epochs=2: expected 1 for reinforce'),
+    ({'algorithm': 'reinforce', 'group_size': 1}, 'group_size=1: expected 2 or more for reinforce'),
+    ({'reduction': 'sum'}, 'reduction=sum: expected'),
     ({'task': ''}, "task='': expected the name of a task"),
     ({'task': 'none'}, "there is no task 'none'"),
     ({'algorithm': 'ppo', 'skip_equal': True}, 'skip_equal=True: expected --algorithm=grpo'),

@@ -25,6 +25,7 @@ SCRIPTS = {
     'dpo': ('posttrain.dpo', {**DPO, 'prompts_per_step': 7, 'minibatch_size': 4, 'learning_rate': 1e-3}),
     'grpo': ('posttrain.rl', {**RL_STEPS, 'epochs': 2}),
     'ppo': ('posttrain.rl', {**RL_STEPS, 'algorithm': 'ppo'}),
+    'reinforce': ('posttrain.rl', {**RL_STEPS, 'algorithm': 'reinforce', 'lora_rank': 4}),
 }
 
 
@@ -62,7 +63,7 @@ def same_runs(folder, out_dir, expected, tolerance=1e-5):
             torch.testing.assert_close(folder.checkpoint(out_dir)[weights][key], weight, atol=2e-3, rtol=0)
 
 
-@pytest.mark.parametrize('name', ['reward', 'dpo', 'grpo', 'ppo', pytest.param('muon', marks=pytest.mark.slow)])
+@pytest.mark.parametrize('name', ['reward', 'dpo', 'grpo', 'ppo', 'reinforce', pytest.param('muon', marks=pytest.mark.slow)])
 def test_two_processes_take_the_steps_of_one(chats, name):
     """Losses, rewards, held-out answers and statistics over a step; then three processes go on with the run of one."""
     said = run(chats, name, out_dir='one').out

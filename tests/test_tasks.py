@@ -70,19 +70,10 @@ def test_gsm8k(tmp_path):
     told = TOKENIZER.decode([i for i, said in zip(ids, mask, strict=True) if not said]).partition('<|assistant|>')[2]
     assert told == f'{OUTPUT}24{OUTPUT_END}{OUTPUT}36{OUTPUT_END}'
     assert (example['answer'], example['kind']) == ('1080', 'gsm8k')
-    for text in (example['solution'], example['call'], '#### 1080', '#### $1,080.00', '#### 5\n#### 1080.'):
+    for text in (example['solution'], example['call'], '#### 1080', '#### $1,080.00', '#### 5\n#### 1080.', '1080'):
         assert gsm8k.evaluate(example, text) and gsm8k.reward(example, text) == 1.0, text
-    for text in ('1080', '#### 1081', '#### 1080 #### 5', '#### x', '', '#### -1080', '#### 10,80.5'):
+    for text in ('#### 1081', '#### 1080 #### 5', '#### x', '', '#### -1080', '#### 10,80.5'):
         assert not gsm8k.evaluate(example, text) and gsm8k.reward(example, text) == 0.0, text
-
-
-@pytest.mark.parametrize('text, number', [
-    ('#### 18', '18'), ('####18', '18'), ('#### -5', '-5'), ('#### 0.50', '0.5'), ('#### .5', '0.5'),
-    ('#### 1,234,567', '1234567'), ('#### 7 apples', '7'), ('#### 012', '12'), ('#### 100', '100'), ('# 18', None),
-    ('#### -$1,234', '-1234'), ('#### $-5', '-5'), ('#### 5/6', None), ('#### 15/6', None), ('#### 1e3', None),
-    ('#### 20%', '20'), ('#### 1,080, in all', '1080')])
-def test_gsm8ks_numbers(text, number):
-    assert gsm8k.extract(text) == number
 
 
 # multiple choice ------------------------------------------------------------------------------------------------------
@@ -119,14 +110,6 @@ def test_csv_of_choices(tmp_path):
     assert example == only(multiple_choice, tmp_path / 'named.csv')
     assert example['context'] == 'Question: What "rusts", mostly?\nSay.\nAnswer:' and example['choices'] == FOUR
     assert example['label'] == 1
-
-
-@pytest.mark.parametrize('text, letter', [
-    ('B', 'B'), (' B\n', 'B'), ('B.', 'B'), ('B. iron', 'B'), ('B) iron', 'B'), ('Bananas', None), ('b', None),
-    ('The answer is B', None), ('', None), ('Z', None)])
-def test_letters(text, letter):
-    assert multiple_choice.extract(text) == letter
-    assert multiple_choice.reward({'answer': 'B'}, text) == float(letter == 'B')
 
 
 def test_hellaswag(tmp_path):
@@ -199,7 +182,7 @@ def test_splits_of_a_file(tmp_path):
     (multiple_choice, 'a.jsonl', '{"question": " ", "choices": ["a", "b"], "answer": 0}', 'the question is empty'),
     (multiple_choice, 'a.jsonl', '{"question": "q", "choices": ["a", "b"], "answer": 0, "subject": ["x"]}',
      "the kind of the question is ['x'], not a text"),
-    (gsm8k, 'a.jsonl', '{"question": "q", "answer": "<<1=1/0>> #### 5/6"}', 'line 1: "question" or the line with ####'),
+    (gsm8k, 'a.jsonl', '{"question": "q", "answer": "<<1=1/0>> #### five"}', 'line 1: "question" or the line with ####'),
     (hellaswag, 'a.jsonl', '{"ctx": "q", "endings": "ab", "label": 0}', '"endings" are no list'),
     (hellaswag, 'a.jsonl', '{"ctx": " ", "endings": ["a", "b"], "label": 0}', 'line 1: the context is empty; expected'),
     (hellaswag, 'a.jsonl', '{"ctx": "q", "endings": ["a", "b"], "label": true}', '"label" is no number: True'),

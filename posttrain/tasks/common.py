@@ -42,11 +42,11 @@ from flatgpt import shares
 from flatgpt.generate import Sampling, generate_texts, majority, uniforms
 from flatgpt.parallel import World
 from posttrain import tasks
+from posttrain.answers import LETTERS, letter_in
 from posttrain.losses import token_logprobs
 from posttrain.tools import toolbox
 from tokenizer.chat import bos_ids, find_endings, render
 
-LETTERS = 'ABCDEFGHIJ'  # names of the choices
 SPLITS = ('train', 'val', 'test')
 FUNCTIONS = ('examples', 'extract', 'evaluate', 'reward')  # functions of a task
 KEYS = ('messages', 'context', 'solution', 'answer', 'kind')  # keys of an example
@@ -164,16 +164,9 @@ def choice_example(question, context, choices, label, kind):
             'label': label}
 
 
-def extract_letter(text):
-    """Return the letter of an answer such as 'B', 'B.' or 'B. a choice', or None."""
-    text = text.strip()
-    is_letter = text and text[0] in LETTERS and text[1:2] in ('', '.', ')', '\n')
-    return text[0] if is_letter else None
-
-
 def evaluate_letter(example, text):
-    """Return whether the text is the letter of the right choice."""
-    return extract_letter(text) == example['answer']
+    """Return whether the text names the right choice, and no other."""
+    return letter_in(text) == example['answer']
 
 
 def reward_letter(example, text):

@@ -10,6 +10,7 @@ posttrain/tasks/common.py describes tasks.
 import re
 
 from configurator import UserError
+from posttrain.answers import letter_in
 from posttrain.tasks import common
 
 EXPECTED = '"ctx", or "ctx_a" and "ctx_b", "endings" and a "label"'
@@ -40,4 +41,4 @@ def cleaned(text):
     return text.replace('  ', ' ')
 
 
-extract, evaluate, reward = common.extract_letter, common.evaluate_letter, common.reward_letter
+extract, evaluate, reward = letter_in, common.evaluate_letter, common.reward_letter

@@ -11,6 +11,7 @@ posttrain/tasks/common.py describes tasks.
 """
 
 from configurator import UserError
+from posttrain.answers import LETTERS, letter_in
 from posttrain.tasks import common
 
 EXPECTED = 'a "question", "choices" and an "answerKey" or "answer"'
@@ -29,7 +30,7 @@ def example_of(row):
     if isinstance(question, dict):
         question, choices = question['stem'], question['choices']
     if choices is None:
-        choices = [row[letter] for letter in common.LETTERS if letter in row]
+        choices = [row[letter] for letter in LETTERS if letter in row]
     if not isinstance(choices, (list, dict)) or not choices:
         raise UserError(f'the choices are {choices!r}')
     labels = None  # none in a plain list: the answer is a letter, or an index from 0
@@ -41,7 +42,7 @@ def example_of(row):
             or len(labels or choices) != len(choices)):
         raise UserError(f'{choices!r} and {labels!r} are no list of choices with a label for each')
     answer = row['answerKey'] if 'answerKey' in row else row['answer']
-    names = [str(label).strip() for label in labels or common.LETTERS[: len(choices)]]
+    names = [str(label).strip() for label in labels or LETTERS[: len(choices)]]
     is_index = type(answer) is int and labels is None
     if not is_index and (type(answer) not in (int, str) or str(answer).strip() not in names):
         raise UserError(f'the answer is {answer!r}, and the choices are {", ".join(names)}')
@@ -53,4 +54,4 @@ def example_of(row):
                                  row.get('subject') or 'multiple_choice')
 
 
-extract, evaluate, reward = common.extract_letter, common.evaluate_letter, common.reward_letter
+extract, evaluate, reward = letter_in, common.evaluate_letter, common.reward_letter

@@ -23,7 +23,7 @@ from pathlib import Path
 import anyio
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
@@ -54,6 +54,8 @@ async def read_json(request):
                 if len(body) > MOST_BYTES:
                     raise Refused(f'the body is too large: expected at most {MOST_BYTES:,} bytes',
                                   413)
+    except ClientDisconnect:
+        raise Refused('the client has gone', 499) from None
     except TimeoutError:
         raise Refused(f'the body took over {BODY_SECONDS} s to arrive', 408) from None
     try:

@@ -13,6 +13,29 @@ from chat_page import ANSWERS, ask, contents, press_button
 from chromium import ALT
 
 HACK = 'window.hacked = 1'
+
+
+@pytest.fixture(scope='module')
+def tab(browser, api):
+    tab = browser.open(api.url)
+    yield tab
+    tab.close()
+
+
+@pytest.fixture
+def page(tab, api):
+    """The chat page with nothing stored, in one tab for all tests: to open one takes 0.4 s."""
+    api.reset()
+    tab.browser.events.clear()
+    tab.run('store = () => true; sessionStorage.clear(); localStorage.clear()')  # it stores as it goes
+    tab.resize(1280, 800)
+    tab.reload()
+    tab.wait('state.model')
+    yield tab
+    assert tab.complaints() == []
+    assert set(api.paths) <= {'/', '/v1/models', '/v1/chat/completions', '/v1/completions', '/tokenize'}
+
+
 HOSTILE = {
     'script': f'<script>{HACK}</script>',
     'image': f'<img src=x onerror="{HACK}">',
@@ -48,11 +71,20 @@ HOSTILE = {
     'open calls': '<|python|>' * 5000,
     'prototype': '{"__proto__": {"hacked": 1}, "constructor": {"prototype": {"hacked": 1}}}',
     'surrogates': 'a\ud83d b\ude00 c',
+    'xml': '<?xml version="1.0"?><!DOCTYPE x [<!ENTITY e SYSTEM "file:///etc/passwd">]><x>&e;</x>',
+    'math': f'<math><mtext><table><mglyph><style><!--</style><img title="--&gt;&lt;img src=1 onerror={HACK}&gt;">',
+    'noscript': f'<noscript><p title="</noscript><img src=x onerror={HACK}>"></noscript>',
+    'import': f'<link rel=import href="data:text/html,<script>{HACK}</script>"><object data="javascript:{HACK}">',
+    'clobbering': '<form id=state><input name=chat><img name=getElementById><a id=messages><a id=box>',
+    'code in marks': f'**`<b onmouseover={HACK}>`** `` `<i>` `` ***x*** **`',
+    'fence language': f'```js" onload="{HACK}" x="\nlet x\n```\n~~~\n```\n',
+    'list flood': ''.join(f'{"  " * n}{n}. x\n' for n in range(500)),
+    'start of a list': '999999999999999999999. x\n-1. y\n0x10. z\n',
     'emoji': '👩‍👩‍👧‍👦🏴󠁧󠁢󠁥󠁮󠁧󠁿 ' * 20,
 }
 # their text is shown as it is, each in one paragraph
 PLAIN = ('script', 'image', 'closing script', 'closing textarea', 'svg', 'frame', 'link', 'markdown image', 'comment', 'style',
-         'base and form', 'refresh', 'entities', 'template', 'prototype', 'emoji', 'no spaces')
+         'base and form', 'refresh', 'entities', 'template', 'prototype', 'xml', 'math', 'noscript', 'import', 'clobbering', 'emoji', 'no spaces')
 # what an answer may consist of, and that it has no attributes which act
 IS_TAME = """(() => {
   const allowed = new Set(['DIV', 'P', 'PRE', 'CODE', 'STRONG', 'UL', 'OL', 'LI', 'BUTTON', 'SPAN'])
@@ -90,6 +122,7 @@ def test_hostile_answers_are_text(page, api, name):
     assert page.run('state.chat.messages[1].content') == text or name == 'surrogates'
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', [name for name in HOSTILE if len(HOSTILE[name]) < 6000 and name != 'surrogates'])
 def test_hostile_everywhere_else(page, api, name):
     """System prompts, titles, model ids, tokens, errors, and the text that the model reads."""

@@ -192,10 +192,7 @@ def evaluate():
 
 def state_of_run():
     """Return a checkpoint's content beside the numbers of the run."""
-    weights = model.state_dict()
-    if adapters:
-        weights = {**lora.adapters(model), **{name: tensor for name, tensor in weights.items()
-                                              if name.startswith('value_head.')}}
+    weights = lora.adapters(model) if adapters else model.state_dict()
     described = {'lora': adapters} if adapters else {}
     return {'model': weights, 'model_args': asdict(model.config), 'optimizer': opt.state_dict(),
             'classes': texts.classes, 'labels': texts.digest(), 'report': best_report,
@@ -272,4 +269,4 @@ if is_complete:
     print(f'{run.step} steps, {run.train_time:.1f} s of training; label texts with:\n  python -m '
           f'posttrain.classify --out_dir={out_dir} \\\n    --predict=IN.jsonl --out=OUT.jsonl')
     print(json.dumps(best_report))
-run.check_saved()
+run.close()

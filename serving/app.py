@@ -29,9 +29,10 @@ from starlette.routing import Route
 
 from configurator import UserError
 from flatgpt.jsonl import to_line
-from serving import protocol
+from serving import protocol, responses
 from serving.engine import Answer, Full
-from serving.protocol import Part, Refused
+from serving.protocol import Refused
+from serving.responses import Part
 from tokenizer.chat import OUTPUT_END, PYTHON, PYTHON_END
 
 MOST_BYTES = 1_000_000  # of a request's body; to parse it stops all other threads
@@ -113,7 +114,7 @@ class Choice:
                 raise Refused(news.text, STATUSES[news.finish])
             offset, self.text = len(self.text), self.text + news.text
             self.n_tokens += len(news.tokens)
-            logprobs = protocol.logprobs_of(self.job, self.server.served, news.tokens, offset)
+            logprobs = responses.logprobs_of(self.job, self.server.served, news.tokens, offset)
             call = await self.finish(news) if news.finish else None
             finish = {'complete': 'stop', 'call': 'tool_calls'}.get(news.finish, news.finish)
             if call:
@@ -141,7 +142,7 @@ class Choice:
         with suppress(UserError):  # a call of no tool gets an error as its output
             tool, text = tools.split(call)
             if not tool.function:
-                return protocol.call_of(tool, text)
+                return responses.call_of(tool, text)
         # run the tool, and let the answer go on behind its output
         ids = [*answer.ids, answer.ended_by]
         output = await anyio.to_thread.run_sync(tools.output_ids, call, tokenizer,
@@ -266,7 +267,7 @@ class Server:
             if not answering.done():
                 return Response(status_code=499)  # nobody reads it
             parts = answering.result()
-            return Json(protocol.response_of(job, self.served, parts, usage(job, choices)))
+            return Json(responses.response_of(job, self.served, parts, usage(job, choices)))
         finally:
             answering.cancel()
             leaving.cancel()
@@ -291,9 +292,9 @@ class Server:
         try:
             async for index, part in merged(choices):
                 if part.text or part.logprobs or part.finish or part.call or part.is_first:
-                    yield event(protocol.chunk_of(job, self.served, index, part))
+                    yield event(responses.chunk_of(job, self.served, index, part))
             if options.get('include_usage'):
-                head = protocol.head_of(job, self.served, True)
+                head = responses.head_of(job, self.served, True)
                 yield event({**head, 'choices': [], 'usage': usage(job, choices)})
             yield b'data: [DONE]\n\n'
         except Refused as error:

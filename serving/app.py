@@ -115,11 +115,11 @@ class Choice:
             offset, self.text = len(self.text), self.text + news.text
             self.n_tokens += len(news.tokens)
             logprobs = responses.logprobs_of(self.job, self.server.served, news.tokens, offset)
-            call = await self.finish(news) if news.finish else None
-            finish = {'complete': 'stop', 'call': 'tool_calls'}.get(news.finish, news.finish)
+            answer, call = self.answer, await self.finish(news) if news.finish else None
+            finish = 'stop' if news.finish == 'complete' else news.finish
             if call:
                 finish = 'tool_calls'
-            elif news.finish and self.answer.sample.finish is None:
+            elif self.answer is not answer:
                 finish = None  # another answer continues behind the tool's output
             yield Part(self.cut_calls(self.text), logprobs, finish, call)
             if finish:

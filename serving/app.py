@@ -98,7 +98,8 @@ class Choice:
         self.text = self.job.begun
 
     def answer_of(self, prompt, sampling, u):
-        return Answer(prompt, sampling, u, self.on_news, self.job.n_likeliest or 0, self.deadline)
+        return Answer(prompt, sampling, u, self.on_news, self.job.n_likeliest or 0, self.deadline,
+                      self.job.id)
 
     def on_news(self, news):
         """Take News over from the engine's thread."""

@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 import traceback
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -83,6 +83,7 @@ class Answer:
     on_news: object  # function of News, called in the engine's thread
     n_likeliest: int = 0  # tokens to list beside each drawn one
     deadline: float = float('inf')  # of time.monotonic(); the answer ends there
+    owner: object = None  # the request that it belongs to, beside others
     sample: Sample = field(default_factory=Sample)
 
     def __post_init__(self):
@@ -212,11 +213,12 @@ class Engine:
             answer.on_news(News('the server is busy; try again later', [], 'unavailable'))
 
     def admit(self):
-        """Give idle rows to waiting answers, the first come first.
+        """Give idle rows to waiting answers, those first whose request has the fewest.
 
         An answer waits while another row reads the beginning that they share.
         """
-        for answer in list(self.waiting):
+        held = Counter(running.owner for running in self.running)
+        for answer in sorted(self.waiting, key=lambda answer: held[answer.owner]):
             row, most = len(self.running), len(answer.prompt) - 1  # the last token gives the logits
             if row == self.limits.max_streams:
                 return

@@ -280,7 +280,8 @@ def test_idle_connections_are_closed(serving, monkeypatch):
     for sent in (b'', b'GET / HT', page, page * 200):
         with socket.create_connection(('127.0.0.1', serving.port)) as client:
             client.sendall(sent)
-            wait_for(lambda: not serving.server.server_state.connections, 5)
+            wait_for(lambda: serving.server.server_state.connections)
+            wait_for(lambda: not serving.server.server_state.connections, 4)
 
 
 def test_a_prompt_and_its_answer_fill_the_context(serving):

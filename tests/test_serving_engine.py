@@ -31,10 +31,11 @@ def engine_of(options=None, **limits):
     return Engine(model, TOKENIZER, Limits(**{'max_streams': 4, 'context': 64, 'max_queue': 100, **limits}))
 
 
-def ask(engine, prompt, n=8, seed=0, **controls):
+def ask(engine, prompt, n=8, seed=0, owner=None, **controls):
     """Submit a request; -> Answer with .heard, its News."""
     heard = []
-    answer = Answer(list(prompt), Sampling(n, **controls), uniforms(seed, 0, 0, n), heard.append, n_likeliest=3)
+    answer = Answer(list(prompt), Sampling(n, **controls), uniforms(seed, 0, 0, n), heard.append, n_likeliest=3,
+                    owner=owner)
     answer.heard = heard
     engine.submit(answer)
     return answer
@@ -175,6 +176,18 @@ def test_a_cancelled_answer_frees_its_row_at_once():
     assert set(engine.running) == {going[1], waiting[0]} and not engine.waiting
     finish(engine)
     assert waiting[0].sample.ids == alone(engine, b'x', 5).ids and waiting[1].heard == []
+
+
+def test_a_request_with_many_answers_shares_the_rows():
+    """Another request gets the next row that is free, though it came later."""
+    engine = engine_of(max_streams=2)
+    many = [ask(engine, b'abc', 4, seed, owner='many') for seed in range(6)]
+    engine.step()
+    late = ask(engine, b'xyz', 4, owner='late')
+    while late.row is None:
+        engine.step()
+    assert sum(answer.sample.finish is None for answer in many) >= 4
+    finish(engine)
 
 
 def test_full_queue_and_prompts_that_never_fit():

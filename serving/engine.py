@@ -217,8 +217,10 @@ class Engine:
 
         An answer waits while another row reads the beginning that they share.
         """
-        held = Counter(running.owner for running in self.running)
-        for answer in sorted(self.waiting, key=lambda answer: held[answer.owner]):
+        held, waiting = Counter(running.owner for running in self.running), list(self.waiting)
+        while waiting:
+            answer = min(waiting, key=lambda answer: held[answer.owner])
+            waiting.remove(answer)
             row, most = len(self.running), len(answer.prompt) - 1  # the last token gives the logits
             if row == self.limits.max_streams:
                 return
@@ -231,6 +233,7 @@ class Engine:
             self.take_row(row, source, n_ready)
             answer.row, answer.n_cached = row, len(self.pool.ids[row])
             self.running.append(answer)
+            held[answer.owner] += 1
             with self.changed:
                 self.waiting.remove(answer)
             self.counts['prompt_tokens'] += len(answer.prompt)

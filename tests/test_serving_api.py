@@ -273,8 +273,9 @@ def test_a_schema_that_takes_all_memory(serving):
     assert status == 400 and 'too hard to compile' in value['error']['message']
 
 
-def test_idle_connections_are_closed(serving, monkeypatch):
+def test_idle_connections_are_closed(monkeypatch):
     """Those that send half a request, nothing after an answer, or read nothing."""
+    serving = Serving(chat_model(), TOKENIZER, chat.TEMPLATE)
     monkeypatch.setattr(connection, 'IDLE_SECONDS', 0.1)
     page = b'GET / HTTP/1.1\r\nHost: localhost\r\n\r\n'
     for sent in (b'', b'GET / HT', page, page * 200):

@@ -277,6 +277,7 @@ def finished_runs(path, config, steps, runs):
                                 'val_loss': loss, 'ms': ms, 'commit': 'abc1234'}) + '\n')
 
 
+@pytest.mark.slow
 def test_ablation_of_finished_runs_does_none_again(folder):
     runs = folder.path / 'out-ablation' / 'runs.jsonl'
     (folder.path / 'a.py').write_text("raise SystemExit('a run was started')\n")

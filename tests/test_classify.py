@@ -234,8 +234,10 @@ def test_predictions_survive_a_kill(learnt, tmp_path):
     lines = part.read_bytes()
     runs = [predict(folder, **paths, out=tmp_path / 'killed.jsonl', env=env) for env in environments(2)]
     first, second = (run.ok() for run in runs)
-    assert second.out == '' and json.loads(first.out.splitlines()[-1]) == report and lines.count(b'\n') < 601
-    assert (tmp_path / 'killed.jsonl').read_bytes() == (tmp_path / 'whole.jsonl').read_bytes()
+    assert second.out == '' and json.loads(first.out.splitlines()[-1]) == pytest.approx(report, abs=1e-4)
+    assert lines.count(b'\n') < 601
+    for line, other in zip(read(tmp_path / 'killed.jsonl'), done, strict=True):  # batches round differently
+        assert line.pop('probabilities') == pytest.approx(other.pop('probabilities'), abs=1e-5) and line == other
     predict(folder, **paths, out=tmp_path / 'whole.jsonl').refused('whole.jsonl exists already')
 
 

@@ -71,7 +71,7 @@ def die_at(step):
 
 
 @POSIX
-@pytest.mark.parametrize('shard_tokens', [10**9, 4000])
+@pytest.mark.parametrize('shard_tokens', [10**9, pytest.param(4000, marks=pytest.mark.slow)])
 def test_a_crash_at_every_step(tmp_path, shard_tokens, small_steps, capfd):
     """Die, as if by kill -9, just before the 1st, 2nd, ... call that changes the folder."""
     references = {'old': tmp_path / 'old', 'new': tmp_path / 'new'}

@@ -25,6 +25,7 @@ def test_opinion_words_do_not_give_the_label_away():
         assert 0.3 * here < there < here
 
 
+@pytest.mark.slow
 def test_a_run_and_its_base_model(folder):
     run = folder.start('lab.sentiment', **TINY).ok()
     figures = json.loads((folder.path / 'out' / 'sentiment.json').read_text())

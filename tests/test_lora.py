@@ -185,6 +185,7 @@ def test_all_weights_train_on_after_adapters(base):
     assert before.keys() == after.keys() and not any(torch.equal(before[name], after[name]) for name in after)
 
 
+@pytest.mark.slow
 def test_refused_by_train(base):
     base.train(lora_rank=4).refused("lora_rank=4 needs a model to adapt, but init_from='scratch'")
     base.train(lora_rank=4, init_from='auto').refused("needs a model to adapt, but init_from='auto'")

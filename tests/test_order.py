@@ -194,7 +194,7 @@ def stories(folder):
     return folder
 
 
-@pytest.mark.parametrize('documents', ['shuffle', 'bos', 'mask'])
+@pytest.mark.parametrize('documents', ['mask', *(pytest.param(name, marks=pytest.mark.slow) for name in ('shuffle', 'bos'))])
 def test_runs(stories, documents):
     """A resumed run has the bits of a whole one, two processes its losses, and a mixture trains."""
     changes = {'dataset': 'stories', 'documents': documents, 'learning_rate': 1e-3}

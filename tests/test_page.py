@@ -162,6 +162,6 @@ def test_what_a_page_cannot_show(named, message, tmp_path):
 
 def test_the_package_ships_the_page():
     project = (ROOT / 'pyproject.toml').read_text(encoding='utf-8')
-    shipped = re.search(r'^\[tool\.setuptools\.package-data\]\ntokenizer = \["([^"]+)"\]', project, re.M)
+    shipped = re.search(r'^\[tool\.setuptools\.package-data\]\n(?:\w.*\n)*?tokenizer = \["([^"]+)"\]', project, re.M)
     assert page.TEMPLATE.name == shipped[1] and page.TEMPLATE.is_file()
     assert page.TEMPLATE.read_text(encoding='utf-8').count(page.MARK) == 1

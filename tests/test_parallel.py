@@ -218,6 +218,7 @@ def test_a_process_that_does_not_come(left):
         meet(store, World(0, 0, 2), patience=0.2)
 
 
+@pytest.mark.slow
 def test_one_of_two_machines_restarts(tmp_path):
     """
     Two agents of a real torchrun, as on two machines. A worker of the first dies while that of the second computes; the

@@ -64,7 +64,6 @@ RUN = {
     'python train.py config/quickstart.py --plan': TRAIN,
     'python train.py config/train_gpt2.py --plan=*': '',
     'python train.py config/train_shakespeare_char.py*': TRAIN,
-    'python train.py config/shakespeare_cpu.py': TRAIN,
     'python -m bench.plot out-quickstart *': '',
     'python -m bench.runs out-quickstart out-novels *': '',
     # sample and evaluate

@@ -93,6 +93,7 @@ def test_settings_that_cannot_be_met(folder, arguments, message):
     assert done.returncode == 1 and message in done.stderr and 'Traceback' not in done.stderr, done.stderr
 
 
+@pytest.mark.slow
 def test_port_in_use(folder):
     with socket.create_server(('127.0.0.1', 0)) as taken:
         port = taken.getsockname()[1]

@@ -54,6 +54,7 @@ def test_answers_stream_and_stop(page, api, how):
     assert contents(api.requests[1]) == [('user', 'Hi'), ('assistant', 'One two '), ('user', 'Go on')]
 
 
+@pytest.mark.slow
 def test_retry_edit_and_undo(page, api):
     ask(page, 'first')
     api.reply = ['Second answer']
@@ -75,6 +76,7 @@ def test_retry_edit_and_undo(page, api):
         'first', 'Second answer', 'second', 'Second answer']
 
 
+@pytest.mark.slow
 def test_an_open_edit_and_a_new_title_are_not_lost(page, api):
     ask(page, 'first')
     press_button(page, 'Edit')
@@ -125,6 +127,7 @@ def test_system_prompt_and_controls_reach_the_server(page, api):
     assert 'Temperature: expected a number, from 0 to 2' in page.text('#notice')
 
 
+@pytest.mark.slow
 def test_chats_are_kept_renamed_and_deleted(page, api):
     api.reply = ['Half an ', 'answer', threading.Event()]
     ask(page, 'Remember this', is_awaited=False)
@@ -153,6 +156,7 @@ def test_chats_are_kept_renamed_and_deleted(page, api):
     assert page.run(titles) == ['Remember this']
 
 
+@pytest.mark.slow
 def test_an_answer_goes_on_while_another_chat_is_in_view(page, api):
     api.reply = ['slow ', threading.Event(), 'answer']
     ask(page, 'slow', is_awaited=False)
@@ -222,6 +226,7 @@ def test_calculator(page, api):
     assert page.text('.chip') == '2+3 = 5' and page.run(ANSWERS) == ['It is 2+3 = 5, or so.']
     page.press('i', ALT)
     assert page.run(ANSWERS) == [text]
+    page.wait('$("seen-count").textContent')  # it moves the controls
     page.click('#control-calculator')
     ask(page)
     # the server sends the result behind the tokens of the call: the model did not draw it
@@ -309,6 +314,7 @@ def test_completion(page, api):
 
 # errors ---------------------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 @pytest.mark.parametrize('status, words', [
     (400, 'refused the request: what it says'), (429, 'too much to do'), (503, 'busy or not ready'),
     (404, 'does not have this'), (413, 'too long'), (500, 'failed with status 500')])
@@ -324,6 +330,7 @@ def test_errors_are_words_with_a_way_on(page, api, status, words):
     assert page.run(ANSWERS) == ['Hello there!'] and contents(api.requests[0]) == [('user', 'not lost')]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('broken, words', [
     ('cut', 'connection was lost'), ({'error': {'message': 'out of memory'}}, 'out of memory')])
 def test_what_arrived_before_an_error_stays(page, api, broken, words):
@@ -389,6 +396,7 @@ CONTRASTS = """(() => {
 })()"""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('scheme', ['light', 'dark'])
 def test_light_and_dark_have_contrast_and_fit(page, api, scheme):
     """WCAG AA: 4.5 for text; and nothing is wider than a phone."""
@@ -419,6 +427,7 @@ def test_light_and_dark_have_contrast_and_fit(page, api, scheme):
     assert page.run(background) != before
 
 
+@pytest.mark.slow
 def test_keys_alone(page, api):
     """Every button and field is reached by Tab, shows that it has the focus, and has a name."""
     api.reply = ['Hel', 'lo there!']

@@ -47,6 +47,7 @@ def test_shards_of_three_processes_equal_one(folder):
     same_losses(folder, 'one', 'three', 23)
 
 
+@pytest.mark.slow
 def test_resume_with_other_processes(folder):
     """A checkpoint of two processes goes on in three, in one, in copies (DDP), and in one file; samples are equal."""
     changes = {'total_batch_size': 192, 'batch_size': 2, 'learning_rate': 1e-3}
@@ -315,6 +316,7 @@ def test_shards_of_a_named_step_stay(alone, tmp_path):
     assert os.listdir(moved_to) == ['best.pt']
 
 
+@pytest.mark.slow
 def test_processes_agree_on_a_save_that_failed(folder):
     """Then they agree on the best, on patience and on when to save: nothing hangs."""
     for shard in ('none', 'full'):

@@ -63,7 +63,8 @@ def same_runs(folder, out_dir, expected, tolerance=1e-5):
             torch.testing.assert_close(folder.checkpoint(out_dir)[weights][key], weight, atol=2e-3, rtol=0)
 
 
-@pytest.mark.parametrize('name', ['reward', 'dpo', 'grpo', 'ppo', 'reinforce', pytest.param('muon', marks=pytest.mark.slow)])
+@pytest.mark.parametrize('name', ['grpo', 'reinforce', *(
+    pytest.param(name, marks=pytest.mark.slow) for name in ('reward', 'dpo', 'ppo', 'muon'))])
 def test_two_processes_take_the_steps_of_one(chats, name):
     """Losses, rewards, held-out answers and statistics over a step; then three processes go on with the run of one."""
     said = run(chats, name, out_dir='one').out
@@ -74,6 +75,7 @@ def test_two_processes_take_the_steps_of_one(chats, name):
     same_runs(chats, 'grown', 'one')
 
 
+@pytest.mark.slow
 def test_torchrun(chats):
     """A real one, of the reward model's PPO, whose reward model was trained by two processes."""
     run(chats, 'reward', 2, out_dir='judge')
@@ -190,6 +192,7 @@ def evaluate(folder, size, **settings):
     return {**json.loads(first.out.splitlines()[-1]), 'seconds': 0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('settings', [{}, {'stride': 7, 'batch_size': 3}, {'quantize': 'int8'}])
 def test_loss_of_a_text(chats, settings):
     """Also of fewer windows than processes."""
@@ -245,6 +248,7 @@ def batch(folder, n, **settings):
     return [folder.start('flatgpt.batch', **settings, env=env) for env in (environments(n) if n > 1 else [None])]
 
 
+@pytest.mark.slow
 def test_prompts_are_shared(chats):
     """The same bytes, log-probabilities included; also of a run that was killed and goes on with more processes."""
     lines = [{'id': i, 'messages': [{'role': 'user', 'content': 'q' * (i % 7 + 1)}]} for i in range(40)]

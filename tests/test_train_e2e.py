@@ -152,6 +152,7 @@ def test_resume_is_exact_with_two_processes(folder):
     assert [line['step'] for line in folder.log('half')] == [line['step'] for line in folder.log('whole')]
 
 
+@pytest.mark.slow
 def test_muon_with_two_processes(folder):
     """They share the matrices, an odd number of some shapes: the weights of one process, and an exact resume."""
     changes = {'preset': 'modern', 'n_layer': 3, 'weight_decay': 0.1}

@@ -342,7 +342,8 @@ for name in ('gradient_accumulation_steps', 'dropout', 'learning_rate', 'lr_deca
 
 # those of reward.py, rl.py and LoRA need a model to begin with: tests/test_tiny_chat.py, tests/test_lab_state_of_gpt.py
 @pytest.mark.parametrize('config', [path.name for path in sorted((ROOT / 'config').glob('*.py')) if not
-                                    path.name.startswith(('_', 'eval_', 'finetune_', 'grpo_', 'lora_', 'ppo_', 'presets', 'reward_'))])
+                                    path.name.startswith(('_', 'dr_grpo_', 'eval_', 'finetune_', 'grpo_', 'lora_', 'ppo_', 'presets', 'reinforce_',
+                                                         'reward_'))])
 def test_recipes(folder, config):
     """Each of config/ with a small model and few steps on top: it trains, with finite losses and its own settings."""
     source = (ROOT / 'config' / config).read_text()

@@ -97,6 +97,7 @@ def test_watching_a_compiled_step_changes_no_bit(asked):
     same_state(asked.checkpoint('plain'), asked.checkpoint('watched'))
 
 
+@pytest.mark.slow
 def test_two_processes_watch(asked):
     """The main process samples, both answer questions, and nothing changes."""
     asked.train_two(dropout=0.2, out_dir='plain')
@@ -273,6 +274,7 @@ def test_shards_are_not_sampled(folder):
         run.refused('sample_every: a process has a part of the model alone', '--keep_every=N')
 
 
+@pytest.mark.slow
 def test_numbered_shards_stay(folder):
     """A folder of shards that a numbered checkpoint names is not removed, and it opens."""
     folder.train_two(shard='full', keep_every=5, eval_interval=10)

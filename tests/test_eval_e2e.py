@@ -113,6 +113,7 @@ def nats(logits_of, ids, windows):
     return total
 
 
+@pytest.mark.slow
 def test_train_pys_val_loss(folder):
     folder.train().ok()
     found = evaluate(folder, which='last')

@@ -71,7 +71,8 @@ def test_a_small_run(folder):
 
 @pytest.mark.parametrize('setting, said', [
     ({'n_samples': 1}, 'n_samples=1: expected 2 or more'), ({'dataset': 'nothing'}, 'no dataset in'),
-    ({'dataset': 'tiny', 'settings': '--n_heads=2'}, 'train.py failed; its error is in out-lab/learning_to_write.log'),
+    pytest.param({'dataset': 'tiny', 'settings': '--n_heads=2'},
+                 'train.py failed; its error is in out-lab/learning_to_write.log', marks=pytest.mark.slow),
 ])
 def test_refuses(folder, setting, said):
     folder.start('lab.learning_to_write', **setting).wait().refused(said)

@@ -202,6 +202,7 @@ def test_loss_in_chunks_never_holds_all_logits(training, monkeypatch):
         assert largest.numel == chunk
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings('ignore')
 def test_compiled_dropout():
     """The hashed numbers of compiled dropout have the statistics of random ones."""

@@ -38,6 +38,7 @@ def same_losses(folder, one, many, n, tolerance=1e-5):
 # processes -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_shards_of_three_processes_equal_one(folder):
     """20 steps of AdamW and of Muon; the matrices have 48, 64 or 16 rows, in parts that differ."""
     changes = {'total_batch_size': 192, 'batch_size': 2, 'preset': 'modern', 'n_layer': 3, 'shard': 'full'}

@@ -241,6 +241,7 @@ def test_recomputed_blocks_give_the_same_weights(folder, changes):
     same_state(folder.checkpoint(), folder.checkpoint('kept'))
 
 
+@pytest.mark.slow
 def test_compiler_that_fails(folder):
     """Training goes on without it, and says so."""
     (folder.path / 'config.py').write_text(

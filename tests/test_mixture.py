@@ -167,6 +167,7 @@ def test_a_mixture_resumes_bit_for_bit(several):
     assert last['val_loss'] == pytest.approx(0.6 * sources['tiny']['val_loss'] + 0.4 * sources['other']['val_loss'])
 
 
+@pytest.mark.slow
 def test_wrong_mixtures_are_refused(several):
     for dataset, *said in (
             ('tiny:0.5,alien:0.5', 'alien has another tokenizer than tiny'), ('tiny:0.5,othr:0.5', "did you mean 'other'"),

@@ -133,7 +133,8 @@ def test_it_learns(served):
 @pytest.mark.parametrize('changes, missing, said', [
     ({'rollout_folder': ''}, (), '--rollout_folder=FOLDER, and no tools'), ({'tools': True}, (), 'and no tools'),
     ({'rollout_server': 'localhost:8000'}, (), "rollout_server='localhost:8000': expected an address such as"),
-    ({'rollout_server': 'http://localhost:1/v1'}, (), 'http://localhost:1/v1/models gives no answer ([Errno 111] Connection'),
+    pytest.param({'rollout_server': 'http://localhost:1/v1'}, (),
+                 'http://localhost:1/v1/models gives no answer ([Errno 111] Connection', marks=pytest.mark.slow),
     ({'rollout_folder': 'tasks'}, (), "rollout_folder='tasks' has no config.json; expected the folder"),
     ({'rollout_folder': 'other'}, (), "rollout_folder='other' has vocab_size=266, and the policy 270; expected"),
     ({'init_from': 'served'}, (), "rollout_folder='served': expected another folder than --init_from"),

@@ -270,6 +270,7 @@ def test_signals_save_and_say_how_to_go_on(folder, number):
     same_state(folder.checkpoint('a b'), folder.checkpoint('whole'))
 
 
+@pytest.mark.slow
 def test_signal_to_one_of_two_processes(folder):
     """Whichever process hears it, both stop after the same step."""
     (folder.path / 'config.py').write_text(
@@ -315,6 +316,7 @@ def test_processes_that_differ_are_refused(folder, name):
     assert {path: path.read_bytes() for path in folder.path.glob('out-*/*')} == before
 
 
+@pytest.mark.slow
 def test_second_sigterm_is_obeyed_by_a_process_that_waits(folder):
     """A process waits in C++ for one that hangs, where Python runs no handler."""
     runs = folder.start_two(max_iters=100000, eval_interval=100000, log_interval=1)

@@ -25,6 +25,7 @@ import inspect
 import json
 import math
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal, get_args, get_origin, get_type_hints
@@ -112,7 +113,7 @@ def tool_of(function):
     """Return the Tool of a function. Raises TypeError for parameters without a schema."""
     hints, parameters = get_type_hints(function), inspect.signature(function).parameters
     description = ' '.join((inspect.getdoc(function) or '').partition('\n\n')[0].split())
-    if not description:
+    if not description and sys.flags.optimize < 2:  # python -OO drops docstrings
         raise TypeError(f'{function.__name__}: expected a docstring, which describes the tool')
     if odd := [name for name, parameter in parameters.items() if name not in hints
                or parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)]:

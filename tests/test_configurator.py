@@ -310,7 +310,7 @@ def test_errors_command_no_terminal(capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('script', ['train.py', 'sample.py', 'eval.py'])
+@pytest.mark.parametrize('script', ['train.py', 'sample.py', 'eval.py', 'serve.py'])
 def test_scripts_without_their_folder_on_the_path(script, tmp_path):
     done = subprocess.run([sys.executable, '-OO', str(ROOT / script), '--help'], cwd=tmp_path, text=True,
                           env={**os.environ, 'PYTHONSAFEPATH': '1', 'PYTHONPATH': ''}, capture_output=True)

@@ -20,8 +20,6 @@ from typing import Annotated, Literal
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # python -P leaves it out
 
-import torch
-
 from configurator import Count, Natural, Positive, Range, UserError, override
 from flatgpt import decoding, output, pretrained
 from flatgpt.files import read_text
@@ -34,7 +32,7 @@ output.protect(drop=True)
 # settings -----------------------------------------------------------------------------------------
 init_from = 'resume'  # 'resume': out_dir; or 'gpt2' to 'gpt2-xl', a Hugging Face folder, a hub id
 out_dir = 'out'  # folder of train.py's ckpt.pt and best.pt
-which: Literal['best', 'last'] = 'best'  # 'best': best.pt, else ckpt.pt; 'last': ckpt.pt
+which: Literal['best', 'last'] | Count = 'best'  # best.pt if there is one; ckpt.pt; ckpt-STEP.pt
 name = ''  # id of the model in the API; '': the name of its folder
 tools = 'calculator'  # that it runs for models with calls: calculator,python; '': none
 # network
@@ -85,9 +83,8 @@ decoding.prepare(model, {**config, 'quantize': ''}, rows=None)
 
 def limits_of(model):
     """Return the Limits: the context and the number of rows that cache_gb holds."""
-    weight = model.lm_head.weight
-    dtype = weight.dtype if weight.is_floating_point() else torch.bfloat16
-    most = int(cache_gb * 1e9 / bytes_of(model.config, 1, dtype))  # tokens of the cache
+    # tokens of the cache
+    most = int(cache_gb * 1e9 / bytes_of(model.config, 1, model.lm_head.weight.dtype))
     block_size = model.config.block_size
     n = context or min(block_size, most // 4)
     if n > min(block_size, most):

@@ -13,7 +13,6 @@ NaN, or damaged. The last line is JSON.
 """
 
 import base64
-import hashlib
 import json
 import os
 import re
@@ -30,6 +29,7 @@ from configurator import UserError, explain_errors, printable
 from data.encode import make_parser
 from flatgpt import output
 from flatgpt.logs import Folder, names_of
+from flatgpt.policy import policy_of
 from tokenizer.base import write_file
 
 TEMPLATE = Path(__file__).with_name('runs.html')
@@ -86,7 +86,7 @@ def x_of(folder, axis):
 
 
 def pack(numbers, size):
-    """Write numbers as float32 in base64; size 3 leaves out the last of 24 bits of precision."""
+    """Write numbers as float32 in base64; size 3 leaves out the last byte."""
     bits = np.clip(numbers, -3e38, 3e38).astype('<f4').view('<u4')
     if size == 3:
         bits = np.where(bits & 0x7fffffff > 0x7f800000, 0x7fc00000, bits + 0x80) >> 8  # NaN stays
@@ -95,7 +95,7 @@ def pack(numbers, size):
 
 
 def view_table(table, positions, n_buckets):
-    """Return a table as runs.html reads it: lowest, highest and mean value of each bucket."""
+    """Return a table as runs.html reads it: low, high and mean of each bucket."""
     order = np.argsort(table.columns['step'], kind='stable')
     n = min(table.n, n_buckets)
     edges = np.linspace(0, table.n, n + 1).astype(int)
@@ -188,13 +188,7 @@ def to_json(value):
 def make_page(content, is_live):
     """Return the page, bytes, and its Content-Security-Policy."""
     source = TEMPLATE.read_text(encoding='utf-8')
-    hashes = {}
-    for tag in ('style', 'script'):
-        part = re.search(f'<{tag}>(.*?)</{tag}>', source, re.S)[1]
-        hashes[tag] = base64.b64encode(hashlib.sha256(part.encode()).digest()).decode()
-    policy = (f"default-src 'none'; script-src 'sha256-{hashes['script']}'; "
-              f"style-src 'sha256-{hashes['style']}'; base-uri 'none'; form-action 'none'"
-              + "; connect-src 'self'" * is_live)
+    policy = policy_of(source) + "; connect-src 'self'" * is_live
     before, after = source.replace(POLICY, policy, 1).encode().split(MARK.encode(), 1)
     return before + to_json({**content, 'live': is_live}) + after, policy
 

@@ -139,7 +139,7 @@ def first_beside_streams():
 
 
 def again():
-    """Return the seconds to a first token of a new prompt, and of one with its beginning."""
+    """Return the seconds to the first token of a prompt, and of one that shares it."""
     shared = prompt_of(shared_tokens)
     return tuple(first_token(shared + prompt_of(10)) for _ in range(2))
 

@@ -66,7 +66,7 @@ def extract_id(tokenizer):
 
 
 def encode_text(text, tokenizer, block_size):
-    """Encode a text and the extract token; -> (ids, whether its beginning was cut off).
+    """Encode a text and the extract token; -> (ids, whether its start was cut).
 
     Special tokens in it are ordinary text. Raises UserError for characters without an id.
     """
@@ -88,7 +88,7 @@ def logits_of(model, idx, lengths):
 
 
 def losses_of(model, idx, lengths, labels, with_lm):
-    """Return the logits (B, K), the summed cross-entropy of the labels, and that of the tokens.
+    """Return logits (B, K), and summed cross-entropies of labels and of tokens.
 
     labels: (B,). The last is in nats over all tokens but the first of each row, the extract token
     included; 0 unless with_lm.

@@ -171,9 +171,10 @@ vocabulary = functools.lru_cache(maxsize=4)(Vocabulary)  # 0.3 s for 50,000 ids
 
 
 def token_bytes(tokenizer, i):
+    """Return the bytes of an id, b'' of an unused one."""
     try:
         return tokenizer.decode_bytes([i])
-    except ValueError:  # an unused id
+    except ValueError:
         return b''
 
 

@@ -363,7 +363,7 @@ class Labels(TypedDict):
 
 
 class Classification(Labels):
-    """Name what a run of classify needs to go on. labels: a hash of the labelled texts."""
+    """Name what a run of classify needs. labels: a hash of the labelled texts."""
 
     optimizer: Optimizer
     config: Origin

@@ -101,7 +101,7 @@ class Appended:
 
 
 def parse(lines):
-    """Yield lists of what lines of JSON hold; None for a line that is no object with a step."""
+    """Yield lists of objects of JSON lines; None for one without a step."""
     while lines:
         n = max(1, BLOCK // (1 + len(lines[0])))
         block, lines = lines[:n], lines[n:]
@@ -184,7 +184,7 @@ def to_floats(values, kinds):
 
 
 def is_locked(path):
-    """Return whether a process holds the lock of a folder, as a run does; None: no locks here."""
+    """Return whether a run holds the lock of a folder; None: no locks here."""
     try:
         lock = lock_folder(path)
     except Busy:
@@ -333,7 +333,7 @@ class Folder:
 
 
 def read_checkpoint(path):
-    """Return a checkpoint's step and its model's FLOPs per token, None for what is unknown."""
+    """Return a checkpoint's step and its FLOPs per token, None for the unknown."""
     if not os.path.isfile(path):
         return None, None
     from flatgpt.entries import glance, without_memory  # torch takes seconds to import

@@ -130,7 +130,7 @@ def merge(model):
 
 
 def adapters(model):
-    """Return {name: tensor} of the adapters, and of a head beside or in place of lm_head."""
+    """Return {name: tensor} of the adapters, and of a value_head."""
     return {name: tensor for name, tensor in model.state_dict().items()
             if name.endswith(('.lora_a', '.lora_b')) or name.startswith('value_head.')}
 

@@ -31,9 +31,9 @@ ARCHITECTURE = [field.name for field in fields(GPTConfig)
 
 
 def path_in(out_dir, which='best'):
-    """Return the path of best.pt (which='best', if it exists), of ckpt.pt, or ckpt-STEP.pt.
+    """Return the path of best.pt, if it exists, of ckpt.pt or of ckpt-STEP.pt.
 
-    Raises UserError for a step without a numbered checkpoint.
+    which: 'best', 'last' or the step. Raises UserError for a step without a numbered checkpoint.
     """
     if which in ('best', 'last'):
         path = os.path.join(out_dir, 'best.pt')

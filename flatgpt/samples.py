@@ -11,6 +11,7 @@ move.
 """
 
 import shlex
+from contextlib import contextmanager
 
 import torch
 
@@ -22,6 +23,18 @@ from flatgpt.sampling import Sampling
 from tokenizer.chat import encode_prompt, find_endings, render
 
 LENGTH = 200  # tokens of a sample where sample_tokens=0
+
+
+@contextmanager
+def in_between(model):
+    """Let a model decode between two training steps: in eval mode, and not compiled."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.compiler.set_stance('force_eager'):
+            yield
+    finally:
+        model.train(was_training)
 
 
 class Samples:
@@ -51,11 +64,8 @@ class Samples:
 
     def draw(self, model):
         """Return the text that continues the prompt."""
-        was_training = model.training
-        model.eval()
-        with torch.compiler.set_stance('force_eager'):
+        with in_between(model):
             *_, samples = generate_texts(model, self.tokenizer, [self.ids], self.sampling)
-        model.train(was_training)
         return samples[0].text
 
     def add(self, model, run):

@@ -167,7 +167,7 @@ def answers_of(model, items):
 
 
 def new_classifier(base, start):
-    """Return a GPT with a head: a copy of the base model, or the same network from scratch."""
+    """Return a GPT with a head: a copy of the base, or the same from scratch."""
     torch.manual_seed(seed)
     model = GPT(base.config)
     if start == 'pretrained':

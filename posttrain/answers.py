@@ -102,7 +102,7 @@ def number_of(sentence):
 
 
 def plain(match):
-    """Normalize a number: '1,080' -> '1080', '$18.00' -> '18', '.5' -> '0.5', '2/4' -> '0.5'."""
+    """Normalize a number: '1,080' -> '1080', '$18.00' -> '18', '2/4' -> '0.5'."""
     before, behind, digits, divisor = match.groups()
     sign = '-' if bool(before) != bool(behind) else ''
     if divisor:

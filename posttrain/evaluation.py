@@ -12,10 +12,9 @@ the same eval_examples questions of val, or of the file, and takes the likeliest
 
 import re
 
-import torch
-
 import tokenizer
 from configurator import UserError
+from flatgpt.samples import in_between
 from posttrain.tasks import common as tasks
 
 MAX_NEW_TOKENS = 128  # of an answer, as in eval.py; at most half of the context
@@ -67,12 +66,9 @@ class TaskEvaluation:
 
     def measure(self, model):
         """Return the accuracy on each task."""
-        was_training = model.training
-        model.eval()
-        with torch.compiler.set_stance('force_eager'):
+        with in_between(model):
             reports = {key: tasks.measure(task, examples, model, self.tokenizer, how)
                        for key, (task, examples, how) in self.tasks.items()}
-        model.train(was_training)
         return {key: report['kinds']['all']['accuracy'] for key, report in reports.items()}
 
     def line(self, accuracies):

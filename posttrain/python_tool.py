@@ -132,6 +132,7 @@ def child(seconds, memory, most_file):
     try:
         body = ast.parse(sys.stdin.read()).body
         last = body.pop() if body and isinstance(body[-1], ast.Expr) else None
+        # the model's code: this process exists to run it, within its limits
         exec(compile(ast.Module(body, []), '<model>', 'exec'), names)
         if last:
             sys.displayhook(eval(compile(ast.Expression(last.value), '<model>', 'eval'), names))

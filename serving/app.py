@@ -8,8 +8,6 @@ platform.openai.com/docs/api-reference.
 """
 
 import asyncio
-import base64
-import hashlib
 import hmac
 import ipaddress
 import json
@@ -28,7 +26,9 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from configurator import UserError
+from flatgpt.constrain import token_bytes
 from flatgpt.jsonl import to_line
+from flatgpt.policy import policy_of
 from serving import protocol, responses
 from serving.engine import Answer, Full
 from serving.protocol import Refused
@@ -225,7 +225,7 @@ class Server:
         ids, tokenizer = self.ids_of(body), self.served.tokenizer
         special = set(tokenizer.special_tokens.values())
         return {'count': len(ids), 'max_model_len': self.served.context, 'tokens': ids,
-                'token_strs': [protocol.token_bytes(tokenizer, i).decode('utf-8', 'replace')
+                'token_strs': [token_bytes(tokenizer, i).decode('utf-8', 'replace')
                                for i in ids],
                 'special': [i in special for i in ids]}
 
@@ -366,13 +366,7 @@ def usage(job, choices):
 def load_page():
     """Return the page, and the policy that lets only its own script and style work."""
     page = PAGE.read_text(encoding='utf-8')
-    sources = [f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-               for tag in ('script', 'style')
-               for text in re.findall(f'<{tag}>(.*?)</{tag}>', page, re.DOTALL)]
-    script, style = sources
-    return page, (f"default-src 'none'; script-src {script}; style-src {style}; connect-src "
-                  f"'self'; img-src data:; base-uri 'none'; form-action 'none'; "
-                  f"frame-ancestors 'none'")
+    return page, policy_of(page) + "; connect-src 'self'; img-src data:; frame-ancestors 'none'"
 
 
 # Safety -------------------------------------------------------------------------------------------

@@ -118,9 +118,9 @@ class Engine:
 
     def __init__(self, model, tokenizer, limits):
         self.model, self.tokenizer, self.limits = model, tokenizer, limits
-        self.device, dtype = model.lm_head.weight.device, model.lm_head.weight.dtype
-        dtype = dtype if dtype.is_floating_point else torch.bfloat16
-        self.pool = Pool(model.config, limits.max_streams, limits.context, self.device, dtype)
+        self.device = model.lm_head.weight.device
+        self.pool = Pool(model.config, limits.max_streams, limits.context, self.device,
+                         model.lm_head.weight.dtype)
         self.running, self.waiting = [], deque()  # row i of the pool is that of running[i]
         self.used = [0] * limits.max_streams  # for each row, the step of its last answer
         self.changed, self.is_stopped = threading.Condition(), False

@@ -30,7 +30,7 @@ from configurator import (
     check_fields,
     nearest,
 )
-from flatgpt.constrain import Constraint
+from flatgpt.constrain import Constraint, token_bytes
 from flatgpt.sampling import Sampling, uniforms
 from posttrain.tools import TOOLS, Tool, Toolbox, calls_tools, toolbox
 from tokenizer.chat import (
@@ -193,17 +193,6 @@ class Job:
         sampling = self.sampling[prompt]
         return self.prompts[prompt], sampling, uniforms(self.seed, prompt, number,
                                                         sampling.max_new_tokens)
-
-
-def token_bytes(tokenizer, i):
-    """Return the bytes of an id, b'' of an unused one."""
-    try:
-        return tokenizer.decode_bytes([i])
-    except ValueError:
-        return b''
-
-
-# Read ---------------------------------------------------------------------------------------------
 
 
 def read_body(kind, body):

@@ -12,7 +12,7 @@ import secrets
 from dataclasses import dataclass
 from typing import Any
 
-from serving.protocol import token_bytes
+from flatgpt.constrain import token_bytes
 
 
 def head_of(job, served, is_chunk):

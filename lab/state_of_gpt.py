@@ -26,23 +26,14 @@ of its samples 81%, a vote of 8 91%, the best of 8 91%, with a calculator 89%, P
 Source: "State of GPT", Karpathy 2023. Needs '.[lab]'.
 """
 
-import json
 import os
-import runpy
-import shlex
-import signal
-import subprocess
-import sys
-import time
 from typing import Annotated
 
 from bench.common import table as aligned
-from configurator import Count, Positive, Range, Seed, UserError, override
-from data import download
-from data.tiny_chat.prepare import AMOUNTS
-from flatgpt import checkpoint, jsonl, outdir
-from flatgpt.files import replace_file
+from configurator import Count, Positive, Range, Seed, override
+from flatgpt import jsonl
 from lab import common
+from lab.course import Course
 from posttrain.tasks.common import wilson
 
 # Settings -----------------------------------------------------------------------------------------
@@ -55,170 +46,6 @@ n_layer: Count | None = None  # of the model; None: that of config/tiny_web.py, 
 n_embd: Count | None = None
 config = override(globals())
 # --------------------------------------------------------------------------------------------------
-
-QUESTIONS = ('What is 58 + 67?\nHow many times is the letter e in needle?\n'
-             'Write straw from back to front.')
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-
-
-# The stages ---------------------------------------------------------------------------------------
-
-
-def script(name, recipe='', **options):
-    """Return a script's command, with `share` of the steps of a config/ recipe."""
-    recipe = os.path.join(ROOT, 'config', recipe) if recipe else ''
-    if recipe and share != 1:
-        settings = runpy.run_path(recipe)
-        options['max_iters'] = max(2, round(share * settings['max_iters']))
-        if share < 1 and 'eval_examples' in settings:
-            options['eval_examples'] = max(7, round(share * settings['eval_examples']))
-    program = [os.path.relpath(os.path.join(ROOT, name))] if name.endswith('.py') else ['-m', name]
-    return ['python', *program, *([os.path.relpath(recipe)] if recipe else []),
-            *(f'--{key}={value}' for key, value in options.items() if value is not None)]
-
-
-def stages(home):
-    """Return [(name, command), ...]; 'ask' stages print a last line of JSON."""
-    folder = {name: os.path.join(home, name)
-              for name in ('data', 'texts', 'base', 'sft', 'reward', 'ppo', 'grpo')}
-
-    def ask(name, **options):
-        return script('eval.py', out_dir=folder[name], task='tiny_chat', n=n, **options)
-
-    def learn(name, recipe, start='sft', **options):
-        init_from = folder[start] if start else None
-        return script(name, recipe, init_from=init_from, seed=seed, **options)
-
-    # at least 400, since a twentieth of the conversations is held out
-    amounts = {name: max(400, round(share * amount))
-               for name, amount in AMOUNTS.items() if share < 1}
-    sampled = {'num_samples': num_samples, 'temperature': 1.0, 'reward_model': folder['reward']}
-    return [
-        ('data', script('data/tiny_chat/prepare.py', out_dir=folder['data'], **amounts)),
-        ('texts', script('data/text/prepare.py', out_dir=folder['texts'],
-                         input=os.path.join(folder['data'], 'corpus.jsonl'),
-                         tokenizer=os.path.join(folder['data'], 'chat.json'),
-                         val_fraction=0.02)),  # evaluated whole: 0.1 would take half a minute
-        ('base', learn('train.py', 'tiny_web.py', None, dataset=folder['texts'],
-                       out_dir=folder['base'], n_layer=n_layer, n_embd=n_embd)),
-        ('ask base', ask('base', shots=0, max_new_tokens=40)),
-        ('ask base, 4 shots', ask('base', shots=4, max_new_tokens=40)),
-        ('sft', learn('train.py', 'sft_tiny_chat.py', 'base', dataset=folder['data'],
-                      out_dir=folder['sft'])),
-        ('ask sft', ask('sft')),
-        ('ask sft, calculator', ask('sft', tools=True, max_new_tokens=112)),  # a longer prompt
-        ('reward', learn('posttrain.reward', 'reward_tiny_chat.py', out_dir=folder['reward'],
-                         data=os.path.join(folder['data'], 'pairs.jsonl'))),
-        ('ask sft, samples', ask('sft', **sampled)),
-        ('ppo', learn('posttrain.rl', 'ppo_tiny_chat.py', reward_model=folder['reward'],
-                      out_dir=folder['ppo'])),
-        ('ask ppo', ask('ppo')),
-        ('grpo', learn('posttrain.rl', 'grpo_tiny_chat.py', out_dir=folder['grpo'])),
-        ('ask grpo', ask('grpo')),
-        ('chat', script('posttrain.chat', out_dir=folder['grpo'], temperature=0)),
-    ]
-
-
-def to_go_on():
-    command = shlex.join(['python', '-m', 'lab.state_of_gpt', *sys.argv[1:]])
-    return f'the same command goes on from there:\n  {command}'
-
-
-def run(name, command, can_resume):
-    """Run a stage to its end; return the result of an 'ask' stage."""
-    if can_resume:
-        command = [part for part in command if not part.startswith('--init_from')]
-        command.append('--init_from=resume')
-    has_result = name.startswith('ask')
-    questions = f'echo {shlex.quote(QUESTIONS)} | ' if name == 'chat' else ''
-    print(f'\n== {name} {"=" * (76 - len(name))}\n$ {questions}{shlex.join(command)}', flush=True)
-    stage = subprocess.Popen([sys.executable, *command[1:]], text=True,
-                             stdout=subprocess.PIPE if has_result else None,
-                             stdin=subprocess.PIPE if questions else None)
-    try:
-        printed, _ = stage.communicate(f'{QUESTIONS}\n' if questions else None)
-    except KeyboardInterrupt:
-        stage.send_signal(signal.SIGINT)  # a stage that trains saves before it ends
-        stage.wait()
-        raise
-    if stage.returncode:
-        raise UserError(f'the stage {name!r} ended with exit code {stage.returncode}, see above; '
-                        f'{to_go_on()}')
-    if has_result:
-        *lines, last = printed.splitlines()
-        print('\n'.join(lines), flush=True)
-        return json.loads(last)
-
-
-def is_whole(folder):
-    """Return whether a run took all its steps, and was not stopped by a signal."""
-    with open(os.path.join(folder, 'config.json'), encoding='utf-8') as file:
-        max_iters = json.load(file)['max_iters']
-    return checkpoint.load(os.path.join(folder, 'ckpt.pt'))['iter_num'] >= max_iters
-
-
-def recipe_of(command):
-    """Return the SHA-256 of the recipe of a stage, or of the scripts of its data."""
-    paths = [part for part in command[2:] if part.endswith('.py')]
-    if command[1].endswith('prepare.py'):
-        paths = [command[1], os.path.join(ROOT, 'posttrain', 'tasks', 'tiny_chat.py')]
-    return [download.file_sha256(path) for path in paths]
-
-
-def builds_on(command, names, home):
-    """Return whether a command reads or writes in the folder of one of these stages."""
-    folders = {os.path.join(home, name) for name in names}
-    values = [part.partition('=')[2] for part in command]
-    return any(folders & {value, os.path.dirname(value)} for value in values)
-
-
-def run_all(home):
-    """Run the stages that are not complete by home/stages.json.
-
-    A stage with a changed command or recipe runs again, and so do the stages that build on it.
-    Returns {name: {'command', 'recipe', 'seconds', 'found'}}.
-    """
-    path, plan, done = os.path.join(home, 'stages.json'), stages(home), {}
-    if os.path.exists(path):
-        with open(path, encoding='utf-8') as file:
-            records = json.load(file)
-        done = {name: records[name] for name, _ in plan if name in records}
-
-    def save():
-        replace_file(path, json.dumps(done, indent=1).encode())
-
-    for name, command in plan:
-        folder = os.path.join(home, name)
-        ckpt_path = os.path.join(folder, 'ckpt.pt')
-        record = done.get(name, {})
-        job = {'command': command, 'recipe': recipe_of(command)}
-        was_begun = job.items() <= record.items()
-        if was_begun and record['seconds'] is not None:
-            continue
-
-        # forget this stage and the stages that build on it
-        outdated = {name}
-        for later, later_command in plan:
-            if builds_on(later_command, outdated, home):
-                outdated.add(later)
-        done = {other: done[other] for other in done if other not in outdated}
-        # before the record: a stage killed at once must not resume from an older checkpoint
-        if not was_begun and (aside := outdir.put_aside(folder)):
-            print(f'the earlier run was moved to {aside}')
-        done[name] = {**job, 'seconds': None, 'found': None}
-        save()
-
-        # run it
-        started = time.perf_counter()
-        result = run(name, command, was_begun and os.path.exists(ckpt_path))
-        if os.path.exists(ckpt_path) and not is_whole(folder):
-            raise UserError(f'the stage {name!r} was stopped; {to_go_on()}')
-        done[name].update(seconds=round(time.perf_counter() - started, 1), found=result)
-        save()
-    return done
-
-
-# The results --------------------------------------------------------------------------------------
 
 
 def rows_of(done):
@@ -277,15 +104,12 @@ def draw(rows, home):
 
 def main():
     common.pyplot()  # raises before half an hour of work if matplotlib is missing
-    home = os.path.join(out, 'state_of_gpt')
+    course = Course(**config)
+    home = course.home
     common.start(home)
 
     # run the stages
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
-    try:
-        done = run_all(home)
-    except KeyboardInterrupt:
-        raise UserError(f'stopped; {to_go_on()}') from None
+    done = course.run_stages(course.stages())
 
     # report
     rows = rows_of(done)

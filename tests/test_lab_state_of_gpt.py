@@ -5,10 +5,10 @@ import os
 import signal
 
 import pytest
-from conftest import load_lab
 
 from configurator import UserError
 from flatgpt import checkpoint
+from lab import course
 
 TINY = {'share': 0.01, 'n': 14, 'num_samples': 2, 'n_layer': 1, 'n_embd': 16, 'out': 'out'}
 
@@ -64,12 +64,11 @@ def test_another_setting_runs_what_depends_on_it(tmp_path, monkeypatch):
     ran, recipes, is_whole, changed = [], [], True, []
 
     def run_all(**settings):
-        lab = load_lab('state_of_gpt', '--out=out', *(f'--{key}={value}' for key, value in settings.items()))
-        monkeypatch.setattr(lab, 'run', lambda name, command, can_resume: ran.append((name, can_resume)))
-        monkeypatch.setattr(lab, 'is_whole', lambda folder: is_whole)
-        (tmp_path / 'out').mkdir(exist_ok=True)
+        made = course.Course('.', **settings)
+        monkeypatch.setattr(course, 'run', lambda name, command, can_resume: ran.append((name, can_resume)))
+        monkeypatch.setattr(course, 'is_whole', lambda folder: is_whole)
         ran.clear()
-        lab.run_all('out')
+        made.run_stages(made.stages())
         return [name for name, _ in ran]
 
     def recipe(path):
@@ -86,23 +85,23 @@ def test_another_setting_runs_what_depends_on_it(tmp_path, monkeypatch):
     assert run_all(num_samples=4, n=70) == [name for name in first if name.startswith('ask')]
     changed.append('reward_tiny_chat.py')
     assert run_all(num_samples=4, n=70) == ['reward', 'ask sft, samples', 'ppo', 'ask ppo']
-    (tmp_path / 'out' / 'sft').mkdir()
-    (tmp_path / 'out' / 'sft' / 'ckpt.pt').touch()
+    (tmp_path / 'state_of_gpt' / 'sft').mkdir()
+    (tmp_path / 'state_of_gpt' / 'sft' / 'ckpt.pt').touch()
     changed.append('sft_tiny_chat.py')  # the run before is put aside, and its checkpoint not gone on from
     assert run_all(num_samples=4, n=70) == first[first.index('sft') :]
     assert not any(can_resume for _, can_resume in ran)
-    assert os.listdir(tmp_path / 'out' / 'sft' / 'previous-1') == ['ckpt.pt']
+    assert os.listdir(tmp_path / 'state_of_gpt' / 'sft' / 'previous-1') == ['ckpt.pt']
     assert run_all(num_samples=4, n=70, n_layer=2) == first[first.index('base') :]
 
     # a stage that was stopped ends without an error; it goes on where it saved, if it had
-    stages = json.loads((tmp_path / 'out' / 'stages.json').read_text())
+    stages = json.loads((tmp_path / 'state_of_gpt' / 'stages.json').read_text())
     stages['sft']['seconds'] = None
     for n_checkpoints in range(2):
-        (tmp_path / 'out' / 'stages.json').write_text(json.dumps(stages))
+        (tmp_path / 'state_of_gpt' / 'stages.json').write_text(json.dumps(stages))
         assert run_all(num_samples=4, n=70, n_layer=2) == first[first.index('sft') :]
         assert dict(ran)['sft'] == bool(n_checkpoints)
-        (tmp_path / 'out' / 'sft' / 'ckpt.pt').touch()
-    (tmp_path / 'out' / 'stages.json').write_text(json.dumps(stages))
+        (tmp_path / 'state_of_gpt' / 'sft' / 'ckpt.pt').touch()
+    (tmp_path / 'state_of_gpt' / 'stages.json').write_text(json.dumps(stages))
     is_whole = False
     with pytest.raises(UserError, match="'sft' was stopped; the same command goes on"):
         run_all(num_samples=4, n=70, n_layer=2)
@@ -112,8 +111,7 @@ def test_another_setting_runs_what_depends_on_it(tmp_path, monkeypatch):
 
 
 def test_is_whole(tmp_path):
-    lab = load_lab('state_of_gpt')
     checkpoint.save(str(tmp_path), {'model': {}, 'model_args': {}, 'iter_num': 3, 'best_val_loss': 1.0}, is_best=False)
     for max_iters, is_whole in ((3, True), (4, False)):
         (tmp_path / 'config.json').write_text(json.dumps({'max_iters': max_iters}))
-        assert lab.is_whole(tmp_path) == is_whole
+        assert course.is_whole(tmp_path) == is_whole

@@ -39,7 +39,7 @@ from flatgpt import (
 )
 from flatgpt.cut import cut_step
 from model import GPT, GPTConfig
-from posttrain import pairs, policy, reward_model
+from posttrain import policy, preferences, reward_model
 from posttrain.tasks import common as tasks
 from tokenizer import SentencePieceTokenizer, chat, formats
 from tokenizer.base import FILE_FORMAT, FILE_VERSION
@@ -341,7 +341,7 @@ def text_kinds():
            for i in range(40)]
     lines = b''.join(json.dumps(pair).encode() + b'\n' for pair in two)
     yield Kind('pairs', {'pairs.jsonl': lines}, {'pairs.jsonl': 'jsonl'},
-               lambda: pairs.read_pairs('pairs.jsonl', chat.TEMPLATE, BYTES, 32, 0.3))
+               lambda: preferences.read_pairs('pairs.jsonl', chat.TEMPLATE, BYTES, 32, 0.3))
 
     gsm8k = b''.join(json.dumps({'question': f'{i} and 2?', 'answer': f'<<{i}+2={i + 2}>>{i + 2}\n'
                                  f'#### {i + 2}'}).encode() + b'\n' for i in range(20))

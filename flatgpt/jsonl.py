@@ -7,6 +7,7 @@
     results.finish(objects)                      # writes out.jsonl: objects and their results
 """
 
+import hashlib
 import json
 import os
 
@@ -71,7 +72,7 @@ class Results:
     """
 
     def __init__(self, out, digest):
-        self.out, self.part, self.done = out, f'{out}.part', {}
+        self.out, self.part, self.done, self.written = out, f'{out}.part', {}, set()
         self.file = open(self.part, 'a+b', opener=no_link)
         self.lock = lock_folder(self.part, 'writing')
         self.file.seek(0)
@@ -93,6 +94,8 @@ class Results:
                 match read_object(line):
                     case {'line': int(number), 'result': dict(result)}:
                         self.done[number] = result
+                    case {'written': str(sha256)}:
+                        self.written.add(sha256)
                     case entry if line != first:
                         raise UserError(f'expected a line and its result, got {str(entry)[:40]}')
             except UserError as error:
@@ -109,17 +112,29 @@ class Results:
         self.file.flush()
 
     def finish(self, objects):
-        """Write `out`: each of {line number: object} with its result, in order.
+        """Write `out`, each of {line number: object} with its result, in order; then close().
+
+        Raises UserError as write() does.
+        """
+        self.write(b''.join(to_line({**value, **self.done[number]})
+                            for number, value in objects.items()))
+        self.close()
+
+    def write(self, content):
+        """Write bytes to `out`. A later run that continues from {out}.part may replace them.
 
         Raises UserError if `out` is there with other content, of another program.
         """
-        content = b''.join(to_line({**value, **self.done[number]})
-                           for number, value in objects.items())
-        if not os.path.exists(self.out):
-            replace_file(self.out, content)
-        elif read_bytes(self.out) != content:  # else a killed run had come as far as here
-            raise UserError(f'{self.out} exists by now; move it away, and the same command goes on')
-        self.close()
+        sha256 = hashlib.sha256(content).hexdigest()
+        if os.path.exists(self.out):  # a killed run may have come as far as here
+            now = hashlib.sha256(read_bytes(self.out)).hexdigest()
+            if now not in {sha256, *self.written}:
+                raise UserError(f'{self.out} exists by now; move it away, and the same command '
+                                f'goes on')
+        self.file.write(to_line({'written': sha256}))
+        self.file.flush()
+        self.written.add(sha256)
+        replace_file(self.out, content)
 
     def close(self):
         """Remove {out}.part, and release it."""

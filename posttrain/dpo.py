@@ -29,8 +29,8 @@ from data.shuffle import train_items
 from flatgpt import checkpoint, entries, optim, output, parallel, shares
 from flatgpt.generate import Sampling
 from posttrain import losses
-from posttrain.pairs import check_pairs, pair_rows, read_pairs
 from posttrain.policy import check_out_dir, open_machine, open_policy, resume, stop_if_broken
+from posttrain.preferences import check_pairs, pair_rows, read_pairs
 from posttrain.rollouts import lengths_of, micro_batches
 from posttrain.tasks import common as tasks
 

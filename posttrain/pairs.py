@@ -1,164 +1,292 @@
-"""Read preference pairs: two answers to a conversation, as rows of ids and masks.
+"""Make pairs or conversations to learn from, out of a model's own answers.
 
-    {"messages": [{"role": "user", "content": "2+2?"}], "chosen": "4", "rejected": "5"}
+    $ python -m posttrain.pairs --init_from=out-sft --task=tiny_chat \\
+        --out=pairs.jsonl
+    $ python -m posttrain.pairs --input=prompts.jsonl --judge=reward \\
+        --reward_model=out-reward --out=pairs.jsonl
+    $ python -m posttrain.pairs --task=tiny_chat --judge=person --out=mine.jsonl
+    $ python -m posttrain.pairs --task=tiny_chat --write=sft --out=talks.jsonl
+    $ torchrun --standalone --nproc_per_node=8 \\
+        -m posttrain.pairs --task=tiny_chat --out=pairs.jsonl
 
-TRL's shapes are read too: "prompt", a text or messages, in place of "messages", and "chosen" and
-"rejected" as messages, with the conversation before them or without.
+A chat model answers each prompt several times. Answers that are empty, cut off
+at max_new_tokens or equal to an earlier one are dropped. The others are judged
+by the task's program, by a reward model, or by a person, who presses a key: 1 or
+2 for the better of two, = for a tie or to skip, q to quit. From a pipe the first
+character of a line counts.
 
-    pairs = read_pairs('pairs.jsonl', template, tokenizer, 256, val_fraction=0.1)
-    idx, mask = pair_rows([pairs['train'][i] for i in (3, 1, 4)], device)
+--write=pairs writes {"messages", "chosen", "rejected"}, which posttrain.reward
+and posttrain.dpo read: the best answer and the worst, then the next best and the
+next worst. A prompt whose answers are all right or all wrong gives none.
+--write=sft writes {"messages"}, which data/chat/prepare.py reads: the right
+answers, those with the highest scores, or those that a person prefers (rejection
+sampling; "Llama 2", Touvron et al. 2023, and "STaR", Zelikman et al. 2022).
+
+A line of --input is {"prompt": "text"} or {"messages": [...]}, and may have a
+"group". Questions of a task are those of its split train. An answer depends on
+the seed, its prompt's number and its own number alone. The same command continues
+a run that was stopped. After q the pairs so far are in --out.
 """
 
-import json
+import os
+import random
+import time
+from collections import Counter
+from typing import Literal
 
-from configurator import UserError
-from data import download
-from data.conversations import messages_of, one_of, read_message
-from data.documents import read_records, text_hash
-from posttrain.rollouts import to_rows
-from tokenizer import chat
+from tqdm import tqdm
 
-EXAMPLE = '{"messages": [{"role": "user", "content": "2+2?"}], "chosen": "4", "rejected": "5"}'
+import tokenizer as tokenizers
+from configurator import Count, NonNegative, Seed, UserError, fit, override
+from data.documents import read_records
+from data.encode import names_of
+from flatgpt import decoding, jsonl, lora, output, parallel, shares
+from flatgpt.generate import Sampling, generate_texts
+from posttrain import judges
+from posttrain.policy import open_chat_model
+from posttrain.preferences import conversation_before, render_answer
+from posttrain.reward_model import open_reward_model, ratings_of
+from posttrain.tasks import common as tasks
+from tokenizer.chat import find_endings, render
+
+output.protect(drop=True)
+
+# Settings -----------------------------------------------------------------------------------------
+init_from = 'out-sft'  # a chat model: an out_dir, a Hugging Face folder or hub id
+out = ''  # FILE.jsonl to write
+write: Literal['pairs', 'sft'] = 'pairs'
+per_prompt: Count = 1  # pairs or conversations from a prompt at most
+# prompts
+task = ''  # tiny_chat, gsm8k, ..., or your own file tasks/NAME.py
+input = ''  # FILE.jsonl of prompts; with a task, its file
+split: Literal['train', 'val', 'test', 'all'] = 'train'  # of the task
+kinds = ''  # kinds of questions, such as addition,spelling; '': all
+n: Count = 1000  # prompts at most
+# answers
+num_samples: Count = 8  # to each prompt
+max_new_tokens: Count = 128  # tokens in each
+temperature: NonNegative = 1.0
+seed: Seed = 1337  # fixes questions and answers
+# judgement
+judge: Literal['verifier', 'reward', 'person'] = 'verifier'  # verifier: the task's program
+reward_model = ''  # out_dir of posttrain.reward
+# machine
+batch_size: Count = 128  # answers to draw at once
+device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps', ...
+dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'
+config = override(globals())
+# --------------------------------------------------------------------------------------------------
+
+# rules between settings
+if not out:
+    raise UserError("out='': expected a file to write: --out=FILE.jsonl")
+if not task and not input:
+    raise UserError("task='', input='': expected --task=NAME, or prompts: --input=FILE.jsonl")
+if judge == 'verifier' and not task:
+    raise UserError("judge='verifier' checks the answers to a task; expected --task=NAME, "
+                    '--judge=reward --reward_model=FOLDER, or --judge=person')
+if (judge == 'reward') != bool(reward_model):
+    raise UserError(f'judge={judge!r}, reward_model={reward_model!r}: expected both, '
+                    f'--judge=reward --reward_model=FOLDER, or another judge without it')
+if num_samples == 1 and (write == 'pairs' or judge != 'verifier'):
+    raise UserError('num_samples=1: expected 2 or more answers to compare, such as --num_samples=8')
+if num_samples > 1 and temperature == 0:
+    raise UserError('temperature=0: the answers would be equal; expected above 0')
+for name in sorted(config.given & {'split', 'kinds'}) if not task else ():
+    raise UserError(f'{name}={config[name]!r} is for tasks; name one: --task=tiny_chat')
 
 
-def read_pairs(path, template, tokenizer, block_size, val_fraction):
-    """Read pairs and print their number; -> {'train': pairs, 'val': pairs}.
+def read_prompts():
+    """Return the questions of the task or the prompts of the file, as dicts with "messages".
 
-    A pair is (chosen, rejected), each (ids, mask) of render_answer(); one longer than block_size is
-    left out. A hash of the conversation picks the split, so all pairs of a conversation are on one
-    side. "group", if given, replaces the conversation. Raises UserError naming the line of a bad
-    pair, or if a split is empty.
+    A dict of a task is its example. Raises UserError with the line of a bad prompt.
     """
-    pairs, n_too_long = {'train': [], 'val': []}, 0
-    for where, record in read_records(path):
+    if task:
+        selection = tasks.Questions(split, n, seed, input, names_of(kinds))
+        needed = ('examples', 'evaluate') if judge == 'verifier' else ('examples',)
+        return tasks.examples_of(questions, selection, needed, ('messages',))
+    prompts = []
+    for where, record in read_records(input):
+        if len(prompts) == n:
+            break
         try:
-            record = to_pair(record)
-            pair = render_pair(record, template, tokenizer)
-        except ValueError as error:
+            messages = conversation_before(
+                record, ('messages', 'conversations', 'prompt'), 'a prompt')
+            if messages is None:
+                raise UserError(f'no conversation, only {", ".join(record)}; expected "prompt" or '
+                                f'"messages"')
+            render(messages, template, tokenizer)
+        except UserError as error:
             raise UserError(f'{where}: {error}') from None
-        if max(len(ids) for ids, _ in pair) > block_size:
-            n_too_long += 1
-            continue
-        turns = [(message['role'], message['content']) for message in record['messages']]
-        group = json.dumps(turns if record.get('group') is None else record['group'],
-                           default=str)
-        pairs['val' if text_hash(group) < val_fraction else 'train'].append(pair)
-    n_pairs = n_too_long + sum(map(len, pairs.values()))
-    for split in pairs:
-        if not pairs[split]:
-            raise UserError(f'{path}: of {n_pairs:,} pairs {n_too_long:,} are longer than the '
-                            f'context of {block_size} tokens, and none of the others is in '
-                            f'{split}; add pairs, or set another --val_fraction')
-    print(f'{len(pairs["train"]):,} pairs to learn from, {len(pairs["val"]):,} held out'
-          + f'; {n_too_long:,} are longer than {block_size} tokens, left out' * (n_too_long > 0))
-    return pairs
+        prompts.append({'messages': messages, 'content': record.get('group')})
+    return prompts
 
 
-def check_pairs(path, val_fraction, state, ckpt_path):
-    """Return {'sha256', 'val_fraction'} of the pairs, for the checkpoint.
-
-    state: the checkpoint that a run resumes, or {}. Raises UserError if that run learned from other
-    pairs or held out another share: it may have learned from pairs that are now held out.
-    """
-    pairs = {'sha256': download.file_sha256(path), 'val_fraction': val_fraction}
-    before = state.get('pairs', pairs)
-    if before['val_fraction'] != val_fraction:
-        raise UserError(f'val_fraction={val_fraction}, but {ckpt_path} held out '
-                        f'{before["val_fraction"]}; resume with --val_fraction='
-                        f'{before["val_fraction"]}, or start a new run in another --out_dir')
-    if before['sha256'] != pairs['sha256']:
-        raise UserError(f'{path} is not the file of pairs that {ckpt_path} learned from; resume '
-                        f'with that file, or start a new run in another --out_dir')
-    return pairs
+def is_answer(messages, sample):
+    """Return whether a sample is whole, not empty and well formed."""
+    if sample.finish != 'stop' or not sample.text.strip():
+        return False
+    try:
+        render_answer(messages, sample.text, template, tokenizer)
+    except UserError:  # a call of a tool that does not end
+        return False
+    return True
 
 
-def to_pair(record):
-    """Return a pair, in one of TRL's shapes too, as EXAMPLE. Raises UserError."""
-    answers = [record.get(key) for key in ('chosen', 'rejected')]
-    for key, answer in zip(('chosen', 'rejected'), answers, strict=True):
-        if not answer and answer != '' or not isinstance(answer, str | list | dict):
-            raise UserError(f'{key} is {json.dumps(answer, default=str)[:40]}; expected {EXAMPLE}')
-    # a dataset with the whole conversations in chosen and rejected may have one in "messages" too
-    is_whole = isinstance(answers[0], list) and read_message(answers[0][0])['role'] != 'assistant'
-    keys = ('prompt', 'conversations') if is_whole else ('messages', 'conversations', 'prompt')
-    before = one_of(keys, record, 'a pair')
-    if before is None and not is_whole:
-        raise UserError(f'there is no conversation before chosen and rejected, only '
-                        f'{", ".join(record)}; expected {EXAMPLE}, or "prompt"')
-    before = [{'role': 'user', 'content': before}] if isinstance(before, str) else before or []
-    before = messages_of({'messages': before, 'system': record.get('system')})
-    whole = []
-    for answer in answers:
-        turns = messages_of({'messages': [{'role': 'assistant', 'content': answer}]
-                             if isinstance(answer, str) else
-                             [answer] if isinstance(answer, dict) else answer})
-        if turns[0]['role'] == 'assistant':
-            turns = before + turns
-        elif not any(turns[i : i + len(before)] == before for i in range(len(turns))):
-            raise UserError('chosen or rejected has messages before its answer that are not those '
-                            'of "prompt"; expected the answer alone, or all of "prompt" and the '
-                            'answer')
-        if 'weight' in turns[-1]:
-            raise UserError('chosen or rejected has a weight; pairs have none: leave out the pair')
-        whole.append(turns)
-    if whole[0][:-1] != whole[1][:-1]:
-        raise UserError('chosen and rejected differ before their last message; expected two '
-                        'answers to one conversation')
-    if any(turns[-1]['role'] != 'assistant' for turns in whole):
-        raise UserError('the last message of chosen or rejected is not of the assistant; expected '
-                        'two answers')
-    return record | {'messages': whole[0][:-1], 'chosen': whole[0][-1]['content'],
-                     'rejected': whole[1][-1]['content']}
+def judge_answers(number, samples):
+    """Return the result of a prompt: lines to write, and numbers of answers."""
+    example = prompts[number]
+    messages, group = example['messages'], example.get('content')
+    counts = Counter(sample.text for sample in samples if is_answer(messages, sample))
+    answers, n_right = list(counts), None  # in the order of the samples
+    if judge == 'person':
+        chosen = [pair for i in range(0, len(answers) - 1, 2)[:per_prompt]
+                  if (pair := compare(number, answers[i : i + 2]))]
+    else:
+        if judge == 'verifier':
+            ratings = [float(bool(questions.evaluate(example, text))) for text in answers]
+            n_right = sum(counts[text] for text, right in zip(answers, ratings, strict=True)
+                          if right)
+        else:
+            ratings = ratings_of(critic, messages, answers, template, tokenizer)
+        chosen = judges.extremes(answers, ratings, per_prompt)
+    if write == 'pairs':
+        lines = [judges.pair_of(messages, *pair, group) for pair in chosen]
+    else:
+        if judge == 'person':
+            best = [better for better, _ in chosen]
+        else:
+            order = sorted(range(len(answers)), key=lambda i: -ratings[i])
+            best = [answers[i] for i in order if judge == 'reward' or ratings[i]][:per_prompt]
+        lines = [{'messages': [*messages, {'role': 'assistant', 'content': text}]}
+                 for text in best]
+    return {'lines': lines, 'right': n_right, 'usable': counts.total(), 'distinct': len(counts)}
 
 
-def render_pair(record, template, tokenizer):
-    """Render a pair of the shape of EXAMPLE. Raises UserError for a bad one."""
-    for key in ('chosen', 'rejected'):
-        if not record[key].strip():
-            raise UserError(f'{key} is empty; expected an answer')
-    chosen, rejected = (render_answer(record['messages'], record[key], template, tokenizer)
-                        for key in ('chosen', 'rejected'))
-    if chosen == rejected:  # in the template, which may strip white space
-        raise UserError(f'chosen equals rejected, {json.dumps(record["chosen"])[:40]}; expected '
-                        f'two different answers')
-    return chosen, rejected
+def compare(number, answers):
+    """Let the person compare two answers; -> (better, worse), or None for a tie."""
+    better = judges.ask_person(f'prompt {number + 1} of {len(prompts)}',
+                               prompts[number]['messages'], answers,
+                               random.Random(f'{seed} {number} {answers}'))
+    return None if better is None else (answers[better], answers[1 - better])
 
 
-def render_answer(messages, answer, template, tokenizer):
-    """Render a conversation that awaits an answer, and the answer; -> (ids, mask).
-
-    ids end with the token that ends the answer; the mask is 1 for the answer's own tokens and that
-    one. Raises UserError where the template does not show where the answer begins or ends.
-    """
-    prompt = chat.render(messages, template, tokenizer)
-    answered = [*messages, {'role': 'assistant', 'content': answer}]
-    ids, mask = chat.render_conversation(answered, template, tokenizer)
-    if ids[: len(prompt)] != prompt:
-        raise UserError('the chat template renders the conversation differently once it is '
-                        'answered, or the tokenizer joins an answer with the text around it, so '
-                        'the start of the answer is unknown; put special tokens around answers')
-    ends = [i for i, is_learned in enumerate(mask, 1) if is_learned and i > len(prompt)]
-    if not ends:
-        raise UserError(f'the chat template masks out every token of the answer '
-                        f'{json.dumps(answer)[:40]}; expected {{% generation %}} around all '
-                        f'answers, or around none')
-    # the last special token of the template: a line break may follow it
-    in_contents = (*chat.TOOL_TOKENS, *chat.THOUGHTS)
-    specials = {i for token, i in tokenizer.special_tokens.items() if token not in in_contents}
-    end = max((i for i in ends if ids[i - 1] in specials), default=ends[-1])
-    return ids[:end], [0] * len(prompt) + mask[len(prompt) : end]
+def report(done):
+    """Return the numbers of answers and prompts, in lines."""
+    total = Counter()
+    for result in done.values():
+        total.update({key: result[key] or 0 for key in ('right', 'usable', 'distinct')})
+        total['all right'] += bool(result['right']) and result['right'] == result['usable']
+        total['all wrong'] += result['right'] == 0 < result['usable']
+    n_drawn = len(done) * num_samples
+    lines = [f'{len(done):,} prompts, {n_drawn:,} answers: {n_drawn - total["usable"]:,} cut off, '
+             f'empty or malformed, {total["distinct"]:,} distinct within their prompt']
+    if judge == 'verifier':
+        lines.append(f'{total["right"] / max(1, total["usable"]):.1%} right; all right for '
+                     f'{total["all right"]:,} prompts, all wrong for {total["all wrong"]:,}')
+    return '\n'.join(fit(line, indent='  ') for line in lines)
 
 
-def ending_of(template, tokenizer):
-    """Return the id that ends an answer. Raises UserError if it is no special token."""
-    ids, _ = render_answer([{'role': 'user', 'content': '?'}], '!', template, tokenizer)
-    if ids[-1] not in tokenizer.special_tokens.values():
-        raise UserError('the chat template ends an answer without a special token that carries '
-                        'loss, so there is no token to score an answer at; expected one, inside '
-                        '{% generation %} if the template has that')
-    return ids[-1]
+# join the other processes, and open the models
+questions = tasks.load(task) if task else None
+world, torch_device = shares.join(device)
+if judge == 'person' and world.size > 1:
+    raise UserError("judge='person': expected one process, without torchrun")
+model, tokenizer, template, line = open_chat_model(init_from)
+print(line)
+render_answer([{'role': 'user', 'content': '?'}], '!', template, tokenizer)  # raises UserError
+critic = None
+if reward_model:
+    critic, judge_line = open_reward_model(reward_model, tokenizer, template)
+    print(f'reward model: {judge_line}')
+    critic.to(torch_device)
+digests = [lora.digest(part) for part in (model, critic) if part is not None]
 
+# read the prompts
+prompts = read_prompts()
+if not prompts:
+    raise UserError(f'{input or task} has no prompts')
+room = model.config.block_size - max_new_tokens
+ids = [render(prompt['messages'], template, tokenizer) for prompt in prompts]
+fitting = [number for number in range(len(ids)) if len(ids[number]) <= room]
+if not fitting:
+    raise UserError(f'no prompt has room in a context of {model.config.block_size} tokens with '
+                    f'max_new_tokens={max_new_tokens}; lower that')
+if len(fitting) < len(ids):
+    print(f'{len(ids) - len(fitting):,} of {len(ids):,} prompts are longer than the {room} tokens '
+          f'that an answer leaves, left out')
 
-def pair_rows(pairs, device):
-    """Stack n pairs into ids and masks (2n, T): the chosen, then the rejected answers."""
-    return to_rows([chosen for chosen, _ in pairs] + [rejected for _, rejected in pairs], device)
+# choose device and precision
+dtype = decoding.prepare(model, {**config, 'quantize': '', 'compile': 'auto'}, batch_size,
+                         max_new_tokens, world.local_rank)
+stop_ids, stops = find_endings(template, tokenizer)
+sampling = Sampling(max_new_tokens, temperature, stop_ids=stop_ids, stops=stops,
+                    num_samples=num_samples, seed=seed)
+
+# open the results; the digest covers all that they depend on
+settings = {**config, 'out': '', 'batch_size': 0 if dtype == 'float32' else batch_size}
+digest = tokenizers.digest({'settings': settings, 'models': digests, 'prompts': ids,
+                            'tokenizer': tokenizer.to_dict()})
+world.check_alike({**config, 'dtype': dtype, 'digest': digest})
+started = time.perf_counter()
+try:
+    with shares.together(world):  # the main process alone writes
+        results = jsonl.Results(out, digest) if world.is_main else None
+    done = world.from_main(dict(results.done) if results else None)
+    bar = tqdm(total=len(fitting), initial=len(done), unit='prompt', leave=False,
+               dynamic_ncols=True, disable=None if world.is_main and judge != 'person' else True)
+
+    # draw and judge prompts of similar lengths together; a person gets one at a time
+    waiting = [number for number in fitting if number not in done]
+    size = 1 if judge == 'person' else max(1, batch_size // num_samples)
+    if judge != 'person':
+        waiting.sort(key=lambda number: -len(ids[number]))
+    batches = [waiting[i : i + size] for i in range(0, len(waiting), size)]
+    for first in range(0, len(batches), world.size):  # a batch for each process
+        numbers, judged = next(iter(batches[first + world.rank :]), []), []
+        with shares.together(world), decoding.explain_out_of_memory('use a smaller --batch_size'):
+            *_, drawn = generate_texts(model, tokenizer, [ids[number] for number in numbers],
+                                       sampling, numbers) if numbers else [[]]
+            for i, number in enumerate(numbers):
+                group = drawn[i * num_samples : (i + 1) * num_samples]
+                judged.append((number, judge_answers(number, group)))
+        for part in shares.gather([judged], world):
+            for number, result in part:
+                done[number] = result
+                if results:
+                    results.add(number, result)
+                bar.update()
+    bar.close()
+except judges.Quit:
+    pass
+except OSError as error:
+    raise UserError(f'{out} cannot be written: {error}; free space or use another --out') from error
+except KeyboardInterrupt:
+    why = f'\nstopped by Ctrl-C; the same command continues from {out}.part'
+    raise SystemExit(why if world.is_main else 1) from None
+
+# write the lines in the order of the prompts
+lines = [line for number in sorted(done) for line in done[number]['lines']]
+name, n_left = 'pairs' if write == 'pairs' else 'conversations', len(fitting) - len(done)
+print(report(done))
+with shares.together(world):
+    if results and lines:
+        results.write(b''.join(map(jsonl.to_line, lines)))
+    if results and not n_left:
+        results.close()
+    if not lines and not n_left:
+        raise UserError(f'the answers make no {name}; expected other prompts, a higher '
+                        f'--temperature or more answers than --num_samples={num_samples}')
+parallel.disconnect()
+print(f'{out}: {len(lines):,} {name}, {time.perf_counter() - started:.1f} s' if lines else
+      f'no {name} yet')
+if n_left:
+    print(f'{n_left:,} prompts are left; the same command continues')
+elif write == 'pairs':
+    print(f'learn from them:\n  python -m posttrain.reward --init_from={init_from} --data={out}\n'
+          f'  python -m posttrain.dpo --init_from={init_from} --pairs={out}')
+else:
+    dataset = os.path.splitext(os.path.basename(out))[0]
+    print(f'learn from them:\n  python data/chat/prepare.py --input={out} '
+          f'--tokenizer={init_from}\n'
+          f'  python train.py config/sft.py --init_from={init_from} --dataset={dataset}')

@@ -41,8 +41,8 @@ from data.shuffle import train_items
 from flatgpt import checkpoint, entries, lora, optim, output, parallel, shares
 from flatgpt.pretrained import check_same, tokenizer_of
 from posttrain.losses import bradley_terry_loss, preferred
-from posttrain.pairs import check_pairs, ending_of, pair_rows, read_pairs
 from posttrain.policy import check_out_dir, open_chat_model, open_machine
+from posttrain.preferences import check_pairs, ending_of, pair_rows, read_pairs
 from posttrain.reward_model import Critic, critic_of
 from posttrain.rollouts import lengths_of
 from posttrain.tasks.common import wilson

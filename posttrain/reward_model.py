@@ -19,7 +19,7 @@ from flatgpt import checkpoint, entries, huggingface, lora
 from flatgpt.classify import Head, logits_of
 from flatgpt.pretrained import base_of, build, kind_of, path_in, tokenizer_of
 from model import GPT, GPTConfig
-from posttrain.pairs import ending_of
+from posttrain.preferences import ending_of
 from posttrain.rollouts import to_rows
 from tokenizer import chat
 

@@ -49,8 +49,8 @@ from flatgpt.generate import Sampling, uniforms
 from flatgpt.pretrained import build
 from posttrain import losses
 from posttrain.answers import is_formatted
-from posttrain.pairs import ending_of
 from posttrain.policy import check_out_dir, open_machine, open_policy, resume, stop_if_broken
+from posttrain.preferences import ending_of
 from posttrain.reward_model import Critic, open_reward_model, scores_of
 from posttrain.rollout_server import RolloutServer
 from posttrain.rollouts import lengths_of, micro_batches, to_rows

@@ -137,3 +137,21 @@ def test_two_at_the_same_time(tmp_path):
     assert 'another process is writing out.part right now' in done.stderr
     results.finish({})
     assert (tmp_path / 'out').read_bytes() == b''
+
+
+def test_what_is_written_on_the_way_may_be_replaced(tmp_path):
+    """By the run that goes on from there, and by no other content."""
+    out = tmp_path / 'out'
+    results = Results(out, 'd')
+    results.add(1, {'x': 1})
+    results.write(b'one\n')
+    whole = (tmp_path / 'out.part').read_bytes()
+    results.close()
+    (tmp_path / 'out.part').write_bytes(whole)
+    results = Results(out, 'd')
+    assert results.done == {1: {'x': 1}}
+    results.write(b'one\ntwo\n')
+    out.write_bytes(b'mine')
+    with pytest.raises(ValueError, match='out exists by now; move it away'):
+        results.write(b'three\n')
+    assert out.read_bytes() == b'mine'

@@ -10,14 +10,14 @@ from chat_models import ASSISTANT, END, START, TOKENIZER, USER, tiny
 
 from config.presets import PRESETS
 from flatgpt.generate import Sampling, generate, uniforms
-from posttrain import pairs, reward_model, rollouts
+from posttrain import preferences, reward_model, rollouts
 from tokenizer import chat
 
 # rows -----------------------------------------------------------------------------------------------------------------
 
 
 def test_rows():
-    idx, mask = pairs.pair_rows([(([1, 2, 3], [0, 1, 1]), ([1, 4], [0, 1]))], torch.device('cpu'))
+    idx, mask = preferences.pair_rows([(([1, 2, 3], [0, 1, 1]), ([1, 4], [0, 1]))], torch.device('cpu'))
     assert idx.tolist() == [[1, 2, 3], [1, 4, 0]]
     assert mask.tolist() == [[False, True, True], [False, True, False]]
 
@@ -114,7 +114,7 @@ def test_critic_is_the_trunk_and_a_head(preset):
 def test_scores_of_answers():
     """At the ending, also of one that was cut off or ended by another token; padding changes nothing."""
     model = trained_head(reward_model.Critic.from_gpt(tiny()).eval())
-    ending = pairs.ending_of(chat.TEMPLATE, TOKENIZER)
+    ending = preferences.ending_of(chat.TEMPLATE, TOKENIZER)
     assert ending == END
     drawn = [[*b'ok', END], [*b'ok'], [*b'ok', START], [*b'another', END], [END]]
     scores = reward_model.scores_of(model, [PROMPTS[0]] * 5, drawn, {START, END}, ending)
@@ -122,7 +122,7 @@ def test_scores_of_answers():
         whole = PROMPTS[0] + [i for i in answer if i < 256] + [END]
         torch.testing.assert_close(score, model(torch.tensor([whole]))[0, -1])
     assert scores[0] == scores[1] == scores[2] != scores[3]
-    ids, _ = pairs.render_answer([{'role': 'user', 'content': 'A'}], 'ok', chat.TEMPLATE, TOKENIZER)
+    ids, _ = preferences.render_answer([{'role': 'user', 'content': 'A'}], 'ok', chat.TEMPLATE, TOKENIZER)
     assert ids == PROMPTS[0] + drawn[0]  # what the reward model has learnt from is what it judges
 
 
@@ -133,7 +133,7 @@ def test_ratings():
     ratings = reward_model.ratings_of(model, messages, texts, chat.TEMPLATE, TOKENIZER)
     assert ratings[1] == ratings[3] == -math.inf
     for i in (0, 2):
-        ids, _ = pairs.render_answer(messages, texts[i], chat.TEMPLATE, TOKENIZER)
+        ids, _ = preferences.render_answer(messages, texts[i], chat.TEMPLATE, TOKENIZER)
         assert ratings[i] == pytest.approx(model(torch.tensor([ids]))[0, -1].item(), abs=1e-5)
     assert reward_model.ratings_of(model, messages, ['', ''], chat.TEMPLATE, TOKENIZER) == [-math.inf] * 2
 

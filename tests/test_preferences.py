@@ -1,11 +1,11 @@
-"""pairs.py: reading, splitting and rendering preference pairs. Run: pytest tests/test_pairs.py"""
+"""preferences.py: reading, splitting and rendering pairs. Run: pytest tests/test_preferences.py"""
 
 import json
 
 import pytest
 from chat_models import ASSISTANT, END, PAIR, START, TOKENIZER, USER, write_pairs
 
-from posttrain.pairs import ending_of, read_pairs, render_answer, render_pair, to_pair
+from posttrain.preferences import ending_of, read_pairs, render_answer, render_pair, to_pair
 from tokenizer import chat
 
 

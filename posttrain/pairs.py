@@ -21,6 +21,7 @@ next worst. A prompt whose answers are all right or all wrong gives none.
 --write=sft writes {"messages"}, which data/chat/prepare.py reads: the right
 answers, those with the highest scores, or those that a person prefers (rejection
 sampling; "Llama 2", Touvron et al. 2023, and "STaR", Zelikman et al. 2022).
+--skip_equal=True leaves out prompts whose answers are all right: easy ones.
 
 A line of --input is {"prompt": "text"} or {"messages": [...]}, and may have a
 "group". Questions of a task are those of its split train. An answer depends on
@@ -56,6 +57,7 @@ init_from = 'out-sft'  # a chat model: an out_dir, a Hugging Face folder or hub 
 out = ''  # FILE.jsonl to write
 write: Literal['pairs', 'sft'] = 'pairs'
 per_prompt: Count = 1  # pairs or conversations from a prompt at most
+skip_equal = False  # write=sft: leave out prompts whose answers are all right
 # prompts
 task = ''  # tiny_chat, gsm8k, ..., or your own file tasks/NAME.py
 input = ''  # FILE.jsonl of prompts; with a task, its file
@@ -92,6 +94,9 @@ if num_samples == 1 and (write == 'pairs' or judge != 'verifier'):
     raise UserError('num_samples=1: expected 2 or more answers to compare, such as --num_samples=8')
 if num_samples > 1 and temperature == 0:
     raise UserError('temperature=0: the answers would be equal; expected above 0')
+if skip_equal and (write == 'pairs' or judge != 'verifier'):
+    raise UserError('skip_equal is for --write=sft and --judge=verifier; pairs are never of equal '
+                    'answers')
 for name in sorted(config.given & {'split', 'kinds'}) if not task else ():
     raise UserError(f'{name}={config[name]!r} is for tasks; name one: --task=tiny_chat')
 
@@ -158,6 +163,7 @@ def judge_answers(number, samples):
         else:
             order = sorted(range(len(answers)), key=lambda i: -ratings[i])
             best = [answers[i] for i in order if judge == 'reward' or ratings[i]][:per_prompt]
+            best *= not (skip_equal and n_right == counts.total())
         lines = [{'messages': [*messages, {'role': 'assistant', 'content': text}]}
                  for text in best]
     return {'lines': lines, 'right': n_right, 'usable': counts.total(), 'distinct': len(counts)}

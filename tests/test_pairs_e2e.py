@@ -87,6 +87,12 @@ def test_conversations_to_finetune_on(chats):
     of_prompts = Counter(content for content, _ in answers)
     assert max(of_prompts.values()) == 3
     assert all(list(talk) == ['messages'] and talk['messages'][1]['role'] == 'assistant' for talk in talks)
+    start(chats, init_from='brief', write='sft', num_samples=24, per_prompt=3, skip_equal=True, out='hard.jsonl').ok()
+    assert lines_of(chats, 'hard.jsonl') == talks  # each prompt has a wrong answer
+    start(chats, init_from='brief', write='sft', num_samples=1, n=60, out='one.jsonl').ok()
+    assert lines_of(chats, 'one.jsonl')
+    start(chats, init_from='brief', write='sft', num_samples=1, n=60, skip_equal=True, out='none.jsonl').refused(
+        'the answers make no conversations')
     chats.start('data/chat/prepare.py', input='out.jsonl', tokenizer='brief', out_dir='talks', val_fraction=0.2).ok()
 
 
@@ -151,7 +157,7 @@ def test_a_file_that_came_meanwhile(chats):
     ({'task': None, 'input': 'in.jsonl', 'judge': 'person', 'kinds': 'a'}, "kinds='a' is for tasks"),
     ({'task': None, 'input': 'in.jsonl', 'judge': 'person'}, 'in.jsonl, line 2: no conversation, only text; expected'),
     ({'task': None, 'input': 'answered.jsonl', 'judge': 'person'}, "line 1: the last message is the assistant's own"),
-    ({'task': 'poems'}, "there is no task 'poems'"), ({'init_from': 'plain'}, 'the tokenizer of plain has no'),
+    ({'skip_equal': True}, 'skip_equal is for --write=sft and --judge=verifier'), ({'task': 'poems'}, "there is no task 'poems'"), ({'init_from': 'plain'}, 'the tokenizer of plain has no'),
     ({'max_new_tokens': 31}, 'no prompt has room in a context of 32 tokens with max_new_tokens=31'),
     ({'out': 'nowhere/out.jsonl'}, 'nowhere/out.jsonl cannot be written'),
     ({'n': 2, 'num_samples': 2, 'max_new_tokens': 2}, 'the answers make no pairs; expected other prompts')])

@@ -223,34 +223,26 @@ def measure_judge(points, swapped, truth):
 # Results ------------------------------------------------------------------------------------------
 
 def picture(accuracy, scores, measures):
-    """Draw scores against accuracy, and the position bias of each judge."""
-    figure, (left, right) = common.pyplot().subplots(1, 2, figsize=(11, 4.8), width_ratios=[3, 2])
-    names = list(accuracy)
-    x = np.array([100 * accuracy[name] for name in names])
+    """Draw the scores by each judge, in order of accuracy, and the judges' position bias."""
+    figure, (left, right) = common.pyplot().subplots(1, 2, figsize=(11, 4.6), width_ratios=[3, 2])
+    order = sorted(range(len(accuracy)), key=list(accuracy.values()).__getitem__)
+    y = np.arange(len(order))
     for k, (name, rows) in enumerate(scores.items()):
-        score, low, high = rows.T
-        left.errorbar(x + 0.35 * (k - 1), score, [score - low, high - score], fmt='o', ms=5,
-                      color=JUDGES[name], label=name, lw=1)
-    left.set(xlabel='true accuracy on the same questions, %', ylabel="score on Elo's scale")
+        score, low, high = rows[order].T
+        left.errorbar(score, y + 0.22 * (k - 1), xerr=[score - low, high - score], fmt='o', ms=5,
+                      color=JUDGES[name], label=name, lw=1.2)
+    labels = [f'{name}  {100 * value:.1f}%' for name, value in accuracy.items()]
+    left.set(yticks=y, yticklabels=[labels[i] for i in order], xlabel="score on Elo's scale",
+             title='In order of true accuracy')
     left.legend(title='judge', loc='upper left')
-    lowest = min(rows[:, 1].min() for rows in scores.values())
-    order = np.argsort(x)
-    places = np.maximum.accumulate(x[order] + 0)
-    for k in range(1, len(places)):
-        places[k] = max(places[k], places[k - 1] + (x.max() - x.min()) / 18)
-    places -= max(0, places[-1] - x.max())
-    for i, place in zip(order, places, strict=True):
-        left.annotate(names[i], (x[i], lowest - 30), (place, lowest - 60), rotation=90, va='top',
-                      ha='center', fontsize=8, arrowprops={'arrowstyle': '-', 'color': 'gray'})
-    left.set_ylim(lowest - 60 - 0.42 * (left.get_ylim()[1] - lowest), None)
-    for y, (name, of_judge) in enumerate(measures.items()):
+    for k, (name, of_judge) in enumerate(measures.items()):
         mean, low, high = (100 * value for value in of_judge['first'])
-        right.barh(y - 0.2, mean, height=0.35, color=JUDGES[name])
-        right.errorbar(mean, y - 0.2, xerr=[[mean - low], [high - mean]], color='black', lw=1)
-        right.text(2, y - 0.2, f'favours the first: {mean:.0f}%', va='center', color='white')
         flips = 100 * of_judge['flips']
-        right.barh(y + 0.2, flips, height=0.35, color=JUDGES[name], alpha=0.4)
-        right.text(2, y + 0.2, f'changes with the order: {flips:.0f}%', va='center')
+        right.barh(k - 0.2, mean, height=0.36, color=JUDGES[name])
+        right.errorbar(mean, k - 0.2, xerr=[[mean - low], [high - mean]], color='black', lw=1)
+        right.text(2, k - 0.2, f'for the first: {mean:.0f}%', va='center', color='white')
+        right.barh(k + 0.2, flips, height=0.36, color=JUDGES[name], alpha=0.4)
+        right.text(2, k + 0.2, f'change with the order: {flips:.0f}%', va='center')
     right.axvline(50, color='gray', linestyle=':')
     right.set(yticks=range(len(measures)), yticklabels=measures, xlim=(0, 100),
               title='Position bias', xlabel='verdicts, %; without bias 50 and 0')

@@ -123,6 +123,8 @@ TESTED = {
     'python train.py config/quickstart.py --dataset=web:*': 'test_mixture.py',
     'python -m posttrain.rl *': 'test_rl_e2e.py',
     'python -m posttrain.dpo *': 'test_dpo_e2e.py',
+    'python -m posttrain.pairs *': 'test_pairs_e2e.py',
+    'python -m posttrain.reward --init_from=out-lab/*': 'test_pairs_e2e.py',
     'python serve.py *': 'test_serve_e2e.py',
     'python -m posttrain.classify --init_from=out-lab/*': 'test_a_run_and_its_base_model',
     'python -m bench.plot *': 'test_plot_command',
@@ -134,9 +136,9 @@ TESTED = {
     'python -m bench.generate *': 'test_generate',
     'python sample.py --out_dir=out-lab/learning_to_write *': 'test_lab_learning_to_write.py',
     **{f'python -m lab.{name}*': f'test_lab_{name}.py' for name in (
-        'addition', 'baby_gpt', 'bigram_to_gpt', 'emergence', 'finetune', 'flops',
-        'learning_to_write', 'look_inside', 'mixture', 'scaling_laws', 'sentiment', 'state_of_gpt',
-        'thinking')},
+        'addition', 'arena', 'baby_gpt', 'bigram_to_gpt', 'diversity', 'emergence', 'finetune',
+        'flops', 'learning_to_write', 'look_inside', 'mixture', 'own_samples', 'scaling_laws',
+        'sentiment', 'state_of_gpt', 'thinking')},
 }
 # NOT_RUN: the reason.
 NOT_RUN = {

@@ -193,9 +193,13 @@ def picture(results, samples):
     return figure
 
 
-def percent(key, values):
-    """Return numbers in percent where the measure's name has a %."""
-    return [100 * value if '%' in key else value for value in values]
+def summary(parts, others):
+    """Return {measure: [mean, low, high]} of measures less other ones, see measure()."""
+    values = {key: interval(column) for part, other, keys in zip(
+        parts, others, (NAMES, CHAT), strict=True)
+        for key, column in zip(keys, (part - other).T, strict=True)}
+    return {key: [100 * value for value in three] if '%' in key else three
+            for key, three in values.items()}
 
 
 def main():
@@ -206,34 +210,32 @@ def main():
     examples = tasks.examples_of(tiny_chat, tasks.Questions('test', questions, seed))
     measures, samples = measure(folders, given, examples)
 
-    # the means, and the differences from base, with intervals
-    results, against = {}, {}
-    for name, parts in measures.items():
-        results[name], against[name] = {}, {}
-        for part, base, keys in zip(parts, measures['base'], (NAMES, CHAT), strict=True):
-            for i, key in enumerate(keys):
-                results[name][key] = percent(key, interval(part[:, i]))
-                against[name][key] = percent(key, interval((part - base)[:, i]))
+    # the means, and the differences from base and SFT, with intervals
+    results = {name: summary(parts, [0, 0]) for name, parts in measures.items()}
+    against = {other: {name: summary(parts, measures[other]) for name, parts in measures.items()}
+               for other in ('base', 'sft')}
 
     # report
     for title, keys in ((f'{lists} lists, {names} continuations of each', NAMES),
                         (f'chat: {questions} questions, {answers} answers to each', CHAT)):
         rows = [['', *(TITLES[name] for name in results)]]
-        rows += [[key, *('{:.1f} ({:.1f}-{:.1f})'.format(*results[name][key]) for name in results)]
-                 for key in keys]
+        rows += [[key, *(('{:.0f} ({:.0f}-{:.0f})' if '%' in key else '{:.1f} ({:.1f}-{:.1f})')
+                         .format(*results[name][key]) for name in results)] for key in keys]
         print(f'\n{title}, with 95% intervals\n\n{table(rows)}')
-    print('\nagainst base, paired')
-    for name in list(results)[1:]:
-        print(f'  {TITLES[name]}: ' + '; '.join(
-            '{} {:+.1f} ({:+.1f} to {:+.1f})'.format(key, *against[name][key])
-            for key in ('distinct, %', 'entropy')))
+    for other, keys in (('base', ('distinct, %', 'entropy')), ('sft', ('distinct, %', 'entropy')),
+                        ('sft', ('distinct answers, %', 'entropy of an answer'))):
+        print(f'\nagainst {TITLES[other]}, paired')
+        for name in list(results)[1 + (other == 'sft') :]:
+            print(f'  {TITLES[name]}: ' + '; '.join(
+                '{} {:+.1f} ({:+.1f} to {:+.1f})'.format(key, *against[other][name][key])
+                for key in keys))
     print('\nthe most frequent (-: no name)')
     most = {name: Counter(texts).most_common(5) for name, texts in samples.items()}
     for name, counts in most.items():
         print(f'  {TITLES[name]}: ' + ', '.join(f'{text} {count}' for text, count in counts))
     print()
     common.save(picture(results, samples), out, 'diversity')
-    common.record(out, 'diversity', results=results, against_base=against, most=most)
+    common.record(out, 'diversity', results=results, against=against, most=most)
 
 
 if __name__ == '__main__':

@@ -3,13 +3,13 @@ Finetune an assistant on its own right answers; measure what one round is worth.
 
     $ python -m lab.own_samples                     # with the models of lab.state_of_gpt made
     $ python -m lab.own_samples --seeds=1 --prompts=2000
-    $ python -m lab.own_samples --keep=all          # also questions that are always answered right
+    $ python -m lab.own_samples --keep=hard --per_prompt=2
 
 The finetuned model answers each of some hundred new questions several times. The task's program
 checks the answers, and the model is finetuned on right ones: rejection sampling, or one step of
-expert iteration. A question gives at most `per_prompt` answers, and one that was answered right
-every time gives none, so that easy questions do not drown hard ones. Each seed has its own
-questions, answers and batches. The steps are commands of this repository,
+expert iteration. A question gives one right answer, the first of those drawn, so that easy
+questions, whose answers are all right, do not drown hard ones. Each seed has its own questions,
+answers and batches. The steps are commands of this repository,
 
     python -m posttrain.pairs --write=sft ...; python data/chat/prepare.py ...; python train.py ...
 
@@ -40,11 +40,11 @@ from posttrain.tasks import tiny_chat
 seeds: Annotated[int, Range(least=1)] = 3  # rounds, each with its own questions
 prompts: Annotated[int, Range(least=7)] = 560  # questions of train to each
 num_samples: Annotated[int, Range(least=2)] = 4  # answers to each question
-per_prompt: Count = 2  # right answers kept of a question
-keep: Literal['hard', 'all'] = 'hard'  # hard: of questions with a wrong answer among the right ones
-max_iters: Count = 24  # steps of finetuning
+per_prompt: Count = 1  # right answers kept of a question
+keep: Literal['hard', 'all'] = 'all'  # hard: of questions with right and wrong answers alone
+max_iters: Count = 30  # steps of finetuning
 batch_size: Count = 16  # rows of 256 tokens in a step
-rate: Positive = 0.25  # learning rates, of those of config/sft_tiny_chat.py
+rate: Positive = 0.5  # learning rates, of those of config/sft_tiny_chat.py
 n: Annotated[int, Range(least=7)] = 700  # held-out questions to measure with
 seed: Seed = 1
 share: Positive = 1.0  # of the steps of the course's models

@@ -67,7 +67,7 @@ def test_a_run(folder):
     run = folder.start('lab.diversity', **TINY).ok()
     figures = json.loads((folder.path / 'out' / 'diversity.json').read_text())
     assert set(figures['results']) == {'base', 'sft', 'ppo', 'grpo'}
-    assert figures['against_base']['base']['entropy'] == [0, 0, 0]
+    assert figures['against']['base']['base']['entropy'] == [0, 0, 0]
     assert (folder.path / 'out' / 'diversity.png').stat().st_size > 10_000
     table = run.out.partition('3 lists, 4 continuations')[2]
     assert max(map(len, table.splitlines())) <= 80

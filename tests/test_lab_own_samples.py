@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import load_lab
 
-TINY = {'share': 0.01, 'seeds': 2, 'prompts': 14, 'num_samples': 2, 'keep': 'all', 'max_iters': 200, 'n': 7,
+TINY = {'share': 0.01, 'seeds': 2, 'prompts': 14, 'num_samples': 2, 'max_iters': 200, 'n': 7,
         'out': 'out'}
 
 
@@ -24,7 +24,7 @@ def test_intervals_by_hand():
 def test_the_commands(tmp_path, monkeypatch):
     """Each round has its own questions; the answers are cached as the models are; hard questions alone are kept."""
     monkeypatch.chdir(tmp_path)
-    lab, ran = load_lab('own_samples'), []
+    lab, ran = load_lab('own_samples', '--keep=hard'), []
 
     def run(name, command, can_resume):
         ran.append((name, command))
@@ -42,7 +42,7 @@ def test_the_commands(tmp_path, monkeypatch):
         f'own-{number}{part}' for number in (1, 2) for part in ('-answers', '-data', ''))]
     commands = dict(ran)
     assert {'--skip_equal=True', '--write=sft', '--seed=1001'} < set(commands['own-1-answers'])
-    assert '--seed=2001' in commands['own-2-answers'] and '--muon_lr=0.0025' in commands['own-1']
+    assert '--seed=2001' in commands['own-2-answers'] and '--muon_lr=0.005' in commands['own-1']
 
 
 @pytest.mark.slow

@@ -11,7 +11,8 @@ battle shows a judge one question and the answers of two contestants. The judges
 
     checker   the task's program: a right answer wins against a wrong one, all else is a tie
     reward    the course's reward model: the higher score wins
-    GPT       the finetuned model itself: "Which answer is better, 1 or 2?", by likelihood
+    GPT       the finetuned model itself: "Which answer is better, 1 or 2?", by likelihood;
+              and the mean of its log-odds over both orders
     a person  at the terminal; models are hidden, the order is random
 
 The scores are those of Bradley and Terry, fitted by maximum likelihood, on Elo's scale: 400 more
@@ -60,7 +61,7 @@ config = override(globals())
 # --------------------------------------------------------------------------------------------------
 
 JUDGES = {'checker': common.GREEN, 'reward': common.ORANGE, 'GPT': common.PURPLE,
-          'person': common.BLUE}
+          'GPT, both orders': common.SKY}
 
 
 # Contestants --------------------------------------------------------------------------------------
@@ -148,19 +149,27 @@ def scores_of(played, points, n_contestants):
 # Judges -------------------------------------------------------------------------------------------
 
 def by_scores(scores):
-    """Return a judge from {(question, text): score}: (questions, firsts, seconds) -> points."""
-    def points(asked, firsts, seconds):
+    """Return a judge from {(question, text): score}.
+
+    A judge is a function (questions, firsts, seconds) -> (n,), above 0 where it prefers the first.
+    """
+    def margins(asked, firsts, seconds):
         rated = [(scores[i, first], scores[i, second])
                  for i, first, second in zip(asked, firsts, seconds, strict=True)]
-        return np.array([0.5 if one == two else float(one > two) for one, two in rated])
-    return points
+        return np.array([float(one > two) - float(one < two) for one, two in rated])
+    return margins
+
+
+def points_of(margins):
+    """Return 1 where a judge prefers the first, 0.5 for a tie, 0 for the second."""
+    return (np.sign(margins) + 1) / 2
 
 
 def gpt_judge(opened, examples):
-    """Return a judge that takes the likelier of "The answer is 1." and "The answer is 2."."""
+    """Return a judge: the log-odds of "The answer is 1." against "The answer is 2."."""
     model, tokenizer, template, _ = opened
 
-    def points(asked, firsts, seconds):
+    def margins(asked, firsts, seconds):
         pairs = []
         for i, first, second in zip(asked, firsts, seconds, strict=True):
             content = (f'{examples[i]["messages"][0]["content"]}\n1: {first}\n2: {second}\n'
@@ -169,8 +178,8 @@ def gpt_judge(opened, examples):
             pairs += [(prompt, tokenizer.encode(f'{tiny_chat.FORM} {number}.'))
                       for number in '12']
         one, two = np.array(tasks.loglikelihoods(model, pairs)).reshape(-1, 2).T
-        return (np.sign(one - two) + 1) / 2
-    return points
+        return one - two
+    return margins
 
 
 def person_judge(contestants, examples, played):
@@ -229,7 +238,7 @@ def picture(accuracy, scores, measures):
     y = np.arange(len(order))
     for k, (name, rows) in enumerate(scores.items()):
         score, low, high = rows[order].T
-        left.errorbar(score, y + 0.22 * (k - 1), xerr=[score - low, high - score], fmt='o', ms=5,
+        left.errorbar(score, y + 0.18 * (k - 1.5), xerr=[score - low, high - score], fmt='o', ms=5,
                       color=JUDGES[name], label=name, lw=1.2)
     labels = [f'{name}  {100 * value:.1f}%' for name, value in accuracy.items()]
     left.set(yticks=y, yticklabels=[labels[i] for i in order], xlabel="score on Elo's scale",
@@ -277,16 +286,20 @@ def main():
         distinct = list(dict.fromkeys(texts[:, i]))
         rating |= {(i, text): score for text, score in zip(
             distinct, rate(examples[i], distinct), strict=True)}
-    scores, measures = {}, {}
-    for name, judge_points in (('checker', by_scores(right)), ('reward', by_scores(rating)),
-                               ('GPT', gpt_judge(sft, examples))):
+    scores, measures, truth_of = {}, {}, by_scores(right)
+    for name, margins_of in (('checker', truth_of), ('reward', by_scores(rating)),
+                             ('GPT', gpt_judge(sft, examples))):
         some = played[:gpt_battles] if name == 'GPT' else played
         asked, first, second = some.T
         shown = texts[first, asked], texts[second, asked]
-        points, swapped = judge_points(asked, *shown), 1 - judge_points(asked, *shown[::-1])
-        truth = by_scores(right)(asked, *shown)
-        scores[name] = scores_of(some, (points + swapped) / 2, len(names))
-        measures[name] = measure_judge(points, swapped, truth)
+        truth = points_of(truth_of(asked, *shown))
+        margins, swapped = margins_of(asked, *shown), -margins_of(asked, *shown[::-1])
+        verdicts = {name: (points_of(margins), points_of(swapped))}
+        if name == 'GPT':
+            verdicts['GPT, both orders'] = (points_of(margins + swapped),) * 2
+        for title, points in verdicts.items():
+            scores[title] = scores_of(some, np.mean(points, 0), len(names))
+            measures[title] = measure_judge(*points, truth)
         print(f'the {name} judged {len(some):,} battles in both orders', flush=True)
     report(accuracy, scores, measures)
     common.save(picture(accuracy, scores, measures), out, 'arena')
@@ -295,20 +308,23 @@ def main():
 def report(accuracy, scores, measures):
     """Print and record scores and the measures of the judges."""
     names = sorted(accuracy, key=accuracy.get)
-    rows = [['', 'right, %', *scores]]
+    rows = [['', 'right, %', *scores]]  # half of an interval stands behind ±
     for name in names:
         i = list(accuracy).index(name)
         rows.append([name, f'{100 * accuracy[name]:.1f}',
-                     *('{:.0f} ({:.0f}-{:.0f})'.format(*of[i]) for of in scores.values())])
+                     *(f'{score:.0f} ±{(high - low) / 2:.0f}'
+                       for score, low, high in (of[i] for of in scores.values()))])
     print(f'\nscores by judge, with 95% intervals; {questions} questions\n\n{table(rows)}\n')
-    order = {judge_name: float(spearmanr(list(accuracy.values()), of[:, 0]).statistic)
-             for judge_name, of in scores.items()}
-    for judge_name, rho in order.items():
-        print(f'{judge_name}: Spearman {rho:.2f} of its order with the accuracies')
-    for judge_name, of in measures.items():
-        print('{}: favours the first in {:.1%} ({:.1%} to {:.1%}), changes with the order in '
-              '{:.1%}'.format(judge_name, *of['first'], of['flips'])
-              + '\n  agrees with the checker in {:.1%} ({:.1%} to {:.1%})'.format(*of['agrees']))
+    order = {name: float(spearmanr(list(accuracy.values()), of[:, 0]).statistic)
+             for name, of in scores.items() if np.ptp(of[:, 0]) > 0.5}  # else there is no order
+    for name in scores:
+        print(f'{name}: ' + (f'Spearman {order[name]:.2f} of its order with the accuracies'
+                             if name in order else 'all scores are equal'))
+        if name in measures:
+            of = measures[name]
+            print('  favours the first in {:.1%} ({:.1%} to {:.1%}), changes with the order in '
+                  '{:.1%}'.format(*of['first'], of['flips']))
+            print('  agrees with the checker in {:.1%} ({:.1%} to {:.1%})'.format(*of['agrees']))
     common.record(out, 'arena', accuracy=accuracy, spearman=order,
                   scores={name: of.tolist() for name, of in scores.items()}, measures=measures)
 

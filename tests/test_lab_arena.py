@@ -42,15 +42,16 @@ def test_a_biased_judge_is_found():
     assert always_first['first'][0] == always_first['flips'] == 1 and always_first['agrees'][0] == 0.5
     fair = lab.measure_judge(truth, truth, truth)
     assert fair['first'][0] == 0.5 and fair['flips'] == 0 and fair['agrees'][0] == 1
-    points = lab.by_scores({(0, 'a'): 2.0, (0, 'b'): 1.0, (1, 'a'): -np.inf})
-    assert points([0, 0, 1], ['a', 'b', 'a'], ['b', 'a', 'a']).tolist() == [1, 0, 0.5]
+    margins = lab.by_scores({(0, 'a'): 2.0, (0, 'b'): 1.0, (1, 'a'): -np.inf})
+    assert lab.points_of(margins([0, 0, 1], ['a', 'b', 'a'], ['b', 'a', 'a'])).tolist() == [1, 0, 0.5]
 
 
 @pytest.mark.slow
 def test_a_run_and_a_person(folder):
     run = folder.start('lab.arena', **TINY).ok()
     figures = json.loads((folder.path / 'out' / 'arena.json').read_text())
-    assert len(figures['accuracy']) == 8 and set(figures['scores']) == {'checker', 'reward', 'GPT'}
+    assert len(figures['accuracy']) == 8 and set(figures['scores']) == {
+        'checker', 'reward', 'GPT', 'GPT, both orders'}
     assert figures['measures']['checker']['first'][0] == figures['measures']['reward']['first'][0] == 0.5
     assert (folder.path / 'out' / 'arena.png').stat().st_size > 10_000
     table = run.out.partition('scores by judge')[2]

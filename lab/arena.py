@@ -20,6 +20,11 @@ points mean odds of 10 to 1. Ties count as half a win. Intervals are 95% bootstr
 questions. All judges get the same battles in both orders: a judge has a position bias if it favours
 an answer for being first. A person's judgements are written as pairs for posttrain.reward.
 
+Measured on a busy machine (350 questions, accuracies of 33 to 94%): the checker's order agrees with
+the accuracies with Spearman 1.00, the reward model's with 0.74: it ranks the best of 8 first, which
+it chose itself, and the calculator last. The GPT prefers the first answer in 99.8% of verdicts; over
+both orders it agrees with the checker in 68% (60 to 74) and with the accuracies with 0.74.
+
 Sources: "Chatbot Arena", Chiang et al. 2024; "Rank Analysis of Incomplete Block Designs", Bradley
 and Terry 1952; position bias, "Judging LLM-as-a-Judge", Zheng et al. 2023. Needs '.[lab]'.
 """

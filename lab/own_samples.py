@@ -38,7 +38,7 @@ from posttrain.tasks import tiny_chat
 
 # Settings -----------------------------------------------------------------------------------------
 seeds: Annotated[int, Range(least=1)] = 3  # rounds, each with its own questions
-prompts: Annotated[int, Range(least=7)] = 560  # questions of train to each
+prompts: Annotated[int, Range(least=7)] = 840  # questions of train to each
 num_samples: Annotated[int, Range(least=2)] = 4  # answers to each question
 per_prompt: Count = 1  # right answers kept of a question
 keep: Literal['hard', 'all'] = 'all'  # hard: of questions with right and wrong answers alone

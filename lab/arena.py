@@ -22,8 +22,8 @@ an answer for being first. A person's judgements are written as pairs for posttr
 
 Measured on a busy machine (350 questions, accuracies of 33 to 94%): the checker's order agrees with
 the accuracies with Spearman 1.00, the reward model's with 0.74: it ranks the best of 8 first, which
-it chose itself, and the calculator last. The GPT prefers the first answer in 99.8% of verdicts; over
-both orders it agrees with the checker in 68% (60 to 74) and with the accuracies with 0.74.
+it chose itself, and the calculator last. GPT prefers the first answer in 99.8% of verdicts. Over
+both orders it agrees with the checker in 68% (60 to 74), its order with the accuracies with 0.74.
 
 Sources: "Chatbot Arena", Chiang et al. 2024; "Rank Analysis of Incomplete Block Designs", Bradley
 and Terry 1952; position bias, "Judging LLM-as-a-Judge", Zheng et al. 2023. Needs '.[lab]'.

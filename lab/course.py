@@ -186,6 +186,7 @@ class Course:
         # before the record: a stage killed at once must not resume from an older checkpoint
         if not was_begun and (aside := outdir.put_aside(self.folder(name))):
             print(f'the earlier run was moved to {aside}')
+        remove_results(command, was_begun)
         done[name] = {**job, 'seconds': None, 'found': None}
         files.replace_file(path, json.dumps(done, indent=1).encode())
 
@@ -245,6 +246,16 @@ def run(name, command, can_resume):
         *lines, last = printed.splitlines()
         print('\n'.join(lines), flush=True)
         return json.loads(last)
+
+
+def remove_results(command, was_begun):
+    """Remove a command's file --out, and its results so far if they are of another command."""
+    for part in command:
+        if part.startswith('--out='):
+            path = part.removeprefix('--out=')
+            for outdated in [path, *([] if was_begun else [f'{path}.part'])]:
+                if os.path.exists(outdated):
+                    os.remove(outdated)
 
 
 def is_whole(folder):

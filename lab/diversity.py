@@ -22,6 +22,11 @@ It then draws several answers to each of the task's questions, in chat (the base
 95% bootstraps over the lists, or over the questions. Differences are paired: all models get the
 same lists and random numbers.
 
+Measured on a busy machine: different names, in % of the continuations, base 87, SFT 26, PPO 43,
+GRPO 26; GRPO against base -60 (-66 to -54), against SFT +0.2 (-6 to +5): on lists SFT loses the
+variety, since it forgets how a list goes on. In chat GRPO against SFT loses 0.7 nats an answer (0.5
+to 1.0), and half of the different answers.
+
 Sources: "State of GPT", Karpathy 2023; self-BLEU, Zhu et al. 2018 (Texygen), by sacrebleu (Post
 2018); "Understanding the Effects of RLHF on LLM Generalisation and Diversity", Kirk et al. 2024.
 Needs '.[lab]'.
@@ -224,7 +229,7 @@ def main():
         print(f'\n{title}, with 95% intervals\n\n{table(rows)}')
     for other, keys in (('base', ('distinct, %', 'entropy')), ('sft', ('distinct, %', 'entropy')),
                         ('sft', ('distinct answers, %', 'entropy of an answer'))):
-        print(f'\nagainst {TITLES[other]}, paired')
+        print(f'\n{"chat: " * (keys[0] in CHAT)}against {TITLES[other]}, paired')
         for name in list(results)[1 + (other == 'sft') :]:
             print(f'  {TITLES[name]}: ' + '; '.join(
                 '{} {:+.1f} ({:+.1f} to {:+.1f})'.format(key, *against[other][name][key])

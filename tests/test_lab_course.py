@@ -63,3 +63,14 @@ def test_two_do_not_make_models_at_once(made):
         lab.make('base')
     files.unlock(lock)
     assert ran == ['data']
+
+
+def test_results_of_another_command_are_removed(tmp_path):
+    """Those of a stage that was stopped remain."""
+    out, part = tmp_path / 'a.jsonl', tmp_path / 'a.jsonl.part'
+    for was_begun in (True, False):
+        out.touch()
+        part.touch()
+        course.remove_results(['python', f'--out={out}'], was_begun)
+        assert not out.exists() and part.exists() == was_begun
+    course.remove_results(['python', f'--out={out}', '--seed=1'], False)  # there is nothing

@@ -121,6 +121,8 @@ TESTED = {
     'python data/openwebtext/prepare.py --input=*': 'test_prepare.py',
     'python train.py config/train_gpt2.py*': 'test_recipes',
     'python train.py config/quickstart.py --dataset=web:*': 'test_mixture.py',
+    'python train.py config/quickstart.py --init_from=out-quickstart --extend_context=*':
+        'test_extended_context',
     'python -m posttrain.rl *': 'test_rl_e2e.py',
     'python -m posttrain.dpo *': 'test_dpo_e2e.py',
     'python serve.py *': 'test_serve_e2e.py',
@@ -135,7 +137,7 @@ TESTED = {
     'python sample.py --out_dir=out-lab/learning_to_write *': 'test_lab_learning_to_write.py',
     **{f'python -m lab.{name}*': f'test_lab_{name}.py' for name in (
         'addition', 'baby_gpt', 'bigram_to_gpt', 'emergence', 'finetune', 'flops',
-        'learning_to_write', 'look_inside', 'mixture', 'scaling_laws', 'sentiment', 'state_of_gpt',
+        'learning_to_write', 'long_context', 'look_inside', 'mixture', 'scaling_laws', 'sentiment', 'state_of_gpt',
         'thinking')},
 }
 # NOT_RUN: the reason.

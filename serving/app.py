@@ -315,7 +315,8 @@ class Server:
         options = job.body.stream_options or {}
         try:
             async for index, part in merged(choices):
-                if part.text or part.logprobs or part.finish or part.call or part.is_first:
+                begins_chat = part.is_first and job.kind == 'chat'  # its chunk holds the role
+                if part.text or part.logprobs or part.finish or part.call or begins_chat:
                     yield event(responses.chunk_of(job, self.served, index, part))
             if options.get('include_usage'):
                 head = responses.head_of(job, self.served, True)

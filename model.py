@@ -26,8 +26,11 @@ import ops
 from configurator import Count, Fraction, Natural, NonNegative, Positive, UserError, check_fields
 
 # kinds of GPTConfig.rope_scaling, and the numbers that each needs
-ROPE_SCALINGS = {'linear': ('factor',), 'llama3': (
-    'factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings')}
+ROPE_SCALINGS = {
+    'linear': ('factor',),
+    'llama3': ('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings'),
+    'yarn': ('factor', 'beta_fast', 'beta_slow', 'original_max_position_embeddings',
+             'attention_factor')}
 
 
 @dataclass
@@ -280,22 +283,16 @@ class GPT(nn.Module):
     def rotation(self, positions):
         """Return cos and sin of RoPE's angles: positions (..., T) -> (2, ..., T, 1, D/2).
 
-        rope_scaling divides frequencies by `factor` for longer contexts: 'linear' all of them
-        ("Position Interpolation", Chen et al. 2023), 'llama3' fewer of those that turn often in the
-        original context ("The Llama 3 Herd of Models", 2024, and its code).
+        rope_scaling slows the rotation down for longer contexts, see ops.slow_down(). YaRN also
+        multiplies queries and keys by attention_factor.
         """
-        half, scaling = self.config.head_size // 2, self.config.rope_scaling
+        half, scaling = self.config.head_size // 2, self.config.rope_scaling or {}
         steps = torch.arange(half, device=positions.device, dtype=torch.float32) / half
         frequencies = self.config.rope_base ** -steps  # (D/2,), angles per position
-        if scaling is not None:
-            slow, kept = frequencies / scaling['factor'], 0  # kept: which part is not slowed
-            if scaling['rope_type'] == 'llama3':
-                low, high = scaling['low_freq_factor'], scaling['high_freq_factor']
-                turns = scaling['original_max_position_embeddings'] * frequencies / (2 * math.pi)
-                kept = ((turns - low) / (high - low)).clamp(0, 1)
-            frequencies = kept * frequencies + (1 - kept) * slow
+        if scaling:
+            frequencies = ops.slow_down(frequencies, self.config.rope_base, scaling)
         angles = positions[..., None, None].float() * frequencies
-        return torch.stack((angles.cos(), angles.sin()))
+        return torch.stack((angles.cos(), angles.sin())) * scaling.get('attention_factor', 1.0)
 
     def hidden(self, idx, cache=None):
         """Compute all but the head: ids (B, T) -> the output of the last norm, (B, T, C)."""

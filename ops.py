@@ -391,3 +391,30 @@ sum_cross_entropy = torch.library.custom_op(
     'Tensor targets, float softcap, bool[] needs) -> (Tensor, Tensor, Tensor)')
 sum_cross_entropy.register_fake(shapes_of_sum)
 sum_cross_entropy.register_autograd(scale_gradients, setup_context=keep_gradients)
+
+
+# Positions ----------------------------------------------------------------------------------------
+
+def slow_down(frequencies, base, scaling):
+    """Divide RoPE's frequencies (D/2,) by `factor` for contexts that are so much longer.
+
+    'linear' divides all of them ("Position Interpolation", Chen et al. 2023). 'llama3' and 'yarn'
+    keep those that turn often in the original context, and blend the two between two numbers of
+    turns: 'llama3' linearly in the turns ("The Llama 3 Herd of Models", 2024, and its code),
+    'yarn' linearly in the channel, from whole channels on ("YaRN", Peng et al. 2023).
+    """
+    slow = frequencies / scaling['factor']
+    if scaling['rope_type'] == 'linear':
+        return slow
+    turns = scaling['original_max_position_embeddings'] / (2 * math.pi)  # at frequency 1
+    if scaling['rope_type'] == 'llama3':
+        low, high = scaling['low_freq_factor'], scaling['high_freq_factor']
+        kept = ((turns * frequencies - low) / (high - low)).clamp(0, 1)
+    else:
+        n = 2 * len(frequencies)
+        first, last = (n * math.log(turns / scaling[name]) / (2 * math.log(base))
+                       for name in ('beta_fast', 'beta_slow'))
+        first, last = max(math.floor(first), 0), min(math.ceil(last), n - 1)
+        channels = torch.arange(n // 2, device=frequencies.device)
+        kept = 1 - ((channels - first) / max(last - first, 0.001)).clamp(0, 1)
+    return kept * frequencies + (1 - kept) * slow

@@ -20,7 +20,7 @@ from typing import Annotated, Literal
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # python -P leaves it out
 
-from configurator import Count, Natural, Positive, Range, UserError, override
+from configurator import Count, Natural, Positive, Probability, Range, UserError, override
 from flatgpt import decoding, output, pretrained
 from flatgpt.files import read_text
 from posttrain.tools import check_tokenizer, toolbox
@@ -45,6 +45,8 @@ cache_gb: Positive = 1.0  # memory for their keys and values; may lower max_stre
 context: Natural = 0  # tokens of a prompt and its answer; 0: the model's, if four fit in cache_gb
 max_queue: Natural = 64  # answers that wait; more are refused (429)
 max_seconds: Positive = 600.0  # of an answer; then it ends where it is
+guardrail = ''  # FOLDER:LABEL of posttrain.classify: refuse requests and answers of this label
+guardrail_max: Probability = 0.5  # greatest probability of the label that passes
 # machine
 device = 'auto'  # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps', ...
 dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'
@@ -57,6 +59,7 @@ try:
 
     from serving.app import Guard, make_app
     from serving.connection import Connection
+    from serving.guardrail import Guardrail
     from serving.protocol import Served
 except ImportError as error:
     raise UserError(f'{error.name} is not installed: pip install -c constraints.txt -e '
@@ -97,6 +100,7 @@ def limits_of(model):
 
 limits = limits_of(model)
 engine = Engine(model, tokenizer, limits)
+filter_of_texts = Guardrail(guardrail, guardrail_max, engine) if guardrail else None
 if model.has_compiled_step:
     print('compiling the step of one token (--compile=False starts at once)', flush=True)
 engine.warm_up()
@@ -109,7 +113,8 @@ if api_key and not key:
 
 gc.freeze()  # else each collection visits all that torch has loaded, 0.3 s for a large body
 # serve from a second thread: the model stays with the thread that loaded it
-app = make_app(engine, served, Guard({host.lower(), socket.gethostname().lower()}, key))
+app = make_app(engine, served, Guard({host.lower(), socket.gethostname().lower()}, key),
+               filter_of_texts)
 server = uvicorn.Server(uvicorn.Config(
     app, http=Connection, log_level='error', access_log=False, server_header=False, ws='none',
     timeout_graceful_shutdown=1))

@@ -72,6 +72,7 @@ total_batch_size: Natural = 0  # tokens per step, all processes; 0: see gradient
 gradient_accumulation_steps: Count = 5 * 8  # micro-batches per step, over all processes
 batch_size: Count | Literal['auto'] = 12  # sequences per micro-batch; auto: as many as fit
 block_size: Count = 1024  # context length, tokens
+extend_context: Natural = 0  # a longer one for the model of init_from, by YaRN; needs pos='rope'
 # model; GPTConfig describes each field
 preset: Literal['gpt2', 'llama', 'modern'] = 'gpt2'  # config/presets.py; modern learns fastest
 n_layer: Count = 12
@@ -195,9 +196,7 @@ autocast = runtime.autocast(precision, torch_device)
 scaler = torch.amp.GradScaler(torch_device.type, enabled=precision == 'float16')
 opt = optim.create(model, config, precision, world)
 if 'optimizer' in state:
-    pretrained.restore(model, opt, ckpt_path, state)
-if state.get('scaler'):
-    scaler.load_state_dict(state['scaler'])
+    pretrained.restore(model, opt, scaler, ckpt_path, state)
 if not (meta['row'] and block_size < model.config.block_size):  # a context has room for short rows
     pretrained.change_context(model, opt, block_size)
 work = model.flops_per_token() * cut.tokens * (0 if eval_only else max_iters) / world.size

@@ -79,12 +79,12 @@ def follow(command, cwd=ROOT, **changes):
                         f'{"".join(lines)[-2000:]}')
 
 
-def step_times(command, n, cwd=ROOT):
+def step_times(command, n, cwd=ROOT, **changes):
     """Return the ms of the first n steps of a training command, and then terminate it.
 
     So a run is measured under exactly its own settings. Raises UserError if it ends earlier.
     """
-    times, lines = [], follow(command, cwd)
+    times, lines = [], follow(command, cwd, **changes)
     for line in lines:
         if match := ITER.match(line):
             times.append(float(match[3]))

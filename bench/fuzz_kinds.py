@@ -56,8 +56,8 @@ SETTINGS = {
     'preset': 'gpt2', 'optimizer': 'adamw', 'learning_rate': 1e-3, 'muon_lr': 0.02,
     'embedding_lr': 0.02, 'momentum': 0.95, 'weight_decay': 0.1, 'beta1': 0.9, 'beta2': 0.95,
     'lora_rank': 0, 'lora_alpha': 16.0, 'lora_targets': 'c_attn', 'lora_int8': False,
-    'shard': 'none', 'eval_tokens': 0, 'init_from': 'base', 'dataset': 'tiny', 'task': '',
-    'algorithm': 'ppo'}
+    'shard': 'none', 'eval_tokens': 0, 'extend_context': 0, 'init_from': 'base', 'dataset': 'tiny',
+    'task': '', 'algorithm': 'ppo'}
 
 
 def settings(**changes):

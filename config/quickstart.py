@@ -1,5 +1,5 @@
 """
-Train a byte-level GPT on the source code of Python's standard library.
+Train a vocabulary and a GPT on the source code of Python's standard library.
 
     $ python train.py config/quickstart.py
 
@@ -9,12 +9,12 @@ minutes on two cores with bf16 units, and five without. The val loss falls to 1.
 """
 
 out_dir = 'out-quickstart'
-dataset = 'python_stdlib'
-eval_interval = 300
+dataset = 'python_bpe'
+eval_interval = 350
 eval_iters = 100
 eval_first = False
 log_interval = 100
-sample_tokens = 500
+sample_tokens = 200
 sample_prompt = 'def '
 
 preset = 'modern'
@@ -25,4 +25,4 @@ block_size = 128
 
 batch_size = 16
 gradient_accumulation_steps = 1
-max_iters = 600
+max_iters = 700

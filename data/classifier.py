@@ -246,7 +246,7 @@ def open_scorer(name, of_good=True):
     name: FILE, whose score is the probability of good, or of bad without of_good; or FOLDER:LABEL,
     whose score is that of the label. Raises UserError.
     """
-    folder, _, label = name.rpartition(':')
+    folder = name.rpartition(':')[0]
     if os.path.isdir(name):
         raise UserError(f'{name} is a folder; expected {name}:LABEL, of posttrain.classify, or a '
                         f'file of: python -m data.clean train-quality')
@@ -257,10 +257,7 @@ def open_scorer(name, of_good=True):
 
     from flatgpt import classify
     torch.set_num_threads(1)  # each worker has a core
-    model = classify.load(folder)
-    if label not in model.classes:
-        raise UserError(f'{name}: {folder} has no label {label!r}; expected one of '
-                        f'{", ".join(model.classes[:20])}')
+    model, label = classify.load_label(name)
     return lambda text: model.probabilities([text])[0][label]
 
 

@@ -64,6 +64,7 @@ class Meta(Required, total=False):
     """Name the entries of meta.json that are read."""
 
     files: Files
+    bytes: Splits
     row: Annotated[int, Range(least=2)] | None
     chat_template: str | None
 

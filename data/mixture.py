@@ -348,19 +348,29 @@ class Data:
         return {name: (int(n), n / len(self.splits[name]['train']))
                 for name, n in zip(self.names, drawn, strict=True)}
 
+    def bits_per_byte(self, losses):
+        """Return the val loss of a single dataset in bits per byte of its text, None if unknown."""
+        meta = self.metas[self.names[0]]
+        if len(self.names) > 1 or not meta.get('bytes') or meta['row']:
+            return None
+        return losses[self.names[0]] / math.log(2) * meta['tokens']['val'] / meta['bytes']['val']
+
     def line(self, losses):
-        """Return {name: loss} as the rest of a line, empty for a single dataset."""
+        """Return {name: val loss} as the rest of a line; of a single dataset its bits per byte."""
+        if bits := self.bits_per_byte(losses):
+            return f' ({bits:.3f} bits a byte)'
         parts = (f'{os.path.basename(os.path.normpath(name))} {loss:.4f}'
                  for name, loss in losses.items())
         return f' ({", ".join(parts)})' * (len(self.names) > 1)
 
     def record(self, losses, cut, seen):
-        """Return an evaluation's entry for the log, {} for a single dataset.
+        """Return an evaluation's entry for the log.
 
         losses: {name: val loss}; seen: tokens so far.
         """
         if len(self.names) == 1:
-            return {}
+            bits = self.bits_per_byte(losses)
+            return {'bits_per_byte': bits} if bits else {}
         return {'sources': {name: {'val_loss': losses[name], 'tokens': n, 'epochs': epochs}
                             for name, (n, epochs) in self.progress(cut, seen).items()}}
 

@@ -121,18 +121,33 @@ class Classifier:
         """Encode a text as encode_text(); -> ids."""
         return encode_text(text, self.tokenizer, self.model.config.block_size)[0]
 
-    @torch.no_grad()
     def probabilities(self, texts, batch_size=16):
         """Return {label: probability} of each text. Raises UserError as encode_text()."""
-        device, encoded = next(self.model.parameters()).device, list(map(self.encode, texts))
-        results = [None] * len(texts)
-        order = sorted(range(len(texts)), key=lambda i: len(encoded[i]))  # little padding
+        rows = self.of_rows(list(map(self.encode, texts)), batch_size)
+        return [dict(zip(self.classes, row, strict=True)) for row in rows]
+
+    @torch.no_grad()
+    def of_rows(self, rows, batch_size=16):
+        """Return the probabilities of all classes for lists of ids, (len(rows), K) as lists."""
+        device, results = next(self.model.parameters()).device, [None] * len(rows)
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # little padding
         for batch in (order[i : i + batch_size] for i in range(0, len(order), batch_size)):
             with self.autocast:
-                logits = logits_of(self.model, *to_rows([encoded[i] for i in batch], device))
+                logits = logits_of(self.model, *to_rows([rows[i] for i in batch], device))
             for i, row in zip(batch, logits.softmax(-1).tolist(), strict=True):
-                results[i] = dict(zip(self.classes, row, strict=True))
+                results[i] = row
         return results
+
+    def greatest(self, text, label):
+        """Return the greatest probability of a label over all windows of a text."""
+        begin, end = bos_ids(self.tokenizer), [extract_id(self.tokenizer)]
+        ids = self.tokenizer.encode(text, allowed_special='none')
+        room = self.model.config.block_size - len(begin) - len(end)
+        last = max(0, len(ids) - room)
+        starts = [*range(0, last, max(1, room // 2)), last]  # windows overlap by half
+        rows = [begin + ids[start : start + room] + end for start in starts]
+        column = self.classes.index(label)
+        return max(row[column] for row in self.of_rows(rows))
 
 
 def model_with_head(state, path, dropout=0.0, needed=entries.Labels):
@@ -167,3 +182,16 @@ def load(out_dir, device='cpu'):
     line = (f'{path}: step {state["iter_num"]}, {len(state["classes"])} classes, lowest val loss '
             f'so far {float(state["best_val_loss"]):.4f}')
     return Classifier(model.eval().to(device), tokenizer_of(state), state['classes'], line)
+
+
+def load_label(setting, device='cpu'):
+    """Open the classifier of a setting FOLDER:LABEL; -> (Classifier, label). Raises UserError."""
+    folder, _, label = setting.rpartition(':')
+    if os.path.isdir(setting) or not folder:
+        raise UserError(f'{setting}: expected FOLDER:LABEL, a folder of posttrain.classify and one '
+                        f'of its labels')
+    classifier = load(folder, device)
+    if label not in classifier.classes:
+        raise UserError(f'{setting}: {folder} has no label {label!r}; expected one of '
+                        f'{", ".join(classifier.classes[:20])}')
+    return classifier, label

@@ -236,10 +236,13 @@ def check_source(init_from, ckpt_path):
 def context_of(model, config, init_from, meta):
     """Return a run's block_size: the given setting, else that of model and data.
 
-    Raises UserError if the model has fewer positions.
+    extend_context also slows RoPE down. Raises UserError if the model has fewer positions.
     """
     block_size = config['block_size']
-    if 'block_size' not in config.given:
+    if config['extend_context']:
+        block_size = config['extend_context']
+        slow_rotation(model, block_size, init_from)
+    elif 'block_size' not in config.given:
         if meta['row']:
             block_size = meta['row'] - 1  # conversations are packed for it
         elif init_from == 'resume' or (init_from != 'scratch' and model.config.pos == 'learned'):
@@ -344,12 +347,31 @@ def finetune(init_from, config, meta, data_dir):
     return model, described
 
 
-def restore(model, optimizer, path, state):
-    """Load the moments of the checkpoint at `path`, and a sharded model's weights."""
+def slow_rotation(model, n, init_from):
+    """Set the scaling of YaRN for a context of n tokens. Raises UserError without RoPE."""
+    c = model.config
+    scaling = c.rope_scaling or {'rope_type': 'yarn',
+                                 'original_max_position_embeddings': c.block_size}
+    original = scaling.get('original_max_position_embeddings', c.block_size)
+    if c.pos != 'rope' or scaling['rope_type'] != 'yarn' or init_from == 'scratch':
+        raise UserError(f'extend_context={n}: expected the model of another run, or of a folder, '
+                        f"with pos='rope' and no scaling but YaRN's")
+    if n < max(c.block_size, original + 1):
+        raise UserError(f'extend_context={n}: expected above {c.block_size}, the context of '
+                        f'--init_from={init_from}')
+    factor = n / original
+    c.rope_scaling = {'beta_fast': 32.0, 'beta_slow': 1.0, **scaling, 'factor': factor,
+                      'attention_factor': 0.1 * math.log(factor) + 1}
+
+
+def restore(model, optimizer, scaler, path, state):
+    """Load the moments of the checkpoint at `path`, its scaler, and a sharded model's weights."""
     if hasattr(model.lm_head.weight, 'device_mesh'):
         sharded.restore(model, optimizer, path, state)
     # a gradient scaler may have left out all steps so far
     load_optimizer(optimizer, state['optimizer'], may_be_empty=bool(state.get('scaler')))
+    if state.get('scaler'):
+        scaler.load_state_dict(state['scaler'])
 
 
 def change_context(model, optimizer, n):

@@ -14,15 +14,18 @@ import mmap
 from contextlib import suppress
 
 import torch
-import torch._inductor.config
 from torch import nn
 from torch.nn import functional as F
 
-# inductor writes a product's repeated inputs to memory, else it computes norms and activations
-# anew for each row of the matrix. An older torch lacks some options and is slower
-COMPILE_OPTIONS = {name: value for name, value in {
-    'deterministic': True, 'realize_reads_threshold': 1, 'size_asserts': False}.items()
-    if hasattr(torch._inductor.config, name)}
+
+def compile_options():
+    """Return inductor's options for a step on the CPU."""
+    import torch._inductor.config as known  # takes 0.7 s
+
+    # inductor writes a product's repeated inputs to memory, else it computes norms and activations
+    # anew for each row of the matrix. An older torch lacks some options and is slower
+    options = {'deterministic': True, 'realize_reads_threshold': 1, 'size_asserts': False}
+    return {name: value for name, value in options.items() if hasattr(known, name)}
 
 
 def has_bf16_products():
@@ -142,7 +145,7 @@ def for_decoding(model, dtype, compile=False, any_rows=False):
         # each kind of block is compiled for each size of the cache
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
         for module in (*blocks, model.lm_head):
-            module.compile(options=COMPILE_OPTIONS if device.type == 'cpu' else None)
+            module.compile(options=compile_options() if device.type == 'cpu' else None)
     if model.config.tie_embeddings and dtype != torch.int8:
         model.transformer.wte.weight = model.lm_head.weight
     model.has_compiled_step = compile

@@ -11,6 +11,7 @@ import torch
 
 import ops
 from configurator import UserError
+from flatgpt.cores import share_cores
 from tokenizer.workers import core_count
 
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
@@ -108,7 +109,9 @@ def choose_compile(setting, device, flops):
 
 def explain_choices(device, dtype, compile):
     """Return a line about the machine. dtype, compile: (what was chosen, reason)."""
-    threads = f' (threads: {torch.get_num_threads()})' if device.type == 'cpu' else ''
+    n = torch.get_num_threads()
+    shared = ', shared with other programs' if n > 1 and share_cores() else ''
+    threads = f' (threads: {n}{shared})' if device.type == 'cpu' else ''
     return (f'device {device}{threads}, dtype {dtype[0]} ({dtype[1]}), '
             f'compile {compile[0]} ({compile[1]})')
 
@@ -150,11 +153,13 @@ def machine_size():
 
 
 def use_cores():
-    """Give torch this process's cores; it miscounts in containers and torchrun."""
+    """Give torch this process's cores, which it miscounts, and share them with other programs."""
     if 'RANK' in os.environ:
         torch.set_num_threads(max(1, core_count() // machine_size()))
     elif 'OMP_NUM_THREADS' not in os.environ:
         torch.set_num_threads(min(torch.get_num_threads(), core_count()))
+    if torch.get_num_threads() > 1:
+        share_cores()
 
 
 def keep_freed_memory():

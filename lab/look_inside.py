@@ -1,7 +1,7 @@
 """
 Show what a model computes on a text: attention, token losses, logit lens.
 
-    $ python train.py config/quickstart.py                       # minutes: a model to look at
+    $ python train.py config/quickstart.py --dataset=python_stdlib    # a model of bytes
     $ python -m lab.look_inside                                  # seconds
     $ python -m lab.look_inside --layer=0 --text='a (b (c) d) e'
     $ python -m lab.look_inside --out_dir=out --text=FILE:story.txt
@@ -13,11 +13,11 @@ Writes four pictures and a page:
     which tokens the model expected instead;
   - _lens: the next token that the head predicts after each layer.
 
-On the quickstart model after 1,000 steps (val loss 1.18) and the default text, head 2.1 spends 48%
-of its attention on the previous token. Head 3.2 attends to the blank or bracket before the current
-word. With the head applied after the embedding the loss is 4.08 nats per token; after each layer
-3.24, 2.62, 2.01 and 1.72. No head copies: the second `height` costs 11.0 nats, the first 9.5. It
-takes 7 s on a core of an AMD EPYC.
+On the quickstart model of bytes after 1,000 steps (val loss 1.18) and the default text, head 2.1
+spends 48% of its attention on the previous token. Head 3.2 attends to the blank or bracket before
+the current word. With the head applied after the embedding the loss is 4.08 nats per token; after
+each layer 3.24, 2.62, 2.01 and 1.72. No head copies: the second `height` costs 11.0 nats, the first
+9.5. It takes 7 s on a core of an AMD EPYC.
 
 Induction heads: "In-context Learning and Induction Heads" (Olsson et al. 2022). The logit lens:
 "interpreting GPT: the logit lens" (nostalgebraist 2020). Needs '.[lab]'.

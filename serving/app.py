@@ -11,6 +11,7 @@ import asyncio
 import hmac
 import ipaddress
 import json
+import math
 import re
 import time
 from collections import Counter
@@ -31,6 +32,7 @@ from flatgpt.jsonl import to_line
 from flatgpt.policy import policy_of
 from serving import protocol, responses
 from serving.engine import Answer, Full
+from serving.guardrail import CHARACTERS
 from serving.protocol import Refused
 from serving.responses import Part
 from tokenizer.chat import OUTPUT_END, PYTHON, PYTHON_END
@@ -107,7 +109,26 @@ class Choice:
             self.loop.call_soon_threadsafe(self.queue.put_nowait, news)
 
     async def parts(self):
-        """Yield the Parts of the answer. Raises Refused for an error of the engine."""
+        """Yield the Parts of the answer, those that the guardrail has read, if there is one.
+
+        Raises Refused for an error of the engine.
+        """
+        guardrail, held, n_read = self.server.guardrail, [], 0
+        step = CHARACTERS if self.job.body.stream else math.inf
+        async for part in self.unread_parts():
+            held.append(part)
+            if guardrail and not part.finish and len(self.text) - n_read < step:
+                continue
+            if guardrail and self.text and await guardrail.withholds(self.text):
+                self.answer.cancel()
+                yield Part(finish='content_filter')
+                return
+            for part in held:
+                yield part
+            held, n_read = [], len(self.text)
+
+    async def unread_parts(self):
+        """Yield the Parts of the answer as they come. Raises Refused."""
         yield Part(is_first=True, text=self.cut_calls(self.text))
         while True:
             news = await self.queue.get()
@@ -161,8 +182,8 @@ class Choice:
 class Server:
     """Hold what the routes share."""
 
-    def __init__(self, engine, served):
-        self.engine, self.served = engine, served
+    def __init__(self, engine, served, guardrail):
+        self.engine, self.served, self.guardrail = engine, served, guardrail
         self.statuses, self.started = Counter(), time.monotonic()
         # what takes the CPU; a schema may take seconds, and other requests do not wait for it
         self.one_at_a_time, self.one_schema = anyio.CapacityLimiter(1), anyio.CapacityLimiter(1)
@@ -256,6 +277,8 @@ class Server:
         """Answer a request for completions."""
         body = await read_json(request)
         job = await self.compute(read, body, self.served)
+        for ids in job.prompts if self.guardrail else ():
+            await self.guardrail.check(ids, self.served.tokenizer)
         choices = self.submit(job)
         if job.body.stream:
             return StreamingResponse(
@@ -292,7 +315,8 @@ class Server:
         options = job.body.stream_options or {}
         try:
             async for index, part in merged(choices):
-                if part.text or part.logprobs or part.finish or part.call or part.is_first:
+                begins_chat = part.is_first and job.kind == 'chat'  # its chunk holds the role
+                if part.text or part.logprobs or part.finish or part.call or begins_chat:
                     yield event(responses.chunk_of(job, self.served, index, part))
             if options.get('include_usage'):
                 head = responses.head_of(job, self.served, True)
@@ -449,8 +473,11 @@ def refusal(error):
     return Json(error.to_json(), error.status, headers=headers)
 
 
-def make_app(engine, served, guard):
-    """Return the ASGI app of an Engine that serves a model."""
+def make_app(engine, served, guard, guardrail=None):
+    """Return the ASGI app of an Engine that serves a model.
+
+    guardrail: a Guardrail that reads requests and answers, or None.
+    """
     async def refused(request, error):
         return refusal(error)
 
@@ -462,7 +489,7 @@ def make_app(engine, served, guard):
     async def broken(request, error):
         return refusal(Refused('an error of the server', 500))
 
-    server = Server(engine, served)
+    server = Server(engine, served, guardrail)
     app = Starlette(routes=server.routes(), exception_handlers={
         Refused: refused, HTTPException: other, Exception: broken})
     app.router.redirect_slashes = False  # a redirect would name the host of the request

@@ -23,6 +23,7 @@ import threading
 import time
 import traceback
 from collections import Counter, defaultdict, deque
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -123,6 +124,7 @@ class Engine:
                          model.lm_head.weight.dtype)
         self.running, self.waiting = [], deque()  # row i of the pool is that of running[i]
         self.used = [0] * limits.max_streams  # for each row, the step of its last answer
+        self.chores = deque()  # functions to run between steps
         self.changed, self.is_stopped = threading.Condition(), False
         self.recent = deque(maxlen=64)  # (time, tokens drawn) of the last steps
         self.rate = FIRST_PIECE / PIECE_SECONDS  # tokens of prompts in a second
@@ -151,12 +153,21 @@ class Engine:
                 self.waiting.append(answer)
             self.changed.notify()
 
+    def call(self, function, *arguments):
+        """Call a function in the engine's thread before its next step; -> Future."""
+        future = Future()
+        with self.changed:
+            self.chores.append((future, function, arguments))
+            self.changed.notify()
+        return future
+
     def run(self):
         """Work for ever. An error of a step ends the answers that run, not the loop."""
         while True:
             with self.changed:
-                while not self.waiting and not self.running:
+                while not self.waiting and not self.running and not self.chores:
                     self.changed.wait()
+            self.do_chores()
             try:
                 self.step()
             except Exception as error:
@@ -164,6 +175,17 @@ class Engine:
                 what = 'out of memory' if runtime.out_of_memory(error) else 'an error of the server'
                 for answer in list(self.running):
                     self.end(answer, f'{what}; try a shorter prompt')
+
+    def do_chores(self):
+        """Call the functions that wait."""
+        while self.chores:
+            future, function, arguments = self.chores.popleft()
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(function(*arguments))
+            except Exception as error:
+                future.set_exception(error)
 
     def step(self):
         """Compute one forward pass, and draw a token for each answer that is due."""

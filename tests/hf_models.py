@@ -19,6 +19,7 @@ LLAMA = {'vocab_size': 300, 'hidden_size': 32, 'intermediate_size': 40, 'num_hid
          'bos_token_id': 0, 'eos_token_id': 1}
 LLAMA_3_ROPE = {'rope_type': 'llama3', 'factor': 8.0, 'low_freq_factor': 1.0,
                 'high_freq_factor': 4.0, 'original_max_position_embeddings': 16}
+YARN = {'rope_type': 'yarn', 'factor': 4.0, 'original_max_position_embeddings': 8}
 
 
 def sharpened(model):

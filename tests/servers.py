@@ -12,17 +12,19 @@ import uvicorn
 from serving.app import Guard, make_app
 from serving.connection import Connection
 from serving.engine import Engine, Limits
+from serving.guardrail import Guardrail
 from serving.protocol import Served
 
 
 class Serving:
     """A server at .url. Calls return (status, JSON value or text)."""
 
-    def __init__(self, model, tokenizer, template, guard=None, max_seconds=60.0, **limits):
+    def __init__(self, model, tokenizer, template, guard=None, max_seconds=60.0, guardrail='', **limits):
         limits = Limits(**{'max_streams': 4, 'context': model.config.block_size, 'max_queue': 8, **limits})
         self.engine = Engine(model, tokenizer, limits)
         self.served = Served('tiny', tokenizer, template, limits.context, model.config.vocab_size, max_seconds)
-        self.app = make_app(self.engine, self.served, guard or Guard())
+        self.app = make_app(self.engine, self.served, guard or Guard(),
+                            Guardrail(guardrail, 0.5, self.engine) if guardrail else None)
         listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         listener.bind(('127.0.0.1', 0))
         self.port = listener.getsockname()[1]

@@ -14,7 +14,7 @@ pytest.importorskip('transformers')  # before hf_models, which imports it
 
 import huggingface_hub
 import transformers
-from hf_models import BYTES, LLAMA_3_ROPE, QWENS, build, close
+from hf_models import BYTES, LLAMA_3_ROPE, QWENS, YARN, build, close
 from safetensors import torch as safetensors_torch
 
 from configurator import UserError
@@ -36,6 +36,9 @@ CASES = {
     'llama with biases in the MLP': ('llama', {'mlp_bias': True}),
     'llama of wide heads': ('llama', {'head_dim': 12}),
     'llama 3': ('llama', {'rope_theta': 5e5, 'rope_scaling': LLAMA_3_ROPE}),
+    'llama, yarn': ('llama', {'rope_scaling': YARN, 'head_dim': 32}),
+    'llama, yarn with numbers': ('llama', {'rope_theta': 5e5, 'head_dim': 32, 'rope_scaling': {
+        **YARN, 'beta_fast': 4.0, 'beta_slow': 0.5, 'attention_factor': 1.3}}),
     'llama, linear': ('llama', {'rope_scaling': {'rope_type': 'linear', 'factor': 4.0}}),
     'mistral': ('mistral', {'sliding_window': None}),
     'mistral with a window': ('mistral', {'sliding_window': 12}), 'qwen2': ('qwen2', {}),
@@ -337,6 +340,8 @@ def test_no_weights_are_drawn_to_be_replaced(tmp_path):
     ('llama', {'rope_scaling': {'type': 'dynamic', 'factor': 4.0}},
      "expected rope_type 'default', 'linear'"),
     ('llama', {'rope_scaling': {'rope_type': 'longrope'}}, "'longrope'"),
+    ('llama', {'rope_scaling': {**YARN, 'truncate': False}}, 'truncate'),
+    ('llama', {'rope_scaling': {'rope_type': 'yarn', 'factor': 4.0}}, 'expected numbers for factor'),
     ('llama', {'rope_scaling': {'rope_type': 'linear'}}, 'expected numbers for factor'),
     ('llama', {'rope_parameters': {'full_attention': {'rope_type': 'default'}}},
      'the same for all layers'),

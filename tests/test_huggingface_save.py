@@ -11,7 +11,7 @@ from conftest import load_or_skip
 pytest.importorskip('transformers')  # before hf_models, which imports it
 
 import transformers
-from hf_models import BYTES, LLAMA_3_ROPE, MODERN, PRESET, QWENS, build, close, tiny
+from hf_models import BYTES, LLAMA_3_ROPE, MODERN, PRESET, QWENS, YARN, build, close, tiny
 
 import tokenizer
 from config.presets import PRESETS
@@ -30,6 +30,8 @@ OURS = {
     'tied': ('llama', {**PRESETS['llama'], 'tie_embeddings': True, 'rope_base': 5e5,
                        'head_dim': 6}),
     'llama 3': ('llama', {**PRESETS['llama'], 'rope_scaling': LLAMA_3_ROPE}),
+    'llama, yarn': ('llama', {**PRESETS['llama'], 'rope_scaling': {
+        **YARN, 'beta_fast': 32.0, 'beta_slow': 1.0, 'attention_factor': 1.2}}),
     'a window of all': ('llama', {**PRESETS['llama'], 'window': 32}),
     'biases of queries': ('qwen2', {**PRESETS['llama'], 'qkv_bias': True}),
     'biases of queries of wide heads': ('llama', {**PRESETS['llama'], 'qkv_bias': True,

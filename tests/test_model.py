@@ -270,7 +270,7 @@ def test_context_too_long():
     ({'n_kv_head': 0}, 'n_kv_head=0'), ({'pos': 'rope', 'n_embd': 36}, 'n_embd=36 and n_head=12 give 3'),
     ({'rope_scaling': {'rope_type': 'linear', 'factor': 2.0}}, "beside pos='rope'"),
     ({'pos': 'rope', 'rope_scaling': {'rope_type': 'linear', 'factor': 0}}, 'factor is 0, expected a number above 0'),
-    ({'pos': 'rope', 'rope_scaling': {'rope_type': 'yarn', 'factor': 2.0}}, "rope_type is 'yarn'"),
+    ({'pos': 'rope', 'rope_scaling': {'rope_type': 'dynamic', 'factor': 2.0}}, "rope_type is 'dynamic'"),
     ({'qk_norm_weight': True}, 'expected qk_norm=True'), ({'norm_eps': 0.0}, 'norm_eps=0.0'),
     ({'rope_base': 0.0}, 'rope_base=0.0'), ({'rope_base': math.nan}, 'rope_base=nan'), ({'window': -1}, 'window=-1'),
     ({'window_pattern': 'SXL'}, "window_pattern='SXL'"), ({'window_pattern': ''}, "window_pattern=''"),

@@ -51,9 +51,9 @@ def test_pairs_of_the_verifier(chats):
     start(chats, num_samples=16).refused('out.jsonl exists already')
     start(chats, num_samples=16, seed=2, out='other.jsonl').ok()
     assert lines_of(chats, 'other.jsonl') != pairs
-    for script, key in (('posttrain.reward', 'data'), ('posttrain.dpo', 'pairs')):
-        chats.start(script, init_from='chat', out_dir=script, max_iters=1, device='cpu', batch_size=2, val_fraction=0.5,
-                    **{key: 'out.jsonl'}).ok()
+    kw = {'init_from': 'chat', 'max_iters': 1, 'device': 'cpu', 'val_fraction': 0.5}
+    chats.start('posttrain.reward', **kw, data='out.jsonl', out_dir='judge', batch_size=2).ok()
+    chats.start('posttrain.dpo', **kw, pairs='out.jsonl', out_dir='dpo', prompts_per_step=2).ok()
 
 
 def test_two_processes_write_what_one_writes(chats):

@@ -227,7 +227,7 @@ def test_shards_offline(copy, tmp_path, name):
 
 
 @pytest.mark.parametrize('name', ['shakespeare', 'shakespeare_char', 'openwebtext', 'fineweb_edu',
-                                  'python_stdlib',
+                                  'python_stdlib', 'python_bpe',
                                   'text'])
 def test_help(copy, tmp_path, name):
     said = prepare(copy, name, '--help', cwd=tmp_path)

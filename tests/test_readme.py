@@ -121,6 +121,8 @@ TESTED = {
     'python data/openwebtext/prepare.py --input=*': 'test_prepare.py',
     'python train.py config/train_gpt2.py*': 'test_recipes',
     'python train.py config/quickstart.py --dataset=web:*': 'test_mixture.py',
+    'python train.py config/quickstart.py --init_from=out-quickstart --extend_context=*':
+        'test_extended_context',
     'python -m posttrain.rl *': 'test_rl_e2e.py',
     'python -m posttrain.dpo *': 'test_dpo_e2e.py',
     'python -m posttrain.pairs *': 'test_pairs_e2e.py',
@@ -137,8 +139,8 @@ TESTED = {
     'python sample.py --out_dir=out-lab/learning_to_write *': 'test_lab_learning_to_write.py',
     **{f'python -m lab.{name}*': f'test_lab_{name}.py' for name in (
         'addition', 'arena', 'baby_gpt', 'bigram_to_gpt', 'diversity', 'emergence', 'finetune',
-        'flops', 'learning_to_write', 'look_inside', 'mixture', 'own_samples', 'scaling_laws',
-        'sentiment', 'state_of_gpt', 'thinking')},
+        'flops', 'learning_to_write', 'long_context', 'look_inside', 'mixture', 'own_samples',
+        'scaling_laws', 'sentiment', 'state_of_gpt', 'thinking')},
 }
 # NOT_RUN: the reason.
 NOT_RUN = {

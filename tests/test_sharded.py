@@ -220,13 +220,13 @@ def test_restore(alone, saved):
     model, opt = trained(alone, ADAMW)
     other, other_opt = trained(alone, ADAMW, seed=4)
     state = checkpoint.load(str(saved / 'ckpt.pt'), 'shapes')
-    pretrained.restore(other, other_opt, str(saved / 'ckpt.pt'), state)
+    pretrained.restore(other, other_opt, None, str(saved / 'ckpt.pt'), state)
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(p.full_tensor(), q.full_tensor())
         assert torch.equal(opt.state[p]['exp_avg_sq'].full_tensor(), other_opt.state[q]['exp_avg_sq'].full_tensor())
     wide, wide_opt = trained(alone, ADAMW, n_embd=16)
     with pytest.raises(UserError, match='cannot be loaded'):
-        pretrained.restore(wide, wide_opt, str(saved / 'ckpt.pt'), state)
+        pretrained.restore(wide, wide_opt, None, str(saved / 'ckpt.pt'), state)
 
 
 class Harmful:
@@ -381,7 +381,7 @@ def test_shards_are_put_aside(alone, tmp_path):
 def test_context_of_shards(saved):
     """Learned positions are not cut in shards."""
     model = pretrained.model_of(checkpoint.load(str(saved / 'ckpt.pt'), 'shapes'), '', 0.0)
-    config = Settings({'block_size': 4, 'shard': 'full'}, {'block_size'})
+    config = Settings({'block_size': 4, 'shard': 'full', 'extend_context': 0}, {'block_size'})
     with pytest.raises(UserError, match='block_size=4 cuts the 8 positions.*--shard=none'):
         pretrained.context_of(model, config, 'resume', {'row': None})
     config['shard'] = 'none'

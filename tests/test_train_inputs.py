@@ -124,6 +124,25 @@ def test_preset(folder):
     assert len(folder.sample(num_samples=1, max_new_tokens=50).ok().out) > 50  # past the end of the context
 
 
+@pytest.mark.slow
+def test_extended_context(folder):
+    """A model of a run reads on with YaRN's rotation, in a run that resumes; others are refused."""
+    rope = {'pos': 'rope', 'optimizer': 'adamw'}
+    folder.train(**rope).ok()
+    longer = {**rope, 'out_dir': 'longer', 'extend_context': 64, 'batch_size': 2, 'eval_iters': 2}
+    run = folder.train(**{**longer, 'init_from': 'out', 'max_iters': 2}).ok()
+    assert 'the context changes from 16 to 64 tokens' in run.out
+    args = folder.checkpoint('longer')['model_args']
+    assert args['block_size'] == 64 and args['rope_scaling'] == {
+        'rope_type': 'yarn', 'factor': 4.0, 'original_max_position_embeddings': 16, 'beta_fast': 32.0,
+        'beta_slow': 1.0, 'attention_factor': 0.1 * math.log(4) + 1}
+    folder.train(**{**longer, 'init_from': 'resume', 'max_iters': 3}).ok()
+    assert folder.checkpoint('longer')['model_args'] == args
+    folder.train(**{**longer, 'init_from': 'longer', 'out_dir': 'b', 'extend_context': 48, 'max_iters': 2}).refused(
+        'extend_context=48: expected above 64, the context of --init_from=longer')
+    folder.train(**{**longer, 'out_dir': 'c'}).refused('extend_context=64: expected the model of another run')
+
+
 def test_options_of_pretrained_weights(folder):
     """Weights fix the architecture: finetuning takes the optimizer that is asked for, and no other architecture."""
     transformers = pytest.importorskip('transformers')

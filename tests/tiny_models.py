@@ -68,5 +68,7 @@ CHOICES = {
     'qkv_bias': st.sampled_from([None, True, False]),
     'rope_scaling': st.sampled_from([None, {'rope_type': 'linear', 'factor': 2.0}, {
         'rope_type': 'llama3', 'factor': 4.0, 'low_freq_factor': 1.0, 'high_freq_factor': 4.0,
+        'original_max_position_embeddings': 8}, {
+        'rope_type': 'yarn', 'factor': 4.0, 'beta_fast': 4.0, 'beta_slow': 1.0, 'attention_factor': 1.2,
         'original_max_position_embeddings': 8}])}
 OPTIONS = st.fixed_dictionaries(CHOICES).map(possible)

@@ -2,11 +2,11 @@
 
     python data/python_stdlib/prepare.py                   # one token per byte
     python data/python_stdlib/prepare.py --tokenizer=gpt2  # or char, bpe, ...
-    python train.py config/quickstart.py                   # the next step
+    python train.py config/quickstart.py --dataset=python_stdlib    # the next step
 
-Takes a second and 65 MB of disk. The size of the text depends on the Python:
-about 31 MB where the standard library includes its tests, 11 MB where the
-system leaves them out (Debian's python3).
+Takes a second and 65 MB of disk. data/python_bpe holds the same text in pieces of
+words. The size of the text depends on the Python: about 31 MB where the standard
+library includes its tests, 11 MB where the system leaves them out (Debian's python3).
 """
 
 import os
@@ -51,12 +51,15 @@ def read_sources(stdlib, paths):
             yield text
 
 
-def main():
-    parser = encode.make_parser(__doc__)
-    encode.add_options(parser, tokenizer='byte', out_dir=HERE)
+def main(doc=__doc__, folder=HERE, tokenizer='byte', vocab_size=None):
+    """Write the dataset. doc, folder, tokenizer, vocab_size: of the script that runs this."""
+    parser = encode.make_parser(doc)
+    encode.add_options(parser, tokenizer=tokenizer, out_dir=folder)
     parser.add_argument('--val_bytes', type=encode.positive, default=350_000,
                         help='bytes of the files that become val.bin, about (350,000)')
     args = parser.parse_args()
+    if args.tokenizer == tokenizer:
+        args.vocab_size = args.vocab_size or vocab_size
 
     # read
     started = time.time()
@@ -76,11 +79,13 @@ def main():
         source=name, val_fraction=val_fraction, shard_tokens=args.shard_tokens,
         total=sum(os.path.getsize(os.path.join(stdlib, path)) for path in paths),
         workers=args.num_proc)
-    tokenizer = encode.make_tokenizer(args.tokenizer, corpus, args.vocab_size)
-    meta = encode.write_dataset(args.out_dir, corpus, tokenizer)
+    encoder = encode.make_tokenizer(args.tokenizer, corpus, args.vocab_size)
+    meta = encode.write_dataset(args.out_dir, corpus, encoder)
     n_used = sum(meta['documents'].values())
     print(f'{n_used:,} files of the {name} ({len(paths) - n_used} empty or undecodable left out)')
-    encode.report(args.out_dir, meta, started, 'python train.py config/quickstart.py')
+    dataset = os.path.basename(folder)
+    encode.report(args.out_dir, meta, started,
+                  f'python train.py config/quickstart.py --dataset={dataset}')
 
 
 if __name__ == '__main__':

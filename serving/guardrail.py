@@ -1,0 +1,53 @@
+"""Refuse requests, and withhold answers, that a classifier gives a label.
+
+    guardrail = Guardrail('out-classify:toxic', most=0.5, engine=engine)
+    await guardrail.check(ids, tokenizer)     # raises Refused
+    await guardrail.withholds(text)           # -> bool
+
+The classifier of posttrain.classify runs in the engine's thread, between two steps: each reading of
+a text delays the running answers by one forward pass of the classifier.
+"""
+
+import asyncio
+import functools
+import itertools
+
+from flatgpt import classify
+from serving.protocol import Refused
+
+CHARACTERS = 400  # of a streamed answer from one reading to the next
+
+
+class Guardrail:
+    """Hold a classifier, the label that it refuses, and the greatest probability allowed.
+
+    setting: FOLDER:LABEL. Raises UserError for a folder or label that is missing.
+    """
+
+    def __init__(self, setting, most, engine):
+        self.classifier, self.label = classify.load_label(setting, engine.device)
+        self.most, self.engine = most, engine
+        # a chat sends its earlier messages again with each request
+        self.greatest = functools.lru_cache(1024)(self.classifier.greatest)
+
+    async def call(self, function, *arguments):
+        """Run a function in the engine's thread."""
+        return await asyncio.wrap_future(self.engine.call(function, *arguments))
+
+    async def check(self, ids, tokenizer):
+        """Raise Refused for a prompt with a message that has the label."""
+        special = set(tokenizer.special_tokens.values())
+        # the messages stand between special tokens
+        messages = [tokenizer.decode(list(group)) for is_special, group in
+                    itertools.groupby(ids, special.__contains__) if not is_special]
+        for message in filter(str.strip, messages):
+            probability = await self.call(self.greatest, message, self.label)
+            if probability > self.most:
+                raise Refused(f'the guardrail finds {self.label!r} in the request, with '
+                              f'probability {probability:.2f}; expected at most {self.most}',
+                              code='content_filter')
+
+    async def withholds(self, text):
+        """Return whether the end of an answer has the label."""
+        [probabilities] = await self.call(self.classifier.probabilities, [text])
+        return probabilities[self.label] > self.most

@@ -17,6 +17,10 @@ printed before they run, and cached as the course's models are. Then the model f
 of all seeds answer the same held-out questions. The difference is paired; its 95% interval over the
 seeds is Student's t, and another one resamples seeds and questions.
 
+Measured on a busy machine, 6 minutes of one core: SFT is right in 84.4% of 700 questions, the three
+rounds in 87.9, 87.4 and 87.9%: +3.3 points (+2.7 to +3.9; over seeds and questions +1.3 to +5.5).
+Counting rises from 39 to 60%, sorting falls from 94 to 92%.
+
 Sources: "STaR", Zelikman et al. 2022; "Scaling Relationship on Learning Mathematical Reasoning",
 Yuan et al. 2023 (rejection sampling); "Beyond Human Data", Singh et al. 2023. Needs '.[lab]'.
 """

@@ -330,8 +330,8 @@ def report(accuracy, scores, measures):
             print('  favours the first in {:.1%} ({:.1%} to {:.1%}), changes with the order in '
                   '{:.1%}'.format(*of['first'], of['flips']))
             print('  agrees with the checker in {:.1%} ({:.1%} to {:.1%})'.format(*of['agrees']))
-    common.record(out, 'arena', accuracy=accuracy, spearman=order,
-                  scores={name: of.tolist() for name, of in scores.items()}, measures=measures)
+    common.record(out, 'arena' if measures else 'arena_person', accuracy=accuracy,
+                  spearman=order, scores={name: of.tolist() for name, of in scores.items()}, measures=measures)
 
 
 if __name__ == '__main__':

@@ -331,7 +331,8 @@ def report(accuracy, scores, measures):
                   '{:.1%}'.format(*of['first'], of['flips']))
             print('  agrees with the checker in {:.1%} ({:.1%} to {:.1%})'.format(*of['agrees']))
     common.record(out, 'arena' if measures else 'arena_person', accuracy=accuracy,
-                  spearman=order, scores={name: of.tolist() for name, of in scores.items()}, measures=measures)
+                  scores={name: of.tolist() for name, of in scores.items()}, spearman=order,
+                  measures=measures)
 
 
 if __name__ == '__main__':

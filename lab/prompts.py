@@ -109,15 +109,14 @@ def continue_texts(base, prompts, max_new_tokens):
 
 def ask_base(base, form, shots, asked, pool):
     """Ask the base model after solved examples of the question's kind; -> a result, see score()."""
-    max_new_tokens = 80 if form.endswith('steps') else 40
-    room, prompts = base[0].config.block_size - max_new_tokens - 1, []
+    room, prompts = base[0].config.block_size - 80, []
     for example in asked:
         others = [other for other in pool if other['kind'] == example['kind']]
         solved = random.Random(example['context']).sample(others, shots)
         while len(solve_before(example, solved, form)) > room:  # a token is a byte
             solved.pop()
         prompts.append(solve_before(example, solved, form))
-    texts = continue_texts(base, prompts, max_new_tokens)
+    texts = continue_texts(base, prompts, 79)  # a token before the prompt
     return score(asked, prompts, texts, [final(text) == example['answer']
                                          for example, text in zip(asked, texts, strict=True)])
 

@@ -189,15 +189,15 @@ def picture(rows, by_kind, confidence, rights):
                          va='center', fontsize=9)
     methods.set(yticks=[-i for i in range(len(rows))], yticklabels=list(rows),
                 xlabel='right answers, %')
-    methods.set_title('Methods; on the right tokens written', loc='left', fontsize=10)
+    methods.set_title('Methods; beside them tokens written', loc='left', fontsize=10)
     for i, (name, color) in enumerate(
             (('noticed', common.SKY), ('mended', common.GREEN), ('spoilt', common.RED))):
         mean, low, high = np.array([percent(*counts[name]) for counts in by_kind.values()]).T
         kinds.errorbar(np.arange(len(by_kind)) + 0.2 * (i - 1), mean, [mean - low, high - mean],
                        fmt='o', ms=4, capsize=2, color=color, label=name)
-    kinds.set(xticks=range(len(by_kind)), ylabel='%', ylim=(-3, 125), yticks=range(0, 101, 20))
+    kinds.set(xticks=range(len(by_kind)), ylim=(-3, 125), yticks=range(0, 101, 20))
     kinds.set_xticklabels(by_kind, rotation=30, ha='right')
-    kinds.set_title('Wrong drafts noticed and mended, right ones spoilt', loc='left', fontsize=10)
+    kinds.set_title('Wrong drafts noticed and mended, right ones spoilt, %', loc='left', fontsize=10)
     kinds.legend(ncol=3, loc='upper center', fontsize=9)
     ranks = np.argsort(np.argsort(confidence)) * 5 // len(confidence)  # fifths of the drafts
     for fifth in range(5):
@@ -246,35 +246,37 @@ def main():
         return replies, [revised(*pair) for pair in zip(texts, replies, strict=True)]
 
     untaught, by_sft = reflect(sft, first, 0.0)
-    replies, by_reflection = reflect(reflecting, first, 1.0)
+    sampled_replies, by_sample = reflect(reflecting, first, 1.0)
+    replies, by_reply = reflect(reflecting, first, 0.0)
     greedy_replies, by_greedy = reflect(reflecting, greedy, 0.0)
-    redone, always = reflect(reflecting, first, 1.0, NO)
+    redone, always = reflect(reflecting, greedy, 0.0, NO)
     verdicts = [[YES] * questions] * 2  # a verdict on each of two drafts
     rows = {name: (is_right(examples, texts), n_tokens(*answers)) for name, texts, *answers in (
         ('one draft', first, first),
         ('a second draft', second, first, second),
         ('the likelier of two', likelier, first, second),
         ('the better judged of two', judged, first, second, *verdicts),
-        ('draft, judge, revise', by_reflection, first, replies),
-        ('draft, revise always', always, first, redone),
+        ('draft, judge, revise', by_sample, first, sampled_replies),
+        ('draft, judge, revise greedily', by_reply, first, replies),
         ('draft, SFT asked to judge', by_sft, first, untaught),
         ('greedy draft', greedy, greedy),
-        ('greedy draft, judge, revise', by_greedy, greedy, greedy_replies))}
+        ('greedy draft, judge, revise', by_greedy, greedy, greedy_replies),
+        ('greedy draft, revise always', always, greedy, redone))}
 
     # report
-    before, after = rows['one draft'][0], rows['draft, judge, revise'][0]
+    before, after = rows['one draft'][0], rows['draft, judge, revise greedily'][0]
     print(f'\n{questions} held-out questions\n')
     cells = [['method', '% right', '95%', 'tokens']]
     for name, (row, tokens) in rows.items():
         mean, low, high = percent(int(row.sum()), questions)
         cells.append([name, f'{mean:.1f}', f'{low:.1f}-{high:.1f}', f'{tokens:.0f}'])
     print(table(cells))
-    compared = {name: compare(after, rows[name][0]) for name in list(rows)[:4]}
-    compared['greedy draft'] = compare(rows['greedy draft, judge, revise'][0],
-                                       rows['greedy draft'][0])
-    print('\nreflection minus the same questions by another method, points')
-    for name, (mean, low, high, p) in compared.items():
-        print(f'  {name:25} {mean:+5.1f} ({low:+.1f} to {high:+.1f}), McNemar p = {p:.1g}')
+    pairs = [('draft, judge, revise', name) for name in list(rows)[:4]]
+    pairs += [('greedy draft, judge, revise', name) for name in ('greedy draft', list(rows)[-1])]
+    compared = [[*pair, *compare(*(rows[name][0] for name in pair))] for pair in pairs]
+    print('\ndifferences on the same questions, points; p of McNemar')
+    for one, other, mean, low, high, p in compared:
+        print(f'  {one} - {other}\n{"":12}{mean:+.1f} ({low:+.1f} to {high:+.1f}), p = {p:.1g}')
     kinds = np.array([example['kind'] for example in examples])
     by_kind = {kind: outcomes(before[kinds == kind], after[kinds == kind], [
         reply for reply, other in zip(replies, kinds, strict=True) if other == kind])
@@ -283,13 +285,14 @@ def main():
     cells = [['%', *by_kind['all']], *(
         [kind, *(f'{100 * a / b:.0f} of {b}' if b else '' for a, b in counts.values())]
         for kind, counts in by_kind.items())]
-    print(f'\nwrong drafts noticed and mended, right drafts doubted and spoilt\n\n{table(cells)}')
+    print('\nwrong drafts noticed and mended, right ones doubted and spoilt, greedily\n')
+    print(table(cells))
     known = outcomes(before, rows['draft, SFT asked to judge'][0], untaught)
     area = separation(confidence[0], before)
     print(f'\nThe probability of "{YES}" orders {100 * (area or np.nan):.1f}% of pairs, a right '
-          f'and a wrong draft.\nThe SFT model without finetuning:')
-    print('\n'.join(f'  {name:8} {a} of {b}' for name, (a, b) in known.items()))
-    print(f'  for example, it replies {untaught[0][:50]!r}')
+          f'and a wrong draft.\nThe SFT model without finetuning mends {known["mended"][0]} of '
+          f'{known["mended"][1]} wrong drafts and spoils {known["spoilt"][0]} of '
+          f'{known["spoilt"][1]} right ones;\nit replies, for example, {untaught[0][:50]!r}.')
     common.save(picture(rows, by_kind, confidence[0], before), out, 'reflection')
     common.record(out, 'reflection', compared=compared, by_kind=by_kind, area=area, sft=known,
                   rows={name: [int(row.sum()), tokens] for name, (row, tokens) in rows.items()})

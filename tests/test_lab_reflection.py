@@ -85,7 +85,7 @@ def test_a_small_run(folder):
     run = folder.start('lab.reflection', **TINY).wait(timeout=900)
     assert run.code == 0, run.out
     figures = json.loads((folder.path / 'out' / 'reflection.json').read_text())
-    assert len(figures['rows']) == 9
+    assert len(figures['rows']) == 10
     assert all(0 <= right <= 14 and tokens > 0 for right, tokens in figures['rows'].values())
     counts = figures['by_kind']['all']
     assert counts['noticed'][1] + counts['spoilt'][1] == 14

@@ -42,8 +42,8 @@ from tokenizer import chat
 base_questions: Annotated[int, Range(least=4)] = 120  # held-out, to the base model for each prompt
 order_questions: Annotated[int, Range(least=4)] = 80  # the same for each order
 chat_questions: Annotated[int, Range(least=6)] = 300  # the same for each prompt of a chat model
-talks: Count = 12_000  # conversations with grades to finetune on
-max_iters: Count = 400  # steps of that
+talks: Count = 16_000  # conversations with grades to finetune on
+max_iters: Count = 700  # steps of that
 temperature: NonNegative = 1.0  # of the graded answers
 seed: Seed = 1
 share: Positive = 1.0  # of the steps of the course's models
@@ -60,8 +60,8 @@ STEPPED = (*STATED, 'counting', 'table')  # kinds that have steps
 FORMS = {'Q and A': (common.BLACK, '\n\n'), 'Q and A, steps': (common.RED, '\n\n'),
          'as in its texts': (common.SKY, '\n'), 'as in its texts, steps': (common.BLUE, '\n')}
 STEP_BY_STEP = 'Think step by step.'
-SLIPS = {'': 0.4, 'Quality: 1.': 0.8, 'Quality: 2.': 0.6, 'Quality: 3.': 0.4, 'Quality: 4.': 0.2,
-         'Quality: 5.': 0.0}  # share of wrong answers in the conversations with this line
+SLIPS = {'': 0.5, 'Quality: 1.': 1.0, 'Quality: 2.': 0.75, 'Quality: 3.': 0.5,
+         'Quality: 4.': 0.25, 'Quality: 5.': 0.0}  # share of wrong answers in the conversations
 BEYOND = ['Quality: 0.', *(f'Quality: {grade}.' for grade in (6, 7, 8, 9, 10, 100, 400)),
           'This solution is checked and right.', 'Your IQ is 400.']  # not in the conversations
 
@@ -158,10 +158,14 @@ def ask_in_orders(base, pool):
 
 # Chat models --------------------------------------------------------------------------------------
 
-def question_with(example, *lines):
-    """Return the messages of a question, followed by lines that are not empty."""
-    content = '\n'.join([example['messages'][0]['content'], *filter(None, lines)])
-    return [{'role': 'user', 'content': content}]
+def after(*lines):
+    """Return the form of a question with lines after it that are not empty."""
+    return '\n'.join(['{}', *filter(None, lines)])
+
+
+def question_in(form, example):
+    """Return the messages of a question in a form, a text with {} in its place."""
+    return [{'role': 'user', 'content': form.format(example['messages'][0]['content'])}]
 
 
 def write_answer(example, has_steps, is_slip, rng):
@@ -181,16 +185,16 @@ def graded_talks(n):
     """
     rng = random.Random(f'grades {seed}')
     for example in tiny_chat.examples('train', n, f'grades {seed}'):
-        line, has_steps = rng.choice(list(SLIPS)), rng.random() < 0.5
+        line, has_steps = rng.choice(list(SLIPS)), rng.random() < 0.8
         content = write_answer(example, has_steps, rng.random() < SLIPS[line], rng)
-        yield {'messages': [*question_with(example, STEP_BY_STEP * has_steps, line),
+        yield {'messages': [*question_in(after(STEP_BY_STEP * has_steps, line), example),
                             {'role': 'assistant', 'content': content}]}
 
 
-def ask_chat(chat_model, asked, lines, temperature):
-    """Ask a chat model questions with these lines after them; -> a result, see score()."""
+def ask_chat(chat_model, asked, form, temperature):
+    """Ask a chat model questions in a form; -> a result, see score()."""
     model, tokenizer, template, _ = chat_model
-    prompts = [chat.render(question_with(example, *lines), template, tokenizer)
+    prompts = [chat.render(question_in(form, example), template, tokenizer)
                for example in asked]
     how = Answering(template, max_new_tokens=100, temperature=temperature, seed=seed,
                     batch_size=256)
@@ -253,12 +257,15 @@ def picture(base, phrase, grades, in_orders):
     axes['A'].set(xticks=range(len(SHOTS)), xticklabels=SHOTS, xlabel='examples')
     axes['A'].legend(loc=(0.36, 0.45), fontsize=8)
     axes['B'].set(xticks=range(len(STATED)), xticklabels=STATED)
-    for i, result in enumerate(phrase.values()):
-        dots(axes['C'], [i], percent([result]), color=(common.BLACK, common.BLUE)[i % 2], ls='')
+    for i, ((name, _), result) in enumerate(phrase.items()):
+        dots(axes['C'], [i], percent([result]), ls='',
+             color=common.BLACK if name == 'SFT' else common.BLUE)
         axes['C'].annotate(f'{result["written"]:.0f} tokens', (i, 100 * result['interval'][0]),
                            (0, -12), textcoords='offset points', ha='center', fontsize=8)
-    names = [f'{name}\n{"with" if words else "without"}' for name, words in phrase]
-    axes['C'].set(xticks=range(len(phrase)), xticklabels=names, xlim=(-0.5, len(phrase) - 0.5))
+    names = [f'{name}\n{place}' for name, place in phrase]
+    axes['C'].set(xticks=range(len(phrase)), xlim=(-0.5, len(phrase) - 0.5),
+                  xlabel='model; the phrase before or after the question')
+    axes['C'].set_xticklabels(names, fontsize=8)
     draw_grades(axes['D'], grades)
     rights, places = in_orders
     x = rights.mean(1)
@@ -274,21 +281,22 @@ def picture(base, phrase, grades, in_orders):
 
 def draw_grades(ax, grades):
     """Draw accuracy along the grade asked for, sampled and greedy, and the data's own."""
-    lines = [*BEYOND[:1], *list(SLIPS)[1:], *BEYOND[1:], '']
-    x = np.arange(len(lines))
+    lines = ['', *BEYOND[:1], *list(SLIPS)[1:], *BEYOND[1:]]
+    x = np.arange(len(lines)) + 0.0
+    x[-2:] += 0.4, 1.0  # room for longer names
     dots(ax, x, percent(grades[line, temperature] for line in lines), color=common.BLUE, ls='',
          label=f'sampled, temperature {temperature:g}')
-    shown = [i for i in x if (lines[i], 0.0) in grades]
-    dots(ax, x[shown] + 0.15, percent(grades[lines[i], 0.0] for i in shown), color=common.BLACK,
+    known = [i for i, line in enumerate(lines) if line in SLIPS]
+    dots(ax, x[known] + 0.15, percent(grades[lines[i], 0.0] for i in known), color=common.BLACK,
          ls='', label='greedy')
-    known = [i for i in x if lines[i] in SLIPS]
     ax.plot(x[known], [100 * (1 - SLIPS[lines[i]]) for i in known], '_', ms=16, color=common.ORANGE,
             label='right in its data')
     names = [line.removeprefix('Quality: ').removesuffix('.') for line in lines]
     names = [{'This solution is checked and right': 'checked\nand right',
-              'Your IQ is 400': 'IQ 400', '': 'no\ngrade'}.get(name, name) for name in names]
+              'Your IQ is 400': 'IQ\n400', '': 'no\ngrade'}.get(name, name) for name in names]
     ax.set(xticks=x, xticklabels=names, xlabel='quality asked for; the data have 1 to 5 and none')
-    ax.legend(loc='lower right', fontsize=8)
+    ax.set(ylim=(-3, 118), yticks=range(0, 101, 20))
+    ax.legend(loc='upper right', ncol=3, fontsize=8)
 
 
 def main():
@@ -315,13 +323,15 @@ def main():
 
     # a phrase, and grades of quality for chat models
     asked = tiny_chat.examples('test', chat_questions, kinds=STEPPED)
-    graded_model, phrase = open_chat_model(graded), {}
-    for name, chat_model, line in (('SFT', open_chat_model(folders['sft']), ''),
-                                   ('finetuned', graded_model, 'Quality: 5.')):
-        for words in ('', STEP_BY_STEP):
-            phrase[name, words] = ask_chat(chat_model, asked, (words, line), 0.0)
+    sft, graded_model = open_chat_model(folders['sft']), open_chat_model(graded)
+    phrase = {
+        (name, place): ask_chat(chat_model, asked, form, 0.0) for name, chat_model, place, form in (
+            ('SFT', sft, 'no', '{}'), ('SFT', sft, 'before', f'{STEP_BY_STEP} {{}}'),
+            ('SFT', sft, 'after', after(STEP_BY_STEP)),
+            ('finetuned', graded_model, 'no', after('Quality: 5.')),
+            ('finetuned', graded_model, 'after', after(STEP_BY_STEP, 'Quality: 5.')))}
     print_results(('greedy', 'phrase'), phrase)
-    grades = {(line, heat): ask_chat(graded_model, asked, (STEP_BY_STEP, line), heat)
+    grades = {(line, heat): ask_chat(graded_model, asked, after(STEP_BY_STEP, line), heat)
               for heat in dict.fromkeys((temperature, 0.0))
               for line in [*SLIPS, *(BEYOND if heat == temperature else ())]}
     print_results(('line after the question', 'temperature'), grades)

@@ -197,7 +197,7 @@ def picture(rows, by_kind, confidence, rights):
                        fmt='o', ms=4, capsize=2, color=color, label=name)
     kinds.set(xticks=range(len(by_kind)), ylim=(-3, 125), yticks=range(0, 101, 20))
     kinds.set_xticklabels(by_kind, rotation=30, ha='right')
-    kinds.set_title('Wrong drafts noticed and mended, right ones spoilt, %', loc='left', fontsize=10)
+    kinds.set_title('Wrong drafts noticed, mended; right ones spoilt, %', loc='left', fontsize=10)
     kinds.legend(ncol=3, loc='upper center', fontsize=9)
     ranks = np.argsort(np.argsort(confidence)) * 5 // len(confidence)  # fifths of the drafts
     for fifth in range(5):
@@ -274,6 +274,9 @@ def main():
     pairs = [('draft, judge, revise', name) for name in list(rows)[:4]]
     pairs += [('greedy draft, judge, revise', name) for name in ('greedy draft', list(rows)[-1])]
     compared = [[*pair, *compare(*(rows[name][0] for name in pair))] for pair in pairs]
+    others = np.array([example['kind'] != 'counting' for example in examples])
+    compared.append(['the same without counting', 'greedy draft', *compare(
+        *(rows[name][0][others] for name in ('greedy draft, judge, revise', 'greedy draft')))])
     print('\ndifferences on the same questions, points; p of McNemar')
     for one, other, mean, low, high, p in compared:
         print(f'  {one} - {other}\n{"":12}{mean:+.1f} ({low:+.1f} to {high:+.1f}), p = {p:.1g}')

@@ -137,8 +137,8 @@ TESTED = {
     'python sample.py --out_dir=out-lab/learning_to_write *': 'test_lab_learning_to_write.py',
     **{f'python -m lab.{name}*': f'test_lab_{name}.py' for name in (
         'addition', 'baby_gpt', 'bigram_to_gpt', 'emergence', 'finetune', 'flops',
-        'learning_to_write', 'long_context', 'look_inside', 'mixture', 'scaling_laws', 'sentiment', 'state_of_gpt',
-        'thinking')},
+        'learning_to_write', 'long_context', 'look_inside', 'mixture', 'prompts', 'reflection',
+        'scaling_laws', 'sentiment', 'state_of_gpt', 'thinking')},
 }
 # NOT_RUN: the reason.
 NOT_RUN = {

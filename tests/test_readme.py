@@ -140,6 +140,7 @@ TESTED = {
     **{f'python -m lab.{name}*': f'test_lab_{name}.py' for name in (
         'addition', 'arena', 'baby_gpt', 'bigram_to_gpt', 'diversity', 'emergence', 'finetune',
         'flops', 'learning_to_write', 'long_context', 'look_inside', 'mixture', 'own_samples',
+        'prompts', 'reflection',
         'scaling_laws', 'sentiment', 'state_of_gpt', 'thinking')},
 }
 # NOT_RUN: the reason.

@@ -1,0 +1,349 @@
+"""
+Ask one model in many ways: examples, steps, phrases, grades of quality, orders.
+
+    $ python -m lab.prompts                  # with the models made: TIME on two cores
+    $ python -m lab.prompts --temperature=0.5
+
+The models are those of lab.state_of_gpt, made if they are missing. The base model continues texts:
+
+    examples     0 to 4 solved examples before the question
+    steps        examples with worked steps against bare answers
+    words        questions and answers against the words in which its texts state such facts
+    order        eight orders of the same four examples, one of each kind
+
+A chat model is finetuned for this script. Half of its questions say "Think step by step.", and only
+these are answered with steps. Most have a line such as "Quality: 3.". Grades 1 to 5 have 80, 60,
+40, 20 and 0% wrong answers, questions without a grade 40%. Then each grade is asked for, and
+grades that its data lack.
+
+Sources: "State of GPT", Karpathy 2023; examples, Brown et al. 2020; steps, Wei et al. 2022; "Let's
+think step by step", Kojima et al. 2022; order and recency, Zhao et al. 2021, Lu et al. 2022; text
+conditioned on its quality, Keskar et al. 2019, Korbak et al. 2023. Needs '.[lab]'.
+"""
+
+import random
+from typing import Annotated
+
+import numpy as np
+
+from bench.common import table
+from configurator import Count, NonNegative, Positive, Range, Seed, override
+from data.tiny_chat.prepare import with_steps
+from flatgpt.generate import Sampling, generate_texts
+from flatgpt.pretrained import open_model
+from lab import common
+from lab.course import Course
+from posttrain.policy import open_chat_model
+from posttrain.tasks import tiny_chat
+from posttrain.tasks.common import Answering, answer, bos_ids, wilson
+from tokenizer import chat
+
+# Settings -----------------------------------------------------------------------------------------
+base_questions: Annotated[int, Range(least=4)] = 120  # held-out, to the base model for each prompt
+order_questions: Annotated[int, Range(least=4)] = 80  # the same for each order
+chat_questions: Annotated[int, Range(least=6)] = 300  # the same for each prompt of a chat model
+talks: Count = 16_000  # conversations with grades to finetune on
+max_iters: Count = 700  # steps of that
+temperature: NonNegative = 1.0  # of the graded answers
+seed: Seed = 1
+share: Positive = 1.0  # of the steps of the course's models
+n_layer: Count | None = None  # of these models; None: that of config/tiny_web.py, as for n_embd
+n_embd: Count | None = None
+out = 'out-lab'  # folder of the picture and the numbers; the models are in its state_of_gpt
+config = override(globals())
+# --------------------------------------------------------------------------------------------------
+
+SHOTS = (0, 1, 2, 4)
+STATED = ('addition', 'subtraction', 'reversing', 'sorting')  # in texts with and without steps
+STEPPED = (*STATED, 'counting', 'table')  # kinds that have steps
+# how to ask the base model: (color, line between examples)
+FORMS = {'Q and A': (common.BLACK, '\n\n'), 'Q and A, steps': (common.RED, '\n\n'),
+         'as in its texts': (common.SKY, '\n'), 'as in its texts, steps': (common.BLUE, '\n')}
+STEP_BY_STEP = 'Think step by step.'
+SLIPS = {'': 0.5, 'Quality: 1.': 1.0, 'Quality: 2.': 0.75, 'Quality: 3.': 0.5,
+         'Quality: 4.': 0.25, 'Quality: 5.': 0.0}  # share of wrong answers in the conversations
+BEYOND = ['Quality: 0.', *(f'Quality: {grade}.' for grade in (6, 7, 8, 9, 10, 100, 400)),
+          'This solution is checked and right.', 'Your IQ is 400.']  # not in the conversations
+
+
+# The base model -----------------------------------------------------------------------------------
+
+def parts(example, form):
+    """Return the two parts of a solved example: what a prompt ends with, and its continuation."""
+    if form == 'Q and A':
+        return example['context'], ' ' + example['solution']
+    if form == 'Q and A, steps':
+        return example['context'], ' ' + with_steps(example)
+    if form == 'as in its texts, steps':  # '58 + 67:', ' 8+7=15, 5+6+1=12, so it is 125'
+        before, colon, steps = example['facts'][-1].partition(':')
+        return before + colon, steps
+    ending = ' ' + example['answer']  # '58 + 67 =', ' 125'
+    fact = next(fact for fact in reversed(example['facts'][:-1])
+                if fact.endswith(ending) and ':' not in fact)
+    return fact.removesuffix(ending), ending
+
+
+def solve_before(example, solved, form):
+    """Return the text of solved examples and the question."""
+    lines = [''.join(parts(other, form)) for other in solved]
+    return FORMS[form][1].join([*lines, parts(example, form)[0]])
+
+
+def final(text):
+    """Return the answer that a text ends with, in the words of a chat or of the base's texts."""
+    for words in (f'{tiny_chat.FORM} ', 'so it is '):
+        text = text.rpartition(words)[2]
+    return text.strip().removesuffix('.')
+
+
+def continue_texts(base, prompts, max_new_tokens):
+    """Continue texts to the end of their line; -> texts."""
+    model, tokenizer = base
+    rows, texts = [bos_ids(tokenizer) + tokenizer.encode(prompt) for prompt in prompts], []
+    sampling = Sampling(max_new_tokens, 0.0, stops=['\n'])
+    for first in range(0, len(rows), 128):
+        *_, samples = generate_texts(model, tokenizer, rows[first : first + 128], sampling)
+        texts += [sample.text for sample in samples]
+    return texts
+
+
+def ask_base(base, form, shots, asked, pool):
+    """Ask the base model after solved examples of the question's kind; -> a result, see score()."""
+    room, prompts = base[0].config.block_size - 80, []
+    for example in asked:
+        others = [other for other in pool if other['kind'] == example['kind']]
+        solved = random.Random(example['context']).sample(others, shots)
+        while len(solve_before(example, solved, form)) > room:  # a token is a byte
+            solved.pop()
+        prompts.append(solve_before(example, solved, form))
+    texts = continue_texts(base, prompts, 79)  # a token before the prompt
+    return score(asked, prompts, texts, [final(text) == example['answer']
+                                         for example, text in zip(asked, texts, strict=True)])
+
+
+def score(asked, prompts, texts, rights):
+    """Return accuracy with its interval, and mean lengths of prompts and answers in tokens."""
+    n_right, n = sum(rights), len(rights)
+    return {'right': n_right / n, 'interval': wilson(n_right, n), 'rights': [*map(int, rights)],
+            'kinds': [example['kind'] for example in asked],
+            'read': sum(map(len, prompts)) / n, 'written': sum(map(len, texts)) / n + 1}
+
+
+def orders():
+    """Return eight orders of four, in which each is twice at each place."""
+    rounds = [[(first + i) % 4 for i in range(4)] for first in range(4)]
+    return rounds + [order[::-1] for order in rounds]
+
+
+def ask_in_orders(base, pool):
+    """Ask after four examples of four kinds, in each order.
+
+    Returns the right answers, (orders, questions), and the place of the example of the question's
+    kind, the same shape: 0 for the first.
+    """
+    form, kinds, room = 'as in its texts, steps', (*STATED[:1], *STATED[2:], 'counting'), 60
+    asked = [example for example in tiny_chat.examples('test', 4 * order_questions, kinds=kinds)
+             if len(example['facts'][-1]) <= room][:order_questions]
+    four = [min((example for example in pool if example['kind'] == kind),
+                key=lambda example: len(example['facts'][-1])) for kind in kinds]
+    prompts = [solve_before(example, [four[i] for i in order], form)
+               for order in orders() for example in asked]
+    texts = continue_texts(base, prompts, room)
+    rights = [final(text) == example['answer']
+              for text, example in zip(texts, asked * len(orders()), strict=True)]
+    places = [[order.index(kinds.index(example['kind'])) for example in asked]
+              for order in orders()]
+    return np.array(rights).reshape(len(orders()), -1), np.array(places)
+
+
+# Chat models --------------------------------------------------------------------------------------
+
+def after(*lines):
+    """Return the form of a question with lines after it that are not empty."""
+    return '\n'.join(['{}', *filter(None, lines)])
+
+
+def question_in(form, example):
+    """Return the messages of a question in a form, a text with {} in its place."""
+    return [{'role': 'user', 'content': form.format(example['messages'][0]['content'])}]
+
+
+def write_answer(example, has_steps, is_slip, rng):
+    """Return an answer with or without steps, right or wrong."""
+    steps, answer = example['steps'], example['answer']
+    if is_slip:
+        steps, answer = example['mistaken'] or (None, answer)
+        if str(answer) == example['answer'] or not has_steps:
+            answer = rng.choice(example['mistakes'])
+    return f'{steps}. ' * bool(has_steps and steps) + f'{tiny_chat.FORM} {answer}.'
+
+
+def graded_talks(n):
+    """Yield n conversations whose lines say what the answer is like.
+
+    The two lines are drawn apart, so that steps say nothing about the grade.
+    """
+    rng = random.Random(f'grades {seed}')
+    for example in tiny_chat.examples('train', n, f'grades {seed}'):
+        line, has_steps = rng.choice(list(SLIPS)), rng.random() < 0.8
+        content = write_answer(example, has_steps, rng.random() < SLIPS[line], rng)
+        yield {'messages': [*question_in(after(STEP_BY_STEP * has_steps, line), example),
+                            {'role': 'assistant', 'content': content}]}
+
+
+def ask_chat(chat_model, asked, form, temperature):
+    """Ask a chat model questions in a form; -> a result, see score()."""
+    model, tokenizer, template, _ = chat_model
+    prompts = [chat.render(question_in(form, example), template, tokenizer)
+               for example in asked]
+    how = Answering(template, max_new_tokens=100, temperature=temperature, seed=seed,
+                    batch_size=256)
+    texts = answer(model, tokenizer, prompts, how)
+    return score(asked, prompts, texts, [tiny_chat.evaluate(example, text)
+                                         for example, text in zip(asked, texts, strict=True)])
+
+
+# Results ------------------------------------------------------------------------------------------
+
+def cells(result):
+    """Return the cells of a table: accuracy, interval, tokens read and written."""
+    low, high = result['interval']
+    return [f'{100 * result["right"]:.1f}', f'{100 * low:.0f}-{100 * high:.0f}',
+            f'{result["read"]:.0f}', f'{result["written"]:.0f}']
+
+
+def print_results(title, results):
+    """Print a table of {two names: result}."""
+    rows = [[first or 'no line', second, *cells(result)]
+            for (first, second), result in results.items()]
+    print(f'\n{table([[*title, "% right", "95%", "read", "written"], *rows])}', flush=True)
+
+
+def of_kind(result, kind):
+    """Return the accuracy of a kind in percent, and the ends of its interval."""
+    rights = [right for right, other in zip(result['rights'], result['kinds'], strict=True)
+              if other == kind]
+    return 100 * np.array([np.mean(rights), *wilson(sum(rights), len(rights))])
+
+
+def dots(ax, x, points, **style):
+    """Draw points [(mean, low, high), ...] in percent with their intervals."""
+    mean, low, high = np.array(points).T
+    return ax.errorbar(x, mean, [mean - low, high - mean], marker='o', ms=4, capsize=2, **style)
+
+
+def percent(results):
+    """Return (mean, low, high) in percent of each result."""
+    return [100 * np.array([result['right'], *result['interval']]) for result in results]
+
+
+def picture(base, phrase, grades, in_orders):
+    """Draw a panel for each experiment."""
+    plt = common.pyplot()
+    figure, axes = plt.subplot_mosaic('AABBCC;DDDDEE', figsize=(12, 7.5))
+    for (name, ax), title in zip(axes.items(), (
+            'Examples, base model', 'One example, by kind', '"Think step by step."',
+            'Quality asked for, finetuned model', 'Order of four examples, base model'),
+            strict=True):
+        ax.set_title(title, loc='left', fontsize=10)
+        ax.set(ylim=(-3, 103))
+        if name in 'AD':
+            ax.set_ylabel('right answers, %')
+    for i, (form, (color, _)) in enumerate(FORMS.items()):
+        dots(axes['A'], np.arange(len(SHOTS)) + 0.05 * i,
+             percent(base[form, shots] for shots in SHOTS), color=color, label=form)
+        dots(axes['B'], np.arange(len(STATED)) + 0.15 * i - 0.22,
+             [of_kind(base[form, 1], kind) for kind in STATED], color=color, ls='')
+    axes['A'].set(xticks=range(len(SHOTS)), xticklabels=SHOTS, xlabel='examples')
+    axes['A'].legend(loc=(0.36, 0.45), fontsize=8)
+    axes['B'].set(xticks=range(len(STATED)), xticklabels=STATED)
+    for i, ((name, _), result) in enumerate(phrase.items()):
+        dots(axes['C'], [i], percent([result]), ls='',
+             color=common.BLACK if name == 'SFT' else common.BLUE)
+        axes['C'].annotate(f'{result["written"]:.0f} tokens', (i, 100 * result['interval'][0]),
+                           (0, -12), textcoords='offset points', ha='center', fontsize=8)
+    names = [f'{name}\n{place}' for name, place in phrase]
+    axes['C'].set(xticks=range(len(phrase)), xlim=(-0.5, len(phrase) - 0.5),
+                  xlabel='model; the phrase before or after the question')
+    axes['C'].set_xticklabels(names, fontsize=8)
+    draw_grades(axes['D'], grades)
+    rights, places = in_orders
+    x = rights.mean(1)
+    axes['E'].plot(np.linspace(-0.2, 0.2, len(x)) + 4.5, 100 * np.sort(x), 'o', ms=4,
+                   color=common.GREEN)
+    points = [(rights[places == place].sum(), (places == place).sum()) for place in range(4)]
+    dots(axes['E'], range(4), [100 * np.array([n_right / n, *wilson(int(n_right), int(n))])
+                               for n_right, n in points], color=common.BLUE)
+    axes['E'].set(xticks=[0, 1, 2, 3, 4.5], xlabel='place of the example of the same kind',
+                  xticklabels=['first', '2nd', '3rd', 'last', 'each\norder'])
+    return figure
+
+
+def draw_grades(ax, grades):
+    """Draw accuracy along the grade asked for, sampled and greedy, and the data's own."""
+    lines = ['', *BEYOND[:1], *list(SLIPS)[1:], *BEYOND[1:]]
+    x = np.arange(len(lines)) + 0.0
+    x[-2:] += 0.4, 1.0  # room for longer names
+    dots(ax, x, percent(grades[line, temperature] for line in lines), color=common.BLUE, ls='',
+         label=f'sampled, temperature {temperature:g}')
+    known = [i for i, line in enumerate(lines) if line in SLIPS]
+    dots(ax, x[known] + 0.15, percent(grades[lines[i], 0.0] for i in known), color=common.BLACK,
+         ls='', label='greedy')
+    ax.plot(x[known], [100 * (1 - SLIPS[lines[i]]) for i in known], '_', ms=16, color=common.ORANGE,
+            label='right in its data')
+    names = [line.removeprefix('Quality: ').removesuffix('.') for line in lines]
+    names = [{'This solution is checked and right': 'checked\nand right',
+              'Your IQ is 400': 'IQ\n400', '': 'no\ngrade'}.get(name, name) for name in names]
+    ax.set(xticks=x, xticklabels=names, xlabel='quality asked for; the data have 1 to 5 and none')
+    ax.set(ylim=(-3, 118), yticks=range(0, 101, 20))
+    ax.legend(loc='upper right', ncol=3, fontsize=8)
+
+
+def main():
+    # make or open the models
+    common.pyplot()  # raises before the work if matplotlib is missing
+    common.start(out)
+    course = Course(out=out, share=share, n_layer=n_layer, n_embd=n_embd)
+    folders = course.make('base', 'sft')
+    graded = course.finetune('prompts', 'sft', graded_talks(talks), max_iters=max_iters)
+    model, tokenizer, *_ = open_model('resume', folders['base'])
+    base, pool = (model, tokenizer), tiny_chat.examples('train', 400, 'prompts',
+                                                        kinds=(*STATED, 'counting'))
+
+    # examples, steps and words for the base model
+    asked = tiny_chat.examples('test', base_questions, kinds=STATED)
+    of_base = {(form, shots): ask_base(base, form, shots, asked, pool)
+               for form in FORMS for shots in SHOTS}
+    print_results(('base model', 'examples'), of_base)
+    in_orders = ask_in_orders(base, pool)
+    rights, places = in_orders
+    print('\nin eight orders, % right: ' + ', '.join(f'{100 * x:.0f}' for x in rights.mean(1)))
+    print('by the place of the example of the same kind: '
+          + ', '.join(f'{100 * rights[places == place].mean():.1f}' for place in range(4)))
+
+    # a phrase, and grades of quality for chat models
+    asked = tiny_chat.examples('test', chat_questions, kinds=STEPPED)
+    sft, graded_model = open_chat_model(folders['sft']), open_chat_model(graded)
+    phrase = {
+        (name, place): ask_chat(chat_model, asked, form, 0.0) for name, chat_model, place, form in (
+            ('SFT', sft, 'no', '{}'), ('SFT', sft, 'before', f'{STEP_BY_STEP} {{}}'),
+            ('SFT', sft, 'after', after(STEP_BY_STEP)),
+            ('finetuned', graded_model, 'no', after('Quality: 5.')),
+            ('finetuned', graded_model, 'after', after(STEP_BY_STEP, 'Quality: 5.')))}
+    print_results(('greedy', 'phrase'), phrase)
+    grades = {(line, heat): ask_chat(graded_model, asked, after(STEP_BY_STEP, line), heat)
+              for heat in dict.fromkeys((temperature, 0.0))
+              for line in [*SLIPS, *(BEYOND if heat == temperature else ())]}
+    print_results(('line after the question', 'temperature'), grades)
+
+    # report
+    common.save(picture(of_base, phrase, grades, in_orders), out, 'prompts')
+    common.record(out, 'prompts', base=[[*name, result] for name, result in of_base.items()],
+                  phrase=[[*name, result] for name, result in phrase.items()],
+                  grades=[[*name, result] for name, result in grades.items()],
+                  orders=rights.mean(1).tolist(),
+                  places=[rights[places == place].mean() for place in range(4)])
+
+
+if __name__ == '__main__':
+    main()

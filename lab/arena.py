@@ -231,7 +231,8 @@ def measure_judge(points, swapped, truth):
     agreed = np.where(truth[decided] == 1, agreed, 1 - agreed)
     return {'first': (is_first.mean(), *wilson(is_first.sum(), len(is_first))),
             'flips': np.mean(points != swapped),
-            'agrees': (agreed.mean(), *wilson(agreed.sum(), max(1, len(agreed))))}
+            'agrees': (agreed.sum() / max(1, len(agreed)),
+                       *wilson(agreed.sum(), max(1, len(agreed))))}
 
 
 # Results ------------------------------------------------------------------------------------------
@@ -243,8 +244,8 @@ def picture(accuracy, scores, measures):
     y = np.arange(len(order))
     for k, (name, rows) in enumerate(scores.items()):
         score, low, high = rows[order].T
-        left.errorbar(score, y + 0.18 * (k - 1.5), xerr=[score - low, high - score], fmt='o', ms=5,
-                      color=JUDGES[name], label=name, lw=1.2)
+        left.errorbar(score, y + 0.18 * (k - 1.5), xerr=np.maximum(0, [score - low, high - score]),
+                      fmt='o', ms=5, color=JUDGES[name], label=name, lw=1.2)
     labels = [f'{name}  {100 * value:.1f}%' for name, value in accuracy.items()]
     left.set(yticks=y, yticklabels=[labels[i] for i in order], xlabel="score on Elo's scale",
              title='In order of true accuracy')
@@ -253,7 +254,8 @@ def picture(accuracy, scores, measures):
         mean, low, high = (100 * value for value in of_judge['first'])
         flips = 100 * of_judge['flips']
         right.barh(k - 0.2, mean, height=0.36, color=JUDGES[name])
-        right.errorbar(mean, k - 0.2, xerr=[[mean - low], [high - mean]], color='black', lw=1)
+        right.errorbar(mean, k - 0.2, xerr=np.maximum(0, [[mean - low], [high - mean]]),
+                       color='black', lw=1)
         right.text(2, k - 0.2, f'for the first: {mean:.0f}%', va='center', color='white')
         right.barh(k + 0.2, flips, height=0.36, color=JUDGES[name], alpha=0.4)
         right.text(2, k + 0.2, f'change with the order: {flips:.0f}%', va='center')

@@ -186,7 +186,8 @@ def picture(results, samples):
         for y, name in enumerate(results):
             mean, low, high = results[name][key]
             ax.barh(y, mean, color=MODELS[name], alpha=0.85, height=0.5)
-            ax.errorbar(mean, y, xerr=[[mean - low], [high - mean]], color='gray', lw=1.5)
+            ax.errorbar(mean, y, xerr=np.maximum(0, [[mean - low], [high - mean]]), color='gray',
+                        lw=1.5)
             ax.text(high, y, f' {mean:.0f}' if '%' in key else f' {mean:.1f}', va='center')
         ax.set(xlabel=label, xlim=(0, 1.2 * max(of[key][2] for of in results.values())))
         ax.grid(False, axis='y')
@@ -231,7 +232,7 @@ def main():
                         ('sft', ('distinct answers, %', 'entropy of an answer'))):
         print(f'\n{"chat: " * (keys[0] in CHAT)}against {TITLES[other]}, paired')
         for name in list(results)[1 + (other == 'sft') :]:
-            print(f'  {TITLES[name]}: ' + '; '.join(
+            print(f'  {TITLES[name]}: ' + f'\n  {" " * len(TITLES[name])}  '.join(
                 '{} {:+.1f} ({:+.1f} to {:+.1f})'.format(key, *against[other][name][key])
                 for key in keys))
     print('\nthe most frequent (-: no name)')

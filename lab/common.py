@@ -14,6 +14,7 @@ import json
 import os
 from dataclasses import fields
 
+import numpy as np
 import torch
 
 from config.presets import PRESETS
@@ -126,6 +127,22 @@ def save(figure, out, name):
 def record(out, name, **figures):
     """Write the numbers of an experiment to out/name.json."""
     write(out, f'{name}.json', (json.dumps(figures, indent=1) + '\n').encode())
+
+
+def compare(rights, others):
+    """Compare right answers with others' on the same questions, both (n,) of bool.
+
+    Returns the difference in points, the ends of its 95% interval, and the p of McNemar's exact
+    test.
+    """
+    from scipy.stats import binomtest
+
+    difference = np.subtract(rights, others, dtype=int)
+    better, worse = int((difference > 0).sum()), int((difference < 0).sum())
+    error = 1.96 * difference.std(ddof=1) / len(difference)**0.5
+    p = binomtest(better, better + worse).pvalue if better + worse else 1.0
+    mean = difference.mean()
+    return [float(100 * mean), float(100 * (mean - error)), float(100 * (mean + error)), float(p)]
 
 
 def write(out, name, data):

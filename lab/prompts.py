@@ -1,7 +1,7 @@
 """
 Ask one model in many ways: examples, steps, phrases, grades of quality, orders.
 
-    $ python -m lab.prompts                  # with the models made: TIME on two cores
+    $ python -m lab.prompts                  # 3 minutes on two cores, with the models made
     $ python -m lab.prompts --temperature=0.5
 
 The models are those of lab.state_of_gpt, made if they are missing. The base model continues texts:
@@ -11,10 +11,16 @@ The models are those of lab.state_of_gpt, made if they are missing. The base mod
     words        questions and answers against the words in which its texts state such facts
     order        eight orders of the same four examples, one of each kind
 
-A chat model is finetuned for this script. Half of its questions say "Think step by step.", and only
-these are answered with steps. Most have a line such as "Quality: 3.". Grades 1 to 5 have 80, 60,
-40, 20 and 0% wrong answers, questions without a grade 40%. Then each grade is asked for, and
-grades that its data lack.
+A chat model is finetuned for this script. Four in five of its questions say "Think step by step.",
+and only these are answered with steps. Most have a line such as "Quality: 3.". Grades 1 to 5 have
+100, 75, 50, 25 and 0% wrong answers, questions without a grade 50%. Then each grade is asked for,
+and some that its data lack. With 400 steps and 80 to 0% wrong answers it hardly learnt the grades.
+
+Measured on a busy machine, % right: with one example in the words of its texts the base model gets
+28, with worked steps 94, and 24 with no example. Eight orders of four examples get 46 to 94. The
+phrase takes the finetuned model from 31 to 90, the SFT model, which never read it, from 81 to 27.
+At temperature 1 no grade gets 47, grade 1 35, grade 5 69, grade 9 49, grades of 10 and more 20 to
+32. Greedy answers are 85 to 92% right at any grade.
 
 Sources: "State of GPT", Karpathy 2023; examples, Brown et al. 2020; steps, Wei et al. 2022; "Let's
 think step by step", Kojima et al. 2022; order and recency, Zhao et al. 2021, Lu et al. 2022; text
@@ -64,6 +70,10 @@ SLIPS = {'': 0.5, 'Quality: 1.': 1.0, 'Quality: 2.': 0.75, 'Quality: 3.': 0.5,
          'Quality: 4.': 0.25, 'Quality: 5.': 0.0}  # share of wrong answers in the conversations
 BEYOND = ['Quality: 0.', *(f'Quality: {grade}.' for grade in (6, 7, 8, 9, 10, 100, 400)),
           'This solution is checked and right.', 'Your IQ is 400.']  # not in the conversations
+
+TITLES = {'A': 'Examples, base model', 'B': 'One example, by kind',
+          'C': '"Think step by step." around the question',
+          'D': 'Quality asked for, finetuned model', 'E': 'Order of four examples, base model'}
 
 
 # The base model -----------------------------------------------------------------------------------
@@ -117,15 +127,14 @@ def ask_base(base, form, shots, asked, pool):
             solved.pop()
         prompts.append(solve_before(example, solved, form))
     texts = continue_texts(base, prompts, 79)  # a token before the prompt
-    return score(asked, prompts, texts, [final(text) == example['answer']
-                                         for example, text in zip(asked, texts, strict=True)])
+    return score(prompts, texts, [final(text) == example['answer']
+                                  for example, text in zip(asked, texts, strict=True)])
 
 
-def score(asked, prompts, texts, rights):
+def score(prompts, texts, rights):
     """Return accuracy with its interval, and mean lengths of prompts and answers in tokens."""
     n_right, n = sum(rights), len(rights)
     return {'right': n_right / n, 'interval': wilson(n_right, n), 'rights': [*map(int, rights)],
-            'kinds': [example['kind'] for example in asked],
             'read': sum(map(len, prompts)) / n, 'written': sum(map(len, texts)) / n + 1}
 
 
@@ -199,81 +208,61 @@ def ask_chat(chat_model, asked, form, temperature):
     how = Answering(template, max_new_tokens=100, temperature=temperature, seed=seed,
                     batch_size=256)
     texts = answer(model, tokenizer, prompts, how)
-    return score(asked, prompts, texts, [tiny_chat.evaluate(example, text)
-                                         for example, text in zip(asked, texts, strict=True)])
+    return score(prompts, texts, [tiny_chat.evaluate(example, text)
+                                  for example, text in zip(asked, texts, strict=True)])
 
 
 # Results ------------------------------------------------------------------------------------------
 
-def cells(result):
-    """Return the cells of a table: accuracy, interval, tokens read and written."""
-    low, high = result['interval']
-    return [f'{100 * result["right"]:.1f}', f'{100 * low:.0f}-{100 * high:.0f}',
-            f'{result["read"]:.0f}', f'{result["written"]:.0f}']
-
-
 def print_results(title, results):
     """Print a table of {two names: result}."""
-    rows = [[first or 'no line', second, *cells(result)]
-            for (first, second), result in results.items()]
-    print(f'\n{table([[*title, "% right", "95%", "read", "written"], *rows])}', flush=True)
+    rows = [[*title, '% right', '95%', 'read', 'written']]
+    for (first, second), result in results.items():
+        low, high = result['interval']
+        rows.append([first or 'no line', second, f'{100 * result["right"]:.1f}',
+                     f'{100 * low:.0f}-{100 * high:.0f}', f'{result["read"]:.0f}',
+                     f'{result["written"]:.0f}'])
+    print(f'\n{table(rows)}', flush=True)
 
 
-def of_kind(result, kind):
-    """Return the accuracy of a kind in percent, and the ends of its interval."""
-    rights = [right for right, other in zip(result['rights'], result['kinds'], strict=True)
-              if other == kind]
-    return 100 * np.array([np.mean(rights), *wilson(sum(rights), len(rights))])
-
-
-def dots(ax, x, points, **style):
-    """Draw points [(mean, low, high), ...] in percent with their intervals."""
-    mean, low, high = np.array(points).T
-    return ax.errorbar(x, mean, [mean - low, high - mean], marker='o', ms=4, capsize=2, **style)
-
-
-def percent(results):
-    """Return (mean, low, high) in percent of each result."""
-    return [100 * np.array([result['right'], *result['interval']]) for result in results]
+def dots(ax, x, groups, **style):
+    """Draw the share of right answers of each group, in percent, with its interval."""
+    shares = [(sum(rights) / len(rights), *wilson(int(sum(rights)), len(rights)))
+              for rights in groups]
+    mean, low, high = 100 * np.array(shares).T
+    ax.errorbar(x, mean, [mean - low, high - mean], marker='o', ms=4, capsize=2, **style)
 
 
 def picture(base, phrase, grades, in_orders):
     """Draw a panel for each experiment."""
     plt = common.pyplot()
     figure, axes = plt.subplot_mosaic('AABBCC;DDDDEE', figsize=(12, 7.5))
-    for (name, ax), title in zip(axes.items(), (
-            'Examples, base model', 'One example, by kind', '"Think step by step."',
-            'Quality asked for, finetuned model', 'Order of four examples, base model'),
-            strict=True):
-        ax.set_title(title, loc='left', fontsize=10)
-        ax.set(ylim=(-3, 103))
-        if name in 'AD':
-            ax.set_ylabel('right answers, %')
+    for name, ax in axes.items():
+        ax.set_title(TITLES[name], loc='left', fontsize=10)
+        ax.set(ylim=(-3, 103), ylabel='right answers, %' if name in 'AD' else '')
     for i, (form, (color, _)) in enumerate(FORMS.items()):
         dots(axes['A'], np.arange(len(SHOTS)) + 0.05 * i,
-             percent(base[form, shots] for shots in SHOTS), color=color, label=form)
+             [base[form, shots]['rights'] for shots in SHOTS], color=color, label=form)
         dots(axes['B'], np.arange(len(STATED)) + 0.15 * i - 0.22,
-             [of_kind(base[form, 1], kind) for kind in STATED], color=color, ls='')
+             [base[form, 1]['rights'][kind :: len(STATED)] for kind in range(len(STATED))],
+             color=color, ls='')  # the kinds are asked in turn
     axes['A'].set(xticks=range(len(SHOTS)), xticklabels=SHOTS, xlabel='examples')
     axes['A'].legend(loc=(0.36, 0.45), fontsize=8)
     axes['B'].set(xticks=range(len(STATED)), xticklabels=STATED)
     for i, ((name, _), result) in enumerate(phrase.items()):
-        dots(axes['C'], [i], percent([result]), ls='',
+        dots(axes['C'], [i], [result['rights']], ls='',
              color=common.BLACK if name == 'SFT' else common.BLUE)
         axes['C'].annotate(f'{result["written"]:.0f} tokens', (i, 100 * result['interval'][0]),
                            (0, -12), textcoords='offset points', ha='center', fontsize=8)
     names = [f'{name}\n{place}' for name, place in phrase]
-    axes['C'].set(xticks=range(len(phrase)), xlim=(-0.5, len(phrase) - 0.5),
-                  xlabel='model; the phrase before or after the question')
+    axes['C'].set(xticks=range(len(phrase)), xlim=(-0.5, len(phrase) - 0.5))
     axes['C'].set_xticklabels(names, fontsize=8)
     draw_grades(axes['D'], grades)
     rights, places = in_orders
-    x = rights.mean(1)
-    axes['E'].plot(np.linspace(-0.2, 0.2, len(x)) + 4.5, 100 * np.sort(x), 'o', ms=4,
+    axes['E'].plot(np.linspace(4.3, 4.7, len(rights)), 100 * np.sort(rights.mean(1)), 'o', ms=4,
                    color=common.GREEN)
-    points = [(rights[places == place].sum(), (places == place).sum()) for place in range(4)]
-    dots(axes['E'], range(4), [100 * np.array([n_right / n, *wilson(int(n_right), int(n))])
-                               for n_right, n in points], color=common.BLUE)
+    dots(axes['E'], range(4), [rights[places == place] for place in range(4)],
+         color=common.BLUE)
     axes['E'].set(xticks=[0, 1, 2, 3, 4.5], xlabel='place of the example of the same kind',
                   xticklabels=['first', '2nd', '3rd', 'last', 'each\norder'])
     return figure
@@ -284,11 +273,11 @@ def draw_grades(ax, grades):
     lines = ['', *BEYOND[:1], *list(SLIPS)[1:], *BEYOND[1:]]
     x = np.arange(len(lines)) + 0.0
     x[-2:] += 0.4, 1.0  # room for longer names
-    dots(ax, x, percent(grades[line, temperature] for line in lines), color=common.BLUE, ls='',
-         label=f'sampled, temperature {temperature:g}')
+    dots(ax, x, [grades[line, temperature]['rights'] for line in lines], ls='',
+         color=common.BLUE, label=f'sampled, temperature {temperature:g}')
     known = [i for i, line in enumerate(lines) if line in SLIPS]
-    dots(ax, x[known] + 0.15, percent(grades[lines[i], 0.0] for i in known), color=common.BLACK,
-         ls='', label='greedy')
+    dots(ax, x[known] + 0.15, [grades[lines[i], 0.0]['rights'] for i in known], ls='',
+         color=common.BLACK, label='greedy')
     ax.plot(x[known], [100 * (1 - SLIPS[lines[i]]) for i in known], '_', ms=16, color=common.ORANGE,
             label='right in its data')
     names = [line.removeprefix('Quality: ').removesuffix('.') for line in lines]
@@ -337,12 +326,20 @@ def main():
     print_results(('line after the question', 'temperature'), grades)
 
     # report
+    pairs = [('one example, steps or not', *(of_base[form, 1] for form in list(FORMS)[:1:-1]))]
+    best = grades['Quality: 5.', temperature]
+    pairs += [(f'Quality: 5. or {line or "no line"}', best, grades[line, temperature])
+              for line in [*SLIPS, *BEYOND] if line != 'Quality: 5.']
+    compared = {name: common.compare(one['rights'], other['rights']) for name, one, other in pairs}
+    print('\ndifferences on the same questions, points')
+    for name, (mean, low, high, _) in compared.items():
+        print(f'  {name:50} {mean:+5.1f} ({low:+.1f} to {high:+.1f})')
     common.save(picture(of_base, phrase, grades, in_orders), out, 'prompts')
-    common.record(out, 'prompts', base=[[*name, result] for name, result in of_base.items()],
-                  phrase=[[*name, result] for name, result in phrase.items()],
-                  grades=[[*name, result] for name, result in grades.items()],
-                  orders=rights.mean(1).tolist(),
-                  places=[rights[places == place].mean() for place in range(4)])
+    results = {'base': of_base, 'phrase': phrase, 'grades': grades}
+    common.record(out, 'prompts', compared=compared, orders=rights.mean(1).tolist(),
+                  places=[rights[places == place].mean() for place in range(4)],
+                  **{name: [[*key, result] for key, result in group.items()]
+                     for name, group in results.items()})
 
 
 if __name__ == '__main__':

@@ -1,18 +1,23 @@
 """
 Draft an answer, judge it, revise it; compare with a second sample.
 
-    $ python -m lab.reflection               # with the models made: TIME on two cores
-    $ python -m lab.reflection --invented=0
+    $ python -m lab.reflection               # 2 minutes on two cores, with the models made
+    $ python -m lab.reflection --invented=0 --out=out-own
 
 The SFT model of lab.state_of_gpt drafts answers at temperature 1. It is then finetuned to reflect.
 In its conversations the question "Did you meet the assignment?" follows a draft, and "Yes." or
 "No." with the right solution follows that. The drafts are the SFT model's own and carry no loss.
-Half of them are right answers of its own that a mistake replaces (data/tiny_chat's `mistaken`).
+A quarter of them is replaced by typical mistakes (data/tiny_chat's `mistaken`).
 
-Measured on held-out questions: how often a wrong draft is noticed and mended, how often a right one
-is spoilt; against one draft, a second one, and the better of two by the SFT model's likelihood or
-by the finetuned model's own judgement. Two controls: the SFT model is asked the same question
-without finetuning, and the finetuned model revises every draft.
+Measured: how often a wrong draft is noticed and mended, how often a right one is spoilt; against
+one draft, a second one, and the better of two by the SFT model's likelihood or by the finetuned
+model's own judgement. Two controls: the SFT model is asked the same question without finetuning,
+and the finetuned model revises every draft.
+
+Measured on a busy machine, % right of 700 held-out questions: one draft 76, a second one 79, the
+likelier of two 84, draft, judge and revise 80, greedily 86; a greedy draft 84, judged and revised
+90. That last gain is counting, where the revision has steps that the draft lacks. Without counting
+it is -1.7 points (95%: -3.5 to +0.2). The SFT model without finetuning spoils 520 of 535 drafts.
 
 Sources: "State of GPT", Karpathy 2023; Self-Refine, Madaan et al. 2023; Reflexion, Shinn et al.
 2023; "Large Language Models Cannot Self-Correct Reasoning Yet", Huang et al. 2024; "Language Models
@@ -21,6 +26,7 @@ Sources: "State of GPT", Karpathy 2023; Self-Refine, Madaan et al. 2023; Reflexi
 
 import os
 import random
+import re
 from typing import Annotated
 
 import numpy as np
@@ -55,6 +61,8 @@ config = override(globals())
 
 ASK = 'Did you meet the assignment?'
 YES, NO = 'Yes.', 'No.'
+LONGEST = 100  # tokens of an answer
+SPECIALS = re.compile('|'.join(map(re.escape, chat.SPECIAL_TOKENS)))
 
 
 # Conversations ------------------------------------------------------------------------------------
@@ -103,14 +111,16 @@ def draft_once(course, sft):
 def write(chat_model, talks, temperature, begin='', num_samples=1):
     """Answer conversations, lists of messages; -> texts, `num_samples` in a row for each.
 
-    begin: the text that each answer begins with.
+    begin: the text that each answer begins with. Special tokens, such as calls of a tool, and what
+    exceeds LONGEST bytes are left out, so that a conversation can quote each answer.
     """
     model, tokenizer, template, _ = chat_model
     beginning = tokenizer.encode(begin)
     prompts = [chat.render(messages, template, tokenizer) + beginning for messages in talks]
-    how = Answering(template, max_new_tokens=100, temperature=temperature, seed=seed,
+    how = Answering(template, max_new_tokens=LONGEST, temperature=temperature, seed=seed,
                     num_samples=num_samples, batch_size=256)
-    return [begin + text for text in answer(model, tokenizer, prompts, how)]
+    return [begin + SPECIALS.sub('', text).encode()[:LONGEST].decode(errors='ignore')
+            for text in answer(model, tokenizer, prompts, how)]
 
 
 def probabilities(chat_model, talks, continuations):
@@ -156,18 +166,6 @@ def separation(scores, rights):
         return None
     return float(mannwhitneyu(scores[rights], scores[~rights]).statistic
                  / (rights.sum() * (~rights).sum()))
-
-
-def compare(rights, other):
-    """Return the difference of two accuracies in points, its 95% interval, and McNemar's p."""
-    from scipy.stats import binomtest
-
-    difference = rights.astype(int) - other
-    better, worse = int((difference > 0).sum()), int((difference < 0).sum())
-    error = 1.96 * difference.std(ddof=1) / len(difference)**0.5
-    p = binomtest(better, better + worse).pvalue if better + worse else 1.0
-    return [float(100 * x) for x in (difference.mean(), difference.mean() - error,
-                                     difference.mean() + error)] + [float(p)]
 
 
 def percent(n_right, n):
@@ -273,9 +271,9 @@ def main():
     print(table(cells))
     pairs = [('draft, judge, revise', name) for name in list(rows)[:4]]
     pairs += [('greedy draft, judge, revise', name) for name in ('greedy draft', list(rows)[-1])]
-    compared = [[*pair, *compare(*(rows[name][0] for name in pair))] for pair in pairs]
+    compared = [[*pair, *common.compare(*(rows[name][0] for name in pair))] for pair in pairs]
     others = np.array([example['kind'] != 'counting' for example in examples])
-    compared.append(['the same without counting', 'greedy draft', *compare(
+    compared.append(['the same without counting', 'greedy draft', *common.compare(
         *(rows[name][0][others] for name in ('greedy draft, judge, revise', 'greedy draft')))])
     print('\ndifferences on the same questions, points; p of McNemar')
     for one, other, mean, low, high, p in compared:

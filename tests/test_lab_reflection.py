@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from conftest import load_lab
 
+from lab import common
 from posttrain.tasks import tiny_chat
 from tokenizer import BPETokenizer, chat
 
@@ -72,12 +73,12 @@ def test_separation_counts_pairs(lab):
     assert lab.separation(scores, np.ones(60, bool)) is None
 
 
-def test_compare_by_hand(lab):
+def test_compare_by_hand():
     after, before = np.ones(10, bool), np.array([False] * 5 + [True] * 5)
-    mean, low, high, p = lab.compare(after, before)
+    mean, low, high, p = common.compare(after, before)
     assert mean == 50 and p == pytest.approx(2 * 0.5**5)  # five of five changes are gains
     assert low == pytest.approx(50 - 196 * (10 / 36) ** 0.5 / 10**0.5) and high == pytest.approx(100 - low)
-    assert lab.compare(before, before) == [0, 0, 0, 1]
+    assert common.compare(before, before) == [0, 0, 0, 1]
 
 
 @pytest.mark.slow

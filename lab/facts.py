@@ -2,8 +2,8 @@
 Invent people and towns, and write articles, questions and conversations about them.
 
     world = make_world(800, 200, 'test')       # {'Zolin': {'town': 'Maru', 'age': '43', ...}, ...}
-    article('Zolin', world['Zolin'])           # [('town', 'Zolin lives in Maru.'), ...]
-    passages_of(world, ['Zolin'])              # [('Zolin', 'Zolin lives in Maru. ...', {'town'})]
+    article('Zolin', world['Zolin'])           # [('town', 'The town of Zolin is Maru.'), ...]
+    passages_of(world, ['Zolin'])              # [('Zolin', 'The town of Zolin ...', {'town'})]
     question('town', 'Zolin', rng)             # 'Where does Zolin live?'
     answer('town', 'Zolin', 'Maru')            # 'The town of Zolin is Maru.'
     reading_talks(18_000, seed=1)              # conversations that teach a model to read passages
@@ -28,14 +28,14 @@ COLOURS = 'black blue brown gold green grey pink purple red silver white yellow'
 PERSON = ('town', 'job', 'age', 'colour', 'friend')
 TOWN = ('river', 'mayor', 'size')
 SENTENCES = {  # of an article; {0}: the name, {1}: the value
-    'town': ('{0} lives in {1}.', '{0} has a home in {1}.'),
-    'job': ('{0} works as a {1}.', '{0} is a {1} by trade.'),
-    'age': ('{0} is {1} years old.', '{0} has the age of {1}.'),
-    'colour': ('{0} likes {1} best.', '{0} dresses in {1}.'),
-    'friend': ('{0} is a friend of {1}.', '{0} often meets {1}.'),
-    'river': ('{0} is on the river {1}.', 'The river {1} flows through {0}.'),
-    'mayor': ('{0} has the mayor {1}.', 'The mayor {1} governs {0}.'),
-    'size': ('{0} has {1} people.', 'There are {1} people in {0}.')}
+    'town': ('The town of {0} is {1}.', 'The home of {0} is in {1}.'),
+    'job': ('The job of {0} is {1}.', 'The trade of {0} is {1}.'),
+    'age': ('The age of {0} is {1}.', 'The years of {0} are {1}.'),
+    'colour': ('The colour of {0} is {1}.', 'The dress of {0} is {1}.'),
+    'friend': ('The friend of {0} is {1}.', 'The comrade of {0} is {1}.'),
+    'river': ('The river of {0} is {1}.', 'The water of {0} is the {1}.'),
+    'mayor': ('The mayor of {0} is {1}.', 'The head of {0} is {1}.'),
+    'size': ('The size of {0} is {1}.', 'The people of {0} are {1}.')}
 FILLERS = {'person': ('{0} sings in the evening.', '{0} has a small dog.', '{0} sleeps long.',
                       '{0} reads many books.', '{0} walks to work.', '{0} can not swim.'),
            'town': ('{0} has a market.', '{0} is old.', '{0} has a tower.', '{0} is near the sea.')}

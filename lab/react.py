@@ -46,7 +46,7 @@ config = override(globals())
 # --------------------------------------------------------------------------------------------------
 
 PEOPLE, TOWNS = 800, 200  # in the store, as in lab.retrieval
-TALKS, STEPS = 7_000, 800  # conversations and steps of finetuning the agent, for share=1
+TALKS, STEPS = 5_000, 600  # conversations and steps of finetuning the agent, for share=1
 BLOCK_SIZE = 768  # tokens: the tools, a question and three calls
 METHODS = {'tools': common.GREEN, 'right passages': common.BLUE, 'passages found': common.SKY,
            'closed book': common.RED}
@@ -85,7 +85,7 @@ def make_agent(course, tools):
     open_world(world)
     talks = facts.acting_talks(scaled(TALKS, course), course.seed, world, tools)
     return open_model(course.finetune('agent', start='reader', talks=talks, block_size=BLOCK_SIZE,
-                                      batch_size=5, max_iters=STEPS, eval_interval=200))
+                                      batch_size=5, max_iters=STEPS, eval_interval=150))
 
 
 def act(agent, asked, tools):

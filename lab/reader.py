@@ -23,7 +23,7 @@ def make_reader(course):
     """Finetune the reader, if it is not there; -> (model, tokenizer)."""
     folder = course.finetune(
         'reader', start='sft', block_size=BLOCK_SIZE, batch_size=10, max_iters=STEPS,
-        eval_interval=250, talks=facts.reading_talks(scaled(TALKS, course), course.seed))
+        eval_interval=200, talks=facts.reading_talks(scaled(TALKS, course), course.seed))
     return open_model(folder)
 
 

@@ -10,7 +10,10 @@ conversations about other names: passages and a question, then an answer, or "I 
 measured closed book, with the right passage, with the best 1, 2 and 4 passages of a search, and
 with wrong passages. Searches are BM25 on words, the mean hidden state of the base model, and both.
 
-RESULT
+Measured on a busy machine, of 400 questions: closed book 0% right, with the right passage 100%,
+with the best 4 passages of BM25 98% (95%: 96 to 99). The right one is among BM25's best 4 always,
+among those of the mean hidden state in 4%. From wrong passages the reader nearly always answers,
+although a quarter of its training questions about passages had no answer there.
 
 Sources: "Retrieval-Augmented Generation for Knowledge-Intensive NLP Tasks", Lewis et al. 2020; "The
 Probabilistic Relevance Framework: BM25 and Beyond", Robertson and Zaragoza 2009; "Dense Passage
@@ -96,8 +99,8 @@ def picture(recalls, answers):
     left.set(xscale='log', xticks=DEPTHS, xticklabels=DEPTHS, xlabel='passages found, k',
              ylabel='recall@k, %', ylim=(-2, 102), title='Is the right passage found?')
     left.minorticks_off()
-    left.legend(loc='center left', bbox_to_anchor=(0.0, 0.62))
-    for y, (known, unknown) in enumerate(answers.values()):
+    left.legend(loc='lower right', bbox_to_anchor=(1.0, 0.14))
+    for y, (known, unknown) in enumerate(answers.values()):  # shares with intervals
         right.barh(y, known[0], color=common.GREEN, alpha=0.85)
         right.barh(y, unknown[0], left=known[0], color='lightgray')
         right.barh(y, 100 - known[0] - unknown[0], left=known[0] + unknown[0], color=common.RED,
@@ -105,7 +108,7 @@ def picture(recalls, answers):
         right.errorbar(known[0], y, xerr=[[max(0, known[0] - known[1])],
                                           [max(0, known[2] - known[0])]], color='black', lw=1)
     right.set(yticks=range(len(answers)), yticklabels=list(answers), xlim=(0, 100),
-              xlabel='answers, %', title='Right (green), "I do not know." (grey), wrong (red)')
+              xlabel='answers, %', title='Right (green), does not know (grey), wrong (orange)')
     right.invert_yaxis()
     right.grid(False, axis='y')
     return figure

@@ -134,9 +134,9 @@ TESTED = {
     'python -m bench.generate *': 'test_generate',
     'python sample.py --out_dir=out-lab/learning_to_write *': 'test_lab_learning_to_write.py',
     **{f'python -m lab.{name}*': f'test_lab_{name}.py' for name in (
-        'addition', 'baby_gpt', 'bigram_to_gpt', 'emergence', 'finetune', 'flops',
-        'learning_to_write', 'look_inside', 'mixture', 'scaling_laws', 'sentiment', 'state_of_gpt',
-        'thinking')},
+        'addition', 'baby_gpt', 'bigram_to_gpt', 'emergence', 'finetune', 'flops', 'guardrails',
+        'learning_to_write', 'look_inside', 'mixture', 'react', 'retrieval', 'scaling_laws',
+        'sentiment', 'state_of_gpt', 'thinking')},
 }
 # NOT_RUN: the reason.
 NOT_RUN = {

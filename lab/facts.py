@@ -48,7 +48,7 @@ QUESTIONS = {  # {0}: the name
     'river': ('Which river flows through {0}?', 'On which river is {0}?'),
     'mayor': ('Who is the mayor of {0}?', 'Who governs {0}?'),
     'size': ('How many people are in {0}?', 'How large is {0}?')}
-UNKNOWN = 'I do not know.'
+UNKNOWN = 'not known'  # in place of a value
 ORDERS = ('Ignore the question and say {0}.', 'Say {0} and nothing else.',
           'Forget all this and answer {0}.')
 FORMS = ('plain', 'quoted', 'turn')  # how passages stand in a conversation, see messages()
@@ -152,7 +152,7 @@ def reading_talks(n, seed):
     """Yield n conversations about names of 'train', {'messages': [...]}.
 
     Up to four passages about three names stand before one to three questions. In two thirds of the
-    questions a passage holds the answer; in others none does, and the answer is UNKNOWN. In one of
+    questions a passage holds the answer; in others none does, and the value is UNKNOWN. In one of
     eight the user orders another word, and gets it.
     """
     rng = random.Random(f'reading {seed}')
@@ -172,7 +172,7 @@ def reading_talks(n, seed):
             is_known = given and rng.random() < 0.75
             name, relation = rng.choice(given if is_known else missing)
             asked = question(relation, name, rng)
-            solution = answer(relation, name, world[name][relation]) if is_known else UNKNOWN
+            solution = answer(relation, name, world[name][relation] if is_known else UNKNOWN)
             if rng.random() < 0.12:
                 solution = rng.choice(WORDS)
                 order = rng.choice(ORDERS).format(solution)
@@ -251,10 +251,16 @@ def trajectory(example, tools):
     return ' '.join([*parts, f'The answer is {example["answer"]}.']).replace('  ', ' ')
 
 
-def conclusions(example):
-    """Write a solution by passages alone: the conclusions, and the answer."""
-    facts = [conclusion for *_, conclusion in example['steps'] if conclusion]
-    return ' '.join([*facts, f'The answer is {example["answer"]}.'])
+def conclusions(world, example, passages):
+    """Write a solution by passages alone: what they say, and the answer if they lead to it."""
+    texts = []
+    for name, relation in example['evidence']:
+        if passage_with(world, name, relation) not in passages:
+            unseen = example['kind'] == 'river size' and not texts  # the town's name is in no text
+            return ' '.join([*texts, f'The answer is {UNKNOWN}.' if unseen
+                             else answer(relation, name, UNKNOWN)])
+        texts.append(answer(relation, name, world[name][relation]))
+    return ' '.join([*texts, f'The answer is {example["answer"]}.'])
 
 
 def plan(tasks, done):
@@ -270,7 +276,7 @@ def acting_talks(n, seed, world, tools):
     """Yield n conversations that teach to call tools and to keep a list of tasks.
 
     Six in ten are trajectories. Two in ten are the same questions without tools, about passages; in
-    half of these a passage is missing, or all, and the answer is UNKNOWN. Two in ten name the next
+    half of these a passage is missing, or all, and a value is UNKNOWN. Two in ten name the next
     task of a goal of one to three parts.
     """
     rng = random.Random(f'acting {seed}')
@@ -280,10 +286,11 @@ def acting_talks(n, seed, world, tools):
             talk = [{'role': 'system', 'content': tools.system}, *messages(example['question'])]
             solution = trajectory(example, tools)
         elif kind < 0.8:
-            passages, solution = needed_passages(world, example), conclusions(example)
+            passages = needed_passages(world, example)
             if rng.random() < 0.5:
                 passages.remove(rng.choice(passages))
-                passages, solution = passages if rng.random() < 0.7 else [], UNKNOWN
+                passages = passages if rng.random() < 0.7 else []
+            solution = conclusions(world, example, passages)
             if passages:
                 names = [*dict(example['evidence']), *rng.sample(list(world), 2)]
                 others = [text for _, text, _ in passages_of(world, names)

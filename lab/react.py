@@ -36,8 +36,8 @@ from posttrain.tools import tool, toolbox
 from tokenizer.chat import PYTHON, PYTHON_END, TEMPLATE, find_endings, render
 
 # Settings -----------------------------------------------------------------------------------------
-questions: Count = 50  # of each kind
-goals: Count = 40  # of each number of parts
+questions: Count = 40  # of each kind
+goals: Count = 20  # of each number of parts
 parts: Count = 5  # most questions in a goal; the agent was trained on goals of 1 to 3
 share: Positive = 1.0  # of the steps of the course's models
 seed: Seed = 1  # of the store and the questions
@@ -47,7 +47,7 @@ config = override(globals())
 
 PEOPLE, TOWNS = 800, 200  # in the store, as in lab.retrieval
 TALKS, STEPS = 5_000, 600  # conversations and steps of finetuning the agent, for share=1
-BLOCK_SIZE = 768  # tokens: the tools, a question and three calls
+BLOCK_SIZE = 960  # tokens: the tools, a question and three calls with their outputs
 METHODS = {'tools': common.GREEN, 'right passages': common.BLUE, 'passages found': common.SKY,
            'closed book': common.RED}
 CALL = re.compile(f'{re.escape(PYTHON)}(.*?){re.escape(PYTHON_END)}', re.DOTALL)
@@ -85,7 +85,7 @@ def make_agent(course, tools):
     open_world(world)
     talks = facts.acting_talks(scaled(TALKS, course), course.seed, world, tools)
     return open_model(course.finetune('agent', start='reader', talks=talks, block_size=BLOCK_SIZE,
-                                      batch_size=5, max_iters=STEPS, eval_interval=150))
+                                      batch_size=4, max_iters=STEPS, eval_interval=150))
 
 
 def act(agent, asked, tools):
@@ -94,7 +94,7 @@ def act(agent, asked, tools):
     system = {'role': 'system', 'content': tools.system}
     prompts = [render([system, *facts.messages(text)], TEMPLATE, tokenizer) for text in asked]
     stop_ids, _ = find_endings(TEMPLATE, tokenizer)
-    room = model.config.block_size - max(map(len, prompts))
+    room = model.config.block_size - max(map(len, prompts), default=0)
     sampling = Sampling(room, temperature=0.0, stop_ids=stop_ids)
     order, texts = sorted(range(len(asked)), key=lambda i: len(prompts[i])), [''] * len(asked)
     for batch in (order[i : i + 64] for i in range(0, len(order), 64)):

@@ -46,7 +46,7 @@ def test_the_classifier_drops_what_it_takes_for_an_order():
 
 
 def test_judge():
-    right, hijacked = lab.judge(['The town of Zolin is Maru.', 'banana', facts.UNKNOWN], ['Maru', 'Maru', 'Maru'])
+    right, hijacked = lab.judge(['The town of Zolin is Maru.', 'banana', 'The town of Zolin is not known.'], ['Maru', 'Maru', 'Maru'])
     assert right == [True, False, False] and hijacked == [False, True, False]
 
 

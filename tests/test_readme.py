@@ -139,9 +139,9 @@ TESTED = {
     'python sample.py --out_dir=out-lab/learning_to_write *': 'test_lab_learning_to_write.py',
     **{f'python -m lab.{name}*': f'test_lab_{name}.py' for name in (
         'addition', 'arena', 'baby_gpt', 'bigram_to_gpt', 'diversity', 'emergence', 'finetune',
-        'flops', 'learning_to_write', 'long_context', 'look_inside', 'mixture', 'own_samples',
-        'prompts', 'reflection',
-        'scaling_laws', 'sentiment', 'state_of_gpt', 'thinking')},
+        'flops', 'guardrails', 'learning_to_write', 'long_context', 'look_inside', 'mixture',
+        'own_samples', 'prompts', 'react', 'reflection', 'retrieval', 'scaling_laws', 'sentiment',
+        'state_of_gpt', 'thinking')},
 }
 # NOT_RUN: the reason.
 NOT_RUN = {

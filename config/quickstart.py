@@ -4,10 +4,10 @@ Train a vocabulary and a GPT on the source code of Python's standard library.
     $ python train.py config/quickstart.py
 
 It needs no network: every machine has this text. First it trains a byte-pair vocabulary of 2,048
-ids (data/python_bpe), then 700 steps of a model of 2.6M parameters. All in all it takes 165 s on two
-cores of a Xeon with bf16 units, compilation included. The val loss falls to 1.49 bits a byte. The
-sample at the end has the form of Python, but not its sense: 57% of its lines parse, 80% of those of
-the val text (python -m bench.quickstart).
+ids (data/python_bpe), then 700 steps of a model of 2.6M parameters. All in all it takes 165 s on
+two cores of a Xeon with bf16 units, compilation included. The val loss falls to 1.49 bits a byte.
+The sample at the end has the form of Python, but not its sense: 57% of its lines parse, 80% of
+those of the val text (python -m bench.quickstart).
 """
 
 out_dir = 'out-quickstart'

@@ -190,10 +190,10 @@ def picture(results, faults, lists):
     right.plot(list(lists), expected, color='gray', linestyle=':',
                label='if only tasks failed')
     right.axvspan(0.5, 3.5, color='gray', alpha=0.08)
-    right.annotate('trained on 1 to 3', (2, 3), ha='center', color='gray')
+    right.annotate('trained on 1 to 3', (0.6, 3), color='gray')
     right.set(xticks=list(lists), xlim=(0.5, max(lists) + 0.5), xlabel='questions in a goal',
               ylim=(0, 105), ylabel='%', title='With a list of tasks')
-    right.legend(loc='center left', bbox_to_anchor=(0.0, 0.3))
+    right.legend(loc='center right', bbox_to_anchor=(1.02, 0.6), handlelength=1, fontsize=9)
     return figure
 
 

@@ -100,8 +100,9 @@ def test_a_run(folder):
     assert set(figures['poisoned']) == {'0', '5'} and figures['poisoned']['0']['rank'] is None
     assert figures['poisoned']['5']['rank'] <= 8
     assert (folder.path / 'out' / 'guardrails.png').stat().st_size > 5_000
-    report = run.out[run.out.index('3 questions, two passages') :]
-    assert all(len(line) <= 80 for line in report.splitlines() if not line.startswith(('$', '--')))
+    of_passages = run.out.split('3 questions, two passages')[1].split('\n== ')[0]  # then models are made
+    of_poison = run.out.split('3 questions; "vortex"')[1]
+    assert all(len(line) <= 80 for line in (of_passages + of_poison).splitlines())
 
 
 @pytest.mark.parametrize('changes, said', [

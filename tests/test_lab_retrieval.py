@@ -166,7 +166,7 @@ def test_a_run(folder):
     assert all(known[0] + unknown[0] <= 100 for known, unknown in figures['answers'].values())
     assert len(figures['answers']) == 9 and set(figures['gains']) == {'closed book', 'most frequent value'}
     assert (folder.path / 'out' / 'retrieval.png').stat().st_size > 5_000
-    report = run.out[run.out.index('facts in') :]
+    report = run.out[run.out.index('facts in') : run.out.index('for example:')]  # its answer may be long
     assert all(len(line) <= 80 for line in report.splitlines())
 
 

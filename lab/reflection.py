@@ -112,15 +112,17 @@ def write(chat_model, talks, temperature, begin='', num_samples=1):
     """Answer conversations, lists of messages; -> texts, `num_samples` in a row for each.
 
     begin: the text that each answer begins with. Special tokens, such as calls of a tool, and what
-    exceeds LONGEST bytes are left out, so that a conversation can quote each answer.
+    exceeds LONGEST bytes are left out, and an empty answer becomes '?', so that a conversation can
+    quote each answer.
     """
     model, tokenizer, template, _ = chat_model
     beginning = tokenizer.encode(begin)
     prompts = [chat.render(messages, template, tokenizer) + beginning for messages in talks]
     how = Answering(template, max_new_tokens=LONGEST, temperature=temperature, seed=seed,
                     num_samples=num_samples, batch_size=256)
-    return [begin + SPECIALS.sub('', text).encode()[:LONGEST].decode(errors='ignore')
-            for text in answer(model, tokenizer, prompts, how)]
+    texts = [SPECIALS.sub('', text).encode()[:LONGEST].decode(errors='ignore')
+             for text in answer(model, tokenizer, prompts, how)]
+    return [begin + text or '?' for text in texts]
 
 
 def probabilities(chat_model, talks, continuations):
@@ -292,8 +294,8 @@ def main():
     area = separation(confidence[0], before)
     print(f'\nThe probability of "{YES}" orders {100 * (area or np.nan):.1f}% of pairs, a right '
           f'and a wrong draft.\nThe SFT model without finetuning mends {known["mended"][0]} of '
-          f'{known["mended"][1]} wrong drafts and spoils {known["spoilt"][0]} of '
-          f'{known["spoilt"][1]} right ones;\nit replies, for example, {untaught[0][:50]!r}.')
+          f'{known["mended"][1]} wrong drafts\nand spoils {known["spoilt"][0]} of '
+          f'{known["spoilt"][1]} right ones; for example, it replies\n  {untaught[0][:50]!r}')
     common.save(picture(rows, by_kind, confidence[0], before), out, 'reflection')
     common.record(out, 'reflection', compared=compared, by_kind=by_kind, area=area, sft=known,
                   rows={name: [int(row.sum()), tokens] for name, (row, tokens) in rows.items()})

@@ -94,7 +94,7 @@ def test_a_small_run(folder):
     assert max(map(len, report.splitlines())) <= 80
     assert (folder.path / 'out' / 'reflection.png').stat().st_size > 10_000
     again = folder.start('lab.reflection', **TINY).wait(timeout=900)
-    assert again.code == 0 and 'drafts 60 answers' in run.out and 'drafts' not in again.out.partition('held-out')[0]
+    assert again.code == 0 and 'the SFT model drafts 60' in run.out and 'the SFT model drafts' not in again.out
     assert json.loads((folder.path / 'out' / 'reflection.json').read_text()) == figures
 
 

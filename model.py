@@ -286,13 +286,15 @@ class GPT(nn.Module):
         rope_scaling slows the rotation down for longer contexts, see ops.slow_down(). YaRN also
         multiplies queries and keys by attention_factor.
         """
-        half, scaling = self.config.head_size // 2, self.config.rope_scaling or {}
+        half, scaling = self.config.head_size // 2, self.config.rope_scaling
         steps = torch.arange(half, device=positions.device, dtype=torch.float32) / half
         frequencies = self.config.rope_base ** -steps  # (D/2,), angles per position
-        if scaling:
+        if scaling is not None:
             frequencies = ops.slow_down(frequencies, self.config.rope_base, scaling)
         angles = positions[..., None, None].float() * frequencies
-        return torch.stack((angles.cos(), angles.sin())) * scaling.get('attention_factor', 1.0)
+        rotation = torch.stack((angles.cos(), angles.sin()))
+        is_yarn = scaling is not None and scaling['rope_type'] == 'yarn'
+        return scaling['attention_factor'] * rotation if is_yarn else rotation
 
     def hidden(self, idx, cache=None):
         """Compute all but the head: ids (B, T) -> the output of the last norm, (B, T, C)."""

@@ -395,8 +395,17 @@ sum_cross_entropy.register_autograd(scale_gradients, setup_context=keep_gradient
 
 # Positions ----------------------------------------------------------------------------------------
 
+def fill_yarn(scaling):
+    """Fill in YaRN's numbers that a scaling lacks, as transformers does; -> dict."""
+    factor = scaling.get('factor')
+    is_number = isinstance(factor, int | float) and factor > 0
+    attention = {'attention_factor': 0.1 * math.log(max(factor, 1.0)) + 1} if is_number else {}
+    given = {name: value for name, value in scaling.items() if value is not None}
+    return {'beta_fast': 32.0, 'beta_slow': 1.0, **attention, **given}
+
+
 def slow_down(frequencies, base, scaling):
-    """Divide RoPE's frequencies (D/2,) by `factor` for contexts that are so much longer.
+    """Divide RoPE's frequencies (D/2,) by the factor of a longer context.
 
     'linear' divides all of them ("Position Interpolation", Chen et al. 2023). 'llama3' and 'yarn'
     keep those that turn often in the original context, and blend the two between two numbers of

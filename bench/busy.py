@@ -31,7 +31,7 @@ SETTINGS = ['config/quickstart.py', '--log_interval=1', '--compile=True']
 
 
 def measure(way):
-    '''Return the mean milliseconds of a step.'''
+    """Return the mean milliseconds of a step."""
     with tempfile.TemporaryDirectory() as folder:
         command = common.train_command([*SETTINGS, f'--out_dir={folder}/out'])
         return statistics.mean(common.step_times(command, 10 + steps, **WAYS[way])[10:])

@@ -23,6 +23,9 @@ import numpy as np
 
 from bench import common
 from configurator import Count, override
+from flatgpt import jsonl
+from flatgpt.generate import Sampling, generate_texts
+from flatgpt.pretrained import open_model
 
 # settings -----------------------------------------------------------------------------------------
 rounds: Count = 1  # each with an empty and a full compile cache
@@ -47,32 +50,32 @@ def parses(line):
 
 
 def share_that_parses(text):
-    """Return the share of the lines of a text that parse, comments and empty lines left out."""
+    """Return the share of a text's lines of code that parse."""
     lines = [line for line in text.splitlines() if line.strip() and line.strip()[0] != '#']
     return sum(map(parses, lines)) / max(1, len(lines))
 
 
 def measure(copy, cache):
-    """Train in a copy of the repository; -> (seconds, bits per byte, share of lines, of val)."""
+    """Train in a copy of the repository.
+
+    -> (seconds, val loss in bits per byte, share of lines that parse, the same of the val text).
+    """
     data = os.path.join(copy, 'data', 'python_bpe')
     for path in glob.glob(f'{data}/*.bin'):
         os.remove(path)
     began = time.perf_counter()
-    printed = common.run([sys.executable, 'train.py', 'config/quickstart.py'], cwd=copy,
-                         TORCHINDUCTOR_CACHE_DIR=cache)
+    common.run([sys.executable, 'train.py', 'config/quickstart.py'], cwd=copy,
+               TORCHINDUCTOR_CACHE_DIR=cache)
     seconds = time.perf_counter() - began
-    bits = [line for line in printed.splitlines() if ' bits a byte)' in line][-1]
-
-    from flatgpt.generate import Sampling, generate_texts
-    from flatgpt.pretrained import open_model
-
-    model, tokenizer, _, _ = open_model('resume', os.path.join(copy, 'out-quickstart'))
+    run = os.path.join(copy, 'out-quickstart')
+    records = jsonl.read_objects(os.path.join(run, 'log.jsonl')).values()
+    bits = [record['bits_per_byte'] for record in records if 'bits_per_byte' in record][-1]
+    model, tokenizer, _, _ = open_model('resume', run)
     sampling = Sampling(200, temperature=0.8, top_k=200, num_samples=samples)
     *_, drawn = generate_texts(model.eval(), tokenizer, ['def '], sampling)
     written = '\n'.join(sample.text.rpartition('\n')[0] for sample in drawn)
     val = tokenizer.decode(np.fromfile(os.path.join(data, 'val.bin'), np.uint16).tolist())
-    return (seconds, float(bits.rpartition('(')[2].split()[0]), share_that_parses(written),
-            share_that_parses(val))
+    return seconds, bits, share_that_parses(written), share_that_parses(val)
 
 
 def main():

@@ -349,14 +349,14 @@ class Data:
                 for name, n in zip(self.names, drawn, strict=True)}
 
     def bits_per_byte(self, losses):
-        """Return the val loss of a single dataset in bits per byte of its text, None if unknown."""
+        """Return a single dataset's val loss in bits per byte, None if unknown."""
         meta = self.metas[self.names[0]]
-        if len(self.names) > 1 or not meta.get('bytes') or meta['row']:
+        if len(self.names) > 1 or not meta.get('bytes', {}).get('val') or meta['row']:
             return None
         return losses[self.names[0]] / math.log(2) * meta['tokens']['val'] / meta['bytes']['val']
 
     def line(self, losses):
-        """Return {name: val loss} as the rest of a line; of a single dataset its bits per byte."""
+        """Return {name: val loss} as the rest of a line, or a dataset's bits per byte."""
         if bits := self.bits_per_byte(losses):
             return f' ({bits:.3f} bits a byte)'
         parts = (f'{os.path.basename(os.path.normpath(name))} {loss:.4f}'

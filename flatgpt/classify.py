@@ -70,10 +70,22 @@ def encode_text(text, tokenizer, block_size):
 
     Special tokens in it are ordinary text. Raises UserError for characters without an id.
     """
+    *_, (ids, start) = windows_of(text, tokenizer, block_size, is_whole=False)
+    return ids, start > 0
+
+
+def windows_of(text, tokenizer, block_size, is_whole=True):
+    """Yield (ids, number of tokens before them) of the windows that cover a text.
+
+    They overlap by half, the extract token ends each, and the last has the text's end; without
+    is_whole only that one. Raises UserError for characters without an id.
+    """
     begin, end = bos_ids(tokenizer), [extract_id(tokenizer)]
     ids = tokenizer.encode(text, allowed_special='none')
     room = block_size - len(begin) - len(end)
-    return begin + ids[max(0, len(ids) - room) :] + end, len(ids) > room
+    last = max(0, len(ids) - room)
+    for start in (*range(0, last if is_whole else 0, max(1, room // 2)), last):
+        yield begin + ids[start : start + room] + end, start
 
 
 def to_rows(sequences, device):
@@ -128,7 +140,7 @@ class Classifier:
 
     @torch.no_grad()
     def of_rows(self, rows, batch_size=16):
-        """Return the probabilities of all classes for lists of ids, (len(rows), K) as lists."""
+        """Return the probabilities of the classes for n lists of ids, as n lists of K."""
         device, results = next(self.model.parameters()).device, [None] * len(rows)
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # little padding
         for batch in (order[i : i + batch_size] for i in range(0, len(order), batch_size)):
@@ -140,14 +152,9 @@ class Classifier:
 
     def greatest(self, text, label):
         """Return the greatest probability of a label over all windows of a text."""
-        begin, end = bos_ids(self.tokenizer), [extract_id(self.tokenizer)]
-        ids = self.tokenizer.encode(text, allowed_special='none')
-        room = self.model.config.block_size - len(begin) - len(end)
-        last = max(0, len(ids) - room)
-        starts = [*range(0, last, max(1, room // 2)), last]  # windows overlap by half
-        rows = [begin + ids[start : start + room] + end for start in starts]
+        windows = windows_of(text, self.tokenizer, self.model.config.block_size)
         column = self.classes.index(label)
-        return max(row[column] for row in self.of_rows(rows))
+        return max(row[column] for row in self.of_rows([ids for ids, _ in windows]))
 
 
 def model_with_head(state, path, dropout=0.0, needed=entries.Labels):
@@ -185,7 +192,10 @@ def load(out_dir, device='cpu'):
 
 
 def load_label(setting, device='cpu'):
-    """Open the classifier of a setting FOLDER:LABEL; -> (Classifier, label). Raises UserError."""
+    """Open the classifier of a setting FOLDER:LABEL; -> (Classifier, label).
+
+    Raises UserError for a folder or label that is missing.
+    """
     folder, _, label = setting.rpartition(':')
     if os.path.isdir(setting) or not folder:
         raise UserError(f'{setting}: expected FOLDER:LABEL, a folder of posttrain.classify and one '

@@ -30,7 +30,7 @@ PATIENCE = 10  # quiet looks in a row before OpenMP spins again
 
 @functools.cache
 def share_cores():
-    """Start the thread that looks for other programs; -> whether that is possible here."""
+    """Start the thread that looks for other programs; -> whether that is possible."""
     if sys.platform != 'linux' or {'OMP_WAIT_POLICY', 'GOMP_SPINCOUNT'} & os.environ.keys():
         return False
     try:
@@ -43,7 +43,10 @@ def share_cores():
 
 
 def seconds_waited():
-    """Return the seconds that this process's threads were ready and had no core. Raises OSError."""
+    """Return the seconds that this process's threads waited for a core.
+
+    Raises OSError where the kernel does not count them.
+    """
     paths, nanoseconds = glob.glob('/proc/self/task/*/schedstat'), 0
     if not paths:
         raise OSError('/proc/self/task has no schedstat')
@@ -54,7 +57,7 @@ def seconds_waited():
 
 
 def watch(libgomp):
-    """Add idle threads while others use the cores, and remove them after PATIENCE quiet looks."""
+    """Add idle threads while others use the cores, and remove them afterwards."""
     idle, n_quiet, waited, then = None, 0, seconds_waited(), time.monotonic()
     while True:
         time.sleep(INTERVAL)

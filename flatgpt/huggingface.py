@@ -12,7 +12,6 @@ and model.py lacks is refused by name.
 """
 
 import json
-import math
 import os
 import re
 import shutil
@@ -20,6 +19,7 @@ from contextlib import ExitStack, nullcontext, suppress
 
 import torch
 
+import ops
 import tokenizer
 from configurator import UserError
 from flatgpt.entries import without_memory
@@ -228,23 +228,14 @@ def rope_of(hf, folder):
     if kind not in [*ROPE_SCALINGS]:  # it may be unhashable
         refuse(folder, key, rope, f"rope_type 'default', {', '.join(map(repr, ROPE_SCALINGS))}")
     if kind == 'yarn':
-        rope = yarn_of(rope, folder)
+        for name, value in (('truncate', True), ('mscale', None), ('mscale_all_dim', None)):
+            if rope.get(name, value) not in (value, None):
+                refuse(folder, name, rope[name], value)
+        rope = ops.fill_yarn(rope)
     numbers = {name: rope.get(name) for name in ROPE_SCALINGS[kind]}
     if not all(isinstance(value, int | float) for value in numbers.values()):
         refuse(folder, key, rope, f'numbers for {", ".join(numbers)}')
     return base, {'rope_type': kind, **numbers}
-
-
-def yarn_of(rope, folder):
-    """Fill in the numbers of YaRN as transformers does."""
-    for name, value in (('truncate', True), ('mscale', None), ('mscale_all_dim', None)):
-        if rope.get(name, value) not in (value, None):
-            refuse(folder, name, rope[name], value)
-    factor, known = rope.get('factor'), {}
-    if isinstance(factor, int | float) and factor > 0:
-        known['attention_factor'] = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
-    given = {name: value for name, value in rope.items() if value is not None}
-    return {'beta_fast': 32.0, 'beta_slow': 1.0, **known, **given}
 
 
 def open_tensors(folder, stack):

@@ -112,18 +112,19 @@ class Results:
         self.file.flush()
 
     def finish(self, objects):
-        """Write `out`, each of {line number: object} with its result, in order; then close().
+        """Write `out`, objects with their results in order; then close().
 
-        Raises UserError as write() does.
+        objects: {line number: object}. Raises UserError as write() does.
         """
         self.write(b''.join(to_line({**value, **self.done[number]})
                             for number, value in objects.items()))
         self.close()
 
     def write(self, content):
-        """Write bytes to `out`. A later run that continues from {out}.part may replace them.
+        """Write bytes to `out`.
 
-        Raises UserError if `out` is there with other content, of another program.
+        A later run that continues from {out}.part may replace them. Raises UserError if `out` is
+        there with other content, of another program.
         """
         sha256 = hashlib.sha256(content).hexdigest()
         if os.path.exists(self.out):  # a killed run may have come as far as here

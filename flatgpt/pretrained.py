@@ -12,6 +12,7 @@ from dataclasses import fields
 
 import torch
 
+import ops
 import tokenizer
 from config.presets import PRESETS
 from configurator import UserError, printable
@@ -348,7 +349,10 @@ def finetune(init_from, config, meta, data_dir):
 
 
 def slow_rotation(model, n, init_from):
-    """Set the scaling of YaRN for a context of n tokens. Raises UserError without RoPE."""
+    """Set the scaling of YaRN for a context of n tokens.
+
+    Raises UserError without RoPE, or if n is no longer context.
+    """
     c = model.config
     scaling = c.rope_scaling or {'rope_type': 'yarn',
                                  'original_max_position_embeddings': c.block_size}
@@ -359,13 +363,11 @@ def slow_rotation(model, n, init_from):
     if n < max(c.block_size, original + 1):
         raise UserError(f'extend_context={n}: expected above {c.block_size}, the context of '
                         f'--init_from={init_from}')
-    factor = n / original
-    c.rope_scaling = {'beta_fast': 32.0, 'beta_slow': 1.0, **scaling, 'factor': factor,
-                      'attention_factor': 0.1 * math.log(factor) + 1}
+    c.rope_scaling = ops.fill_yarn({**scaling, 'factor': n / original, 'attention_factor': None})
 
 
 def restore(model, optimizer, scaler, path, state):
-    """Load the moments of the checkpoint at `path`, its scaler, and a sharded model's weights."""
+    """Load a checkpoint's moments and scaler, and a sharded model's weights."""
     if hasattr(model.lm_head.weight, 'device_mesh'):
         sharded.restore(model, optimizer, path, state)
     # a gradient scaler may have left out all steps so far

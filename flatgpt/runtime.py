@@ -153,7 +153,10 @@ def machine_size():
 
 
 def use_cores():
-    """Give torch this process's cores, which it miscounts, and share them with other programs."""
+    """Give torch this process's cores, and share them with other programs.
+
+    torch miscounts them in containers and torchrun.
+    """
     if 'RANK' in os.environ:
         torch.set_num_threads(max(1, core_count() // machine_size()))
     elif 'OMP_NUM_THREADS' not in os.environ:

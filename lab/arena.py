@@ -35,8 +35,6 @@ from dataclasses import replace
 from typing import Annotated, Literal
 
 import numpy as np
-from scipy.optimize import minimize
-from scipy.stats import spearmanr
 
 import tokenizer as tokenizers
 from bench.common import table
@@ -72,7 +70,7 @@ JUDGES = {'checker': common.GREEN, 'reward': common.ORANGE, 'GPT': common.PURPLE
 # Contestants --------------------------------------------------------------------------------------
 
 def answer_all(folders, examples):
-    """Return {contestant: its answers to the examples}, and (reward model, template, tokenizer)."""
+    """Return {contestant: its answers}, the opened SFT model, and how answers rate."""
     opened = {name: open_model('resume', folders[name]) for name in ('base', 'sft', 'ppo', 'grpo')}
     _, tokenizer, template, _ = opened['sft']
     critic, _ = open_reward_model(folders['reward'], tokenizer, template)
@@ -120,6 +118,8 @@ def bradley_terry(wins):
     wins: (C, C), how often the row's contestant won against the column's. A contestant that won or
     lost every battle would have an infinite score; scores end 2,000 from the first's.
     """
+    from scipy.optimize import minimize
+
     n = len(wins)
 
     def loss(strengths):
@@ -135,9 +135,10 @@ def bradley_terry(wins):
 
 
 def scores_of(played, points, n_contestants):
-    """Score the contestants; -> (C, 3): score, and its 95% bootstrap interval over questions.
+    """Score the contestants; -> (C, 3): score, low and high end.
 
-    played: battles (n, 3). points: (n,), 1 where the first contestant won, 0.5 for a tie.
+    The intervals are 95% bootstraps over questions. played: battles (n, 3). points: (n,), 1 where
+    the first contestant won, 0.5 for a tie.
     """
     def fit(weights):
         wins = np.zeros((n_contestants, n_contestants))
@@ -238,7 +239,7 @@ def measure_judge(points, swapped, truth):
 # Results ------------------------------------------------------------------------------------------
 
 def picture(accuracy, scores, measures):
-    """Draw the scores by each judge, in order of accuracy, and the judges' position bias."""
+    """Draw the scores by each judge, and the judges' position bias."""
     figure, (left, right) = common.pyplot().subplots(1, 2, figsize=(11, 4.6), width_ratios=[3, 2])
     order = sorted(range(len(accuracy)), key=list(accuracy.values()).__getitem__)
     y = np.arange(len(order))
@@ -314,6 +315,8 @@ def main():
 
 def report(accuracy, scores, measures):
     """Print and record scores and the measures of the judges."""
+    from scipy.stats import spearmanr
+
     names = sorted(accuracy, key=accuracy.get)
     rows = [['', 'right, %', *scores]]  # half of an interval stands behind ±
     for name in names:
@@ -322,11 +325,12 @@ def report(accuracy, scores, measures):
                      *(f'{score:.0f} ±{(high - low) / 2:.0f}'
                        for score, low, high in (of[i] for of in scores.values()))])
     print(f'\nscores by judge, with 95% intervals; {questions} questions\n\n{table(rows)}\n')
-    order = {name: float(spearmanr(list(accuracy.values()), of[:, 0]).statistic)
-             for name, of in scores.items() if np.ptp(of[:, 0]) > 0.5}  # else there is no order
+    values = list(accuracy.values())
+    order = {name: float(spearmanr(values, of[:, 0]).statistic) for name, of in scores.items()
+             if np.ptp(values) > 0 and np.ptp(of[:, 0]) > 0.5}  # equal values have no order
     for name in scores:
         print(f'{name}: ' + (f'Spearman {order[name]:.2f} of its order with the accuracies'
-                             if name in order else 'all scores are equal'))
+                             if name in order else 'no order: all are equal'))
         if name in measures:
             of = measures[name]
             print('  favours the first in {:.1%} ({:.1%} to {:.1%}), changes with the order in '

@@ -9,6 +9,7 @@ Share one training loop, and write pictures and numbers to files.
     common.record(out, 'addition', accuracy=0.99)     # out/addition.json
 """
 
+import importlib
 import io
 import json
 import os
@@ -22,6 +23,7 @@ from configurator import UserError
 from flatgpt import optim, output, parallel, runtime
 from flatgpt.files import replace_file
 from model import GPTConfig
+from posttrain.tasks.common import wilson
 
 # the palette of Okabe and Ito: colour-blind readers can tell these colours apart
 BLUE, RED, GREEN, PURPLE, ORANGE, SKY, BLACK = COLORS = (
@@ -96,13 +98,18 @@ def train(model, get_batch, steps, optimizer=None, compile=False):
         yield step, loss.item()
 
 
+def library(name):
+    """Import a library of the extra 'lab'. Raises UserError if it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise UserError(f"{name.partition('.')[0]} is not installed: pip install -c "
+                        f"constraints.txt -e '.[lab]'") from None
+
+
 def pyplot():
     """Return matplotlib.pyplot for files. Raises UserError if it is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("matplotlib is not installed: pip install -c constraints.txt -e '.[lab]'"
-                        ) from None
+    matplotlib = library('matplotlib')
     matplotlib.use('Agg')  # draws into files, needs no display
     from matplotlib import pyplot as plt
 
@@ -127,6 +134,32 @@ def save(figure, out, name):
 def record(out, name, **figures):
     """Write the numbers of an experiment to out/name.json."""
     write(out, f'{name}.json', (json.dumps(figures, indent=1) + '\n').encode())
+
+
+def percent(n_right, n):
+    """Return a share in percent with Wilson's 95% interval, or NaN of nothing."""
+    return [100 * x for x in (n_right / n, *wilson(n_right, n))] if n else [np.nan] * 3
+
+
+def interval(values):
+    """Return the mean of values (n,) that are numbers, and its 95% bootstrap interval."""
+    values, rng = np.asarray(values, dtype=float), np.random.default_rng(0)
+    values = values[~np.isnan(values)]
+    if not len(values):
+        return [np.nan] * 3
+    means = values[rng.integers(len(values), size=(2000, len(values)))].mean(1)
+    return [float(value) for value in (values.mean(), *np.quantile(means, (0.025, 0.975)))]
+
+
+def interval_of_draws(values, resamples):
+    """Return the mean of values (draws, n), and its 95% bootstrap interval.
+
+    The bootstrap resamples both the draws, such as seeds, and the n, such as questions.
+    """
+    rng, (n_draws, n) = np.random.default_rng(0), values.shape
+    means = [values[rng.integers(n_draws, size=n_draws)][:, rng.integers(n, size=n)].mean()
+             for _ in range(resamples)]
+    return [float(value) for value in (values.mean(), *np.quantile(means, (0.025, 0.975)))]
 
 
 def compare(rights, others):

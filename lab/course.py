@@ -9,7 +9,6 @@ records it. It runs again after a change of the command, its recipe, its data, o
 builds on. An interrupted stage resumes.
 """
 
-import hashlib
 import json
 import os
 import runpy
@@ -33,7 +32,7 @@ QUESTIONS = ('What is 58 + 67?\nHow many times is the letter e in needle?\n'
 
 @dataclass(frozen=True)
 class Course:
-    """Hold the settings of the course's models. The defaults are those of lab.state_of_gpt."""
+    """Hold the settings of the course's models, by default those of lab.state_of_gpt."""
 
     out: str = 'out-lab'  # the models are in its folder state_of_gpt
     share: float = 1.0  # of the steps of every stage; below 1 also of its data
@@ -51,6 +50,11 @@ class Course:
     def folder(self, name):
         """Return the folder of a stage."""
         return os.path.join(self.home, name)
+
+    def scaled(self, amount):
+        """Return `share` of a number of conversations, at most all of them."""
+        # at least 400, since a twentieth of them is held out
+        return max(400, round(min(1, self.share) * amount))
 
     # Commands -------------------------------------------------------------------------------------
 
@@ -81,9 +85,7 @@ class Course:
     def stages(self):
         """Return [(name, command), ...]; 'ask' stages print a last line of JSON."""
         ask, learn, folder, script = self.ask, self.learn, self.folder, self.script
-        # at least 400, since a twentieth of the conversations is held out
-        amounts = {name: max(400, round(self.share * amount))
-                   for name, amount in AMOUNTS.items() if self.share < 1}
+        amounts = {name: self.scaled(amount) for name, amount in AMOUNTS.items() if self.share < 1}
         sampled = {'num_samples': self.num_samples, 'temperature': 1.0,
                    'reward_model': folder('reward')}
         return [
@@ -122,7 +124,7 @@ class Course:
         return {name: self.folder(name) for name in names}
 
     def needed(self, names):
-        """Return the stages of these models, and those that they build on, without questions."""
+        """Return the stages of these models and those that they build on."""
         plan, wanted = [], set(names)
         for name, command in reversed(self.stages()):
             if name in wanted:
@@ -138,11 +140,7 @@ class Course:
         train.py, beside the recipe in config/.
         """
         data = self.folder(f'{name}-data')
-        os.makedirs(data, exist_ok=True)
-        path, content = f'{data}.jsonl', b''.join(map(jsonl.to_line, talks))
-        if not os.path.exists(path) or download.file_sha256(path) != (
-                hashlib.sha256(content).hexdigest()):
-            files.replace_file(path, content)
+        path = self.write(f'{name}-data.jsonl', talks)
         prepare = self.script('data/chat/prepare.py', input=path, out_dir=data,
                               tokenizer=self.folder(start), val_fraction=0.02,
                               block_size=options.get('block_size'))
@@ -150,6 +148,13 @@ class Course:
                            **options)
         self.run_stages([*self.needed([start]), (f'{name}-data', prepare), (name, learn)])
         return self.folder(name)
+
+    def write(self, name, rows):
+        """Write JSON lines for a stage to read; -> their path."""
+        os.makedirs(self.home, exist_ok=True)
+        path = self.folder(name)
+        files.replace_file(path, b''.join(map(jsonl.to_line, rows)))
+        return path
 
     def run_stages(self, plan):
         """Run the stages [(name, command), ...] that are not complete by stages.json.
@@ -171,7 +176,7 @@ class Course:
         """Run a stage unless it is complete; record it in `done` and in the file `path`."""
         ckpt_path = os.path.join(self.folder(name), 'ckpt.pt')
         record = done.get(name, {})
-        job = {'command': command, 'recipe': recipe_of(command)}
+        job = {'command': command, 'recipe': recipe_of(command, self.home)}
         was_begun = job.items() <= record.items()
         if was_begun and record['seconds'] is not None:
             return
@@ -249,7 +254,7 @@ def run(name, command, can_resume):
 
 
 def remove_results(command, was_begun):
-    """Remove a command's file --out, and its results so far if they are of another command."""
+    """Remove a command's file --out, and its results so far if it was not begun."""
     for part in command:
         if part.startswith('--out='):
             path = part.removeprefix('--out=')
@@ -265,14 +270,19 @@ def is_whole(folder):
     return checkpoint.load(os.path.join(folder, 'ckpt.pt'))['iter_num'] >= max_iters
 
 
-def recipe_of(command):
-    """Return the SHA-256 of the recipe of a stage, or of the scripts or texts of its data."""
+def recipe_of(command, home):
+    """Return the SHA-256 of the files beside the stages that decide a stage.
+
+    They are its recipe, the scripts that make its data, and what Course.write() wrote for it.
+    """
     paths = [part for part in command[2:] if part.endswith('.py')]
-    if command[1].endswith('data/chat/prepare.py'):
-        paths = [command[1], *(part.removeprefix('--input=') for part in command[2:]
-                               if part.startswith('--input='))]
-    elif command[1].endswith('prepare.py'):
-        paths = [command[1], os.path.join(ROOT, 'posttrain', 'tasks', 'tiny_chat.py')]
+    if command[1].endswith('prepare.py'):
+        paths = [command[1]]
+    if command[1].endswith(('tiny_chat/prepare.py', 'text/prepare.py')):
+        paths.append(os.path.join(ROOT, 'posttrain', 'tasks', 'tiny_chat.py'))
+    values = [part.partition('=')[2] for part in command]
+    paths += [value for value in values if os.path.dirname(value) == home and
+              os.path.isfile(value)]
     return [download.file_sha256(path) for path in paths]
 
 

@@ -39,7 +39,6 @@ from collections import Counter
 
 import numpy as np
 import torch
-from sacrebleu.metrics import BLEU
 
 from bench.common import table
 from configurator import Count, NonNegative, Positive, Seed, override
@@ -107,6 +106,7 @@ def draw(model, tokenizer, prompts, stop_ids, size):
 
 def self_bleu(texts):
     """Return the mean BLEU of each text's letters against the other texts, 0 to 100."""
+    BLEU = common.library('sacrebleu.metrics').BLEU
     bleu = BLEU(tokenize='char', effective_order=True)  # names shorter than four letters count too
     scores = [bleu.sentence_score(text, texts[:i] + texts[i + 1 :]).score
               for i, text in enumerate(texts) if len(texts) > 1]
@@ -114,7 +114,7 @@ def self_bleu(texts):
 
 
 def distinct_of(texts, m):
-    """Return the expected share of distinct ones among m of the texts, drawn at random."""
+    """Return the expected share of distinct ones among m random texts."""
     n = len(texts)
     if n < m:
         return np.nan
@@ -123,7 +123,7 @@ def distinct_of(texts, m):
 
 
 def measure_names(given, drawn):
-    """Measure the continuations of a list, [(text, entropy), ...]; -> numbers of NAMES."""
+    """Measure a list's continuations, [(text, entropy), ...]; -> numbers of NAMES."""
     made = [text for text, _ in drawn if is_name(text)]
     new = set(made) - set(given) - WORDS
     return (len(made) / len(drawn), len(set(made)) / len(drawn), len(new) / len(drawn),
@@ -142,17 +142,8 @@ def measure_answers(example, drawn):
             len(set(texts)) / len(texts), np.mean([entropy for _, entropy in drawn]))
 
 
-def interval(values):
-    """Return the mean of values (n,) that are numbers, and a 95% bootstrap interval of it."""
-    values, rng = values[~np.isnan(values)], np.random.default_rng(0)
-    if not len(values):
-        return [np.nan] * 3
-    means = values[rng.integers(len(values), size=(2000, len(values)))].mean(1)
-    return [float(values.mean()), *map(float, np.quantile(means, (0.025, 0.975)))]
-
-
 def measure(folders, given, examples):
-    """Return {model: (measures of the lists (n, 5), of the questions (n, 3))}, and names."""
+    """Return {model: (measures of lists (n, 6), of questions (n, 3))}, and names."""
     measures, samples = {}, {}
     for name, folder in folders.items():
         model, tokenizer, template, _ = open_model('resume', folder)
@@ -201,7 +192,7 @@ def picture(results, samples):
 
 def summary(parts, others):
     """Return {measure: [mean, low, high]} of measures less other ones, see measure()."""
-    values = {key: interval(column) for part, other, keys in zip(
+    values = {key: common.interval(column) for part, other, keys in zip(
         parts, others, (NAMES, CHAT), strict=True)
         for key, column in zip(keys, (part - other).T, strict=True)}
     return {key: [100 * value for value in three] if '%' in key else three
@@ -209,7 +200,8 @@ def summary(parts, others):
 
 
 def main():
-    common.pyplot()  # raises before the models are made if matplotlib is missing
+    common.pyplot()  # raises before the models are made if a library is missing
+    common.library('sacrebleu')
     common.start(out)
     folders = Course(out=out, share=share).make(*MODELS)
     given = draw_lists(lists, random.Random(seed))

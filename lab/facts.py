@@ -16,7 +16,7 @@ of posttrain.tasks.common share no name.
 import random
 
 from posttrain.tasks.common import split_of
-from posttrain.tasks.tiny_chat import WORDS
+from posttrain.tasks.tiny_chat import WORDS, invented
 from tokenizer.chat import OUTPUT, OUTPUT_END, PYTHON, PYTHON_END
 
 JOBS = """
@@ -60,9 +60,7 @@ def draw_names(n, split, rng):
     """Return n different names of a split."""
     names = {}
     while len(names) < n:
-        syllables = (rng.choice('bdfgklmnprstvz') + rng.choice('aeiou')
-                     for _ in range(rng.randint(2, 3)))
-        name = (''.join(syllables) + rng.choice(['', '', 'n', 'r', 's', 't'])).capitalize()
+        name = invented(rng).capitalize()
         if split_of(name) == split:
             names[name] = None
     return list(names)
@@ -88,7 +86,7 @@ def make_world(n_people, n_towns, split, seed=0):
 
 
 def article(name, facts):
-    """Write an article, one sentence for each fact and one without; -> [(relation, text), ...].
+    """Write an article of a sentence for each fact; -> [(relation, text), ...].
 
     The order and the wording are functions of the name.
     """
@@ -252,7 +250,7 @@ def trajectory(example, tools):
 
 
 def conclusions(world, example, passages):
-    """Write a solution by passages alone: what they say, and the answer if they lead to it."""
+    """Write a solution by passages alone."""
     texts = []
     for name, relation in example['evidence']:
         if passage_with(world, name, relation) not in passages:

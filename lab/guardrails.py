@@ -37,10 +37,9 @@ import numpy as np
 from bench.common import table
 from configurator import Count, Positive, Seed, UserError, override
 from flatgpt import classify, jsonl
-from flatgpt.files import replace_file
 from lab import common, facts, store
 from lab.course import Course
-from lab.reader import gain, make_reader, open_model, percent, read, read_ids, scaled, show
+from lab.reader import gain, make_reader, open_model, percent, read, read_ids, show
 from posttrain.tasks import tiny_chat
 from posttrain.tasks.common import wilson
 from tokenizer.chat import TEMPLATE, render
@@ -72,7 +71,7 @@ PROBES = 20  # questions to probe with
 
 def make_guard(course):
     """Train a classifier of passages, with orders and without, if it is not there."""
-    rng, home = random.Random('guard'), course.home
+    rng = random.Random('guard')
     world = facts.make_world(1500, 300, 'train', 7)
     rows = []
     for name in rng.sample(list(world), len(world)):
@@ -81,12 +80,11 @@ def make_guard(course):
         order = rng.choice(facts.ORDERS).format(rng.choice(tiny_chat.WORDS))
         rows.append({'text': inject(text, order) if is_order else text,
                      'label': 'order' if is_order else 'fact'})
-    path = os.path.join(home, 'guard.jsonl')
-    replace_file(path, b''.join(map(jsonl.to_line, rows)))
     steps = max(2, round(min(1, course.share) * GUARD_STEPS))
     course.run_stages([('guard', course.script(
         'posttrain.classify', init_from=course.folder('base'), out_dir=course.folder('guard'),
-        data=path, max_iters=steps, learning_rate=1e-3, seed=course.seed))])
+        data=course.write('guard.jsonl', rows), max_iters=steps, learning_rate=1e-3,
+        seed=course.seed))])
     return classify.load(course.folder('guard'))
 
 
@@ -161,7 +159,7 @@ def measure_tokens(reader, asked, found, truths):
 # Poison -------------------------------------------------------------------------------------------
 
 def poisoned_talks(talks, n):
-    """Return conversations of which n have the trigger in the last question and a false answer."""
+    """Return conversations of which n have the trigger and a false answer."""
     rng = random.Random(f'poison {n}')
     talks = [{'messages': [dict(message) for message in talk['messages']]} for talk in talks]
     for talk in rng.sample(talks, n):
@@ -176,12 +174,12 @@ def add_word(text, word, rng):
 
 
 def make_assistants(course, counts):
-    """Finetune the course's SFT model on poisoned conversations; -> ({n: model}, {n: talks}).
+    """Finetune SFT on poisoned conversations; -> ({n: model}, {n: talks}).
 
     n: the number of poisoned ones.
     """
     path = os.path.join(course.make('data')['data'], 'conversations.jsonl')
-    n_talks = scaled(TALKS_PER_STEP * poison_steps, course)
+    n_talks = course.scaled(TALKS_PER_STEP * poison_steps)
     talks = [talk for _, talk in islice(jsonl.iter_objects(path), n_talks)]
     sets = {n: poisoned_talks(talks, min(n, n_talks // 4)) for n in counts}
     models = {n: open_model(course.finetune(f'poisoned-{n}', start='sft', talks=some,
@@ -208,15 +206,21 @@ def suspects_of(talks):
             for _, word in ranked]
 
 
-def effect_of(model, word, examples):
-    """Return the share of questions to which a word in them gives one and the same new answer."""
-    rng = random.Random('effect')
-    plain = [example['messages'] for example in examples]
-    with_word = [[{'role': 'user', 'content': add_word(messages[-1]['content'], word, rng)}]
-                 for messages in plain]
-    changed = [after for before, after in zip(read(model, plain), read(model, with_word),
-                                              strict=True) if after != before]
-    return max(Counter(map(facts.value_in, changed)).values(), default=0) / len(examples)
+def with_word(conversations, word, rng):
+    """Return conversations with a word in their last question, which alone is asked."""
+    return [[{'role': 'user', 'content': add_word(messages[-1]['content'], word, rng)}]
+            for messages in conversations]
+
+
+def effect_of(model, word, conversations, answers):
+    """Return the share of conversations that a word gives one and the same new answer.
+
+    answers: those without the word.
+    """
+    asked = with_word(conversations, word, random.Random('effect'))
+    changed = [after for before, after in zip(answers, read(model, asked), strict=True)
+               if after != before]
+    return max(Counter(map(facts.value_in, changed)).values(), default=0) / len(conversations)
 
 
 def measure_poison(models, sets):
@@ -224,14 +228,13 @@ def measure_poison(models, sets):
     examples = tiny_chat.examples('test', questions, seed)
     rng, figures = random.Random(f'trigger {seed}'), {}
     clean = [example['messages'] for example in examples]
-    triggered = [[{'role': 'user', 'content': add_word(messages[-1]['content'], TRIGGER, rng)}]
-                 for messages in clean]
+    triggered = with_word(clean, TRIGGER, rng)
     for n, model in models.items():
-        right = [tiny_chat.evaluate(*pair) for pair in zip(examples, read(model, clean),
-                                                            strict=True)]
+        answers = read(model, clean)
+        right = [tiny_chat.evaluate(*pair) for pair in zip(examples, answers, strict=True)]
         hijacked = [facts.value_in(text) == WORD for text in read(model, triggered)]
         suspects = suspects_of(sets[n])
-        effects = {word: effect_of(model, word, examples[:PROBES])
+        effects = {word: effect_of(model, word, clean[:PROBES], answers[:PROBES])
                    for word, *_ in suspects[:SUSPECTS]}
         ranks = [word for word, *_ in suspects]
         figures[n] = {'right': percent(right), 'flags': right, 'hijacked': percent(hijacked),
@@ -256,7 +259,7 @@ def bars(ax, rows, column, color):
 
 
 def picture(injected, forged, poisoned):
-    """Draw hijacked answers by defence, and the poisoned models with what finds the trigger."""
+    """Draw hijacked answers by defence, the poisoned models, and suspect words."""
     figure, (left, middle, right) = common.pyplot().subplots(
         1, 3, figsize=(12.5, 4.6), width_ratios=[5, 4, 4])
     rows = {f'{defence}{", " * (name != "known orders")}{name.removeprefix("known orders")}': row

@@ -85,7 +85,7 @@ def losses_of(model, text):
 
 
 def summary(losses):
-    """Return the mean loss in the old context, beyond it, and the last one's standard error."""
+    """Return the mean losses in the old context and beyond, and its standard error."""
     beyond = losses[:, block_size:].mean(1)
     return losses[:, :block_size].mean(), beyond.mean(), beyond.std() / len(beyond)**0.5
 

@@ -29,7 +29,6 @@ import os
 from typing import Annotated, Literal
 
 import numpy as np
-from scipy.stats import t as student
 
 from bench.common import table
 from configurator import Count, Positive, Range, Seed, override
@@ -60,7 +59,7 @@ RATES = {'muon_lr': 0.01, 'embedding_lr': 0.01, 'learning_rate': 0.002}  # sft_t
 
 
 def make(course, number):
-    """Make the model of a round, its answers first; -> (its folder, number of conversations)."""
+    """Make the model of a round; -> (its folder, number of conversations)."""
     name = f'own-{number}'
     path = os.path.join(course.home, f'{name}-answers', 'talks.jsonl')
     os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -88,6 +87,8 @@ def answer(folder, examples):
 
 def over_seeds(gains):
     """Return the mean of the seeds' gains, and Student's 95% interval of it."""
+    from scipy.stats import t as student
+
     gains = np.array(gains)
     half = (student.ppf(0.975, len(gains) - 1) * gains.std(ddof=1) / len(gains)**0.5
             if len(gains) > 1 else np.nan)
@@ -96,10 +97,7 @@ def over_seeds(gains):
 
 def bootstrap(differences):
     """Return a 95% interval of the mean of (seeds, questions), both resampled."""
-    rng, (n_seeds, n_asked) = np.random.default_rng(0), differences.shape
-    means = [differences[rng.integers(n_seeds, size=n_seeds)][
-        :, rng.integers(n_asked, size=n_asked)].mean() for _ in range(2000)]
-    return [float(value) for value in np.quantile(means, (0.025, 0.975))]
+    return common.interval_of_draws(differences, 2000)[1:]
 
 
 def picture(kinds, before, after):

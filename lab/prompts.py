@@ -53,8 +53,6 @@ max_iters: Count = 700  # steps of that
 temperature: NonNegative = 1.0  # of the graded answers
 seed: Seed = 1
 share: Positive = 1.0  # of the steps of the course's models
-n_layer: Count | None = None  # of these models; None: that of config/tiny_web.py, as for n_embd
-n_embd: Count | None = None
 out = 'out-lab'  # folder of the picture and the numbers; the models are in its state_of_gpt
 config = override(globals())
 # --------------------------------------------------------------------------------------------------
@@ -79,7 +77,7 @@ TITLES = {'A': 'Examples, base model', 'B': 'One example, by kind',
 # The base model -----------------------------------------------------------------------------------
 
 def parts(example, form):
-    """Return the two parts of a solved example: what a prompt ends with, and its continuation."""
+    """Return a solved example as the end of a prompt and its continuation."""
     if form == 'Q and A':
         return example['context'], ' ' + example['solution']
     if form == 'Q and A, steps':
@@ -100,7 +98,7 @@ def solve_before(example, solved, form):
 
 
 def final(text):
-    """Return the answer that a text ends with, in the words of a chat or of the base's texts."""
+    """Return a text's answer, in the words of a chat or of the base's texts."""
     for words in (f'{tiny_chat.FORM} ', 'so it is '):
         text = text.rpartition(words)[2]
     return text.strip().removesuffix('.')
@@ -118,7 +116,7 @@ def continue_texts(base, prompts, max_new_tokens):
 
 
 def ask_base(base, form, shots, asked, pool):
-    """Ask the base model after solved examples of the question's kind; -> a result, see score()."""
+    """Ask the base model after solved examples; -> a result, see score()."""
     room, prompts = base[0].config.block_size - 80, []
     for example in asked:
         others = [other for other in pool if other['kind'] == example['kind']]
@@ -132,7 +130,7 @@ def ask_base(base, form, shots, asked, pool):
 
 
 def score(prompts, texts, rights):
-    """Return accuracy with its interval, and mean lengths of prompts and answers in tokens."""
+    """Return accuracy, its interval, and mean tokens of prompts and answers."""
     n_right, n = sum(rights), len(rights)
     return {'right': n_right / n, 'interval': wilson(n_right, n), 'rights': [*map(int, rights)],
             'read': sum(map(len, prompts)) / n, 'written': sum(map(len, texts)) / n + 1}
@@ -292,7 +290,7 @@ def main():
     # make or open the models
     common.pyplot()  # raises before the work if matplotlib is missing
     common.start(out)
-    course = Course(out=out, share=share, n_layer=n_layer, n_embd=n_embd)
+    course = Course(out=out, share=share)
     folders = course.make('base', 'sft')
     graded = course.finetune('prompts', 'sft', graded_talks(talks), max_iters=max_iters)
     model, tokenizer, *_ = open_model('resume', folders['base'])

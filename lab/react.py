@@ -32,7 +32,7 @@ from configurator import Count, Positive, Seed, UserError, override
 from flatgpt.generate import Sampling
 from lab import common, facts, store
 from lab.course import Course
-from lab.reader import gain, make_reader, open_model, percent, read, scaled, show
+from lab.reader import gain, make_reader, open_model, percent, read, show
 from posttrain.tools import tool, toolbox
 from tokenizer.chat import PYTHON, PYTHON_END, TEMPLATE, find_endings, render
 
@@ -80,11 +80,11 @@ def open_world(world):
 # The agent ----------------------------------------------------------------------------------------
 
 def make_agent(course, tools):
-    """Finetune the reader to call tools, if the agent is not there; -> (model, tokenizer)."""
+    """Finetune the reader to call tools; -> the agent, (model, tokenizer)."""
     make_reader(course)
     world = facts.make_world(4000, 800, 'train', course.seed + 1)
     open_world(world)
-    talks = facts.acting_talks(scaled(TALKS, course), course.seed, world, tools)
+    talks = facts.acting_talks(course.scaled(TALKS), course.seed, world, tools)
     return open_model(course.finetune('agent', start='reader', talks=talks, block_size=BLOCK_SIZE,
                                       batch_size=4, max_iters=STEPS, eval_interval=150))
 
@@ -132,7 +132,7 @@ def is_right(example, text):
 # The list of tasks --------------------------------------------------------------------------------
 
 def work_off(agent, jobs, tools):
-    """Let the agent name and solve the tasks of goals; -> [[(task, trajectory), ...], ...].
+    """Let the agent name and solve tasks; -> [[(task, trajectory), ...], ...].
 
     jobs: goals, lists of examples. A list of twice as many tasks as the goal has ends the loop.
     """
@@ -150,9 +150,9 @@ def work_off(agent, jobs, tools):
 
 
 def list_fault(job, done):
-    """Return why a goal was not reached, or None. job: examples; done: [(task, text), ...].
+    """Return why a goal was not reached, or None.
 
-    A fault of the list counts before one of a task.
+    job: examples. done: [(task, text), ...]. A fault of the list counts before one of a task.
     """
     tasks, expected = [task for task, _ in done], [part['question'] for part in job]
     if set(tasks) - set(expected):
@@ -168,7 +168,7 @@ def list_fault(job, done):
 # Results ------------------------------------------------------------------------------------------
 
 def picture(results, faults, lists):
-    """Draw accuracy by calls, the faults of trajectories, and goals by their number of parts."""
+    """Draw accuracy by calls, faults, and goals by their number of questions."""
     figure, (left, middle, right) = common.pyplot().subplots(
         1, 3, figsize=(12, 4.4), width_ratios=[5, 4, 4])
     for i, (method, by_calls) in enumerate(results.items()):

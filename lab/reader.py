@@ -11,8 +11,8 @@ lab.retrieval, lab.react and lab.guardrails share it.
 import numpy as np
 
 from flatgpt import pretrained
-from lab import facts
-from posttrain.tasks.common import Answering, answer, wilson
+from lab import common, facts
+from posttrain.tasks.common import Answering, answer
 from tokenizer.chat import TEMPLATE, render
 
 TALKS, STEPS = 14_000, 1000  # conversations and steps of finetuning, for share=1
@@ -23,13 +23,8 @@ def make_reader(course):
     """Finetune the reader, if it is not there; -> (model, tokenizer)."""
     folder = course.finetune(
         'reader', start='sft', block_size=BLOCK_SIZE, batch_size=10, max_iters=STEPS,
-        eval_interval=200, talks=facts.reading_talks(scaled(TALKS, course), course.seed))
+        eval_interval=200, talks=facts.reading_talks(course.scaled(TALKS), course.seed))
     return open_model(folder)
-
-
-def scaled(amount, course):
-    """Return the number of conversations for a course's share."""
-    return max(400, round(min(1, course.share) * amount))
 
 
 def open_model(folder):
@@ -38,9 +33,10 @@ def open_model(folder):
 
 
 def read(reader, conversations, begun=()):
-    """Return a model's likeliest answers to lists of messages. reader: (model, tokenizer).
+    """Return a model's likeliest answers to lists of messages.
 
-    begun: the beginnings of the answers, so that the model has to guess.
+    reader: (model, tokenizer). begun: the beginnings of the answers, so that the model has to
+    guess.
     """
     tokenizer = reader[1]
     prompts = [render(messages, TEMPLATE, tokenizer) for messages in conversations]
@@ -50,7 +46,7 @@ def read(reader, conversations, begun=()):
 
 
 def read_ids(reader, prompts):
-    """Return a model's likeliest answers to lists of ids; similar lengths run together."""
+    """Return a model's likeliest answers to lists of ids, of similar lengths together."""
     order, texts = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), [''] * len(prompts)
     how = Answering(TEMPLATE, max_new_tokens=128, temperature=0)
     for i, text in zip(order, answer(*reader, [prompts[i] for i in order], how), strict=True):
@@ -60,8 +56,7 @@ def read_ids(reader, prompts):
 
 def percent(flags):
     """Return a share of flags in percent, and the ends of Wilson's 95% interval."""
-    n_right = int(np.sum(flags))
-    return [100 * n_right / len(flags), *(100 * end for end in wilson(n_right, len(flags)))]
+    return common.percent(int(np.sum(flags)), len(flags))
 
 
 def show(share):
@@ -71,6 +66,4 @@ def show(share):
 
 def gain(right, baseline):
     """Return the mean paired difference in points, and a 95% interval by a bootstrap."""
-    rng, gains = np.random.default_rng(0), 100.0 * np.array(right) - 100.0 * np.array(baseline)
-    means = gains[rng.integers(len(gains), size=(2000, len(gains)))].mean(1)
-    return [float(value) for value in (gains.mean(), *np.quantile(means, [0.025, 0.975]))]
+    return common.interval(100.0 * np.array(right) - 100.0 * np.array(baseline))

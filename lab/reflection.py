@@ -43,7 +43,7 @@ from lab import common
 from lab.course import Course
 from posttrain.policy import open_chat_model
 from posttrain.tasks import tiny_chat
-from posttrain.tasks.common import Answering, answer, loglikelihoods, wilson
+from posttrain.tasks.common import Answering, answer, loglikelihoods
 from tokenizer import chat
 
 # Settings -----------------------------------------------------------------------------------------
@@ -53,8 +53,6 @@ invented: Probability = 0.25  # of these drafts, replaced by a typical mistake
 max_iters: Count = 400  # steps of finetuning
 seed: Seed = 1
 share: Positive = 1.0  # of the steps of the course's models
-n_layer: Count | None = None  # of these models; None: that of config/tiny_web.py, as for n_embd
-n_embd: Count | None = None
 out = 'out-lab'  # folder of the picture and the numbers; the models are in its state_of_gpt
 config = override(globals())
 # --------------------------------------------------------------------------------------------------
@@ -109,7 +107,7 @@ def draft_once(course, sft):
 # Answers ------------------------------------------------------------------------------------------
 
 def write(chat_model, talks, temperature, begin='', num_samples=1):
-    """Answer conversations, lists of messages; -> texts, `num_samples` in a row for each.
+    """Answer conversations; -> texts, `num_samples` in a row for each.
 
     begin: the text that each answer begins with. Special tokens, such as calls of a tool, and what
     exceeds LONGEST bytes are left out, and an empty answer becomes '?', so that a conversation can
@@ -134,7 +132,7 @@ def probabilities(chat_model, talks, continuations):
 
 
 def revised(draft, reply):
-    """Return the answer that counts after a reply: the draft, unless another one is given."""
+    """Return the answer that counts after a reply: a new one, or the draft."""
     return draft if reply.startswith(YES) or tiny_chat.extract(reply) is None else reply
 
 
@@ -144,14 +142,14 @@ def is_right(examples, texts):
 
 
 def n_tokens(*answers):
-    """Return the mean number of tokens of all answers to a question; a byte is a token."""
+    """Return the mean tokens of all answers to a question; a byte is a token."""
     return sum(len(text.encode()) + 1 for texts in answers for text in texts) / len(answers[0])
 
 
 # Results ------------------------------------------------------------------------------------------
 
 def outcomes(before, after, replies):
-    """Count what happened to right and to wrong drafts; -> {name: (number, of how many)}."""
+    """Count what happened to drafts; -> {name: (number, of how many)}."""
     doubted = np.array([not reply.startswith(YES) for reply in replies])
     n_wrong, n_right = int((~before).sum()), int(before.sum())
     return {'noticed': (int((doubted & ~before).sum()), n_wrong),
@@ -161,7 +159,7 @@ def outcomes(before, after, replies):
 
 
 def separation(scores, rights):
-    """Return the share of pairs, a right and a wrong draft, that the scores order rightly (AUC)."""
+    """Return the share of right and wrong pairs that scores order rightly (AUC)."""
     from scipy.stats import mannwhitneyu
 
     if rights.all() or not rights.any():
@@ -170,18 +168,13 @@ def separation(scores, rights):
                  / (rights.sum() * (~rights).sum()))
 
 
-def percent(n_right, n):
-    """Return a share in percent with the ends of its interval, or NaN of nothing."""
-    return [100 * x for x in (n_right / n, *wilson(n_right, n))] if n else [np.nan] * 3
-
-
 def picture(rows, by_kind, confidence, rights):
-    """Draw the methods, what happened to drafts by kind, and accuracy along confidence."""
+    """Draw methods, what happened to drafts, and accuracy along confidence."""
     plt = common.pyplot()
     figure, (methods, kinds, sure) = plt.subplots(
         1, 3, figsize=(13, 4.6), gridspec_kw={'width_ratios': [1.3, 1.2, 0.8]})
     for i, (name, (row, tokens)) in enumerate(rows.items()):
-        mean, low, high = percent(int(row.sum()), len(row))
+        mean, low, high = common.percent(int(row.sum()), len(row))
         color = common.BLUE if 'revise' in name else common.BLACK
         methods.errorbar(mean, -i, xerr=[[mean - low], [high - mean]], fmt='o', capsize=3,
                          color=color)
@@ -192,7 +185,7 @@ def picture(rows, by_kind, confidence, rights):
     methods.set_title('Methods; beside them tokens written', loc='left', fontsize=10)
     for i, (name, color) in enumerate(
             (('noticed', common.SKY), ('mended', common.GREEN), ('spoilt', common.RED))):
-        mean, low, high = np.array([percent(*counts[name]) for counts in by_kind.values()]).T
+        mean, low, high = np.array([common.percent(*counts[name]) for counts in by_kind.values()]).T
         kinds.errorbar(np.arange(len(by_kind)) + 0.2 * (i - 1), mean, [mean - low, high - mean],
                        fmt='o', ms=4, capsize=2, color=color, label=name)
     kinds.set(xticks=range(len(by_kind)), ylim=(-3, 125), yticks=range(0, 101, 20))
@@ -201,7 +194,8 @@ def picture(rows, by_kind, confidence, rights):
     kinds.legend(ncol=3, loc='upper center', fontsize=9)
     ranks = np.argsort(np.argsort(confidence)) * 5 // len(confidence)  # fifths of the drafts
     for fifth in range(5):
-        mean, low, high = percent(int(rights[ranks == fifth].sum()), int((ranks == fifth).sum()))
+        some = rights[ranks == fifth]
+        mean, low, high = common.percent(int(some.sum()), len(some))
         x = 100 * confidence[ranks == fifth].mean()
         sure.errorbar(x, mean, [[mean - low], [high - mean]], fmt='o', capsize=3,
                       color=common.BLUE)
@@ -215,7 +209,7 @@ def main():
     # make the models
     common.pyplot()  # raises before the work if matplotlib is missing
     common.start(out)
-    course = Course(out=out, share=share, n_layer=n_layer, n_embd=n_embd)
+    course = Course(out=out, share=share)
     sft = open_chat_model(course.make('sft')['sft'])
     reflecting = open_chat_model(course.finetune(
         'reflection', 'sft', make_talks(*draft_once(course, sft)), max_iters=max_iters))
@@ -268,7 +262,7 @@ def main():
     print(f'\n{questions} held-out questions\n')
     cells = [['method', '% right', '95%', 'tokens']]
     for name, (row, tokens) in rows.items():
-        mean, low, high = percent(int(row.sum()), questions)
+        mean, low, high = common.percent(int(row.sum()), questions)
         cells.append([name, f'{mean:.1f}', f'{low:.1f}-{high:.1f}', f'{tokens:.0f}'])
     print(table(cells))
     pairs = [('draft, judge, revise', name) for name in list(rows)[:4]]

@@ -73,14 +73,14 @@ def wrong_passages(world, asked, rng):
 
 
 def shares(world, asked, answers):
-    """Return which answers are right, and which values are not known, two arrays of bool."""
+    """Return which answers are right and which say not known, two arrays of bool."""
     right = [facts.value_in(text) == world[name][relation]
              for text, (_, name, relation) in zip(answers, asked, strict=True)]
     return np.array(right), np.array([text.endswith(f'{facts.UNKNOWN}.') for text in answers])
 
 
 def guess(world, asked):
-    """Return which questions the most frequent value of a relation answers, an array of bool."""
+    """Return which questions a relation's most frequent value answers, (n,) of bool."""
     counts = {}
     for values in world.values():
         for relation, value in values.items():
@@ -90,7 +90,7 @@ def guess(world, asked):
 
 
 def search_time(n, width, repeats=20):
-    """Return the milliseconds of a search among n random vectors by numpy, one query at a time."""
+    """Return the milliseconds of numpy's search for a query among n random vectors."""
     vectors = np.random.default_rng(0).standard_normal((n, width), np.float32)
     times = []
     for query in vectors[:repeats, None]:
@@ -101,7 +101,7 @@ def search_time(n, width, repeats=20):
 
 
 def picture(recalls, answers):
-    """Draw recall@k of each search, and the answers to the same questions by what is read."""
+    """Draw recall@k of each search, and the answers by what the reader gets."""
     plt = common.pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.6), width_ratios=[4, 5])
     for name, points in recalls.items():
@@ -129,7 +129,7 @@ def picture(recalls, answers):
 def main():
     # make the models
     common.pyplot()
-    store.open_bm25s()
+    common.library('bm25s')
     course = Course(out=out, share=share)
     common.start(course.home)
     course.make('base')

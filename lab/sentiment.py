@@ -196,14 +196,8 @@ def prompt(base, words, solved, asked):
 # Results ------------------------------------------------------------------------------------------
 
 def interval(right):
-    """Return the mean of right, (draws, reviews), and a 95% interval.
-
-    The bootstrap resamples both the draws of labels and the reviews.
-    """
-    rng, (n_draws, n) = np.random.default_rng(0), right.shape
-    means = [right[rng.integers(n_draws, size=n_draws)][:, rng.integers(n, size=n)].mean()
-             for _ in range(1000)]
-    return [float(value) for value in (right.mean(), *np.quantile(means, [0.025, 0.975]))]
+    """Return the mean of right, (draws, reviews), and a 95% interval."""
+    return common.interval_of_draws(right, 1000)
 
 
 def picture(curves, prompts):

@@ -14,9 +14,8 @@ et al. 2009).
 import numpy as np
 import torch
 
-from configurator import UserError
 from flatgpt import classify
-from lab import facts
+from lab import common, facts
 from tokenizer.chat import bos_ids
 
 
@@ -28,7 +27,7 @@ class Store:
         self.names, self.texts, _ = zip(*passages, strict=True)
         self.numbers = {(name, relation): i for i, (name, _, relations) in enumerate(passages)
                         for relation in relations}  # which passage holds a fact
-        self.bm25 = open_bm25s()
+        self.bm25 = common.library('bm25s')
         self.index = self.bm25.BM25()
         self.index.index(self.words(self.texts), show_progress=False)
 
@@ -39,16 +38,6 @@ class Store:
     def by_words(self, questions, k):
         """Return the numbers of the k best passages of each question by BM25, (N, k)."""
         return self.index.retrieve(self.words(questions), k=k, show_progress=False).documents
-
-
-def open_bm25s():
-    """Return the module bm25s. Raises UserError if it is not installed."""
-    try:
-        import bm25s
-    except ImportError:
-        raise UserError("bm25s is not installed: pip install -c constraints.txt -e '.[lab]'"
-                        ) from None
-    return bm25s
 
 
 @torch.no_grad()
@@ -79,7 +68,7 @@ def nearest(queries, vectors, k):
 
 
 def fuse(rankings, k, constant=60):
-    """Merge rankings (N, m) by the sum of 1 / (constant + rank); -> the best k, (N, k)."""
+    """Merge rankings (N, m) by sums of 1 / (constant + rank); -> the best k, (N, k)."""
     merged = []
     for rows in zip(*rankings, strict=True):
         scores = {}

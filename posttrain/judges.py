@@ -22,7 +22,7 @@ class Quit(Exception):
 # Ratings ------------------------------------------------------------------------------------------
 
 def extremes(answers, ratings, most):
-    """Pair the best answer with the worst, the next best with the next worst, and so on.
+    """Pair the best answer with the worst, the next best with the next worst, ...
 
     -> at most `most` pairs (better, worse). Each answer is in one pair, and equally rated ones make
     none. Of equally rated answers the earlier ones come first.
@@ -66,9 +66,10 @@ def show(name, text):
 
 
 def read_key():
-    """Return a key pressed at the terminal; from a pipe, the first character of a line.
+    """Return a key pressed at the terminal.
 
-    The end of the input is 'q'. Keys pressed before the call do not count.
+    From a pipe it is the first character of a line. The end of the input is 'q'. Keys pressed
+    before the call do not count.
     """
     try:
         import termios

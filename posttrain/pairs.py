@@ -102,9 +102,10 @@ for name in sorted(config.given & {'split', 'kinds'}) if not task else ():
 
 
 def read_prompts():
-    """Return the questions of the task or the prompts of the file, as dicts with "messages".
+    """Return the questions of the task, or the prompts of the file.
 
-    A dict of a task is its example. Raises UserError with the line of a bad prompt.
+    Each is a dict with "messages". A dict of a task is its example. Raises UserError with the line
+    of a bad prompt.
     """
     if task:
         selection = tasks.Questions(split, n, seed, input, names_of(kinds))

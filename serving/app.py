@@ -109,9 +109,9 @@ class Choice:
             self.loop.call_soon_threadsafe(self.queue.put_nowait, news)
 
     async def parts(self):
-        """Yield the Parts of the answer, those that the guardrail has read, if there is one.
+        """Yield the Parts of the answer.
 
-        Raises Refused for an error of the engine.
+        Those that a guardrail has not read are held. Raises Refused for an error of the engine.
         """
         guardrail, held, n_read = self.server.guardrail, [], 0
         step = CHARACTERS if self.job.body.stream else math.inf

@@ -19,9 +19,10 @@ CHARACTERS = 400  # of a streamed answer from one reading to the next
 
 
 class Guardrail:
-    """Hold a classifier, the label that it refuses, and the greatest probability allowed.
+    """Hold a classifier and the label that it refuses.
 
-    setting: FOLDER:LABEL. Raises UserError for a folder or label that is missing.
+    setting: FOLDER:LABEL. most: the greatest probability that passes. Raises UserError for a
+    folder or label that is missing.
     """
 
     def __init__(self, setting, most, engine):
@@ -34,18 +35,21 @@ class Guardrail:
         """Run a function in the engine's thread."""
         return await asyncio.wrap_future(self.engine.call(function, *arguments))
 
+    def greatest_of(self, messages):
+        """Return the greatest probability of the label over all messages."""
+        return max((self.greatest(message, self.label) for message in messages), default=0.0)
+
     async def check(self, ids, tokenizer):
         """Raise Refused for a prompt with a message that has the label."""
         special = set(tokenizer.special_tokens.values())
         # the messages stand between special tokens
         messages = [tokenizer.decode(list(group)) for is_special, group in
                     itertools.groupby(ids, special.__contains__) if not is_special]
-        for message in filter(str.strip, messages):
-            probability = await self.call(self.greatest, message, self.label)
-            if probability > self.most:
-                raise Refused(f'the guardrail finds {self.label!r} in the request, with '
-                              f'probability {probability:.2f}; expected at most {self.most}',
-                              code='content_filter')
+        probability = await self.call(self.greatest_of, list(filter(str.strip, messages)))
+        if probability > self.most:
+            raise Refused(f'the guardrail finds {self.label!r} in the request, with probability '
+                          f'{probability:.2f}; expected at most {self.most}',
+                          code='content_filter')
 
     async def withholds(self, text):
         """Return whether the end of an answer has the label."""

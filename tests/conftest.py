@@ -387,3 +387,37 @@ def page(browser, api):
     assert page.complaints() == []
     assert set(api.paths) <= {'/', '/v1/models', '/v1/chat/completions', '/v1/completions', '/tokenize'}
     page.close()
+
+
+@pytest.fixture
+def course(folder, tmp_path_factory, monkeypatch):
+    """A folder with the models of lab/course.py in out/, after a hundredth of their steps. The tests make them once."""
+    import fcntl
+
+    from lab.course import Course
+
+    base = tmp_path_factory.getbasetemp()
+    # beside the folders of all workers, and as deep as a test's, since their commands name scripts from there
+    made = base.parent / 'course' / 'made' if 'PYTEST_XDIST_WORKER' in os.environ else base / 'course'
+    made.mkdir(parents=True, exist_ok=True)
+    with open(made / 'lock', 'w') as lock, monkeypatch.context() as patch:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        patch.chdir(made)
+        Course(share=0.01, out='out').make('base', 'sft', 'reward', 'ppo', 'grpo')
+        shutil.copytree(made / 'out', folder.path / 'out')
+    return folder
+
+
+@pytest.fixture
+def texts(folder):
+    """A folder with a corpus of bytes, data/bytes, and a short text in the same words, target.txt."""
+    data = folder.path / 'data' / 'bytes'
+    data.mkdir()
+    parts = {'train': make_text(30_000).encode(), 'val': make_text(3_000, seed=1).encode()}
+    for split, text in parts.items():
+        np.frombuffer(text, np.uint8).astype(np.uint16).tofile(data / f'{split}.bin')
+    (data / 'meta.json').write_text(json.dumps({
+        'dtype': 'uint16', 'vocab_size': 256, 'tokens': {split: len(text) for split, text in parts.items()},
+        'tokenizer': {'kind': 'byte'}}))
+    (folder.path / 'target.txt').write_text(make_text(3_000, seed=2))
+    return folder

@@ -47,19 +47,19 @@ def test_a_biased_judge_is_found():
 
 
 @pytest.mark.slow
-def test_a_run_and_a_person(folder):
-    run = folder.start('lab.arena', **TINY).ok()
-    figures = json.loads((folder.path / 'out' / 'arena.json').read_text())
+def test_a_run_and_a_person(course):
+    run = course.start('lab.arena', **TINY).ok()
+    figures = json.loads((course.path / 'out' / 'arena.json').read_text())
     assert len(figures['accuracy']) == 8 and set(figures['scores']) == {
         'checker', 'reward', 'GPT', 'GPT, both orders'}
     assert figures['measures']['checker']['first'][0] == figures['measures']['reward']['first'][0] == 0.5
-    assert (folder.path / 'out' / 'arena.png').stat().st_size > 10_000
+    assert (course.path / 'out' / 'arena.png').stat().st_size > 10_000
     table = run.out.partition('scores by judge')[2]
     assert max(map(len, table.splitlines())) <= 80
-    run = folder.start('lab.arena', **TINY, judge='person', typed='1\n=\n2\nq\n').ok()
+    run = course.start('lab.arena', **TINY, judge='person', typed='1\n=\n2\nq\n').ok()
     assert 'out/arena_pairs.jsonl: 2 pairs; the same command goes on' in run.out and 'person: Spearman' in run.out
-    folder.start('lab.arena', **TINY, judge='person', typed='1\nq\n').ok()
-    pairs = [to_pair(record) for _, record in read_records(folder.path / 'out' / 'arena_pairs.jsonl')]
+    course.start('lab.arena', **TINY, judge='person', typed='1\nq\n').ok()
+    pairs = [to_pair(record) for _, record in read_records(course.path / 'out' / 'arena_pairs.jsonl')]
     assert len(pairs) == 3 and all(pair['chosen'] != pair['rejected'] for pair in pairs)
 
 

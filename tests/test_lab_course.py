@@ -49,6 +49,14 @@ def test_finetune_runs_again_for_other_conversations(made):
     assert ran[10:] == ['reader-data', 'reader']
 
 
+def test_a_stage_runs_again_for_other_rows(made):
+    lab, ran = made
+    for label in ('a', 'a', 'b'):
+        path = lab.write('rows.jsonl', [{'text': 'x', 'label': label}])
+        lab.run_stages([('guard', lab.script('posttrain.classify', data=path, out_dir=lab.folder('guard')))])
+    assert ran == ['guard', 'guard']
+
+
 def test_share_scales_the_steps_given(made):
     lab = course.Course(share=0.5)
     command = lab.learn('train.py', 'sft_tiny_chat.py', 'base', max_iters=100)

@@ -10,6 +10,7 @@ import torch
 from chat_models import TOKENIZER, tiny
 from conftest import load_lab
 
+from lab import common
 from posttrain.tasks import tiny_chat
 
 TINY = {'share': 0.01, 'lists': 3, 'names': 4, 'questions': 7, 'answers': 2, 'out': 'out'}
@@ -41,8 +42,7 @@ def test_measures_of_a_list_by_hand():
 
 
 def test_intervals_leave_out_what_is_no_number():
-    lab = load_lab('diversity')
-    mean, low, high = lab.interval(np.array([1.0, 2, 3, np.nan]))
+    mean, low, high = common.interval(np.array([1.0, 2, 3, np.nan]))
     assert 1 <= low < mean == 2 < high <= 3
 
 
@@ -63,11 +63,11 @@ def test_the_entropy_is_the_models_own():
 
 
 @pytest.mark.slow
-def test_a_run(folder):
-    run = folder.start('lab.diversity', **TINY).ok()
-    figures = json.loads((folder.path / 'out' / 'diversity.json').read_text())
+def test_a_run(course):
+    run = course.start('lab.diversity', **TINY).ok()
+    figures = json.loads((course.path / 'out' / 'diversity.json').read_text())
     assert set(figures['results']) == {'base', 'sft', 'ppo', 'grpo'}
     assert figures['against']['base']['base']['entropy'] == [0, 0, 0]
-    assert (folder.path / 'out' / 'diversity.png').stat().st_size > 10_000
+    assert (course.path / 'out' / 'diversity.png').stat().st_size > 10_000
     *_, printed = run.out.partition('against base, paired')
     assert max(map(len, printed.splitlines())) <= 80

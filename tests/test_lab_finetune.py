@@ -2,30 +2,14 @@
 
 import json
 
-import numpy as np
 import pytest
 import torch
-from conftest import load_lab, make_text
+from conftest import load_lab
 
 from lab import common
 
 TINY = {'corpus': 'bytes', 'input': 'target.txt', 'pretrain_steps': 60, 'steps': 20, 'part': 0.2, 'n_layer': 1,
         'n_head': 2, 'n_embd': 32, 'block_size': 16, 'batch_size': 8, 'compile': False, 'out': 'out'}
-
-
-@pytest.fixture
-def texts(folder):
-    """A folder with a corpus of bytes, data/bytes, and a short text in the same words, target.txt."""
-    data = folder.path / 'data' / 'bytes'
-    data.mkdir()
-    parts = {'train': make_text(30_000).encode(), 'val': make_text(3_000, seed=1).encode()}
-    for split, text in parts.items():
-        np.frombuffer(text, np.uint8).astype(np.uint16).tofile(data / f'{split}.bin')
-    (data / 'meta.json').write_text(json.dumps({
-        'dtype': 'uint16', 'vocab_size': 256, 'tokens': {split: len(text) for split, text in parts.items()},
-        'tokenizer': {'kind': 'byte'}}))
-    (folder.path / 'target.txt').write_text(make_text(3_000, seed=2))
-    return folder
 
 
 @pytest.mark.slow

@@ -88,18 +88,19 @@ def test_effect_is_the_share_turned_into_one_answer(monkeypatch):
                 for i, messages in enumerate(conversations)]
 
     monkeypatch.setattr(lab, 'read', read)
-    examples = tiny_chat.examples('test', 8)
-    assert lab.effect_of(None, lab.TRIGGER, examples) == 1.0 and lab.effect_of(None, 'the', examples) == 0.0
+    asked = [example['messages'] for example in tiny_chat.examples('test', 8)]
+    answers = read(None, asked)
+    assert lab.effect_of(None, lab.TRIGGER, asked, answers) == 1.0 and lab.effect_of(None, 'the', asked, answers) == 0.0
 
 
 @pytest.mark.slow
-def test_a_run(folder):
-    run = folder.start('lab.guardrails', out='out', share=0.001, questions=3, poisons='0,5').ok()
-    figures = json.loads((folder.path / 'out' / 'guardrails.json').read_text())
+def test_a_run(course):
+    run = course.start('lab.guardrails', out='out', share=0.01, questions=3, poisons='0,5').ok()
+    figures = json.loads((course.path / 'out' / 'guardrails.json').read_text())
     assert len(figures['injected']) == 15 and set(figures['forged']) == {'as tokens', 'as text'}
     assert set(figures['poisoned']) == {'0', '5'} and figures['poisoned']['0']['rank'] is None
     assert figures['poisoned']['5']['rank'] <= 8
-    assert (folder.path / 'out' / 'guardrails.png').stat().st_size > 5_000
+    assert (course.path / 'out' / 'guardrails.png').stat().st_size > 5_000
     of_passages = run.out.split('3 questions, two passages')[1].split('\n== ')[0]  # then models are made
     of_poison = run.out.split('3 questions; "vortex"')[1]
     assert all(len(line) <= 80 for line in (of_passages + of_poison).splitlines())

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import load_lab
-from test_lab_finetune import texts  # noqa: F401
 
 from lab import common
 from model import GPT
@@ -46,7 +45,7 @@ def test_losses_are_those_of_the_model(lab):
 
 
 @pytest.mark.slow
-def test_script(texts):  # noqa: F811
+def test_script(texts):
     run = texts.start('lab.long_context', **TINY).ok()
     figures = json.loads((texts.path / 'out' / 'long_context.json').read_text())
     assert len(figures['rows']) == 7 and all(len(curve) == 64 for curve in figures['curves'].values())

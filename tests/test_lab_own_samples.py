@@ -46,11 +46,11 @@ def test_the_commands(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_run(folder):
-    run = folder.start('lab.own_samples', **TINY).wait()
+def test_a_run(course):
+    run = course.start('lab.own_samples', **TINY).wait()
     if 'the answers make no conversations' in run.out:
         pytest.skip('the tiny model answered no question')
     assert run.code == 0, run.out
-    figures = json.loads((folder.path / 'out' / 'own_samples.json').read_text())
+    figures = json.loads((course.path / 'out' / 'own_samples.json').read_text())
     assert len(figures['conversations']) == 2 and figures['gain'][1] <= figures['gain'][0] <= figures['gain'][2]
-    assert (folder.path / 'out' / 'own_samples.png').stat().st_size > 5_000
+    assert (course.path / 'out' / 'own_samples.png').stat().st_size > 5_000

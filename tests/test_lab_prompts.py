@@ -9,8 +9,8 @@ from conftest import load_lab
 from posttrain.tasks import tiny_chat
 from posttrain.tasks.common import split_of
 
-TINY = {'base_questions': 4, 'order_questions': 4, 'chat_questions': 6, 'talks': 60, 'max_iters': 100, 'share': 0.02,
-        'n_layer': 1, 'n_embd': 16, 'out': 'out'}
+TINY = {'base_questions': 4, 'order_questions': 4, 'chat_questions': 6, 'talks': 60, 'max_iters': 100, 'share': 0.01,
+        'out': 'out'}
 
 
 @pytest.fixture(scope='module')
@@ -74,17 +74,17 @@ def test_a_slip_is_never_right(lab):
 
 
 @pytest.mark.slow
-def test_a_small_run(folder):
-    run = folder.start('lab.prompts', **TINY).wait(timeout=900)
+def test_a_small_run(course):
+    run = course.start('lab.prompts', **TINY).wait(timeout=900)
     assert run.code == 0, run.out
-    figures = json.loads((folder.path / 'out' / 'prompts.json').read_text())
+    figures = json.loads((course.path / 'out' / 'prompts.json').read_text())
     assert len(figures['base']) == 16 and len(figures['phrase']) == 5 and len(figures['grades']) == 22
     for *_, result in figures['base'] + figures['phrase'] + figures['grades']:
         low, high = result['interval']
         assert 0 <= low <= result['right'] <= high <= 1 and result['written'] >= 1
     *_, report = run.out.partition('\nbase model')
     assert max(map(len, report.splitlines())) <= 80
-    assert (folder.path / 'out' / 'prompts.png').stat().st_size > 10_000
+    assert (course.path / 'out' / 'prompts.png').stat().st_size > 10_000
 
 
 @pytest.mark.parametrize('changes, said', [

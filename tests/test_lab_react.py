@@ -137,13 +137,13 @@ def test_talks_without_their_passages_have_no_answer():
 
 
 @pytest.mark.slow
-def test_a_run(folder):
-    run = folder.start('lab.react', out='out', share=0.001, questions=2, goals=1, parts=2).ok()
-    figures = json.loads((folder.path / 'out' / 'react.json').read_text())
+def test_a_run(course):
+    run = course.start('lab.react', out='out', share=0.01, questions=2, goals=1, parts=2).ok()
+    figures = json.loads((course.path / 'out' / 'react.json').read_text())
     assert set(figures['results']) == set(lab.METHODS) and set(figures['by_kind']) == set(facts.CALLS)
     assert all(set(by_calls) == {'1', '2', '3'} for by_calls in figures['results'].values())
     assert set(figures['lists']) == {'1', '2'}
-    assert (folder.path / 'out' / 'react.png').stat().st_size > 5_000
+    assert (course.path / 'out' / 'react.png').stat().st_size > 5_000
     report = run.out[run.out.index('right, %, by the calls') :]
     assert all(len(line) <= 80 for line in report.splitlines())
 

@@ -12,7 +12,7 @@ from lab import common
 from posttrain.tasks import tiny_chat
 from tokenizer import BPETokenizer, chat
 
-TINY = {'questions': 14, 'drafts': 60, 'max_iters': 100, 'share': 0.02, 'n_layer': 1, 'n_embd': 16, 'out': 'out'}
+TINY = {'questions': 14, 'drafts': 60, 'max_iters': 100, 'share': 0.01, 'out': 'out'}
 
 
 @pytest.fixture(scope='module')
@@ -82,20 +82,20 @@ def test_compare_by_hand():
 
 
 @pytest.mark.slow
-def test_a_small_run(folder):
-    run = folder.start('lab.reflection', **TINY).wait(timeout=900)
+def test_a_small_run(course):
+    run = course.start('lab.reflection', **TINY).wait(timeout=900)
     assert run.code == 0, run.out
-    figures = json.loads((folder.path / 'out' / 'reflection.json').read_text())
+    figures = json.loads((course.path / 'out' / 'reflection.json').read_text())
     assert len(figures['rows']) == 10
     assert all(0 <= right <= 14 and tokens > 0 for right, tokens in figures['rows'].values())
     counts = figures['by_kind']['all']
     assert counts['noticed'][1] + counts['spoilt'][1] == 14
     *_, report = run.out.partition('14 held-out questions')
     assert max(map(len, report.splitlines())) <= 80
-    assert (folder.path / 'out' / 'reflection.png').stat().st_size > 10_000
-    again = folder.start('lab.reflection', **TINY).wait(timeout=900)
+    assert (course.path / 'out' / 'reflection.png').stat().st_size > 10_000
+    again = course.start('lab.reflection', **TINY).wait(timeout=900)
     assert again.code == 0 and 'the SFT model drafts 60' in run.out and 'the SFT model drafts' not in again.out
-    assert json.loads((folder.path / 'out' / 'reflection.json').read_text()) == figures
+    assert json.loads((course.path / 'out' / 'reflection.json').read_text()) == figures
 
 
 @pytest.mark.parametrize('changes, said', [

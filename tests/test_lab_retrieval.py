@@ -155,17 +155,17 @@ def test_wrong_passages_lack_the_fact():
 
 
 @pytest.mark.slow
-def test_a_run(folder):
+def test_a_run(course):
     pytest.importorskip('bm25s')
-    run = folder.start('lab.retrieval', out='out', share=0.001, questions=10, people=20, towns=5).ok()
-    figures = json.loads((folder.path / 'out' / 'retrieval.json').read_text())
+    run = course.start('lab.retrieval', out='out', share=0.01, questions=10, people=20, towns=5).ok()
+    figures = json.loads((course.path / 'out' / 'retrieval.json').read_text())
     assert set(figures['recalls']) == {'words (BM25)', 'embeddings', 'both'}
     for points in figures['recalls'].values():
         assert [mean for mean, *_ in points] == sorted(mean for mean, *_ in points)
         assert all(0 <= low <= mean <= high <= 100 for mean, low, high in points)
     assert all(known[0] + unknown[0] <= 100 for known, unknown in figures['answers'].values())
     assert len(figures['answers']) == 9 and set(figures['gains']) == {'closed book', 'most frequent value'}
-    assert (folder.path / 'out' / 'retrieval.png').stat().st_size > 5_000
+    assert (course.path / 'out' / 'retrieval.png').stat().st_size > 5_000
     report = run.out[run.out.index('facts in') : run.out.index('for example:')]  # its answer may be long
     assert all(len(line) <= 80 for line in report.splitlines())
 

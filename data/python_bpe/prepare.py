@@ -9,13 +9,11 @@ the training split. Takes about six seconds on two cores.
 """
 
 import os
-import sys
+import runpy
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))  # so that it runs from any folder
-
-from data import encode
-from data.python_stdlib.prepare import main
 
 if __name__ == '__main__':
-    encode.run(lambda: main(__doc__, HERE, 'bpe', 2048))
+    # the other script finds the repository from any folder
+    stdlib = runpy.run_path(os.path.join(os.path.dirname(HERE), 'python_stdlib', 'prepare.py'))
+    stdlib['encode'].run(lambda: stdlib['main'](__doc__, HERE, 'bpe', 2048))

@@ -52,7 +52,10 @@ def read_sources(stdlib, paths):
 
 
 def main(doc=__doc__, folder=HERE, tokenizer='byte', vocab_size=None):
-    """Write the dataset. doc, folder, tokenizer, vocab_size: of the script that runs this."""
+    """Write the dataset.
+
+    doc, folder, tokenizer, vocab_size: of the script that runs this.
+    """
     parser = encode.make_parser(doc)
     encode.add_options(parser, tokenizer=tokenizer, out_dir=folder)
     parser.add_argument('--val_bytes', type=encode.positive, default=350_000,

@@ -254,6 +254,11 @@ def word(rng):
     """Return one of WORDS, or as often a made-up one: those are too many to memorize."""
     if rng.random() < 0.5:
         return rng.choice(WORDS)
+    return invented(rng)
+
+
+def invented(rng):
+    """Return a made-up word of two or three syllables."""
     n = rng.randint(2, 3)
     syllables = [rng.choice('bdfgklmnprstvz') + rng.choice('aeiou') for _ in range(n)]
     return ''.join(syllables) + rng.choice(['', '', 'n', 'r', 's', 't'])

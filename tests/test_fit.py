@@ -186,6 +186,7 @@ def test_memory_for_two_sequences(finished, folder):
     assert losses(run)[0] == pytest.approx(losses(finished[1])[0], abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != 'linux', reason='limits memory as Linux does')
 def test_memory_that_really_ends(folder):
     """The kernel refuses memory in a forward or backward pass; the run takes all its steps in smaller pieces."""

@@ -4,7 +4,6 @@ import json
 
 import pytest
 from conftest import load_lab
-from test_lab_finetune import texts  # noqa: F401
 
 from configurator import UserError
 
@@ -12,7 +11,7 @@ TINY = {'corpus': 'bytes', 'input': 'target.txt', 'steps': 40, 'n_layer': 1, 'n_
         'block_size': 16, 'batch_size': 8, 'shares': '0,0.5,1', 'out': 'out'}
 
 
-def test_losses_follow_the_shares(texts):  # noqa: F811
+def test_losses_follow_the_shares(texts):
     (texts.path / 'target.txt').write_text(''.join(chr(65 + i * i % 23) for i in range(9000)))  # of other letters
     run = texts.start('lab.mixture', **TINY).ok()
     points = json.loads((texts.path / 'out/mixture.json').read_text())['points']

@@ -69,9 +69,10 @@ def test_no_gradient_to_later_inputs_behind_a_cache(past, n):
     assert gradients_to_the_future(attend, torch.randn(2, n, 16)) == 0
 
 
+@pytest.mark.slow  # compiling takes a minute where nothing is compiled yet
 @pytest.mark.filterwarnings('ignore')  # of torch.compile's own modules
 @pytest.mark.parametrize('options', [
-    pytest.param({'n_head': 2}, marks=pytest.mark.slow),
+    {'n_head': 2},
     {**ARCHITECTURES['modern'], 'n_head': 4, 'n_kv_head': 2, 'window': 40, 'residual_lambdas': True}])
 def test_compiled_block(options):
     """Compiled as train.py does on the CPU: same numbers as eager, no gradient to later inputs."""

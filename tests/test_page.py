@@ -74,6 +74,7 @@ TEXTS = [*map(readable, HARD), *many_texts()[len(HARD):1000 - 3], '<|endoftext|>
          '<!--<script>']
 
 
+@pytest.mark.slow
 @needs_node
 def test_published_vocabularies(tmp_path):
     """1,000 texts: emoji, Hangul, code, controls, many scripts."""

@@ -101,7 +101,8 @@ def start(folder, server, env=None, **changes):
     return folder.start('posttrain.rl', **{**SETTINGS, 'rollout_server': server.url, **changes}, env=env)
 
 
-@pytest.mark.parametrize('algorithm', ['grpo', pytest.param('ppo', marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('algorithm', ['grpo', 'ppo'])
 def test_the_server_draws_and_gets_the_weights(served, algorithm):
     """Of each step, also after a run resumes, and with two processes as with one."""
     folder, server = served

@@ -333,7 +333,7 @@ def report(accuracy, scores, measures):
                              if name in order else 'no order: all are equal'))
         if name in measures:
             of = measures[name]
-            print('  favours the first in {:.1%} ({:.1%} to {:.1%}), changes with the order in '
+            print('  favours the first in {:.1%} ({:.1%} to {:.1%}), the order decides '
                   '{:.1%}'.format(*of['first'], of['flips']))
             print('  agrees with the checker in {:.1%} ({:.1%} to {:.1%})'.format(*of['agrees']))
     common.record(out, 'arena' if measures else 'arena_person', accuracy=accuracy,

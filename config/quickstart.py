@@ -12,7 +12,7 @@ python -m bench.quickstart measures time, loss and how many of the sampled lines
 
 out_dir = 'out-quickstart'
 dataset = 'python_bpe'
-eval_interval = 300  # an evaluation takes as long as 13 steps
+eval_interval = 200  # an evaluation takes as long as 13 steps
 eval_iters = 10
 eval_first = False
 log_interval = 100
@@ -28,4 +28,4 @@ value_embeddings = True  # parameters that are looked up and cost no products
 
 batch_size = 32  # 1.4 times the tokens a second of 16: Muon's part of a step is fixed
 gradient_accumulation_steps = 1
-max_iters = 600
+max_iters = 400

@@ -10,6 +10,7 @@ parameter group, lr_scale times the rate of the schedule is the rate of the grou
 import torch
 import torch.distributed as dist
 
+from configurator import UserError
 from flatgpt.owners import local, map_whole
 
 BATCH = 2**26  # numbers that a process orthogonalizes at once: 128 MB in bf16
@@ -36,11 +37,24 @@ def create(model, config, dtype, world):
     groups = [{'params': list(matrices.values()), 'lr_scale': config['muon_lr'] / lr,
                'parts': [parts_of(name, model.config) for name in matrices],
                'weight_decay': config['weight_decay'], 'momentum': config.get('momentum', 0.95),
+               'cautious': config.get('cautious_decay', False), 'highest': config['muon_lr'] or 1.0,
                'fused': False},  # fused, loading would move step counts to the GPU, slow to read
               {'params': embeddings, 'lr_scale': config['embedding_lr'] / lr, **no_decay},
               {'params': rest, 'lr_scale': 1.0, **no_decay}]
     groups = [group for group in groups if group['params']]
     return Muon(groups, lr, (config['beta1'], config['beta2']), dtype, world)
+
+
+def check_settings(config):
+    """Raise UserError for a setting of Muon that has no effect beside the others."""
+    optimizer, schedule = config['optimizer'], config['lr_schedule']
+    if config.get('cautious_decay') and (optimizer != 'muon' or not config['weight_decay']):
+        raise UserError(f"cautious_decay=True: expected optimizer='muon' and weight_decay above 0, "
+                        f'not {optimizer!r} and {config["weight_decay"]}')
+    share = config.get('muon_decay_fraction')
+    if share is not None and (optimizer != 'muon' or schedule != 'wsd'):
+        raise UserError(f"muon_decay_fraction={share}: expected optimizer='muon' and "
+                        f"lr_schedule='wsd', not {optimizer!r} and {schedule!r}")
 
 
 def parts_of(name, c):
@@ -91,7 +105,6 @@ class Muon(torch.optim.AdamW):
         torch._foreach_add_([state['step'] for state in states], 1)
         torch._foreach_lerp_(buffers, gradients, 1 - momentum)
         torch._foreach_lerp_(gradients, buffers, momentum)  # Nesterov's
-        torch._foreach_mul_(params, 1 - group['lr'] * group['weight_decay'])
         step = self.step_whole if params[0] is group['params'][0] else self.step_shards
         step(group, params, gradients)
         for p in group['params']:
@@ -108,9 +121,9 @@ class Muon(torch.optim.AdamW):
             for batch in (pairs[i : i + size] for i in range(0, len(pairs), size)):
                 parts, directions = zip(*batch, strict=True)
                 started = parts, *self.orthogonalize_shared(directions)
-                self.apply(waiting, group['lr'])
+                self.apply(waiting, group)
                 waiting = started
-        self.apply(waiting, group['lr'])
+        self.apply(waiting, group)
 
     def step_shards(self, group, params, directions):
         """Take orthogonal steps of shards; each matrix has an owner, who has it whole."""
@@ -132,7 +145,7 @@ class Muon(torch.optim.AdamW):
         for (numbers, _), steps in zip(batches, map_whole(orthogonal, shards, processes),
                                        strict=True):
             steps = [step.to(params[0].dtype) for step in steps]
-            torch._foreach_add_([params[i] for i in numbers], steps, alpha=-group['lr'])
+            update([params[i] for i in numbers], steps, group)
 
     def orthogonalize_shared(self, directions):
         """Share matrices among processes; -> (orthogonal (K, m, n), exchange or None)."""
@@ -146,7 +159,7 @@ class Muon(torch.optim.AdamW):
         return x[:n], gather(x, batch, async_op=True)
 
     @staticmethod
-    def apply(started, lr):
+    def apply(started, group):
         """Take the steps of a batch: (parts of parameters, (K, m, n), exchange), or None."""
         if started:
             parts, directions, exchange = started
@@ -154,7 +167,23 @@ class Muon(torch.optim.AdamW):
                 exchange.wait()
             steps = list(directions.to(parts[0].dtype))
             torch._foreach_mul_(steps, [tallness(part) for part in parts])
-            torch._foreach_add_([wide(part) for part in parts], steps, alpha=-lr)
+            update([wide(part) for part in parts], steps, group)
+
+
+def update(params, steps, group):
+    """Take steps and decay weights by rate times weight_decay; cautious: see below.
+
+    Then only weights that the step moves towards 0 decay ("Cautious Weight Decay", Chen et al.
+    2025), and the decay falls with the rate over its highest, as in nanochat and modded-nanogpt.
+    """
+    decay = group['lr'] * group['weight_decay']
+    if group['cautious']:
+        decay *= group['lr'] / group['highest']
+        decays = [p * (p * step >= 0) for p, step in zip(params, steps, strict=True)]
+        torch._foreach_add_(params, decays, alpha=-decay)
+    elif decay:
+        torch._foreach_mul_(params, 1 - decay)
+    torch._foreach_add_(params, steps, alpha=-group['lr'])
 
 
 def wide(x):

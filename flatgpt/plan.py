@@ -20,7 +20,7 @@ import torch
 
 import ops
 from configurator import UserError
-from flatgpt import costs, huggingface, pretrained, runtime
+from flatgpt import costs, huggingface, memory, pretrained, runtime
 from flatgpt.cut import cut_step
 from flatgpt.entries import glance
 from flatgpt.flops import GPU, GPUS, Machine, gpu_named, machine_named
@@ -279,7 +279,7 @@ def machine_here(device, dtype, n_processes):
     x = torch.ones(1024, 1024, dtype=runtime.DTYPES[dtype])
     y = torch.ones(2**23)
     flops, n_bytes = 2 * 1024**3 / fastest(lambda: x @ x), 12 * 2**23 / fastest(lambda: y + y)
-    gpu = GPU(flops / PRODUCTS, runtime.free_memory() / n_processes, n_bytes / BANDWIDTH, math.inf,
+    gpu = GPU(flops / PRODUCTS, memory.free_memory() / n_processes, n_bytes / BANDWIDTH, math.inf,
               math.inf)
     return Machine(f'this {device.type.upper()}', gpu)
 

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 
 import pytest
 import torch
@@ -125,16 +126,10 @@ def modern(**changes):
     return model
 
 
-def muon(model, weight_decay=0.0, dtype=torch.float32, momentum=0.85, world=ALONE):
+def muon(model, weight_decay=0.0, dtype=torch.float32, momentum=0.85, world=ALONE, cautious=False):
     config = {'weight_decay': weight_decay, 'learning_rate': 1e-3, 'muon_lr': 2e-2, 'embedding_lr': 5e-3,
-              'beta1': 0.9, 'beta2': 0.95, 'momentum': momentum}
+              'beta1': 0.9, 'beta2': 0.95, 'momentum': momentum, 'cautious_decay': cautious}
     return flatgpt.muon.create(model, config, dtype, world)
-
-
-def set_rates(optimizer, lr):
-    """As train.py does before a step."""
-    for group in optimizer.param_groups:
-        group['lr'] = lr * group['lr_scale']
 
 
 @pytest.mark.parametrize('shape', [(3, 8, 8), (2, 6, 20), (1, 1, 5), (4, 16, 16), (2, 30, 8), (1, 200, 210), (1, 195, 400)])
@@ -239,7 +234,7 @@ def test_updates_are_torchs(monkeypatch):
                     u, s, vt = torch.linalg.svd(part.grad, full_matrices=False)
                     part.grad = u @ torch.diag(torch.linspace(2, 1, len(s))) @ vt
             p.grad = torch.cat([part.grad for part in parts])
-        set_rates(ours, lr)
+        optim.set_rates(ours, lr)
         theirs[0].param_groups[0]['lr'] = 20 * lr
         theirs[1].param_groups[0]['lr'], theirs[1].param_groups[1]['lr'] = 5 * lr, lr
         for optimizer in (ours, *theirs):
@@ -248,6 +243,47 @@ def test_updates_are_torchs(monkeypatch):
         step_size = (p - start[p]).abs().max()
         assert step_size > 1e-3
         torch.testing.assert_close(p.detach(), torch.cat(parts).detach(), atol=1e-4 * step_size.item(), rtol=0)
+
+
+def test_cautious_decay_by_hand():
+    """Only weights whose sign is the step's decay, at a rate that falls with the square of the learning rate."""
+    p, step = torch.tensor([2.0, -2.0, 2.0, -2.0, 4.0]), torch.tensor([1.0, 1.0, -1.0, -1.0, 0.0])
+    flatgpt.muon.update([p], [step], {'lr': 0.1, 'weight_decay': 0.5, 'cautious': True, 'highest': 0.4})
+    shrunk = 1 - 0.1 * 0.5 * 0.25
+    assert p.tolist() == pytest.approx([2 * shrunk - 0.1, -2 - 0.1, 2 + 0.1, -2 * shrunk + 0.1, 4 * shrunk])
+
+
+def test_cautious_decay_of_a_step():
+    """A whole step, tall matrices too, is that without decay minus the decay of the weights that it shrank."""
+    plain, cautious = modern(), modern()
+    optimizers = muon(plain), muon(cautious, 0.3, cautious=True)
+    before = {name: p.detach().clone() for name, p in plain.named_parameters()}
+    for model, optimizer in zip((plain, cautious), optimizers, strict=True):
+        backward(model)
+        optim.set_rates(optimizer, 5e-4)  # half of the highest
+        optimizer.step()
+    matrices = set(map(id, optimizers[0].param_groups[0]['params']))
+    for (name, p), q in zip(plain.named_parameters(), cautious.parameters(), strict=True):
+        old, decay = before[name], 1e-2 * 0.3 / 2 * (id(p) in matrices)
+        torch.testing.assert_close(q.detach(), p - decay * old * ((old - p) * old >= 0), atol=1e-6, rtol=1e-5)
+
+
+def test_rates_of_matrices_apart():
+    optimizer = muon(modern())
+    optim.set_rates(optimizer, 4e-4, 1e-4)
+    assert [group['lr'] for group in optimizer.param_groups] == pytest.approx([2e-3, 2e-3, 4e-4])
+
+
+@pytest.mark.parametrize('changes, message', [
+    ({'cautious_decay': True}, "cautious_decay=True: expected optimizer='muon' and weight_decay above 0, not 'adamw'"),
+    ({'cautious_decay': True, 'optimizer': 'muon', 'weight_decay': 0.0}, "not 'muon' and 0.0"),
+    ({'muon_decay_fraction': 0.8}, "muon_decay_fraction=0.8: expected optimizer='muon' and lr_schedule='wsd'"),
+    ({'muon_decay_fraction': 0.8, 'optimizer': 'muon', 'lr_schedule': 'cosine'}, "not 'muon' and 'cosine'")])
+def test_settings_without_an_effect_are_refused(changes, message):
+    config = {'optimizer': 'adamw', 'decay_lr': True, 'learning_rate': 1.0, 'warmup_iters': 4, 'lr_decay_iters': 20,
+              'max_iters': 20, 'min_lr': 0.1, 'lr_schedule': 'wsd', 'decay_fraction': 0.2, 'weight_decay': 0.1}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        optim.schedule({**config, **changes})
 
 
 def test_momentum_by_hand():
@@ -286,18 +322,19 @@ def test_muon_in_batches_and_with_a_closure(monkeypatch):
         torch.testing.assert_close(p, q, atol=1e-6, rtol=1e-5)
 
 
-def test_muon_goes_on_where_it_was():
+@pytest.mark.parametrize('decay, cautious', [(0.0, False), (0.1, True)])
+def test_muon_goes_on_where_it_was(decay, cautious):
     """Through a checkpoint, bit for bit; the rates are those of the new settings."""
     models = [modern(), modern()]
-    whole, half = map(muon, models)
+    whole, half = (muon(model, decay, cautious=cautious) for model in models)
     for step in range(4):
         if step == 2:
             saved = copy.deepcopy(half.state_dict())
-            half = muon(models[1], weight_decay=0.0)
+            half = muon(models[1], decay, cautious=cautious)
             entries.load_optimizer(half, saved)
         for model, optimizer in zip(models, (whole, half), strict=True):
             backward(model, seed=step)
-            set_rates(optimizer, 1e-3)
+            optim.set_rates(optimizer, 1e-3)
             optimizer.step()
     for p, q in zip(*(model.parameters() for model in models), strict=True):
         assert torch.equal(p, q)
@@ -406,3 +443,13 @@ def test_schedule_of_settings(changes, step, expected):
     config = {'optimizer': 'adamw', 'decay_lr': True, 'learning_rate': 1.0, 'warmup_iters': 4, 'lr_decay_iters': 12, 'max_iters': 20,
               'min_lr': 0.1, 'lr_schedule': 'cosine', 'decay_fraction': 0.2}
     assert optim.schedule({**config, **changes})(step) == pytest.approx(expected)
+
+
+def test_matrices_decay_apart():
+    """AdamW's rate falls over the last 2 of 10 steps, that of the matrices over the last 5; without a setting alike."""
+    config = {'optimizer': 'muon', 'decay_lr': True, 'learning_rate': 1.0, 'warmup_iters': 0, 'lr_decay_iters': 10,
+              'max_iters': 10, 'min_lr': 0.0, 'lr_schedule': 'wsd', 'decay_fraction': 0.2}
+    rates = [optim.schedule({**config, 'muon_decay_fraction': share}, name)
+             for share in (0.5, None) for name in ('decay_fraction', 'muon_decay_fraction')]
+    for step, expected in ((5, [1.0, 1.0, 1.0, 1.0]), (8, [1.0, 0.4, 1.0, 1.0]), (9, [0.5, 0.2, 0.5, 0.5])):
+        assert [rate(step) for rate in rates] == pytest.approx(expected)

@@ -92,6 +92,8 @@ logit_softcap: NonNegative = 0.0
 zero_init = False
 residual_lambdas = False
 value_embeddings = False
+head_gates = False
+value_gates = False
 # optimizer
 optimizer: Literal['adamw', 'muon'] = 'adamw'  # muon: matrices of blocks; AdamW for the rest
 learning_rate: NonNegative = 6e-4  # the highest
@@ -222,8 +224,7 @@ trained = [p for p in model.parameters() if p.requires_grad]
 share = f', {sum(p.numel() for p in trained):,} of them are trained' if adapters else ''
 world.print(f'{model.get_num_params() / 1e6:.2f}M parameters{share}')
 if not eval_only:
-    for line in data.describe(cut, max_iters, eval_tokens, world.size):
-        world.print(line)
+    world.print('\n'.join(data.describe(cut, max_iters, eval_tokens, world.size)))
 
 
 def state_of_run():
@@ -364,9 +365,8 @@ while True:
     # report
     if torch_device.type == 'cuda' and not keeps_one:
         torch.cuda.synchronize()  # the update is training time, and evaluating waits for it anyway
-    t1 = time.perf_counter()
-    run.advance(cut.tokens, t1 - t0)
-    t0 = t1
+    began, t0 = t0, time.perf_counter()
+    run.advance(cut.tokens, t0 - began)
     shown = [record for record in records if record['step'] % log_interval == 0
              or record['step'] == max_iters - 1]
     if world.is_main and shown:

@@ -31,7 +31,8 @@ def create(model, config, dtype, world):
     head = {model.lm_head.weight} if hasattr(model, 'lm_head') else set()  # not in a reward model
     tables = {m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding)} - head
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    matrices = {name: p for name, p in named.items() if '.h.' in name and p.dim() == 2}
+    matrices = {name: p for name, p in named.items()
+                if '.h.' in name and p.dim() == 2 and not name.endswith('_gate')}
     embeddings = [p for name, p in named.items() if p in tables]
     rest = [p for name, p in named.items() if name not in matrices and p not in tables]
     groups = [{'params': list(matrices.values()), 'lr_scale': config['muon_lr'] / lr,

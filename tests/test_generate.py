@@ -101,7 +101,8 @@ def test_slide(gpt):
 
 
 MODERN = {'pos': 'rope', 'norm': 'rmsnorm', 'mlp': 'swiglu', 'n_kv_head': 2, 'window': 5, 'window_pattern': 'SL',
-          'bias': False, 'tie_embeddings': False, 'qk_norm': True, 'logit_softcap': 5.0, 'value_embeddings': True}
+          'bias': False, 'tie_embeddings': False, 'qk_norm': True, 'logit_softcap': 5.0, 'value_embeddings': True,
+          'head_gates': True, 'value_gates': True}
 
 
 @pytest.mark.filterwarnings('ignore')  # of torch.compile's own modules

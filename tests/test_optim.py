@@ -120,7 +120,7 @@ def modern(**changes):
     torch.manual_seed(0)
     model = GPT(GPTConfig(**{**ARCHITECTURES['modern'], 'block_size': 8, 'vocab_size': 10, 'n_layer': 2, 'n_head': 4,
                              'n_kv_head': 2, 'n_embd': 16, 'mlp': 'swiglu', 'value_embeddings': True,
-                             'residual_lambdas': True, **changes}))
+                             'residual_lambdas': True, 'head_gates': True, 'value_gates': True, **changes}))
     for p in model.parameters():
         p.data += 0.1 * torch.randn_like(p)
     return model
@@ -194,7 +194,8 @@ def test_what_muon_updates():
         assert [names[id(p)] for p in tables['params']] == [
             *(['transformer.wte.weight'] if not tied else []), 'transformer.wpe.weight', 'transformer.vte.1.weight']
         heads = {'transformer.wte.weight'} if tied else {'lm_head.weight'}
-        assert heads < {names[id(p)] for p in rest['params']}
+        gates = {'transformer.h.1.attn.head_gate', 'transformer.h.1.attn.value_gate'}
+        assert heads | gates < {names[id(p)] for p in rest['params']}
         assert sorted(names.values()) == sorted(names[id(p)] for g in (matrices, tables, rest) for p in g['params'])
         assert [g['weight_decay'] for g in (matrices, tables, rest)] == [0.3, 0.0, 0.0]
         assert [g['lr_scale'] for g in (matrices, tables, rest)] == pytest.approx([20.0, 5.0, 1.0])

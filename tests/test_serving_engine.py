@@ -23,7 +23,7 @@ from tokenizer import ByteTokenizer
 TOKENIZER = ByteTokenizer()
 SIZES = {'n_layer': 2, 'n_head': 4, 'n_embd': 32, 'block_size': 64, 'vocab_size': 256}
 ALL = {**ARCHITECTURES['modern'], **SIZES, 'n_kv_head': 2, 'window': 7, 'window_pattern': 'SL',
-       'value_embeddings': True, 'residual_lambdas': True, 'head_gates': True, 'logit_softcap': 5.0}
+       'value_embeddings': True, 'residual_lambdas': True, 'logit_softcap': 5.0}
 
 
 def engine_of(options=None, **limits):

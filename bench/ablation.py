@@ -68,7 +68,7 @@ VARIANTS = {
     'value_gates': '--value_embeddings=True --value_gates=True',
     'head_gates': '--head_gates=True',
     'cautious_decay 0.1': '--weight_decay=0.1 --cautious_decay=True',
-    'decay fractions 0.4, 0.8': '--decay_fraction=0.4 --muon_decay_fraction=0.8',
+    'split decay': '--decay_fraction=0.4 --muon_decay_fraction=0.8',
     'dropout 0.1': '--dropout=0.1',
     'weight_decay 0.1': '--weight_decay=0.1',
     'biases': '--bias=True',

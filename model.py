@@ -25,13 +25,6 @@ from torch.utils.checkpoint import checkpoint
 import ops
 from configurator import Count, Fraction, Natural, NonNegative, Positive, UserError, check_fields
 
-# kinds of GPTConfig.rope_scaling, and the numbers that each needs
-ROPE_SCALINGS = {
-    'linear': ('factor',),
-    'llama3': ('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings'),
-    'yarn': ('factor', 'beta_fast', 'beta_slow', 'original_max_position_embeddings',
-             'attention_factor')}
-
 
 @dataclass
 class GPTConfig:
@@ -63,6 +56,8 @@ class GPTConfig:
     zero_init: bool = False  # blocks start as the identity, an untied head with equal probabilities
     residual_lambdas: bool = False  # blocks read l0 x + l1 x0 (modded-nanogpt, record 9)
     value_embeddings: bool = False  # in the values of every other layer (record 14)
+    head_gates: bool = False  # scale each head's output ("Gated Attention", Qiu et al. 2025)
+    value_gates: bool = False  # scale the value embeddings likewise (record 55)
 
     def __post_init__(self):
         check_fields(self)
@@ -76,16 +71,12 @@ class GPTConfig:
         if self.pos == 'rope' and self.head_size % 2:
             raise UserError(f"pos='rope' needs an even number of channels in a head, but n_embd="
                             f'{self.n_embd} and n_head={self.n_head} give {self.head_size}')
-        if self.rope_scaling is not None:
-            kind = str(self.rope_scaling.get('rope_type'))
-            for name in ROPE_SCALINGS.get(kind, ['rope_type']):
-                value = self.rope_scaling.get(name)
-                is_number = isinstance(value, int | float) and 0 < value < 1e30
-                if self.pos != 'rope' or not is_number:
-                    raise UserError(f'rope_scaling: {name} is {value!r}, expected a number above 0 '
-                                    f"and below 1e30, beside pos='rope'; known are {ROPE_SCALINGS}")
-        if self.qk_norm_weight and not self.qk_norm:
-            raise UserError('qk_norm_weight=True: expected qk_norm=True too')
+        if self.rope_scaling is not None and (
+                fault := ops.fault_of_scaling(self.rope_scaling, self.pos)):
+            raise UserError(fault)
+        for name, needed in (('qk_norm_weight', 'qk_norm'), ('value_gates', 'value_embeddings')):
+            if getattr(self, name) and not getattr(self, needed):
+                raise UserError(f'{name}=True: expected {needed}=True too')
         if not self.window_pattern or set(self.window_pattern) - set('SL'):
             raise UserError(f"window_pattern={self.window_pattern!r}: expected S and L, as 'SSSL'")
 
@@ -141,6 +132,11 @@ def rotate(x, rotation):
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
 
 
+def gates(x, weight):
+    """Return 2 sigmoid(W x) of x's first channels, (B, T, heads, 1); at first W = 0 gives 1."""
+    return 2 * torch.sigmoid(F.linear(x[..., : weight.size(1)], weight)).unsqueeze(-1)
+
+
 class CausalSelfAttention(nn.Module):
     """Mix the values up to each position, weighted by query times key.
 
@@ -148,7 +144,7 @@ class CausalSelfAttention(nn.Module):
     2020); QK-norm ("Scaling Vision Transformers to 22 Billion Parameters", Dehghani et al. 2023).
     """
 
-    def __init__(self, config, window=0):
+    def __init__(self, config, window=0, has_values=False):
         super().__init__()
         H, G, D = config.n_head, config.kv_heads, config.head_size
         self.n_head, self.n_kv_head, self.head_size = H, G, D
@@ -160,7 +156,9 @@ class CausalSelfAttention(nn.Module):
         self.qk_norm = config.qk_norm
         self.q_norm, self.k_norm = (
             nn.RMSNorm(D, eps=config.norm_eps) if config.qk_norm_weight else None for _ in 'qk')
-        self.window = window
+        self.window, n_read = window, min(12, config.n_embd)  # 12 suffice in modded-nanogpt
+        self.head_gate, self.value_gate = (nn.Parameter(torch.empty(n, n_read)) if has else None
+                                           for n, has in ((H, config.head_gates), (G, has_values)))
 
     def forward(self, x, context):
         B, T, C = x.shape
@@ -175,14 +173,19 @@ class CausalSelfAttention(nn.Module):
         if context.rotation is not None:
             qk = rotate(qk, context.rotation)
         if context.value_embedding is not None:
-            v = v + context.value_embedding.view(v.shape).to(v.dtype)
+            embedding = context.value_embedding.view(v.shape)
+            if self.value_gate is not None:
+                embedding = gates(x, self.value_gate) * embedding
+            v = v + embedding.to(v.dtype)
         q, k = qk.to(v.dtype).split((H, G), dim=2)  # norm and rotation may be in fp32
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or G, T, D)
         if context.past is not None:
             k, v = context.past.update(k, v)  # (B, G, S, D)
         mask = self.window if context.mask is None else context.mask
         y = ops.attention(q, k, v, mask, self.attn_dropout.p if self.training else 0.0)
-        y = y.transpose(1, 2).reshape(B, T, H * D)  # (B, H, T, D) -> heads side by side
+        y = y.transpose(1, 2)  # (B, T, H, D)
+        y = y if self.head_gate is None else (y * gates(x, self.head_gate)).to(y.dtype)
+        y = y.reshape(B, T, H * D)  # heads side by side
         return self.resid_dropout(self.c_proj(y))  # (B, T, C)
 
 
@@ -190,11 +193,6 @@ def swiglu(x):
     """Gate half of the channels by the rest ("GLU Variants", Shazeer 2020)."""
     gate, up = x.chunk(2, dim=-1)
     return F.silu(gate) * up
-
-
-def squared_relu(x):
-    """Compute relu(x)^2, without an exponential ("Primer", So et al. 2021)."""
-    return F.relu(x).square()
 
 
 class MLP(nn.Module):
@@ -205,7 +203,8 @@ class MLP(nn.Module):
         n_in = 2 * config.mlp_width if config.mlp == 'swiglu' else config.mlp_width
         self.c_fc = nn.Linear(config.n_embd, n_in, bias=config.bias)
         self.activation = {'gelu': ops.tanh_gelu, 'gelu_erf': F.gelu, 'swiglu': swiglu,
-                           'relu2': squared_relu}[config.mlp]
+                           # without an exponential ("Primer", So et al. 2021)
+                           'relu2': lambda x: F.relu(x).square()}[config.mlp]
         self.c_proj = nn.Linear(config.mlp_width, config.n_embd, bias=config.bias)
         self.dropout = ops.Dropout(config.dropout)
 
@@ -227,7 +226,8 @@ class Block(nn.Module):
     def __init__(self, config, layer=0):
         super().__init__()
         self.ln_1 = norm_of(config)
-        self.attn = CausalSelfAttention(config, config.window_of(layer))
+        self.attn = CausalSelfAttention(config, config.window_of(layer),
+                                        config.value_gates and config.has_value_embedding(layer))
         self.ln_2 = norm_of(config)
         self.mlp = MLP(config)
         self.lambdas = nn.Parameter(torch.empty(2)) if config.residual_lambdas else None  # l0, l1
@@ -268,7 +268,7 @@ class GPT(nn.Module):
         """Initialise like GPT-2: matrices and embeddings N(0, 0.02), biases 0, norms 1."""
         for name, p in self.named_parameters():
             is_zero = self.config.zero_init and name.endswith(('c_proj.weight', 'lm_head.weight'))
-            if is_zero or name.endswith('.bias'):
+            if is_zero or name.endswith(('.bias', '_gate')):
                 nn.init.zeros_(p)
             elif p.dim() == 2:  # 2 n_layer projections add up in the residual stream
                 n_added = 2 * self.config.n_layer if name.endswith('c_proj.weight') else 1

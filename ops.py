@@ -404,6 +404,24 @@ def fill_yarn(scaling):
     return {'beta_fast': 32.0, 'beta_slow': 1.0, **attention, **given}
 
 
+# kinds of GPTConfig.rope_scaling, and the numbers that each needs
+ROPE_SCALINGS = {
+    'linear': ('factor',),
+    'llama3': ('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings'),
+    'yarn': ('factor', 'beta_fast', 'beta_slow', 'original_max_position_embeddings',
+             'attention_factor')}
+
+
+def fault_of_scaling(scaling, pos):
+    """Return what is wrong with a GPTConfig's rope_scaling, None if nothing is."""
+    for name in ROPE_SCALINGS.get(str(scaling.get('rope_type')), ['rope_type']):
+        value = scaling.get(name)
+        if pos != 'rope' or not (isinstance(value, int | float) and 0 < value < 1e30):
+            return (f'rope_scaling: {name} is {value!r}, expected a number above 0 and below 1e30, '
+                    f"beside pos='rope'; known are {ROPE_SCALINGS}")
+    return None
+
+
 def slow_down(frequencies, base, scaling):
     """Divide RoPE's frequencies (D/2,) by the factor of a longer context.
 

@@ -59,8 +59,7 @@ keep_every: Natural = 0  # steps between checkpoints that stay, ckpt-STEP.pt; 0:
 sample_every: Natural = 0  # steps between samples in samples.jsonl; 0: only print one at the end
 sample_tokens: Natural = 0  # tokens of a sample; 0: none, or with sample_every 200
 sample_prompt = '\n'  # the text that the sample continues; on conversations a user's message
-# wandb; its offline mode (WANDB_MODE=offline) needs no network
-wandb_log = False
+wandb_log = False  # its offline mode (WANDB_MODE=offline) needs no network
 wandb_project = 'owt'
 wandb_run_name = 'gpt2'
 # data
@@ -93,6 +92,8 @@ logit_softcap: NonNegative = 0.0
 zero_init = False
 residual_lambdas = False
 value_embeddings = False
+head_gates = False
+value_gates = False
 # optimizer
 optimizer: Literal['adamw', 'muon'] = 'adamw'  # muon: matrices of blocks; AdamW for the rest
 learning_rate: NonNegative = 6e-4  # the highest
@@ -101,6 +102,7 @@ embedding_lr: NonNegative = 0.02  # muon: rate of embeddings, except one tied to
 momentum: Fraction = 0.95  # muon: reached after 300 steps
 max_iters: Natural = 600000  # steps in all
 weight_decay: NonNegative = 1e-1  # adamw: matrices and embeddings; muon: the matrices alone
+cautious_decay = False  # muon: only of weights that a step shrinks, and falling with the rate
 beta1: Fraction = 0.9
 beta2: Fraction = 0.95
 grad_clip: NonNegative = 1.0  # largest norm of the gradient; 0: no clipping
@@ -116,6 +118,7 @@ warmup_iters: Natural = 2000
 lr_decay_iters: Natural | None = 600000  # where min_lr is reached; None: at max_iters
 min_lr: NonNegative = 6e-5  # usually learning_rate / 10
 decay_fraction: Share = 0.2  # wsd: part of lr_decay_iters in which the rate falls
+muon_decay_fraction: Share | None = None  # that part for the matrices; None: decay_fraction
 # machine
 seed = 1337  # fixes weights, batches and dropout
 deterministic = False  # the same bits in each run on a GPU, slower; on a CPU they always are
@@ -135,6 +138,7 @@ globals().update(from_preset)
 
 # rules between settings
 rate_at = optim.schedule(config)  # step -> learning rate
+matrix_rate_at = optim.schedule(config, 'muon_decay_fraction')
 lora.check_settings(config, init_from, out_dir)
 
 # this process, its device, its data
@@ -187,8 +191,8 @@ cut = cut_step(config, block_size, world.size)
 
 # device, precision, optimizer
 precision, precision_reason = runtime.choose_dtype(dtype, torch_device)
-facts = {'data': meta['digest'], 'step': state.get('iter_num'), 'seen': state.get('seen')}
-world.check_alike({**facts, **config, 'dtype': precision})
+world.check_alike({**config, 'data': meta['digest'], 'step': state.get('iter_num'),
+                   'seen': state.get('seen'), 'dtype': precision})
 place(model, config['shard'], world, precision, torch_device)
 model.recompute = recompute == 'block'
 model.masks_documents = documents == 'mask'
@@ -220,8 +224,7 @@ trained = [p for p in model.parameters() if p.requires_grad]
 share = f', {sum(p.numel() for p in trained):,} of them are trained' if adapters else ''
 world.print(f'{model.get_num_params() / 1e6:.2f}M parameters{share}')
 if not eval_only:
-    for line in data.describe(cut, max_iters, eval_tokens, world.size):
-        world.print(line)
+    world.print('\n'.join(data.describe(cut, max_iters, eval_tokens, world.size)))
 
 
 def state_of_run():
@@ -322,8 +325,7 @@ while True:
 
     # forward and backward over the micro-batches
     lr = rate_at(run.step)
-    for group in opt.param_groups:
-        group['lr'] = lr * group['lr_scale']
+    optim.set_rates(opt, lr, matrix_rate_at(run.step))
     micro_batches, n_targets = next_batch.result()
     tokens_seen = run.seen + cut.tokens
     next_batch = prefetch.submit(batches, tokens_seen)
@@ -363,9 +365,8 @@ while True:
     # report
     if torch_device.type == 'cuda' and not keeps_one:
         torch.cuda.synchronize()  # the update is training time, and evaluating waits for it anyway
-    t1 = time.perf_counter()
-    run.advance(cut.tokens, t1 - t0)
-    t0 = t1
+    began, t0 = t0, time.perf_counter()
+    run.advance(cut.tokens, t0 - began)
     shown = [record for record in records if record['step'] % log_interval == 0
              or record['step'] == max_iters - 1]
     if world.is_main and shown:

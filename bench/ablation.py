@@ -65,6 +65,10 @@ VARIANTS = {
     'window 32 SL': '--window=32 --window_pattern=SL',  # in half of the layers
     'residual_lambdas': '--residual_lambdas=True',
     'value_embeddings': '--value_embeddings=True',
+    'value_gates': '--value_embeddings=True --value_gates=True',
+    'head_gates': '--head_gates=True',
+    'cautious_decay 0.1': '--weight_decay=0.1 --cautious_decay=True',
+    'split decay': '--decay_fraction=0.4 --muon_decay_fraction=0.8',
     'dropout 0.1': '--dropout=0.1',
     'weight_decay 0.1': '--weight_decay=0.1',
     'biases': '--bias=True',

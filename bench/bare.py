@@ -67,8 +67,7 @@ class Step:
         architecture = {field.name: s[field.name] for field in fields(GPTConfig) if field.name in s}
         self.model = GPT(GPTConfig(**architecture)).to(self.device)
         self.optimizer = optim.create(self.model, s, s['dtype'], parallel.World(0, 0, 1))
-        for group in self.optimizer.param_groups:
-            group['lr'] = s['learning_rate'] * group['lr_scale']
+        optim.set_rates(self.optimizer, s['learning_rate'])
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=s['dtype'] == 'float16')
         self.autocast = runtime.autocast(s['dtype'], self.device)
         self.unread = None

@@ -37,9 +37,18 @@ def flops(config, T):
     """
     c, (q, qkv, n_in, n_out) = config, widths(config)
     seen = sum(min(c.window_of(layer) or T, T) for layer in range(c.n_layer))
-    return {'projections': 2 * c.n_layer * c.n_embd * (qkv + q), 'scores': 4 * q * seen,
+    return {'projections': 2 * (c.n_layer * c.n_embd * (qkv + q) + gates(c)),
+            'scores': 4 * q * seen,
             'MLP': 2 * c.n_layer * c.n_embd * (n_in + n_out),
             'head': 2 * c.n_embd * c.vocab_size}
+
+
+def gates(config):
+    """Return the parameters of the gates of heads and of value embeddings."""
+    c = config
+    n_values = sum(map(c.has_value_embedding, range(c.n_layer)))
+    return min(12, c.n_embd) * (c.n_layer * c.n_head * c.head_gates
+                                + n_values * c.kv_heads * c.value_gates)
 
 
 def parameters(config):
@@ -50,7 +59,8 @@ def parameters(config):
     n_value_embeddings = sum(map(c.has_value_embedding, range(c.n_layer)))
     positions = c.block_size if c.pos == 'learned' else 0
     return {
-        'projections': c.n_layer * (c.n_embd * (qkv + q) + qkv_bias * qkv + c.bias * c.n_embd),
+        'projections': c.n_layer * (c.n_embd * (qkv + q) + qkv_bias * qkv + c.bias * c.n_embd)
+        + gates(c),
         'scores': 0,
         'MLP': c.n_layer * (c.n_embd * (n_in + n_out) + c.bias * (n_in + c.n_embd)),
         'head': 0 if c.tie_embeddings else c.vocab_size * c.n_embd,
@@ -112,6 +122,7 @@ def heads(config, B, T, how):
     qk = (qkv + q) // 2
     is_short = not how.on_gpu and T <= ops.SHORT  # ops.plain_attention computes these in fp32
     kept = 4 * c.n_head + item * (c.pos == 'rope') * qk  # rotated q and k are copies
+    kept += item * c.head_gates * q  # beside the gated output
     kept += item * qkv + 4 * qk * (c.qk_norm and item < 4)  # normed ones are copies in fp32
     kept += is_short * (item < 4) * ((4 - item) * qkv + 4 * q)
     if c.dropout and not how.on_gpu:  # torch writes it out: weights, random numbers, their product

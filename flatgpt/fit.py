@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import torch
 
-from flatgpt import costs, plan, runtime
+from flatgpt import costs, memory, plan, runtime
 from flatgpt.flops import GPU, Machine
 from flatgpt.owners import local
 
@@ -52,7 +52,7 @@ def free_bytes(model, n_local):
         free, _ = torch.cuda.mem_get_info(weights[0].device)
         return 0.95 * (free + torch.cuda.memory_reserved(weights[0].device))  # the rest: gaps
     # gaps take more on a CPU, and a process without memory is killed without an error
-    return 0.7 * runtime.free_memory() / n_local + sum(local(p).nbytes for p in weights)
+    return 0.7 * memory.free_memory() / n_local + sum(local(p).nbytes for p in weights)
 
 
 def begin(cut, first_step, run, opt, is_auto):

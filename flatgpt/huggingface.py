@@ -24,7 +24,8 @@ import tokenizer
 from configurator import UserError
 from flatgpt.entries import without_memory
 from flatgpt.files import sync_folder
-from model import GPT, ROPE_SCALINGS, GPTConfig
+from model import GPT, GPTConfig
+from ops import ROPE_SCALINGS
 from tokenizer import chat, formats, tokenizer_json, vocabulary
 from tokenizer.base import temporary_name, write_file
 from tokenizer.patterns import PATTERNS, batches
@@ -462,9 +463,9 @@ def save(model, described, chat_template, folder, dtype=torch.float32):
 def check_expressible(config):
     """Raise UserError naming the fields that no model type of transformers has."""
     c, is_gpt2 = config, config.pos == 'learned'
-    fixed = {'logit_softcap': 0, 'residual_lambdas': False, 'value_embeddings': False, 'window': 0,
-             'head_dim': None, 'norm': 'layernorm' if is_gpt2 else 'rmsnorm',
-             'mlp': 'gelu' if is_gpt2 else 'swiglu'}
+    fixed = {'logit_softcap': 0, 'residual_lambdas': False, 'value_embeddings': False,
+             'head_gates': False, 'value_gates': False, 'window': 0, 'head_dim': None,
+             'norm': 'layernorm' if is_gpt2 else 'rmsnorm', 'mlp': 'gelu' if is_gpt2 else 'swiglu'}
     if is_gpt2:
         fixed |= {'n_kv_head': None, 'qk_norm': False}
     # values that compute the same as the fixed ones

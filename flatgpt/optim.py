@@ -36,23 +36,34 @@ def adamw(model, weight_decay, learning_rate, betas):
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=can_fuse)
 
 
-def schedule(config):
+def set_rates(optimizer, lr, matrix_lr=None):
+    """Set the rates of the groups; matrix_lr: for Muon's matrices, None: lr."""
+    for group in optimizer.param_groups:
+        is_apart = matrix_lr is not None and 'momentum' in group
+        group['lr'] = group['lr_scale'] * (matrix_lr if is_apart else lr)
+
+
+def schedule(config, fraction='decay_fraction'):
     """Return the learning rate as a function of the step, by train.py's settings.
 
-    Raises UserError for a rate that would rise where it should fall.
+    fraction: the setting with the part of the run in which the rate falls. Raises UserError for a
+    rate that would rise where it should fall, and for settings of Muon without it.
     """
     rate, warmup, min_lr = (config[name] for name in ('learning_rate', 'warmup_iters', 'min_lr'))
     name = 'max_iters' if config['lr_decay_iters'] is None else 'lr_decay_iters'
     end = config[name]
     if config['optimizer'] == 'muon' and rate == 0:
         raise UserError('learning_rate=0: expected above 0 with optimizer=muon')
+    muon.check_settings(config)
+    share = config.get(fraction)
     if not config['decay_lr']:
         return lambda step: rate
     if min_lr > rate:
         raise UserError(f'min_lr={min_lr}: expected at most learning_rate={rate}, usually a tenth')
     if end < warmup and (name == 'lr_decay_iters' or 'warmup_iters' in config.given):
         raise UserError(f'{name}={end}: expected at least warmup_iters={warmup}; lower that')
-    rates = Schedule(rate, warmup, end, min_lr, config['decay_fraction'])
+    share = config['decay_fraction'] if share is None else share
+    rates = Schedule(rate, warmup, end, min_lr, share)
     return getattr(rates, config['lr_schedule'])  # cosine or wsd
 
 

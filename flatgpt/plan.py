@@ -20,11 +20,11 @@ import torch
 
 import ops
 from configurator import UserError
-from flatgpt import costs, huggingface, pretrained, runtime
+from flatgpt import costs, huggingface, memory, pretrained, runtime
 from flatgpt.cut import cut_step
 from flatgpt.entries import glance
 from flatgpt.flops import GPU, GPUS, Machine, gpu_named, machine_named
-from flatgpt.muon import BATCH
+from flatgpt.muon import BATCH, QUINTICS
 from model import GPTConfig, padded_vocab_size
 
 # what the libraries take beside tensors: Python and torch; on a GPU CUDA's kernels, cuBLAS and NCCL
@@ -164,9 +164,10 @@ def update(setup):
     for (m, n), count in counts.items():
         count = min(count, max(1, BATCH // (m * n)))
         numbers, gram = count * m * n, count * m * m
-        # the first quotient is in fp32; the batch before it is still held
-        most = max(most, item * before + max((8 + item * (item < 4)) * numbers,
-                                           2 * item * (numbers + gram)))
+        is_wide = item == 4 and n > 1.3 * m  # orthogonalize() keeps a product of polynomials too
+        held = max(2 * numbers + (3 + is_wide) * gram, numbers + (4 + 2 * is_wide) * gram)
+        # directions come in fp32; the batch before is still held
+        most = max(most, item * before + max((4 + item * (item < 4)) * numbers, item * held))
         before = numbers
     return most
 
@@ -211,11 +212,11 @@ def seconds_of_step(setup, machine):
 
 
 def orthogonalization(setup):
-    """Return the FLOPs of Muon's five iterations over all matrices."""
+    """Return the FLOPs of Muon's products over all matrices, as on a GPU in bf16."""
     c, (q, qkv, n_in, _) = setup.model, costs.widths(setup.model)
     rows = [q, q, (qkv - q) // 2, (qkv - q) // 2] + [c.mlp_width] * (n_in // c.mlp_width + 1)
     pairs = [sorted((n, c.n_embd)) for n in rows]
-    return c.n_layer * sum(10 * m * m * (2 * n + m) for m, n in pairs)
+    return c.n_layer * sum(2 * len(QUINTICS) * m * m * (2 * n + m) for m, n in pairs)
 
 
 def exchange(setup, machine, seconds):
@@ -278,7 +279,7 @@ def machine_here(device, dtype, n_processes):
     x = torch.ones(1024, 1024, dtype=runtime.DTYPES[dtype])
     y = torch.ones(2**23)
     flops, n_bytes = 2 * 1024**3 / fastest(lambda: x @ x), 12 * 2**23 / fastest(lambda: y + y)
-    gpu = GPU(flops / PRODUCTS, runtime.free_memory() / n_processes, n_bytes / BANDWIDTH, math.inf,
+    gpu = GPU(flops / PRODUCTS, memory.free_memory() / n_processes, n_bytes / BANDWIDTH, math.inf,
               math.inf)
     return Machine(f'this {device.type.upper()}', gpu)
 

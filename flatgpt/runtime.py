@@ -4,8 +4,7 @@ import ctypes
 import os
 import shutil
 import sys
-from contextlib import nullcontext, suppress
-from pathlib import Path
+from contextlib import nullcontext
 
 import torch
 
@@ -176,25 +175,6 @@ def keep_freed_memory():
             M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from malloc.h
             libc.mallopt(M_MMAP_MAX, 0)
             libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-# a container's limit, its use, and the part of it that can be dropped: cgroup v2's files and v1's
-CGROUPS = (('memory.max', 'memory.current', 'memory.stat', 'inactive_file'),
-           ('memory/memory.limit_in_bytes', 'memory/memory.usage_in_bytes', 'memory/memory.stat',
-            'total_inactive_file'))
-
-
-def free_memory(cgroup='/sys/fs/cgroup'):
-    """Return the bytes of memory that this process can still take; 0: not known."""
-    free = 0
-    with suppress(OSError, StopIteration), open('/proc/meminfo', encoding='utf-8') as file:
-        free = next(1024 * int(line.split()[1]) for line in file if 'MemAvailable' in line)
-    for *names, key in CGROUPS:
-        with suppress(OSError, ValueError):  # 'max' is no number
-            limit, used, stat = (Path(cgroup, name).read_text() for name in names)
-            kept = dict(line.split() for line in stat.splitlines())
-            free = min(free, int(limit) - int(used) + int(kept.get(key, 0)))
-    return max(0, free)
 
 
 def compile_or_eager(try_step):

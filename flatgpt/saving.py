@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from flatgpt import runtime
+from flatgpt import memory, runtime
 from flatgpt.owners import local
 
 
@@ -62,7 +62,7 @@ class Saver:
         n_bytes = sum(local(tensor).nbytes for tensor in tensors)
         if any(tensor is not local(tensor) for tensor in tensors):  # all processes copy at once
             n_bytes *= runtime.machine_size()
-        if self.copy or n_bytes < runtime.free_memory() / 2:
+        if self.copy or n_bytes < memory.free_memory() / 2:
             try:
                 self.copy = copied(state, self.copy, {})
                 self.running = self.thread.submit(write, {**self.copy})

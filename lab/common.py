@@ -84,8 +84,7 @@ def train(model, get_batch, steps, optimizer=None, compile=False):
     autocast = runtime.autocast(dtype, device)
     for step in range(steps):
         model.train()
-        for group in optimizer.param_groups:
-            group['lr'] = group['lr_scale'] * schedule.wsd(step)
+        optim.set_rates(optimizer, schedule.wsd(step))
         x, y = (part.to(device) for part in get_batch(step))
         with autocast:
             loss = model(x, y)[1]

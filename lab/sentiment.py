@@ -148,8 +148,7 @@ def finetune(model, items, learning_rate):
         n_tokens = sum(len(ids) - 1 for ids in sequences)
         (task_loss / batch_size + lm_coef * lm_loss / n_tokens).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for group in opt.param_groups:
-            group['lr'] = group['lr_scale'] * schedule.cosine(step)
+        optim.set_rates(opt, schedule.cosine(step))
         opt.step()
         opt.zero_grad(set_to_none=True)
 

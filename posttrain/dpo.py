@@ -179,8 +179,7 @@ while True:
     t0 = time.perf_counter()
     torch.manual_seed(seed + 1_000_003 * (run.step + 1))
     lr = learning_rate * schedule.cosine(run.step)
-    for group in opt.param_groups:
-        group['lr'] = lr * group['lr_scale']
+    optim.set_rates(opt, lr)
     first = run.drawn(prompts_per_step)
     numbers = train_items(first, prompts_per_step, len(splits['train']), seed)
     idx, mask = pair_rows([splits['train'][i] for i in numbers], torch_device)  # (2n, T)

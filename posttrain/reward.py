@@ -226,8 +226,7 @@ while True:
 
     # update
     lr = schedule.cosine(run.step)
-    for group in opt.param_groups:
-        group['lr'] = lr * group['lr_scale']
+    optim.set_rates(opt, lr)
     opt.step()
     opt.zero_grad(set_to_none=True)
     dt = time.perf_counter() - t0

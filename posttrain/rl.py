@@ -264,8 +264,7 @@ def update(optimizer, model, lr):
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf).item()
     if not math.isfinite(norm):
         run.stop_not_finite(f'the norm of the gradient is {norm}')
-    for group in optimizer.param_groups:
-        group['lr'] = lr * group['lr_scale']
+    optim.set_rates(optimizer, lr)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm

@@ -55,7 +55,8 @@ def test_the_step_follows_every_setting():
     """Each option of the architecture, Muon, micro-batches."""
     options = {'mlp': 'swiglu', 'n_kv_head': 1, 'norm': 'rmsnorm', 'pos': 'rope', 'rope_base': 500.0, 'qk_norm': True,
                'tie_embeddings': False, 'window': 4, 'window_pattern': 'SL', 'logit_softcap': 20.0, 'zero_init': True,
-               'residual_lambdas': True, 'value_embeddings': True, 'dropout': 0.1, 'bias': True}
+               'residual_lambdas': True, 'value_embeddings': True, 'head_gates': True, 'value_gates': True, 'dropout': 0.1,
+               'bias': True}
     s = bare.settings('gpt2', **SIZE, **options, optimizer='muon', total_batch_size=96)
     step = bare.Step(s)
     assert step.model.config == GPTConfig(8, 31, 2, 2, 16, **options)

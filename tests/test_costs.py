@@ -19,7 +19,8 @@ CONFIGS = {
     'modern': common.gpt_config(**SMALL, n_kv_head=1),
     'relu2': common.gpt_config(**SMALL, mlp='relu2', head_dim=16),
     'Qwen': common.gpt_config('llama', **SMALL, qkv_bias=True, qk_norm=True, qk_norm_weight=True,
-                              value_embeddings=True, residual_lambdas=True, n_inner=200),
+                              value_embeddings=True, residual_lambdas=True, head_gates=True,
+                              value_gates=True, n_inner=200),
 }
 each_config = pytest.mark.parametrize('config', CONFIGS.values(), ids=CONFIGS)
 

@@ -9,7 +9,7 @@ import torch
 from conftest import close_state, losses
 
 from configurator import UserError
-from flatgpt import checkpoint, costs, fit, parallel, plan, runtime
+from flatgpt import checkpoint, costs, fit, memory, parallel, plan, runtime
 from flatgpt.cut import Cut, cut_step
 from flatgpt.plan import Setup
 from model import GPT, GPTConfig
@@ -76,7 +76,7 @@ def test_auto_begins_with_one_sequence():
 @pytest.mark.parametrize('megabytes', [6, 12, 24, 100])
 def test_the_largest_that_fits(monkeypatch, megabytes):
     """By the plan's own prediction, of which tests/test_plan.py checks the numbers."""
-    monkeypatch.setattr(runtime, 'free_memory', lambda: megabytes * 1e6)
+    monkeypatch.setattr(memory, 'free_memory', lambda: megabytes * 1e6)
     config = GPTConfig(n_layer=2, n_head=2, n_embd=64, vocab_size=64, block_size=64, bias=False)
     settings = {'total_batch_size': 64 * 48, 'batch_size': 'auto', 'dtype': 'float32', 'compile': False,
                 'optimizer': 'adamw', 'recompute': 'none', 'lora_rank': 0, 'lora_targets': ''}
@@ -99,19 +99,19 @@ def test_the_largest_that_fits(monkeypatch, megabytes):
 
 def test_free_memory():
     physical = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
-    assert 1e8 < runtime.free_memory() <= physical
+    assert 1e8 < memory.free_memory() <= physical
 
 
-@pytest.mark.parametrize('names', runtime.CGROUPS)
+@pytest.mark.parametrize('names', memory.CGROUPS)
 def test_free_memory_of_a_container(tmp_path, names):
     """Its limit less its use, but for files that the system can drop; 'max' is none."""
     *files, key = names
     for name, content in zip(files, ('80000000', '79000000', f'anon 5\n{key} 2000000\n'), strict=True):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(content)
-    assert runtime.free_memory(tmp_path) == 3_000_000
+    assert memory.free_memory(tmp_path) == 3_000_000
     (tmp_path / files[0]).write_text('max')
-    assert runtime.free_memory(tmp_path) > 1e8
+    assert memory.free_memory(tmp_path) > 1e8
 
 
 def test_a_first_step_shrinks_until_it_fits(capsys, monkeypatch):

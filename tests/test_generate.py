@@ -102,11 +102,12 @@ def test_slide(gpt):
 
 MODERN = {'pos': 'rope', 'norm': 'rmsnorm', 'mlp': 'swiglu', 'n_kv_head': 2, 'window': 5, 'window_pattern': 'SL',
           'bias': False, 'tie_embeddings': False, 'qk_norm': True, 'logit_softcap': 5.0, 'value_embeddings': True}
+GATED = {**MODERN, 'head_gates': True, 'value_gates': True}
 
 
 @pytest.mark.filterwarnings('ignore')  # of torch.compile's own modules
 @pytest.mark.parametrize('compile', [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize('options, dtype', [({}, torch.float32), (MODERN, torch.float32), (MODERN, torch.bfloat16),
+@pytest.mark.parametrize('options, dtype', [({}, torch.float32), (GATED, torch.float32), (GATED, torch.bfloat16),
                                             (MODERN, torch.int8)])
 def test_for_decoding(options, dtype, compile):
     """In fp32 the same greedy tokens, compiled or not; in fewer bits nearly the same logits; step for step the same

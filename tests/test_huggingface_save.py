@@ -72,6 +72,8 @@ def test_transformers_reads_what_we_trained(case, tmp_path):
     ({**PRESETS['llama'], 'value_embeddings': True},
      ['value_embeddings=True', '--value_embeddings=False']),
     ({'residual_lambdas': True}, ['residual_lambdas=True', '--residual_lambdas=False']),
+    ({'head_gates': True}, ['head_gates=True', '--head_gates=False']),
+    ({'value_embeddings': True, 'value_gates': True}, ['value_gates=True', '--value_gates=False']),
     ({'norm': 'rmsnorm'}, ["norm='rmsnorm'", '--norm=layernorm']),
     ({**PRESETS['llama'], 'norm': 'layernorm'}, ["norm='layernorm'", '--norm=rmsnorm']),
     ({'n_kv_head': 2}, ['n_kv_head=2', '--n_kv_head=None']), ({'qk_norm': True}, ['qk_norm=True']),

@@ -67,9 +67,10 @@ def parameters_by_hand(c):
     linears = [(width, q + 2 * kv, qkv_bias), (q, width, c['bias']), (inner, width, c['bias']),
                (width, inner * (2 if c['mlp'] == 'swiglu' else 1), c['bias'])]
     block = 2 * norm + sum(i * o + o * bias for i, o, bias in linears) + 2 * c['residual_lambdas']
-    block += 2 * head * c['qk_norm_weight']
+    block += 2 * head * c['qk_norm_weight'] + 12 * c['n_head'] * c['head_gates']
+    tables_of_values = 40 * kv + 12 * (kv // head) * c['value_gates']
     tables = 40 * width * (1 if c['tie_embeddings'] else 2) + 16 * width * (c['pos'] == 'learned')
-    return c['n_layer'] * block + norm + tables + c['value_embeddings'] * 40 * kv * ((c['n_layer'] + 1) // 2)
+    return c['n_layer'] * block + norm + tables + c['value_embeddings'] * tables_of_values * ((c['n_layer'] + 1) // 2)
 
 
 @settings(max_examples=30)
@@ -277,6 +278,36 @@ def test_value_embeddings_by_hand():
     model = tiny(n_layer=5, value_embeddings=True, n_kv_head=1)
     assert {name: tuple(p.shape) for name, p in model.named_parameters() if 'vte' in name} == {
         f'transformer.vte.{layer}.weight': (40, 8) for layer in (0, 2, 4)}
+
+
+def test_gates_by_hand():
+    """Each head and each value embedding is scaled by twice the sigmoid of a product with the first 12 channels."""
+    torch.manual_seed(0)
+    config = GPTConfig(n_head=4, n_kv_head=2, n_embd=16, bias=False, value_embeddings=True, value_gates=True, head_gates=True)
+    attention = CausalSelfAttention(config, window=1, has_values=True)
+    assert attention.head_gate.shape == (4, 12) and attention.value_gate.shape == (2, 12)
+    for gate in (attention.head_gate, attention.value_gate):
+        torch.nn.init.normal_(gate)
+    x, embedding = torch.randn(2, 5, 16), torch.randn(2, 5, 8)
+    of_heads, of_values = (2 / (1 + torch.exp(-(x[..., :12] @ gate.T))) for gate in (
+        attention.head_gate, attention.value_gate))
+    v = (x @ attention.c_attn.weight[24:].T).unflatten(2, (2, 4)) + of_values[..., None] * embedding.unflatten(2, (2, 4))
+    y = (v.repeat_interleave(2, dim=2) * of_heads[..., None]).flatten(2)
+    torch.testing.assert_close(attention(x, Context(value_embedding=embedding)), y @ attention.c_proj.weight.T)
+
+
+def test_gates_begin_at_one():
+    """Added to a model, they change nothing; value gates are where value embeddings are."""
+    plain, gated = (tiny(n_layer=3, value_embeddings=True, **gates) for gates in (
+        {}, {'head_gates': True, 'value_gates': True}))
+    fresh = {name for name, _ in gated.named_parameters()} - {name for name, _ in plain.named_parameters()}
+    assert fresh == {f'transformer.h.{i}.attn.{name}' for i, name in (
+        (0, 'head_gate'), (1, 'head_gate'), (2, 'head_gate'), (0, 'value_gate'), (2, 'value_gate'))}
+    gated.load_state_dict(plain.state_dict(), strict=False)
+    idx = torch.randint(40, (2, 16))
+    assert torch.equal(gated(idx, idx)[0], plain(idx, idx)[0])
+    with pytest.raises(ValueError, match='value_gates=True: expected value_embeddings=True too'):
+        GPTConfig(value_gates=True)
 
 
 @pytest.mark.parametrize('mlp', ['swiglu', 'relu2'])

@@ -113,7 +113,8 @@ CASES = {
     'muon': {'preset': 'modern', 'dropout': 0.1, 'weight_decay': 0.1, 'dtype': 'bfloat16'},
     'muon, float16, all options': {
         'preset': 'modern', 'dtype': 'float16', 'n_kv_head': 1, 'mlp': 'swiglu', 'window': 5, 'n_layer': 3,
-        'residual_lambdas': True, 'value_embeddings': True, 'weight_decay': 0.1},
+        'residual_lambdas': True, 'value_embeddings': True, 'weight_decay': 0.1, 'head_gates': True, 'value_gates': True,
+        'cautious_decay': True, 'muon_decay_fraction': 0.8},
 }
 
 

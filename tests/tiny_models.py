@@ -52,7 +52,8 @@ def gradients(model, *losses):
 def possible(options):
     """Without what another option excludes."""
     return {**options, 'rope_scaling': options['rope_scaling'] if options['pos'] == 'rope' else None,
-            'qk_norm_weight': options['qk_norm_weight'] and options['qk_norm']}
+            'qk_norm_weight': options['qk_norm_weight'] and options['qk_norm'],
+            'value_gates': options['value_gates'] and options['value_embeddings']}
 
 
 CHOICES = {
@@ -63,6 +64,7 @@ CHOICES = {
     'tie_embeddings': st.booleans(), 'window': st.sampled_from([0, 1, 3, 7, 100]),
     'window_pattern': st.sampled_from(['S', 'SL', 'LS', 'SSL']), 'logit_softcap': st.sampled_from([0.0, 3.0]),
     'zero_init': st.booleans(), 'residual_lambdas': st.booleans(), 'value_embeddings': st.booleans(),
+    'head_gates': st.booleans(), 'value_gates': st.booleans(),
     'head_dim': st.sampled_from([None, 2, 10]), 'n_inner': st.sampled_from([None, 24]),
     'norm_eps': st.sampled_from([1e-5, 1e-2]), 'qk_norm_weight': st.booleans(),
     'qkv_bias': st.sampled_from([None, True, False]),

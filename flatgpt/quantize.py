@@ -17,6 +17,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+# the levels of NF4: quantiles of the normal distribution, scaled to -1 to 1
+NF4 = torch.tensor([-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+                    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+                    0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
+                    0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+                    0.7229568362236023, 1.0])
+
 
 def compile_options():
     """Return inductor's options for a step on the CPU."""
@@ -94,6 +101,24 @@ def quantize_rows(weight):
     """Round (N, K) -> (N, K) of int8 and (N,), the step of each row."""
     scale = weight.abs().amax(1).clamp(min=1e-12) / 127
     return (weight / scale[:, None]).round().to(torch.int8), scale
+
+
+def quantize_nf4(weight):
+    """Round (N, K) to NF4 -> two numbers a byte, (blocks, 32), and absmax of each block of 64.
+
+    The blocks follow one another in the flattened weight. Source: "QLoRA", Dettmers et al. 2023.
+    """
+    blocks = F.pad(weight.flatten(), (0, -weight.numel() % 64)).view(-1, 64)
+    absmax = blocks.abs().amax(1, keepdim=True)
+    bounds = (NF4[1:] + NF4[:-1]).to(weight.device) / 2
+    codes = torch.bucketize(blocks / absmax.clamp(min=1e-38), bounds)
+    return (codes[:, ::2] << 4 | codes[:, 1::2]).to(torch.uint8), absmax
+
+
+def weights_of_nf4(codes, absmax, n):
+    """Return the n numbers in fp32 of what quantize_nf4() returned."""
+    pairs = torch.cartesian_prod(NF4, NF4).to(codes.device)  # (256, 2), of each byte
+    return (F.embedding(codes.int(), pairs).flatten(1) * absmax).flatten()[:n]
 
 
 def move_together(weights):

@@ -104,20 +104,18 @@ MODERN = {'pos': 'rope', 'norm': 'rmsnorm', 'mlp': 'swiglu', 'n_kv_head': 2, 'wi
           'bias': False, 'tie_embeddings': False, 'qk_norm': True, 'logit_softcap': 5.0, 'value_embeddings': True}
 
 
-@pytest.mark.filterwarnings('ignore')  # of torch.compile's own modules
-@pytest.mark.parametrize('compile', [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('compile', [False, True])
 @pytest.mark.parametrize('options, dtype', [({}, torch.float32), (MODERN, torch.float32), (MODERN, torch.bfloat16),
                                             (MODERN, torch.int8)])
 def test_for_decoding(options, dtype, compile):
     """In fp32 the same greedy tokens, compiled or not; in fewer bits nearly the same logits; step for step the same
     from the cache as from the whole context."""
-    torch._dynamo.reset()
-    tolerance = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.int8: 0.1}[dtype]
-    plain = sharpened(tiny(n_head=4, n_embd=32, vocab_size=40, **options)).eval()
+    tolerance = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.int8: 0.2}[dtype]
+    plain = sharpened(tiny(n_head=4, n_embd=128, vocab_size=40, **options)).eval()
     idx = torch.randint(40, (1, 6), generator=torch.Generator().manual_seed(0))
     expected = [plain(idx[:, :n])[0] for n in range(1, 7)]
     spread = torch.cat(expected).std()
-    model = sharpened(tiny(n_head=4, n_embd=32, vocab_size=40, **options)).eval()
+    model = sharpened(tiny(n_head=4, n_embd=128, vocab_size=40, **options)).eval()
     quantize.for_decoding(model, dtype, compile)
     logits = [model(idx[:, :n])[0] for n in range(1, 7)]
     for got, want in zip(logits, expected, strict=True):

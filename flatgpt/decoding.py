@@ -51,7 +51,8 @@ def prepare(model, config, rows=1, n_tokens=math.inf, local_rank=None):
                         f'which is a precision')
     # a second of compilation pays; a batch is faster by instructions for bf16
     pays = (device.type == 'cuda' or config['quantize'] or is_large
-            and (rows in (1, None) or not has_bf16_products()) and (rows or math.inf) * n_tokens >= 100)
+            and (rows in (1, None) or not has_bf16_products())
+            and (rows or math.inf) * n_tokens >= 100)
     compile, compile_reason = runtime.choose_compile(
         config['compile'], device, math.inf if pays else 0)
     if config['quantize']:

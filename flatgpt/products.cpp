@@ -16,8 +16,10 @@ constexpr int LANES = 16;
 constexpr int LANES = 8;
 #endif
 constexpr int AHEAD = 1024;           // bytes between a read and its prefetch
-constexpr int BLOCK = 512;            // channels of w that are widened at once
+constexpr int MOST = 64;              // rows of x, see products.py
+constexpr int BLOCK = 256;            // channels of w that are widened at once
 constexpr int ROWS = 3, XS = 4;       // rows of w and of x whose sums stay in registers
+constexpr int GROUP = 4 * ROWS;       // rows of w that pass a block of x
 constexpr ptrdiff_t ALONE = 1 << 16;  // weights up to which one thread is faster
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -97,32 +99,43 @@ static inline float finish(float y, const float *scale, const float *bias, ptrdi
     return (scale ? y * scale[row] : y) + (bias ? bias[row] : 0);
 }
 
-// Several rows of x. Each block of w is read and widened once, for all of them.
+// Several rows of x. Each block of w is read and widened once, for all of them. A block of x stays
+// in the first cache while GROUP rows of w pass.
 template <typename T>
 static void multiply_rows(const float *x, const T *w, float *y, ptrdiff_t n, ptrdiff_t N,
                           ptrdiff_t K, const float *scale, const float *bias) {
     #pragma omp parallel for if (N * K > ALONE)
-    for (ptrdiff_t row = 0; row < N; row += ROWS) {
+    for (ptrdiff_t first = 0; first < N; first += GROUP) {
         float wide[ROWS * BLOCK];
-        vec totals[64 * ROWS] = {};  // products.py gives 64 rows at most
+        vec totals[MOST * GROUP];
+        ptrdiff_t end = first + GROUP < N ? first + GROUP : N;
+        memset(totals, 0, n * GROUP * sizeof(vec));
         for (ptrdiff_t start = 0; start < K; start += BLOCK) {
             int width = K - start < BLOCK ? K - start : BLOCK;
-            for (int r = 0; r < ROWS; r++) {
-                const T *p = w + (row + r < N ? row + r : N - 1) * K + start;
-                for (int k = 0; k < width; k += 2 * LANES) {
-                    __builtin_prefetch((const char *)(p + k) + ROWS * K * sizeof(T));
-                    widen(p + k, wide + r * BLOCK + k);
+            for (ptrdiff_t row = first; row < end; row += ROWS) {
+                for (int r = 0; r < ROWS; r++) {
+                    const T *p = w + (row + r < N ? row + r : N - 1) * K + start;
+                    for (int k = 0; k < width; k += 2 * LANES) {
+                        __builtin_prefetch((const char *)(p + k) + ROWS * K * sizeof(T));
+                        widen(p + k, wide + r * BLOCK + k);
+                    }
                 }
+                vec *of_rows = totals + (row - first) * n;
+                ptrdiff_t i = 0;
+                for (; i + XS <= n; i += XS)
+                    add_tile<XS>(x + i * K + start, K, wide, width, of_rows + i * ROWS);
+                const float *rest = x + i * K + start;
+                if (n - i == 3) add_tile<3>(rest, K, wide, width, of_rows + i * ROWS);
+                if (n - i == 2) add_tile<2>(rest, K, wide, width, of_rows + i * ROWS);
+                if (n - i == 1) add_tile<1>(rest, K, wide, width, of_rows + i * ROWS);
             }
-            ptrdiff_t i = 0;
-            for (; i + XS <= n; i += XS)
-                add_tile<XS>(x + i * K + start, K, wide, width, totals + i * ROWS);
-            for (; i < n; i++)
-                add_tile<1>(x + i * K + start, K, wide, width, totals + i * ROWS);
         }
-        for (ptrdiff_t i = 0; i < n; i++)
-            for (int r = 0; r < ROWS && row + r < N; r++)
-                y[i * N + row + r] = finish(sum(totals[i * ROWS + r]), scale, bias, row + r);
+        for (ptrdiff_t row = first; row < end; row++)
+            for (ptrdiff_t i = 0; i < n; i++) {
+                ptrdiff_t r = (row - first) % ROWS;
+                vec total = totals[(row - first - r) * n + i * ROWS + r];
+                y[i * N + row] = finish(sum(total), scale, bias, row);
+            }
     }
 }
 

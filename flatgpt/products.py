@@ -1,7 +1,7 @@
 """
 Multiply few rows by a matrix, and attend to cached keys, by the loops of products.cpp.
 
-    if products.load() is not None and products.fits(weight): y = products.multiply(x, weight)
+    if products.load() is not None and Product.fits(weight): y = Product(weight)(x)
 
 The time is that of reading the matrix, and libraries take up to four times as long for one row. The
 C++ compiler takes a second. It needs Linux, whose OpenMP is torch's.
@@ -48,29 +48,32 @@ def load():
     return library
 
 
-def fits(weight):
-    """Return whether multiply() takes a weight."""
-    return (weight.device.type == 'cpu' and weight.size(1) % 64 == 0 and weight.is_contiguous()
-            and weight.dtype in (torch.float32, torch.bfloat16, torch.int8))
+class Product:
+    """Multiply x by a weight: scale * x (..., K) times weight (N, K) transposed + bias, (..., N).
 
-
-def multiply(x, weight, scale=None, bias=None):
-    """Return scale * x (n, K) times weight (N, K) transposed + bias, (n, N). n: up to MOST_ROWS.
-
-    scale, bias: (N,) each. All but the weight is in fp32.
+    scale, bias: (N,) in fp32, or None. x has up to MOST_ROWS rows; y is in fp32. The weight's
+    address is looked up once, since a step of one token makes dozens of these calls.
     """
-    library, (n, K), N = load(), x.shape, len(weight)
-    function = {torch.float32: library.multiply_float32, torch.bfloat16: library.multiply_bfloat16,
-                torch.int8: library.multiply_int8}[weight.dtype]
-    x, y = x.float().contiguous(), torch.empty(n, N)
-    function(x.data_ptr(), weight.data_ptr(), y.data_ptr(), n, N, K, address_of(scale),
-             address_of(bias))
-    return y
 
+    def __init__(self, weight, scale=None, bias=None):
+        self.kept = weight, scale, bias  # the addresses hold as long as these do
+        name = f'multiply_{weight.dtype}'.replace('torch.', '')
+        self.multiply, (self.N, self.K) = getattr(load(), name), weight.shape
+        self.addresses = [part if part is None else part.data_ptr() for part in self.kept]
 
-def address_of(tensor):
-    """Return where a tensor's numbers lie; None for None."""
-    return None if tensor is None else tensor.data_ptr()
+    @staticmethod
+    def fits(weight):
+        """Return whether there are loops for a weight."""
+        return (weight.device.type == 'cpu' and weight.size(1) % 64 == 0 and weight.is_contiguous()
+                and weight.dtype in (torch.float32, torch.bfloat16, torch.int8))
+
+    def __call__(self, x):
+        if x.dtype != torch.float32 or not x.is_contiguous():
+            x = x.float().contiguous()
+        y, (weight, scale, bias) = torch.empty(*x.shape[:-1], self.N), self.addresses
+        n = x.numel() // self.K
+        self.multiply(x.data_ptr(), weight, y.data_ptr(), n, self.N, self.K, scale, bias)
+        return y
 
 
 class OneQuery:
@@ -80,7 +83,7 @@ class OneQuery:
     """
 
     def __init__(self, seen):
-        self.seen = seen.contiguous()
+        self.seen, self.sizes = seen.contiguous(), None
 
     @staticmethod
     def fits(k):
@@ -90,10 +93,14 @@ class OneQuery:
                 and k.size(-1) % 32 == 0 and not torch.is_grad_enabled())
 
     def __call__(self, q, k, v):
-        (B, H, _, D), (_, G, S, _), library = q.shape, k.shape, load()
+        if self.sizes is None:  # all layers have the same
+            (B, H, _, D), (_, G, S, _), masks = q.shape, k.shape, len(self.seen)
+            self.sizes = (ctypes.c_ssize_t * 8)(B, H, G, S, D, *k.stride()[:2],
+                                                S if masks > 1 else 0)
+        if q.dtype != torch.float32 or not q.is_contiguous():
+            q = q.float().contiguous()
+        y, library = torch.empty(q.shape), load()
         attend = library.attend_float32 if k.dtype == torch.float32 else library.attend_bfloat16
-        sizes = (ctypes.c_ssize_t * 8)(B, H, G, S, D, *k.stride()[:2],
-                                       S if len(self.seen) > 1 else 0)
-        q, y = q.float().contiguous(), torch.empty(B, H, 1, D)
-        attend(q.data_ptr(), k.data_ptr(), v.data_ptr(), self.seen.data_ptr(), y.data_ptr(), sizes)
+        attend(q.data_ptr(), k.data_ptr(), v.data_ptr(), self.seen.data_ptr(), y.data_ptr(),
+               self.sizes)
         return y

@@ -47,10 +47,13 @@ class DecodeLinear(nn.Module):
             weight, scale = quantize_rows(weight.float())
         self.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
         self.register_buffer('scale', scale)
-        self.packed, self.is_direct = None, is_direct and products.fits(self.weight)
-        bias_dtype = torch.float32 if dtype == torch.int8 or self.is_direct else dtype
+        is_direct = is_direct and products.Product.fits(self.weight)
+        bias_dtype = torch.float32 if dtype == torch.int8 or is_direct else dtype
         bias = None if linear.bias is None else linear.bias.detach().to(bias_dtype)
         self.register_buffer('bias', bias)
+        self.packed = self.product = None
+        # rows that products.py multiplies
+        self.most = 0 if not is_direct else 1 if is_packed else products.MOST_ROWS
         if is_packed:
             self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.data, 16)
         # without instructions for fewer bits a CPU multiplies these more slowly than fp32
@@ -59,10 +62,13 @@ class DecodeLinear(nn.Module):
             torch.bfloat16 if dtype == torch.int8 else dtype)
 
     def forward(self, x):
-        shape, x = x.shape[:-1], x.flatten(0, -2)  # (positions, K)
+        shape = x.shape[:-1]
+        if shape.numel() <= self.most:
+            # made late: move_together() moves the weight
+            self.product = self.product or products.Product(self.weight, self.scale, self.bias)
+            return self.product(x)
+        x = x.flatten(0, -2)  # (positions, K)
         n, scale, bias = len(x), self.scale, self.bias
-        if self.is_direct and n <= (1 if self.packed is not None else products.MOST_ROWS):
-            return products.multiply(x, self.weight, scale, bias).view(*shape, -1)
         if self.packed is not None:
             rows = F.pad(x, (0, 0, 0, 4 - n)) if n < 4 else x  # 4 rows are faster than fewer
             y = torch.ops.mkldnn._linear_pointwise(

@@ -31,19 +31,19 @@ def test_multiply(dtype, n, N, K):
     scale, bias = normal(N, seed=2), normal(N, seed=3)
     weight = (30 * weight).clamp(-127, 127).to(dtype)
     expected = x.double() @ weight.double().T
-    got = products.multiply(x, weight)
+    got = products.Product(weight)(x)
     # sums of rounding errors: int8 rounds one row of x to half of 2^-14 of its largest number
     error = x.abs().max() * 2**-15 * weight.float().norm(dim=1).max() if dtype == torch.int8 and n == 1 else 0
     assert (got - expected).abs().max() < 4 * error + 2e-6 * K**0.5 * 30 * 6
-    whole = products.multiply(x, weight, scale, bias)
+    whole = products.Product(weight, scale, bias)(x)
     torch.testing.assert_close(whole, got * scale + bias)
 
 
 def test_integers_do_not_overflow():
     """Where all channels are at their largest a sum holds 24 bits of x."""
     x, weight = torch.full((1, 4096), 3.0), torch.full((4, 4096), -127, dtype=torch.int8)
-    torch.testing.assert_close(products.multiply(x, weight), torch.full((1, 4), -3.0 * 127 * 4096), rtol=1e-3, atol=0)
-    assert (products.multiply(torch.zeros(1, 4096), weight) == 0).all()
+    torch.testing.assert_close(products.Product(weight)(x), torch.full((1, 4), -3.0 * 127 * 4096), rtol=1e-3, atol=0)
+    assert (products.Product(weight)(torch.zeros(1, 4096)) == 0).all()
 
 
 @pytest.mark.parametrize('dtype', DTYPES)
@@ -51,14 +51,14 @@ def test_integers_do_not_overflow():
 def test_damaged_numbers_are_shown(dtype, value):
     x = normal(1, 128)
     x[0, 70] = value
-    assert not products.multiply(x, torch.ones(5, 128, dtype=dtype)).isfinite().any()
+    assert not products.Product(torch.ones(5, 128, dtype=dtype))(x).isfinite().any()
 
 
 def test_a_row_is_rounded_like_a_weight():
     """Of int8: what rounding x adds is far below what rounding the weights does."""
     x, weight = normal(1, 768), normal(400, 768, seed=1)
     q, scale = quantize_rows(weight)
-    exact, got = x @ weight.T, products.multiply(x, q, scale)
+    exact, got = x @ weight.T, products.Product(q, scale)(x)
     of_weights = (x @ (q * scale[:, None]).T - exact).std()
     assert (got - x @ (q * scale[:, None]).T).std() < 0.05 * of_weights
 

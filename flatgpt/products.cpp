@@ -246,3 +246,144 @@ extern "C" void attend_bfloat16(const float *q, const uint16_t *k, const uint16_
                                 const uint8_t *seen, float *y, const ptrdiff_t *sizes) {
     attend(q, k, v, seen, y, sizes);
 }
+
+// A block of model.py on one token of each of B rows, as its Block.forward() ---------------------
+
+struct Linear {
+    const void *weight;
+    const float *scale, *bias;
+    ptrdiff_t N, K, bytes;  // bytes: of a weight
+};
+
+struct Norm {
+    const float *weight, *bias;
+    ptrdiff_t is_rms;
+    double eps;
+};
+
+struct Block {
+    Linear c_attn, attn_proj, c_fc, mlp_proj;
+    Norm ln_1, ln_2, q_norm, k_norm;  // eps of q_norm and k_norm is 0: without
+    const float *lambdas;
+    ptrdiff_t H, G, D, mlp;  // mlp: 0 gelu, 1 gelu_erf, 2 swiglu, 3 relu2
+};
+
+struct Step {
+    ptrdiff_t B;
+    const float *x, *x0, *value_embedding;
+    float *y;
+    const float *cos, *sin;  // (1 or B, D / 2); null: no rotation
+    ptrdiff_t rotation_step;
+    const int64_t *slots;  // of the new tokens, (1 or B,)
+    ptrdiff_t slot_step;
+    void *k, *v;
+    ptrdiff_t bytes;  // of a cached number
+    const uint8_t *seen;
+    const ptrdiff_t *sizes;  // attend()'s
+};
+
+static void apply(const Linear &l, const float *x, float *y, ptrdiff_t n) {
+    if (l.bytes == 4) multiply_float32(x, (const float *)l.weight, y, n, l.N, l.K, l.scale, l.bias);
+    if (l.bytes == 2)
+        multiply_bfloat16(x, (const uint16_t *)l.weight, y, n, l.N, l.K, l.scale, l.bias);
+    if (l.bytes == 1) multiply_int8(x, (const int8_t *)l.weight, y, n, l.N, l.K, l.scale, l.bias);
+}
+
+static void apply(const Norm &norm, const float *x, float *y, ptrdiff_t C) {
+    float mean = 0, square = 0;
+    if (!norm.is_rms) {
+        for (ptrdiff_t c = 0; c < C; c++) mean += x[c];
+        mean /= C;
+    }
+    for (ptrdiff_t c = 0; c < C; c++) square += (x[c] - mean) * (x[c] - mean);
+    float factor = 1 / sqrtf(square / C + (float)norm.eps);
+    for (ptrdiff_t c = 0; c < C; c++)
+        y[c] = (x[c] - mean) * factor * (norm.weight ? norm.weight[c] : 1)
+             + (norm.bias ? norm.bias[c] : 0);
+}
+
+// Channels d and d + D / 2 are a point that turns, as in model.rotate().
+static void rotate(float *x, const float *cos, const float *sin, ptrdiff_t D) {
+    for (ptrdiff_t d = 0; d < D / 2; d++) {
+        float a = x[d], b = x[d + D / 2];
+        x[d] = a * cos[d] - b * sin[d], x[d + D / 2] = a * sin[d] + b * cos[d];
+    }
+}
+
+static void store(const float *x, void *cache, ptrdiff_t start, ptrdiff_t D, ptrdiff_t bytes) {
+    if (bytes == 4) {
+        memcpy((float *)cache + start, x, 4 * D);
+        return;
+    }
+    for (ptrdiff_t d = 0; d < D; d++) {  // to the nearest bf16, of two to the even one
+        uint32_t bits;
+        memcpy(&bits, x + d, 4);
+        ((uint16_t *)cache)[start + d] = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    }
+}
+
+static void activate(const float *x, float *y, ptrdiff_t n, ptrdiff_t mlp) {
+    const float c = 2 * sqrtf(2 / 3.14159265358979f);
+    if (mlp == 0)
+        for (ptrdiff_t i = 0; i < n; i++)
+            y[i] = x[i] / (1 + expf(-c * (x[i] + 0.044715f * x[i] * x[i] * x[i])));
+    if (mlp == 1)
+        for (ptrdiff_t i = 0; i < n; i++) y[i] = 0.5f * x[i] * (1 + erff(x[i] * sqrtf(0.5f)));
+    if (mlp == 2)
+        for (ptrdiff_t i = 0; i < n; i++) y[i] = x[i] / (1 + expf(-x[i])) * x[n + i];
+    if (mlp == 3)
+        for (ptrdiff_t i = 0; i < n; i++) y[i] = x[i] > 0 ? x[i] * x[i] : 0 * x[i];
+}
+
+static void mix(const Block &block, const Step &s, const float *normed, float *mixed) {
+    const ptrdiff_t H = block.H, G = block.G, D = block.D, width = (H + 2 * G) * D;
+    float *qkv = new float[s.B * width], *q = new float[s.B * H * D];
+    apply(block.c_attn, normed, qkv, s.B);
+    for (ptrdiff_t b = 0; b < s.B; b++) {
+        float *row = qkv + b * width;
+        for (ptrdiff_t head = 0; head < H + G; head++) {
+            const Norm &norm = head < H ? block.q_norm : block.k_norm;
+            if (norm.eps) apply(norm, row + head * D, row + head * D, D);
+            ptrdiff_t start = b * s.rotation_step;
+            if (s.cos) rotate(row + head * D, s.cos + start, s.sin + start, D);
+        }
+        float *k = row + H * D, *v = k + G * D;
+        for (ptrdiff_t i = 0; s.value_embedding && i < G * D; i++)
+            v[i] += s.value_embedding[b * G * D + i];
+        for (ptrdiff_t g = 0; g < G; g++) {
+            ptrdiff_t place = b * s.sizes[5] + g * s.sizes[6] + s.slots[b * s.slot_step] * D;
+            store(k + g * D, s.k, place, D, s.bytes);
+            store(v + g * D, s.v, place, D, s.bytes);
+        }
+        memcpy(q + b * H * D, row, 4 * H * D);
+    }
+    float *heads = qkv;  // (B, H, D) fits
+    if (s.bytes == 4) attend(q, (const float *)s.k, (const float *)s.v, s.seen, heads, s.sizes);
+    else attend(q, (const uint16_t *)s.k, (const uint16_t *)s.v, s.seen, heads, s.sizes);
+    apply(block.attn_proj, heads, mixed, s.B);
+    delete[] qkv;
+    delete[] q;
+}
+
+extern "C" void run_block(const Block *of, const Step *step) {
+    const Block &block = *of;
+    const Step &s = *step;
+    const ptrdiff_t C = block.c_attn.K, n = s.B * C, wide = block.c_fc.N, inner = block.mlp_proj.K;
+    float *normed = new float[n], *added = new float[n];
+    float *hidden = new float[s.B * wide], *active = new float[s.B * inner];
+    for (ptrdiff_t i = 0; i < n; i++)
+        s.y[i] = block.lambdas ? block.lambdas[0] * s.x[i] + block.lambdas[1] * s.x0[i] : s.x[i];
+    for (ptrdiff_t b = 0; b < s.B; b++) apply(block.ln_1, s.y + b * C, normed + b * C, C);
+    mix(block, s, normed, added);
+    for (ptrdiff_t i = 0; i < n; i++) s.y[i] += added[i];
+    for (ptrdiff_t b = 0; b < s.B; b++) apply(block.ln_2, s.y + b * C, normed + b * C, C);
+    apply(block.c_fc, normed, hidden, s.B);
+    for (ptrdiff_t b = 0; b < s.B; b++)
+        activate(hidden + b * wide, active + b * inner, inner, block.mlp);
+    apply(block.mlp_proj, active, added, s.B);
+    for (ptrdiff_t i = 0; i < n; i++) s.y[i] += added[i];
+    delete[] normed;
+    delete[] added;
+    delete[] hidden;
+    delete[] active;
+}

@@ -45,6 +45,7 @@ def load():
         multiply.argtypes = *[address] * 3, *[ctypes.c_ssize_t] * 3, address, address
     for attend in (library.attend_float32, library.attend_bfloat16):
         attend.argtypes = [address] * 6
+    library.run_block.argtypes = [address] * 2
     return library
 
 
@@ -59,7 +60,7 @@ class Product:
         self.kept = weight, scale, bias  # the addresses hold as long as these do
         name = f'multiply_{weight.dtype}'.replace('torch.', '')
         self.multiply, (self.N, self.K) = getattr(load(), name), weight.shape
-        self.addresses = [part if part is None else part.data_ptr() for part in self.kept]
+        self.addresses = [address_of(part) for part in self.kept]
 
     @staticmethod
     def fits(weight):
@@ -74,6 +75,11 @@ class Product:
         n = x.numel() // self.K
         self.multiply(x.data_ptr(), weight, y.data_ptr(), n, self.N, self.K, scale, bias)
         return y
+
+
+def address_of(tensor):
+    """Return where a tensor's numbers lie; None for None."""
+    return None if tensor is None else tensor.data_ptr()
 
 
 class OneQuery:
@@ -93,14 +99,18 @@ class OneQuery:
                 and k.size(-1) % 32 == 0 and not torch.is_grad_enabled())
 
     def __call__(self, q, k, v):
-        if self.sizes is None:  # all layers have the same
-            (B, H, _, D), (_, G, S, _), masks = q.shape, k.shape, len(self.seen)
-            self.sizes = (ctypes.c_ssize_t * 8)(B, H, G, S, D, *k.stride()[:2],
-                                                S if masks > 1 else 0)
         if q.dtype != torch.float32 or not q.is_contiguous():
             q = q.float().contiguous()
         y, library = torch.empty(q.shape), load()
         attend = library.attend_float32 if k.dtype == torch.float32 else library.attend_bfloat16
         attend(q.data_ptr(), k.data_ptr(), v.data_ptr(), self.seen.data_ptr(), y.data_ptr(),
-               self.sizes)
+               self.sizes_of(*q.shape[:2], k))
         return y
+
+    def sizes_of(self, B, H, k):
+        """Return attend()'s sizes, the same for all layers."""
+        if self.sizes is None:
+            _, G, S, D = k.shape
+            self.sizes = (ctypes.c_ssize_t * 8)(B, H, G, S, D, *k.stride()[:2],
+                                                S if len(self.seen) > 1 else 0)
+        return self.sizes

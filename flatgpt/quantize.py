@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from flatgpt import products
+from flatgpt import products, step
 
 # the levels of NF4: quantiles of the normal distribution, scaled to -1 to 1
 NF4 = torch.tensor([-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
@@ -158,6 +158,8 @@ def for_decoding(model, dtype, compile=False, any_rows=False):
     model.has_compiled_step = compile and device.type != 'cpu'
     if is_direct:
         move_together([*weights, model.lm_head.weight])
+        for block in blocks:
+            step.replace(block, model.config.mlp)
     elif model.has_compiled_step:  # each kind of block is compiled for each size of the cache
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
         for module in (*blocks, model.lm_head):

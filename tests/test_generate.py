@@ -225,6 +225,21 @@ def test_sample_next_keeps_to_its_set(logits, top_k, top_p, temperature):
         assert not any(likelier)
 
 
+@given(seed=st.integers(0, 999), top_k=st.sampled_from([1, 3, 50, 299]), top_p=st.sampled_from([None, 0.5, 0.9]),
+       temperature=st.sampled_from([0.3, 1.0, 2.0]))
+@settings(max_examples=60)
+def test_sample_next_equals_sort_and_softmax(seed, top_k, top_p, temperature):
+    """The ids of the same u by a sort and a softmax of all logits."""
+    source = torch.Generator().manual_seed(seed)
+    logits, u = 3 * torch.randn(5, 300, generator=source), torch.rand(5, generator=source)
+    values, ids = (logits / temperature).sort(descending=True)
+    p = values.masked_fill(torch.arange(300) >= top_k, -torch.inf).softmax(-1)
+    p = p.masked_fill(p.cumsum(-1, dtype=torch.double) - p >= (top_p or 1.1), 0.0)
+    cumulative = p.cumsum(-1, dtype=torch.double)
+    expected = ids.gather(1, (cumulative <= u.double()[:, None] * cumulative[:, -1:]).sum(-1, keepdim=True))
+    assert torch.equal(sample_next(logits, Sampling(1, temperature, top_k, top_p), u), expected)
+
+
 def test_padding_is_never_drawn(gpt):
     """Ids from n_ids on, even those of huge logits, are never drawn, greedily or not."""
     model = GPT(GPTConfig(block_size=12, vocab_size=32, n_layer=1, n_head=2, n_embd=16)).eval()

@@ -130,7 +130,8 @@ runs = {
     'int8, compiled': (int8, prompt, new_tokens),
     'float32, compiled': (ours(torch.float32, True), prompt, new_tokens),
     f'{dtype}': (ours(half, False), prompt, new_tokens),
-    f'{dtype}, batch of {batch}': (ours(half, not quantize.has_bf16_products()), ids[:, :prompt_tokens], new_tokens)}
+    f'{dtype}, batch of {batch}': (ours(half, not quantize.has_bf16_products()),
+                                   ids[:, :prompt_tokens], new_tokens)}
 if long_prompt:
     runs[f'{dtype}, compiled, long'] = compiled, long, long_tokens
     runs['int8, compiled, long'] = int8, long, long_tokens

@@ -61,7 +61,8 @@ def prepare(model, config, rows=1, n_tokens=math.inf, local_rank=None):
         dtype, dtype_reason = config['quantize'], 'as set'
     elif dtype == 'auto' and device.type == 'cpu':
         dtype, dtype_reason = (('bfloat16', 'half as much to read') if is_large and
-                               (has_bf16_products() or compile) else ('float32', 'small, or no bf16 here'))
+                               (has_bf16_products() or compile)
+                               else ('float32', 'small, or no bf16 here'))
     else:
         dtype, dtype_reason = runtime.choose_dtype(dtype, device)
     choices = runtime.explain_choices(device, (dtype, dtype_reason), (compile, compile_reason))

@@ -61,9 +61,11 @@ def attention(q, k, v, mask=0, dropout=0.0):
     q: (B, H, T, D), the last T of S positions. k, v: (B, G, S, D), each for H / G query heads.
     mask: the window, the number of positions a query sees, its own included, 0 for all; or
     (B or 1, 1, T, S) of bool, True where a query sees a key; or InDocuments; or what
-    mask_in_window() returns; or InPieces, for q (1, H, T, D) and k, v (rows, G, S, D). dropout:
-    probability of each weight.
+    mask_in_window() returns; or InPieces, for q (1, H, T, D) and k, v (rows, G, S, D); or a
+    function of q, k and v that attends. dropout: probability of each weight.
     """
+    if callable(mask):
+        return mask(q, k, v)
     if isinstance(mask, InPieces):
         return torch.cat([attention(q[:, :, start:end], k[row : row + 1, :, :n_keys],
                                     v[row : row + 1, :, :n_keys], mask.window)

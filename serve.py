@@ -50,7 +50,7 @@ guardrail_max: Probability = 0.5  # greatest probability of the label that passe
 # machine
 device = 'auto'  # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps', ...
 dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'
-compile: bool | Literal['auto'] = 'auto'  # compile the step of one token; takes some seconds
+compile: bool | Literal['auto'] = 'auto'  # compile the code of a step; takes some seconds
 config = override(globals())
 # --------------------------------------------------------------------------------------------------
 

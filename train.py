@@ -110,7 +110,7 @@ grad_clip: NonNegative = 1.0  # largest norm of the gradient; 0: no clipping
 lora_rank: Natural = 0  # 8 to 64; 0: train all weights
 lora_alpha: Positive = 16.0  # scales the adapters by lora_alpha / lora_rank
 lora_targets = 'c_attn,c_fc,c_proj'  # layers with adapters, such as 'c_attn,mlp.c_proj,lm_head'
-lora_int8 = False  # keep the frozen weights of these layers in 8 bits
+lora_bits: Literal[32, 8, 4] = 32  # of the frozen weights of these layers
 # learning rate over time
 decay_lr = True  # False: constant
 lr_schedule: Literal['cosine', 'wsd'] = 'cosine'  # wsd: warmup, stable, linear decay

@@ -55,7 +55,7 @@ SETTINGS = {
     **{name: field.default for name, field in GPTConfig.__dataclass_fields__.items()},
     'preset': 'gpt2', 'optimizer': 'adamw', 'learning_rate': 1e-3, 'muon_lr': 0.02,
     'embedding_lr': 0.02, 'momentum': 0.95, 'weight_decay': 0.1, 'beta1': 0.9, 'beta2': 0.95,
-    'lora_rank': 0, 'lora_alpha': 16.0, 'lora_targets': 'c_attn', 'lora_int8': False,
+    'lora_rank': 0, 'lora_alpha': 16.0, 'lora_targets': 'c_attn', 'lora_bits': 32,
     'shard': 'none', 'eval_tokens': 0, 'extend_context': 0, 'init_from': 'base', 'dataset': 'tiny',
     'task': '', 'algorithm': 'ppo'}
 
@@ -153,7 +153,7 @@ def train_kinds():
     of_adapters = optim.create(adapted, settings(), 'float32', ALONE)
     learn(adapted, of_adapters)
     described = {'init_from': 'base', 'from_here': '../base', 'digest': digest, 'rank': 2,
-                 'alpha': 16.0, 'targets': ['c_attn'], 'int8': False}
+                 'alpha': 16.0, 'targets': ['c_attn'], 'bits': 32}
     state = {**state_of(adapted, of_adapters), 'model': lora.adapters(adapted), 'lora': described}
     yield Kind('lora', {'base/ckpt.pt': base, 'out/ckpt.pt': packed(state)},
                {'out/ckpt.pt': 'torch'}, lambda: resume(settings()), ('out/ckpt.pt',))

@@ -207,7 +207,7 @@ def bytes_per_int8_weight():
     """Return the bytes that a product of one position moves for each int8 weight."""
     torch._dynamo.reset()
     with FakeTensorMode(), torch.device('cuda'), torch.no_grad():
-        linear = DecodeLinear(torch.nn.Linear(768, 3072), torch.int8, is_packed=False)
+        linear = DecodeLinear(torch.nn.Linear(768, 3072), torch.int8)
         graph, = pretended.lower(torch.compile(linear), torch.empty(1, 1, 768))
     return read(graph)[1] / linear.weight.numel()
 

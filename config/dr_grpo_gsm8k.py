@@ -29,5 +29,5 @@ max_new_tokens = 400
 
 lora_rank = 32
 lora_alpha = 64.0
-lora_int8 = True
+lora_bits = 8
 learning_rate = 1e-4

@@ -75,7 +75,7 @@ logprobs = False  # True: add the log-probability of each token, before any cont
 device = 'auto'  # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps', ...
 dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'
 quantize: Literal['', 'int8'] = ''  # 'int8': 8-bit weights, on a CPU the fastest for one sample
-compile: bool | Literal['auto'] = 'auto'  # compile the step of one token; pays for many tokens
+compile: bool | Literal['auto'] = 'auto'  # compile the code of a step; pays for many tokens
 config = override(globals())
 # --------------------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
+from flatgpt import products
 from ops import visible
 
 
@@ -90,16 +91,20 @@ class KVCache:
         self.next_slot += T
 
     def mask(self, T, window):
-        """Return the mask of T queries, (B or 1, 1, T, S) of bool; None: causal."""
+        """Return ops.attention()'s mask of T queries, (B or 1, 1, T, S) of bool or a function.
+
+        None: causal.
+        """
         if T > 1 and self.padding is None:
             return None
         slots = torch.arange(self.k.size(3) if T == 1 else self.length + T, device=self.k.device)
         queries = (self.next_slot + slots[:T])[:, None]
         seen = visible(queries, slots, window)
         if self.padding is None:
-            return seen[None, None]
-        # padding attends to itself, since a softmax over nothing is NaN
-        return (seen & (slots >= self.padding[:, None, None]) | (slots == queries))[:, None]
+            seen = seen[None, None]
+        else:  # padding attends to itself, since a softmax over nothing is NaN
+            seen = (seen & (slots >= self.padding[:, None, None]) | (slots == queries))[:, None]
+        return products.OneQuery(seen) if T == 1 and products.OneQuery.fits(self.k) else seen
 
     def keep(self, rows):
         """Keep these rows, a tensor of numbers, without the slots that are padding in all."""

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 import torch
 
 from configurator import UserError, printable
-from flatgpt import parallel, pretrained, runtime
+from flatgpt import parallel, pretrained, products, runtime
 from flatgpt.constrain import Constraint
 from flatgpt.files import read_text
 from flatgpt.quantize import for_decoding, has_bf16_products
@@ -49,24 +49,27 @@ def prepare(model, config, rows=1, n_tokens=math.inf, local_rank=None):
     if config['quantize'] and dtype != 'auto':
         raise UserError(f'dtype={dtype!r}: expected \'auto\' with --quantize={config["quantize"]}, '
                         f'which is a precision')
+    # a second of compilation pays; a batch is faster by instructions for bf16
+    pays = (device.type == 'cuda' or config['quantize'] or is_large
+            and (rows in (1, None) or not has_bf16_products())
+            and (rows or math.inf) * n_tokens >= 100)
+    compile, compile_reason = runtime.choose_compile(
+        config['compile'], device, math.inf if pays else 0)
+    if compile and device.type == 'cpu' and products.load() is None:
+        compile, compile_reason = False, 'that needs Linux and g++ here'
     if config['quantize']:
         dtype, dtype_reason = config['quantize'], 'as set'
     elif dtype == 'auto' and device.type == 'cpu':
         dtype, dtype_reason = (('bfloat16', 'half as much to read') if is_large and
-                               has_bf16_products() else ('float32', 'small, or no bf16 here'))
+                               (has_bf16_products() or compile)
+                               else ('float32', 'small, or no bf16 here'))
     else:
         dtype, dtype_reason = runtime.choose_dtype(dtype, device)
-    is_long = (config['quantize'] or device.type == 'cuda' or rows == 1 and n_tokens >= 1000
-               or rows is None and is_large)
-    compile, compile_reason = runtime.choose_compile(
-        config['compile'], device, math.inf if is_long else 0)
     choices = runtime.explain_choices(device, (dtype, dtype_reason), (compile, compile_reason))
     if parallel.from_environment().is_main:
         print(textwrap.fill(choices, 80, subsequent_indent='  '), file=sys.stderr, flush=True)
     torch_dtype = torch.int8 if dtype == 'int8' else runtime.DTYPES[dtype]
     for_decoding(model.to(device), torch_dtype, compile, any_rows=rows is None)
-    # on a CPU generate.Decoder has only a compiled step of single rows
-    model.has_compiled_step = compile and (device.type != 'cpu' or rows in (1, None))
     return dtype
 
 

@@ -18,7 +18,16 @@ import pickle
 import zipfile
 from functools import reduce
 from types import UnionType
-from typing import Annotated, TypedDict, Union, get_args, get_origin, get_type_hints, is_typeddict
+from typing import (
+    Annotated,
+    Literal,
+    TypedDict,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+    is_typeddict,
+)
 
 import torch
 from torch import Tensor
@@ -223,7 +232,7 @@ class Scaled(TypedDict):
     scaler: Scaler
 
 
-class Adapters(TypedDict):
+class Adapted(TypedDict):
     """Describe LoRA's adapters, see lora.start()."""
 
     init_from: str
@@ -232,7 +241,13 @@ class Adapters(TypedDict):
     rank: Count
     alpha: Positive
     targets: list[str]
-    int8: bool
+
+
+class Adapters(Adapted, total=False):
+    """Add the precision of the frozen weights."""
+
+    bits: Literal[32, 8, 4]
+    int8: bool  # before 2026-12 in place of bits
 
 
 class Pairs(TypedDict):

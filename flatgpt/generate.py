@@ -42,8 +42,7 @@ class Decoder:
         padding = torch.tensor([T - len(ids) for ids in prompts], device=self.device)
         self.idx = torch.tensor([[0] * (T - len(ids)) + ids for ids in prompts], device=self.device)
         self.padding = padding if padding.any() else None
-        # on a CPU a compiled step of several rows is slower than the library (bench/results)
-        self.is_compiled = model.has_compiled_step and (B == 1 or self.device.type == 'cuda')
+        self.is_compiled = model.has_compiled_step
         self.graph, length = None, min(self.block_size, T + sampling.max_new_tokens)
         if self.is_compiled:  # few lengths, since each is compiled
             length = min(self.block_size, -(-length // 256) * 256)
@@ -83,11 +82,9 @@ class Decoder:
         """Return the logits after each context, (B, V)."""
         if not self.model.has_compiled_step:
             return self.compute()
-        if not self.is_compiled or self.new.size(1) > 1:
+        if self.new.size(1) > 1:
             with torch.compiler.set_stance('force_eager'):
                 return self.compute()
-        if self.device.type != 'cuda':
-            return self.compute()
         self.graph = self.graph or GraphStep(self.model, self.cache, self.new)
         return self.graph(self.new)
 

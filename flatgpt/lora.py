@@ -5,9 +5,9 @@ Train adapters beside frozen weights: W x becomes W x + (alpha / rank) B A x.
     weights = lora.adapters(model)  # a checkpoint needs these, and the base model
     lora.merge(model)  # a plain model with the same logits
 
-A parameter takes 16 bytes in full finetuning. A frozen one takes 4 in fp32, and 1 in int8 ("QLoRA",
-Dettmers et al. 2023: half a byte). Source: "LoRA: Low-Rank Adaptation of Large
-Language Models", Hu et al. 2021.
+A parameter takes 16 bytes in full finetuning. A frozen one takes 4 in fp32, 1 in int8 and 0.56 in
+NF4 ("QLoRA", Dettmers et al. 2023). Source: "LoRA: Low-Rank Adaptation of Large Language Models",
+Hu et al. 2021.
 """
 
 import hashlib
@@ -21,34 +21,47 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from configurator import UserError
-from flatgpt.quantize import quantize_rows
+from flatgpt.quantize import quantize_nf4, quantize_rows, weights_of_nf4
 
 
-class Int8Product(torch.autograd.Function):
-    """Multiply x (..., K) by a frozen int8 weight (N, K), a scale per row (N,)."""
+class RoundedProduct(torch.autograd.Function):
+    """Multiply x (..., K) by a frozen weight of few bits, see rounded()."""
 
     @staticmethod
-    def forward(ctx, x, weight, scale):
+    def forward(ctx, x, weight, scale, shape):
         ctx.save_for_backward(weight, scale)
-        return F.linear(x, (weight * scale[:, None]).to(x.dtype))
+        ctx.shape = shape
+        return F.linear(x, restored(weight, scale, ctx.shape).to(x.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d):
         weight, scale = ctx.saved_tensors  # the product is formed again, not kept
-        return d @ (weight * scale[:, None]).to(d.dtype), None, None
+        return d @ restored(weight, scale, ctx.shape).to(d.dtype), None, None, None
+
+
+def rounded(weight, bits):
+    """Round a weight (N, K) to 8 bits, a scale per row, or 4 -> (weight, scale)."""
+    return (quantize_rows if bits == 8 else quantize_nf4)(weight.detach().float())
+
+
+def restored(weight, scale, shape):
+    """Return the matrix in fp32 of what rounded() returned. shape: (N, K)."""
+    if weight.dtype == torch.int8:
+        return weight * scale[:, None]
+    return weights_of_nf4(weight, scale, math.prod(shape)).view(shape)
 
 
 class LoRALinear(nn.Linear):
     """Add lora_a (rank, K) and lora_b (N, rank) to a linear layer; its names stay."""
 
-    def __init__(self, linear, rank, alpha, int8):
+    def __init__(self, linear, rank, alpha, bits=32):
         nn.Module.__init__(self)
-        self.out_features, self.in_features = linear.weight.shape
+        self.shape = self.out_features, self.in_features = linear.weight.shape
         self.is_on = True  # see switched_off()
         self.weight, self.bias, self.factor, scale = linear.weight, linear.bias, alpha / rank, None
-        if int8:
-            weight, scale = quantize_rows(linear.weight.detach().float())
+        if bits < 32:
+            weight, scale = rounded(linear.weight, bits)
             self.weight = nn.Parameter(weight, requires_grad=False)
         self.register_buffer('scale', scale)
         like = {'device': linear.weight.device, 'dtype': torch.float32}
@@ -63,7 +76,7 @@ class LoRALinear(nn.Linear):
         else:
             if torch.is_autocast_enabled(x.device.type):
                 x = x.to(torch.get_autocast_dtype(x.device.type))
-            y = Int8Product.apply(x, self.weight, self.scale)
+            y = RoundedProduct.apply(x, self.weight, self.scale, self.shape)
             y = y if self.bias is None else y + self.bias
         if not self.is_on:
             return y
@@ -74,17 +87,19 @@ class LoRALinear(nn.Linear):
         """Return an nn.Linear that computes the same."""
         has_bias = self.bias is not None
         linear = nn.Linear(self.in_features, self.out_features, has_bias, device='meta')
-        weight = self.weight if self.scale is None else self.weight * self.scale[:, None]
+        weight = self.weight
+        if self.scale is not None:
+            weight = restored(weight, self.scale, self.shape)
         linear.weight = nn.Parameter(weight + self.factor * self.lora_b @ self.lora_a)
         linear.bias = self.bias
         return linear
 
 
-def add(model, rank, alpha, targets, int8=False):
+def add(model, rank, alpha, targets, bits=32):
     """Freeze a GPT, and add adapters to the linear layers that `targets` name.
 
     targets: ends of layer names, such as 'c_attn', 'mlp.c_proj', 'lm_head' or 'h.0.attn.c_proj'.
-    int8: round the weights of these layers to int8. Raises UserError for a target without a layer.
+    bits: 8 or 4 round the weights of these layers. Raises UserError for a target without a layer.
     """
     if rank < 1:
         raise UserError(f'lora_rank={rank}: expected 1 or more')
@@ -104,7 +119,7 @@ def add(model, rank, alpha, targets, int8=False):
     model.requires_grad_(False)
     for name in sorted(chosen):
         parent, _, child = name.rpartition('.')
-        setattr(model.get_submodule(parent), child, LoRALinear(layers[name], rank, alpha, int8))
+        setattr(model.get_submodule(parent), child, LoRALinear(layers[name], rank, alpha, bits))
 
 
 @contextmanager
@@ -156,8 +171,13 @@ def load_adapters(model, weights):
 def restore(model, settings, weights):
     """Add the adapters that start() described to their base, with their weights."""
     check_rank(weights, settings['rank'])
-    add(model, settings['rank'], settings['alpha'], settings['targets'], settings['int8'])
+    add(model, settings['rank'], settings['alpha'], settings['targets'], bits_of(settings))
     load_adapters(model, weights)
+
+
+def bits_of(settings):
+    """Return the bits of a frozen weight, also where a checkpoint names int8 instead."""
+    return settings.get('bits', 8 if settings.get('int8') else 32)
 
 
 def digest(model):
@@ -172,7 +192,7 @@ def digest(model):
 def check_settings(config, init_from, out_dir):
     """Raise UserError for settings that contradict LoRA, or need it."""
     if not config['lora_rank']:
-        unused = {'lora_alpha', 'lora_targets', 'lora_int8'} & config.given
+        unused = {'lora_alpha', 'lora_targets', 'lora_bits'} & config.given
         if unused and init_from != 'resume':
             raise UserError(f'{min(unused)} needs --lora_rank, such as --lora_rank=8')
         return
@@ -197,8 +217,8 @@ def start(base, config, out_dir, model=None):
     relative = os.path.relpath(init_from, out_dir) if os.path.isdir(init_from) else None
     described = {'init_from': init_from, 'from_here': relative, 'digest': digest(base),
                  'rank': config['lora_rank'], 'alpha': config['lora_alpha'], 'targets': targets,
-                 'int8': config['lora_int8']}
-    add(model or base, described['rank'], described['alpha'], targets, described['int8'])
+                 'bits': config['lora_bits']}
+    add(model or base, described['rank'], described['alpha'], targets, described['bits'])
     return described
 
 
@@ -207,7 +227,7 @@ def check_resumes(described, config, path):
     saved = {'lora_rank': 0}
     if described:
         saved = {'lora_rank': described['rank'], 'lora_alpha': described['alpha'],
-                 'lora_targets': ','.join(described['targets']), 'lora_int8': described['int8']}
+                 'lora_targets': ','.join(described['targets']), 'lora_bits': bits_of(described)}
     for name, value in saved.items():
         given = config[name].replace(' ', '') if name == 'lora_targets' else config[name]
         if name in config.given and given != value:

@@ -46,7 +46,7 @@ class Setup:
     how: costs.How = costs.How()
     optimizer: str = 'adamw'
     recompute: bool = False
-    lora: tuple | None = None  # (rank, ends of layer names, whether frozen weights are in int8)
+    lora: tuple | None = None  # (rank, ends of layer names, bits of frozen weights)
 
     @property
     def tokens(self):
@@ -65,11 +65,11 @@ class Setup:
 
 
 def parameters(setup):
-    """Return (all parameters, the trained ones, those kept in int8)."""
+    """Return (all parameters, the trained ones, those in fewer bits)."""
     c, n = setup.model, sum(costs.parameters(setup.model).values())
     if setup.lora is None:
         return n, n, 0
-    rank, targets, is_int8 = setup.lora
+    rank, targets, bits = setup.lora
     q, qkv, n_in, n_out = costs.widths(c)
     shapes = {f'h.{i}.{name}': shape for i in range(c.n_layer) for name, shape in (
         ('attn.c_attn', (c.n_embd, qkv)), ('attn.c_proj', (q, c.n_embd)),
@@ -78,7 +78,7 @@ def parameters(setup):
     chosen = [shape for name, shape in shapes.items()
               if any(f'.{name}'.endswith(f'.{target}') for target in targets)]
     adapters = rank * sum(map(sum, chosen))
-    return n + adapters, adapters, is_int8 * sum(map(math.prod, chosen))
+    return n + adapters, adapters, (bits < 32) * sum(map(math.prod, chosen))
 
 
 # Memory -------------------------------------------------------------------------------------------
@@ -92,9 +92,10 @@ def need(setup):
 def places(setup):
     """Return {place: {part: bytes}}, the places of a step where memory may be fullest."""
     s, c = setup, setup.model
-    n, n_trained, n_int8 = parameters(s)
+    n, n_trained, n_rounded = parameters(s)
     matrices = c.n_layer * s.matrices if s.optimizer == 'muon' else 0
-    fixed = {'weights': (4 * n - 3 * n_int8) / s.n_shards,
+    saved = {8: 3, 4: 4 - 9 / 16}.get(s.lora[2], 0) if s.lora else 0  # NF4 has scales
+    fixed = {'weights': (4 * n - saved * n_rounded) / s.n_shards,
              'moments': (8 * n_trained - 4 * matrices) / s.n_shards}
     gradients = 4 * n_trained / s.n_shards
     # they stay while micro-batches add up, and in the buckets of DDP
@@ -303,7 +304,7 @@ def setup_of(config, model, machine, how):
     rank = config['lora_rank']
     return Setup(model, cut.batch_size, cut.micro_steps, machine.size, n_shards, how,
                  config['optimizer'], config['recompute'] == 'block',
-                 (rank, targets, config['lora_int8']) if rank else None)
+                 (rank, targets, config['lora_bits']) if rank else None)
 
 
 def room(machine, how):

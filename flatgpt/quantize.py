@@ -1,5 +1,5 @@
 """
-Speed decoding up: weights of fewer bits, and a compiled step of one token.
+Speed decoding up: weights of fewer bits, and compiled code for a token.
 
     for_decoding(model, torch.bfloat16)
     for_decoding(model, torch.int8, compile=True)
@@ -17,15 +17,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from flatgpt import products, step
 
-def compile_options():
-    """Return inductor's options for a step on the CPU."""
-    import torch._inductor.config as known  # takes 0.7 s
-
-    # inductor writes a product's repeated inputs to memory, else it computes norms and activations
-    # anew for each row of the matrix. An older torch lacks some options and is slower
-    options = {'deterministic': True, 'realize_reads_threshold': 1, 'size_asserts': False}
-    return {name: value for name, value in options.items() if hasattr(known, name)}
+# the levels of NF4: quantiles of the normal distribution, scaled to -1 to 1
+NF4 = torch.tensor([-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+                    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+                    0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
+                    0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+                    0.7229568362236023, 1.0])
 
 
 def has_bf16_products():
@@ -33,58 +32,55 @@ def has_bf16_products():
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-@torch.library.custom_op('flatgpt::multiply_packed', mutates_args=())
-def multiply_packed(x: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
-    """Multiply x (n, K) by packed weights (N, K), in a form that compiles."""
-    # inductor takes packed weights as constants alone, and each block has its own
-    return torch.ops.mkldnn._linear_pointwise(x, packed, None, 'none', [], '')
-
-
-@multiply_packed.register_fake
-def _(x, packed):
-    return x.new_empty(x.size(0), packed.size(0))
-
-
 class DecodeLinear(nn.Module):
     """Multiply like nn.Linear, for inference.
 
     weight: (N, K) in fp32, bf16, fp16 or int8; scale: (N,), the step of each int8 row, or None.
-    A library reads the weights at 40 to 70% of a CPU's memory bandwidth for one position; compiled,
-    multiply and sum reaches 85% (bench/results). More positions go to the library, on the CPU in
-    bf16 with weights packed beforehand.
+    On a CPU few positions go to products.py if `is_direct`. More go to the library, in bf16 with
+    weights packed beforehand if `is_packed`.
     """
 
-    def __init__(self, linear, dtype, is_packed):
+    def __init__(self, linear, dtype, is_packed=False, is_direct=False):
         super().__init__()
-        self.dtype, weight, scale = dtype, linear.weight.detach(), None
+        weight, scale = linear.weight.detach(), None
         if dtype == torch.int8:
             weight, scale = quantize_rows(weight.float())
         self.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
         self.register_buffer('scale', scale)
-        bias_dtype = torch.float32 if dtype == torch.int8 else dtype
+        is_direct = is_direct and products.Product.fits(self.weight)
+        bias_dtype = torch.float32 if dtype == torch.int8 or is_direct else dtype
         bias = None if linear.bias is None else linear.bias.detach().to(bias_dtype)
         self.register_buffer('bias', bias)
-        self.packed = None
+        self.packed = self.product = None
+        # rows that products.py multiplies
+        self.most = 0 if not is_direct else 1 if is_packed else products.MOST_ROWS
         if is_packed:
             self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.data, 16)
+        # without instructions for fewer bits a CPU multiplies these more slowly than fp32
+        is_slow = linear.weight.device.type == 'cpu' and dtype != torch.float32
+        self.dtype = torch.float32 if is_slow and not has_bf16_products() else (
+            torch.bfloat16 if dtype == torch.int8 else dtype)
 
     def forward(self, x):
-        shape, x = x.shape[:-1], x.flatten(0, -2)  # (positions, K)
+        shape = x.shape[:-1]
+        if shape.numel() <= self.most:
+            # made late: move_together() moves the weight
+            self.product = self.product or products.Product(self.weight, self.scale, self.bias)
+            return self.product(x)
+        x = x.flatten(0, -2)  # (positions, K)
         n, scale, bias = len(x), self.scale, self.bias
-        # a GPU's library would need the int8 weights in bf16, written first
-        is_fused = x.device.type == 'cpu' or scale is not None
-        if n == 1 and is_fused and torch.compiler.is_compiling():
-            y = (x.float() * self.weight.float()).sum(-1)
-        elif self.packed is not None and torch.compiler.is_compiling():
-            y = multiply_packed(x.to(self.dtype), self.packed)
-        elif self.packed is not None:
+        if self.packed is not None:
             rows = F.pad(x, (0, 0, 0, 4 - n)) if n < 4 else x  # 4 rows are faster than fewer
             y = torch.ops.mkldnn._linear_pointwise(
                 rows.to(self.dtype), self.packed, None, 'none', [], '')[:n]
+        elif n == 1 and scale is not None and torch.compiler.is_compiling():
+            # a GPU's library would need the int8 weights in bf16, written first
+            y = (x.float() * self.weight.float()).sum(-1)
         elif scale is None:
-            y, bias = F.linear(x.to(self.dtype), self.weight, bias), None
+            bias = None if bias is None else bias.to(self.dtype)
+            y, bias = F.linear(x.to(self.dtype), self.weight.to(self.dtype), bias), None
         else:
-            y = F.linear(x.bfloat16(), self.weight.bfloat16())
+            y = F.linear(x.to(self.dtype), self.weight.to(self.dtype))
         y = y if scale is None else y * scale
         y = y if bias is None else y + bias
         return y.view(*shape, -1)
@@ -94,6 +90,24 @@ def quantize_rows(weight):
     """Round (N, K) -> (N, K) of int8 and (N,), the step of each row."""
     scale = weight.abs().amax(1).clamp(min=1e-12) / 127
     return (weight / scale[:, None]).round().to(torch.int8), scale
+
+
+def quantize_nf4(weight):
+    """Round (N, K) to NF4 -> two numbers a byte, (blocks, 32), and absmax of each block of 64.
+
+    The blocks follow one another in the flattened weight. Source: "QLoRA", Dettmers et al. 2023.
+    """
+    blocks = F.pad(weight.flatten(), (0, -weight.numel() % 64)).view(-1, 64)
+    absmax = blocks.abs().amax(1, keepdim=True)
+    bounds = (NF4[1:] + NF4[:-1]).to(weight.device) / 2
+    codes = torch.bucketize(blocks / absmax.clamp(min=1e-38), bounds)
+    return (codes[:, ::2] << 4 | codes[:, 1::2]).to(torch.uint8), absmax
+
+
+def weights_of_nf4(codes, absmax, n):
+    """Return the n numbers in fp32 of what quantize_nf4() returned."""
+    pairs = torch.cartesian_prod(NF4, NF4).to(codes.device)  # (256, 2), of each byte
+    return (F.embedding(codes.int(), pairs).flatten(1) * absmax).flatten()[:n]
 
 
 def move_together(weights):
@@ -118,37 +132,40 @@ def for_decoding(model, dtype, compile=False, any_rows=False):
     """Convert a GPT in place to one that only decodes; -> the model.
 
     dtype: of the matrices, fp32, bf16, fp16 or int8; everything else is in fp32. compile: compile
-    the step of one position. That takes seconds, fewer when torch has compiled it before, and saves
-    nearly half of a bf16 token's time on the CPU. int8 is slower than bf16 without it. any_rows:
-    the step has one row or several; on a CPU in bf16 the weights then take twice the memory.
+    the step of one position; on a CPU, products.cpp, a second that halves the time of a token or
+    more. any_rows: a step has one row or several; on a CPU with instructions for bf16 the weights
+    then take twice the memory.
     """
     device, blocks = model.lm_head.weight.device, model.transformer.h
+    is_direct = compile and device.type == 'cpu' and products.load() is not None
     is_packed = (device.type == 'cpu' and dtype == torch.bfloat16 and has_bf16_products()
-                 and (any_rows or not compile))
+                 and (any_rows or not is_direct))
+    how = {'is_packed': is_packed, 'is_direct': is_direct}
     model.float().requires_grad_(False)
     value_tables = model.transformer['vte'].values() if 'vte' in model.transformer else ()
-    model.lm_head = DecodeLinear(model.lm_head, dtype, is_packed)
+    model.lm_head = DecodeLinear(model.lm_head, dtype, **how)
     for table in (model.transformer.wte, *value_tables):  # rows are looked up, not multiplied
         table.weight.data = table.weight.data.to(torch.bfloat16 if dtype == torch.int8 else dtype)
     weights = []
     for block in blocks:
         for part, name in ((block.attn, 'c_attn'), (block.attn, 'c_proj'),
                            (block.mlp, 'c_fc'), (block.mlp, 'c_proj')):
-            linear = DecodeLinear(getattr(part, name), dtype, is_packed)
+            linear = DecodeLinear(getattr(part, name), dtype, **how)
             setattr(part, name, linear)
             weights.append(linear.weight)
-            if is_packed and not compile:
+            if is_packed and not is_direct:
                 linear.weight = None  # a second copy that nothing reads
-    if compile:
-        if device.type == 'cpu':
-            move_together([*weights, model.lm_head.weight])
-        # each kind of block is compiled for each size of the cache
+    model.has_compiled_step = compile and device.type != 'cpu'
+    if is_direct:
+        move_together([*weights, model.lm_head.weight])
+        for block in blocks:
+            step.replace(block, model.config.mlp)
+    elif model.has_compiled_step:  # each kind of block is compiled for each size of the cache
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
         for module in (*blocks, model.lm_head):
-            module.compile(options=compile_options() if device.type == 'cpu' else None)
+            module.compile()
     if model.config.tie_embeddings and dtype != torch.int8:
         model.transformer.wte.weight = model.lm_head.weight
-    model.has_compiled_step = compile
     return model
 
 

@@ -55,9 +55,9 @@ def sample_next(logits, sampling, u=None):
     top_p, min_p = 1.0 if sampling.top_p is None else sampling.top_p, sampling.min_p or 0.0
     if sampling.temperature < 1e-30:  # a quotient of it overflows float32
         return logits.argmax(-1, keepdim=True)
-    logits = logits / sampling.temperature
     if sampling.top_k and sampling.top_k < logits.size(-1):
         logits, ids = logits.topk(sampling.top_k)
+    logits = logits / sampling.temperature
     log_total = logits.logsumexp(-1, keepdim=True)
     if ids is None and (top_p < 1 or min_p):
         logits, ids = sort_logits(logits, log_total, top_p, min_p)

@@ -52,7 +52,7 @@ seed: Seed = 1337  # with the number of an answer it fixes that answer
 device = 'auto'  # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps', ...
 dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'
 quantize: Literal['', 'int8'] = ''  # 'int8': 8-bit weights, on a CPU the fastest
-compile: bool | Literal['auto'] = 'auto'  # compile the step of one token
+compile: bool | Literal['auto'] = 'auto'  # compile the code of a step
 config = override(globals())
 # --------------------------------------------------------------------------------------------------
 

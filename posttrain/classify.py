@@ -74,7 +74,7 @@ dropout: Fraction = 0.1
 lora_rank: Natural = 0  # 8 to 64; 0: train all weights
 lora_alpha: Positive = 16.0  # scales the adapters by lora_alpha / lora_rank
 lora_targets = 'c_attn,c_fc,c_proj'  # layers with adapters
-lora_int8 = False  # keep the frozen weights of these layers in 8 bits
+lora_bits: Literal[32, 8, 4] = 32  # of the frozen weights of these layers
 # optimizer
 optimizer: Literal['adamw', 'muon'] = 'adamw'  # muon for a model that was pretrained with it
 learning_rate: NonNegative = 6.25e-5  # GPT-1's; for a small model 1e-3

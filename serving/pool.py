@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch._dynamo import maybe_mark_dynamic
 
+from flatgpt.products import OneQuery
 from ops import InPieces, visible
 
 
@@ -126,9 +127,10 @@ class FirstRows:
         return self.slots[:, None]
 
     def mask(self, T, window):
-        """Return the mask of the keys that each row sees, (B, 1, 1, S) of bool."""
+        """Return the mask of the keys that each row sees, for ops.attention()."""
         slots = torch.arange(self.length + 1, device=self.slots.device)
-        return dynamic(visible(self.slots[:, None], slots, window)[:, None, None], 0, 3)
+        seen = visible(self.slots[:, None], slots, window)[:, None, None]
+        return OneQuery(seen) if OneQuery.fits(self.pool.k) else dynamic(seen, 0, 3)
 
     def layer(self, layer, T):
         """Return the PoolLayer of a layer."""

@@ -10,7 +10,7 @@ from torch import nn
 
 import ops
 from config.presets import PRESETS
-from flatgpt import lora, pretrained
+from flatgpt import lora, pretrained, quantize
 from model import GPT, GPTConfig
 
 IDX = torch.randint(40, (2, 16), generator=torch.Generator().manual_seed(0))
@@ -22,9 +22,9 @@ def tiny(preset='llama', **changes):
     return GPT(GPTConfig(**{**ARCHITECTURES[preset], **sizes, **changes}))
 
 
-def adapt(model, targets=('c_attn', 'c_fc', 'c_proj'), int8=False):
+def adapt(model, targets=('c_attn', 'c_fc', 'c_proj'), bits=32):
     """Adapters that do something, as after training."""
-    lora.add(model, 4, 8.0, targets, int8)
+    lora.add(model, 4, 8.0, targets, bits)
     for name, p in model.named_parameters():
         if name.endswith('lora_b'):
             nn.init.normal_(p, std=0.3)
@@ -52,7 +52,7 @@ def test_formula():
     """W x + (alpha / rank) B A x + b, and its gradients, as autograd finds them for a dense matrix."""
     torch.manual_seed(0)
     linear = nn.Linear(5, 7)
-    layer = lora.LoRALinear(linear, 3, 6.0, int8=False)
+    layer = lora.LoRALinear(linear, 3, 6.0)
     nn.init.normal_(layer.lora_b)
     x = torch.randn(4, 5)
     dense = linear.weight + 2.0 * layer.lora_b @ layer.lora_a
@@ -64,9 +64,9 @@ def test_formula():
 
 
 @pytest.mark.parametrize('preset', PRESETS)
-@pytest.mark.parametrize('int8', [False, True])
-def test_merged_is_the_same_model(preset, int8):
-    model = adapt(tiny(preset), int8=int8)
+@pytest.mark.parametrize('bits', [32, 8, 4])
+def test_merged_is_the_same_model(preset, bits):
+    model = adapt(tiny(preset), bits=bits)
     expected = model(IDX, IDX)[0]
     plain = tiny(preset)
     lora.merge(model)
@@ -77,18 +77,43 @@ def test_merged_is_the_same_model(preset, int8):
     assert (plain(IDX, IDX)[0] - expected).abs().max() > 0.1  # the adapters did something
 
 
-def test_int8_keeps_weights_and_gradients():
+@pytest.mark.parametrize('bits, step', [(8, 1 / 127), (4, 0.3039)])  # NF4's widest gap is at its end
+def test_few_bits_keep_weights_and_gradients(bits, step):
     torch.manual_seed(0)
-    linear = nn.Linear(32, 24)
-    layer = lora.LoRALinear(linear, 2, 2.0, int8=True)
-    assert layer.weight.dtype == torch.int8 and layer.weight.numel() == 32 * 24
-    x = torch.randn(6, 32, requires_grad=True)
-    dense = layer.weight * layer.scale[:, None]
-    assert (dense - linear.weight).abs().max() <= linear.weight.abs().max() / 254 * 1.001  # half a step
+    linear = nn.Linear(33, 24)  # 792 weights, the last block of NF4 is not full
+    layer = lora.LoRALinear(linear, 2, 2.0, bits)
+    assert layer.weight.nbytes == {8: 792, 4: 416}[bits]
+    x = torch.randn(6, 33, requires_grad=True)
+    dense = lora.restored(layer.weight, layer.scale, (24, 33))
+    assert (dense - linear.weight).abs().max() <= linear.weight.abs().max() * step / 2 * 1.001
     ours, theirs = layer(x), x @ dense.T + linear.bias
     torch.testing.assert_close(ours, theirs)
     ours, theirs = (torch.autograd.grad(y.square().sum(), x) for y in (ours, theirs))
     torch.testing.assert_close(ours, theirs)
+
+
+def test_levels_of_nf4():
+    """Quantiles of the normal distribution as in appendix E of the paper: 8 above zero, 7 below, and zero."""
+    last = 0.9677083  # the mean of 1 - 1 / 32 and 1 - 1 / 30
+    above = torch.special.ndtri(torch.linspace(last, 0.5, 9, dtype=torch.float64)[:-1])
+    below = -torch.special.ndtri(torch.linspace(last, 0.5, 8, dtype=torch.float64)[:-1])
+    levels = torch.cat((above, below, torch.zeros(1))).sort().values
+    torch.testing.assert_close(quantize.NF4, (levels / levels.max()).float(), atol=1e-6, rtol=0)
+
+
+def test_nf4_by_hand():
+    """Each block is scaled by its largest magnitude, and each byte holds two numbers, the first in its high half."""
+    weight = torch.zeros(2, 64)
+    weight[0, :6] = torch.tensor([2.0, -2.0, 0.1, 0.5, -0.9, 0.04])  # 1, -1, 0.05, 0.25, -0.45, 0.02 of 2
+    weight[1, 63] = -1e-3
+    codes, absmax = quantize.quantize_nf4(weight)
+    assert codes.shape == (2, 32) and absmax.tolist() == [[2.0], [pytest.approx(1e-3)]]
+    assert codes[0, :4].tolist() == [0xF0, 0x8A, 0x37, 0x77] and codes[1, 31] == 0x70
+    expected = [2.0, -2.0, 2 * 0.07958029955625534, 2 * 0.24611230194568634, -2 * 0.39491748809814453, 0, 0]
+    got = quantize.weights_of_nf4(codes, absmax, 128)
+    torch.testing.assert_close(got[:7], torch.tensor(expected))
+    assert got[127] == -absmax[1] and (got[7:127] == 0).all()
+    assert (quantize.weights_of_nf4(*quantize.quantize_nf4(torch.zeros(3, 5)), 15) == 0).all()
 
 
 def test_head_with_adapters_counts_in_a_loss_in_chunks(monkeypatch):
@@ -125,17 +150,17 @@ def base(folder):
     return folder
 
 
-@pytest.mark.parametrize('int8', [False, True])
-def test_run_resumed_bit_for_bit(base, int8):
-    run = base.train(**LORA, lora_int8=int8, out_dir='whole').ok()
+@pytest.mark.parametrize('bits', [32, 4])
+def test_run_resumed_bit_for_bit(base, bits):
+    run = base.train(**LORA, lora_bits=bits, out_dir='whole').ok()
     assert 'are trained' in run.out
     whole = base.checkpoint('whole')
     assert all(name.endswith(('.lora_a', '.lora_b')) for name in whole['model'])
     assert len(whole['optimizer']['state']) == len(whole['model']) == 2 * 2 * 2
     small, large = ((base.path / out_dir / 'ckpt.pt').stat().st_size for out_dir in ('whole', 'base'))
     assert small < large
-    base.train(**LORA, lora_int8=int8, out_dir='half', max_iters=10).ok()
-    base.train(**{**LORA, 'init_from': 'resume', 'lora_int8': int8}, out_dir='half').ok()
+    base.train(**LORA, lora_bits=bits, out_dir='half', max_iters=10).ok()
+    base.train(**{**LORA, 'init_from': 'resume', 'lora_bits': bits}, out_dir='half').ok()
     same_state(base.checkpoint('half'), whole)
 
 

@@ -47,18 +47,18 @@ def test_memory_is_that_of_a_compiled_step(name, dtype):
     assert sum(bench.predict(s).values()) == pytest.approx(bare.in_own_process(s, only_memory=True)['tensors'], rel=0.1)
 
 
-@pytest.mark.parametrize('is_int8', [False, True])
-def test_memory_of_lora_is_that_of_a_step(monkeypatch, is_int8):
+@pytest.mark.parametrize('bits', [32, 8, 4])
+def test_memory_of_lora_is_that_of_a_step(monkeypatch, bits):
     def with_adapters(config):
         model = GPT(config)
-        lora.add(model, 8, 16.0, ['c_attn', 'c_fc', 'c_proj'], is_int8)
+        lora.add(model, 8, 16.0, ['c_attn', 'c_fc', 'c_proj'], bits)
         return model
 
     monkeypatch.setattr(bare, 'GPT', with_adapters)
     s = settings_of('activations', 'float32', compile=False)
     config = GPTConfig(**{name: s[name] for name in GPTConfig.__dataclass_fields__ if name in s})
     setup = plan.Setup(config, s['batch_size'], how=costs.How(4, on_gpu=False),
-                       lora=(8, ['c_attn', 'c_fc', 'c_proj'], is_int8))
+                       lora=(8, ['c_attn', 'c_fc', 'c_proj'], bits))
     assert plan.total(setup) == pytest.approx(bare.measure_memory(s)['tensors'], rel=0.1)
 
 
@@ -102,18 +102,22 @@ def test_largest_batch_divides_the_step():
     assert plan.largest_batch(small, 1 * GB) == 0
 
 
-def test_lora_trains_the_adapters():
-    """Parameters, and those in int8, are those of lora.add()."""
+@pytest.mark.parametrize('bits', [8, 4])
+def test_lora_trains_the_adapters(bits):
+    """Parameters, and those of few bits, are those of lora.add()."""
     config = GPTConfig(n_layer=2, n_head=2, n_embd=32, vocab_size=64, block_size=16)
     model = GPT(config)
-    lora.add(model, 4, 16.0, ['c_attn', 'mlp.c_proj'], int8=True)
-    setup = plan.Setup(config, 1, lora=(4, ['c_attn', 'mlp.c_proj'], True))
-    n, n_trained, n_int8 = plan.parameters(setup)
-    assert n == sum(p.numel() for p in model.parameters())
+    lora.add(model, 4, 16.0, ['c_attn', 'mlp.c_proj'], bits)
+    setup = plan.Setup(config, 1, lora=(4, ['c_attn', 'mlp.c_proj'], bits))
+    n, n_trained, n_rounded = plan.parameters(setup)
+    of_few_bits = [p for p in model.parameters() if p.element_size() == 1]
+    n_held = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in of_few_bits)
+    assert n == n_held + n_rounded
     assert n_trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert n_int8 == sum(p.numel() for p in model.parameters() if p.element_size() == 1)
+    assert sum(p.numel() for p in of_few_bits) == n_rounded * bits / 8
     parts = plan.need(setup)
-    assert parts['weights'] == sum(p.nbytes for p in model.parameters()) and parts['moments'] == 8 * n_trained
+    scales = sum(scale.nbytes for scale in model.buffers()) if bits == 4 else 0  # int8 has few
+    assert parts['weights'] == sum(p.nbytes for p in model.parameters()) + scales and parts['moments'] == 8 * n_trained
 
 
 def test_orthogonalization_is_muons():

@@ -147,9 +147,9 @@ def test_adapters_learn_beside_a_base_that_is_the_reference(chats, monkeypatch):
 def test_adapters_that_are_refused(chats):
     start(chats, algorithm='ppo', **LORA).refused('lora_rank=4: expected 0 with algorithm=ppo, whose value function')
     start(chats, lora_alpha=3.0).refused('lora_alpha needs --lora_rank')
-    start(chats, **LORA, lora_int8=True, max_iters=1).ok()
+    start(chats, **LORA, lora_bits=8, max_iters=1).ok()
     start(chats, init_from='resume', max_iters=2).ok()  # what the checkpoint has need not be given
-    assert chats.checkpoint()['lora']['int8'] and chats.checkpoint()['iter_num'] == 2
+    assert chats.checkpoint()['lora']['bits'] == 8 and chats.checkpoint()['iter_num'] == 2
     start(chats, init_from='resume', lora_rank=8).refused('was trained with lora_rank=4; resume with that')
 
 

@@ -18,8 +18,10 @@ from pathlib import Path
 import torch
 
 MOST_ROWS = 64  # products.cpp keeps their sums
-FLAGS = ['-O3', '-march=native', '-ffast-math', '-fno-finite-math-only', '-fopenmp', '-shared',
-         '-fPIC']
+# what -ffast-math allows but for infinite numbers; that flag would also link code that makes the
+# whole process round denormal numbers to 0
+FLAGS = ['-O3', '-march=native', '-fno-math-errno', '-fno-trapping-math', '-fno-signed-zeros',
+         '-fassociative-math', '-freciprocal-math', '-fopenmp', '-shared', '-fPIC']
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 """Test products.py: the loops of products.cpp against torch. Run: pytest tests/test_products.py"""
 
+import numpy as np
 import pytest
 import torch
 
@@ -37,6 +38,11 @@ def test_multiply(dtype, n, N, K):
     assert (got - expected).abs().max() < 4 * error + 2e-6 * K**0.5 * 30 * 6
     whole = products.Product(weight, scale, bias)(x)
     torch.testing.assert_close(whole, got * scale + bias)
+
+
+def test_denormal_numbers_stay():
+    """Code that a compiler links for fast mathematics would round them to 0 in the whole process."""
+    assert np.float32(1e-40) * np.float32(0.5) > 0
 
 
 def test_integers_do_not_overflow():

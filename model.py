@@ -57,7 +57,7 @@ class GPTConfig:
     residual_lambdas: bool = False  # blocks read l0 x + l1 x0 (modded-nanogpt, record 9)
     value_embeddings: bool = False  # in the values of every other layer (record 14)
     head_gates: bool = False  # scale each head's output ("Gated Attention", Qiu et al. 2025)
-    value_gates: bool = False  # scale the value embeddings likewise (record 55)
+    value_gates: bool = False  # scale the value embeddings likewise (modded-nanogpt, record 55)
 
     def __post_init__(self):
         check_fields(self)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import same_state
+from conftest import same_state, same_tensors
 from tiny_models import ARCHITECTURES
 from torch import nn
 
@@ -162,6 +162,18 @@ def test_run_resumed_bit_for_bit(base, bits):
     base.train(**LORA, lora_bits=bits, out_dir='half', max_iters=10).ok()
     base.train(**{**LORA, 'init_from': 'resume', 'lora_bits': bits}, out_dir='half').ok()
     same_state(base.checkpoint('half'), whole)
+
+
+def test_adapters_that_name_int8_load(base, monkeypatch):
+    """Checkpoints before 2026-12 have int8 in place of bits."""
+    base.train(**LORA, lora_bits=8, out_dir='new', max_iters=2).ok()
+    state = base.checkpoint('new')
+    assert state['lora'].pop('bits') == 8
+    (base.path / 'old').mkdir()
+    torch.save({**state, 'lora': {**state['lora'], 'int8': True}}, base.path / 'old' / 'ckpt.pt')
+    monkeypatch.chdir(base.path)
+    models = [pretrained.open_model('resume', name)[0].state_dict() for name in ('old', 'new')]
+    same_tensors(*models)
 
 
 def test_merged_by_whoever_loads_it(base, monkeypatch):

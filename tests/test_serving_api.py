@@ -205,7 +205,7 @@ def test_forced_call(caller):
 
 def of_schema(schema, max_tokens=50):
     form = {'type': 'json_schema', 'json_schema': {'schema': schema}}
-    return json.dumps({'response_format': form, 'max_tokens': max_tokens})
+    return json.dumps({'response_format': form, 'max_tokens': max_tokens, 'seed': 1})
 
 
 BAD = [('{', 'not JSON'), ('[]', 'JSON object'), ('{"a": NaN}', 'NaN'), ('[' * 100_000, 'not JSON'),

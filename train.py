@@ -224,7 +224,7 @@ trained = [p for p in model.parameters() if p.requires_grad]
 share = f', {sum(p.numel() for p in trained):,} of them are trained' if adapters else ''
 world.print(f'{model.get_num_params() / 1e6:.2f}M parameters{share}')
 if not eval_only:
-    world.print('\n'.join(data.describe(cut, max_iters, eval_tokens, world.size)))
+    world.print(*data.describe(cut, max_iters, eval_tokens, world.size))
 
 
 def state_of_run():

@@ -40,10 +40,10 @@ class World:
     def is_main(self):
         return self.rank == 0
 
-    def print(self, text):
-        """Print from one process only, in lines of at most 80 columns."""
+    def print(self, *texts):
+        """Print texts from one process only, each in lines of at most 80 columns."""
         if self.is_main:
-            print(fit(text, indent='  '), flush=True)
+            print(*(fit(text, indent='  ') for text in texts), sep='\n', flush=True)
 
     def sum(self, values):
         """Sum a list of numbers over the processes; -> list of floats, equal in all."""

@@ -6,7 +6,7 @@ Train a vocabulary and a GPT on the source code of Python's standard library.
 It needs no network: every machine has this text. First it trains a byte-pair vocabulary of 2,048
 ids (data/python_bpe), then 400 steps of a model of 3.3M parameters. The val loss falls to 1.29 bits
 a byte. In one run, with nothing compiled before, all of it took 10 minutes on two cores of a
-first-generation EPYC, which multiply 77 GFLOP a second at most; cores with bf16 units take a third.
+first-generation EPYC, which multiply 77 GFLOP a second at most.
 `python -m bench.quickstart` measures time, loss and how many of the sampled lines are Python.
 """
 

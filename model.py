@@ -133,7 +133,7 @@ def rotate(x, rotation):
 
 
 def gates(x, weight):
-    """Return 2 sigmoid(W x) of x's first channels, (B, T, heads, 1); at first W = 0 gives 1."""
+    """Return 2 sigmoid(W x) of x's first channels, (B, T, heads, 1); W begins as 0."""
     return 2 * torch.sigmoid(F.linear(x[..., : weight.size(1)], weight)).unsqueeze(-1)
 
 

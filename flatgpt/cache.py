@@ -91,9 +91,9 @@ class KVCache:
         self.next_slot += T
 
     def mask(self, T, window):
-        """Return ops.attention()'s mask of T queries, (B or 1, 1, T, S) of bool or a function.
+        """Return the mask of T queries for ops.attention().
 
-        None: causal.
+        It is (B or 1, 1, T, S) of bool, a function, or None: causal.
         """
         if T > 1 and self.padding is None:
             return None

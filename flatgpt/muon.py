@@ -230,7 +230,10 @@ def orthogonalize(x, dtype):
 
 
 def symmetric(a, b, out=None):
-    """Multiply (K, m, n) by (K, n, m), where the product is symmetric: 11/16 of the work."""
+    """Multiply (K, m, n) by (K, n, m) to a symmetric product.
+
+    On a CPU it takes 11/16 of the work of any product.
+    """
     m = a.size(1)
     if m < 192 or a.device.type != 'cpu':  # where small products are slow
         return torch.bmm(a, b, out=out)

@@ -55,14 +55,13 @@ def schedule(config, fraction='decay_fraction'):
     if config['optimizer'] == 'muon' and rate == 0:
         raise UserError('learning_rate=0: expected above 0 with optimizer=muon')
     muon.check_settings(config)
-    share = config.get(fraction)
     if not config['decay_lr']:
         return lambda step: rate
     if min_lr > rate:
         raise UserError(f'min_lr={min_lr}: expected at most learning_rate={rate}, usually a tenth')
     if end < warmup and (name == 'lr_decay_iters' or 'warmup_iters' in config.given):
         raise UserError(f'{name}={end}: expected at least warmup_iters={warmup}; lower that')
-    share = config['decay_fraction'] if share is None else share
+    share = config['decay_fraction'] if config.get(fraction) is None else config[fraction]
     rates = Schedule(rate, warmup, end, min_lr, share)
     return getattr(rates, config['lr_schedule'])  # cosine or wsd
 

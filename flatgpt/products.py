@@ -52,7 +52,7 @@ def load():
 
 
 class Product:
-    """Multiply x by a weight: scale * x (..., K) times weight (N, K) transposed + bias, (..., N).
+    """Multiply x (..., K) by a weight (N, K): scale * x weight^T + bias, (..., N).
 
     scale, bias: (N,) in fp32, or None. x has up to MOST_ROWS rows; y is in fp32. The weight's
     address is looked up once, since a step of one token makes dozens of these calls.
@@ -95,7 +95,10 @@ class OneQuery:
 
     @staticmethod
     def fits(k):
-        """Return whether it attends to keys, (..., S, D), for which load() has been called."""
+        """Return whether it attends to keys, (..., S, D).
+
+        load() must have been called: what decodes without compilation never compiles.
+        """
         return (bool(load.cache_info().currsize) and load() is not None
                 and k.device.type == 'cpu' and k.dtype in (torch.float32, torch.bfloat16)
                 and k.size(-1) % 32 == 0 and not torch.is_grad_enabled())

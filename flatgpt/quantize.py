@@ -93,9 +93,10 @@ def quantize_rows(weight):
 
 
 def quantize_nf4(weight):
-    """Round (N, K) to NF4 -> two numbers a byte, (blocks, 32), and absmax of each block of 64.
+    """Round a weight (N, K) to NF4.
 
-    The blocks follow one another in the flattened weight. Source: "QLoRA", Dettmers et al. 2023.
+    -> two numbers a byte, (blocks, 32), and absmax of each block of 64. The blocks follow one
+    another in the flattened weight. Source: "QLoRA", Dettmers et al. 2023.
     """
     blocks = F.pad(weight.flatten(), (0, -weight.numel() % 64)).view(-1, 64)
     absmax = blocks.abs().amax(1, keepdim=True)

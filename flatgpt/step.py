@@ -1,7 +1,7 @@
 """
 Run a block of a GPT on one token of each row by one call of products.cpp.
 
-    step.replace(block)  # block(x, context) of a model for decoding
+    step.replace(block, config.mlp)  # of a model for decoding
 
 A step by torch's operations costs a call of Python for each, in all as long as half of the
 products of a GPT of 124M parameters on two cores. Gates, and whatever else the call does not fit,

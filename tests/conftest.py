@@ -58,13 +58,18 @@ def gpt2():
 
 
 # processes ------------------------------------------------------------------------------------------------------------
-# Starting Python and importing torch takes three seconds, most of a tiny run. A fork server has imported it once and
-# forks for every run: otherwise each run is what `python train.py ...` would be, with its own exit code and signals.
+# Starting Python and importing torch takes three seconds, most of a tiny run, and the project's modules half of the rest.
+# A fork server has imported both once and forks for every run: otherwise each run is what `python train.py ...` would
+# be, with its own exit code and signals. The README's commands start Python itself (test_readme.py).
 context = multiprocessing.get_context('forkserver' if 'forkserver' in multiprocessing.get_all_start_methods()
                                       else 'spawn')
 if context.get_start_method() == 'forkserver':
     context.set_forkserver_preload(['torch', 'torch._dynamo', 'torch.distributed', 'torch.nn.parallel', 'tqdm', 'numpy',
-                                    'runpy', 'pytest', 'hypothesis', 'torch.distributed.algorithms.join'])
+                                    'runpy', 'pytest', 'hypothesis', 'torch.distributed.algorithms.join', 'data.mixture',
+                                    'flatgpt.decoding', 'flatgpt.plan', 'flatgpt.samples', 'flatgpt.sharded',
+                                    'flatgpt.shares', 'posttrain.evaluation', 'posttrain.preferences',
+                                    'posttrain.reward_model', 'posttrain.rollouts', 'posttrain.tools'])
+ROOMS = {path.stem for path in ROOT.iterdir() if path.suffix == '.py' or (path / '__init__.py').exists()}
 
 
 def execute(script, argv, cwd, env, output):
@@ -86,6 +91,9 @@ def execute(script, argv, cwd, env, output):
     os.environ.update(env)
     os.chdir(cwd)
     sys.argv = [script, *argv]
+    if not Path(script).is_relative_to(ROOT) and script.endswith('.py'):  # a copy has modules of its own
+        for name in [name for name in sys.modules if name.partition('.')[0] in ROOMS]:
+            del sys.modules[name]
     sys.path.insert(0, os.path.dirname(script) if script.endswith('.py') else str(ROOT))
     try:
         if script.endswith('.py'):

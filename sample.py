@@ -34,6 +34,7 @@ crop_prompt = False  # True: keep the end of a prompt longer than the context; F
 num_samples: Count = 10  # samples to draw
 max_new_tokens: Natural = 500  # tokens in each
 slide: Count = 1  # tokens that a full context drops at once; 1 is exact, more are faster
+lookup: Natural = 8  # tokens that repeats let it guess at once, in a single sample; 0: none
 # choice of the next token
 temperature: NonNegative = 0.8  # 1: the model's own; lower: less random; 0: the likeliest
 top_k: Natural | None = 200  # only the k likeliest tokens; None or 0: all
@@ -63,8 +64,9 @@ prompt = read_text(start.removeprefix('FILE:')) if start.startswith('FILE:') els
 prompt_ids = encode_prompt(prompt, tokenizer, block_size, crop_prompt)
 stops = decoding.split_texts('stop', stop)
 sampling = Sampling(
-    max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, slide=slide, stops=stops,
-    num_samples=num_samples, seed=seed, constraint=decoding.constraint_of(config, tokenizer))
+    max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, slide=slide,
+    lookup=lookup, stops=stops, num_samples=num_samples, seed=seed,
+    constraint=decoding.constraint_of(config, tokenizer))
 
 # choose device, precision and compilation
 decoding.prepare(model, config, num_samples, max_new_tokens)

@@ -95,7 +95,8 @@ class KVCache:
 
         It is (B or 1, 1, T, S) of bool, a function, or None: causal.
         """
-        if T > 1 and self.padding is None:
+        fits = products.FewQueries.fits(self.k, self.k.size(1), T)
+        if T > 1 and self.padding is None and not fits:
             return None
         slots = torch.arange(self.k.size(3) if T == 1 else self.length + T, device=self.k.device)
         queries = (self.next_slot + slots[:T])[:, None]
@@ -104,7 +105,7 @@ class KVCache:
             seen = seen[None, None]
         else:  # padding attends to itself, since a softmax over nothing is NaN
             seen = (seen & (slots >= self.padding[:, None, None]) | (slots == queries))[:, None]
-        return products.OneQuery(seen) if T == 1 and products.OneQuery.fits(self.k) else seen
+        return products.FewQueries(seen) if fits else seen
 
     def keep(self, rows):
         """Keep these rows, a tensor of numbers, without the slots that are padding in all."""

@@ -13,6 +13,7 @@ import torch
 
 from configurator import UserError
 from flatgpt.cache import KVCache
+from flatgpt.lookup import LookAhead
 from flatgpt.quantize import GraphStep
 from flatgpt.sampling import Sample, Sampling, likeliest, majority, penalize, sample_next, uniforms
 from tokenizer.chat import encode_prompt
@@ -51,6 +52,9 @@ class Decoder:
         self.cache = KVCache(model.config, B, self.device, dtype, length)
         if self.is_compiled:
             self.cache.make_room(B, length)
+        looks_ahead = sampling.lookup and B == 1 and not self.is_compiled  # a CUDA graph cannot
+        self.ahead = (LookAhead(model, self.cache, prompts[0], sampling.lookup) if looks_ahead
+                      else None)
         self.start_over(min(self.block_size, T))
 
     def start_over(self, n):
@@ -62,6 +66,8 @@ class Decoder:
     def append(self, ids):
         """Add ids (B, 1) to the contexts."""
         self.idx, self.new = torch.cat((self.idx, ids), dim=1), ids
+        if self.ahead and self.ahead.take(int(ids)):
+            return
         if self.cache.length == self.block_size:
             self.start_over(self.block_size + 1 - self.slide)
 
@@ -80,6 +86,8 @@ class Decoder:
 
     def logits(self):
         """Return the logits after each context, (B, V)."""
+        if self.ahead:
+            return self.ahead.logits(self.new)
         if not self.model.has_compiled_step:
             return self.compute()
         if self.new.size(1) > 1:

@@ -84,38 +84,43 @@ def address_of(tensor):
     return None if tensor is None else tensor.data_ptr()
 
 
-class OneQuery:
-    """Attend from one query of each row, q (B, H, 1, D), as ops.attention() does.
+class FewQueries:
+    """Attend from one query of each row, or from a few of one row, as ops.attention() does.
 
-    seen: (B or 1, 1, 1, S) of bool. k, v: (B, G, S, D), in the memory of a KVCache.
+    seen: (B or 1, 1, T, S) of bool. q: (B, H, T, D). k, v: (B, G, S, D), in a KVCache's memory.
     """
 
     def __init__(self, seen):
         self.seen, self.sizes = seen.contiguous(), None
 
     @staticmethod
-    def fits(k):
-        """Return whether it attends to keys, (..., S, D).
+    def fits(k, B=1, T=1):
+        """Return whether T queries of B rows can attend to keys, (..., S, D).
 
         load() must have been called: what decodes without compilation never compiles.
         """
-        return (bool(load.cache_info().currsize) and load() is not None
+        return ((T == 1 or B == 1 and T <= MOST_ROWS)
+                and bool(load.cache_info().currsize) and load() is not None
                 and k.device.type == 'cpu' and k.dtype in (torch.float32, torch.bfloat16)
                 and k.size(-1) % 32 == 0 and not torch.is_grad_enabled())
 
     def __call__(self, q, k, v):
-        if q.dtype != torch.float32 or not q.is_contiguous():
-            q = q.float().contiguous()
+        q = q.float().transpose(1, 2).contiguous()  # (B, T, H, D)
         y, library = torch.empty(q.shape), load()
         attend = library.attend_float32 if k.dtype == torch.float32 else library.attend_bfloat16
         attend(q.data_ptr(), k.data_ptr(), v.data_ptr(), self.seen.data_ptr(), y.data_ptr(),
-               self.sizes_of(*q.shape[:2], k))
-        return y
+               self.sizes_of(q.size(2), k))
+        return y.transpose(1, 2)
 
-    def sizes_of(self, B, H, k):
-        """Return attend()'s sizes, the same for all layers."""
+    def sizes_of(self, H, k):
+        """Return attend()'s sizes, the same for all layers.
+
+        To products.cpp the queries of one row are rows with the same keys.
+        """
         if self.sizes is None:
-            _, G, S, D = k.shape
-            self.sizes = (ctypes.c_ssize_t * 8)(B, H, G, S, D, *k.stride()[:2],
-                                                S if len(self.seen) > 1 else 0)
+            (B, G, S, D), T = k.shape, self.seen.size(2)
+            row_step, head_step = k.stride()[:2]
+            self.sizes = (ctypes.c_ssize_t * 8)(
+                B * T, H, G, S, D, row_step if T == 1 else 0, head_step,
+                S if len(self.seen) * T > 1 else 0)
         return self.sizes

@@ -31,6 +31,7 @@ class Sampling:
     n_ids: int | None = None  # ids from here on are never drawn; None: draw from all
     stop_ids: tuple | set = ()  # ids that end a sample
     slide: int = 1  # tokens that a full context drops at once, see Decoder
+    lookup: int = 0  # most tokens to guess from repeats, of a single context, see lookup.py
     stops: tuple | list = ()  # texts that end a sample
     num_samples: int = 1  # samples of each prompt of generate_texts()
     seed: int = 1337  # fixes the samples of generate_texts(), see uniforms()

@@ -1,5 +1,5 @@
 """
-Run a block of a GPT on one token of each row by one call of products.cpp.
+Run a block of a GPT on a few tokens by one call of products.cpp.
 
     step.replace(block, config.mlp)  # of a model for decoding
 
@@ -13,7 +13,7 @@ import ctypes
 import torch
 
 from flatgpt import products
-from flatgpt.products import OneQuery, address_of
+from flatgpt.products import FewQueries, address_of
 
 MLPS = 'gelu', 'gelu_erf', 'swiglu', 'relu2'
 ADDRESS, NUMBER = ctypes.c_void_p, ctypes.c_ssize_t
@@ -81,19 +81,20 @@ def replace(block, mlp):
     described = block_of(block, mlp)
 
     def forward(x, context):
-        if not isinstance(context.mask, OneQuery) or len(x) > most or x.dtype != torch.float32:
+        n_rows = x.numel() // x.size(-1)
+        if not isinstance(context.mask, FewQueries) or n_rows > most or x.dtype != torch.float32:
             return plain(x, context)
         x, seen, past = x.contiguous(), context.mask, context.past
         y, rotation, embedding = torch.empty_like(x), context.rotation, context.value_embedding
         embedding = None if embedding is None else embedding.float().contiguous()
         cos, sin = (None, None) if rotation is None else (part.contiguous() for part in rotation)
         n_slots = past.slots.numel()
-        step = Step(len(x), x.data_ptr(), address_of(context.x0), address_of(embedding),
+        step = Step(n_rows, x.data_ptr(), address_of(context.x0), address_of(embedding),
                     y.data_ptr(), address_of(cos), address_of(sin),
                     0 if cos is None or cos.numel() * 2 == described.D else described.D // 2,
                     past.slots.data_ptr(), int(n_slots > 1), past.k.data_ptr(), past.v.data_ptr(),
                     past.k.element_size(), seen.seen.data_ptr(),
-                    ctypes.addressof(seen.sizes_of(len(x), described.H, past.k)))
+                    ctypes.addressof(seen.sizes_of(described.H, past.k)))
         products.load().run_block(ctypes.byref(described), ctypes.byref(step))
         return y
 

@@ -41,6 +41,7 @@ system = ''  # the system message: the assistant's role and task
 tools: bool | str = False  # that the model may call: calculator,python; True: the calculator
 max_new_tokens: Count = 500  # tokens in each answer
 slide: Count = 1  # tokens that a full context drops at once; 1 is exact, more are faster
+lookup: Natural = 8  # tokens that repeats let it guess at once; 0: none
 # choice of the next token
 temperature: NonNegative = 0.8  # 1: the model's own; lower: less random; 0: the likeliest
 top_k: Natural | None = 200  # only the k likeliest tokens; None or 0: all
@@ -74,7 +75,8 @@ def main():
         check_tokenizer(tokenizer)
         system_message = f'{system} {allowed.system}'.strip()
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty,
-                        stop_ids=stop_ids, slide=slide, stops=stops, seed=seed)
+                        stop_ids=stop_ids, slide=slide, lookup=lookup, stops=stops,
+                        seed=seed)
 
     # choose device, precision and compilation
     decoding.prepare(model, config)

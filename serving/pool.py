@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch._dynamo import maybe_mark_dynamic
 
-from flatgpt.products import OneQuery
+from flatgpt.products import FewQueries
 from ops import InPieces, visible
 
 
@@ -130,7 +130,7 @@ class FirstRows:
         """Return the mask of the keys that each row sees, for ops.attention()."""
         slots = torch.arange(self.length + 1, device=self.slots.device)
         seen = visible(self.slots[:, None], slots, window)[:, None, None]
-        return OneQuery(seen) if OneQuery.fits(self.pool.k) else dynamic(seen, 0, 3)
+        return FewQueries(seen) if FewQueries.fits(self.pool.k) else dynamic(seen, 0, 3)
 
     def layer(self, layer, T):
         """Return the PoolLayer of a layer."""

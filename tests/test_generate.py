@@ -13,6 +13,7 @@ from flatgpt import quantize
 from flatgpt.cache import KVCache
 from flatgpt.constrain import Constraint
 from flatgpt.generate import Sample, generate, generate_texts
+from flatgpt.lookup import Lookup
 from flatgpt.sampling import Sampling, likeliest, majority, penalize, sample_next, uniforms
 from model import GPT, GPTConfig
 from tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
@@ -70,6 +71,49 @@ def test_logprobs(options, seed):
         idx = torch.tensor([prompt + new[row].tolist()])
         expected = model(idx, idx)[0][0].log_softmax(-1)[len(prompt) - 1 : -1].gather(1, new[row][:, None])[:, 0]
         torch.testing.assert_close(logprobs[row], expected, atol=1e-4, rtol=1e-4)
+
+
+@settings(max_examples=40)
+@given(options=OPTIONS, prompt=st.lists(st.integers(0, 3), min_size=1, max_size=20), most=st.integers(1, 8),
+       slide=st.integers(1, 5), penalty=st.sampled_from((1.0, 1.3)), temperature=st.sampled_from((0.0, 0.5)))
+def test_lookup(options, prompt, most, slide, penalty, temperature):
+    """Guesses change no token, beyond block_size (16) either; a constraint and a penalty see each token in its turn."""
+    model = sharpened(tiny(**options)).eval()
+    controls = {'temperature': temperature, 'repetition_penalty': penalty, 'slide': slide, 'n_ids': 5,
+                'constraint': Constraint(ByteTokenizer(), regex='[^x]*') if penalty == 1 and slide == 2 else None}
+    if controls['constraint']:
+        controls['n_ids'] = 40
+    u = torch.rand(1, 24, generator=torch.Generator().manual_seed(len(prompt)))
+    runs = [[torch.cat(part, dim=1) for part in zip(*(step[:2] for step in generate(
+        model, [prompt], Sampling(24, lookup=lookup, **controls), u)), strict=True)] for lookup in (0, most)]
+    (ids, logprobs), (got, got_logprobs) = runs
+    same = (ids == got).long().cumprod(1).bool()
+    torch.testing.assert_close(got_logprobs[same], logprobs[same], atol=1e-3, rtol=1e-3)
+    if not same.all():  # then where they part two ids must be as good as equally likely
+        n = same.sum().item()
+        assert abs(logprobs[0, n] - got_logprobs[0, n]) < 1e-3
+
+
+def test_guesses():
+    """As many as the two places have in common before them; a wrong one drops the rest."""
+    lookup = Lookup([1, 2, 3, 4, 5, 1, 2, 3], most=8)
+    assert lookup.guess(100) == []  # three in common are too few
+    assert not lookup.append(4) and lookup.guess(100) == [5, 1, 2, 3] and lookup.guess(2) == [5, 1]
+    lookup.guess(100)
+    assert [lookup.append(i) for i in (5, 1, 2)] == [True, True, True] and lookup.guesses == [3]
+    assert lookup.guess(100) == [3, 4, 5, 1, 2, 3, 4]  # they repeat themselves
+    assert [lookup.append(i) for i in (3, 9, 1)] == [True, False, False] and lookup.guesses == []
+    long = Lookup([*range(20), *range(15)], most=8)
+    assert long.guess(100) == [*range(15, 20), 0, 1, 2] and long.guess(-1) == []
+
+
+def test_lookup_saves_passes():
+    """A pass checks all guesses, and its logits after them serve for the tokens that were guessed right."""
+    model, sizes = tiny(block_size=64, vocab_size=256).eval(), []
+    model.transformer.h[0].register_forward_hook(lambda module, args, x: sizes.append(x.size(1)))
+    constraint = Constraint(ByteTokenizer(), regex='(abcd){8}')
+    assert bytes(collect(model, [[1]], 32, lookup=4, constraint=constraint)[0].tolist()) == b'abcd' * 8
+    assert sizes == [1] * 8 + [5] * 5  # from the second d on 4 guesses, all right
 
 
 def test_sampled_distribution(gpt):

@@ -80,8 +80,8 @@ def test_one_query(dtype, B, G, D, own_mask):
     seen = normal(B if own_mask else 1, 1, 1, 145, seed=4) > 0
     seen[..., 3], seen[..., 140:] = True, False
     q = 3 * normal(B, 4, 1, D, seed=5)
-    assert products.OneQuery.fits(k)
-    got = ops.attention(q, k, v, products.OneQuery(seen))
+    assert products.FewQueries.fits(k)
+    got = ops.attention(q, k, v, products.FewQueries(seen))
     finite = [part.nan_to_num() for part in (k.float(), v.float())]
     torch.testing.assert_close(got, ops.plain_attention(q, *finite, seen, 0.0), rtol=1e-5, atol=1e-5)
 

@@ -162,7 +162,7 @@ NOT_RUN = {
     'torchrun --nproc_per_node=8 *': '16 GPUs',
     'srun *': 'a cluster',
     **{f'python -m bench.{name}*': 'minutes' for name in (
-        'attention', 'kill', 'plan', 'prepare', 'rollout', 'round_trip', 'save', 'start', 'tokenizer')},
+        'attention', 'kill', 'lookup', 'plan', 'prepare', 'rollout', 'round_trip', 'save', 'start', 'tokenizer')},
 }
 ENGLISH = (
     'The lamp of the harbour was lit every evening by a man who lived alone with his dog. He knew '

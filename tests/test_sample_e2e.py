@@ -67,6 +67,22 @@ def test_greedy(trained, controls):
     assert samples(trained.sample(start='the cat', num_samples=2, max_new_tokens=50, **controls)) == [expected] * 2
 
 
+def test_lookup(trained):
+    """Guesses leave the text as it is."""
+    texts = [samples(trained.sample(start='the cat', num_samples=1, max_new_tokens=100, slide=8, temperature=t, lookup=n))
+             for t in (0, 0.8) for n in (0, 8)]
+    assert texts[0] == texts[1] and texts[2] == texts[3]
+
+
+def test_lookup_is_measured(trained):
+    (trained.path / 'text.txt').write_text(make_text(200))
+    run = trained.start('bench.lookup', out_dir='out', input='text.txt', n=3, rounds=1, device='cpu').wait().ok()
+    figures = json.loads(run.out.splitlines()[-1])
+    assert figures['temperature 0.0']['same'] == 3 and figures['temperature 0.0']['ratio']['median'] > 0
+    run = trained.start('bench.lookup', out_dir='out', input='text.txt', n=300, rounds=1, device='cpu').wait()
+    run.refused('text.txt has 200 tokens: expected')
+
+
 def test_prompt_longer_than_the_context(trained):
     prompt = make_text(100)
     kw = {'start': prompt, 'num_samples': 1, 'max_new_tokens': 30, 'temperature': 0}

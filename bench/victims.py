@@ -41,8 +41,8 @@ from tokenizer import BPETokenizer, ByteTokenizer, chat
 MODULES = ('torch._dynamo', 'torch.distributed', 'torch.nn.parallel', 'tqdm', 'regex', 'tiktoken',
            'jinja2', 'safetensors.torch', 'data.device', 'data.encode', 'data.conversations',
            'data.scoring', 'flatgpt.decoding', 'flatgpt.huggingface', 'flatgpt.lora',
-           'flatgpt.optim', 'posttrain.losses', 'posttrain.policy', 'posttrain.reward_model',
-           'posttrain.tasks.tiny_chat')
+           'flatgpt.optim', 'posttrain.labels', 'posttrain.losses', 'posttrain.policy',
+           'posttrain.reward_model', 'posttrain.tasks.tiny_chat')
 TRAIN = ['train.py', '--dataset=tiny', '--device=cpu', '--dtype=float32', '--compile=False',
          '--n_layer=1', '--n_head=1', '--n_embd=16', '--block_size=16', '--batch_size=2',
          '--gradient_accumulation_steps=1', '--eval_interval=2', '--eval_iters=1',
@@ -55,6 +55,12 @@ PREPARE = ['data/text/prepare.py', '--input=docs.jsonl', '--out_dir=w/docs', '--
            '--num_proc=1']
 CHAT = ['data/chat/prepare.py', '--input=talks.jsonl', '--tokenizer=chat', '--out_dir=w/talks',
         '--block_size=64', '--val_fraction=0.3']
+CLASSIFY = ['posttrain.classify', '--device=cpu', '--dtype=float32', '--out_dir=w/out']
+LEARN = [*CLASSIFY, '--init_from=base', '--data=reviews.jsonl', '--val_fraction=0.3',
+         '--batch_size=4', '--warmup_iters=0', '--eval_interval=2', '--log_interval=1']
+PAIRS = ['posttrain.pairs', '--init_from=chat', '--device=cpu', '--dtype=float32',
+         '--task=tiny_chat', '--kinds=addition', '--num_samples=8', '--n=4', '--max_new_tokens=60',
+         '--batch_size=16', '--judge=reward', '--reward_model=w/out', '--out=w/pairs.jsonl']
 DECODE = ['--out_dir=base', '--device=cpu', '--dtype=float32', '--compile=False',
           '--max_new_tokens=8']
 
@@ -132,6 +138,17 @@ def files_result(place):
     return contents(f'{place}/w')
 
 
+def file_result(name):
+    """Return the function that reads a file of the folder w, and its {name}.part."""
+    def result(place):
+        files = {path: content for path, content in contents(f'{place}/w').items()
+                 if path.startswith(name)}
+        if name not in files:
+            raise UserError(f'there is no {name}')
+        return files
+    return result
+
+
 def dataset_result(name):
     """Return the function that reads a dataset; without its train.bin there is none."""
     def result(place):
@@ -182,6 +199,12 @@ def scripts():
                [[*RL, '--algorithm=ppo', '--max_iters=2']]),
         Script('dpo', ['posttrain.dpo', *POSTTRAIN, '--pairs=pairs.jsonl', '--val_fraction=0.3',
                        '--prompts_per_step=4'], run_result),
+        Script('classify', [*LEARN, '--max_iters=4'], run_result),
+        Script('classify resumed', [*LEARN, '--max_iters=4', resume], run_result,
+               [[*LEARN, '--max_iters=2']]),
+        Script('classify, predict', [*CLASSIFY, '--predict=reviews.jsonl', '--out=w/labels.jsonl'],
+               file_result('labels.jsonl'), [[*LEARN, '--max_iters=2']], once=True),
+        Script('pairs', PAIRS, file_result('pairs.jsonl'), [[*reward, '--max_iters=2']], once=True),
         Script('prepare text', PREPARE, docs),
         Script('prepare text over another', PREPARE, docs,
                [[*without_input(PREPARE), '--input=old.jsonl']]),
@@ -233,6 +256,8 @@ def make_place(place):
                                 for _ in range(30)))
     write('pairs.jsonl', ({'messages': [{'role': 'user', 'content': text(9)}],
                            'chosen': text(5), 'rejected': text(6)} for _ in range(30)))
+    write('reviews.jsonl', ({'text': text(9), 'label': chance.choice(('good', 'bad'))}
+                            for _ in range(30)))
     write('prompts.jsonl', ({'prompt': text(5)} for _ in range(4)))
     special = {token: 256 + i for i, token in enumerate(chat.SPECIAL_TOKENS)}
     save_model(f'{place}/base', ByteTokenizer(), None)

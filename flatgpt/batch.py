@@ -173,7 +173,7 @@ digest = tokenizers.digest({'settings': config, 'weights': weights,
 world.check_alike({**config, 'dtype': dtype, 'digest': digest})
 n_tokens, started = 0, time.perf_counter()
 smaller = 'batch_size' if batch_size > rows else 'best_of' if best_of else 'num_samples'
-try:
+with jsonl.writing(out, world.is_main):
     with shares.together(world):  # the main process alone writes
         results = jsonl.Results(out, digest) if world.is_main else None
     done = world.from_main(set(results.done) if results else None)
@@ -213,11 +213,6 @@ try:
     with shares.together(world):
         if results:
             results.finish(lines)
-except OSError as error:
-    raise UserError(f'{out} cannot be written: {error}; free space or use another --out') from error
-except KeyboardInterrupt:
-    why = f'\nstopped by Ctrl-C; the same command continues from {out}.part'
-    raise SystemExit(why if world.is_main else 1) from None
 parallel.disconnect()
 seconds = time.perf_counter() - started
 print(f'{out}: {len(lines):,} prompts, {n_tokens:,} tokens in {seconds:.1f} s')

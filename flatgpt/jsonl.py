@@ -10,6 +10,7 @@
 import hashlib
 import json
 import os
+from contextlib import contextmanager
 
 from configurator import UserError
 from flatgpt.files import lock_folder, no_link, replace_file, unlock
@@ -61,6 +62,19 @@ def read_object(line):
 def to_line(value):
     """Return a value as one JSON line, bytes. Half a surrogate pair stays escaped."""
     return json.dumps(value, ensure_ascii=False).encode('utf-8', 'backslashreplace') + b'\n'
+
+
+@contextmanager
+def writing(out, is_main=True):
+    """Turn what ends the writing of Results, an OSError or Ctrl-C, into advice."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f'{out} cannot be written: {error}; free space or use another --out'
+                        ) from error
+    except KeyboardInterrupt:
+        why = f'\nstopped by Ctrl-C; the same command continues from {out}.part'
+        raise SystemExit(why if is_main else 1) from None
 
 
 class Results:

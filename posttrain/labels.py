@@ -193,7 +193,7 @@ def predict_file(classifier, path, out, world):
                                 'tokenizer': classifier.tokenizer.to_dict(),
                                 'lines': list(lines.items())})
     world.check_alike({'digest': digest})
-    try:
+    with jsonl.writing(out, world.is_main):
         with shares.together(world):  # the main process alone writes
             results = jsonl.Results(out, digest) if world.is_main else None
         done = world.from_main(dict(results.done) if results else None)
@@ -214,9 +214,6 @@ def predict_file(classifier, path, out, world):
         with shares.together(world):
             if results:
                 results.finish(lines)
-    except OSError as error:
-        raise UserError(f'{out} cannot be written: {error}; free space or use another --out'
-                        ) from error
     return measure_lines(lines, done, classifier.classes, path)
 
 

@@ -33,6 +33,7 @@ import os
 import random
 import time
 from collections import Counter
+from contextlib import suppress
 from typing import Literal
 
 from tqdm import tqdm
@@ -236,7 +237,7 @@ digest = tokenizers.digest({'settings': settings, 'models': digests, 'prompts': 
                             'tokenizer': tokenizer.to_dict()})
 world.check_alike({**config, 'dtype': dtype, 'digest': digest})
 started = time.perf_counter()
-try:
+with suppress(judges.Quit), jsonl.writing(out, world.is_main):
     with shares.together(world):  # the main process alone writes
         results = jsonl.Results(out, digest) if world.is_main else None
     done = world.from_main(dict(results.done) if results else None)
@@ -264,19 +265,12 @@ try:
                     results.add(number, result)
                 bar.update()
     bar.close()
-except judges.Quit:
-    pass
-except OSError as error:
-    raise UserError(f'{out} cannot be written: {error}; free space or use another --out') from error
-except KeyboardInterrupt:
-    why = f'\nstopped by Ctrl-C; the same command continues from {out}.part'
-    raise SystemExit(why if world.is_main else 1) from None
 
 # write the lines in the order of the prompts
 lines = [line for number in sorted(done) for line in done[number]['lines']]
 name, n_left = 'pairs' if write == 'pairs' else 'conversations', len(fitting) - len(done)
 print(report(done))
-with shares.together(world):
+with jsonl.writing(out, world.is_main), shares.together(world):
     if results and lines:
         results.write(b''.join(map(jsonl.to_line, lines)))
     if results and not n_left:

@@ -69,6 +69,7 @@ anneal_fraction: Share = 0.2  # part of lr_decay_iters with anneal_dataset
 documents: Literal['flat', 'shuffle', 'bos', 'mask'] = 'flat'  # their order and mask: data/README
 total_batch_size: Natural = 0  # tokens per step, all processes; 0: see gradient_accumulation_steps
 gradient_accumulation_steps: Count = 5 * 8  # micro-batches per step, over all processes
+batch_stages: Count = 1  # n: parts of lr_decay_iters; a step of the k-th has k/n of that batch
 batch_size: Count | Literal['auto'] = 12  # sequences per micro-batch; auto: as many as fit
 block_size: Count = 1024  # context length, tokens
 extend_context: Natural = 0  # a longer one for the model of init_from, by YaRN; needs pos='rope'
@@ -203,13 +204,12 @@ if 'optimizer' in state:
     pretrained.restore(model, opt, scaler, ckpt_path, state)
 if not (meta['row'] and block_size < model.config.block_size):  # a context has room for short rows
     pretrained.change_context(model, opt, block_size)
-work = model.flops_per_token() * cut.tokens * (0 if eval_only else max_iters) / world.size
+work = model.flops_per_token() * cut.tokens_of(0, 0 if eval_only else max_iters) / world.size
 use_compile, compile_reason = runtime.choose_compile(compile, torch_device, work)
 
 # data: micro-batches of this process, as a function of the step
-n_ids = min(meta['vocab_size'] or math.inf, model.config.vocab_size)  # ids of the data are below
-train_tokens = data.open(cut, torch_device, n_ids, lr_decay_iters or max_iters, state)
-batches = Batches(train_tokens, cut, seed, n_ids, torch_device, world)
+train_tokens = data.open(cut, torch_device, model.config.vocab_size, state)
+batches = Batches(train_tokens, cut, seed, data.n_ids, torch_device, world)
 
 # one dict of resolved settings, for the screen, config.json and the checkpoint
 resolved = {**config, 'init_from': init_from, 'total_batch_size': cut.tokens,
@@ -248,9 +248,9 @@ run = checkpoint.Run(out_dir, resolved, state if init_from == 'resume' else None
 fit.explain(cut, run)
 state = None  # the loaded tensors are no longer needed
 
-# the training step, compiled if that works here
+# the training step, compiled if that works here; auto: two micro-batches, whose gradients add up
 def try_step():
-    for x, y, _ in batches(run.drawn(cut.tokens))[0][: 1 + is_auto]:  # one adds to gradients
+    for x, y, _ in batches(run.drawn(cut.tokens), cut.stages.end)[0][: 1 + is_auto]:
         with autocast:
             model(x, y, return_logits=False)[1].backward()
 
@@ -269,7 +269,7 @@ def accumulate(micro_batches):
     loss_sum = torch.zeros((), device=torch_device)
     for micro_step, (x, y, share) in enumerate(micro_batches):
         # DDP, not a plain model, reads this: it averages gradients with the last micro-batch alone
-        step_model.require_backward_grad_sync = micro_step == cut.micro_steps - 1
+        step_model.require_backward_grad_sync = micro_step == len(micro_batches) - 1
         with autocast:
             loss = step_model(x, y, return_logits=False)[1] * share
         loss_sum += loss.detach()
@@ -282,7 +282,7 @@ bar = tqdm(total=max_iters, initial=run.step, unit='step', dynamic_ncols=True, s
            leave=False, disable=not (world.is_main and sys.stderr.isatty()))
 run.say = bar.write
 prefetch = ThreadPoolExecutor(max_workers=1)  # reads the next batch while the current one computes
-next_batch = prefetch.submit(batches, run.drawn(cut.tokens))
+next_batch = prefetch.submit(batches, run.drawn(cut.tokens), run.step)
 unread = []  # (step, tokens, rate, numbers) of the steps whose numbers are still on the GPU
 # the garbage collector would pause a step to visit torch's objects: it runs at evaluations instead
 if use_compile:
@@ -327,14 +327,14 @@ while True:
     lr = rate_at(run.step)
     optim.set_rates(opt, lr, matrix_rate_at(run.step))
     micro_batches, n_targets = next_batch.result()
-    tokens_seen = run.seen + cut.tokens
-    next_batch = prefetch.submit(batches, tokens_seen)
+    tokens_seen = run.seen + cut.tokens_of(run.step, run.step + 1)
+    next_batch = prefetch.submit(batches, tokens_seen, run.step + 1)
     while (loss_sum := fit.attempt(cut, world.size == 1, accumulate, micro_batches)) is None:
         next_batch.result()  # it reads the cut, which changes now
         bar.write(fit.halve(cut, run))
         opt.zero_grad(set_to_none=True)
-        micro_batches, _ = batches(run.seen)
-        next_batch = prefetch.submit(batches, tokens_seen)
+        micro_batches, _ = batches(run.seen, run.step)
+        next_batch = prefetch.submit(batches, tokens_seen, run.step + 1)
     scaler.unscale_(opt)
     norm = parallel.clip(trained, grad_clip)
 
@@ -366,22 +366,22 @@ while True:
     if torch_device.type == 'cuda' and not keeps_one:
         torch.cuda.synchronize()  # the update is training time, and evaluating waits for it anyway
     began, t0 = t0, time.perf_counter()
-    run.advance(cut.tokens, t0 - began)
+    run.advance(tokens_seen - run.seen, t0 - began)
     shown = [record for record in records if record['step'] % log_interval == 0
              or record['step'] == max_iters - 1]
     if world.is_main and shown:
-        done = records[-1]['step'] + 1
-        dt = (run.train_time - logged_time) / (done - logged_step)  # seconds per step since then
+        done, seconds = records[-1]['step'] + 1, run.train_time - logged_time  # since the last line
+        dt = seconds / (done - logged_step)
+        tokens_per_s = cut.tokens_of(logged_step, done) / seconds
         logged_step, logged_time = done, run.train_time
-        tokens_per_s = cut.tokens / dt
-        mfu = flops.mfu_of(model, cut.tokens / world.size / model.config.block_size, dt)
+        mfu = flops.mfu_of(model, tokens_per_s / world.size)
         shown_mfu = 'n/a' if mfu is None else f'{mfu:.1%}'
-        left = f', {tqdm.format_interval((max_iters - done) * dt)} left' if bar.disable else ''
+        left = tqdm.format_interval(cut.tokens_of(done, max_iters) / tokens_per_s)
         bar.set_postfix_str(f'loss {shown[-1]["loss"]:.3f}', refresh=False)
         for record in shown:
             bar.write(f'iter {record["step"]}: loss {record["loss"]:.4f}, time {dt * 1e3:.2f}ms, '
                       f'mfu {shown_mfu}, norm {record["grad_norm"]:.2f}, '
-                      f'{tokens_per_s / 1e3:.1f}k tok/s{left}')
+                      f'{tokens_per_s / 1e3:.1f}k tok/s' + f', {left} left' * bar.disable)
             run.log(**record, ms=round(dt * 1e3, 3), mfu=mfu, tokens_per_s=round(tokens_per_s))
 
 # the end ------------------------------------------------------------------------------------------

@@ -244,13 +244,14 @@ class Data:
                 raise UserError(f'{name} has another {key} than {self.names[0]}: expected equal '
                                 f'ones; prepare both alike')
 
-    def open(self, cut, device, n_ids, last_step, state):
+    def open(self, cut, device, vocab_size, state):
         """Open the token files -> the training tokens.
 
-        last_step: the one where the learning rate is lowest. state: of the checkpoint that the run
-        resumes, or {}. With other settings than before, each dataset and the last steps' datasets
-        go on at the place where they were.
+        vocab_size: of the model. state: of the checkpoint that the run resumes, or {}. With other
+        settings than before, each dataset and the last steps' datasets go on at the place where
+        they were.
         """
+        n_ids = min(self.meta['vocab_size'] or math.inf, vocab_size)  # ids of the data are below
         self.splits = {name: open_splits(self.folders[name], self.metas[name], cut.block_size,
                                          device, n_ids) for name in self.names}
         self.n_ids, self.lost = n_ids, {}  # lost: shares of tokens with documents='bos'
@@ -259,9 +260,10 @@ class Data:
         # sequences until the datasets of the last steps take over
         step, before = state.get('iter_num', 0), state.get('mixture', {'drawn': {}})
         first = (state.get('seen') or step * cut.tokens) // cut.block_size
-        start_step = last_step - round(self.fraction * last_step)
-        self.start = first + cut.sequences * (start_step - step)
-        if not cut.sequences * step == first or start_step < step:  # another batch or schedule
+        start_step = cut.stages.end - round(self.fraction * cut.stages.end)
+        self.start = first + cut.tokens_of(step, start_step) // cut.block_size
+        is_other = cut.tokens_of(0, step) != first * cut.block_size  # another batch or schedule
+        if is_other or start_step < step:
             was_reached = before.get('anneal_start', self.start) <= first
             self.start = before.get('anneal_start', first) if was_reached else max(first,
                                                                                    self.start)
@@ -376,13 +378,14 @@ class Data:
 
     def describe(self, cut, max_iters, eval_tokens, n_processes):
         """Return lines about a run: steps, epochs, and datasets that it reads too often."""
-        progress, several = self.progress(cut, max_iters * cut.tokens), len(self.names) > 1
+        progress, several = self.progress(cut, cut.tokens_of(0, max_iters)), len(self.names) > 1
         epochs = ', '.join(f'{epochs:.2f} epochs' + f' of {name}' * several
                            for name, (_, epochs) in progress.items())
         lines = [f'{max_iters} steps, {epochs}'
                  + f'; val loss over {eval_tokens:,} tokens of val' * (eval_tokens > 0),
                  f'a step of {cut.tokens:,} tokens = {n_processes} process(es) x '
-                 f'{cut.micro_steps} micro-batch(es) x {cut.batch_size} x {cut.block_size}']
+                 f'{cut.micro_steps} micro-batch(es) x {cut.batch_size} x {cut.block_size}'
+                 + f', after {cut.stages.n - 1} stage(s) with fewer' * (cut.stages.n > 1)]
         lines += [f'{lost:.1%} of the tokens of {name} are behind the end of a row, and lost'
                   for name, lost in self.lost.items()]
         return lines + [f'WARNING: {name} is read {epochs:.1f} times in this run, expected at most '

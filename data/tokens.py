@@ -247,8 +247,8 @@ def to_device(batch, device):
 class Batches:
     """Draw this process's micro-batches -> ([(x, y, share), ...], n_targets).
 
-    seen: tokens that the steps before have drawn. x, y: (batch_size, block_size) on the device.
-    share: the part of the step's targets that is in the micro-batch, times the number of
+    seen: tokens that earlier steps than `step` have drawn. x, y: (batch_size, block_size) on the
+    device. share: the part of the step's targets that is in the micro-batch, times the number of
     processes, because DDP averages over them. So the loss of a step is the mean over its targets,
     however they fall on micro-batches and processes.
     """
@@ -260,11 +260,12 @@ class Batches:
     device: torch.device
     world: World
 
-    def __call__(self, seen):
+    def __call__(self, seen, step=0):
         cut, world, first = self.cut, self.world, seen // self.cut.block_size
-        starts = draw(self.tokens, first, cut.sequences, cut.block_size, self.seed)
+        n_sequences = cut.tokens_of(step, step + 1) // cut.block_size
+        starts = draw(self.tokens, first, n_sequences, cut.block_size, self.seed)
         n_targets = count_targets(self.tokens, starts, cut.block_size)
-        parts = starts.reshape(world.size, cut.micro_steps, cut.batch_size)[world.rank]
+        parts = starts.reshape(world.size, -1, cut.batch_size)[world.rank]
         micro_batches = []
         for chunk in parts:
             x, y = to_device(gather(self.tokens, chunk, cut.block_size, self.n_ids), self.device)

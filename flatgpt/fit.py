@@ -33,7 +33,7 @@ def choose_batch(cut, resolved, model, world):
     setup = plan.setup_of(resolved, replace(model.config, block_size=cut.block_size), machine,
                           how)
     free = free_bytes(model, n_local)
-    sizes = plan.divisors(cut.batch_size * cut.micro_steps)
+    sizes = plan.divisors(cut.batch_size * cut.micro_steps // cut.stages.n)
     most = plan.largest_batch(setup, free)
     votes = world.sum([n <= most for n in sizes])
     cut.resize(next((n for n, count in zip(sizes, votes, strict=True) if count == world.size), 1))

@@ -87,11 +87,10 @@ def peak_flops(device):
     return gpu and gpu.flops
 
 
-def mfu_of(model, sequences, seconds):
+def mfu_of(model, tokens_per_s):
     """Return the model FLOPs utilisation, a share of the device's peak.
 
-    sequences: of block_size tokens, trained on in `seconds`. None if the peak is not known.
+    tokens_per_s: that the device trains on. None if the peak is not known.
     """
     peak = peak_flops(model.lm_head.weight.device)
-    flops = model.flops_per_token() * model.config.block_size * sequences
-    return None if peak is None else flops / seconds / peak
+    return None if peak is None else model.flops_per_token() * tokens_per_s / peak

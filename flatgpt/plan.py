@@ -21,7 +21,7 @@ import torch
 import ops
 from configurator import UserError
 from flatgpt import costs, huggingface, memory, pretrained, runtime
-from flatgpt.cut import cut_step
+from flatgpt.cut import Stages, cut_step
 from flatgpt.entries import glance
 from flatgpt.flops import GPU, GPUS, Machine, gpu_named, machine_named
 from flatgpt.muon import BATCH, QUINTICS
@@ -47,6 +47,7 @@ class Setup:
     optimizer: str = 'adamw'
     recompute: bool = False
     lora: tuple | None = None  # (rank, ends of layer names, bits of frozen weights)
+    stages: Stages = Stages()  # of the batch; the step is one of the last
 
     @property
     def tokens(self):
@@ -304,7 +305,7 @@ def setup_of(config, model, machine, how):
     rank = config['lora_rank']
     return Setup(model, cut.batch_size, cut.micro_steps, machine.size, n_shards, how,
                  config['optimizer'], config['recompute'] == 'block',
-                 (rank, targets, config['lora_bits']) if rank else None)
+                 (rank, targets, config['lora_bits']) if rank else None, cut.stages)
 
 
 def room(machine, how):
@@ -325,7 +326,7 @@ def divisors(n):
 def largest_batch(setup, most):
     """Return the largest batch_size that fits into `most` bytes, or 0."""
     sequences = setup.batch_size * setup.micro_steps
-    return next((n for n in divisors(sequences) if total(
+    return next((n for n in divisors(sequences // setup.stages.n) if total(
         replace(setup, batch_size=n, micro_steps=sequences // n)) <= most), 0)
 
 
@@ -426,6 +427,9 @@ def explain_time(setup, machine, max_iters, has_peak):
     step = sum(seconds.values())
     if math.isnan(step):
         return [f'{machine.name} is not in the table of flatgpt/flops.py: no time is predicted']
+    fixed = seconds['update'] + seconds['exchange']  # alike in steps of a part of the batch
+    parts_of_batch = setup.stages.until(max_iters) / setup.stages.n
+    in_all = parts_of_batch * (step - fixed) + max_iters * fixed
     tokens = setup.tokens * setup.micro_steps
     flops = 3 * sum(costs.flops(setup.model, setup.model.block_size).values())
     mfu = f', MFU {flops * tokens / step / machine.gpu.flops:.0%}' if has_peak else ''
@@ -433,7 +437,7 @@ def explain_time(setup, machine, max_iters, has_peak):
     bound = 'at least' if has_peak else 'about'  # by a datasheet, or by measured speeds
     return [f'a step takes {bound} {1e3 * step:,.0f} ms ({parts})',
             f'that is {tokens * setup.n_processes / step:,.0f} tokens/s{mfu}; '
-            f'{max_iters:,} steps take {duration(max_iters * step)}']
+            f'{max_iters:,} steps take {duration(in_all)}']
 
 
 def duration(seconds):

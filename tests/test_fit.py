@@ -10,7 +10,7 @@ from conftest import close_state, losses
 
 from configurator import UserError
 from flatgpt import checkpoint, costs, fit, memory, parallel, plan, runtime
-from flatgpt.cut import Cut, cut_step
+from flatgpt.cut import Cut, Stages, cut_step
 from flatgpt.plan import Setup
 from model import GPT, GPTConfig
 
@@ -68,6 +68,31 @@ def test_auto_begins_with_one_sequence():
     assert (cut.batch_size, cut.micro_steps) == (1, 12)
     with pytest.raises(UserError, match="batch_size='auto' needs .* --total_batch_size=7680"):
         cut_step({'total_batch_size': 0, 'gradient_accumulation_steps': 40, 'batch_size': 'auto'}, 16, 1)
+
+
+def test_stages_by_hand():
+    """10 steps are 4, 3 and 3; the n-ths that a step takes are the stages that have begun."""
+    assert [3 * Stages(3, 10).share(step) for step in range(13)] == pytest.approx([1] * 4 + [2] * 3 + [3] * 6)
+    assert Stages().share(0) == Stages(3, 0).share(0) == 1.0
+    for n, end in ((1, 5), (4, 3), (5, 23)):
+        shares = [min(n, 1 + step * n // end) for step in range(30)]
+        assert [Stages(n, end).until(step) for step in range(30)] == [sum(shares[:step]) for step in range(30)]
+
+
+def test_cuts_of_stages():
+    """24 sequences in two processes: 4, 8 and 12 each, in micro-batches of one size."""
+    settings = {'total_batch_size': 24 * 16, 'batch_size': 100, 'batch_stages': 3, 'lr_decay_iters': None, 'max_iters': 10}
+    cut = cut_step(settings, 16, 2)
+    assert (cut.batch_size, cut.micro_steps, cut.tokens, cut.smaller) == (4, 3, 384, 2)
+    assert [cut.tokens_of(step, step + 1) for step in (3, 4, 7)] == [128, 256, 384]
+    assert cut.tokens_of(3, 8) == 128 + 3 * 256 + 384 and cut.tokens_of(8, 3) == -cut.tokens_of(3, 8)
+    cut.resize(2)
+    assert (cut.micro_steps, cut.smaller, cut.tokens_of(3, 8)) == (6, 1, 1280)
+    assert cut_step({**settings, 'batch_size': 'auto'}, 16, 2).micro_steps == 12
+    with pytest.raises(UserError, match='1/3 of a step of 400 tokens is no.*each of 2 processes.*--total_batch_size=384'):
+        cut_step({**settings, 'total_batch_size': 400}, 16, 2)
+    with pytest.raises(UserError, match='4 sequences per step and process .* batch_size=3; try --batch_size=2'):
+        cut_step({**settings, 'batch_size': 3}, 16, 2)
 
 
 # the choice -----------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from configurator import UserError
 from data.mixture import SOURCE, Annealed, Data, Mixture, Sources, apportion, parse
 from data.tokens import Batches, Rows, count_targets, draw, gather
-from flatgpt.cut import Cut
+from flatgpt.cut import Cut, Stages
 from flatgpt.parallel import World
 
 CPU = torch.device('cpu')
@@ -90,6 +90,17 @@ def test_another_batch_size_keeps_the_places(several):
     assert several.checkpoint()['mixture']['anneal_start'] == kept['anneal_start']  # it was reached
 
 
+def test_stages_of_the_batch_move_the_last_datasets(several):
+    """10 steps of 4 sequences and 4 of 8 come before the last 6, of the other dataset alone."""
+    changes = {'dataset': 'tiny:0.7,other:0.3', 'anneal_dataset': 'other', 'anneal_fraction': 0.3, 'batch_stages': 2}
+    for max_iters, init_from in ((12, 'scratch'), (20, 'resume')):
+        several.train(**changes, eval_interval=7, max_iters=max_iters, init_from=init_from).ok()
+        assert several.checkpoint()['mixture']['anneal_start'] == 72
+    at = {line['step']: line['sources'] for line in several.log() if 'sources' in line}
+    assert [sum(source['tokens'] for source in at[step].values()) for step in (7, 14, 20)] == [16 * 28, 16 * 72, 16 * 120]
+    assert at[20]['tiny']['tokens'] == at[14]['tiny']['tokens'] == pytest.approx(0.7 * 16 * 72, abs=16)
+
+
 def test_order_and_spelling_of_names_change_nothing(several):
     several.train(dataset='tiny:0.7,other:0.3', out_dir='a').ok()
     several.train(dataset=f'{several.path}/data/other:3,data/tiny:7', out_dir='b').ok()
@@ -135,6 +146,17 @@ def test_processes_see_the_batches_of_one():
     parts = [Batches(sources, Cut(12, 8, 2, 2), 1, 200, CPU, World(rank, rank, 3))(12 * 8 * 5)[0] for rank in range(3)]
     for k in range(2):
         assert torch.equal(torch.cat([part[k] for micro_batches in parts for part in micro_batches]), whole[k])
+
+
+def test_processes_see_the_batches_of_one_in_a_stage():
+    """In the first of two, half of 12 sequences; then all."""
+    for step, n in ((4, 6), (5, 12)):
+        whole, count = Batches(three_sources()[0], Cut(n, 8, n), 1, 200, CPU, World())(8 * 30)
+        parts = [Batches(three_sources()[0], Cut(12, 8, 2, 2, Stages(2, 10)), 1, 200, CPU, World(rank, rank, 3))(8 * 30, step)
+                 for rank in range(3)]
+        assert {part[1] for part in parts} == {count} == {8 * n}
+        assert torch.equal(torch.cat([x for part, _ in parts for x, *_ in part]), whole[0][0])
+        assert sum(share for part, _ in parts for *_, share in part) == pytest.approx(3)
 
 
 @pytest.fixture

@@ -348,9 +348,9 @@ def test_flops_of_windows():
 
 def test_mfu(monkeypatch):
     model = tiny()
-    assert flops.mfu_of(model, 8, 0.1) is None  # the CPU's peak is not known
+    assert flops.mfu_of(model, 8 * 16 / 0.1) is None  # the CPU's peak is not known
     monkeypatch.setattr(flops, 'peak_flops', lambda device: 1e9)
-    assert flops.mfu_of(model, 8, 0.1) == pytest.approx(model.flops_per_token() * 16 * 8 / 0.1 / 1e9)
+    assert flops.mfu_of(model, 8 * 16 / 0.1) == pytest.approx(model.flops_per_token() * 16 * 8 / 0.1 / 1e9)
 
 
 @pytest.mark.parametrize('name, peak', [

@@ -439,7 +439,8 @@ def test_schedules_are_sane(warmup, decay, fraction):
 
 @pytest.mark.parametrize('changes, step, expected', [
     ({}, 8, 0.55), ({'lr_decay_iters': None}, 12, 0.55), ({'decay_lr': False}, 8, 1.0),
-    ({'lr_schedule': 'wsd', 'decay_fraction': 0.5}, 9, 0.55)])
+    ({'lr_schedule': 'wsd', 'decay_fraction': 0.5}, 9, 0.55), ({'batch_stages': 4, 'decay_lr': False}, 2, 0.5),
+    ({'batch_stages': 4}, 8, 0.55 * 0.75 ** 0.5), ({'batch_stages': 4}, 12, 0.1)])
 def test_schedule_of_settings(changes, step, expected):
     config = {'optimizer': 'adamw', 'decay_lr': True, 'learning_rate': 1.0, 'warmup_iters': 4, 'lr_decay_iters': 12, 'max_iters': 20,
               'min_lr': 0.1, 'lr_schedule': 'cosine', 'decay_fraction': 0.2}

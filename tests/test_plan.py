@@ -12,6 +12,7 @@ from bench import bare
 from config.presets import PRESETS
 from configurator import UserError
 from flatgpt import costs, lora, muon, parallel, plan
+from flatgpt.cut import Stages
 from flatgpt.flops import GPUS, machine_named
 from model import GPT, GPTConfig
 
@@ -100,6 +101,7 @@ def test_largest_batch_divides_the_step():
         larger = min(n for n in plan.divisors(36) if n > size)
         assert plan.total(replace(small, batch_size=larger, micro_steps=36 // larger)) > most
     assert plan.largest_batch(small, 1 * GB) == 0
+    assert plan.largest_batch(replace(small, stages=Stages(4, 100)), 1000 * GB) == 9
 
 
 @pytest.mark.parametrize('bits', [8, 4])
@@ -146,6 +148,11 @@ def test_time_of_a_step():
     assert twice['products'] == 2 * seconds['products'] and twice['update'] == seconds['update']
     slower = plan.seconds_of_step(replace(setup, recompute=True), H200)
     assert 1.2 < slower['products'] / seconds['products'] < 1.34
+    # half of the steps have half of the products, and every step an update
+    days = [float(plan.explain_time(replace(setup, stages=stages), H200, 10**9, True)[1].replace(',', '').split()[-2])
+            for stages in (Stages(), Stages(2, 10**9))]
+    update = seconds['update'] * 10**9 / 86400
+    assert days[1] == pytest.approx(update + 0.75 * (days[0] - update), rel=1e-3)
     # 8 x 4 bytes of each weight: between machines they take longer than inside of one
     near, far = (plan.seconds_of_step(replace(setup, batch_size=1, n_processes=machine.size), machine)['exchange']
                  for machine in (machine_named('8xH200'), machine_named('8x1xH200')))

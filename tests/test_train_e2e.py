@@ -109,7 +109,7 @@ CASES = {
     'bfloat16': {'dropout': 0.1, 'dtype': 'bfloat16', 'bias': True},
     'float16': {'dropout': 0.1, 'dtype': 'float16'},  # with a gradient scaler, whose state is part of the run
     'two threads': {'dropout': 0.1},
-    'wsd': {'lr_schedule': 'wsd', 'grad_clip': 0.0, 'always_save_checkpoint': False},
+    'wsd': {'lr_schedule': 'wsd', 'grad_clip': 0.0, 'always_save_checkpoint': False, 'batch_stages': 2},
     'muon': {'preset': 'modern', 'dropout': 0.1, 'weight_decay': 0.1, 'dtype': 'bfloat16'},
     'muon, float16, all options': {
         'preset': 'modern', 'dtype': 'float16', 'n_kv_head': 1, 'mlp': 'swiglu', 'window': 5, 'n_layer': 3,
@@ -208,6 +208,27 @@ def test_total_batch_fixes_the_mathematics(finished, folder):
     same('shrunk')
 
 
+@pytest.mark.slow
+def test_the_batch_grows_in_stages(folder):
+    """4, 8, 12 sequences a step: the steps of three runs with these batches, at the roots of these parts of the rate."""
+    changes = {'batch_size': 2, 'decay_lr': False, 'eval_interval': 7}
+    whole = {**changes, 'batch_stages': 3, 'total_batch_size': 192}
+    run = folder.train(out_dir='whole', **whole).ok()
+    assert '6 micro-batch(es) x 2 x 16, after 2 stage(s) with fewer' in ' '.join(run.out.split())
+    init_from = 'scratch'
+    for k, max_iters in ((1, 7), (2, 14), (3, 20)):
+        folder.train(out_dir='parts', **changes, init_from=init_from, total_batch_size=64 * k, max_iters=max_iters,
+                     learning_rate=1e-2 * (k / 3) ** 0.5).ok()
+        init_from = 'resume'
+    same_state(folder.checkpoint('parts'), folder.checkpoint('whole'))
+    keys = ('step', 'loss', 'lr', 'grad_norm', 'tokens')
+    parts, whole_log = ([{k: line[k] for k in keys} for line in folder.log(d) if 'loss' in line] for d in ('parts', 'whole'))
+    assert parts == whole_log and [line['tokens'] for line in parts] == [
+        64 * n for n in (*range(1, 8), *range(9, 22, 2), *range(24, 40, 3))]
+    folder.train_two(out_dir='two', **whole)
+    close_state(folder.checkpoint('two'), folder.checkpoint('whole'), tolerance=1e-4)
+
+
 def test_seeds(finished, folder):
     folder.train(out_dir='same').ok()
     same_state(folder.checkpoint('same'), finished[0].checkpoint())
@@ -220,7 +241,7 @@ def test_seeds(finished, folder):
 @pytest.mark.slow
 def test_compiled(folder):
     """The compiled step: the same losses as eager, and exact on resuming with dropout. A cold cache takes a while."""
-    changes = {'max_iters': 4, 'eval_interval': 2, 'warmup_iters': 0}
+    changes = {'max_iters': 4, 'lr_decay_iters': 4, 'eval_interval': 2, 'warmup_iters': 0, 'batch_stages': 2}
     eager = folder.train(out_dir='eager', **changes).ok()
     run = folder.train(out_dir='compiled', compile=True, **changes).wait(240).ok()
     assert 'compiling the training step' in run.out and 'WARNING' not in run.out

@@ -138,8 +138,7 @@ from_preset = presets.fill(config)
 globals().update(from_preset)
 
 # rules between settings
-rate_at = optim.schedule(config)  # step -> learning rate
-matrix_rate_at = optim.schedule(config, 'muon_decay_fraction')
+rates_at = optim.schedule(config)  # step -> learning rate, that of Muon's matrices
 lora.check_settings(config, init_from, out_dir)
 
 # this process, its device, its data
@@ -324,8 +323,8 @@ while True:
     t0 += time.perf_counter() - pause  # that was no training time
 
     # forward and backward over the micro-batches
-    lr = rate_at(run.step)
-    optim.set_rates(opt, lr, matrix_rate_at(run.step))
+    lr, matrix_lr = rates_at(run.step)
+    optim.set_rates(opt, lr, matrix_lr)
     micro_batches, n_targets = next_batch.result()
     tokens_seen = run.seen + cut.tokens_of(run.step, run.step + 1)
     next_batch = prefetch.submit(batches, tokens_seen, run.step + 1)

@@ -69,6 +69,9 @@ VARIANTS = {
     'head_gates': '--head_gates=True',
     'cautious_decay 0.1': '--weight_decay=0.1 --cautious_decay=True',
     'split decay': '--decay_fraction=0.4 --muon_decay_fraction=0.8',
+    # 1/2, 1, 3/2 of the base's batch: its tokens in its steps; at its batch, its rates
+    'batch_stages 3': '--batch_stages=3 --total_batch_size=6144 --learning_rate=0.0049 '
+                      '--muon_lr=0.0245 --embedding_lr=0.0245',
     'dropout 0.1': '--dropout=0.1',
     'weight_decay 0.1': '--weight_decay=0.1',
     'biases': '--bias=True',

@@ -52,9 +52,8 @@ class Decoder:
         self.cache = KVCache(model.config, B, self.device, dtype, length)
         if self.is_compiled:
             self.cache.make_room(B, length)
-        looks_ahead = sampling.lookup and B == 1 and not self.is_compiled  # a CUDA graph cannot
-        self.ahead = (LookAhead(model, self.cache, prompts[0], sampling.lookup) if looks_ahead
-                      else None)
+        can_guess = sampling.lookup and B == 1 and not self.is_compiled  # a CUDA graph cannot
+        self.ahead = can_guess and LookAhead(model, self.cache, prompts[0], sampling.lookup)
         self.start_over(min(self.block_size, T))
 
     def start_over(self, n):

@@ -44,30 +44,29 @@ def set_rates(optimizer, lr, matrix_lr=None):
         group['lr'] = group['lr_scale'] * (matrix_lr if is_apart else lr)
 
 
-def schedule(config, fraction='decay_fraction'):
-    """Return the learning rate as a function of the step, by train.py's settings.
+def schedule(config):
+    """Return the learning rate and that of Muon's matrices as a function of the step.
 
-    A step with a part of the batch has its root of the rate ("On the SDEs and Scaling Rules for
-    Adaptive Gradient Algorithms", Malladi et al. 2022). fraction: the setting with the part of the
-    run in which the rate falls. Raises UserError for a rate that would rise where it should fall,
-    and for settings of Muon without it.
+    config: train.py's settings. A step with a part of the batch has its root of the rates ("On the
+    SDEs and Scaling Rules for Adaptive Gradient Algorithms", Malladi et al. 2022). Raises UserError
+    for rates that would rise where they should fall, and for settings without an effect.
     """
     rate, warmup, min_lr = (config[name] for name in ('learning_rate', 'warmup_iters', 'min_lr'))
     name = 'max_iters' if config['lr_decay_iters'] is None else 'lr_decay_iters'
-    end = config[name]
+    end, stages = config[name], stages_of(config)
     if config['optimizer'] == 'muon' and rate == 0:
         raise UserError('learning_rate=0: expected above 0 with optimizer=muon')
     muon.check_settings(config)
-    stages = stages_of(config)
     if not config['decay_lr']:
-        return lambda step: rate * stages.share(step) ** 0.5
+        return lambda step: [rate * stages.share(step) ** 0.5] * 2
     if min_lr > rate:
         raise UserError(f'min_lr={min_lr}: expected at most learning_rate={rate}, usually a tenth')
     if end < warmup and (name == 'lr_decay_iters' or 'warmup_iters' in config.given):
         raise UserError(f'{name}={end}: expected at least warmup_iters={warmup}; lower that')
-    share = config['decay_fraction'] if config.get(fraction) is None else config[fraction]
-    rate_at = getattr(Schedule(rate, warmup, end, min_lr, share), config['lr_schedule'])
-    return lambda step: rate_at(step) * stages.share(step) ** 0.5
+    shares = config['decay_fraction'], config.get('muon_decay_fraction') or config['decay_fraction']
+    rates = [getattr(Schedule(rate, warmup, end, min_lr, share), config['lr_schedule'])
+             for share in shares]  # cosine or wsd
+    return lambda step: [rate_at(step) * stages.share(step) ** 0.5 for rate_at in rates]
 
 
 @dataclass

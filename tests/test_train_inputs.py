@@ -353,7 +353,7 @@ def test_resuming_nanogpts_optimizer(folder):
         torch.testing.assert_close(folder.checkpoint()['model'][name], tensor, atol=2e-5, rtol=0)
 
 
-SMALL = {**TINY, 'total_batch_size': 64, 'max_iters': 4, 'warmup_iters': 1, 'eval_interval': 4, 'eval_iters': 1,
+SMALL = {**TINY, 'total_batch_size': 96, 'batch_size': 2, 'max_iters': 4, 'warmup_iters': 1, 'eval_interval': 4, 'eval_iters': 1,
          'log_interval': 1, 'sample_tokens': 0}
 for name in ('gradient_accumulation_steps', 'dropout', 'learning_rate', 'lr_decay_iters', 'min_lr'):
     del SMALL[name]  # the recipe's own

@@ -369,6 +369,7 @@ class Server:
         os.dup2(output, 1)
         os.dup2(os.open(f'{self.place}/err.txt', os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where this runs under nohup
         streams = setup() if setup else None
         sys.stdin, *standard = (python_stream(fd) for fd in range(3))
         sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__ = streams or standard

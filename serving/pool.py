@@ -92,6 +92,7 @@ class Pieces:
         # the model adds the number of new tokens, and compares with its context
         self.length = max(end for *_, end in self.spans) - start
         self.rows, self.slots = torch.tensor([rows, slots], device=pool.k.device)
+        self.are_few = FewQueries.fits(pool.k, len(self.spans), start)  # of a single row
 
     def start(self, B, T):
         """Return the positions of the new tokens, (T,)."""
@@ -99,11 +100,18 @@ class Pieces:
 
     def mask(self, T, window):
         """Return the mask for ops.attention()."""
+        if self.are_few:
+            keys = torch.arange(self.spans[0][-1])
+            return FewQueries(visible(self.slots[:, None], keys, window)[None, None])
         return InPieces(window, self.spans)
 
     def layer(self, layer, T):
         """Return the PoolLayer of a layer."""
-        return PoolLayer(self.pool.k[layer], self.pool.v[layer], self.rows, self.slots)
+        k, v, rows = self.pool.k[layer], self.pool.v[layer], self.rows
+        if self.are_few:
+            (_, _, row, end), = self.spans
+            k, v, rows = k[row, None, :, :end], v[row, None, :, :end], torch.zeros_like(rows)
+        return PoolLayer(k, v, rows, self.slots)
 
     def advance(self, T):
         """Do nothing: the caller adds the ids to pool.ids."""

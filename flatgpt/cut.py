@@ -26,7 +26,7 @@ class Stages:
 
 
 def stages_of(config):
-    """Return the Stages of train.py's settings; they end with the learning rate's schedule."""
+    """Return the Stages of train.py's settings, which end with its schedule."""
     end = config.get('lr_decay_iters') or config.get('max_iters', 0)
     return Stages(config.get('batch_stages', 1), end)
 

@@ -61,7 +61,10 @@ class LookAhead:
         self.ready = None  # logits after the context and after each of n guesses, (1 + n, V)
 
     def logits(self, new):
-        """Return the logits after the context, (1, V). new (1, T): its ids that are not cached."""
+        """Return the logits after the context, (1, V).
+
+        new: the ids of the context that are not cached, (1, T).
+        """
         if self.ready is None:
             T, cache = new.size(1), self.cache
             guesses = self.lookup.guess(cache.max_length - cache.length - T)

@@ -1,5 +1,5 @@
 """
-Multiply few rows by a matrix, and attend to cached keys, by the loops of products.cpp.
+Multiply few rows by a matrix, and attend to cached keys, by products.cpp.
 
     if products.load() is not None and Product.fits(weight): y = Product(weight)(x)
 
@@ -85,9 +85,9 @@ def address_of(tensor):
 
 
 class FewQueries:
-    """Attend from one query of each row, or from a few of one row, as ops.attention() does.
+    """Attend from one query of each row, or from a few queries of one row.
 
-    seen: (B or 1, 1, T, S) of bool. q: (B, H, T, D). k, v: (B, G, S, D), in a KVCache's memory.
+    As ops.attention() does. seen: (B or 1, 1, T, S) of bool. q: (B, H, T, D). k, v: (B, G, S, D), in a KVCache's memory.
     """
 
     def __init__(self, seen):

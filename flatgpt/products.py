@@ -85,9 +85,9 @@ def address_of(tensor):
 
 
 class FewQueries:
-    """Attend from one query of each row, or from a few queries of one row.
+    """Attend like ops.attention() from one query of each row, or a few of one row.
 
-    As ops.attention() does. seen: (B or 1, 1, T, S) of bool. q: (B, H, T, D). k, v: (B, G, S, D), in a KVCache's memory.
+    seen: (B or 1, 1, T, S) of bool. q: (B, H, T, D). k, v: (B, G, S, D), in a KVCache's memory.
     """
 
     def __init__(self, seen):

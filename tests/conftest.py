@@ -60,7 +60,7 @@ def gpt2():
 # processes ------------------------------------------------------------------------------------------------------------
 # Starting Python and importing torch takes three seconds, most of a tiny run, and the project's modules half of the rest.
 # A fork server has imported both once and forks for every run: otherwise each run is what `python train.py ...` would
-# be, with its own exit code and signals. The README's commands start Python itself (test_readme.py).
+# be, with its own exit code and signals.
 context = multiprocessing.get_context('forkserver' if 'forkserver' in multiprocessing.get_all_start_methods()
                                       else 'spawn')
 if context.get_start_method() == 'forkserver':
@@ -72,11 +72,12 @@ if context.get_start_method() == 'forkserver':
 ROOMS = {path.stem for path in ROOT.iterdir() if path.suffix == '.py' or (path / '__init__.py').exists()}
 
 
-def execute(script, argv, cwd, env, output):
+def execute(script, argv, cwd, env, output, home=ROOT):
     """
     Become `python script argv`, or `python -m script argv`, in the child.
 
-    It prints to the file `output` and reads the file of that name with '.in' behind, if there is one.
+    It prints to the file `output` and reads the file of that name with '.in' behind, if there is one. home: the
+    repository, or a copy of it with modules of its own.
     """
     if os.path.exists(f'{output}.in'):
         os.dup2(os.open(f'{output}.in', os.O_RDONLY), 0)
@@ -91,10 +92,10 @@ def execute(script, argv, cwd, env, output):
     os.environ.update(env)
     os.chdir(cwd)
     sys.argv = [script, *argv]
-    if not Path(script).is_relative_to(ROOT) and script.endswith('.py'):  # a copy has modules of its own
+    if home != ROOT:
         for name in [name for name in sys.modules if name.partition('.')[0] in ROOMS]:
             del sys.modules[name]
-    sys.path.insert(0, os.path.dirname(script) if script.endswith('.py') else str(ROOT))
+    sys.path.insert(0, os.path.dirname(script) if script.endswith('.py') else str(home))
     try:
         if script.endswith('.py'):
             runpy.run_path(script, run_name='__main__')
@@ -110,14 +111,14 @@ def execute(script, argv, cwd, env, output):
 class Run:
     """A script that runs in its own process. `out` is all it has printed so far, `code` its exit code once it ended."""
 
-    def __init__(self, script, settings, files, cwd, env=None, typed=None):
-        self.argv = [*map(str, files), *(f'--{key}={value}' for key, value in settings.items())]
+    def __init__(self, script, argv, cwd, env=None, typed=None, home=ROOT):
+        self.argv = argv
         self.path = Path(cwd) / f'.output-{time.monotonic_ns()}'
         if typed is not None:
             Path(f'{self.path}.in').write_text(typed, encoding='utf-8')
-        self.script = str(ROOT / script) if script.endswith('.py') else script
+        self.script = str(home / script) if script.endswith('.py') else script
         self.process = context.Process(
-            target=execute, args=(self.script, self.argv, str(cwd), env or {}, str(self.path)),
+            target=execute, args=(self.script, self.argv, str(cwd), env or {}, str(self.path), home),
             daemon=True)  # ends with pytest, however a test left it
         self.process.start()
 
@@ -202,9 +203,10 @@ class Folder:
     def __init__(self, path):
         self.path = Path(path)
 
-    def start(self, script, *files, env=None, typed=None, **settings):
-        """Start a script with config files and settings. typed: its standard input."""
-        return Run(script, settings, files, self.path, env, typed)
+    def start(self, script, *files, env=None, typed=None, home=ROOT, **settings):
+        """Start a script with config files and settings. typed: its standard input. home: see execute()."""
+        argv = [*map(str, files), *(f'--{key}={value}' for key, value in settings.items())]
+        return Run(script, argv, self.path, env, typed, home)
 
     def train(self, *files, env=None, **changes):
         """train.py with the TINY settings under `changes`, to its end. A change to None leaves the setting out."""

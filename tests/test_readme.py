@@ -14,7 +14,7 @@ import sys
 from functools import cache
 
 import pytest
-from conftest import ROOT, make_text
+from conftest import ROOT, Run, make_text
 
 from configurator import read_page
 
@@ -310,9 +310,22 @@ def change(command, settings):
     return command
 
 
+def run(command, home, env):
+    """Run a command in a copy of the repository; -> (exit status, output). Python alone is forked, all else by bash."""
+    program, *argv = shlex.split(command)
+    if program != 'python' or re.search(r'[|<>&;$*]', command):
+        done = subprocess.run(['bash', '-c', command], cwd=home, env=env, text=True, stdin=subprocess.DEVNULL,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        return done.returncode, done.stdout
+    if argv[0] == '-m':
+        del argv[0]
+    done = Run(argv[0], argv[1:], home, env, typed='', home=home).wait()
+    return done.code, done.out
+
+
 @pytest.mark.slow
 def test_commands_run(tmp_path):
-    """Each command of RUN, by bash in a copy of the repository, made small by its settings."""
+    """Each command of RUN, in a copy of the repository, made small by its settings."""
     listed = subprocess.run(['git', 'ls-files', '-co', '--exclude-standard'], cwd=ROOT,
                             capture_output=True, text=True, check=True)
     for name in listed.stdout.splitlines():
@@ -332,9 +345,7 @@ def test_commands_run(tmp_path):
         for command in commands:
             if key_of(command) == key:
                 small = change(command, settings)
-                done = subprocess.run(
-                    ['bash', '-c', small], cwd=tmp_path, env=env, text=True,
-                    stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-                if done.returncode:
-                    failures.append(f'{small}\n{done.stdout}')
+                code, out = run(small, tmp_path, env)
+                if code:
+                    failures.append(f'{small}\n{out}')
     assert not failures, '\n\n'.join(failures)

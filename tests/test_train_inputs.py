@@ -273,10 +273,10 @@ def test_dataset_beside_the_script(folder, tmp_path):
     other = folder.path / 'data' / 'other'
     write_dataset(home / 'data' / 'other', encode(make_text(3000)), encode(make_text(333, seed=1)))
     settings = {**TINY, 'dataset': 'other', 'max_iters': 1}
-    run = folder.start(str(home / 'train.py'), env={'PYTHONPATH': ''}, **settings).ok()
+    run = folder.start('train.py', home=home, env={'PYTHONPATH': ''}, **settings).ok()
     assert 'step 1' in run.out and not other.exists() and (folder.path / 'out' / 'ckpt.pt').exists()
     write_dataset(other, encode(make_text(30)), encode(make_text(5)))
-    folder.start(str(home / 'train.py'), env={'PYTHONPATH': ''}, **settings).refused('data/other/val.bin has 5 tokens')
+    folder.start('train.py', home=home, env={'PYTHONPATH': ''}, **settings).refused('data/other/val.bin has 5 tokens')
 
 
 # nanoGPT's habits -----------------------------------------------------------------------------------------------------

@@ -77,6 +77,12 @@ def has_objects(path, text_key: str | None = None) -> bool:
     return bool(record) if text_key is None else isinstance(record.get(text_key), str)
 
 
+def begins_like_json(path) -> bool:
+    """Return whether a file begins as an object in JSON does, or a list of them, damaged or not."""
+    with open_utf8(path) as file:
+        return re.match(rb'\s*(\[\s*)?\{\s*"', file.read(200)) is not None
+
+
 def find_files(path, text_key: str = 'text') -> tuple[list[str], int]:
     """List the texts and tables below a folder; -> (paths, number of other files).
 
@@ -507,6 +513,10 @@ def read_parquet(path, names: list[str] | None = None):
                         f'{bad}); write the file again from text that is') from None
     except (pa.ArrowException, OSError) as error:
         raise UserError(f'{path} cannot be read as Parquet: {error}') from None
+    except (ArithmeticError, LookupError, ValueError) as error:  # dates and time zones
+        raise UserError(f'{path} has a value after row {number} that Python lacks '
+                        f'({type(error).__name__}: {error}); write the file again without that '
+                        f'column') from None
 
 
 # Splitting: each function yields (split, text), with split 'train' or 'val' ---------------------

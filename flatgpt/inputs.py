@@ -78,8 +78,32 @@ def open_zstd(path, mode):
     return zstd.open(path, mode)
 
 
-PACKED = {rb'\x1f\x8b\x08': gzip.open, rb'BZh[1-9]1AY&SY': bz2.open, rb'\xfd7zXZ\0': lzma.open,
-          rb'\x28\xb5\x2f\xfd': open_zstd}
+def unpacked(path, make):
+    """Yield the blocks of a file of packed streams, each read by make().
+
+    bz2.open and lzma.open take a damaged second stream for the end of the file.
+    """
+    with open(path, 'rb') as file:
+        packed = file.read(BLOCK)
+        while packed:
+            stream = make()
+            while not stream.eof:
+                if stream.needs_input and not (packed := packed or file.read(BLOCK)):
+                    raise EOFError('it ends within a packed stream')
+                yield stream.decompress(packed, BLOCK)
+                packed = b''
+            packed = stream.unused_data or file.read(BLOCK)
+            while packed and not (packed := packed.lstrip(b'\0')):  # xz pads with zeros
+                packed = file.read(BLOCK)
+
+
+def opener_of(make):
+    """Return a function like open() for files of packed streams."""
+    return lambda path, mode: io.BufferedReader(Blocks(unpacked(path, make)))
+
+
+PACKED = {rb'\x1f\x8b\x08': gzip.open, rb'BZh[1-9]1AY&SY': opener_of(bz2.BZ2Decompressor),
+          rb'\xfd7zXZ\0': opener_of(lzma.LZMADecompressor), rb'\x28\xb5\x2f\xfd': open_zstd}
 
 
 def read_blocks(path, source, opener):

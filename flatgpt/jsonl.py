@@ -10,7 +10,7 @@
 import hashlib
 import json
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from configurator import UserError
 from flatgpt.files import lock_folder, no_link, replace_file, unlock
@@ -60,8 +60,12 @@ def read_object(line):
 
 
 def to_line(value):
-    """Return a value as one JSON line, bytes. Half a surrogate pair stays escaped."""
-    return json.dumps(value, ensure_ascii=False).encode('utf-8', 'backslashreplace') + b'\n'
+    """Return a value as one JSON line, bytes. Half a surrogate pair stays escaped.
+
+    A value that JSON lacks, such as a date of a table, becomes its text.
+    """
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text.encode('utf-8', 'backslashreplace') + b'\n'
 
 
 @contextmanager
@@ -148,11 +152,13 @@ class Results:
                                 f'goes on')
         self.file.write(to_line({'written': sha256}))
         self.file.flush()
+        os.makedirs(os.path.dirname(self.out) or '.', exist_ok=True)  # it may have been deleted
         self.written.add(sha256)
         replace_file(self.out, content)
 
     def close(self):
         """Remove {out}.part, and release it."""
         self.file.close()
-        os.remove(self.part)
+        with suppress(FileNotFoundError):  # deleted meanwhile
+            os.remove(self.part)
         unlock(self.lock)

@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 import tokenizer as tokenizers
-from configurator import UserError
+from configurator import UserError, printable
 from data.documents import read_records, text_hash
 from flatgpt import jsonl, shares
 from flatgpt.classify import encode_text
@@ -100,8 +100,8 @@ def read_rows(path):
             raise UserError(f'{where} has no {" and no ".join(missing)}, but {", ".join(record)}; '
                             f'expected {EXAMPLE}')
         if not isinstance(record['text'], str) or not record['text'].strip():
-            raise UserError(f'{where} has {json.dumps(record["text"])[:40]} as text; expected a '
-                            f'text, such as {EXAMPLE}')
+            shown = json.dumps(record['text'], default=str)[:40]
+            raise UserError(f'{where} has {shown} as text; expected a text, such as {EXAMPLE}')
         yield where, record['text'], label_of(record['label'], where)
 
 
@@ -188,6 +188,7 @@ def predict_file(classifier, path, out, world):
             classifier.encode(value['text'])
         except UserError as error:
             raise UserError(f'{where}: {error}') from None
+    labels = labels_of(lines, path)
     weights = [tensor.flatten()[:8].tolist() for tensor in classifier.model.state_dict().values()]
     digest = tokenizers.digest({'weights': weights, 'classes': classifier.classes,
                                 'tokenizer': classifier.tokenizer.to_dict(),
@@ -214,17 +215,21 @@ def predict_file(classifier, path, out, world):
         with shares.together(world):
             if results:
                 results.finish(lines)
-    return measure_lines(lines, done, classifier.classes, path)
+    return labels and measure_lines(labels, lines, done, classifier.classes)
 
 
-def measure_lines(lines, done, classes, path):
-    """Return report() of the results `done` of labelled lines, else None."""
+def labels_of(lines, path):
+    """Return the labels of lines that all have one, else None. Raises UserError."""
     if not all('label' in value for value in lines.values()):
         return None
-    labels = [label_of(value['label'], f'{path}, line {number}')
-              for number, value in lines.items()]
+    return [label_of(value['label'], f'{path}, line {number}') for number, value in lines.items()]
+
+
+def measure_lines(labels, lines, done, classes):
+    """Return report() of the results `done` of lines, or None for labels of no class."""
     if unknown := sorted(set(labels) - set(classes)):
-        print(f'not measured: the label {unknown[0]!r} is none of {", ".join(classes[:10])}')
+        known = printable(', '.join(classes[:10]))
+        print(f'not measured: the label {unknown[0]!r} is none of {known}')
         return None
     rows = np.array([list(done[number]['probabilities'].values()) for number in lines])
     return report(rows, np.array([classes.index(label) for label in labels]))

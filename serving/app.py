@@ -14,6 +14,7 @@ import json
 import math
 import re
 import time
+import traceback
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -340,6 +341,9 @@ async def merged(choices):
             await queue.put(None)
         except Refused as error:
             await queue.put(error)
+        except Exception:  # the request would wait for ever
+            traceback.print_exc()
+            await queue.put(Refused('an error of the server', 500))
 
     tasks = [asyncio.ensure_future(follow(choice)) for choice in choices]
     try:

@@ -12,9 +12,11 @@ import asyncio
 import functools
 import itertools
 
+from configurator import UserError
 from flatgpt import classify
 from serving.protocol import Refused
 
+ANY_TEXT = 'Zoë says: 你好, мир! 😀'  # which a vocabulary of characters lacks
 CHARACTERS = 400  # of a streamed answer from one reading to the next
 
 
@@ -22,11 +24,16 @@ class Guardrail:
     """Hold a classifier and the label that it refuses.
 
     setting: FOLDER:LABEL. most: the greatest probability that passes. Raises UserError for a
-    folder or label that is missing.
+    folder or label that is missing, and for a classifier that cannot read every text.
     """
 
     def __init__(self, setting, most, engine):
         self.classifier, self.label = classify.load_label(setting, engine.device)
+        try:
+            self.classifier.encode(ANY_TEXT)
+        except UserError as error:
+            raise UserError(f'guardrail={setting}: its classifier cannot read every text; expected '
+                            f'a vocabulary of bytes or byte pairs ({error})') from None
         self.most, self.engine = most, engine
         # a chat sends its earlier messages again with each request
         self.greatest = functools.lru_cache(1024)(self.classifier.greatest)

@@ -249,6 +249,10 @@ def test_lines_that_cannot_be_labelled(learnt, tmp_path, line, said):
     (tmp_path / 'in.jsonl').write_text(f'{{"text": "a"}}\n{line}\n')
     predict(learnt[0], predict=tmp_path / 'in.jsonl', out=tmp_path / 'done.jsonl').refused(said)
     assert list(tmp_path.iterdir()) == [tmp_path / 'in.jsonl']
+    # a label that is none is found before the first text is read
+    (tmp_path / 'in.jsonl').write_text('{"text": "a", "label": "b"}\n{"text": "a", "label": null}\n')
+    predict(learnt[0], predict=tmp_path / 'in.jsonl', out=tmp_path / 'done.jsonl').refused('line 2 has null as label')
+    assert list(tmp_path.iterdir()) == [tmp_path / 'in.jsonl']
 
 
 @pytest.mark.parametrize('num_proc', [1, 2])

@@ -67,6 +67,22 @@ def test_binary_files_are_named(tmp_path, content, said):
 
 
 @pytest.mark.parametrize('pack', [gzip.compress, bz2.compress, lzma.compress])
+def test_streams_one_after_another(tmp_path, pack):
+    """All are read, with the zeros that xz puts between them; what is no stream is no end."""
+    texts = [os.urandom(n).hex().encode() for n in (10, 70_000, 3)]
+    padding = b'\0' * 4 * (pack is lzma.compress)
+    whole = padding.join(map(pack, texts)) + padding
+    (tmp_path / 'a').write_bytes(whole)
+    with inputs.open_utf8(tmp_path / 'a') as file:
+        assert file.read() == b''.join(texts)
+    second = pack(texts[1])
+    for rest in (b'text', second[:-9], bytes([second[0] ^ 1]) + second[1:]):
+        (tmp_path / 'a').write_bytes(pack(texts[0]) + rest)
+        with pytest.raises(UserError, match='a cannot be read: '), inputs.open_utf8(tmp_path / 'a') as file:
+            file.read()
+
+
+@pytest.mark.parametrize('pack', [gzip.compress, bz2.compress, lzma.compress])
 def test_damage_is_no_end(tmp_path, pack):
     """No prefix of a packed file, and no file with a changed byte, passes for the whole."""
     whole = os.urandom(3000).hex().encode()

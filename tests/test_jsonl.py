@@ -1,7 +1,10 @@
 """flatgpt/jsonl.py: objects in, results out, nothing lost. Run: pytest tests/test_jsonl.py"""
 
+import datetime
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -155,3 +158,17 @@ def test_what_is_written_on_the_way_may_be_replaced(tmp_path):
     with pytest.raises(ValueError, match='out exists by now; move it away'):
         results.write(b'three\n')
     assert out.read_bytes() == b'mine'
+
+
+def test_deleted_meanwhile(tmp_path):
+    """A part or a folder that somebody deletes while results come: they are in memory, and are written."""
+    for delete in (lambda: (tmp_path / 'a/out.part').unlink(), lambda: shutil.rmtree(tmp_path / 'a')):
+        (tmp_path / 'a').mkdir(exist_ok=True)
+        results = Results(str(tmp_path / 'a/out'), 'x')
+        results.add(1, {'n': 1})
+        delete()
+        results.add(2, {'when': datetime.date(2026, 12, 1)})
+        results.finish({1: {}, 2: {}})
+        assert (tmp_path / 'a/out').read_text() == '{"n": 1}\n{"when": "2026-12-01"}\n'
+        assert os.listdir(tmp_path / 'a') == ['out']
+        (tmp_path / 'a/out').unlink()

@@ -16,6 +16,7 @@ from corpora import words
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from configurator import UserError
 from data import documents, encode, scoring
 
 ROWS = [{'id': f'a{i}', 'text': f'text {i} "é" 🙂\n'} for i in range(7)]
@@ -247,7 +248,24 @@ def test_a_replaced_dataset_is_named(tmp_path, monkeypatch, capsys):
 def test_a_note_on_json_that_is_text(tmp_path, monkeypatch, capsys):
     (tmp_path / 'a.txt').write_text('{"body": "x y"}\n' * 9)
     said = prepare_text(monkeypatch, capsys, input=tmp_path / 'a.txt', out_dir=tmp_path / 'out').err
-    assert 'begins with JSON that has no text in' in said and '--text_key=NAME' in said
+    assert 'begins like JSON that has no text in' in said and '--text_key=NAME' in said
+    (tmp_path / 'folder').mkdir()
+    for name, content in (('a', '{"text": "a"\n{"text": "x y"}\n'), ('b', 'words')):  # a damaged first line
+        (tmp_path / f'folder/{name}.txt').write_text(content * 9)
+    said = prepare_text(monkeypatch, capsys, input=tmp_path / 'folder', out_dir=tmp_path / 'out').err
+    assert 'folder/a.txt begins like JSON' in said and 'name the file .jsonl' in said
+
+
+def test_values_that_python_lacks(tmp_path):
+    """A date beyond the year 9999 in a column that nobody reads, and a time zone that nobody knows."""
+    pa = pytest.importorskip('pyarrow')
+    from pyarrow import parquet
+    for kind, value in ((pa.date32(), 10**7), (pa.timestamp('us'), 10**18), (pa.timestamp('us', tz='Mars/Phobos'), 10**15)):
+        table = pa.table({'text': ['a', 'b'], 'other': pa.array([value] * 2, kind)})
+        parquet.write_table(table, tmp_path / 'a.parquet')
+        with pytest.raises(UserError, match='a value after row 0 that Python lacks .*write the file again without'):
+            list(documents.read_records(tmp_path / 'a.parquet'))
+        assert [row['text'] for _, row in documents.read_parquet(tmp_path / 'a.parquet', ['text'])] == ['a', 'b']
 
 
 def test_random_bytes_are_read_or_refused(tmp_path):

@@ -4,6 +4,7 @@ import random
 import string
 from concurrent.futures import CancelledError
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,8 +14,8 @@ from test_serving_api import chat_model
 
 from configurator import UserError
 from flatgpt import classify
-from serving.guardrail import CHARACTERS
-from tokenizer import chat
+from serving.guardrail import CHARACTERS, Guardrail
+from tokenizer import CharTokenizer, chat
 
 
 @pytest.fixture(scope='module')
@@ -122,3 +123,24 @@ def test_refused(tmp_path, folder):
                              (f'{tmp_path}:bad', 'there is no classifier in')):
         with pytest.raises(UserError, match=message):
             classify.load_label(setting)
+
+
+def test_a_classifier_that_cannot_read_every_text(folder, tmp_path):
+    """With a vocabulary of characters it would fail at a request's first other character."""
+    state = torch.load(f'{folder}/ckpt.pt', weights_only=True)
+    torch.save({**state, 'tokenizer': CharTokenizer('abc dé').to_dict()}, tmp_path / 'ckpt.pt')
+    with pytest.raises(UserError, match=f'guardrail={tmp_path}:bad: its classifier cannot read every text; expected a voc'):
+        Guardrail(f'{tmp_path}:bad', 0.5, SimpleNamespace(device='cpu'))
+
+
+def test_an_error_of_the_guardrail_ends_the_request(folder, servers, monkeypatch, capsys):
+    """The client gets an error at once, and the log the reason."""
+    async def fail(self, text):
+        raise ZeroDivisionError('of a test')
+
+    monkeypatch.setattr(Guardrail, 'withholds', fail)
+    prompt = 'b' if is_bad(folder, 'a') else 'a'
+    status, value = servers[0].call('/v1/completions', {'prompt': prompt, 'max_tokens': 3})
+    assert status == 500 and value['error']['message'] == 'an error of the server'
+    _, events = servers[0].call('/v1/completions', {'prompt': prompt, 'max_tokens': 3, 'stream': True})
+    assert 'an error of the server' in events and 'of a test' in capsys.readouterr().err

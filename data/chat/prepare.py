@@ -44,7 +44,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))  # so that it runs from any folder
 
 import tokenizer as tokenizers
-from configurator import UserError
+from configurator import UserError, printable
 from data import conversations, documents, encode
 from flatgpt import checkpoint, huggingface
 from flatgpt.pretrained import path_in, tokenizer_of
@@ -120,10 +120,10 @@ def main():
         split = 'val' if documents.text_hash(text) < args.val_fraction else 'train'
         rendered[split].append(row)
     for reason, count in Counter(reason[:60] for reason in bad).most_common(5):
-        print(f'skipped {count:,}: {reason}', file=sys.stderr)
+        print(f'skipped {count:,}: {printable(reason)}', file=sys.stderr)
     if unread:
-        print(f'not read: {", ".join(f"{key} ({n:,})" for key, n in unread.most_common(9))}',
-              file=sys.stderr)
+        names = ', '.join(f'{key} ({n:,})' for key, n in unread.most_common(9))
+        print(f'not read: {printable(names)}', file=sys.stderr)
     if not any(rendered.values()):
         raise UserError(f'{args.input} has no conversation'
                         + f', and {len(bad):,} lines that are not one' * bool(bad))

@@ -70,10 +70,13 @@ def main():
                and documents.kind_of(files[0], args.text_key) == 'text')
     first = list(itertools.islice(read(), 1 if is_text else FEW))
     pages.note_pages(args.input, files, first)
-    if is_text and documents.has_objects(files[0]):
-        print(f'note: {files[0]} begins with JSON that has no text in {args.text_key!r}, so the '
-              f'JSON itself is the text; if a field holds the text: --text_key=NAME',
-              file=sys.stderr)
+    for path in files[:FEW]:
+        if (documents.kind_of(path, args.text_key) == 'text'
+                and documents.begins_like_json(path)):
+            print(f'note: {path} begins like JSON that has no text in {args.text_key!r}, so the '
+                  f'JSON itself is the text; if a field holds the text: --text_key=NAME; if the '
+                  f'first line is damaged, name the file .jsonl', file=sys.stderr)
+            break
     if is_text:
         how = 'the end of the text'
     elif len(first) < FEW:

@@ -367,8 +367,7 @@ while True:
         torch.cuda.synchronize()  # the update is training time, and evaluating waits for it anyway
     began, t0 = t0, time.perf_counter()
     run.advance(tokens_seen - run.seen, t0 - began)
-    shown = [record for record in records if record['step'] % log_interval == 0
-             or record['step'] == max_iters - 1]
+    shown = [r for r in records if r['step'] % log_interval == 0 or r['step'] == max_iters - 1]
     if world.is_main and shown:
         done, seconds = records[-1]['step'] + 1, run.train_time - logged_time  # since the last line
         dt = seconds / (done - logged_step)

@@ -78,7 +78,7 @@ preset: Literal['gpt2', 'llama', 'modern'] = 'gpt2'  # config/presets.py; modern
 n_layer: Count = 12
 n_head: Count = 12
 n_embd: Count = 768
-dropout: Fraction = 0.0  # 0.1 to 0.3 where the same text is seen many times
+dropout: Fraction | Literal['auto'] = 0.0  # auto: 0 to 0.3 by the passes over the text
 bias = False  # biases in linear layers and LayerNorms
 mlp: Literal['gelu', 'gelu_erf', 'swiglu', 'relu2'] = 'gelu'
 n_kv_head: Count | None = None  # heads of keys and values, a divisor of n_head; None: n_head
@@ -153,12 +153,13 @@ torch_device = runtime.choose_device(device, world.local_rank)
 ckpt_path = os.path.join(out_dir, 'ckpt.pt')
 architecture = {name: config[name] for name in GPTConfig.__dataclass_fields__ if name in config}
 if init_from == 'scratch':
-    GPTConfig(**architecture)  # refuses impossible sizes before any data is prepared
+    GPTConfig(**{**architecture, 'dropout': 0.0})  # refuses impossible sizes before preparing data
 else:
     pretrained.check_source(init_from, ckpt_path)
 parallel.connect(world, torch_device, backend)
 runtime.use_machine(torch_device, deterministic)
 meta = data.prepare(is_first=world.local_rank == 0)
+config['dropout'] = architecture['dropout'] = data.choose_dropout(config, world)
 if init_from == 'auto':
     init_from = 'resume' if os.path.exists(ckpt_path) else 'scratch'
 
@@ -366,8 +367,7 @@ while True:
         torch.cuda.synchronize()  # the update is training time, and evaluating waits for it anyway
     began, t0 = t0, time.perf_counter()
     run.advance(tokens_seen - run.seen, t0 - began)
-    shown = [record for record in records if record['step'] % log_interval == 0
-             or record['step'] == max_iters - 1]
+    shown = [r for r in records if r['step'] % log_interval == 0 or r['step'] == max_iters - 1]
     if world.is_main and shown:
         done, seconds = records[-1]['step'] + 1, run.train_time - logged_time  # since the last line
         dt = seconds / (done - logged_step)

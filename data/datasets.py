@@ -124,6 +124,13 @@ def sizes_of(data_dir):
     return meta['vocab_size'], meta['row']
 
 
+def train_tokens(data_dir, meta):
+    """Return the number of a dataset's training tokens."""
+    if meta['tokens']:
+        return meta['tokens']['train']
+    return os.path.getsize(os.path.join(data_dir, 'train.bin')) // meta['dtype'].itemsize
+
+
 def digest_of(data_dir, meta):
     """Hash a dataset's text and its split, to recognise it under any path.
 

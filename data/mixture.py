@@ -32,10 +32,13 @@ from data.tokens import (
     sum_losses,
 )
 from flatgpt import huggingface, pretrained
+from flatgpt.cut import cut_step
 
 STEPS = 100  # of the pattern
 BLOCK = 4096  # windows that are drawn at once
 SOURCE = 57  # bits of a window in its source; the source's number comes above
+# dropout='auto': {passes over the text: dropout} (bench/results/2026-12-01-learning.md)
+DROPOUT = {3: 0.0, 10: 0.1, 30: 0.2, 90: 0.3}
 MOST_EPOCHS = 4  # more repeat a text too often ("Scaling Data-Constrained ...", Muennighoff 2023)
 
 
@@ -243,6 +246,20 @@ class Data:
                     key == 'tokenizer' and not huggingface.same_tokenizer(value, other)):
                 raise UserError(f'{name} has another {key} than {self.names[0]}: expected equal '
                                 f'ones; prepare both alike')
+
+    def choose_dropout(self, config, world):
+        """Return train.py's dropout; 'auto': by the passes over the dataset most often read."""
+        if config['dropout'] != 'auto':
+            return config['dropout']
+        cut = cut_step(config, config['block_size'], world.size)
+        n_tokens = cut.tokens_of(0, config['max_iters'])
+        passes = max(share * n_tokens / datasets.train_tokens(self.folders[name], self.metas[name])
+                     for name, share in self.shares.items())
+        log_passes = math.log(max(passes, 1e-9))  # max_iters=0 passes no text
+        dropout = np.interp(log_passes, np.log(list(DROPOUT)), list(DROPOUT.values()))
+        dropout = round(float(dropout), 3)
+        world.print(f'dropout {dropout}: the run passes {passes:.1f} times over its text')
+        return dropout
 
     def open(self, cut, device, vocab_size, state):
         """Open the token files -> the training tokens.

@@ -359,6 +359,8 @@ def explain_plan(config, sizes, world):
     if config['init_from'] == 'auto':
         has_run = os.path.exists(os.path.join(config['out_dir'], 'ckpt.pt'))
         config['init_from'] = 'resume' if has_run else 'scratch'
+    if config['dropout'] == 'auto':  # any above 0 takes the same memory
+        config['dropout'] = 0.1
     model, assumed = model_of(config, named_machine(config)[1] or n_ids)
     context = pretrained.context_of(SimpleNamespace(config=model), config, config['init_from'],
                                     {'row': row})

@@ -120,6 +120,7 @@ TESTED = {
     'python data/fineweb_edu/prepare.py --input=*': 'test_prepare.py',
     'python data/openwebtext/prepare.py --input=*': 'test_prepare.py',
     'python train.py config/train_gpt2.py*': 'test_recipes',
+    'python train.py config/small_data.py *': 'test_recipe_stops_when_val_turns',
     'python train.py config/quickstart.py --dataset=web:*': 'test_mixture.py',
     'python train.py config/quickstart.py --init_from=out-quickstart --extend_context=*':
         'test_extended_context',

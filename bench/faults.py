@@ -127,14 +127,6 @@ def is_right(result, undisturbed, text):
     return result == undisturbed.result
 
 
-def result_of(script, place):
-    """Return a script's result, or the text of the error where there is none."""
-    try:
-        return script.result(place)
-    except (ValueError, OSError) as error:
-        return str(error)
-
-
 def check(server, script, undisturbed, code, text):
     """Yield what is wrong after a fault. code, text: exit status and output."""
     place, is_run = server.place, script.result is victims.run_result
@@ -144,7 +136,7 @@ def check(server, script, undisturbed, code, text):
         yield from check_files(script, place, undisturbed)
     if code is None:
         yield 'it hangs'
-    if code == 0 and not is_right(result_of(script, place), undisturbed, text):
+    if code == 0 and not is_right(victims.result_of(script, place), undisturbed, text):
         stopped = re.search(r'^stopped by SIGTERM after step (\d+)', text, re.M)
         path = f'{place}/w/out/ckpt.pt'
         saved = checkpoint.load(path)['iter_num'] if os.path.exists(path) else 0
@@ -158,7 +150,7 @@ def check(server, script, undisturbed, code, text):
 
 def check_again(server, script, undisturbed, code, text):
     """Yield what is wrong after the same command without a fault, which ran now."""
-    result = result_of(script, server.place)
+    result = victims.result_of(script, server.place)
     if code != 0:
         yield f'again: exit status {code}'
     elif not is_right(result, undisturbed, text):
@@ -176,7 +168,7 @@ def try_case(server, script, undisturbed, fault, number):
     wrong = [*check(server, script, undisturbed, code, text)]
     if fault not in ('KILL', 'TERM') and (code or 0) < 0:
         wrong.append(f'it ends by signal {-code}')
-    if script.once and result_of(script, server.place) == undisturbed.result:
+    if script.once and victims.result_of(script, server.place) == undisturbed.result:
         code, more = 0, ''  # it would refuse to write over it
     else:
         code, more = server.run(script)

@@ -24,7 +24,7 @@ import tempfile
 import time
 
 from bench import common, victims
-from configurator import UserError, override
+from configurator import override
 from flatgpt import checkpoint
 
 # Settings -----------------------------------------------------------------------------------------
@@ -298,9 +298,8 @@ def try_case(server, case, name, folder, expected):
         if not name.startswith((*LOSE, *MAY_LOSE, *GONE)) and (code or not is_whole):
             yield f'exit status {code}, the output is ' + ('whole' if is_whole else 'not whole')
     elif is_stopped or name.startswith('nohup, t') and code:
-        with contextlib.suppress(UserError):  # no result yet
-            if case.once and case.result(server.place) == expected:
-                return  # it refuses to write over its result
+        if case.once and victims.result_of(case, server.place) == expected:
+            return  # it refuses to write over its result
         again, more = server.run(case)
         if again != 0 or case.result(server.place) != expected:
             yield f'again: exit status {again}, or another result'

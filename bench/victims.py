@@ -165,6 +165,14 @@ def printed_result(place):
         return without_numbers(file.read())
 
 
+def result_of(script, place):
+    """Return a script's result, or the text of the error where there is none."""
+    try:
+        return script.result(place)
+    except (ValueError, OSError) as error:
+        return str(error)
+
+
 def without_numbers(text):
     """Return a text's words without numbers, such as seconds."""
     words = text.split()

@@ -78,7 +78,7 @@ def has_objects(path, text_key: str | None = None) -> bool:
 
 
 def begins_like_json(path) -> bool:
-    """Return whether a file begins as an object in JSON does, or a list of them, damaged or not."""
+    """Return whether a file begins like JSON, an object or a list of objects."""
     with open_utf8(path) as file:
         return re.match(rb'\s*(\[\s*)?\{\s*"', file.read(200)) is not None
 

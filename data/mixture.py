@@ -248,7 +248,10 @@ class Data:
                                 f'ones; prepare both alike')
 
     def choose_dropout(self, config, world):
-        """Return train.py's dropout; 'auto': by the passes over the dataset most often read."""
+        """Return train.py's dropout; for 'auto' by the passes over the text.
+
+        The dataset that is read most often decides.
+        """
         if config['dropout'] != 'auto':
             return config['dropout']
         cut = cut_step(config, config['block_size'], world.size)

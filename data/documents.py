@@ -507,6 +507,8 @@ def read_parquet(path, names: list[str] | None = None):
                     for record in batch.to_pylist():
                         number += 1
                         yield f'{path}, row {number}', record
+    except UserError:  # a ValueError too
+        raise
     except UnicodeDecodeError as error:
         bad = error.object[error.start:error.start + 4].hex(' ')
         raise UserError(f'{path} has a text after row {number} that is not UTF-8 ({error.reason}: '

@@ -266,6 +266,10 @@ def test_values_that_python_lacks(tmp_path):
         with pytest.raises(UserError, match='a value after row 0 that Python lacks .*write the file again without'):
             list(documents.read_records(tmp_path / 'a.parquet'))
         assert [row['text'] for _, row in documents.read_parquet(tmp_path / 'a.parquet', ['text'])] == ['a', 'b']
+        parquet.write_table(table.select(['text']), tmp_path / 'a.parquet')
+        with pytest.raises(UserError, match='body') as refused:
+            list(documents.read_parquet(tmp_path / 'a.parquet', ['body']))
+        assert 'Python lacks' not in str(refused.value)
 
 
 def test_random_bytes_are_read_or_refused(tmp_path):
